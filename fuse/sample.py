@@ -1,0 +1,55 @@
+"""A sample: one prompt's response on its way through an iteration, in exactly one state and one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class SampleState(StrEnum):
+    """queued -> generating -> (migrating -> generating)* -> generated -> inferring -> scored."""
+
+    QUEUED = "queued"
+    GENERATING = "generating"
+    MIGRATING = "migrating"
+    GENERATED = "generated"
+    INFERRING = "inferring"
+    SCORED = "scored"
+
+
+_NEXT_STATES: Mapping[SampleState, frozenset[SampleState]] = {
+    SampleState.QUEUED: frozenset({SampleState.GENERATING}),
+    SampleState.GENERATING: frozenset({SampleState.MIGRATING, SampleState.GENERATED}),
+    SampleState.MIGRATING: frozenset({SampleState.GENERATING}),
+    SampleState.GENERATED: frozenset({SampleState.INFERRING}),
+    SampleState.INFERRING: frozenset({SampleState.SCORED}),
+    SampleState.SCORED: frozenset(),
+}
+
+
+@dataclass(slots=True)
+class Sample:
+    """One prompt, the response generated for it and what inference says of it.
+
+    `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
+    which engine, batch or device produced them.
+    """
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    columns: Mapping[str, object] = field(default_factory=dict)
+    state: SampleState = SampleState.QUEUED
+    response_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reference_logprobs: NDArray[np.float32] | None = None
+    values: NDArray[np.float32] | None = None
+    score: float | None = None
+
+    def advance(self, state: SampleState) -> None:
+        """Move to the next state; a step the life cycle does not have is a bug."""
+        assert state in _NEXT_STATES[self.state], f"sample {self.id} cannot go from {self.state} to {state}"
+        self.state = state
