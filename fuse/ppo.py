@@ -1,0 +1,147 @@
+"""PPO as pure tensor functions over ragged responses.
+
+Nothing here is padded. A response of n tokens owns n *token positions* (log-probabilities, advantages) and
+min(n + 1, width) *value positions*, `width` being the longest response of the batch: the state after the last
+token has a value too, unless the response is as wide as the batch. Segments of one batch lie end to end in flat
+tensors; `Segments` says where. All masks of the padded formulation become plain segment boundaries.
+
+Source: Schulman et al. 2017 (arXiv 1707.06347); GAE: Schulman et al. 2016 (arXiv 1506.02438); details as in TRL's
+PPOTrainer (trl 1.12): the score is placed on the last value position, advantages are whitened over the token
+positions of the whole batch, losses are token means per micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fuse.ops.gae import gae
+
+# The log-probability that padded layouts hold where there is no token, in both policies, so that their ratio is one.
+INVALID_LOGPROB = 1.0
+
+
+def response_length(response_ids: Sequence[int], stop_token_id: int | None, pad_token_id: int) -> int:
+    """Number of tokens that count: up to and including the first stop token, and before the first padding token."""
+    end = len(response_ids)
+    if stop_token_id is not None and stop_token_id in response_ids:
+        end = response_ids.index(stop_token_id) + 1
+    padding = next((index for index in range(end) if response_ids[index] == pad_token_id), end)
+    return padding
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where each response's positions lie in the flat tensors of a batch.
+
+    token_offsets, value_offsets: int64 [num_samples + 1]; sample i owns rows offsets[i]:offsets[i + 1].
+    token_rows: int64 [tokens], the value position at which each token was chosen.
+    """
+
+    token_offsets: Tensor
+    value_offsets: Tensor
+    token_rows: Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], width: int) -> Segments:
+        """Lay out responses of `lengths` tokens in a batch whose longest generated response has `width` tokens."""
+        tokens = torch.tensor(lengths, dtype=torch.int64)
+        assert int(tokens.max()) <= width
+        token_offsets = _offsets(tokens)
+        value_offsets = _offsets((tokens + 1).clamp(max=width))
+        shift = torch.repeat_interleave(value_offsets[:-1] - token_offsets[:-1], tokens)
+        return cls(token_offsets, value_offsets, torch.arange(int(token_offsets[-1])) + shift)
+
+    def num_values(self, sample: int) -> int:
+        return int(self.value_offsets[sample + 1] - self.value_offsets[sample])
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
+    """Per-token estimate of KL(policy || reference), [tokens].
+
+    Source: Schulman, "Approximating KL divergence" (2020): k1 is the unbiased log-ratio, k3 is unbiased and positive.
+    """
+    log_ratio = reference_logprobs - logprobs
+    return -log_ratio if estimator == "k1" else log_ratio.expm1() - log_ratio
+
+
+def shape_rewards(kl: Tensor, scores: Tensor, segments: Segments, kl_coef: float) -> Tensor:
+    """Reward of every value position, [values]: the KL penalty on tokens, the score [num_samples] on the last."""
+    rewards = kl.new_zeros(int(segments.value_offsets[-1]))
+    rewards[segments.token_rows] = -kl_coef * kl
+    rewards[segments.value_offsets[1:] - 1] += scores
+    return rewards
+
+
+def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scale to unit (unbiased) variance and, with `shift_mean`, zero mean.
+
+    Raises:
+        ValueError: fewer than two values, for which the variance does not exist.
+    """
+    if values.numel() < 2:
+        raise ValueError(f"cannot whiten {values.numel()} value: the batch holds too few response tokens")
+    variance, mean = torch.var_mean(values, unbiased=True)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, segments: Segments, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Whitened advantages [tokens] and value targets [values] of a batch."""
+    advantages, returns = gae(rewards, values, segments.value_offsets, gamma, lam)
+    return whiten(advantages[segments.token_rows]), returns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyLoss:
+    """A micro-batch's policy loss and what is reported of it; scalars, means over the positions given."""
+
+    loss: Tensor
+    approximate_kl: Tensor
+    clip_fraction: Tensor
+    ratio: Tensor
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> PolicyLoss:
+    """Clipped surrogate loss, a mean over the positions where `mask` is true.
+
+    All arguments are [positions]. `mask` is all true for ragged layouts; where it is false (padded layouts) both
+    log-probabilities must be INVALID_LOGPROB: the reported ratio and KL average over those positions too.
+    Source: PPO, equation 7.
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    with torch.no_grad():
+        approximate_kl = 0.5 * log_ratio.square().mean()
+        clip_fraction = masked_mean((clipped > unclipped).float(), mask)
+    loss = masked_mean(torch.max(unclipped, clipped), mask)
+    return PolicyLoss(
+        loss=loss, approximate_kl=approximate_kl, clip_fraction=clip_fraction, ratio=ratio.detach().mean()
+    )
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped value loss and clip fraction, means over the positions where `mask` is true; arguments [positions]."""
+    clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
+    unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
+    loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask)
+    return loss, masked_mean((clipped > unclipped).float(), mask).detach()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is true; zero where it is nowhere true, as for a micro-batch of empty responses."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
