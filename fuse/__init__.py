@@ -1,0 +1,32 @@
+"""fuse: RLHF training with inter-stage and intra-stage fusion. `from fuse import PPOConfig, PPOTrainer`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    __version__: str
+    from fuse import ops as ops
+    from fuse.config import PPOConfig as PPOConfig
+    from fuse.trainer import PPOTrainer as PPOTrainer
+
+__all__ = ["PPOConfig", "PPOTrainer", "__version__", "ops"]
+
+# Loaded on first use: `import fuse` needs neither torch nor ray.
+_HOMES = {"PPOConfig": "fuse.config", "PPOTrainer": "fuse.trainer"}
+
+
+def __getattr__(name: str) -> object:
+    if name == "ops":
+        return import_module("fuse.ops")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return version("fuse-rlhf")
+    raise AttributeError(f"module 'fuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

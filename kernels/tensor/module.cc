@@ -1,0 +1,6 @@
+#include "tensor/bindings.h"
+
+NB_MODULE(_native, module) {
+  module.doc() = "Native tensor kernels. Arrays cross as DLPack; every function releases the GIL.";
+  fuse::bind_gae(module);
+}
