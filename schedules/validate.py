@@ -1,0 +1,174 @@
+"""The validator: every rule a schedule breaks, with the rank and operation that break it.
+
+Rules (an operation is named once per rule it breaks):
+
+- unknown: the operation is not of the problem (pipeline, stage or micro-batch out of range, or a half of a backward
+  that the pipeline cannot split).
+- missing: the operation must be in the schedule and is not. Each stage and micro-batch needs F, and B or both I and W.
+- duplicate: it stands more than once, or a micro-batch has both B and a half of it.
+- placement: it stands on another rank than its stage's.
+- dependency: it stands before one that it needs on the same rank.
+- deadlock: ranks wait for one another in a circle; the first circle found is reported.
+- memory: the operation lifts its rank's memory over the limit.
+- message order: two ranks exchange a pipeline's messages in one order at the sender and another at the receiver. NCCL
+  matches messages of a communicator by order and ignores tags, and there is one communicator per pipeline and
+  direction, so this holds for all messages of a pipeline from one rank to another in one direction, across virtual
+  stages too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from schedules.ir import Kind, Op, Schedule
+from schedules.timing import memory_levels
+from schedules.walk import describe_cycle, needs, wait_cycle, walk
+
+_Channel = tuple[int, bool, int, int]  # pipeline, whether forward, from rank, to rank
+
+
+class Rule(StrEnum):
+    UNKNOWN = "unknown"
+    MISSING = "missing"
+    DUPLICATE = "duplicate"
+    PLACEMENT = "placement"
+    DEPENDENCY = "dependency"
+    DEADLOCK = "deadlock"
+    MEMORY = "memory"
+    MESSAGE_ORDER = "message order"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken rule; `rank` is where the operation stands, or where a missing one belongs."""
+
+    rank: int
+    op: Op
+    rule: Rule
+    message: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, {self.op}: {self.rule}: {self.message}"
+
+
+def check(schedule: Schedule) -> None:
+    """Accept a legal schedule.
+
+    Raises:
+        ValueError: the schedule breaks a rule; the line names the first three breaches and counts the rest.
+    """
+    found = violations(schedule)
+    if found:
+        rest = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError("illegal schedule: " + "; ".join(map(str, found[:3])) + rest)
+
+
+def violations(schedule: Schedule) -> list[Violation]:
+    """Every breach of every rule. O(operations).
+
+    With unknown operations in it nothing else can be judged, so then they are all that is reported.
+    """
+    unknown = list(_unknown(schedule))
+    if unknown:
+        return unknown
+    return [
+        *_missing(schedule),
+        *_duplicates(schedule),
+        *_misplaced(schedule),
+        *_dependencies(schedule),
+        *_deadlocks(schedule),
+        *_memory(schedule),
+        *_message_order(schedule),
+    ]
+
+
+def _unknown(schedule: Schedule) -> Iterator[Violation]:
+    for rank, op in schedule.ops():
+        if not schedule.problem.contains(op):
+            yield Violation(rank, op, Rule.UNKNOWN, "the problem has no such operation")
+
+
+def _missing(schedule: Schedule) -> Iterator[Violation]:
+    present = {op for _, op in schedule.ops()}
+    for number, pipeline in enumerate(schedule.problem.pipelines):
+        for stage in range(pipeline.num_stages):
+            for micro_batch in range(pipeline.num_micro_batches):
+                halves = {kind for kind in (Kind.I, Kind.W) if Op(number, stage, micro_batch, kind) in present}
+                for kind in (Kind.F, Kind.I, Kind.W) if halves else (Kind.F, Kind.B):
+                    op = Op(number, stage, micro_batch, kind)
+                    if op not in present:
+                        yield Violation(pipeline.ranks[stage], op, Rule.MISSING, f"{op} is in no rank's order")
+
+
+def _duplicates(schedule: Schedule) -> Iterator[Violation]:
+    first_rank: dict[Op, int] = {}
+    for rank, op in schedule.ops():
+        if op in first_rank:
+            yield Violation(rank, op, Rule.DUPLICATE, f"it already stands on rank {first_rank[op]}")
+        first_rank.setdefault(op, rank)
+    for op, rank in first_rank.items():
+        if op.kind is Kind.B and (replace(op, kind=Kind.I) in first_rank or replace(op, kind=Kind.W) in first_rank):
+            yield Violation(rank, op, Rule.DUPLICATE, "this micro-batch has both a full and a split backward")
+
+
+def _misplaced(schedule: Schedule) -> Iterator[Violation]:
+    for rank, op in schedule.ops():
+        if rank != schedule.problem.rank_of(op):
+            yield Violation(rank, op, Rule.PLACEMENT, f"its stage is on rank {schedule.problem.rank_of(op)}")
+
+
+def _dependencies(schedule: Schedule) -> Iterator[Violation]:
+    position: dict[Op, tuple[int, int]] = {}
+    for rank, order in enumerate(schedule.ranks):
+        for index, op in enumerate(order):
+            position.setdefault(op, (rank, index))
+    for op, (rank, index) in position.items():
+        for needed in needs(position, op, schedule.problem.pipelines[op.pipeline].num_stages):
+            needed_rank, needed_index = position.get(needed, (None, 0))
+            if needed_rank == rank and needed_index > index:
+                yield Violation(rank, op, Rule.DEPENDENCY, f"it needs {needed}, which comes later on this rank")
+
+
+def _deadlocks(schedule: Schedule) -> Iterator[Violation]:
+    cycle = wait_cycle(schedule, walk(schedule).blocked)
+    if len(cycle) > 1:  # a rank that waits for itself is a dependency breach
+        for entry in cycle:
+            yield Violation(entry.rank, entry.op, Rule.DEADLOCK, describe_cycle(cycle))
+
+
+def _memory(schedule: Schedule) -> Iterator[Violation]:
+    limits = schedule.problem.memory_limit_bytes
+    if limits is None:
+        return
+    for rank, (limit, levels) in enumerate(zip(limits, memory_levels(schedule), strict=True)):
+        for op, before, after in zip(schedule.ranks[rank], levels, levels[1:], strict=False):
+            if after > limit and after > before:
+                yield Violation(rank, op, Rule.MEMORY, f"it lifts the rank to {after} bytes of {limit}")
+
+
+def _message_order(schedule: Schedule) -> Iterator[Violation]:
+    """Compare, per channel, the order in which results are produced with the order in which they are used."""
+    home: dict[Op, int] = {}
+    for rank, op in schedule.ops():
+        home.setdefault(op, rank)
+    channel_of: dict[Op, _Channel] = {}
+    sent: defaultdict[_Channel, list[Op]] = defaultdict(list)
+    received: defaultdict[_Channel, list[tuple[Op, Op]]] = defaultdict(list)
+    for op, rank in home.items():
+        for needed in needs(home, op, schedule.problem.pipelines[op.pipeline].num_stages):
+            source = home.get(needed)
+            if needed.stage != op.stage and source is not None and source != rank and needed not in channel_of:
+                channel_of[needed] = (op.pipeline, op.kind is Kind.F, source, rank)
+                received[channel_of[needed]].append((needed, op))
+    for op in home:
+        if op in channel_of:
+            sent[channel_of[op]].append(op)
+    for channel, pairs in received.items():
+        for expected, (message, user) in zip(sent[channel], pairs, strict=True):
+            if expected != message:
+                _, _, source, rank = channel
+                reason = f"it receives {message} where rank {source} sends {expected}"
+                yield Violation(rank, user, Rule.MESSAGE_ORDER, reason)
