@@ -1,0 +1,1 @@
+"""Training inside a model worker: stages, their communication, the executor of schedules, the optimizer."""

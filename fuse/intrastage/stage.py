@@ -1,0 +1,74 @@
+"""What a pipeline stage is to executor and optimizer: two calls of autograd, and parameters under global names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Right-padded sequences that pass through a pipeline together.
+
+    input_ids: [batch, tokens] int64; every rank of the pipeline has them, as they tell the shape of what it receives.
+    head_index: [selected] int64 into the flattened [batch * tokens]: the rows of the final hidden state the head sees.
+    targets: what the loss needs; stages do not look inside.
+    attention_mask, position_ids: [batch, tokens], only for layouts padded inside; plain causal attention without them.
+    """
+
+    input_ids: Tensor
+    head_index: Tensor
+    targets: Any
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+Loss = Callable[[Tensor, nn.Module, MicroBatch], Tensor]
+"""(hidden [selected, hidden], head, micro-batch) -> scalar to minimise; micro-batches add up."""
+
+
+class Stage(Protocol):
+    """One stage of one model: it computes, and never communicates."""
+
+    def boundary(self, micro_batch: MicroBatch) -> Tensor:
+        """An uninitialised tensor in the shape, type and device of this micro-batch's hidden states between stages."""
+        ...
+
+    def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
+        """Run micro-batch `index` and remember it until its backward.
+
+        `stage_input` is what the previous stage returned, None at the first stage. Returns the hidden states
+        [batch, tokens, hidden] for the next stage, None at the last one, which computes the loss instead.
+        """
+        ...
+
+    def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
+        """Add micro-batch `index` to the parameters' gradients and forget it.
+
+        `output_grad` is what the next stage returned, None at the last stage. Returns the gradient of
+        `stage_input`, None at the first stage.
+        """
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This stage's trained parameters under the whole model's names; a tied copy carries its source's name."""
+        ...
+
+    @property
+    def tied_names(self) -> frozenset[str]:
+        """Names of parameters that another stage of the same pipeline holds a copy of."""
+        ...
+
+    @property
+    def undecayed_names(self) -> frozenset[str]:
+        """Names of this stage's parameters that weight decay leaves alone."""
+        ...
+
+    @property
+    def model_shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every parameter of the whole model by name, on whichever stage it lives."""
+        ...

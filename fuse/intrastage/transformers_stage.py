@@ -1,0 +1,289 @@
+"""A stage of any Hugging Face causal language model or sequence classifier that declares its pipeline plan.
+
+The model is built without memory, layers [a:b] and the modules its plan gives to this stage are kept, and the rest
+becomes the identity; the model's own forward then runs the stage. So there is no per-architecture code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fuse.intrastage.stage import Loss, MicroBatch
+
+
+def even_layer_range(num_layers: int, stage: int, num_stages: int) -> tuple[int, int]:
+    """Layers [start, stop) of a stage when layers are spread as evenly as they go, the surplus on late stages."""
+    return num_layers * stage // num_stages, num_layers * (stage + 1) // num_stages
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The module that maps hidden states to logits or scores.
+
+    Raises: ValueError when the model has none, or does more than apply it to the last hidden state.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    for attribute, neutral in _HEAD_EXTRAS.items():
+        value = getattr(config, attribute, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"{name} changes its logits by {attribute}={value}, which the split head would leave out: "
+                f"use a model whose logits are its output embedding alone"
+            )
+    untyped: Any = model
+    head = untyped.get_output_embeddings() or getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"{name} has neither output embeddings nor a `score` head: "
+            f"use a causal language model or a sequence classifier of the same architecture"
+        )
+    return head
+
+
+_HEAD_EXTRAS: Mapping[str, float] = {
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+"""Configuration attributes by which some architectures change logits after the head, and the value without effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    stage_input: Tensor | None
+    output: Tensor
+
+
+class TransformersStage:
+    """Stage `stage` of `num_stages` of a Hugging Face model; see `fuse.intrastage.stage.Stage`.
+
+    model_class, config: e.g. type(model) and model.config; the configuration is copied, never changed.
+    loss: used by the last stage; one that is not last never calls it.
+    layer_range: the [start, stop) of the layers kept; even by default. All stages' ranges must tile the layers.
+    autocast: run forward and backward, and send hidden states, in this type (bfloat16); parameters stay float32.
+
+    Parameters are uninitialised until `load_state_dict`. Modules stay in evaluation mode: dropout would make a
+    step depend on the schedule.
+
+    Raises: ValueError for a model without a pipeline plan or head, or a layer range outside the model.
+    """
+
+    def __init__(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PretrainedConfig,
+        *,
+        stage: int,
+        num_stages: int,
+        loss: Loss,
+        layer_range: tuple[int, int] | None = None,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if not 0 <= stage < num_stages:
+            raise ValueError(f"stage {stage} of {num_stages}: stages count from 0 to num_stages - 1")
+        self.stage, self.num_stages = stage, num_stages
+        self._loss = loss
+        self._device = torch.device(device)
+        self._autocast = autocast
+        self._live: dict[int, _Live] = {}
+
+        config = copy.deepcopy(config)
+        config.dtype = torch.float32  # sequence classifiers would build their base in the checkpoint's type
+        with torch.device("meta"):
+            self.model = model_class(config).train(False)
+        self._base: Any = self.model.base_model
+        self._head = head_of(self.model)
+        plan = _pipeline_plan(self.model)
+        self.model_shapes: Mapping[str, torch.Size] = {name: p.shape for name, p in self.model.named_parameters()}
+
+        num_layers = len(getattr(self._base, plan.layers))
+        self.layer_range = layer_range or even_layer_range(num_layers, stage, num_stages)
+        start, stop = self.layer_range
+        if not 0 <= start <= stop <= num_layers:
+            raise ValueError(
+                f"layer range {self.layer_range} of {model_class.__name__}: "
+                f"must be 0 <= start <= stop <= {num_layers}, its number of layers"
+            )
+        self._layers_prefix = f"{self.model.base_model_prefix}.{plan.layers}."
+        self._head_name = _name_in(self.model, self._head)
+        self._tied_source = _tied_source(self.model, self._head)
+        self._prune(plan)
+        self._materialise()
+        if gradient_checkpointing:
+            for layer in getattr(self._base, plan.layers):
+                layer.forward = functools.partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+    def boundary(self, micro_batch: MicroBatch) -> Tensor:
+        hidden_size = self.model.config.get_text_config().hidden_size
+        dtype = self._autocast or torch.float32
+        return torch.empty(*micro_batch.input_ids.shape, hidden_size, dtype=dtype, device=self._device)
+
+    def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
+        assert index not in self._live, f"micro-batch {index} was not finished"
+        assert (stage_input is None) == self.is_first
+        with self._precision():
+            if stage_input is None:
+                hidden = self.model.get_input_embeddings()(micro_batch.input_ids)
+                # The residual stream is in one type from the start, so a cut between stages never rounds it.
+                hidden = hidden.to(self._autocast or hidden.dtype)
+            else:
+                hidden = stage_input.requires_grad_(True)
+            output = self._base(
+                inputs_embeds=hidden,
+                attention_mask=micro_batch.attention_mask,
+                position_ids=micro_batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            if self.is_last:
+                selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
+                output = self._loss(selected, self._head, micro_batch)
+        self._live[index] = _Live(stage_input, output)
+        return None if self.is_last else output.detach()
+
+    def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
+        assert (output_grad is None) == self.is_last
+        live = self._live.pop(index)
+        torch.autograd.backward(live.output, output_grad)
+        return None if live.stage_input is None else live.stage_input.grad
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            yield self._global_name(name), parameter
+
+    @property
+    def tied_names(self) -> frozenset[str]:
+        alone = self.num_stages == 1 or not (self.is_first or self.is_last)
+        return frozenset() if self._tied_source is None or alone else frozenset({self._tied_source})
+
+    @property
+    def undecayed_names(self) -> frozenset[str]:
+        """Biases and normalisations, as transformers.Trainer.get_decay_parameter_names leaves them out."""
+        return frozenset(
+            self._global_name(f"{path}.{name}" if path else name)
+            for path, module in self.model.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if isinstance(module, nn.LayerNorm) or _NO_DECAY.search(f"{path}.{name}".lower())
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy this stage's parameters and buffers from a state dict of the whole model, or of a part that has them.
+
+        Raises: ValueError when one is missing or has another shape; then nothing was copied.
+        """
+        own = {self._global_name(name): tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        problems = [
+            f"{name} is missing"
+            if name not in state_dict
+            else f"{name} is {list(state_dict[name].shape)}, the model has {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name not in state_dict or state_dict[name].shape != tensor.shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                f"state dict does not fit stage {self.stage} of {type(self.model).__name__}: "
+                f"{'; '.join(problems[:3])}{more}: load weights of the same architecture and configuration"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state_dict[name])
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._autocast)
+
+    def _prune(self, plan: _Plan) -> None:
+        """Keep what this stage owns; the identity stands in for the rest, so the model's own forward still runs."""
+        dropped = (() if self.is_first else plan.before) + (() if self.is_last else plan.after)
+        for name in dropped:
+            setattr(self._base, name, nn.Identity())
+        if not self.is_last:
+            self.model.set_submodule(self._head_name, nn.Identity())
+        start, stop = self.layer_range
+        setattr(self._base, plan.layers, getattr(self._base, plan.layers)[start:stop])
+        config = self._base.config
+        config.num_hidden_layers = stop - start
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[start:stop]
+
+    def _materialise(self) -> None:
+        """Give the modules kept memory, and the buffers that no state dict holds (rotary frequencies) their values."""
+        self.model.to_empty(device=self._device)
+        if self._tied_source is not None and self.num_stages == 1:
+            self._head.weight = self.model.get_input_embeddings().weight
+        untyped: Any = self.model
+        for module in self.model.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                untyped._init_weights(module)
+
+    def _global_name(self, name: str) -> str:
+        """The whole model's name of a parameter of this stage."""
+        if self._tied_source is not None and name == f"{self._head_name}.weight":
+            return self._tied_source
+        if not name.startswith(self._layers_prefix):
+            return name
+        layer, _, rest = name.removeprefix(self._layers_prefix).partition(".")
+        return f"{self._layers_prefix}{int(layer) + self.layer_range[0]}.{rest}"
+
+
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Names of the base model's children: what comes before its layers, the layers, what comes after."""
+
+    before: tuple[str, ...]
+    layers: str
+    after: tuple[str, ...]
+
+
+def _pipeline_plan(model: PreTrainedModel) -> _Plan:
+    base: Any = model.base_model
+    names = tuple(base.config.base_model_pp_plan or ())
+    layers = [name for name in names if isinstance(getattr(base, name, None), nn.ModuleList)]
+    if len(layers) != 1:
+        raise ValueError(
+            f"{type(model).__name__} declares no pipeline plan (base_model_pp_plan), so it cannot be split into "
+            f"stages: use an architecture that does, such as Llama, Qwen2, Qwen3, Mistral or GPT-NeoX"
+        )
+    position = names.index(layers[0])
+    return _Plan(names[:position], layers[0], names[position + 1 :])
+
+
+def _name_in(model: nn.Module, wanted: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[wanted]
+
+
+def _tied_source(model: PreTrainedModel, head: nn.Module) -> str | None:
+    """The name of the input embedding's weight when the head shares it."""
+    embedding: nn.Module = model.get_input_embeddings()
+    if getattr(head, "weight", None) is not embedding.weight:
+        return None
+    return f"{_name_in(model, embedding)}.weight"
