@@ -1,0 +1,181 @@
+"""The configurations on which the trainer is compared with the oracle, and the tiny models and prompts they train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY_SIZE = 24
+PAD, EOS = 3, 5
+
+# Clip ranges and temperature are such that the first updates already clip ratios and values.
+OPTIONS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "total_episodes": 24,
+    "response_length": 10,
+    "num_ppo_epochs": 2,
+    "learning_rate": 1e-3,
+    "kl_coef": 0.2,
+    "cliprange": 0.02,
+    "cliprange_value": 0.02,
+    "max_grad_norm": 0.0,
+    "num_sample_generations": 0,
+    "local_rollout_forward_batch_size": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run of the oracle.
+
+    options: PPOConfig's, over OPTIONS.
+    pad_is_eos: one token for both, as where a tokenizer has no padding token of its own.
+    pad_is_sampled: the policy generates padding tokens in the middle of responses.
+    past_stop: the generator does not stop, so responses run on after their stop token.
+    own_reference: false passes ref_model=None, and the policy's copy is the reference.
+    quirks: whether the oracle does here what `trl_quirks=True` is for.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Literal["llama", "gpt_neox"] = "llama"
+    tie_word_embeddings: bool = False
+    pad_is_eos: bool = False
+    pad_is_sampled: bool = False
+    past_stop: bool = False
+    own_reference: bool = True
+    num_prompts: int = 64
+    quirks: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def pad_token_id(self) -> int:
+        return EOS if self.pad_is_eos else PAD
+
+    @property
+    def training_options(self) -> dict[str, Any]:
+        return {**OPTIONS, **self.options}
+
+    @property
+    def batch_size(self) -> int:
+        options = self.training_options
+        return int(options["per_device_train_batch_size"] * options["gradient_accumulation_steps"])
+
+
+BASELINE = Case(name="baseline", quirks=False)
+EARLY_STOPS = Case(name="early_stops", options={"stop_token": "eos"})
+MINI_BATCHES = Case(
+    name="mini_batches",
+    options={"num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+)
+
+CASES: tuple[Case, ...] = (
+    BASELINE,
+    EARLY_STOPS,
+    Case(name="missing_eos_penalty", options={"stop_token": "eos", "missing_eos_penalty": 1.5}, own_reference=False),
+    Case(name="whiten_rewards", options={"stop_token": "eos", "whiten_rewards": True}),
+    Case(name="k3", options={"stop_token_id": EOS, "kl_estimator": "k3"}),
+    MINI_BATCHES,
+    Case(
+        name="accumulation",
+        options={"stop_token": "eos", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ),
+    Case(name="one_epoch", options={"stop_token": "eos", "num_ppo_epochs": 1, "gamma": 0.9, "lam": 0.8}),
+    Case(name="four_epochs", options={"num_ppo_epochs": 4, "gamma": 0.97, "lam": 0.5, "temperature": 1.3}),
+    Case(name="pad_is_eos", options={"stop_token": "eos"}, pad_is_eos=True),
+    Case(name="pad_is_sampled", options={"stop_token": "eos", "missing_eos_penalty": 0.5}, pad_is_sampled=True),
+    Case(name="gpt_neox", options={"stop_token": "eos"}, architecture="gpt_neox"),
+    Case(name="tied_embeddings", options={"stop_token": "eos"}, tie_word_embeddings=True),
+    Case(name="end_of_pass", options={"stop_token": "eos"}, num_prompts=16),
+    Case(name="past_stop", options={"stop_token": "eos", "missing_eos_penalty": 0.5}, past_stop=True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    reward: PreTrainedModel
+    value: PreTrainedModel
+
+
+def build_models(case: Case) -> Models:
+    """The same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = _model_config(case)
+        policy = AutoModelForCausalLM.from_config(config)
+        reference = AutoModelForCausalLM.from_config(config)
+        reward = AutoModelForSequenceClassification.from_config(config)
+        value = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        if not case.tie_word_embeddings:
+            _set_token_biases(policy, case)
+            _set_token_biases(reference, case)
+        # The reference is near the policy, as in practice: far away, the KL penalty would drown the score.
+        for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
+            ours.lerp_(theirs, 0.7)
+    return Models(policy=policy, reference=reference if case.own_reference else None, reward=reward, value=value)
+
+
+def _model_config(case: Case) -> PreTrainedConfig:
+    tokens = {"vocab_size": VOCABULARY_SIZE, "pad_token_id": case.pad_token_id, "eos_token_id": EOS, "bos_token_id": None}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common = {**tokens, **sizes, "max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 1}
+    if case.architecture == "gpt_neox":
+        return GPTNeoXConfig(**common, tie_word_embeddings=case.tie_word_embeddings)
+    return LlamaConfig(**common, num_key_value_heads=1, tie_word_embeddings=case.tie_word_embeddings)
+
+
+def _set_token_biases(model: PreTrainedModel, case: Case) -> None:
+    """Give every hidden state a common first coordinate, and head rows a coefficient for it: a bias per token.
+
+    A trained model hardly ever generates padding and does generate eos; so should these.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings.weight[:, 0] = 3.0
+    head.weight[:, 0] = 0.0
+    head.weight[EOS, 0] = 0.3
+    if not case.pad_is_eos:
+        head.weight[PAD, 0] = 0.3 if case.pad_is_sampled else -10.0
+
+
+def build_tokenizer(case: Case) -> PreTrainedTokenizerFast:
+    words = {f"w{index}": index for index in range(VOCABULARY_SIZE) if index not in (PAD, EOS)}
+    model = WordLevel({**words, "[PAD]": PAD, "[EOS]": EOS}, unk_token="w0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model),
+        pad_token="[EOS]" if case.pad_is_eos else "[PAD]",
+        eos_token="[EOS]",
+        padding_side="left",
+    )
+
+
+def build_dataset(case: Case) -> Dataset:
+    """Prompts of two to six ordinary tokens."""
+    random = np.random.default_rng(2)
+    lengths = random.integers(2, 7, size=case.num_prompts)
+    return Dataset.from_dict({"input_ids": [random.integers(6, VOCABULARY_SIZE, size=n).tolist() for n in lengths]})
