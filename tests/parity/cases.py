@@ -58,7 +58,7 @@ class Case:
     """
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     architecture: Literal["llama", "gpt_neox"] = "llama"
     tie_word_embeddings: bool = False
     pad_is_eos: bool = False
