@@ -1,0 +1,128 @@
+"""Imports run one way, heavy packages stay inside their adapters, and kernels/ is no Python package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module may import its own layer and those above it in this list. A package stands for all that is in it.
+LAYERS = (
+    ("schedules",),
+    (
+        *("fuse.config", "fuse.ops", "fuse.ppo", "fuse.sample", "fuse.trace"),
+        *(
+            "fuse.checks",
+            "fuse.completions",
+            "fuse.experience",
+            "fuse.prompts",
+            "fuse.report",
+            "fuse.rewards",
+            "fuse.steps",
+        ),
+    ),
+    ("fuse.engines", "fuse.interstage", "fuse.intrastage", "fuse.workers"),
+    ("fuse.checkpoint", "fuse.trainer"),
+    ("fuse.benchmarks", "fuse.cli", "fuse.commands", "fuse.demo"),
+)
+# The facade `from fuse import PPOTrainer` reaches up, lazily.
+FACADE = "fuse"
+ADAPTERS = {"vllm": "fuse.engines.vllm", "megatron": "fuse.intrastage.megatron"}
+BARRED_FROM_SCHEDULES = {"torch", "transformers", "ray", "fuse"}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path): path
+    for package in ("schedules", "fuse")
+    for folder in (ROOT / package, *(link for link in (ROOT / package).iterdir() if link.is_symlink()))
+    for path in sorted(folder.rglob("*.py"))
+}
+
+
+def imports(path):
+    """Dotted names that the file imports anywhere; `from package import name` counts as package.name too."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def layer(module):
+    for index, members in enumerate(LAYERS):
+        if any(module == member or module.startswith(f"{member}.") for member in members):
+            return index
+    return None
+
+
+def test_every_folder_of_modules_is_a_package():
+    assert not [path.parent for path in MODULES.values() if not (path.parent / "__init__.py").exists()]
+
+
+def test_every_module_has_a_layer():
+    homeless = [module for module in MODULES if module != FACADE and layer(module) is None]
+    assert not homeless, f"place {homeless} in LAYERS"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != FACADE])
+def test_imports_run_one_way(module):
+    upward = {
+        imported
+        for imported in imports(MODULES[module])
+        if imported in MODULES and imported != FACADE and (layer(imported) or 0) > (layer(module) or 0)
+    }
+    assert not upward, f"{module} imports {sorted(upward)} from a later layer"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if layer(module) == 0])
+def test_schedules_knows_of_no_runtime(module):
+    assert not {imported.split(".")[0] for imported in imports(MODULES[module])} & BARRED_FROM_SCHEDULES
+
+
+@pytest.mark.parametrize("package", ADAPTERS)
+def test_heavy_packages_are_imported_only_in_their_adapters(package):
+    importers = [
+        module
+        for module, path in MODULES.items()
+        if any(imported.split(".")[0] == package for imported in imports(path))
+        and not module.startswith(ADAPTERS[package])
+    ]
+    assert not importers
+
+
+def test_schedules_works_where_there_is_no_torch():
+    modules = sorted(module for module in MODULES if layer(module) == 0)
+    program = "import sys\nfor name in ('torch', 'ray', 'fuse'): sys.modules[name] = None\n"
+    program += "".join(f"import {module}\n" for module in modules)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
+
+
+def test_import_fuse_loads_neither_torch_nor_ray():
+    program = "import sys, fuse; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], cwd="/").returncode == 0
+
+
+def test_kernels_holds_native_sources_only():
+    assert not list((ROOT / "kernels").rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", [ROOT, Path("/")])
+def test_transformers_does_not_take_our_kernels_for_its_own(folder):
+    """Run beside kernels/ as `python -c`, which puts the folder on sys.path."""
+    program = "from transformers.utils.import_utils import is_kernels_available as f; print(f())"
+    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
