@@ -30,16 +30,16 @@ def even_layer_range(num_layers: int, stage: int, num_stages: int) -> tuple[int,
 def head_of(model: PreTrainedModel) -> nn.Module:
     """The module that maps hidden states to logits or scores.
 
-    Raises: ValueError when the model has none, or does more than apply it to the last hidden state.
+    Raises: ValueError when the model has none, or its logits are not this head of its last hidden state.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
-    for attribute, neutral in _HEAD_EXTRAS.items():
+    for attribute in _SCALINGS:
         value = getattr(config, attribute, None)
-        if value is not None and value != neutral:
+        if value not in (None, False, 1.0):
             raise ValueError(
-                f"{name} changes its logits by {attribute}={value}, which the split head would leave out: "
-                f"use a model whose logits are its output embedding alone"
+                f"{name} scales embeddings or logits outside its modules ({attribute}={value}), which stages would "
+                f"leave out or repeat: use an architecture without it, such as Llama, Qwen2, Qwen3 or GPT-NeoX"
             )
     untyped: Any = model
     head = untyped.get_output_embeddings() or getattr(model, "score", None)
@@ -51,13 +51,17 @@ def head_of(model: PreTrainedModel) -> nn.Module:
     return head
 
 
-_HEAD_EXTRAS: Mapping[str, float] = {
-    "final_logit_softcapping": 0.0,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
-"""Configuration attributes by which some architectures change logits after the head, and the value without effect."""
+_SCALINGS = (
+    "embedding_multiplier",
+    "scale_emb",
+    "mup_enabled",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_mup_width_multiplier",
+    "lm_head_multiplier",
+)
+"""Configuration attributes by which a model's forward changes embeddings or logits outside its modules."""
 
 
 @dataclass(frozen=True, slots=True)

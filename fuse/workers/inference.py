@@ -1,0 +1,183 @@
+"""Scoring of finished sequences by a whole model: reference log-probabilities, values and rewards.
+
+Sequences are sorted by length, so that those of a micro-batch have little padding, and padded on the right: plain
+causal attention then needs no mask. Heads are applied only to the positions asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fuse.intrastage.transformers_stage import head_of
+from fuse.ops.logprob import token_logprobs
+
+_LOGIT_ROWS = 1024
+"""Rows of logits held at once."""
+
+_Rows = Callable[["TokenSequence"], range]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A prompt of at least one token and the response to it."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchLimit:
+    """How much a micro-batch may hold; `max_tokens` counts padding. One longer sequence is a micro-batch of its own."""
+
+    max_samples: int = 64
+    max_tokens: int = 16384
+
+
+def reference_logprobs(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    temperature: float,
+    *,
+    limit: MicroBatchLimit = MicroBatchLimit(),
+    autocast: torch.dtype | None = None,
+) -> list[NDArray[np.float32]]:
+    """Log-probability of each response token at `temperature`: for each sequence [response tokens].
+
+    Raises: ValueError for a model without a plain head, or a temperature that is not positive.
+    """
+
+    def rows(sequence: TokenSequence) -> range:
+        return range(len(sequence.prompt_ids) - 1, len(sequence) - 1)
+
+    head = head_of(model)
+    results: dict[int, NDArray[np.float32]] = {}
+    with torch.inference_mode(), _precision(model, autocast):
+        for indices, hidden in _selected_hidden(model, sequences, rows, limit, autocast):
+            tokens = [token for index in indices for token in sequences[index].response_ids]
+            targets = torch.tensor(tokens, dtype=torch.int64, device=model.device)
+            logprobs, _ = token_logprobs(hidden, head, targets, temperature, chunk_tokens=_LOGIT_ROWS)
+            results.update(_unpack(logprobs, indices, sequences, rows))
+    return [results[index] for index in range(len(sequences))]
+
+
+def values(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    max_response_tokens: int,
+    *,
+    limit: MicroBatchLimit = MicroBatchLimit(),
+    autocast: torch.dtype | None = None,
+) -> list[NDArray[np.float32]]:
+    """Value before each response token and after the last: for each sequence [min(response tokens + 1, the maximum)].
+
+    The value at response index t is the score head on the hidden state of the token before it.
+
+    Raises: ValueError for a model without a head of one output.
+    """
+
+    def rows(sequence: TokenSequence) -> range:
+        first = len(sequence.prompt_ids) - 1
+        return range(first, first + min(len(sequence.response_ids) + 1, max_response_tokens))
+
+    return _scored(model, sequences, rows, limit, autocast)
+
+
+def scores(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    *,
+    limit: MicroBatchLimit = MicroBatchLimit(),
+    autocast: torch.dtype | None = None,
+) -> list[float]:
+    """The score head at the last token of prompt and response.
+
+    Raises: ValueError for a model without a head of one output.
+    """
+
+    def rows(sequence: TokenSequence) -> range:
+        return range(len(sequence) - 1, len(sequence))
+
+    return [float(score[0]) for score in _scored(model, sequences, rows, limit, autocast)]
+
+
+def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:
+    """Indices of sequences by descending length, cut where samples or padded tokens would pass the limit."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and (len(batch) == limit.max_samples or (len(batch) + 1) * lengths[batch[0]] > limit.max_tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _scored(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    rows: _Rows,
+    limit: MicroBatchLimit,
+    autocast: torch.dtype | None,
+) -> list[NDArray[np.float32]]:
+    """The one-output head on the rows asked for, for each sequence."""
+    head = head_of(model)
+    results: dict[int, NDArray[np.float32]] = {}
+    with torch.inference_mode(), _precision(model, autocast):
+        for indices, hidden in _selected_hidden(model, sequences, rows, limit, autocast):
+            outputs: Tensor = head(hidden).float()
+            if outputs.shape[-1] != 1:
+                raise ValueError(
+                    f"{type(model).__name__} gives {outputs.shape[-1]} scores per token where one is needed: "
+                    f"load it with num_labels=1"
+                )
+            results.update(_unpack(outputs.squeeze(-1), indices, sequences, rows))
+    return [results[index] for index in range(len(sequences))]
+
+
+def _selected_hidden(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    rows: _Rows,
+    limit: MicroBatchLimit,
+    autocast: torch.dtype | None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Per micro-batch, the indices of its sequences and the final hidden states [selected, hidden] of their rows."""
+    assert not model.training
+    base: Any = model.base_model
+    for indices in micro_batches([len(sequence) for sequence in sequences], limit):
+        width = len(sequences[indices[0]])
+        tokens = np.zeros((len(indices), width), dtype=np.int64)
+        selected: list[int] = []
+        for row, index in enumerate(indices):
+            sequence = sequences[index]
+            tokens[row, : len(sequence)] = [*sequence.prompt_ids, *sequence.response_ids]
+            selected.extend(row * width + position for position in rows(sequence))
+        hidden = model.get_input_embeddings()(torch.from_numpy(tokens).to(model.device))
+        # As in training: the residual stream is in the type of the computation.
+        hidden = base(inputs_embeds=hidden.to(autocast or hidden.dtype), use_cache=False).last_hidden_state
+        yield indices, hidden.flatten(0, 1)[torch.tensor(selected, dtype=torch.int64, device=model.device)]
+
+
+def _unpack(
+    flat: Tensor, indices: Sequence[int], sequences: Sequence[TokenSequence], rows: _Rows
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Cut the micro-batch's results [selected] into one array per sequence."""
+    counts = [len(rows(sequences[index])) for index in indices]
+    arrays = np.split(flat.cpu().numpy(), np.cumsum(counts)[:-1])
+    return zip(indices, arrays, strict=True)
+
+
+def _precision(model: PreTrainedModel, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if autocast is None else torch.autocast(model.device.type, dtype=autocast)
