@@ -39,7 +39,8 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
 
 # Not isolated: the compiler then builds only what has changed.
 $(VENV)/.installed: $(VENV)/.dependencies CMakeLists.txt $(SOURCES) $(PACKAGES)
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -C cmake.define.FUSE_WARNINGS_AS_ERRORS=ON --editable .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation \
+		--config-settings=cmake.define.FUSE_WARNINGS_AS_ERRORS=ON --editable .
 	touch $@
 
 demo: setup
