@@ -1,0 +1,7 @@
+"""Generation engines behind one protocol: replay (recorded samples) and transformers (the embedded default)."""
+
+from __future__ import annotations
+
+from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest, SamplingParams
+
+__all__ = ["Evicted", "GeneratedToken", "GenerationEngine", "GenerationRequest", "SamplingParams"]

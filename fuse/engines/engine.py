@@ -1,0 +1,161 @@
+"""What a generation engine is: it decodes many samples side by side, one token each per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+_INT64 = 1 << 63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw a sample's tokens: softmax(logits / temperature), no truncation of the distribution.
+
+    `temperature` 0 takes the most likely token. `stop_token_id` ends the response and belongs to it; None never stops
+    before `max_new_tokens`, which counts the whole response, tokens generated elsewhere included.
+    """
+
+    seed: int
+    temperature: float
+    max_new_tokens: int
+    stop_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if not -_INT64 <= self.seed < _INT64:
+            raise ValueError(f"seed is {self.seed}: it keys 64-bit noise, so it must fit a signed 64-bit integer")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}: it must be a finite number >= 0 (0 is greedy)")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: a response has at least one token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A prompt to continue; `response_ids` and `logprobs` are what was already generated, here or elsewhere.
+
+    `sample_id` is unique over a run and keys the sampling noise together with the seed.
+    """
+
+    sample_id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    response_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        name = f"sample {self.sample_id}"
+        if not self.prompt_ids:
+            raise ValueError(f"{name} has an empty prompt: a causal model needs at least one token to continue")
+        if len(self.response_ids) != len(self.logprobs):
+            raise ValueError(
+                f"{name} has {len(self.response_ids)} response tokens but {len(self.logprobs)} log-probabilities: "
+                "pass one per token"
+            )
+        if len(self.response_ids) >= self.params.max_new_tokens:
+            raise ValueError(
+                f"{name} already has {len(self.response_ids)} of max_new_tokens={self.params.max_new_tokens}: "
+                "it is finished, so do not submit it"
+            )
+        if self.response_ids and self.response_ids[-1] == self.params.stop_token_id:
+            raise ValueError(f"{name} already ended with stop token {self.params.stop_token_id}: do not submit it")
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response so far."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """A sample's next token; `logprob` is log_softmax(logits.float() / temperature)[token_id].
+
+    `finished` is set on the sample's last token, in the step that generates it.
+    """
+
+    sample_id: int
+    token_id: int
+    logprob: float
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A sample taken out of an engine, fit to be admitted by another one over the same weights.
+
+    `kv` spares the next engine the prefill, or is None, which makes it recompute. It holds the keys and the values
+    of each layer in turn, [kv_heads, tokens, head_dim] on the host, for all tokens but the last.
+    """
+
+    request: GenerationRequest
+    kv: tuple[Tensor, ...] | None = None
+
+
+class GenerationEngine(Protocol):
+    """Continuous batching: samples enter and leave the batch at every step.
+
+    A sample's tokens are a function of weights, prompt, seed and sample id, whatever else is in the batch and however
+    often it moved between engines. Engines are not thread-safe: calls must not overlap.
+    """
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a sample; it enters the running batch at a later step, in order of submission.
+
+        Pre: no sample of this id is in the engine; the whole response fits the engine's context.
+        Post: the sample is in the engine until it finishes or is evicted.
+        Raises: ValueError when a precondition does not hold.
+        """
+        ...
+
+    def step(self) -> list[GeneratedToken]:
+        """Generate one token for every running sample, in the order they entered or any other.
+
+        Post: finished samples have left the engine, and their places are free for the next step. [] when idle; not
+        idle means at least one token.
+        """
+        ...
+
+    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+        """Take a sample out, with its tokens so far, and its KV when asked for and there is some.
+
+        Post: the sample is not in the engine. Raises: ValueError when it was not before.
+        """
+        ...
+
+    def admit(self, evicted: Evicted) -> None:
+        """Continue a sample evicted elsewhere or here. Conditions as for `submit`.
+
+        Pre: `evicted.kv`, if any, was computed by the same weights. Post: the remaining tokens and log-probabilities
+        are those that the sample would have got without moving.
+        """
+        ...
+
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy new weights, by their global Hugging Face names.
+
+        Pre: no sample is in the engine. Raises: ValueError when one is, or when names or shapes do not match.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it takes no further calls but `close`."""
+        ...
+
+
+def already_present(sample_id: int) -> ValueError:
+    return ValueError(f"sample {sample_id} is already in the engine: an id is unique until its sample leaves")
+
+
+def not_present(sample_id: int) -> ValueError:
+    return ValueError(f"sample {sample_id} is not in the engine: it finished, was evicted, or was never submitted")
+
+
+def still_live(num_samples: int) -> ValueError:
+    return ValueError(
+        f"cannot load weights while {num_samples} samples are in the engine: they would mix two policies; "
+        "let them finish or evict them first"
+    )

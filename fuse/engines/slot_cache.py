@@ -1,0 +1,138 @@
+"""A KV cache of slots: every running sample owns one row of every layer, whatever its length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+# Contexts are rounded up to this many tokens, so buffers and attention widths change rarely.
+CONTEXT_STEP_TOKENS = 64
+
+
+def round_up(num_tokens: int) -> int:
+    return -(-num_tokens // CONTEXT_STEP_TOKENS) * CONTEXT_STEP_TOKENS
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's buffers, each [slots, kv_heads, capacity, head_dim].
+
+    Entries beyond a row's length are stale or zero, always finite: a masked-out NaN would still poison a sum.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class SlotCache(Cache):
+    """Keys and values of all layers. Live rows are kept at the front, so a step works on views of a prefix.
+
+    The model sees an empty cache (no sequence length of its own): the engine passes positions and masks. Layers
+    appear when the model first reaches them, with the heads and dtype that it brings.
+    """
+
+    def __init__(self, *, max_rows: int, max_context: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self._max_rows = max_rows
+        self._max_context = max_context
+        self._layers: list[_Layer] = []
+        self._num_rows = 0  # allocated, as is _capacity, in tokens per row
+        self._capacity = 0
+        self._row_indices = torch.arange(max_rows, device=device)
+        # The forward to come: a prefill of new rows from _first_row on, or a decode step where _positions is set.
+        self._first_row = 0
+        self._context = 0
+        self._positions: Tensor | None = None
+
+    def begin_prefill(self, first_row: int, rows: int, tokens: int) -> None:
+        """The next forward writes positions 0..tokens-1 of `rows` rows from `first_row` on."""
+        self._reserve(first_row + rows, tokens)
+        self._first_row, self._positions = first_row, None
+
+    def begin_decode(self, positions: Tensor, context: int) -> None:
+        """The next forward writes one entry per row, at positions int64 [rows], and attends to the first `context`."""
+        self._reserve(len(positions), context)
+        self._positions, self._context = positions, context
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new entries; return what its queries attend to. The model calls this.
+
+        Shapes: key_states, value_states [rows, kv_heads, tokens, head_dim]. Decoding (tokens = 1) returns views
+        [rows, kv_heads, context, head_dim]; a prefill returns its own entries, since its rows are new.
+        """
+        layer = self._layer(layer_idx, key_states, value_states)
+        rows, tokens = len(key_states), key_states.shape[2]
+        if self._positions is None:
+            layer.keys[self._first_row : self._first_row + rows, :, :tokens] = key_states
+            layer.values[self._first_row : self._first_row + rows, :, :tokens] = value_states
+            return key_states, value_states
+        layer.keys[self._row_indices[:rows], :, self._positions] = key_states[:, :, 0]
+        layer.values[self._row_indices[:rows], :, self._positions] = value_states[:, :, 0]
+        return layer.keys[:rows, :, : self._context], layer.values[:rows, :, : self._context]
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy a row's first entries over another row."""
+        for layer in self._layers:
+            layer.keys[target, :, :tokens] = layer.keys[source, :, :tokens]
+            layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
+
+    def read(self, row: int, tokens: int) -> tuple[Tensor, ...]:
+        """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim], copied to the host."""
+        return tuple(
+            entries[row, :, :tokens].to("cpu", copy=True)
+            for layer in self._layers
+            for entries in (layer.keys, layer.values)
+        )
+
+    def write(self, row: int, kv: Sequence[Tensor], *, like: Tensor) -> None:
+        """Fill a row from what `read` returned elsewhere; `like` gives device and dtype."""
+        tokens = kv[0].shape[1]
+        self._reserve(row + 1, tokens)
+        for index, (keys, values) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
+            keys, values = keys.to(like), values.to(like)
+            layer = self._layer(index, keys.unsqueeze(0), values.unsqueeze(0))
+            layer.keys[row, :, :tokens] = keys
+            layer.values[row, :, :tokens] = values
+
+    def clear(self) -> None:
+        """Free all buffers."""
+        self._layers.clear()
+        self._num_rows = self._capacity = 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self._max_context
+
+    def _reserve(self, rows: int, tokens: int) -> None:
+        """Make room, at least doubling what there is: growth costs O(1) per token in the long run."""
+        if rows > self._num_rows:
+            self._num_rows = min(max(rows, 2 * self._num_rows), self._max_rows)
+        if tokens > self._capacity:
+            self._capacity = min(round_up(max(tokens, 2 * self._capacity)), round_up(self._max_context))
+        assert rows <= self._num_rows, f"{rows} rows do not fit {self._max_rows} slots"
+        assert tokens <= self._capacity, f"{tokens} tokens do not fit a context of {self._max_context}"
+
+    def _layer(self, index: int, keys: Tensor, values: Tensor) -> _Layer:
+        """The layer's buffers, allocated or grown to what is reserved."""
+        if index == len(self._layers):
+            self._layers.append(_Layer(self._allocate(keys), self._allocate(values)))
+        layer = self._layers[index]
+        rows, _, tokens, _ = layer.keys.shape
+        if rows < self._num_rows or tokens < self._capacity:
+            layer.keys = self._grow(layer.keys)
+            layer.values = self._grow(layer.values)
+        return layer
+
+    def _grow(self, entries: Tensor) -> Tensor:
+        grown = self._allocate(entries)
+        grown[: entries.shape[0], :, : entries.shape[2]] = entries
+        return grown
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self._num_rows, like.shape[1], self._capacity, like.shape[3])

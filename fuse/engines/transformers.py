@@ -1,0 +1,262 @@
+"""The embedded engine: continuous batching over a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fuse.engines.attention import use_slot_attention
+from fuse.engines.engine import (
+    Evicted,
+    GeneratedToken,
+    GenerationRequest,
+    SamplingParams,
+    already_present,
+    not_present,
+    still_live,
+)
+from fuse.engines.rows import Rows
+from fuse.engines.slot_cache import SlotCache, round_up
+
+_LEAST_CONTEXT = 8
+
+
+class TransformersEngine:
+    """A `GenerationEngine` around `model`, on the model's device and in its dtype; it takes the model over.
+
+    Each step first fills free slots from the queue (all tokens but the last go into the cache: prefilled, or copied
+    from the KV that came along), then feeds one token per live row and samples the next.
+
+    max_batch: slots, the most samples that run side by side.
+    max_context: the most tokens of prompt and response together; by default what the model's positions allow.
+    max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
+        A longer prompt is prefilled alone.
+
+    In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.
+
+    Raises: ValueError for limits the model cannot serve, and for models whose cached decoding differs from their
+        plain forward: a short sample is decoded both ways.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_batch: int = 64,
+        max_context: int | None = None,
+        max_prefill_tokens: int = 2048,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        self._max_context = _check_context(model, max_context)
+        self._vocab_size: int = model.config.get_text_config().vocab_size
+        self._max_batch = max_batch
+        self._max_prefill_tokens = max_prefill_tokens
+        self._model = model.eval()
+        use_slot_attention(model)
+        self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
+        self._positions = torch.arange(round_up(self._max_context), device=model.device)
+        # Additive masks: allowed is 0, the rest is -inf, in the model's dtype.
+        self._masked = torch.tensor(float("-inf"), dtype=model.dtype, device=model.device)
+        self._rows = Rows(max_batch, model.device)
+        self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
+        self._check_decoding()
+
+    def submit(self, request: GenerationRequest) -> None:
+        self.admit(Evicted(request))
+
+    def admit(self, evicted: Evicted) -> None:
+        request = evicted.request
+        if request.sample_id in self._queue or request.sample_id in self._rows:
+            raise already_present(request.sample_id)
+        num_tokens = len(request.prompt_ids) + request.params.max_new_tokens
+        if num_tokens > self._max_context:
+            raise ValueError(
+                f"sample {request.sample_id} needs {num_tokens} tokens ({len(request.prompt_ids)} of prompt, up to "
+                f"{request.params.max_new_tokens} of response) but the engine's context is {self._max_context}: "
+                "shorten the prompt, lower max_new_tokens or raise max_context"
+            )
+        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
+        if lowest < 0 or highest >= self._vocab_size:
+            raise ValueError(
+                f"sample {request.sample_id} has token id {lowest if lowest < 0 else highest} in its prompt but the "
+                f"model knows 0 to {self._vocab_size - 1}: use the model's own tokenizer"
+            )
+        self._queue[request.sample_id] = evicted
+
+    @torch.inference_mode()
+    def step(self) -> list[GeneratedToken]:
+        self._fill_slots()
+        if not len(self._rows):
+            return []
+        generated = self._rows.sample(self._decode())
+        # From the back: the last row, which fills a freed slot, is then never a finished one itself.
+        for row in reversed([row for row, token in enumerate(generated) if token.finished]):
+            self._remove(row)
+        return generated
+
+    @torch.inference_mode()
+    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+        if sample_id in self._queue:
+            evicted = self._queue.pop(sample_id)
+            return evicted if with_kv else Evicted(evicted.request)
+        if sample_id not in self._rows:
+            raise not_present(sample_id)
+        index = self._rows.index(sample_id)
+        row = self._rows[index]
+        kv = self._cache.read(index, row.num_cached) if with_kv else None
+        request = row.to_request()
+        self._remove(index)
+        return Evicted(request, kv)
+
+    @torch.no_grad()
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy new weights into the model, cast to its dtype. A tied tensor may come under either of its names."""
+        num_live = len(self._rows) + len(self._queue)
+        if num_live:
+            raise still_live(num_live)
+        own = self._model.state_dict()
+        given = {own[name].data_ptr() for name in state_dict.keys() & own.keys()}
+        unknown = sorted(state_dict.keys() - own.keys())
+        missing = sorted(name for name in own.keys() - state_dict.keys() if own[name].data_ptr() not in given)
+        if unknown or missing:
+            raise ValueError(
+                f"the weights do not fit {type(self._model).__name__}: {_some(unknown)} unknown, {_some(missing)} "
+                "missing; pass a whole state dict under the model's own names"
+            )
+        for name, tensor in state_dict.items():
+            if own[name].shape != tensor.shape:
+                raise ValueError(f"weight {name} is {list(tensor.shape)} but the model's is {list(own[name].shape)}")
+        for name, tensor in state_dict.items():
+            own[name].copy_(tensor)
+
+    def close(self) -> None:
+        self._queue.clear()
+        self._rows = Rows(0, self._rows.input_ids.device)
+        self._cache.clear()
+
+    def _fill_slots(self) -> None:
+        """Give free slots to the queue's first samples, within the prefill budget."""
+        chosen: list[Evicted] = []
+        num_free, budget = self._max_batch - len(self._rows), self._max_prefill_tokens
+        for evicted in self._queue.values():
+            cost = 0 if evicted.kv is not None else evicted.request.num_tokens - 1
+            if len(chosen) == num_free or (cost > budget and chosen):
+                break
+            chosen.append(evicted)
+            budget -= cost
+        for evicted in chosen:
+            del self._queue[evicted.request.sample_id]
+        for evicted in chosen:
+            if evicted.kv is not None:
+                self._cache.write(len(self._rows), evicted.kv, like=self._masked)
+                self._rows.extend([evicted.request])
+        for requests in _batches_by_length([evicted.request for evicted in chosen if evicted.kv is None]):
+            self._prefill(requests)
+            self._rows.extend(requests)
+
+    def _prefill(self, requests: Sequence[GenerationRequest]) -> None:
+        """Cache all tokens but the last of new rows, right-padded: what pads writes, later tokens overwrite."""
+        width = max(request.num_tokens for request in requests) - 1
+        if width == 0:
+            return
+        padded = [(*request.prompt_ids, *request.response_ids)[:-1] for request in requests]
+        input_ids = torch.tensor([ids + (0,) * (width - len(ids)) for ids in padded], device=self._model.device)
+        self._cache.begin_prefill(len(self._rows), len(requests), width)
+        self._model.base_model(
+            input_ids=input_ids,
+            position_ids=self._positions[:width].expand(len(requests), width),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+
+    def _decode(self) -> Tensor:
+        """Feed every row's last token; the logits of the next one, [rows, vocab]."""
+        lengths = self._rows.lengths
+        context = round_up(max(row.num_cached for row in self._rows) + 1)
+        is_seen = self._positions[:context] <= lengths.unsqueeze(1)
+        mask = torch.where(is_seen, torch.zeros_like(self._masked), self._masked)
+        self._cache.begin_decode(lengths, context)
+        output = self._model(
+            input_ids=self._rows.input_ids.unsqueeze(1),
+            attention_mask=mask[:, None, None, :],
+            position_ids=lengths.unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits[:, 0]
+        return logits
+
+    @torch.inference_mode()
+    def _check_decoding(self) -> None:
+        """Decode two samples side by side and compare with the plain forward; leaves no trace."""
+        params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=3)
+        prompts = ((1 % self._vocab_size,), tuple(token % self._vocab_size for token in (2, 3, 5, 7)))
+        for sample_id, prompt_ids in enumerate(prompts):
+            self.submit(GenerationRequest(sample_id=sample_id, prompt_ids=prompt_ids, params=params))
+        tokens = [list(prompt_ids) for prompt_ids in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        while generated := self.step():
+            for token in generated:
+                tokens[token.sample_id].append(token.token_id)
+                logprobs[token.sample_id].append(token.logprob)
+        self._cache.clear()
+        tolerance = 1e-3 if self._model.dtype in (torch.float32, torch.float64) else 0.5
+        for prompt_ids, token_ids, decoded in zip(prompts, tokens, logprobs, strict=True):
+            first = len(prompt_ids)
+            input_ids = torch.tensor([token_ids], device=self._model.device)
+            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1].float().log_softmax(1)
+            expected = plain.gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
+            difference = max(abs(one - other) for one, other in zip(decoded, expected, strict=True))
+            if not difference <= tolerance:
+                raise ValueError(
+                    f"{type(self._model).__name__} does not decode from slots: its log-probabilities differ from a "
+                    f"plain forward by {difference:.3g}, more than {tolerance}; use another engine for this model"
+                )
+
+    def _remove(self, row: int) -> None:
+        last = self._rows.remove(row)
+        if row != last:
+            self._cache.move(last, row, self._rows[row].num_cached)
+
+
+def _batches_by_length(requests: Sequence[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
+    """Groups of similar length, longest first. Lengths in a group share their power of two: padding at most doubles."""
+    ordered = sorted(requests, key=lambda request: request.num_tokens, reverse=True)
+    for _, group in groupby(ordered, key=lambda request: (request.num_tokens - 1).bit_length()):
+        yield list(group)
+
+
+def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
+    """The context to serve, or ValueError where the model has less, or attention that slots do not hold."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if max_context is None:
+        max_context = num_positions
+    if max_context is None:
+        raise ValueError(f"{name} declares no max_position_embeddings: pass max_context")
+    if max_context < _LEAST_CONTEXT:
+        raise ValueError(f"max_context is {max_context}: it must be at least {_LEAST_CONTEXT} tokens")
+    if num_positions is not None and max_context > num_positions:
+        raise ValueError(f"max_context is {max_context} but {name} has {num_positions} positions: lower max_context")
+    window = getattr(config, "sliding_window", None)
+    declared = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
+    layer_types = set(declared)
+    unknown = layer_types - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"{name} has layers of type {', '.join(sorted(unknown))}: the engine serves attention layers")
+    if window is not None and window < max_context and layer_types != {"full_attention"}:
+        raise ValueError(
+            f"{name} attends to the last {window} tokens only: lower max_context={max_context} to {window}"
+        )
+    return max_context
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"

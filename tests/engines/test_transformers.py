@@ -1,0 +1,198 @@
+"""The transformers engine against the model itself: `generate`, a plain forward, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.transformers import TransformersEngine
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
+BuildModel = Callable[..., PreTrainedModel]
+
+
+def request(
+    sample_id: int, num_prompt_tokens: int, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+) -> GenerationRequest:
+    return GenerationRequest(
+        sample_id=sample_id,
+        prompt_ids=tuple(1 + (7 * sample_id + 3 * index) % 96 for index in range(num_prompt_tokens)),
+        params=SamplingParams(seed=seed, temperature=temperature, max_new_tokens=max_new_tokens),
+    )
+
+
+REQUESTS = [request(index, *shape) for index, shape in enumerate([(1, 90), (5, 30), (40, 60), (2, 100), (130, 9)])]
+
+
+def run(engine: TransformersEngine, requests: list[GenerationRequest]) -> dict[int, tuple[list[int], list[float]]]:
+    for one in requests:
+        engine.submit(one)
+    outputs: dict[int, tuple[list[int], list[float]]] = {one.sample_id: ([], []) for one in requests}
+    while tokens := engine.step():
+        for token in tokens:
+            outputs[token.sample_id][0].append(token.token_id)
+            outputs[token.sample_id][1].append(token.logprob)
+    return outputs
+
+
+@torch.no_grad()
+def logprobs_of(
+    model: PreTrainedModel, prompt_ids: tuple[int, ...], response_ids: list[int], temperature: float
+) -> torch.Tensor:
+    logits = model(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1].float()
+    return (logits / temperature).log_softmax(1)[torch.arange(len(response_ids)), response_ids]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_equal_generate(build_model: BuildModel, architecture: str) -> None:
+    """Contexts past one growth of the buffers; more requests than slots."""
+    outputs = run(TransformersEngine(build_model(architecture), max_batch=3), REQUESTS)
+    reference = build_model(architecture)
+    for one in REQUESTS:
+        expected = reference.generate(
+            torch.tensor([one.prompt_ids]),
+            do_sample=False,
+            max_new_tokens=one.params.max_new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(one.prompt_ids) :]
+        assert outputs[one.sample_id][0] == expected.tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logprobs_equal_a_plain_forward(build_model: BuildModel, architecture: str) -> None:
+    requests = [request(index, 3 + 5 * index, 40, temperature=0.7) for index in range(6)]
+    outputs = run(TransformersEngine(build_model(architecture)), requests)
+    reference = build_model(architecture)
+    for one in requests:
+        response_ids, logprobs = outputs[one.sample_id]
+        expected = logprobs_of(reference, one.prompt_ids, response_ids, 0.7)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=2e-5)
+
+
+def test_the_seed_decides_the_tokens(build_model: BuildModel) -> None:
+    first, again, other = (
+        run(TransformersEngine(build_model()), [request(0, 4, 30, temperature=1.0, seed=seed)])[0][0]
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_bfloat16_keeps_to_its_model(build_model: BuildModel) -> None:
+    requests = [request(index, 3 + 5 * index, 20, temperature=1.0) for index in range(4)]
+    outputs = run(TransformersEngine(build_model(dtype=torch.bfloat16)), requests)
+    reference = build_model(dtype=torch.bfloat16).float()
+    for one in requests:
+        response_ids, logprobs = outputs[one.sample_id]
+        expected = logprobs_of(reference, one.prompt_ids, response_ids, 1.0)
+        # bf16 rounds logits of size 8 to 1/32 and more: gross errors only.
+        assert float((torch.tensor(logprobs) - expected).abs().mean()) < 0.15
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_weights_serve_from_the_next_sample_on(build_model: BuildModel, tied: bool) -> None:
+    engine = TransformersEngine(build_model(seed=0, tied=tied))
+    before = run(engine, REQUESTS[:2])
+    new = build_model(seed=1, tied=tied)
+    weights = new.state_dict()
+    if tied:
+        del weights["lm_head.weight"]  # its other name is enough
+    engine.load_weights(weights)
+    after = run(engine, REQUESTS[:2])
+    assert after != before
+    assert after == run(TransformersEngine(new), REQUESTS[:2])
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model())
+    before = run(engine, REQUESTS[:1])
+    weights = build_model(seed=1).state_dict()
+    missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+    with pytest.raises(ValueError, match=r"1 \(model.norm.weight\) missing"):
+        engine.load_weights(missing)
+    with pytest.raises(ValueError, match=r"1 \(extra\) unknown"):
+        engine.load_weights({**weights, "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
+        engine.load_weights({**weights, "model.norm.weight": torch.zeros(3)})
+    assert run(engine, REQUESTS[:1]) == before
+
+
+def test_prompts_enter_within_the_prefill_budget(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model(), max_prefill_tokens=50)
+    for index in range(6):
+        engine.submit(request(index, 21, 10))  # 20 tokens to prefill: two fit
+    assert [len(engine.step()) for _ in range(3)] == [2, 4, 6]
+    engine.submit(request(6, 200, 10))  # more than a whole budget, so alone
+    engine.submit(request(7, 21, 10))
+    assert [len(engine.step()) for _ in range(2)] == [7, 8]
+
+
+def test_kv_that_comes_along_needs_no_prefill_budget(build_model: BuildModel) -> None:
+    source, target = (TransformersEngine(build_model(), max_prefill_tokens=1) for _ in range(2))
+    for index in range(3):
+        source.submit(request(index, 30, 10))
+    for _ in range(3):
+        source.step()
+    for index in range(3):
+        evicted = source.evict(index, with_kv=True)
+        assert evicted.kv is not None
+        assert all(entries.shape == (2, evicted.request.num_tokens - 1, 8) for entries in evicted.kv)
+        target.admit(evicted)
+    assert len(target.step()) == 3
+
+
+def test_the_context_limits_prompt_and_response_together(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model(), max_context=50)
+    with pytest.raises(ValueError, match=r"needs 51 tokens .* context is 50"):
+        engine.submit(request(1, 21, 30))
+    assert len(run(engine, [request(0, 20, 30)])[0][0]) == 30
+
+
+def test_a_token_outside_the_vocabulary_is_refused(build_model: BuildModel) -> None:
+    params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"token id 97 .* knows 0 to 96"):
+        TransformersEngine(build_model()).submit(GenerationRequest(sample_id=0, prompt_ids=(3, 97), params=params))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_context": 257}, "has 256 positions"),
+        ({"max_context": 7}, "max_context is 7"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens is 0"),
+    ],
+)
+def test_impossible_limits_are_refused(build_model: BuildModel, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformersEngine(build_model(), **options)
+
+
+def test_a_model_that_slots_cannot_serve_is_refused() -> None:
+    """A head that looks at its neighbours in the batch: cached and plain forwards disagree."""
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + output.logits.mean(dim=0).flip(-1)
+            return output
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="Odd does not decode from slots"):
+        TransformersEngine(Odd(LlamaConfig(vocab_size=97, max_position_embeddings=64, **shape)))
+
+
+def test_a_window_shorter_than_the_context_is_refused() -> None:
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, sliding_window=32,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="last 32 tokens only: lower max_context=256 to 32"):
+        TransformersEngine(MistralForCausalLM(config))
+    TransformersEngine(MistralForCausalLM(config), max_context=32)
