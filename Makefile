@@ -1,7 +1,9 @@
 # make demo, make test, make lint and make bench each set everything up first; `make setup` does only that.
 # Needs Python 3.11 or later and a C++ compiler; the rest, cmake and ninja included, goes into .venv.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first interpreter that runs and is new enough; looked for only when .venv has to be made.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -30,6 +32,7 @@ export REQUIREMENTS
 setup: $(VENV)/.installed
 
 $(BIN)/python:
+	$(if $(PYTHON),,$(error fuse needs Python 3.11 or later: set PYTHON to one))
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
