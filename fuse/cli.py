@@ -1,0 +1,170 @@
+"""The `fuse` command: finds the subcommand, parses its options, and turns users' errors into one line each.
+
+A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; it is imported only when it runs,
+so `fuse --help` loads neither torch nor ray. `parents()` may give parsers whose options the command takes over.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import fuse
+
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "train": "train a policy by PPO on your prompts, rewarded by a function or a model",
+        "demo": "teach a small model to add, from nothing, in a few minutes",
+        "solve": "find a fused pipeline schedule",
+        "show": "print or draw a schedule and its timing",
+        "simulate": "replay recorded response lengths under migration policies",
+    }
+)
+BENCHMARKS: Mapping[str, str] = MappingProxyType(
+    {
+        "iteration": "whole PPO iterations",
+        "rollout": "generation",
+        "training": "pipeline training of actor and critic",
+        "solver": "schedule search",
+        "kernels": "native kernels against their torch references",
+    }
+)
+OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+TRACEBACK_VARIABLE = "FUSE_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status; bad options exit with status 2 by SystemExit."""
+    name, module, rest = _select(list(sys.argv[1:] if argv is None else argv))
+    try:
+        command: Any = import_module(module)
+        parser = Parser(
+            prog=f"fuse {name}",
+            description=command.__doc__,
+            parents=command.parents() if hasattr(command, "parents") else [],
+            formatter_class=HelpFormatter,
+        )
+        command.add_arguments(parser)
+        return int(command.run(parser.parse_args(rest)))
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", INTERRUPTED)
+    except (ValueError, OSError) as error:
+        return _fail(name, error, BAD_INPUT)
+    except _worker_errors() as error:
+        return _fail(name, error, RUN_FAILED)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes --num_devices for --num-devices, and answers a mistake with one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = super().parse_known_args(arguments, namespace)
+        if unknown:
+            self.error(self._unknown_option(unknown[0]))
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {_one_line(message)} ({self.prog} --help lists the options)\n")
+
+    def _unknown_option(self, text: str) -> str:
+        if not text.startswith("-"):
+            return f"unexpected argument {text!r}: remove it, or give the option that it belongs to"
+        name = text.partition("=")[0]
+        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f"unknown option {name}" + (f": did you mean {_with_dashes(close[0])}?" if close else "")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lists each option once, in its dashed spelling."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(name for name in action.option_strings if "_" not in name)
+        if action.nargs == 0:
+            return names
+        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
+def _select(argv: list[str]) -> tuple[str, str, list[str]]:
+    """Split a command line into the command's name, its module, and its arguments."""
+    commands = {name: text for name, text in COMMANDS.items() if _exists(f"fuse.commands.{name}")}
+    benchmarks = {name: text for name, text in BENCHMARKS.items() if _exists(f"fuse.benchmarks.{name}")}
+    if benchmarks:
+        commands["bench"] = f"measure: {', '.join(benchmarks)}"
+    command, rest = _choose("fuse", fuse.__doc__, commands, argv)
+    if command != "bench":
+        return command, f"fuse.commands.{command}", rest
+    benchmark, rest = _choose("fuse bench", "Measure one part on this machine.", benchmarks, rest)
+    return f"bench {benchmark}", f"fuse.benchmarks.{benchmark}", rest
+
+
+def _choose(prog: str, description: str | None, choices: Mapping[str, str], argv: list[str]) -> tuple[str, list[str]]:
+    """Take the first argument as one of `choices`, and leave the others alone."""
+    width = max(map(len, choices), default=0)
+    lines = [f"  {name:{width}}  {text}" for name, text in choices.items()]
+    parser = Parser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} COMMAND [OPTIONS]",
+        epilog="\n".join(
+            ["commands:", *lines, "", f"`{prog} COMMAND --help` lists a command's options.", *_environment_help(prog)]
+        ),
+        formatter_class=HelpFormatter,
+    )
+    if prog == "fuse":
+        parser.add_argument("--version", action="version", version=f"fuse {fuse.__version__}")
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv)
+        parser.error("no command given: use " + ", ".join(choices))
+    if argv[0] not in choices:
+        close = difflib.get_close_matches(argv[0], choices, n=1)
+        hint = f"did you mean {close[0]}?" if close else "use " + ", ".join(choices)
+        parser.error(f"unknown command {argv[0]!r}: {hint}")
+    return argv[0], argv[1:]
+
+
+def _environment_help(prog: str) -> list[str]:
+    return [f"{TRACEBACK_VARIABLE}=1 shows the traceback of an error."] if prog == "fuse" else []
+
+
+def _exists(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    return find_spec(parent) is not None and find_spec(module) is not None
+
+
+def _with_dashes(argument: str) -> str:
+    """`--num_devices=2` -> `--num-devices=2`; what is no option stays as it is."""
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value if re.fullmatch(r"--\w[\w-]*", name) else argument
+
+
+def _worker_errors() -> tuple[type[BaseException], ...]:
+    """WorkerError, if the command has loaded the module that raises it; importing it here would load ray."""
+    errors = sys.modules.get("fuse.workers.errors")
+    return () if errors is None else (errors.WorkerError,)
+
+
+def _fail(command: str, error: BaseException | str, status: int) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE) and isinstance(error, BaseException):
+        raise error
+    print(f"fuse {command}: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+    return status
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
