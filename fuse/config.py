@@ -42,9 +42,7 @@ class PPOConfig(TrainingArguments):
         None, "Prompts to train on, in all. Default: num_train_epochs passes over the dataset."
     )
     response_length: int = _option(53, "Most tokens of a response.")
-    stop_token: Literal["eos"] | None = _option(
-        None, "'eos' ends a response at the tokenizer's end-of-sequence token."
-    )
+    stop_token: Literal["eos"] | None = _option(None, "'eos' ends a response at the tokenizer's end-of-sequence token.")
     stop_token_id: int | None = _option(None, "Token that ends a response; excludes stop_token.")
     temperature: float = _option(0.7, "Sampling temperature.")
     missing_eos_penalty: float | None = _option(
@@ -58,9 +56,7 @@ class PPOConfig(TrainingArguments):
     cliprange_value: float = _option(0.2, "Clip range of the value's change.")
     gamma: float = _option(1.0, "Discount factor.")
     lam: float = _option(0.95, "Lambda of generalised advantage estimation.")
-    local_rollout_forward_batch_size: int = _option(
-        64, "Most samples in one inference micro-batch."
-    )
+    local_rollout_forward_batch_size: int = _option(64, "Most samples in one inference micro-batch.")
     num_sample_generations: int = _option(
         10, "Times completions of the evaluation prompts are shown during training; 0 for never."
     )
@@ -107,7 +103,13 @@ class PPOConfig(TrainingArguments):
     def _check_ranges(self) -> None:
         at_least_one = ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size")
         at_least_one += ("generation_batch_size", "inference_batch_tokens", "per_device_train_batch_size")
-        at_least_one += ("gradient_accumulation_steps", "num_devices", "actor_stages", "critic_stages", "total_episodes")
+        at_least_one += (
+            "gradient_accumulation_steps",
+            "num_devices",
+            "actor_stages",
+            "critic_stages",
+            "total_episodes",
+        )
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,11 +131,15 @@ class PPOConfig(TrainingArguments):
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("stop_token and stop_token_id are both set: set one of them")
         if self.stop_token not in (None, "eos"):
-            raise ValueError(f"stop_token={self.stop_token!r} is unknown: use 'eos', or stop_token_id for another token")
+            raise ValueError(
+                f"stop_token={self.stop_token!r} is unknown: use 'eos', or stop_token_id for another token"
+            )
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown: use 'k1' or 'k3'")
         if self.model_adapter_name is not None or self.ref_adapter_name is not None:
-            raise ValueError("PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset")
+            raise ValueError(
+                "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"
+            )
         if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"optim={self.optim} is not supported: use adamw_torch")
 

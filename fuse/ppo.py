@@ -30,8 +30,7 @@ def response_length(response_ids: Sequence[int], stop_token_id: int | None, pad_
     end = len(response_ids)
     if stop_token_id is not None and stop_token_id in response_ids:
         end = response_ids.index(stop_token_id) + 1
-    padding = next((index for index in range(end) if response_ids[index] == pad_token_id), end)
-    return padding
+    return next((index for index in range(end) if response_ids[index] == pad_token_id), end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,9 @@ class PolicyLoss:
     ratio: Tensor
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> PolicyLoss:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+) -> PolicyLoss:
     """Clipped surrogate loss, a mean over the positions where `mask` is true.
 
     All arguments are [positions]. `mask` is all true for ragged layouts; where it is false (padded layouts) both

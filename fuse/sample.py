@@ -36,7 +36,8 @@ class Sample:
     """One prompt, the response generated for it and what inference says of it.
 
     `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
-    which engine, batch or device produced them.
+    which engine, batch or device produced them. `length` is the number of response tokens that count (see
+    `fuse.ppo.response_length`), known once it is generated; a response may hold more.
     """
 
     id: int
@@ -45,6 +46,7 @@ class Sample:
     state: SampleState = SampleState.QUEUED
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    length: int = 0
     reference_logprobs: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
     score: float | None = None

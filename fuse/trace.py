@@ -49,6 +49,24 @@ class SpanRecorder:
         return spans
 
 
+class PhaseClock:
+    """Wall time of an iteration and of the named phases inside it."""
+
+    def __init__(self) -> None:
+        self.start_s = time.time()
+        self.end_s = self.start_s
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start_s = time.time()
+        try:
+            yield
+        finally:
+            self.end_s = time.time()
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.end_s - start_s
+
+
 def busy_s(spans: Sequence[Span], start_s: float, end_s: float) -> float:
     """Seconds of [start_s, end_s] covered by at least one span: overlapping spans count once."""
     covered, reached = 0.0, start_s

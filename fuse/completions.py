@@ -1,0 +1,24 @@
+"""The table of completions shown while training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from fuse.sample import Sample
+
+
+def print_completions(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> None:
+    """Print one row per sample: query, model response, score."""
+    table = Table(show_lines=True)
+    for column in ("query", "model response", "score"):
+        table.add_column(column)
+    for sample in samples:
+        query = tokenizer.decode(list(sample.prompt_ids), skip_special_tokens=True)
+        response = tokenizer.decode(sample.response_ids[: sample.length])
+        table.add_row(escape(query), escape(response), f"{sample.score:.4g}")
+    Console().print(table)

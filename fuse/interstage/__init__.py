@@ -1,0 +1,1 @@
+"""Generation and inference at the granularity of samples: who generates, who scores, and when."""

@@ -1,0 +1,95 @@
+"""Stage by stage: all samples are generated, then all are scored. The baseline that fused policies must beat."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
+from fuse.ppo import response_length
+from fuse.sample import Sample, SampleState
+from fuse.workers.cluster import Worker, gather, wait_any
+from fuse.workers.inference import TokenSequence
+
+_POLL_TIMEOUT_S = 10.0
+
+
+def generate(engines: Sequence[Worker], samples: Sequence[Sample], params: SamplingParams, pad_token_id: int) -> None:
+    """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
+
+    Raises:
+        WorkerError: an engine died or raised.
+    """
+    by_id = {sample.id: sample for sample in samples}
+    shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
+    gather([engine.call("submit", [_request(sample, params) for sample in share]) for engine, share in shares.items()])
+    for sample in samples:
+        sample.advance(SampleState.GENERATING)
+
+    remaining = {engine: len(share) for engine, share in shares.items()}
+    polls = {engine.call("poll", _POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count}
+    while polls:
+        future, tokens = wait_any(list(polls))
+        engine = polls.pop(future)
+        for token in tokens:
+            _append(by_id[token.sample_id], token, params, pad_token_id)
+            remaining[engine] -= token.finished
+        if remaining[engine]:
+            polls[engine.call("poll", _POLL_TIMEOUT_S)] = engine
+
+
+def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
+    """Fill in every sample's reference log-probabilities, values and score; devices get equal shares of the tokens.
+
+    Raises:
+        WorkerError: a model worker died or raised.
+    """
+    shares = [share for share in balance(samples, len(scorers)) if share]
+    for sample in samples:
+        sample.advance(SampleState.INFERRING)
+    futures = [
+        scorer.call("infer", [_sequence(sample) for sample in share])
+        for scorer, share in zip(scorers, shares, strict=False)
+    ]
+    for share, results in zip(shares, gather(futures), strict=True):
+        for sample, result in zip(share, results, strict=True):
+            sample.reference_logprobs, sample.values, sample.score = (
+                result.reference_logprobs,
+                result.values,
+                result.score,
+            )
+            sample.advance(SampleState.SCORED)
+
+
+def balance(samples: Sequence[Sample], num_shares: int) -> list[list[Sample]]:
+    """Split samples so that the shares' token counts are about equal: longest first, to the share with the fewest.
+
+    Source: Graham 1969, longest processing time first: the largest share is at most 4/3 of the smallest possible.
+    """
+    shares: list[list[Sample]] = [[] for _ in range(num_shares)]
+    totals = [(0, index) for index in range(num_shares)]
+    for sample in sorted(samples, key=_num_tokens, reverse=True):
+        tokens, index = heapq.heappop(totals)
+        shares[index].append(sample)
+        heapq.heappush(totals, (tokens + _num_tokens(sample), index))
+    return shares
+
+
+def _num_tokens(sample: Sample) -> int:
+    return len(sample.prompt_ids) + sample.length
+
+
+def _request(sample: Sample, params: SamplingParams) -> GenerationRequest:
+    return GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=params)
+
+
+def _sequence(sample: Sample) -> TokenSequence:
+    return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]))
+
+
+def _append(sample: Sample, token: GeneratedToken, params: SamplingParams, pad_token_id: int) -> None:
+    sample.response_ids.append(token.token_id)
+    sample.logprobs.append(token.logprob)
+    if token.finished:
+        sample.length = response_length(sample.response_ids, params.stop_token_id, pad_token_id)
+        sample.advance(SampleState.GENERATED)

@@ -1,0 +1,433 @@
+"""PPOTrainer: generate, infer, train, over and over, on Ray workers; TRL's trainer to the code that calls it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import CallbackHandler, ExportableState, PrinterCallback, TrainerState
+
+from fuse import checkpoint, checks, prompts
+from fuse.completions import print_completions
+from fuse.config import PPOConfig
+from fuse.engines.engine import SamplingParams
+from fuse.experience import Experience, prepare
+from fuse.report import iteration_report, summary_line
+from fuse.rewards import RewardFunction, call_reward_function
+from fuse.sample import Sample
+from fuse.steps import OptimizerStep, average_statistics, optimizer_steps, trl_optimizer_steps
+from fuse.trace import PhaseClock, write_chrome_trace
+from fuse.workers.fleet import Fleet, FleetSettings
+
+logger = logging.getLogger(__name__)
+
+# Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
+_FIRST_EVALUATION_ID = 1 << 40
+
+
+@dataclass
+class PPOState(TrainerState):
+    """transformers' TrainerState with the number of prompts consumed so far."""
+
+    episode: int = 0
+
+
+class PolicyAndValue(nn.Module):
+    """The two trained models under the names that TRL's callbacks know: `.policy` and `.value_model`."""
+
+    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        self.config = policy.config
+
+
+class PPOTrainer:
+    """Proximal policy optimisation from rewards, in place of `trl.experimental.ppo.PPOTrainer`.
+
+    args: see `PPOConfig`.
+    processing_class: the tokenizer; it needs a pad token.
+    model: the policy, any causal language model that declares `base_model_pp_plan`.
+    ref_model: what the KL penalty measures from; None takes a copy of the policy.
+    reward_model: a sequence classifier with one label, or a callable
+        `(prompts: list[str], responses: list[str], **columns: list) -> list[float]`, given the dataset's other columns.
+    train_dataset: rows with `input_ids`.
+    value_model: a sequence classifier with one label, trained as the critic.
+    data_collator, eval_dataset, callbacks: as in TRL. optimizers and peft_config must stay unset.
+
+    After `train()` the trained weights are in `model` and `value_model`.
+
+    Raises:
+        ValueError: arguments that cannot be trained, with what, why and the remedy; nothing has been started then.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        reward_model: PreTrainedModel | RewardFunction,
+        train_dataset: Any,
+        value_model: PreTrainedModel,
+        data_collator: Any = None,
+        eval_dataset: Any = None,
+        optimizers: tuple[None, None] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: None = None,
+    ) -> None:
+        checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers, peft_config)
+        checks.check_tokenizer(processing_class, needs_eos=args.stop_token == "eos")
+        self.args = args
+        self.processing_class = processing_class
+        self.policy_model = model
+        self.ref_model = ref_model if ref_model is not None else copy.deepcopy(model)
+        self.reward_model = reward_model
+        self.value_model = value_model
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.data_collator = data_collator
+        self._output_dir = Path(args.output_dir or "trainer_output")
+        self.stop_token_id = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
+        self.model = PolicyAndValue(model, value_model)
+        self._check_models_and_prompts()
+        checks.fill_batch_sizes(args, len(train_dataset))
+
+        self.dataloader = prompts.prompt_loader(train_dataset, _known(args.local_batch_size), args.seed, data_collator)
+        self._fleet: Fleet | None = None
+        self._settings = FleetSettings.from_config(args, processing_class.pad_token_id)  # refuses what cannot be placed
+        self._set_up_optimizer()
+        self._set_up_callbacks(callbacks)
+
+    state: PPOState
+    control: TrainerControl
+
+    # The loop
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """Run all updates, or those left after a checkpoint: a path, or True for the last one in `args.output_dir`.
+
+        Raises:
+            WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
+            ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
+        """
+        args = self.args
+        resumed = checkpoint.find(self._output_dir, resume_from_checkpoint) if resume_from_checkpoint else None
+        self._begin_state(resumed)
+        batches = prompts.batches(self.get_train_dataloader(), start=self.state.global_step)
+        with self._workers(resumed) as fleet:
+            self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+            for update in range(self.state.global_step + 1, self.state.max_steps + 1):
+                clock = PhaseClock()
+                samples = self._samples(next(batches))
+                with clock.phase("generation"):
+                    fleet.generate(samples, self._sampling_params(args.temperature + 1e-7))
+                with clock.phase("inference"):
+                    fleet.infer(samples)
+                with clock.phase("reward"):
+                    self._apply_reward_function(samples)
+                experience, metrics = self._prepare(samples)
+                with clock.phase("training"):
+                    steps = self._optimizer_steps(update)
+                    statistics = fleet.train(experience, steps, self.lr_scheduler.get_last_lr()[0])
+                with clock.phase("weights"):
+                    fleet.synchronise()
+                self._finish_update(metrics | self._training_metrics(steps, statistics), clock)
+                if self.control.should_training_stop:
+                    break
+            fleet.fetch_weights(self.policy_model, self.value_model)
+            self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+            if self.control.should_save:
+                self._save_checkpoint()
+
+    # What the loop is made of
+
+    def _begin_state(self, resumed: Path | None) -> None:
+        args = self.args
+        run = {"batch_size": _known(args.batch_size), "seed": args.seed, "dataset_rows": len(self.train_dataset)}
+        self._run = run
+        if resumed is None:
+            self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
+        else:
+            self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
+            run_state = checkpoint.RunState.load(resumed / checkpoint.RUN_STATE_NAME, run)
+            self.lr_scheduler.load_state_dict(run_state.lr_scheduler)
+            checkpoint.restore_random_generators(run_state.random_generators)
+        self.state.max_steps = _known(args.num_total_batches)
+        self.state.num_train_epochs = math.ceil(_known(args.total_episodes) / len(self.train_dataset))
+        untyped: Any = self.state
+        untyped.compute_steps(args, self.state.max_steps)
+
+    @contextmanager
+    def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
+        """Start the workers with the models, or a checkpoint of them; they stop with the body."""
+        reward_model = self.reward_model if isinstance(self.reward_model, PreTrainedModel) else None
+        with Fleet(
+            self._settings,
+            actor=self.policy_model,
+            critic=self.value_model,
+            reference=self.ref_model,
+            reward=reward_model,
+        ) as fleet:
+            if resumed is not None:
+                fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
+            self._fleet, self._start_s, self._start_episode = fleet, time.time(), self.state.episode
+            try:
+                yield fleet
+            finally:
+                self._fleet = None
+
+    def _samples(self, batch: Any) -> list[Sample]:
+        pad = self.processing_class.pad_token_id
+        samples = prompts.make_samples(batch, self.state.episode, pad, drop_padding=self.args.trl_quirks)
+        self.state.episode += len(samples)
+        return samples
+
+    def _apply_reward_function(self, samples: Sequence[Sample]) -> None:
+        """Score with the reward function, where there is one instead of a reward model."""
+        if isinstance(self.reward_model, PreTrainedModel):
+            return
+        decode = self.processing_class.batch_decode
+        scores = call_reward_function(
+            self.reward_model,
+            decode([list(sample.prompt_ids) for sample in samples], skip_special_tokens=True),
+            decode([sample.response_ids[: sample.length] for sample in samples], skip_special_tokens=True),
+            [sample.columns for sample in samples],
+        )
+        for sample, score in zip(samples, scores, strict=True):
+            sample.score = score
+
+    def _prepare(self, samples: Sequence[Sample]) -> tuple[Experience, dict[str, float]]:
+        tokenizer = self.processing_class
+        return prepare(
+            samples,
+            self.args,
+            stop_token_id=self.stop_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    def _permutation(self, update: int, epoch: int) -> NDArray[np.int64]:
+        """The order in which an epoch visits the batch: a function of (seed, update, epoch)."""
+        return np.random.default_rng([self.args.seed, update, epoch]).permutation(_known(self.args.batch_size))
+
+    def _optimizer_steps(self, update: int) -> list[OptimizerStep]:
+        args = self.args
+        permutations = [self._permutation(update, epoch) for epoch in range(args.num_ppo_epochs)]
+        size = args.per_device_train_batch_size
+        if not args.trl_quirks:
+            return optimizer_steps(permutations, num_mini_batches=args.num_mini_batches, micro_batch_size=size)
+        return trl_optimizer_steps(
+            permutations,
+            num_mini_batches=args.num_mini_batches,
+            micro_batch_size=size,
+            accumulation=args.gradient_accumulation_steps,
+            last_of_pass=update % len(self.get_train_dataloader()) == 0,
+        )
+
+    def _training_metrics(
+        self, steps: Sequence[OptimizerStep], statistics: Sequence[Sequence[dict[str, float]]]
+    ) -> dict[str, float]:
+        """Means over all micro-batches; TRL's table counts places too that no micro-batch fills."""
+        args = self.args
+        shape = (args.num_ppo_epochs, args.num_mini_batches, args.gradient_accumulation_steps)
+        return average_statistics(steps, statistics, table_shape=shape if args.trl_quirks else None)
+
+    def _finish_update(self, metrics: dict[str, float], clock: PhaseClock) -> None:
+        """Count the update, report it, and save what is due."""
+        args, state = self.args, self.state
+        state.global_step += 1
+        state.epoch = state.episode / len(self.train_dataset)
+        lr = self.lr_scheduler.get_last_lr()[0]
+        eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
+        self.log({"eps": eps, **metrics, "lr": lr, "episode": state.episode, **self._report_time(clock)})
+        self.optimizer.step()  # holds no gradients: tells the schedule that the workers stepped
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(args, state, self.control)
+        if self.control.should_save:
+            self._save_checkpoint()
+        every = max(1, state.max_steps // args.num_sample_generations) if args.num_sample_generations else 0
+        if every and (state.global_step - 1) % every == 0:
+            self.generate_completions(sampling=True)
+
+    def _report_time(self, clock: PhaseClock) -> dict[str, float]:
+        """Write the iteration's trace, print its summary line, and return both as metrics."""
+        assert self._fleet is not None
+        tracks = self._fleet.drain_spans()
+        step = self.state.global_step
+        if self.args.trace_steps and step % self.args.trace_steps == 0:
+            directory = self._output_dir / "traces"
+            directory.mkdir(parents=True, exist_ok=True)
+            write_chrome_trace(directory / f"iteration-{step:05d}.json", tracks)
+        report = iteration_report(tracks, clock)
+        logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
+        return report
+
+    # Checkpoints and models
+
+    def _save_checkpoint(self) -> None:
+        assert self._fleet is not None
+        output_dir = self._output_dir
+        with checkpoint.writing(output_dir, self.state.global_step) as directory:
+            self._fleet.fetch_weights(self.policy_model, self.value_model)
+            self._write_policy(directory)
+            if not self.args.save_only_model:
+                self._fleet.save(directory / checkpoint.WORKER_STATE_NAME)
+                checkpoint.RunState(
+                    run=self._run,
+                    lr_scheduler=self.lr_scheduler.state_dict(),
+                    random_generators=checkpoint.random_generators(),
+                ).save(directory / checkpoint.RUN_STATE_NAME)
+            self.state.save_to_json(str(directory / "trainer_state.json"))
+        checkpoint.rotate(output_dir, self.args.save_total_limit)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them."""
+        if self._fleet is not None:
+            self._fleet.fetch_weights(self.policy_model, self.value_model)
+        self._write_policy(Path(output_dir or self._output_dir))
+
+    def _write_policy(self, directory: Path) -> None:
+        self.policy_model.save_pretrained(directory)
+        self.processing_class.save_pretrained(directory)
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> str:
+        """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
+        name = self.args.hub_model_id or self._output_dir.name
+        options = {"commit_message": commit_message, "token": self.args.hub_token, **kwargs}
+        policy: Any = self.policy_model
+        self.processing_class.push_to_hub(name, **options)
+        return str(policy.push_to_hub(name, **options))
+
+    def create_model_card(self, model_name: str | None = None) -> None:
+        """Write README.md into the output directory: what was trained, from what, how."""
+        name = model_name or self._output_dir.name
+        base = getattr(self.policy_model.config, "_name_or_path", "") or "a model built from its configuration"
+        text = (
+            f"# {name}\n\nTrained with fuse from {base} by proximal policy optimisation "
+            f"(arXiv 1707.06347), {self.state.episode} episodes.\n"
+        )
+        (self._output_dir / "README.md").write_text(text)
+
+    # Completions of the evaluation prompts
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print completions of the evaluation prompts with their scores, nearly greedy; `sampling`: of the first batch.
+
+        Without workers running, before or after training, workers are started for it.
+        """
+        if self.eval_dataset is None:
+            return
+        if self._fleet is None:
+            with self._workers(None):
+                self.generate_completions(sampling)
+            return
+        pad = self.processing_class.pad_token_id
+        samples: list[Sample] = []
+        for batch in self.get_eval_dataloader():
+            samples += prompts.make_samples(batch, _FIRST_EVALUATION_ID + len(samples), pad)
+            if sampling:
+                break
+        self._fleet.generate(samples, self._sampling_params(0.01 + 1e-7))
+        self._fleet.infer(samples)
+        self._apply_reward_function(samples)
+        print_completions(self.processing_class, samples[:5])
+
+    # What TRL's trainer offers to callbacks and scripts
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self.dataloader
+
+    def get_eval_dataloader(self) -> DataLoader[Any]:
+        size = self.args.per_device_eval_batch_size
+        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list, drop_last=True)
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        self.callback_handler.add_callback(callback)
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Add the epoch, remember and report to the callbacks."""
+        logs["epoch"] = self.state.epoch
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def is_local_process_zero(self) -> bool:
+        return True
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+    # Construction
+
+    def _sampling_params(self, temperature: float) -> SamplingParams:
+        return SamplingParams(
+            seed=self.args.seed,
+            temperature=temperature,
+            max_new_tokens=self.args.response_length,
+            stop_token_id=self.stop_token_id,
+        )
+
+    def _check_models_and_prompts(self) -> None:
+        config = self.policy_model.config.get_text_config()
+        others = {"ref_model": self.ref_model, "reward_model": self.reward_model, "value_model": self.value_model}
+        checks.check_vocabularies(
+            self.policy_model, {role: model for role, model in others.items() if isinstance(model, PreTrainedModel)}
+        )
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                checks.check_prompts(
+                    dataset,
+                    context=getattr(config, "max_position_embeddings", None),
+                    response_length=self.args.response_length,
+                    vocabulary_size=config.vocab_size,
+                    pad_token_id=self.processing_class.pad_token_id,
+                )
+
+    def _set_up_optimizer(self) -> None:
+        """The learning-rate schedule; its optimizer holds the parameter list but never steps: the workers' do."""
+        args = self.args
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate)
+        num_updates = _known(args.num_total_batches)
+        assert not isinstance(args.lr_scheduler_kwargs, str)  # parsed by TrainingArguments
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_updates),
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+
+    def _set_up_callbacks(self, callbacks: list[TrainerCallback] | None) -> None:
+        every = DEFAULT_CALLBACKS + get_reporting_integration_callbacks(self.args.report_to) + (callbacks or [])
+        self.callback_handler = CallbackHandler(
+            every, self.model, self.processing_class, self.optimizer, self.lr_scheduler
+        )
+        self.callback_handler.train_dataloader = self.dataloader
+        self.add_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.control = TrainerControl()
+        stateful: Any = [
+            item for item in [*self.callback_handler.callbacks, self.control] if isinstance(item, ExportableState)
+        ]
+        self.state = PPOState(stateful_callbacks=stateful)
+
+
+def _known(value: int | None) -> int:
+    """A batch size or count, which the constructor has filled in."""
+    assert value is not None
+    return value
