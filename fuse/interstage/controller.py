@@ -5,10 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
+from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.ppo import response_length
 from fuse.sample import Sample, SampleState
 from fuse.workers.cluster import Worker, gather, wait_any
+from fuse.workers.generation_worker import Progress
 from fuse.workers.inference import TokenSequence
 
 _POLL_TIMEOUT_S = 10.0
@@ -29,11 +30,11 @@ def generate(engines: Sequence[Worker], samples: Sequence[Sample], params: Sampl
     remaining = {engine: len(share) for engine, share in shares.items()}
     polls = {engine.call("poll", _POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count}
     while polls:
-        future, tokens = wait_any(list(polls))
+        future, reports = wait_any(list(polls))
         engine = polls.pop(future)
-        for token in tokens:
-            _append(by_id[token.sample_id], token, params, pad_token_id)
-            remaining[engine] -= token.finished
+        for progress in reports:
+            _apply(by_id[progress.sample_id], progress, params, pad_token_id)
+            remaining[engine] -= progress.finished
         if remaining[engine]:
             polls[engine.call("poll", _POLL_TIMEOUT_S)] = engine
 
@@ -87,9 +88,9 @@ def _sequence(sample: Sample) -> TokenSequence:
     return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]))
 
 
-def _append(sample: Sample, token: GeneratedToken, params: SamplingParams, pad_token_id: int) -> None:
-    sample.response_ids.append(token.token_id)
-    sample.logprobs.append(token.logprob)
-    if token.finished:
+def _apply(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int) -> None:
+    sample.response_ids[progress.position :] = progress.token_ids
+    sample.logprobs[progress.position :] = progress.logprobs
+    if progress.finished:
         sample.length = response_length(sample.response_ids, params.stop_token_id, pad_token_id)
         sample.advance(SampleState.GENERATED)

@@ -31,8 +31,8 @@ from fuse.trace import Span
 from fuse.workers.inference import MicroBatchLimit
 from fuse.workers.model_worker import ModelSpec, ModelWorker, Role, TrainingSettings
 
-EngineFactory = Callable[[ModelSpec, str], GenerationEngine]
-"""(model, torch device) -> an engine without weights; runs inside the generation worker."""
+EngineFactory = Callable[[ModelSpec, WeightsRef, str], GenerationEngine]
+"""(model, its weights, torch device) -> an engine; runs inside the generation worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +90,12 @@ class FleetSettings:
 
 
 def transformers_engine(
-    model: ModelSpec, device: str, *, max_batch: int, autocast: torch.dtype | None
+    spec: ModelSpec, weights: WeightsRef, device: str, *, max_batch: int, autocast: torch.dtype | None
 ) -> GenerationEngine:
     """The embedded engine; it computes in `autocast`'s type where there is one."""
-    return TransformersEngine(model.build(torch.device(device), autocast), max_batch=max_batch)
+    model = spec.build(torch.device(device), autocast)
+    load_state_dict(model, get_state_dict([weights]))
+    return TransformersEngine(model, max_batch=max_batch)
 
 
 class Fleet:
@@ -135,11 +137,12 @@ class Fleet:
         )
         trained = {name: ModelSpec.of(model) for name, model in self._trained.items()}
         scoring = {role: ModelSpec.of(model) for role, model in self._scoring.items()}
+        weights = {name: put_state_dict(model.state_dict()) for name, model in self._trained.items()}
         torch_device = settings.accelerator
         devices = range(settings.num_devices)
         self._model_workers = [
             cluster.spawn(
-                "model worker",
+                "model",
                 device,
                 ModelWorker,
                 device,
@@ -153,23 +156,21 @@ class Fleet:
         ]
         self._generation_workers = [
             cluster.spawn(
-                "generation worker", device, GenerationWorker, partial(settings.engine, trained["actor"], torch_device)
+                "generation",
+                device,
+                GenerationWorker,
+                partial(settings.engine, trained["actor"], weights["actor"], torch_device),
             )
             for device in devices
         ]
         host = cluster.host(0)
         (port,) = gather([self._model_workers[0].call("serve_store", host)])
         self._on_models("connect", host, port, settings.num_devices)
-        self._send_initial_weights()
-
-    def _send_initial_weights(self) -> None:
-        for name, model in self._trained.items():
-            weights = [put_state_dict(model.state_dict())]
-            self._on_models("load_training_weights", name, weights)
-            if name == "actor":
-                self._on_engines("load_weights", weights)
+        for name in self._trained:
+            self._on_models("load_training_weights", name, [weights[name]])
         for role, model in self._scoring.items():
-            self._on_models("load_scoring_weights", role, [put_state_dict(model.state_dict())])
+            known = weights.get(role) if role == "critic" else None
+            self._on_models("load_scoring_weights", role, [known or put_state_dict(model.state_dict())])
 
     # One iteration
 

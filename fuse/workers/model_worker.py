@@ -257,7 +257,11 @@ class ModelWorker:
         if not stages:
             return None
         with self._recorder.span(f"export {model}", "weights"):
-            return put_state_dict({name: parameter.detach() for name, parameter in stages[0].named_parameters()})
+            (stage,) = stages
+            repeated = frozenset() if stage.is_first else stage.tied_names
+            return put_state_dict(
+                {name: parameter for name, parameter in stage.named_parameters() if name not in repeated}
+            )
 
     def save(self, directory: Path) -> None:
         """Write this rank's part of the training state; all ranks call this at once."""
