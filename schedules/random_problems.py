@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from random import Random
 
 from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
+from schedules.walk import Channel, channel_from, channel_into
 
 
 def random_problem(
@@ -67,15 +68,7 @@ def random_schedule(problem: Problem, random: Random) -> Schedule:
     orders: list[list[Op]] = [[] for _ in range(problem.num_ranks)]
     done: set[tuple[int, int, int, bool]] = set()
     input_grads: set[tuple[int, int, int]] = set()
-    channels: defaultdict[tuple[int, bool, int, int], deque[tuple[int, int]]] = defaultdict(deque)
-
-    def channel_into(op: Op) -> deque[tuple[int, int]] | None:
-        """Messages under way from the rank that feeds this operation."""
-        ranks = problem.pipelines[op.pipeline].ranks
-        source = op.stage - 1 if op.kind is Kind.F else op.stage + 1
-        if op.kind is Kind.W or not 0 <= source < len(ranks) or ranks[source] == ranks[op.stage]:
-            return None
-        return channels[op.pipeline, op.kind is Kind.F, ranks[source], ranks[op.stage]]
+    channels: defaultdict[Channel, deque[tuple[int, int]]] = defaultdict(deque)
 
     def is_ready(op: Op) -> bool:
         if op.kind is Kind.W:
@@ -87,8 +80,8 @@ def random_schedule(problem: Problem, random: Random) -> Schedule:
         if 0 <= feeding < problem.pipelines[op.pipeline].num_stages:
             if (op.pipeline, feeding, op.micro_batch, forward) not in done:
                 return False
-            channel = channel_into(op)
-            return channel is None or channel[0] == (op.stage, op.micro_batch)
+            channel = channel_into(problem, op)
+            return channel is None or channels[channel][0] == (op.stage, op.micro_batch)
         return True
 
     while any(chains):
@@ -100,12 +93,9 @@ def random_schedule(problem: Problem, random: Random) -> Schedule:
         if op.kind is Kind.I:
             input_grads.add((op.pipeline, op.stage, op.micro_batch))
         done.add((op.pipeline, op.stage, op.micro_batch, op.kind is Kind.F))
-        channel = channel_into(op)
-        if channel is not None:
-            channel.popleft()
-        fed = op.stage + 1 if op.kind is Kind.F else op.stage - 1
-        if 0 <= fed < problem.pipelines[op.pipeline].num_stages:
-            outgoing = channel_into(Op(op.pipeline, fed, op.micro_batch, op.kind))
-            if outgoing is not None:
-                outgoing.append((fed, op.micro_batch))
+        incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
+        if incoming is not None:
+            channels[incoming].popleft()
+        if outgoing is not None:
+            channels[outgoing].append((op.stage + 1 if op.kind is Kind.F else op.stage - 1, op.micro_batch))
     return Schedule(problem, tuple(map(tuple, orders)))

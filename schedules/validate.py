@@ -25,9 +25,7 @@ from enum import StrEnum
 
 from schedules.ir import Kind, Op, Schedule
 from schedules.timing import memory_levels
-from schedules.walk import describe_cycle, needs, wait_cycle, walk
-
-_Channel = tuple[int, bool, int, int]  # pipeline, whether forward, from rank, to rank
+from schedules.walk import Channel, channel_from, channel_into, describe_cycle, needs, wait_cycle, walk
 
 
 class Rule(StrEnum):
@@ -151,24 +149,18 @@ def _memory(schedule: Schedule) -> Iterator[Violation]:
 
 def _message_order(schedule: Schedule) -> Iterator[Violation]:
     """Compare, per channel, the order in which results are produced with the order in which they are used."""
-    home: dict[Op, int] = {}
+    problem = schedule.problem
+    sent: defaultdict[Channel, list[tuple[int, int]]] = defaultdict(list)
+    received: defaultdict[Channel, list[tuple[tuple[int, int], int, Op]]] = defaultdict(list)
     for rank, op in schedule.ops():
-        home.setdefault(op, rank)
-    channel_of: dict[Op, _Channel] = {}
-    sent: defaultdict[_Channel, list[Op]] = defaultdict(list)
-    received: defaultdict[_Channel, list[tuple[Op, Op]]] = defaultdict(list)
-    for op, rank in home.items():
-        for needed in needs(home, op, schedule.problem.pipelines[op.pipeline].num_stages):
-            source = home.get(needed)
-            if needed.stage != op.stage and source is not None and source != rank and needed not in channel_of:
-                channel_of[needed] = (op.pipeline, op.kind is Kind.F, source, rank)
-                received[channel_of[needed]].append((needed, op))
-    for op in home:
-        if op in channel_of:
-            sent[channel_of[op]].append(op)
-    for channel, pairs in received.items():
-        for expected, (message, user) in zip(sent[channel], pairs, strict=True):
-            if expected != message:
-                _, _, source, rank = channel
-                reason = f"it receives {message} where rank {source} sends {expected}"
-                yield Violation(rank, user, Rule.MESSAGE_ORDER, reason)
+        outgoing, incoming = channel_from(problem, op), channel_into(problem, op)
+        if outgoing is not None:
+            sent[outgoing].append((op.stage + 1 if op.kind is Kind.F else op.stage - 1, op.micro_batch))
+        if incoming is not None:
+            received[incoming].append(((op.stage, op.micro_batch), rank, op))
+    for channel, uses in received.items():
+        for message, (wanted, rank, op) in zip(sent[channel], uses, strict=False):
+            if message != wanted:
+                stage, micro_batch = message
+                reason = f"rank {channel[2]} sends micro-batch {micro_batch} to stage {stage} where this is received"
+                yield Violation(rank, op, Rule.MESSAGE_ORDER, reason)

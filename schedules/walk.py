@@ -10,7 +10,10 @@ from collections import defaultdict
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from schedules.ir import Kind, Op, Schedule
+from schedules.ir import Kind, Op, Problem, Schedule
+
+# Messages of one pipeline in one direction (forward: True) from one rank to another; each is one FIFO of the executor.
+Channel = tuple[int, bool, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,23 @@ def needs(schedule_ops: Container[Op], op: Op, num_stages: int) -> tuple[Op, ...
         return (own,)
     split = replace(op, stage=op.stage + 1, kind=Kind.I)
     return (own, split if split in schedule_ops else replace(split, kind=Kind.B))
+
+
+def channel_into(problem: Problem, op: Op) -> Channel | None:
+    """The stream of messages from which `op` receives; None where its input is on its own rank."""
+    ranks = problem.pipelines[op.pipeline].ranks
+    source = op.stage - 1 if op.kind is Kind.F else op.stage + 1
+    if op.kind is Kind.W or not 0 <= source < len(ranks) or ranks[source] == ranks[op.stage]:
+        return None
+    return op.pipeline, op.kind is Kind.F, ranks[source], ranks[op.stage]
+
+
+def channel_from(problem: Problem, op: Op) -> Channel | None:
+    """The stream of messages into which `op` sends; None where only its own rank uses what it makes."""
+    target = op.stage + 1 if op.kind is Kind.F else op.stage - 1
+    if op.kind is Kind.W or not 0 <= target < problem.pipelines[op.pipeline].num_stages:
+        return None
+    return channel_into(problem, replace(op, stage=target))
 
 
 def walk(schedule: Schedule) -> Walk:
