@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,19 @@ class MicroBatch:
     targets: Any
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on a device, with the targets' tensors if those are one, or a dataclass of some."""
+        moved: MicroBatch = _moved(self, device)
+        return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 Loss = Callable[[Tensor, nn.Module, MicroBatch], Tensor]

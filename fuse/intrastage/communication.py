@@ -1,0 +1,216 @@
+"""The world of the model workers, and the groups their pipelines and optimizers talk in, over torch.distributed.
+
+Every function that opens groups must be called on every rank with the same arguments in the same order: torch
+creates a group on all ranks or not at all.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore
+
+_NCCL_POLL_S = 20e-6
+
+
+class CommunicationError(RuntimeError):
+    """A peer died or did not answer in time; the message names the rank, the operation and the pipeline."""
+
+
+def serve_store(host: str, timeout_s: float) -> TCPStore:
+    """Open the store at which the ranks meet, on a port the system picks (`.port`). Rank 0 calls this, and keeps it."""
+    return TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def connect(rank: int, world_size: int, store_host: str, store_port: int, backend: str, timeout_s: float) -> None:
+    """Join the world; returns when all `world_size` ranks have. `backend` is "gloo" or "nccl".
+
+    Raises: CommunicationError when not all of them come within `timeout_s`.
+    """
+    if _is_loopback(store_host):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=timeout_s)
+    with naming(f"rank {rank}: joining the world of {world_size} model workers at {store_host}:{store_port}"):
+        store = TCPStore(store_host, store_port, is_master=False, timeout=timeout)
+        # No device_id: NCCL then opens one communicator per pair of ranks, not one queue for all of a rank's messages.
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def disconnect() -> None:
+    """Leave the world, if connected."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A message on its way; the tensor must not be touched before `wait` returns."""
+
+    tensor: Tensor
+    description: str
+    _work: dist.Work
+    _deadline_after_s: float
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is sent or received.
+
+        Raises: CommunicationError when that does not happen in time.
+        """
+        with naming(self.description):
+            if self.tensor.is_cuda:  # here Work.wait only orders CUDA streams: it neither blocks nor times out
+                deadline_s = time.monotonic() + self._deadline_after_s
+                while not self._work.is_completed():
+                    if time.monotonic() > deadline_s:
+                        raise CommunicationError(f"no answer within {self._deadline_after_s:g} s")
+                    time.sleep(_NCCL_POLL_S)
+            self._work.wait()
+        return self.tensor
+
+
+class Communicator:
+    """One pipeline's messages in one direction: forward carries hidden states, backward their gradients.
+
+    Each pair of neighbouring stages has a two-rank group of its own, so messages between two stages arrive in the
+    order sent, and no message waits behind another pair's. (NCCL matches by order alone; gloo also by tag.)
+    """
+
+    def __init__(self, pipeline: str, ranks: Sequence[int], *, step: int, timeout_s: float) -> None:
+        self._pipeline, self._ranks, self._step, self._timeout_s = pipeline, tuple(ranks), step, timeout_s
+        self._groups = {
+            stage: _open_group((ranks[stage], ranks[stage + step]), timeout_s)
+            for stage in range(len(ranks))
+            if 0 <= stage + step < len(ranks) and ranks[stage] != ranks[stage + step]
+        }
+
+    def send(self, tensor: Tensor, *, stage: int, micro_batch: int, op: str) -> Transfer:
+        """Start sending from `stage` to its neighbour in this direction; `op` names the result in errors."""
+        peer = self._ranks[stage + self._step]
+        description = f"{self._origin(stage)}: sending the result of {op} to rank {peer}"
+        tensor = tensor.contiguous()
+        with naming(description):
+            work = dist.isend(tensor, dst=peer, group=self._groups[stage], tag=micro_batch)
+        assert work is not None
+        return Transfer(tensor, description, work, self._timeout_s)
+
+    def receive(self, buffer: Tensor, *, stage: int, micro_batch: int, op: str) -> Transfer:
+        """Start receiving into `buffer` at `stage` from its neighbour in this direction; `op` is what waits for it."""
+        source = stage - self._step
+        peer = self._ranks[source]
+        description = f"{self._origin(stage)}: waiting for the input of {op} from rank {peer}"
+        with naming(description):
+            work = dist.irecv(buffer, src=peer, group=self._groups[source], tag=micro_batch)
+        assert work is not None
+        return Transfer(buffer, description, work, self._timeout_s)
+
+    def _origin(self, stage: int) -> str:
+        return f"rank {self._ranks[stage]}, pipeline {self._pipeline}"
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineCommunicators:
+    """A pipeline's communicators, one per direction."""
+
+    forward: Communicator
+    backward: Communicator
+
+
+def open_pipelines(
+    pipelines: Sequence[tuple[str, Sequence[int]]], timeout_s: float
+) -> tuple[PipelineCommunicators, ...]:
+    """Communicators of every pipeline, given its name and the rank of each of its stages."""
+    return tuple(
+        PipelineCommunicators(
+            Communicator(name, ranks, step=1, timeout_s=timeout_s),
+            Communicator(name, ranks, step=-1, timeout_s=timeout_s),
+        )
+        for name, ranks in pipelines
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGroups:
+    """The groups in which the replicas and stages of one model agree on a step, as far as this rank is in them.
+
+    replicas: by stage, the ranks that hold a copy of it; none where there is one copy.
+    ends: by replica, its first and last rank, which both hold a tied embedding; none where they are one rank.
+    members: by replica, all its ranks in stage order; none where it is one rank.
+    """
+
+    num_replicas: int
+    num_stages: int
+    replicas: Mapping[int, dist.ProcessGroup]
+    ends: Mapping[int, dist.ProcessGroup]
+    members: Mapping[int, dist.ProcessGroup]
+
+
+def open_model(replicas: Sequence[Sequence[int]], timeout_s: float) -> ModelGroups:
+    """Groups of a model whose replica r has stage s on rank `replicas[r][s]`.
+
+    Raises: ValueError when replicas differ in their number of stages, or share a rank at the same stage.
+    """
+    num_stages = len(replicas[0])
+    if any(len(ranks) != num_stages for ranks in replicas):
+        raise ValueError(f"replicas {list(replicas)} differ in their number of stages: cut every replica alike")
+    holders = list(zip(*replicas, strict=True))
+    for stage, ranks in enumerate(holders):
+        if len(set(ranks)) < len(ranks):
+            raise ValueError(f"stage {stage} has two replicas on one rank of {ranks}: put each on a rank of its own")
+    mine = dist.get_rank()
+
+    def opened(rank_lists: Sequence[Sequence[int]]) -> dict[int, dist.ProcessGroup]:
+        unique = [tuple(dict.fromkeys(ranks)) for ranks in rank_lists]
+        groups = {index: _open_group(ranks, timeout_s) for index, ranks in enumerate(unique) if len(ranks) > 1}
+        return {index: group for index, group in groups.items() if mine in unique[index]}
+
+    return ModelGroups(
+        len(replicas),
+        num_stages,
+        replicas=opened(holders),
+        ends=opened([(ranks[0], ranks[-1]) for ranks in replicas]),
+        members=opened(replicas),
+    )
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup, what: str) -> None:
+    """Sum over the group, in place and with the same bits on every rank; `what` is named in errors."""
+    with naming(f"rank {dist.get_rank()}: summing {what}"):
+        dist.all_reduce(tensor, group=group)
+
+
+def all_gather_floats(value: float, group: dist.ProcessGroup, device: torch.device, what: str) -> list[float]:
+    """Every rank's value, in the group's order."""
+    own = torch.tensor([value], dtype=torch.float64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    with naming(f"rank {dist.get_rank()}: gathering {what}"):
+        dist.all_gather(gathered, own, group=group)
+    return [float(one) for one in gathered]
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turn a failure of torch.distributed inside the body into one that says what was being done."""
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises for dead peers and timeouts, on every backend
+        raise CommunicationError(f"{what} failed: {error}") from error
+
+
+def _open_group(ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), sort_ranks=False)
+    return group
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

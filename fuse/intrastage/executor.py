@@ -1,0 +1,159 @@
+"""Runs a schedule: walks one rank's operations, over all pipelines at once.
+
+Receives are posted ahead and sends stay in flight, so a rank waits only where the schedule makes it wait.
+The executor knows stages and messages; of models, losses and PPO it knows nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+import schedules
+from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
+from fuse.intrastage.stage import MicroBatch, Stage
+from fuse.trace import Span, SpanRecorder
+from schedules import Kind, Op, Schedule
+
+_RECEIVES_AHEAD = 2
+"""Receives posted per channel: one arrives while the one before it is used, so a send never waits for its receiver."""
+
+
+def execute(
+    schedule: Schedule,
+    rank: int,
+    stages: Mapping[tuple[int, int], Stage],
+    micro_batches: Sequence[Sequence[MicroBatch]],
+    communicators: Sequence[PipelineCommunicators],
+    trace: SpanRecorder,
+) -> None:
+    """Run `schedule.ranks[rank]`; afterwards the stages' parameters hold the gradients of all micro-batches, added up.
+
+    stages: this rank's stages by (pipeline, stage).
+    micro_batches, communicators: by pipeline; a data-parallel replica is a pipeline with micro-batches of its own.
+    trace: gets one span per operation, which starts when its input is there; `wait_s` says how long it had to wait.
+
+    Raises:
+        ValueError: the schedule is illegal, or splits a backward, which these stages cannot; nothing has run.
+        CommunicationError: a peer died or did not answer in time.
+    """
+    _check(schedule)
+    expected_counts = [pipeline.num_micro_batches for pipeline in schedule.problem.pipelines]
+    assert [len(batches) for batches in micro_batches] == expected_counts
+    run = _Run(schedule, rank, stages, micro_batches, communicators)
+    for op in schedule.ranks[rank]:
+        ready_s = time.time()
+        received = run.take_input(op)
+        start_s = time.time()
+        result = run.compute(op, received)
+        end_s = time.time()
+        if result is not None:
+            run.hand_on(op, result)
+        tokens = micro_batches[op.pipeline][op.micro_batch].input_ids.numel()
+        trace.add(Span(run.name(op), "train", start_s, end_s, {"tokens": tokens, "wait_s": start_s - ready_s}))
+    run.finish()
+
+
+@lru_cache(maxsize=64)
+def _check(schedule: Schedule) -> None:
+    schedules.check(schedule)
+    split = [op for _, op in schedule.ops() if op.kind in (Kind.I, Kind.W)]
+    if split:
+        raise ValueError(
+            f"schedule splits backwards ({split[0]}), which its stages cannot: "
+            f"leave input_grad_ticks and weight_grad_ticks out of its problem"
+        )
+
+
+_Channel = tuple[int, int, Kind]
+"""Pipeline, receiving stage and kind of operation: the messages of one communicator between two neighbouring stages."""
+
+
+class _Run:
+    """Messages of one walk: posted receives, results handed over on this rank, sends in flight."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        stages: Mapping[tuple[int, int], Stage],
+        micro_batches: Sequence[Sequence[MicroBatch]],
+        communicators: Sequence[PipelineCommunicators],
+    ) -> None:
+        self._pipelines = schedule.problem.pipelines
+        self._stages, self._micro_batches, self._communicators = stages, micro_batches, communicators
+        self._local: dict[Op, Tensor] = {}
+        self._sends: dict[Op, Transfer] = {}
+        self._posted: dict[Op, Transfer] = {}
+        self._unposted: dict[_Channel, deque[Op]] = {}
+        for op in schedule.ranks[rank]:
+            source = self._source_stage(op)
+            if source is not None and self._pipelines[op.pipeline].ranks[source] != rank:
+                self._unposted.setdefault((op.pipeline, op.stage, op.kind), deque()).append(op)
+        for channel in self._unposted:
+            for _ in range(_RECEIVES_AHEAD):
+                self._post_next(channel)
+
+    def name(self, op: Op) -> str:
+        """The operation for people: `F actor.0.3` is the forward of the actor's stage 0 on micro-batch 3."""
+        return f"{op.kind} {self._pipelines[op.pipeline].name}.{op.stage}.{op.micro_batch}"
+
+    def take_input(self, op: Op) -> Tensor | None:
+        """What the operation needs from its neighbour; waits for it. None at the end of the pipeline it starts from."""
+        if self._source_stage(op) is None:
+            return None
+        if op in self._local:
+            return self._local.pop(op)
+        received = self._posted.pop(op).wait()
+        self._post_next((op.pipeline, op.stage, op.kind))
+        return received
+
+    def compute(self, op: Op, received: Tensor | None) -> Tensor | None:
+        stage = self._stages[op.pipeline, op.stage]
+        if op.kind is Kind.F:
+            return stage.forward(op.micro_batch, self._micro_batches[op.pipeline][op.micro_batch], received)
+        # The gradient is here, so the neighbour has long received what it is the gradient of: let its memory go.
+        forward = self._sends.pop(Op(op.pipeline, op.stage, op.micro_batch, Kind.F), None)
+        if forward is not None:
+            forward.wait()
+        return stage.backward(op.micro_batch, received)
+
+    def hand_on(self, op: Op, result: Tensor) -> None:
+        """Give the result to the neighbouring stage, on this rank or another."""
+        ranks = self._pipelines[op.pipeline].ranks
+        target = op.stage + (1 if op.kind is Kind.F else -1)
+        if ranks[target] == ranks[op.stage]:
+            self._local[Op(op.pipeline, target, op.micro_batch, op.kind)] = result
+        else:
+            self._sends[op] = self._communicator(op).send(
+                result, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op)
+            )
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived."""
+        for transfer in self._sends.values():
+            transfer.wait()
+        assert not self._posted
+        assert not self._local
+
+    def _post_next(self, channel: _Channel) -> None:
+        """Post the channel's next receive; a legal schedule uses messages in the order they are sent."""
+        if self._unposted[channel]:
+            op = self._unposted[channel].popleft()
+            buffer = self._stages[op.pipeline, op.stage].boundary(self._micro_batches[op.pipeline][op.micro_batch])
+            self._posted[op] = self._communicator(op).receive(
+                buffer, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op)
+            )
+
+    def _communicator(self, op: Op) -> Communicator:
+        pair = self._communicators[op.pipeline]
+        return pair.forward if op.kind is Kind.F else pair.backward
+
+    def _source_stage(self, op: Op) -> int | None:
+        """The stage whose result the operation needs."""
+        source = op.stage - 1 if op.kind is Kind.F else op.stage + 1
+        return source if 0 <= source < self._pipelines[op.pipeline].num_stages else None

@@ -1,0 +1,187 @@
+"""One optimizer step of a model whose stages and replicas are spread over ranks: AdamW as if it were in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fuse.intrastage.communication import ModelGroups, all_gather_floats, all_reduce_sum
+from fuse.intrastage.stage import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWConfig:
+    """AdamW's settings, with the meaning transformers.TrainingArguments gives them; max_grad_norm 0 never clips."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+
+
+class ModelOptimizer:
+    """Steps the stages of one model that this rank holds, in agreement with the ranks that hold the rest.
+
+    name: of the model, for errors.
+    stages: by (replica, stage).
+    groups: from `open_model`; None when the whole model is on this rank alone.
+
+    Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
+    the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
+    stages of several models step them in the same order.
+    """
+
+    def __init__(
+        self, name: str, stages: Mapping[tuple[int, int], Stage], groups: ModelGroups | None, config: AdamWConfig
+    ) -> None:
+        if groups is None:
+            groups = ModelGroups(1, 1 + max(stage for _, stage in stages), {}, {}, {})
+        self._name, self._groups, self._config = name, groups, config
+        self._stages = dict(sorted(stages.items(), key=lambda item: (item[0][1], item[0][0])))
+        self._num_steps = 0
+        self._parameters = {key: dict(stage.named_parameters()) for key, stage in self._stages.items()}
+        decayed: list[nn.Parameter] = []
+        undecayed: list[nn.Parameter] = []
+        for key, stage in self._stages.items():
+            spared = stage.undecayed_names
+            for parameter_name, parameter in self._parameters[key].items():
+                (undecayed if parameter_name in spared else decayed).append(parameter)
+        param_groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": undecayed, "weight_decay": 0.0},
+        ]
+        self._adamw: torch.optim.AdamW | None = None
+        if self._stages:
+            self._adamw = torch.optim.AdamW(
+                [group for group in param_groups if group["params"]],
+                betas=config.betas,
+                eps=config.eps,
+                fused=True,
+            )
+        # Made now rather than by the first step, so that it can be saved and loaded before it.
+        for parameter in (*decayed, *undecayed):
+            assert self._adamw is not None
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def step(self, learning_rate: float) -> float:
+        """Apply the gradients gathered since the last step, and clear them.
+
+        Returns the norm of the whole model's gradient before clipping, 0.0 on a rank without any stage of it.
+        A parameter that got no gradient has a gradient of zero.
+
+        Raises: CommunicationError when a peer died or did not answer in time.
+        """
+        for parameters in self._parameters.values():
+            for parameter in parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self._add_replicas()
+        self._add_tied_copies()
+        norm = self._gradient_norm()
+        if self._adamw is not None:
+            self._clip(norm)
+            for group in self._adamw.param_groups:
+                group["lr"] = learning_rate
+            self._adamw.step()
+            self._adamw.zero_grad(set_to_none=True)
+        self._num_steps += 1
+        return norm
+
+    STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Global name of every parameter here, and its STATE_PARTS: live tensors of its shape. Copies repeat."""
+        for parameters in self._parameters.values():
+            for name, parameter in parameters.items():
+                assert self._adamw is not None
+                moments = self._adamw.state[parameter]
+                yield name, {"parameter": parameter.detach(), **{part: moments[part] for part in self.STATE_PARTS[1:]}}
+
+    @property
+    def model_shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every parameter of the whole model; empty on a rank without any stage of it."""
+        return next((stage.model_shapes for stage in self._stages.values()), {})
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken, which AdamW's bias correction depends on."""
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        if self._adamw is not None:
+            for moments in self._adamw.state.values():
+                moments["step"].fill_(num_steps)
+
+    def _add_replicas(self) -> None:
+        # Stage by stage: ranks that hold several stages meet in the same order everywhere.
+        for (_, stage), parameters in self._parameters.items():
+            group = self._groups.replicas.get(stage)
+            if group is not None:
+                _all_reduce_gradients(parameters.values(), group, f"gradients of {self._name} stage {stage}")
+
+    def _add_tied_copies(self) -> None:
+        last = self._groups.num_stages - 1
+        for replica in range(self._groups.num_replicas):
+            ends = [key for key in ((replica, 0), (replica, last)) if key in self._stages]
+            names = sorted(frozenset[str]().union(*(self._stages[key].tied_names for key in ends)))
+            copies = [[self._parameters[key][name] for name in names] for key in ends]
+            group = self._groups.ends.get(replica)
+            if not names:
+                continue
+            if group is not None:
+                _all_reduce_gradients(copies[0], group, f"tied embedding gradients of {self._name}")
+            else:
+                for first, other in zip(*copies, strict=True):
+                    total = _grad(first) + _grad(other)
+                    first.grad, other.grad = total, total.clone()
+
+    def _gradient_norm(self) -> float:
+        norm = 0.0
+        for replica in range(self._groups.num_replicas):
+            own = [self._parameters[key] for key in self._parameters if key[0] == replica]
+            if not own:
+                continue
+            once = {name: parameter for parameters in own for name, parameter in parameters.items()}
+            if (replica, 0) not in self._stages and (replica, self._groups.num_stages - 1) in self._stages:
+                # The first stage's rank counts the tied copy.
+                for name in self._stages[replica, self._groups.num_stages - 1].tied_names:
+                    del once[name]
+            norms = torch._foreach_norm([_grad(parameter) for parameter in once.values()])
+            squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
+            group = self._groups.members.get(replica)
+            if group is not None:
+                device = next(iter(own[0].values())).device
+                what = f"the gradient norm of {self._name}"
+                squares = math.fsum(all_gather_floats(squares, group, device, what))
+            norm = math.sqrt(squares)
+        return norm
+
+    def _clip(self, norm: float) -> None:
+        """As torch.nn.utils.clip_grad_norm_ does, with its 1e-6."""
+        if self._config.max_grad_norm > 0 and norm + 1e-6 > self._config.max_grad_norm:
+            gradients = [_grad(one) for parameters in self._parameters.values() for one in parameters.values()]
+            torch._foreach_mul_(gradients, self._config.max_grad_norm / (norm + 1e-6))
+
+
+def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, what: str) -> None:
+    gradients = [_grad(parameter) for parameter in parameters]
+    flat = _flatten_dense_tensors(gradients)
+    all_reduce_sum(flat, group, what)
+    torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

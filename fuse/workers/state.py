@@ -1,0 +1,115 @@
+"""A worker's training state on disk: parameters and AdamW state by global names, as safetensors.
+
+The names know nothing of stages, replicas or ranks, so what some number of ranks saved any other number loads. The
+storage is torch.distributed.checkpoint's safetensors one: every rank writes a file with what it alone holds, what
+several ranks hold is written once, and nothing on disk is a pickle.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fuse.intrastage.optimizer import ModelOptimizer
+
+
+def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> None:
+    """Write the models' parameters and optimizer state; every rank of the world calls this with the same directory.
+
+    directory: new or empty, and seen by every rank.
+    optimizers: by model name; a rank leaves out models of which it has no stage.
+
+    When it returns, the files of all ranks are complete and on disk.
+
+    Raises: OSError when some rank could not write.
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    try:
+        with _single_process_is_meant():
+            dcp.save(_tensors(optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:  # not an Exception: nothing above would handle it
+        rank, cause = next(iter(error.failures.items()))
+        raise OSError(f"cannot save the training state in {directory}: rank {rank}: {cause[0]}") from error
+
+
+def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> None:
+    """Read into the models' parameters and optimizer state what `save_state` wrote, on whatever ranks it did.
+
+    Ranks load independently of each other.
+
+    Raises: ValueError when the checkpoint misses a tensor of these models, has one more, or one of another shape or
+    type, or is damaged; then nothing was loaded.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(directory))
+    try:
+        saved = reader.read_metadata().state_dict_metadata
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"cannot read the training state in {directory}: {error}: resume from another checkpoint"
+        ) from error
+    _check(directory, saved, optimizers)
+    tensors = _tensors(optimizers)
+    with _single_process_is_meant():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    for model, optimizer in optimizers.items():
+        optimizer.num_steps = int(tensors[f"{model}.step"])
+
+
+@contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _tensors(optimizers: Mapping[str, ModelOptimizer]) -> dict[str, Tensor]:
+    """Everything this rank holds, by the key it has on disk; live tensors but for the step counts."""
+    tensors: dict[str, Tensor] = {}
+    for model, optimizer in optimizers.items():
+        tensors[f"{model}.step"] = torch.tensor([optimizer.num_steps])
+        for name, state in optimizer.state():
+            for part, tensor in state.items():
+                tensors[f"{model}.{part}.{name}"] = tensor
+    return tensors
+
+
+def _expected(optimizers: Mapping[str, ModelOptimizer]) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
+    """Key, shape and type of every tensor of these models, also those on other ranks."""
+    for model, optimizer in optimizers.items():
+        yield f"{model}.step", torch.Size([1]), torch.int64
+        for name, shape in optimizer.model_shapes.items():
+            for part in optimizer.STATE_PARTS:
+                yield f"{model}.{part}.{name}", shape, torch.float32
+
+
+def _check(directory: Path, saved: Mapping[str, object], optimizers: Mapping[str, ModelOptimizer]) -> None:
+    expected = {key: (shape, dtype) for key, shape, dtype in _expected(optimizers)}
+    problems = []
+    for key, (shape, dtype) in expected.items():
+        found = saved.get(key)
+        if found is None:
+            problems.append(f"{key} is missing")
+            continue
+        assert isinstance(found, TensorStorageMetadata)
+        if (found.size, found.properties.dtype) != (shape, dtype):
+            problems.append(
+                f"{key} is {found.properties.dtype} {list(found.size)}, the model has {dtype} {list(shape)}"
+            )
+    for key in saved:
+        if key.partition(".")[0] in optimizers and key not in expected:
+            problems.append(f"{key} is not part of the model")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"training state in {directory} does not fit: {'; '.join(problems[:3])}{more}: "
+            f"resume with the models and configuration of the run that wrote it"
+        )

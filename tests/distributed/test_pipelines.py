@@ -1,0 +1,130 @@
+"""What `world.py` measured on worlds of 1, 2 and 4 processes: training on them is training in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+NUM_RANKS = {"one": 1, "two": 2, "four": 4, "again": 1}
+PIPELINES = ["two", "four"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("worlds")
+    script = Path(__file__).with_name("world.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run(
+        [sys.executable, str(script), str(directory)],
+        cwd=script.parents[2],
+        env={**environment, "PYTHONPATH": str(script.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    (directory / "output.txt").write_text(finished.stdout + finished.stderr)
+    return directory
+
+
+def results(measured: Path, world: str, check: str) -> list[Mapping[str, Any]]:
+    """What each rank of a world found in a check."""
+    found = []
+    for rank in range(NUM_RANKS.get(world, 2)):
+        path = measured / f"{world}-{rank}.json"
+        assert path.exists(), (measured / "output.txt").read_text()
+        found.append(json.loads(path.read_text())[check])
+    return found
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_gradients_of_every_architecture_equal_one_process(measured: Path, world: str) -> None:
+    for found in results(measured, world, "check_gradients"):
+        assert len(found) == 12
+        assert max(found.values()) <= 1e-6, found
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_two_models_in_opposite_directions_equal_one_process(measured: Path, world: str) -> None:
+    for found in results(measured, world, "check_two_models"):
+        differences = [found[key] for key in found if key == "serial" or key.startswith("random")]
+        assert len(differences) == 5
+        assert max(differences) <= 1e-6, found
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_every_operation_leaves_a_span_and_none_overlap(measured: Path, world: str) -> None:
+    for found in results(measured, world, "check_two_models"):
+        assert found["num_spans"] == 2 * (4 + 3)
+        assert found["named"]
+        assert found["overlaps"] == 0
+
+
+def test_virtual_stages_shared_ranks_and_replicas_equal_one_process(measured: Path) -> None:
+    for found in results(measured, "two", "check_placements"):
+        assert max(found["virtual"], found["same rank"], found["replicas"]) <= 1e-6, found
+
+
+def test_the_critic_in_two_replicas_beside_the_actor_equals_one_process(measured: Path) -> None:
+    for found in results(measured, "four", "check_replicas"):
+        assert max(found.values()) <= 1e-6, found
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_clipped_and_decayed_steps_equal_one_process(measured: Path, world: str) -> None:
+    """Tied embeddings and replicas included; the norm is the whole model's, so any miscount of either shows in it."""
+    everywhere = results(measured, world, "check_steps")
+    for found in everywhere:
+        for key, value in found.items():
+            if key.endswith(("norm", "weights")):
+                assert value <= 1e-6, found
+            else:
+                assert value > 1e-4, found
+    assert {key for found in everywhere for key in found} >= {"qwen2 tied norm", "qwen2 tied weights"}
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [("2", "1"), ("1", "2"), ("4", "1"), ("1", "4"), ("2", "4")])
+def test_state_saved_by_some_ranks_loads_on_others_bit_for_bit(measured: Path, saved_by: str, loaded_by: str) -> None:
+    saved: dict[str, torch.Tensor] = {}
+    for path in measured.glob(f"saved-state-{saved_by}-[0-9].safetensors"):
+        saved.update(load_file(path))
+    loaded_paths = list(measured.glob(f"loaded-state-{saved_by}-{loaded_by}-*.safetensors"))
+    assert len(loaded_paths) == int(loaded_by), (measured / "output.txt").read_text()
+    loaded_keys = set()
+    for path in loaded_paths:
+        for key, tensor in load_file(path).items():
+            assert torch.equal(tensor, saved[key]), key
+            loaded_keys.add(key)
+    assert loaded_keys == set(saved)
+    assert any(saved[key].abs().max() > 0 for key in saved if ".exp_avg." in key)
+
+
+def test_steps_taken_are_saved_and_each_tensor_is_saved_once(measured: Path) -> None:
+    assert results(measured, "again", "check_state") == [{"state-1": 2.0, "state-2": 4.0, "state-4": 6.0}]
+    files = list((measured / "state-4").iterdir())
+    assert {path.suffix for path in files} == {".safetensors"}
+    assert len(files) == 4
+    keys = [key for path in files for key in load_file(path)]
+    assert len(keys) == len(set(keys))
+    assert "qwen2_tied.parameter.model.embed_tokens.weight" in keys
+
+
+def test_a_dead_peer_ends_in_an_error_that_names_rank_operation_and_pipeline(measured: Path) -> None:
+    survivor = json.loads((measured / "death-0.json").read_text())["check_death"]
+    assert "rank 0, pipeline actor: waiting for the input of B llama.0.0.2 from rank 1 failed" in survivor["error"]
+
+
+def test_a_silent_peer_ends_in_an_error_within_the_timeout(measured: Path) -> None:
+    waiting = json.loads((measured / "silence-0.json").read_text())["check_silence"]
+    assert "rank 0, pipeline actor: waiting for the input of B llama.0.0.2 from rank 1 failed" in waiting["error"]
+    assert "Timed out" in waiting["error"]
+    assert waiting["seconds"] < 60  # the timeout is 4 s; the peer sleeps for 120
