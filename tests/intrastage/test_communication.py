@@ -1,0 +1,51 @@
+"""Joining a world that does not come together. Worlds that do: tests/distributed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from fuse.intrastage.communication import CommunicationError, connect, serve_store
+
+
+def test_a_rank_that_never_comes_ends_in_an_error() -> None:
+    store = serve_store("127.0.0.1", 1.0)
+    with pytest.raises(
+        CommunicationError, match=rf"rank 0: joining the world of 2 .* at 127.0.0.1:{store.port} failed"
+    ):
+        connect(0, 2, "127.0.0.1", store.port, "gloo", 1.0)
+
+
+def test_a_store_that_is_not_there_ends_in_an_error() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port meanwhile
+        with pytest.raises(CommunicationError, match="rank 1: joining the world of 2"):
+            connect(1, 2, "127.0.0.1", unused.getsockname()[1], "gloo", 1.0)
+
+
+def test_two_stores_never_share_a_port() -> None:
+    first, second = serve_store("127.0.0.1", 1.0), serve_store("127.0.0.1", 1.0)
+    assert first.port != second.port
+
+
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [([(0, 0), (0,)], "differ in their number of stages"), ([(0,), (0,)], "two replicas on one rank")],
+)
+def test_replicas_that_cannot_agree_are_refused(replicas: list[tuple[int, ...]], message: str) -> None:
+    """In a world of its own, as a process can be in one world at a time."""
+    program = f"""
+from fuse.intrastage.communication import connect, disconnect, open_model, serve_store
+store = serve_store("127.0.0.1", 10.0)
+connect(0, 1, "127.0.0.1", store.port, "gloo", 10.0)
+try:
+    open_model({replicas}, 10.0)
+except ValueError as error:
+    print(error)
+disconnect()
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert message in finished.stdout

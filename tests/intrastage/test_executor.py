@@ -1,0 +1,102 @@
+"""The executor on one rank: what it refuses, in which order it works, what it records. Several: tests/distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fuse.intrastage.executor import execute
+from fuse.intrastage.stage import MicroBatch
+from fuse.trace import SpanRecorder
+from schedules import Kind, Op, Pipeline, Problem, Schedule
+
+BATCHES = [
+    MicroBatch(input_ids=torch.zeros(1, tokens, dtype=torch.int64), head_index=torch.tensor([0]), targets=None)
+    for tokens in (3, 4)
+]
+PIPELINE = Pipeline(name="actor", ranks=(0, 0), num_micro_batches=2, forward_ticks=(1, 1), backward_ticks=(2, 2))
+
+
+class RecordingStage:
+    """Adds its number to what passes; its calls show what the executor asked for."""
+
+    def __init__(self, number: int, is_last: bool, calls: list[str]) -> None:
+        self.number, self.is_last, self.calls = number, is_last, calls
+        self.model_shapes: dict[str, torch.Size] = {}
+        self.tied_names = self.undecayed_names = frozenset[str]()
+
+    def boundary(self, micro_batch: MicroBatch) -> Tensor:
+        raise AssertionError("nothing is received on a single rank")
+
+    def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
+        self.calls.append(f"F{self.number}.{index} {None if stage_input is None else stage_input.tolist()}")
+        return None if self.is_last else torch.tensor([10.0 * self.number + index])
+
+    def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
+        self.calls.append(f"B{self.number}.{index} {None if output_grad is None else output_grad.tolist()}")
+        return None if self.number == 0 else torch.tensor([-1.0 - index])
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(())
+
+
+def run(schedule: Schedule) -> tuple[list[str], SpanRecorder]:
+    calls: list[str] = []
+    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls)}
+    recorder = SpanRecorder()
+    execute(schedule, 0, stages, [BATCHES], [], recorder)
+    return calls, recorder
+
+
+def schedule_of(*texts: str) -> Schedule:
+    return Schedule(Problem(num_ranks=1, pipelines=(PIPELINE,)), (tuple(map(Op.parse, texts)),))
+
+
+LEGAL = ("F0.0.0", "F0.1.0", "B0.1.0", "F0.0.1", "F0.1.1", "B0.0.0", "B0.1.1", "B0.0.1")
+
+
+def test_operations_run_in_the_schedules_order_with_their_neighbours_results() -> None:
+    calls, _ = run(schedule_of(*LEGAL))
+    assert calls == [
+        "F0.0 None",
+        "F1.0 [0.0]",
+        "B1.0 None",
+        "F0.1 None",
+        "F1.1 [1.0]",
+        "B0.0 [-1.0]",
+        "B1.1 None",
+        "B0.1 [-2.0]",
+    ]
+
+
+def test_spans_name_the_operation_and_its_tokens() -> None:
+    _, recorder = run(schedule_of(*LEGAL))
+    spans = recorder.drain()
+    assert [span.name for span in spans[:2]] == ["F actor.0.0", "F actor.1.0"]
+    assert {span.category for span in spans} == {"train"}
+    assert [span.arguments["tokens"] for span in spans] == [3, 3, 3, 4, 4, 3, 4, 4]
+    assert all(float(span.arguments["wait_s"]) >= 0 for span in spans)
+
+
+def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
+    calls: list[str] = []
+    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls)}
+    swapped = schedule_of(*LEGAL[:4], "B0.1.1", "F0.1.1", *LEGAL[5:6], LEGAL[7])
+    for schedule in (swapped, schedule_of(*LEGAL[:-1])):
+        with pytest.raises(ValueError, match="illegal schedule"):
+            execute(schedule, 0, stages, [BATCHES], [], SpanRecorder())
+    assert calls == []
+
+
+def test_a_split_backward_is_refused_before_anything_runs() -> None:
+    splittable = replace(PIPELINE, input_grad_ticks=(1, 1), weight_grad_ticks=(1, 1))
+    problem = Problem(num_ranks=1, pipelines=(splittable,))
+    ops: list[Op] = []
+    for op in map(Op.parse, LEGAL):
+        ops += [replace(op, kind=Kind.I), replace(op, kind=Kind.W)] if op.kind is Kind.B else [op]
+    with pytest.raises(ValueError, match=r"splits backwards \(I0\.1\.0\).*leave input_grad_ticks"):
+        run(Schedule(problem, (tuple(ops),)))
