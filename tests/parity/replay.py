@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fuse import PPOConfig, PPOTrainer
+from fuse.engines.replay import ReplayEngine
 
 from .cases import Case, build_dataset, build_models, build_tokenizer
 from .oracle import Recording
@@ -65,6 +66,11 @@ class ReplayingTrainer(PPOTrainer):
             train_dataset=build_dataset(case),
             value_model=models.value,
         )
+        recordings = {
+            index: (response.token_ids, response.logprobs) for index, response in enumerate(recording.responses)
+        }
+        # A lambda, for workers do not know this module: it travels to them by value.
+        self._settings = replace(self._settings, engine=lambda *_: ReplayEngine(recordings))
 
     def get_train_dataloader(self) -> Any:
         return self._prompts
@@ -91,10 +97,12 @@ def mismatches(recording: Recording, outcome: Outcome, *, ignored: Collection[st
     if len(outcome.metrics) != len(recording.metrics):
         found.append(f"{len(outcome.metrics)} updates, the oracle logged {len(recording.metrics)}")
     for theirs, ours in zip(recording.metrics, outcome.metrics, strict=False):
-        for name in theirs.keys() - WALL_CLOCK_METRICS - set(ignored):
+        for name, expected in theirs.items():
+            if name in WALL_CLOCK_METRICS or name in ignored:
+                continue
             got = ours.get(name, math.nan)
-            if not math.isclose(got, theirs[name], rel_tol=METRIC_RTOL, abs_tol=METRIC_ATOL):
-                found.append(f"update {theirs['step']}: {name} is {got}, the oracle's is {theirs[name]}")
+            if not math.isclose(got, expected, rel_tol=METRIC_RTOL, abs_tol=METRIC_ATOL):
+                found.append(f"update {theirs['step']}: {name} is {got}, the oracle's is {expected}")
     for model, weights, got in (
         ("policy", recording.policy, outcome.policy),
         ("value", recording.value, outcome.value),

@@ -1,0 +1,73 @@
+"""The real workers of one device inside the test's process: fast, and within reach of monkeypatching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import ray
+
+from fuse.interstage import controller
+from fuse.intrastage import communication
+from fuse.workers import fleet
+
+_LOOPBACK = "127.0.0.1"
+
+
+class _Future:
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def result(self) -> Any:
+        return self._result
+
+
+class _Worker:
+    """Calls end before they return."""
+
+    def __init__(self, role: str, device: int, held: Any) -> None:
+        self.role, self.device, self.held = role, device, held
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> _Future:
+        resolved = [ray.get(arg) if isinstance(arg, ray.ObjectRef) else arg for arg in args]
+        return _Future(getattr(self.held, method)(*resolved, **kwargs))
+
+
+class _Cluster:
+    def __init__(self, num_devices: int, **options: Any) -> None:
+        assert num_devices == 1, "one process holds one rank"
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> _Cluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers:
+            if hasattr(worker.held, "close"):
+                worker.held.close()
+        communication.disconnect()
+
+    def host(self, device: int) -> str:
+        return _LOOPBACK
+
+    def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> _Worker:
+        self._workers.append(_Worker(role, device, worker_class(*args, **kwargs)))
+        return self._workers[-1]
+
+
+def _gather(futures: Sequence[_Future]) -> list[Any]:
+    return [future.result() for future in futures]
+
+
+def _wait_any(futures: Sequence[_Future], timeout_s: float | None = None) -> tuple[_Future, Any]:
+    return futures[0], futures[0].result()
+
+
+def use(patch: pytest.MonkeyPatch) -> None:
+    """Have runs on one device start no processes."""
+    patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    patch.setattr(fleet, "Cluster", _Cluster)
+    patch.setattr(fleet, "gather", _gather)
+    patch.setattr(controller, "gather", _gather)
+    patch.setattr(controller, "wait_any", _wait_any)

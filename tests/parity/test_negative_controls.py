@@ -1,0 +1,97 @@
+"""Parity is not vacuous: each plausible mistake in the algorithm makes the comparison fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuse import ppo, steps, trainer
+
+from .cases import BASELINE, EARLY_STOPS, MINI_BATCHES, Case
+from .oracle import Recording
+from .replay import mismatches, replay
+
+Recorded = Callable[[Case], Recording]
+
+
+def score_on_the_last_token(patch: pytest.MonkeyPatch) -> None:
+    def shape_rewards(kl: Tensor, scores: Tensor, segments: ppo.Segments, kl_coef: float) -> Tensor:
+        rewards = kl.new_zeros(int(segments.value_offsets[-1]))
+        rewards[segments.token_rows] = -kl_coef * kl
+        rewards[segments.token_rows[segments.token_offsets[1:] - 1]] += scores
+        return rewards
+
+    patch.setattr(ppo, "shape_rewards", shape_rewards)
+
+
+def advantages_whitened_over_value_positions(patch: pytest.MonkeyPatch) -> None:
+    def advantages_and_returns(
+        rewards: Tensor, values: Tensor, segments: ppo.Segments, *, gamma: float, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        advantages, returns = ppo.gae(rewards, values, segments.value_offsets, gamma, lam)
+        return ppo.whiten(advantages)[segments.token_rows], returns
+
+    patch.setattr(ppo, "advantages_and_returns", advantages_and_returns)
+
+
+def biased_variance(patch: pytest.MonkeyPatch) -> None:
+    def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
+        variance, mean = torch.var_mean(values, unbiased=False)
+        whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+        return whitened if shift_mean else whitened + mean
+
+    patch.setattr(ppo, "whiten", whiten)
+
+
+def reference_without_temperature(patch: pytest.MonkeyPatch) -> None:
+    from fuse.workers import inference
+
+    right = inference.reference_logprobs
+
+    def reference_logprobs(model: Any, sequences: Any, temperature: float, **options: Any) -> Any:
+        return right(model, sequences, 1.0, **options)
+
+    patch.setattr(inference, "reference_logprobs", reference_logprobs)
+
+
+def a_step_per_mini_batch(patch: pytest.MonkeyPatch) -> None:
+    def trl_optimizer_steps(permutations: Any, *, accumulation: int, last_of_pass: bool, **options: Any) -> Any:
+        return steps.optimizer_steps(permutations, **options)
+
+    patch.setattr(trainer, "trl_optimizer_steps", trl_optimizer_steps)
+
+
+def unchanged(patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("break_it", "case", "options"),
+    [
+        pytest.param(score_on_the_last_token, EARLY_STOPS, {}, id="score_on_the_last_token"),
+        pytest.param(advantages_whitened_over_value_positions, EARLY_STOPS, {}, id="advantages_masked_with_p1"),
+        pytest.param(biased_variance, EARLY_STOPS, {}, id="biased_variance"),
+        pytest.param(reference_without_temperature, BASELINE, {}, id="reference_without_temperature"),
+        pytest.param(a_step_per_mini_batch, MINI_BATCHES, {}, id="a_step_per_mini_batch"),
+        pytest.param(unchanged, BASELINE, {"max_grad_norm": 0.5}, id="gradient_clipping"),
+        pytest.param(unchanged, BASELINE, {"lr_scheduler_type": "constant"}, id="constant_learning_rate"),
+    ],
+)
+def test_a_wrong_variant_is_caught(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    case: Case,
+    options: dict[str, Any],
+    recorded: Recorded,
+    in_process_workers: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recording = recorded(case)
+    break_it(monkeypatch)
+    outcome = replay(case, recording, tmp_path, num_devices=1, trl_quirks=case.quirks, **options)
+    assert mismatches(recording, outcome, ignored={"lr"}), "the comparison did not notice"

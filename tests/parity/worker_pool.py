@@ -1,0 +1,64 @@
+"""Real worker processes that outlive a run: starting them takes longer than the runs of this suite."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from fuse.intrastage import communication
+from fuse.workers.cluster import Cluster, Worker, gather
+
+
+class WorkerPool:
+    """Called in place of `Cluster`, it hands out the same processes every time, with new workers in them."""
+
+    def __init__(self, num_devices: int) -> None:
+        self.cluster = Cluster(num_devices)
+        self.processes: dict[tuple[str, int], Worker] = {}
+
+    def __enter__(self) -> WorkerPool:
+        self.cluster.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cluster.__exit__(*exception)
+
+    def __call__(self, num_devices: int, **options: Any) -> _Lease:
+        assert num_devices == self.cluster.num_devices
+        return _Lease(self)
+
+
+class _Lease:
+    """The part of a `Cluster` that a run sees."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._workers: dict[tuple[str, int], type] = {}
+
+    def __enter__(self) -> _Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        processes = self._pool.processes
+        if error is not None:  # whatever state they are in
+            for key in self._workers:
+                self._pool.cluster.kill(processes.pop(key))
+            return
+        gather([processes[key].call("close") for key, held in self._workers.items() if hasattr(held, "close")])
+        ray.get([processes[key]._actor.start.remote(None, communication.disconnect, (), {}) for key in self._workers])
+
+    def host(self, device: int) -> str:
+        return self._pool.cluster.host(device)
+
+    def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> Worker:
+        key = (role, device)
+        self._workers[key] = worker_class
+        worker = self._pool.processes.get(key)
+        if worker is None:
+            worker = self._pool.cluster.spawn(role, device, worker_class, *args, **kwargs)
+            self._pool.processes[key] = worker
+        else:
+            worker._started = worker._actor.start.remote(None, worker_class, args, kwargs)
+        return worker
