@@ -113,6 +113,8 @@ class PPOTrainer:
         self._settings = FleetSettings.from_config(args, processing_class.pad_token_id)  # refuses what cannot be placed
         self._set_up_optimizer()
         self._set_up_callbacks(callbacks)
+        for step in self._optimizer_steps(update=1):
+            self._settings.training.check(num_micro_batches=len(step.micro_batches))
 
     state: PPOState
     control: TrainerControl

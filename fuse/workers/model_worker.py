@@ -88,6 +88,10 @@ class TrainingSettings:
     pad_token_id: int | None
     timeout_s: float
 
+    def check(self, num_micro_batches: int) -> None:
+        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
+        serial_schedule(self.placement, num_micro_batches)
+
     def replicas(self, model: ModelName) -> list[Replica]:
         return [replica for replica in self.placement if replica.model == model]
 

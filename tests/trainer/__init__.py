@@ -1,0 +1,1 @@
+"""The trainer end to end, on tiny models and real workers."""

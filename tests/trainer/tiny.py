@@ -1,0 +1,110 @@
+"""A PPO run of seconds: a tiny Llama, a letter tokenizer, a reward one can compute by hand. Also runs as a script."""
+
+from __future__ import annotations
+
+import argparse
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from fuse import PPOConfig, PPOTrainer
+
+VOCABULARY = ["<pad>", "<eos>", *string.ascii_lowercase[:14]]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter a..n."""
+    inner = Tokenizer(WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    inner.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+
+
+def llama_config(**overrides: Any) -> LlamaConfig:
+    options = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(**(options | overrides))
+
+
+def policy(**overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(llama_config(**overrides))
+
+
+def scorer(seed: int, **overrides: Any) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(llama_config(num_labels=1, **overrides))
+
+
+def rows(count: int = 16) -> list[dict[str, Any]]:
+    return [{"input_ids": [2 + index % 14, 2 + (3 * index) % 14], "target": index} for index in range(count)]
+
+
+def count_a(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
+    """The share of the letter a."""
+    assert len(prompts) == len(responses) == len(target)
+    return [response.count("a") / max(1, len(response)) for response in responses]
+
+
+def config(output_dir: Path, **overrides: Any) -> PPOConfig:
+    options: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "num_devices": 1,
+        "total_episodes": 16,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_ppo_epochs": 2,
+        "response_length": 8,
+        "stop_token": "eos",
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return PPOConfig(**(options | overrides))
+
+
+def trainer(output_dir: Path, *, reward: Any = count_a, callbacks: Any = None, **overrides: Any) -> PPOTrainer:
+    return PPOTrainer(
+        args=config(output_dir, **overrides),
+        processing_class=tokenizer(),
+        model=policy(),
+        ref_model=None,
+        reward_model=reward,
+        train_dataset=rows(),
+        value_model=scorer(1),
+        callbacks=callbacks,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--updates", type=int, default=4)
+    parser.add_argument("--devices", type=int, default=1)
+    arguments = parser.parse_args()
+    run = trainer(
+        arguments.output_dir,
+        total_episodes=8 * arguments.updates,
+        num_devices=arguments.devices,
+        save_strategy="steps",
+        save_steps=1,
+        num_sample_generations=0,
+    )
+    run.train(resume_from_checkpoint=arguments.resume)
