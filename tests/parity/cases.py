@@ -53,6 +53,7 @@ class Case:
 
     options: PPOConfig's, over OPTIONS.
     pad_is_eos: one token for both, as where a tokenizer has no padding token of its own.
+    eos_in_prompts: prompts hold eos inside; where it is padding too, the oracle overlooks it.
     pad_is_sampled: the policy generates padding tokens in the middle of responses.
     past_stop: the generator does not stop, so responses run on after their stop token.
     own_reference: false passes ref_model=None, and the policy's copy is the reference.
@@ -64,6 +65,7 @@ class Case:
     architecture: Literal["llama", "gpt_neox"] = "llama"
     tie_word_embeddings: bool = False
     pad_is_eos: bool = False
+    eos_in_prompts: bool = False
     pad_is_sampled: bool = False
     past_stop: bool = False
     own_reference: bool = True
@@ -106,7 +108,9 @@ CASES: tuple[Case, ...] = (
         options={"stop_token": "eos", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     ),
     Case(name="one_epoch", options={"stop_token": "eos", "num_ppo_epochs": 1, "gamma": 0.9, "lam": 0.8}),
-    Case(name="four_epochs", options={"num_ppo_epochs": 4, "gamma": 0.97, "lam": 0.5, "temperature": 1.3}, quirks=False),
+    Case(
+        name="four_epochs", options={"num_ppo_epochs": 4, "gamma": 0.97, "lam": 0.5, "temperature": 1.3}, quirks=False
+    ),
     Case(
         name="optimizer_options",
         options={
@@ -120,6 +124,7 @@ CASES: tuple[Case, ...] = (
         quirks=False,
     ),
     Case(name="pad_is_eos", options={"stop_token": "eos"}, pad_is_eos=True),
+    Case(name="pad_in_prompts", options={"stop_token": "eos"}, pad_is_eos=True, eos_in_prompts=True),
     Case(name="pad_is_sampled", options={"stop_token": "eos", "missing_eos_penalty": 0.5}, pad_is_sampled=True),
     Case(name="gpt_neox", options={"stop_token": "eos"}, architecture="gpt_neox"),
     Case(name="tied_embeddings", options={"stop_token": "eos"}, tie_word_embeddings=True),
@@ -156,7 +161,12 @@ def build_models(case: Case) -> Models:
 
 
 def _model_config(case: Case) -> PreTrainedConfig:
-    tokens = {"vocab_size": VOCABULARY_SIZE, "pad_token_id": case.pad_token_id, "eos_token_id": EOS, "bos_token_id": None}
+    tokens = {
+        "vocab_size": VOCABULARY_SIZE,
+        "pad_token_id": case.pad_token_id,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+    }
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     common = {**tokens, **sizes, "max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 1}
     if case.architecture == "gpt_neox":
@@ -192,4 +202,7 @@ def build_dataset(case: Case) -> Dataset:
     """Prompts of two to six ordinary tokens."""
     random = np.random.default_rng(2)
     lengths = random.integers(2, 7, size=case.num_prompts)
-    return Dataset.from_dict({"input_ids": [random.integers(6, VOCABULARY_SIZE, size=n).tolist() for n in lengths]})
+    prompts = [random.integers(6, VOCABULARY_SIZE, size=length).tolist() for length in lengths]
+    if case.eos_in_prompts:
+        prompts = [[*prompt[:1], EOS, *prompt[1:]] for prompt in prompts]
+    return Dataset.from_dict({"input_ids": prompts})

@@ -20,7 +20,7 @@ from torch import Tensor
 from .cases import Case, build_dataset, build_models, build_tokenizer
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402  (reads the variable when imported)
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # reads the variable when imported
 
 
 @dataclass(frozen=True, slots=True)
