@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fuse.ops.decode_attention import additive_mask, decode_attention, is_native, masked_attention
+
 SLOT_ATTENTION = "fuse_slots"
 
-# Arguments that some models pass and that change nothing here. Any other one (sinks, soft caps, biases) is
-# left to the model's sdpa path, which knows or refuses it.
+# Arguments that some models pass and that change nothing here. Any other one is left to the model's sdpa path.
 _HARMLESS = frozenset({"position_ids", "use_cache", "sliding_window", "is_causal"})
 
 
@@ -27,30 +28,41 @@ def slot_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention that never copies the keys of grouped-query models.
+    """An attention function in the sense of transformers, fast for one token per row.
 
-    Shapes: query [rows, heads, tokens, head_dim], key and value [rows, kv_heads, context, head_dim], attention_mask
-    additive [rows, 1, 1, context]; the result is [rows, tokens, heads, head_dim].
-
-    With one token per row, the heads that share a key head are as good as tokens that share it: the groups become the
-    query axis. The stock path repeats every key and value instead: ten times slower at a context of 512.
+    Shapes: query [rows, heads, tokens, head_dim], key and value [rows, kv_heads, context, head_dim]; the result is
+    [rows, tokens, heads, head_dim]. `attention_mask` is what `decode_mask` made, or None for a causal prefill.
     """
-    rows, heads, tokens, head_dim = query.shape
-    kv_heads = key.shape[1]
-    if tokens > 1 or attention_mask is None or not kwargs.keys() <= _HARMLESS:
+    if query.shape[2] > 1 or attention_mask is None or not kwargs.keys() <= _HARMLESS:
+        if attention_mask is not None and not attention_mask.is_floating_point():
+            attention_mask = additive_mask(attention_mask.flatten(), key.shape[2], query.dtype)
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return output.reshape(rows, 1, heads, value.shape[-1]), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if attention_mask.is_floating_point():
+        output = masked_attention(query[:, :, 0], key, value, attention_mask, scale)
+    else:
+        output = decode_attention(query[:, :, 0], key, value, attention_mask.flatten(), scale)
+    return output.unsqueeze(1), None
 
 
-def use_slot_attention(model: PreTrainedModel) -> None:
-    """Make a model that uses sdpa call `slot_attention`; a model with attention of its own keeps it."""
-    if model._supports_attention_backend and model.config._attn_implementation == "sdpa":
-        ALL_ATTENTION_FUNCTIONS.register(SLOT_ATTENTION, slot_attention)
-        model.set_attn_implementation(SLOT_ATTENTION)
+def use_slot_attention(model: PreTrainedModel) -> bool:
+    """Make a model that uses sdpa call `slot_attention`; a model with attention of its own keeps it. Whether it did."""
+    if not model._supports_attention_backend or model.config._attn_implementation not in ("sdpa", SLOT_ATTENTION):
+        return False
+    ALL_ATTENTION_FUNCTIONS.register(SLOT_ATTENTION, slot_attention)
+    model.set_attn_implementation(SLOT_ATTENTION)
+    return True
+
+
+def decode_mask(lengths: Tensor, context: int, dtype: torch.dtype, *, slot_attention: bool) -> Tensor:
+    """The `attention_mask` of a decode step over rows of lengths int64 [rows]: four-dimensional, so models pass it on.
+
+    Where native code does the attention it is the lengths themselves, int64 [rows, 1, 1, 1]; elsewhere an additive
+    mask [rows, 1, 1, context], built once for all layers.
+    """
+    if slot_attention and is_native(dtype, lengths.device):
+        return lengths[:, None, None, None]
+    return additive_mask(lengths, context, dtype)

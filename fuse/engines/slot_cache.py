@@ -91,12 +91,12 @@ class SlotCache(Cache):
             for entries in (layer.keys, layer.values)
         )
 
-    def write(self, row: int, kv: Sequence[Tensor], *, like: Tensor) -> None:
-        """Fill a row from what `read` returned elsewhere; `like` gives device and dtype."""
+    def write(self, row: int, kv: Sequence[Tensor], *, dtype: torch.dtype) -> None:
+        """Fill a row from what `read` returned elsewhere, in the dtype that the cache has or will have."""
         tokens = kv[0].shape[1]
         self._reserve(row + 1, tokens)
         for index, (keys, values) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
-            keys, values = keys.to(like), values.to(like)
+            keys, values = (entries.to(self._row_indices.device, dtype) for entries in (keys, values))
             layer = self._layer(index, keys.unsqueeze(0), values.unsqueeze(0))
             layer.keys[row, :, :tokens] = keys
             layer.values[row, :, :tokens] = values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fuse.engines.attention import use_slot_attention
+from fuse.engines.attention import decode_mask, use_slot_attention
 from fuse.engines.engine import (
     Evicted,
     GeneratedToken,
@@ -58,11 +58,9 @@ class TransformersEngine:
         self._max_batch = max_batch
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
-        use_slot_attention(model)
+        self._has_slot_attention = use_slot_attention(model)
         self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
-        # Additive masks: allowed is 0, the rest is -inf, in the model's dtype.
-        self._masked = torch.tensor(float("-inf"), dtype=model.dtype, device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
         self._check_decoding()
@@ -154,7 +152,7 @@ class TransformersEngine:
             del self._queue[evicted.request.sample_id]
         for evicted in chosen:
             if evicted.kv is not None:
-                self._cache.write(len(self._rows), evicted.kv, like=self._masked)
+                self._cache.write(len(self._rows), evicted.kv, dtype=self._model.dtype)
                 self._rows.extend([evicted.request])
         for requests in _batches_by_length([evicted.request for evicted in chosen if evicted.kv is None]):
             self._prefill(requests)
@@ -179,12 +177,11 @@ class TransformersEngine:
         """Feed every row's last token; the logits of the next one, [rows, vocab]."""
         lengths = self._rows.lengths
         context = round_up(max(row.num_cached for row in self._rows) + 1)
-        is_seen = self._positions[:context] <= lengths.unsqueeze(1)
-        mask = torch.where(is_seen, torch.zeros_like(self._masked), self._masked)
+        mask = decode_mask(lengths + 1, context, self._model.dtype, slot_attention=self._has_slot_attention)
         self._cache.begin_decode(lengths, context)
         output = self._model(
             input_ids=self._rows.input_ids.unsqueeze(1),
-            attention_mask=mask[:, None, None, :],
+            attention_mask=mask,
             position_ids=lengths.unsqueeze(1),
             past_key_values=self._cache,
             use_cache=True,

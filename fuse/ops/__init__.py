@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from fuse.ops import gae, logprob
+from fuse.ops import decode_attention, gae, logprob, sampling
 
 
 def describe() -> dict[str, str]:
     """Which implementation serves each operation, and why."""
-    return {"gae": gae.describe(), "token_logprobs": logprob.describe()}
+    return {
+        "decode_attention": decode_attention.describe(),
+        "gae": gae.describe(),
+        "sample_tokens": sampling.describe(),
+        "token_logprobs": logprob.describe(),
+    }

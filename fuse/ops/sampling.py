@@ -23,9 +23,12 @@ Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from fuse.ops.native import extension, log_choice
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio; odd, written as the int64 it is
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -61,13 +64,46 @@ def sample_tokens(
     A row of temperature 0 is greedy: the first largest logit, its log-probability taken at temperature 1 (the limit
     would be 0 for every token).
     """
+    native, choice = _choose(logits.device)
+    log_choice("sample_tokens", choice)
+    if native is None:
+        return sample_tokens_reference(logits, temperatures, seeds, sample_ids, positions)
+    logits = logits.detach().float()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    native.sample(logits, temperatures.contiguous(), _keys(seeds, sample_ids, positions), tokens, logprobs)
+    return tokens, logprobs
+
+
+def sample_tokens_reference(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_ids: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sample_tokens` as the definition has it: add the noise, take the largest."""
     greedy = temperatures == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperatures).unsqueeze(1)
+    scaled = logits.detach().float() / torch.where(greedy, 1.0, temperatures).unsqueeze(1)
     noise = gumbel_noise(seeds, sample_ids, positions, logits.shape[1])
     noise.masked_fill_(greedy.unsqueeze(1), 0.0)
     tokens = noise.add_(scaled).argmax(dim=1)
     chosen = scaled.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return tokens, chosen - scaled.logsumexp(dim=1)
+
+
+def describe() -> str:
+    """Which implementation serves which input, and why."""
+    native, reason = extension()
+    if native is None:
+        return f"torch reference: {reason}"
+    return "native C++ on CPU; torch reference elsewhere: there is no CUDA kernel"
+
+
+def _choose(device: torch.device) -> tuple[ModuleType | None, str]:
+    native, reason = extension()
+    if native is None:
+        return None, f"torch reference: {reason}"
+    if device.type != "cpu":
+        return None, f"torch reference: there is no native code on {device.type}"
+    return native, "native C++"
 
 
 def _keys(seeds: Tensor, sample_ids: Tensor, positions: Tensor) -> Tensor:

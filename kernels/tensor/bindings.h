@@ -5,6 +5,8 @@
 
 namespace fuse {
 
+void bind_decode_attention(nanobind::module_& module);
 void bind_gae(nanobind::module_& module);
+void bind_sampling(nanobind::module_& module);
 
 }  // namespace fuse

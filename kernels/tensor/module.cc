@@ -2,5 +2,7 @@
 
 NB_MODULE(_native, module) {
   module.doc() = "Native tensor kernels. Arrays cross as DLPack; every function releases the GIL.";
+  fuse::bind_decode_attention(module);
   fuse::bind_gae(module);
+  fuse::bind_sampling(module);
 }

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse.ops.sampling import gumbel_noise, sample_tokens
+from fuse.ops import describe
+from fuse.ops.sampling import gumbel_noise, sample_tokens, sample_tokens_reference
 
 GOLDEN_NOISE = [0.9999578, -1.0603911, -0.6108896, -0.2144664, -0.0279313]  # seed 7, sample 3, position 5
 GOLDEN_TOKENS = [1, 4, 1, 0, 5, 1, 0, 0, 0, 0, 2, 4, 5, 4, 5, 0]  # seed 11, samples 0 to 15, position 0
@@ -140,3 +141,44 @@ def test_masked_tokens_are_never_drawn() -> None:
 
 def test_a_small_temperature_takes_the_best_token() -> None:
     assert set(draw(200, temperature=1e-3).tolist()) == {0}
+
+
+def test_native_code_serves() -> None:
+    assert describe()["sample_tokens"].startswith("native C++")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 255, 257, 1000, 4099])
+def test_native_code_draws_what_the_reference_draws(rows: int, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 4 * torch.randn(rows, vocab_size, generator=generator)
+    temperatures = torch.tensor([0.0, 0.1, 0.7, 1.0, 1.3, 3.0, 50.0])[:rows]
+    ids = torch.arange(rows)
+    for position in range(20):
+        arguments = (temperatures, ids - 3, 5 * ids, torch.full((rows,), position))
+        tokens, logprobs = sample_tokens(logits, *arguments)
+        expected_tokens, expected_logprobs = sample_tokens_reference(logits, *arguments)
+        assert torch.equal(tokens, expected_tokens)
+        torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("layout", ["bfloat16", "row_slice", "transposed"])
+def test_layouts_and_dtypes(layout: str) -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    match layout:
+        case "bfloat16":
+            logits = logits.bfloat16()
+        case "row_slice":
+            logits = logits.repeat(1, 2)[:, 20:60]
+        case "transposed":
+            logits = logits.T.contiguous().T
+    ids = torch.arange(6)
+    arguments = (torch.ones(6), ids, ids, ids)
+    assert torch.equal(sample_tokens(logits, *arguments)[0], sample_tokens_reference(logits, *arguments)[0])
+
+
+def test_nan_logits_show_in_the_logprob() -> None:
+    logits = LOGITS.clone()
+    logits[2] = math.nan
+    for sample in (sample_tokens, sample_tokens_reference):
+        assert sample(logits[None], torch.ones(1), column(0), column(0), column(0))[1].isnan().all()

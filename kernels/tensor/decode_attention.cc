@@ -1,0 +1,112 @@
+#include "tensor/decode_attention.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "tensor/vector_math.h"
+
+namespace fuse {
+namespace {
+
+constexpr std::int64_t padded(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Scores of `count` (at most four) keys, `head_dim` elements apart: their sums run side by side.
+template <int count>
+FUSE_INLINE void score(const float* query, const float* keys, std::int64_t head_dim, float scale, float* scores) {
+  Floats lanes[count] = {};
+  std::int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    const Floats q = load(query + d);
+    for (int k = 0; k < count; ++k) lanes[k] += q * load(keys + k * head_dim + d);
+  }
+  for (int k = 0; k < count; ++k) {
+    float sum = sum_of(lanes[k]);
+    for (std::int64_t tail = d; tail < head_dim; ++tail) sum += query[tail] * keys[k * head_dim + tail];
+    scores[k] = scale * sum;
+  }
+}
+
+// Adds `count` values, weighted, to the output.
+template <int count>
+FUSE_INLINE void accumulate(const float* weights, const float* values, std::int64_t head_dim, float* output) {
+  std::int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    Floats sum = load(output + d);
+    for (int k = 0; k < count; ++k) sum += weights[k] * load(values + k * head_dim + d);
+    store(output + d, sum);
+  }
+  for (; d < head_dim; ++d) {
+    for (int k = 0; k < count; ++k) output[d] += weights[k] * values[k * head_dim + d];
+  }
+}
+
+// Turns scores into unnormalised probabilities; returns their sum. Room for a whole last vector is the caller's.
+FUSE_INLINE float exponentiate(float* scores, std::int64_t count) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  std::fill(scores + count, scores + padded(count), kLowest);
+  Floats highest = all(kLowest);
+  for (std::int64_t j = 0; j < count; j += kLanes) {
+    const Floats next = load(scores + j);
+    highest = next > highest ? next : highest;
+  }
+  const float shift = max_of(highest);
+  Floats total{};
+  for (std::int64_t j = 0; j < count; j += kLanes) {
+    const Floats next = exp_nonpositive(load(scores + j) - shift);
+    store(scores + j, next);
+    total += next;
+  }
+  return sum_of(total);
+}
+
+}  // namespace
+
+FUSE_VECTORIZED
+void decode_attention(const float* query, std::int64_t query_row_stride, std::int64_t query_head_stride, CacheView keys,
+                      CacheView values, const std::int64_t* lengths, std::int64_t rows, std::int64_t kv_heads,
+                      std::int64_t group, std::int64_t head_dim, float scale, float* output) {
+  const std::int64_t width = rows == 0 ? 0 : padded(*std::max_element(lengths, lengths + rows));
+  std::vector<float> scores(static_cast<std::size_t>(group * width));
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t length = lengths[row];
+    for (std::int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      const float* head_keys = keys.data + row * keys.row_stride + kv_head * keys.head_stride;
+      const float* head_values = values.data + row * values.row_stride + kv_head * values.head_stride;
+      const float* head_query = query + row * query_row_stride + kv_head * group * query_head_stride;
+      float* head_output = output + (row * kv_heads + kv_head) * group * head_dim;
+
+      std::int64_t j = 0;
+      for (; j + 4 <= length; j += 4) {
+        for (std::int64_t g = 0; g < group; ++g) {
+          score<4>(head_query + g * query_head_stride, head_keys + j * head_dim, head_dim, scale,
+                   &scores[g * width + j]);
+        }
+      }
+      for (; j < length; ++j) {
+        for (std::int64_t g = 0; g < group; ++g) {
+          score<1>(head_query + g * query_head_stride, head_keys + j * head_dim, head_dim, scale,
+                   &scores[g * width + j]);
+        }
+      }
+
+      std::fill(head_output, head_output + group * head_dim, 0.0f);
+      for (std::int64_t g = 0; g < group; ++g) {
+        const float total = exponentiate(&scores[g * width], length);
+        for (j = 0; j < length; ++j) scores[g * width + j] /= total;
+      }
+      for (j = 0; j + 8 <= length; j += 8) {
+        for (std::int64_t g = 0; g < group; ++g) {
+          accumulate<8>(&scores[g * width + j], head_values + j * head_dim, head_dim, head_output + g * head_dim);
+        }
+      }
+      for (; j < length; ++j) {
+        for (std::int64_t g = 0; g < group; ++g) {
+          accumulate<1>(&scores[g * width + j], head_values + j * head_dim, head_dim, head_output + g * head_dim);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fuse
