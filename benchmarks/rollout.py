@@ -1,0 +1,193 @@
+"""`fuse bench rollout`: generating a batch of ragged responses, this project's way and others'.
+
+Lengths are forced, by one limit per sample and no stop token, so that everybody generates the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fuse.benchmarks.measure import describe_machine, interleave, write_json
+from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.transformers import TransformersEngine
+
+SYNTHETIC, UNIFORM = "synthetic", "uniform"
+
+
+class Row(TypedDict):
+    """One mix of lengths. Seconds are medians; a token counts when it belongs to a response."""
+
+    lengths: str
+    engine: str
+    batch: int
+    num_samples: int
+    num_tokens: int
+    longest_tokens: int
+    seconds: float
+    generate_seconds: float
+    tokens_per_s: float
+    generate_tokens_per_s: float
+    ratio: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse bench rollout`."""
+    parser.add_argument(
+        "--against", choices=sorted(COMPARISONS), default="generate",
+        help="generate: the transformers engine against batches of model.generate, each to its longest sample",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lengths", metavar="FILE.csv", action="append", default=[],
+        help="response lengths: column output_tokens, scaled so that the longest fills the context; may be repeated "
+        "(default: a synthetic long-tailed mix)",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="PATH", help="causal language model (default: a random Llama, 4 x 256)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the random Llama (default: 4096)")
+    parser.add_argument("--kv-heads", type=int, default=4, help="of the random Llama's 4 heads (default: 4)")
+    parser.add_argument("--num-samples", type=int, default=128, help="responses to generate (default: 128)")
+    parser.add_argument("--batch", type=int, default=32, help="samples that run side by side (default: 32)")
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of every prompt (default: 32)")
+    parser.add_argument("--context", type=int, default=256, help="tokens of the longest sample (default: 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side, alternating (default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="write machine and rows to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every mix of lengths and the uniform one, print a line each, and write them to `arguments.json`."""
+    for name in ("num_samples", "batch", "prompt_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be at least 1")
+    limit = arguments.context - arguments.prompt_tokens
+    if limit < 1:
+        raise ValueError(
+            f"--context is {arguments.context} and --prompt-tokens {arguments.prompt_tokens}: no room for a response"
+        )
+    torch.set_num_threads(1)
+    mixes = {Path(path).stem: read_lengths(path, arguments.num_samples) for path in arguments.lengths}
+    mixes = mixes or {SYNTHETIC: synthetic_lengths(arguments.num_samples)}
+    mixes = {name: scale(lengths, limit) for name, lengths in mixes.items()}
+    mixes[UNIFORM] = [round(statistics.mean(next(iter(mixes.values()))))] * arguments.num_samples
+    model = load_model(arguments)
+    rows = []
+    for name, lengths in mixes.items():
+        row = COMPARISONS[arguments.against](name, lengths, model, arguments)
+        print(format_row(row), flush=True)
+        rows.append(row)
+    if arguments.json:
+        write_json(arguments.json, {"machine": describe_machine(), "options": vars(arguments), "rows": rows})
+    return 0
+
+
+def read_lengths(path: str, num_samples: int) -> list[int]:
+    """The first `num_samples` values of a CSV file's column output_tokens."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if "output_tokens" not in (reader.fieldnames or ()):
+            raise ValueError(f"{path} has no column output_tokens: its columns are {reader.fieldnames}")
+        lengths = [int(row["output_tokens"]) for row, _ in zip(reader, range(num_samples), strict=False)]
+    if len(lengths) < num_samples:
+        raise ValueError(f"{path} has {len(lengths)} rows, fewer than --num-samples={num_samples}")
+    return lengths
+
+
+def synthetic_lengths(num_samples: int) -> list[int]:
+    """Log-normal with sigma 0.6: the longest of 128 is some five times the median, as in chat traces."""
+    generator = torch.Generator().manual_seed(0)
+    return (100 * (0.6 * torch.randn(num_samples, generator=generator)).exp()).round().long().tolist()
+
+
+def scale(lengths: Sequence[int], longest: int) -> list[int]:
+    """Lengths in proportion, the longest of them `longest` tokens and each at least one."""
+    factor = longest / max(lengths)
+    return [max(1, round(factor * length)) for length in lengths]
+
+
+def load_model(arguments: argparse.Namespace) -> PreTrainedModel:
+    """The model at a path, or a random Llama whose weights do not matter: lengths are forced."""
+    if arguments.model:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        model.eval()
+        return model
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocab_size, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=arguments.kv_heads,
+        max_position_embeddings=max(1024, arguments.context),
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config)
+    llama.eval()
+    return llama
+
+
+def compare_with_generate(
+    name: str, lengths: Sequence[int], model: PreTrainedModel, arguments: argparse.Namespace
+) -> Row:
+    """Both sides sample at temperature 1 from the same weights; prompts are equally long, so neither one pads them."""
+    prompts = make_prompts(model, len(lengths), arguments.prompt_tokens)
+    generate: Any = model.generate
+    engine = TransformersEngine(copy.deepcopy(model), max_batch=arguments.batch, max_context=arguments.context)
+
+    def with_engine() -> None:
+        for sample_id, (prompt_ids, length) in enumerate(zip(prompts.tolist(), lengths, strict=True)):
+            params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=length)
+            engine.submit(GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params))
+        num_tokens = 0
+        while tokens := engine.step():
+            num_tokens += len(tokens)
+        assert num_tokens == sum(lengths)
+
+    def with_generate() -> None:
+        for first in range(0, len(lengths), arguments.batch):
+            batch = prompts[first : first + arguments.batch]
+            generate(
+                batch, attention_mask=torch.ones_like(batch), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                max_new_tokens=max(lengths[first : first + arguments.batch]), eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+
+    print(f"{name}: {sum(lengths)} tokens, {1 + arguments.repeats} rounds ...", file=sys.stderr, flush=True)
+    measured = interleave({"engine": with_engine, "generate": with_generate}, arguments.repeats)
+    seconds, generate_seconds = (statistics.median(measured[side]) for side in ("engine", "generate"))
+    return {
+        "lengths": name,
+        "engine": "transformers",
+        "batch": arguments.batch,
+        "num_samples": len(lengths),
+        "num_tokens": sum(lengths),
+        "longest_tokens": max(lengths),
+        "seconds": seconds,
+        "generate_seconds": generate_seconds,
+        "tokens_per_s": sum(lengths) / seconds,
+        "generate_tokens_per_s": sum(lengths) / generate_seconds,
+        "ratio": generate_seconds / seconds,
+    }
+
+
+def make_prompts(model: PreTrainedModel, num_samples: int, num_tokens: int) -> torch.Tensor:
+    """Random token ids, int64 [num_samples, num_tokens], on the model's device."""
+    generator = torch.Generator().manual_seed(1)
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocab_size, (num_samples, num_tokens), generator=generator).to(model.device)
+
+
+def format_row(row: Row) -> str:
+    """One line for people."""
+    return (
+        f"{row['lengths']}: {row['num_samples']} responses, mean {row['num_tokens'] / row['num_samples']:.0f} and at "
+        f"most {row['longest_tokens']} tokens, batch {row['batch']}: {row['engine']} {row['tokens_per_s']:.0f} "
+        f"tokens/s, generate {row['generate_tokens_per_s']:.0f}: {row['ratio']:.2f} times as fast"
+    )
+
+
+COMPARISONS: dict[str, Callable[[str, Sequence[int], PreTrainedModel, argparse.Namespace], Row]] = {
+    "generate": compare_with_generate
+}
