@@ -1,7 +1,7 @@
 """The `fuse` command: finds the subcommand, parses its options, and turns users' errors into one line each.
 
-A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; it is imported only when it runs,
-so `fuse --help` loads neither torch nor ray. `parents()` may give parsers whose options the command takes over.
+A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; it is imported only when it
+runs, so `fuse --help` loads neither torch nor ray. Its `parents()`, if any, are parsers whose options it takes over.
 
 Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 """

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 TOKENS = "input_ids"
+SOURCES = "a JSONL file, or a directory made by Dataset.save_to_disk"
 REWARD_ARGUMENTS = frozenset({"prompts", "responses"})
 
 
@@ -24,12 +25,12 @@ def read_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
     if path.is_dir():
         return _saved_dataset(path)
     if not path.is_file():
-        raise ValueError(f"dataset {path} does not exist: give a JSONL file, or a directory made by Dataset.save_to_disk")
-    rows = [
-        _json_object(line, f"{path}:{number}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        if line.strip()
-    ]
+        raise ValueError(f"dataset {path} does not exist: give {SOURCES}")
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(_json_object(line, f"{path}:{number}"))
     if not rows:
         raise ValueError(f"dataset {path} is empty: it needs one JSON object per line")
     return rows
@@ -55,7 +56,7 @@ def prompt_rows(
             a reward function's own arguments, no rows, or a tokenizer without pad token or chat template.
     """
     if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token, e.g. to tokenizer.eos_token, and save it")
+        raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token, e.g. to tokenizer.eos_token")
     rows = list(rows)
     if not rows:
         raise ValueError("the dataset is empty: it needs at least one batch of prompts")
@@ -66,7 +67,9 @@ def prompt_rows(
     tokenised = []
     for index, row in enumerate(rows):
         if row.get(source) is None:
-            raise ValueError(f"dataset row {index} has no column {source!r} (it has: {', '.join(row) or 'none'}): add it")
+            raise ValueError(
+                f"dataset row {index} has no column {source!r} (it has: {', '.join(row) or 'none'}): add it"
+            )
         prompt = row[source]
         tokens = list(prompt) if source == TOKENS else _tokenise(prompt, tokenizer, index)
         _check_length(len(tokens), index, response_length, context)
@@ -79,7 +82,9 @@ def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) ->
         if not prompt.strip():
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
         return list(tokenizer(prompt)[TOKENS])
-    if not isinstance(prompt, list) or not all(isinstance(message, Mapping) and "role" in message for message in prompt):
+    if not isinstance(prompt, list) or not all(
+        isinstance(message, Mapping) and "role" in message for message in prompt
+    ):
         raise ValueError(
             f"dataset row {index} has a prompt of type {type(prompt).__name__}: "
             "give a string, or a list of messages such as {'role': 'user', 'content': '...'}"
@@ -101,7 +106,7 @@ def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) ->
         raise ValueError(f"the dataset has no column {source!r} (it has: {listed}): {remedy}")
     for name in columns:
         if name in REWARD_ARGUMENTS:
-            raise ValueError(f"the dataset has a column {name!r}, an argument of every reward function: rename the column")
+            raise ValueError(f"the dataset has a column {name!r}, an argument of every reward function: rename it")
 
 
 def _check_length(num_tokens: int, index: int, response_length: int, context: int | None) -> None:
@@ -114,23 +119,26 @@ def _check_length(num_tokens: int, index: int, response_length: int, context: in
         )
 
 
-def _json_object(line: str, place: str) -> Row:
+def _json_object(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error.msg} at column {error.colno}): give one object per line") from error
+        fault = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"{place} is not JSON ({fault}): give one object per line") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 ({error.reason}): convert the file") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place} is {type(row).__name__}, not a JSON object: give one object per line")
     return row
 
 
 def _saved_dataset(path: Path) -> Sequence[Mapping[str, Any]]:
-    import datasets  # noqa: PLC0415  # a second to import, and JSONL does not need it
+    import datasets  # takes a second, and JSONL does not need it
 
     try:
         dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} holds no dataset: give a JSONL file, or a directory made by Dataset.save_to_disk") from error
+        raise ValueError(f"{path} holds no dataset: give {SOURCES}") from error
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(f"{path}/{name}" for name in dataset)
         raise ValueError(f"{path} holds several splits: give one of {splits}")

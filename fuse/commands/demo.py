@@ -1,0 +1,188 @@
+"""Teach a small model to add, from nothing: no download, a few minutes on two cores.
+
+A small Llama first imitates worked sums by a careless teacher, who slips in four steps of ten. PPO then rewards exact
+answers, on as many devices (CPU cores) as you say. At the end: the learning curve, where the time went, and a trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fuse.benchmarks.measure import write_json
+from fuse.commands.models import critic_from_policy
+from fuse.commands.progress import update_progress
+from fuse.commands.results import RunResults, output_file
+from fuse.config import PPOConfig
+from fuse.demo.plot import save_curve, tenth_means, terminal_curve
+from fuse.demo.task import SumTask, exact_match, prompt_text
+from fuse.demo.tokenizer import arithmetic_tokenizer
+from fuse.demo.warmup import WarmupProgress, small_llama, supervise
+from fuse.trainer import PPOTrainer
+
+BATCH_SIZE = 64
+MICRO_BATCH_SIZE = 8
+WARMUP_TARGET = 0.6
+MAX_WARMUP_STEPS = 600
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse demo`."""
+    parser.usage = "%(prog)s [OPTIONS]"
+    parser.add_argument("--devices", type=int, default=2, metavar="N", help="CPU cores to run on (default: 2)")
+    parser.add_argument("--updates", type=int, default=80, metavar="N", help="PPO updates of 64 problems (default: 80)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, problems and sampling (default: 0)")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("out/demo"),
+        metavar="DIR",
+        help="for curve, traces, policy (default: out/demo)",
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write rewards, seconds and phases to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Warm up, train, and show what came of it."""
+    for name in ("devices", "updates"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}: it must be at least 1")
+    console, start_s = Console(highlight=False), time.monotonic()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    task, tokenizer = SumTask(), arithmetic_tokenizer()
+    policy = small_llama(tokenizer, seed=arguments.seed)
+    console.print(f"A Llama of {policy.num_parameters():,} weights learns sums such as {prompt_text((7, 2, 5))}")
+    warmup_s = warm_up(policy, tokenizer, task, arguments.seed, console)
+
+    trainer = make_trainer(policy, tokenizer, task, arguments)
+    with update_progress(trainer, console, f"PPO on {arguments.devices} devices"):
+        trainer.train()
+    trainer.save_model(str(arguments.output_dir / "policy"))
+
+    results = RunResults.from_log(trainer.state.log_history)
+    seconds = time.monotonic() - start_s
+    phases_s = {"warm-up": warmup_s, **results.phases_s}
+    phases_s["start and stop"] = seconds - sum(phases_s.values())
+    show(console, results, seconds, phases_s, arguments.output_dir, trainer.args)
+    if arguments.json:
+        write_json(
+            arguments.json, {"rewards": results.rewards, "seconds": seconds, "phases": phases_s, "idle": results.idle}
+        )
+    return 0
+
+
+def warm_up(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: SumTask, seed: int, console: Console
+) -> float:
+    """Imitate the teacher until greedy answers are mostly right; sampled ones slip as he does. Returns seconds."""
+    with console.status("supervised warm-up") as status, _all_cores():
+
+        def report(progress: WarmupProgress) -> None:
+            status.update(
+                f"supervised warm-up: step {progress.step}, loss {progress.loss:.2f}, {progress.exact:.0%} of greedy "
+                f"answers right (until {WARMUP_TARGET:.0%}), {progress.elapsed_s:.0f} s"
+            )
+
+        end = supervise(
+            policy,
+            tokenizer,
+            task,
+            seed=seed,
+            target_exact=WARMUP_TARGET,
+            max_steps=MAX_WARMUP_STEPS,
+            report=report,
+        )
+    console.print(f"supervised warm-up: {end.step} steps, {end.elapsed_s:.0f} s, loss {end.loss:.2f}")
+    return end.elapsed_s
+
+
+def make_trainer(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: SumTask, arguments: argparse.Namespace
+) -> PPOTrainer:
+    """The trainer, as a script would make it."""
+    num_prompts = arguments.updates * BATCH_SIZE
+    config = PPOConfig(
+        output_dir=str(arguments.output_dir),
+        num_devices=arguments.devices,
+        use_cpu=True,
+        seed=arguments.seed,
+        total_episodes=num_prompts,
+        per_device_train_batch_size=MICRO_BATCH_SIZE,
+        gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE,
+        num_mini_batches=4,
+        num_ppo_epochs=2,
+        learning_rate=3e-4,
+        warmup_steps=0.1,
+        kl_coef=0.02,
+        lam=1.0,
+        temperature=1.0,
+        stop_token="eos",
+        response_length=task.max_response_tokens,
+        report_to="none",
+        save_strategy="no",
+        trace_steps=max(1, arguments.updates // 10),
+    )
+    problems = islice(task.problems(3 * arguments.seed + 2), num_prompts)
+    return PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=exact_match,
+        train_dataset=[{"input_ids": tokenizer(prompt_text(terms))["input_ids"]} for terms in problems],
+        value_model=critic_from_policy(policy, tokenizer.pad_token_id),
+    )
+
+
+def show(
+    console: Console,
+    results: RunResults,
+    seconds: float,
+    phases_s: Mapping[str, float],
+    output_dir: Path,
+    config: PPOConfig,
+) -> None:
+    """Print curve, times and paths; write the curve's picture."""
+    first, last = tenth_means(results.rewards)
+    console.print("\nmean reward (share of exact answers) of each update")
+    console.print(terminal_curve(results.rewards))
+    console.print(
+        f"first tenth {first:.3f}, last tenth {last:.3f}: {last / first:.2f} times as many\n" if first else ""
+    )
+    table = Table(title=f"where {seconds:.0f} s went", title_justify="left", box=None)
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for phase, phase_s in phases_s.items():
+        table.add_row(phase, f"{phase_s:.1f}", f"{phase_s / seconds:.0%}")
+    console.print(table)
+    console.print("idle during PPO: " + ", ".join(f"{device} {share:.0%}" for device, share in results.idle.items()))
+    curve = output_dir / "learning_curve.png"
+    save_curve(results.rewards, curve)
+    last_trace = len(results.rewards) // config.trace_steps * config.trace_steps
+    console.print(f"\nlearning curve  {curve}")
+    console.print(
+        f"trace           {output_dir / 'traces' / f'iteration-{last_trace:05d}.json'} (open in ui.perfetto.dev)"
+    )
+    console.print(f"policy          {output_dir / 'policy'}")
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let torch use every core in the body: no worker is running yet."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,92 @@
+"""Models from paths, and a critic from what there is."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, with `pad_token` where one is given.
+
+    Raises:
+        ValueError: there is none, it has no padding token, or `pad_token` is not in its vocabulary.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"no tokenizer at {path}: {_first_sentence(error)}") from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"--pad-token {pad_token!r} is not in the tokenizer's vocabulary: name one that is")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        hint = f", e.g. --pad-token {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
+        raise ValueError(f"the tokenizer at {path} has no pad token: name one of its tokens with --pad-token{hint}")
+    return tokenizer
+
+
+def load_policy(path: str) -> PreTrainedModel:
+    """The causal language model at `path`, in fp32.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"no model at {path}: {_first_sentence(error)}") from error
+    return model
+
+
+def load_classifier(path: str) -> PreTrainedModel:
+    """The sequence classifier with one label at `path`, in fp32.
+
+    Raises:
+        ValueError: there is none, or the model there is of another kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        architecture = (config.architectures or ["unknown"])[0]
+        if not architecture.endswith("ForSequenceClassification") or config.num_labels != 1:
+            raise ValueError(
+                f"the model at {path} is a {architecture} with {config.num_labels} labels: "
+                "a reward or value model must be a sequence classifier with one label"
+            )
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"no model at {path}: {_first_sentence(error)}") from error
+    return model
+
+
+def critic_from_policy(policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
+    """A sequence classifier on a copy of the policy's layers, whose zero head values every state at 0 before training.
+
+    Raises:
+        ValueError: transformers has no sequence classifier for this architecture.
+    """
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    config.pad_token_id = pad_token_id
+    try:
+        critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has no sequence classifier of type {config.model_type}: give one with --value-model"
+        ) from error
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    torch.nn.init.zeros_(critic.get_parameter("score.weight"))
+    return critic
+
+
+def _first_sentence(error: OSError) -> str:
+    return " ".join(str(error).split()).partition(". ")[0]

@@ -1,0 +1,49 @@
+"""What a run gives: rewards, and where its time went."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResults:
+    """Per update: mean reward. Over the run: seconds per phase, and per device the share of the time it was idle."""
+
+    rewards: tuple[float, ...]
+    phases_s: Mapping[str, float]
+    idle: Mapping[str, float]
+
+    @classmethod
+    def from_log(cls, log_history: Sequence[Mapping[str, Any]]) -> RunResults:
+        """Collect what the trainer logged at each update."""
+        updates = [entry for entry in log_history if "objective/scores" in entry]
+        phases_s: dict[str, float] = defaultdict(float)
+        idle_s: dict[str, float] = defaultdict(float)
+        for entry in updates:
+            for name, value in entry.items():
+                kind, _, label = name.partition("/")
+                if kind == "time" and label != "total":
+                    phases_s[label] += value
+                elif kind == "idle":
+                    idle_s[label] += value * entry["time/total"]
+        total_s = sum(entry["time/total"] for entry in updates)
+        return cls(
+            rewards=tuple(entry["objective/scores"] for entry in updates),
+            phases_s=dict(phases_s) | {"other": max(0.0, total_s - sum(phases_s.values()))},
+            idle={device: seconds / total_s for device, seconds in idle_s.items()},
+        )
+
+
+def output_file(text: str) -> Path:
+    """Type of an option that names a file to write: its directory must exist before hours are spent on the contents."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"directory {path.parent} does not exist: create it first")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory: name a file")
+    return path

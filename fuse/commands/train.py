@@ -1,0 +1,180 @@
+"""Train a policy by PPO on your own prompts.
+
+  fuse train --model PATH --dataset prompts.jsonl --prompt-column question --reward-function rewards:score
+
+The dataset is a JSONL file, or a directory made by Dataset.save_to_disk. A prompt is a string or a list of chat
+messages. The reward function gets (prompts, responses, **other_columns), all lists, and returns one number per
+response. The trained policy goes to the output directory. All of transformers.TrainingArguments are options too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+from rich.console import Console
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers.hf_argparser import DataClassType
+
+from fuse.benchmarks.measure import write_json
+from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
+from fuse.commands.progress import update_progress
+from fuse.commands.results import RunResults, output_file
+from fuse.commands.reward_function import load_reward_function
+from fuse.config import PPOConfig
+from fuse.data import prompt_rows, read_rows
+from fuse.trainer import PPOTrainer
+
+# What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
+_COMMON = frozenset(
+    {
+        "output_dir",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_grad_norm",
+        "bf16",
+        "gradient_checkpointing",
+        "seed",
+        "use_cpu",
+        "report_to",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+    }
+)
+_NOT_FOR_USERS = ("Filled in by the trainer", "For scripts", "Accepted for compatibility")
+
+
+def parents() -> list[argparse.ArgumentParser]:
+    """A parser of every PPOConfig field."""
+    return [HfArgumentParser(cast(DataClassType, PPOConfig), add_help=False)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse train` beside those of PPOConfig."""
+    parser.usage = "%(prog)s --model PATH --dataset FILE [OPTIONS]"
+    hidden = _hide_uncommon(parser)
+    parser.add_argument("--help-all", action=_HelpAll, hidden=hidden, help="show every option and exit")
+    group = parser.add_argument_group("models and data")
+    group.add_argument("--model", required=True, metavar="PATH", help="policy: a causal language model")
+    group.add_argument("--ref-model", metavar="PATH", help="what the KL penalty measures from (default: the policy)")
+    group.add_argument("--reward-function", metavar="MODULE:FUNCTION", help="Python function that scores responses")
+    group.add_argument("--reward-model", metavar="PATH", help="sequence classifier that scores responses instead")
+    group.add_argument(
+        "--value-model",
+        metavar="PATH",
+        help="critic (default: the reward model, else the policy with a new head)",
+    )
+    group.add_argument("--tokenizer", metavar="PATH", help="default: the policy's")
+    group.add_argument("--pad-token", metavar="TOKEN", help="padding token, where the tokenizer names none")
+    group.add_argument("--dataset", required=True, metavar="FILE", help="prompts to train on")
+    group.add_argument("--eval-dataset", metavar="FILE", help="prompts whose completions are shown during training")
+    group.add_argument("--prompt-column", metavar="NAME", help="column of the prompt (default: tokens in input_ids)")
+    group.add_argument("--json", type=output_file, metavar="FILE", help="write rewards, seconds and phases to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, and save the policy to the output directory."""
+    start_s = time.monotonic()
+    trainer = make_trainer(arguments)
+    console = Console()
+    with update_progress(trainer, console, "PPO"):
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    console.print(f"policy written to {trainer.args.output_dir}", highlight=False)
+    if arguments.json:
+        results = RunResults.from_log(trainer.state.log_history)
+        write_json(
+            arguments.json,
+            {
+                "rewards": results.rewards,
+                "seconds": time.monotonic() - start_s,
+                "phases": results.phases_s,
+                "idle": results.idle,
+                "log_history": trainer.state.log_history,
+            },
+        )
+    return 0
+
+
+def make_trainer(arguments: argparse.Namespace) -> PPOTrainer:
+    """Everything the options name, loaded and checked.
+
+    Raises:
+        ValueError: options, models or data that cannot be trained.
+    """
+    if (arguments.reward_function is None) == (arguments.reward_model is None):
+        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
+    config = PPOConfig(**{field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init})
+    reward: Any = load_reward_function(arguments.reward_function) if arguments.reward_function else None
+    rows = read_rows(arguments.dataset)
+    eval_rows = read_rows(arguments.eval_dataset) if arguments.eval_dataset else None
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.pad_token)
+    policy = load_policy(arguments.model)
+
+    def tokenised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return prompt_rows(
+            rows,
+            tokenizer,
+            prompt_column=arguments.prompt_column,
+            response_length=config.response_length,
+            context=getattr(policy.config.get_text_config(), "max_position_embeddings", None),
+        )
+
+    train_dataset = tokenised(rows)
+    eval_dataset = None if eval_rows is None else tokenised(eval_rows)
+    if arguments.reward_model:
+        reward = load_classifier(arguments.reward_model)
+    return PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=load_policy(arguments.ref_model) if arguments.ref_model else None,
+        reward_model=reward,
+        train_dataset=train_dataset,
+        value_model=_critic(arguments.value_model, reward, policy, tokenizer.pad_token_id),
+        eval_dataset=eval_dataset,
+    )
+
+
+def _critic(path: str | None, reward: object, policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
+    if path is not None:
+        return load_classifier(path)
+    return copy.deepcopy(reward) if isinstance(reward, PreTrainedModel) else critic_from_policy(policy, pad_token_id)
+
+
+def _hide_uncommon(parser: argparse.ArgumentParser) -> dict[argparse.Action, str | None]:
+    """Take options that few need out of the help; returns their texts."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    hidden = {}
+    for action in parser._actions:
+        own = action.dest not in inherited and not (action.help or "").startswith(_NOT_FOR_USERS)
+        if action.dest != "help" and not own and action.dest not in _COMMON:
+            hidden[action] = action.help
+            action.help = argparse.SUPPRESS
+    return hidden
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, *, hidden: Mapping[argparse.Action, str | None], **options: Any) -> None:
+        super().__init__(nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, **_without_dest(options))
+        self._hidden = hidden
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        for action, text in self._hidden.items():
+            action.help = text
+        parser.print_help()
+        parser.exit()
+
+
+def _without_dest(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in ("dest", "default", "nargs")}
