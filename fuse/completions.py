@@ -20,5 +20,5 @@ def print_completions(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Samp
     for sample in samples:
         query = tokenizer.decode(list(sample.prompt_ids), skip_special_tokens=True)
         response = tokenizer.decode(sample.response_ids[: sample.length])
-        table.add_row(escape(query), escape(response), f"{sample.score:.4g}")
+        table.add_row(escape(str(query)), escape(str(response)), f"{sample.score:.4g}")
     Console().print(table)

@@ -14,6 +14,13 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+_AT_LEAST_ONE = (
+    *("num_ppo_epochs", "num_mini_batches", "total_episodes", "response_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "local_rollout_forward_batch_size"),
+    *("num_devices", "actor_stages", "critic_stages", "generation_batch_size", "inference_batch_tokens"),
+)
+
+
 @dataclass
 class PPOConfig(TrainingArguments):
     """Arguments of `PPOTrainer`: `transformers.TrainingArguments` plus PPO's own and where it runs.
@@ -32,7 +39,7 @@ class PPOConfig(TrainingArguments):
 
     learning_rate: float = _option(3e-6, "The initial learning rate for AdamW.")
     logging_steps: float = _option(10, "Updates between two logs for callbacks that ask.")
-    bf16: bool | None = _option(
+    bf16: bool | None = _option(  # type: ignore[assignment]  # None is replaced on construction
         None, "Compute in bfloat16 with fp32 weights. Default: on a GPU that supports it, not on a CPU."
     )
 
@@ -96,21 +103,12 @@ class PPOConfig(TrainingArguments):
             raise ValueError("fp16=True is not supported (it needs loss scaling): set bf16=True or neither")
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_ranges()
         self._check_choices()
 
     def _check_ranges(self) -> None:
-        at_least_one = ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size")
-        at_least_one += ("generation_batch_size", "inference_batch_tokens", "per_device_train_batch_size")
-        at_least_one += (
-            "gradient_accumulation_steps",
-            "num_devices",
-            "actor_stages",
-            "critic_stages",
-            "total_episodes",
-        )
-        for name in at_least_one:
+        for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

@@ -8,21 +8,16 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import CallbackHandler, ExportableState, PrinterCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from fuse import checkpoint, checks, prompts
+from fuse.callbacks import PolicyAndValue, PPOState, callback_handler, initial_state, learning_rate_schedule
 from fuse.completions import print_completions
 from fuse.config import PPOConfig
 from fuse.engines.engine import SamplingParams
@@ -38,23 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
 _FIRST_EVALUATION_ID = 1 << 40
-
-
-@dataclass
-class PPOState(TrainerState):
-    """transformers' TrainerState with the number of prompts consumed so far."""
-
-    episode: int = 0
-
-
-class PolicyAndValue(nn.Module):
-    """The two trained models under the names that TRL's callbacks know: `.policy` and `.value_model`."""
-
-    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
-        super().__init__()
-        self.policy = policy
-        self.value_model = value_model
-        self.config = policy.config
 
 
 class PPOTrainer:
@@ -111,13 +89,19 @@ class PPOTrainer:
         self.dataloader = prompts.prompt_loader(train_dataset, _known(args.local_batch_size), args.seed, data_collator)
         self._fleet: Fleet | None = None
         self._settings = FleetSettings.from_config(args, processing_class.pad_token_id)  # refuses what cannot be placed
-        self._set_up_optimizer()
-        self._set_up_callbacks(callbacks)
+        self.optimizer, self.lr_scheduler = learning_rate_schedule(args, self.model)
+        self.callback_handler = callback_handler(
+            args,
+            callbacks,
+            model=self.model,
+            processing_class=processing_class,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+        )
+        self.control = TrainerControl()
+        self.state = initial_state(self.callback_handler, self.control)
         for step in self._optimizer_steps(update=1):
             self._settings.training.check(num_micro_batches=len(step.micro_batches))
-
-    state: PPOState
-    control: TrainerControl
 
     # The loop
 
@@ -146,7 +130,7 @@ class PPOTrainer:
                 experience, metrics = self._prepare(samples)
                 with clock.phase("training"):
                     steps = self._optimizer_steps(update)
-                    statistics = fleet.train(experience, steps, self.lr_scheduler.get_last_lr()[0])
+                    statistics = fleet.train(experience, steps, self._learning_rate)
                 with clock.phase("weights"):
                     fleet.synchronise()
                 self._finish_update(metrics | self._training_metrics(steps, statistics), clock)
@@ -255,9 +239,10 @@ class PPOTrainer:
         args, state = self.args, self.state
         state.global_step += 1
         state.epoch = state.episode / len(self.train_dataset)
-        lr = self.lr_scheduler.get_last_lr()[0]
         eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
-        self.log({"eps": eps, **metrics, "lr": lr, "episode": state.episode, **self._report_time(clock)})
+        self.log(
+            {"eps": eps, **metrics, "lr": self._learning_rate, "episode": state.episode, **self._report_time(clock)}
+        )
         self.optimizer.step()  # holds no gradients: tells the schedule that the workers stepped
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(args, state, self.control)
@@ -279,6 +264,10 @@ class PPOTrainer:
         report = iteration_report(tracks, clock)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
+
+    @property
+    def _learning_rate(self) -> float:
+        return float(self.lr_scheduler.get_last_lr()[0])
 
     # Checkpoints and models
 
@@ -363,6 +352,9 @@ class PPOTrainer:
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         self.callback_handler.add_callback(callback)
 
+    def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        self.callback_handler.remove_callback(callback)
+
     def log(self, logs: dict[str, float]) -> None:
         """Add the epoch, remember and report to the callbacks."""
         logs["epoch"] = self.state.epoch
@@ -400,33 +392,6 @@ class PPOTrainer:
                     vocabulary_size=config.vocab_size,
                     pad_token_id=self.processing_class.pad_token_id,
                 )
-
-    def _set_up_optimizer(self) -> None:
-        """The learning-rate schedule; its optimizer holds the parameter list but never steps: the workers' do."""
-        args = self.args
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate)
-        num_updates = _known(args.num_total_batches)
-        assert not isinstance(args.lr_scheduler_kwargs, str)  # parsed by TrainingArguments
-        self.lr_scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=args.get_warmup_steps(num_updates),
-            num_training_steps=num_updates,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-
-    def _set_up_callbacks(self, callbacks: list[TrainerCallback] | None) -> None:
-        every = DEFAULT_CALLBACKS + get_reporting_integration_callbacks(self.args.report_to) + (callbacks or [])
-        self.callback_handler = CallbackHandler(
-            every, self.model, self.processing_class, self.optimizer, self.lr_scheduler
-        )
-        self.callback_handler.train_dataloader = self.dataloader
-        self.add_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
-        self.control = TrainerControl()
-        stateful: Any = [
-            item for item in [*self.callback_handler.callbacks, self.control] if isinstance(item, ExportableState)
-        ]
-        self.state = PPOState(stateful_callbacks=stateful)
 
 
 def _known(value: int | None) -> int:

@@ -12,9 +12,6 @@ from typing import Any, Literal
 
 import ray
 import torch
-from fuse.workers.cluster import Cluster, gather
-from fuse.workers.generation_worker import GenerationWorker
-from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 from transformers import PreTrainedModel
 
 from fuse.config import PPOConfig
@@ -28,8 +25,11 @@ from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.steps import OptimizerStep
 from fuse.trace import Span
+from fuse.workers.cluster import Cluster, gather
+from fuse.workers.generation_worker import GenerationWorker
 from fuse.workers.inference import MicroBatchLimit
 from fuse.workers.model_worker import ModelSpec, ModelWorker, Role, TrainingSettings
+from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 EngineFactory = Callable[[ModelSpec, WeightsRef, str], GenerationEngine]
 """(model, its weights, torch device) -> an engine; runs inside the generation worker."""
@@ -142,7 +142,7 @@ class Fleet:
         devices = range(settings.num_devices)
         self._model_workers = [
             cluster.spawn(
-                "model",
+                "model worker",
                 device,
                 ModelWorker,
                 device,
@@ -156,7 +156,7 @@ class Fleet:
         ]
         self._generation_workers = [
             cluster.spawn(
-                "generation",
+                "generation worker",
                 device,
                 GenerationWorker,
                 partial(settings.engine, trained["actor"], weights["actor"], torch_device),

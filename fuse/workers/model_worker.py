@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -29,6 +28,7 @@ from fuse.trace import Span, SpanRecorder
 from fuse.workers import inference, state
 from fuse.workers.losses import ActorLoss, CriticLoss
 from fuse.workers.micro_batches import padded, ragged, to_device
+from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 Role = Literal["reference", "reward", "critic"]
 """The models that score: the critic's inference copy follows its training stages."""
