@@ -1,0 +1,34 @@
+"""What a failed worker looks like to the driver: one line that names the device, the role and the cause."""
+
+from __future__ import annotations
+
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+
+class WorkerError(RuntimeError):
+    """A worker raised or its process died, which ends the run; the worker's own traceback is the `__cause__`."""
+
+    def __init__(self, device: int, role: str, cause: str) -> None:
+        super().__init__(device, role, cause)
+        self.device = device
+        self.role = role
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"{self.role} on device {self.device} failed: {self.cause}"
+
+
+def cause_of(error: BaseException) -> str:
+    """One line that says why a call on a worker failed."""
+    if isinstance(error, RayTaskError):
+        raised = error.cause
+        first_line = next((line for line in str(raised).splitlines() if line.strip()), "")
+        return f"{type(raised).__name__}: {first_line}" if first_line else type(raised).__name__
+    message = str(error)
+    if isinstance(error, OutOfMemoryError) or "low on memory" in message:
+        return "its process was ended because the node ran out of memory: use smaller batches or fewer devices per node"
+    if isinstance(error, RayActorError):
+        if "node has died" in message:
+            return "the node it ran on died or left the Ray cluster"
+        return "its process died (killed, out of memory, or crashed)"
+    return f"{type(error).__name__}: {message.splitlines()[0]}"

@@ -1,0 +1,198 @@
+"""The process that owns a generation engine and steps it, whatever the controller is doing meanwhile."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.trace import Span, SpanRecorder
+from fuse.workers.weights import WeightsRef, get_state_dict
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A sample's tokens since the last poll: those from `position` of its response on.
+
+    The position makes it safe to apply a report late: tokens already known from elsewhere are overwritten by the same.
+    """
+
+    sample_id: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(slots=True)
+class _Unreported:
+    """Tokens of a live sample that no poll has taken yet, and where in the response they start."""
+
+    position: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class GenerationWorker:
+    """Steps an engine in a thread of its own, which waits only when the engine is empty.
+
+    Commands take effect between two steps. An exception of the engine ends the thread, and every later call raises it.
+    """
+
+    concurrent_methods: ClassVar[frozenset[str]] = frozenset({"poll"})
+
+    def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
+        self._engine = make_engine()
+        self._recorder = SpanRecorder()
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._samples: dict[int, _Unreported] = {}  # live ones, and finished ones until they are reported
+        self._num_live = 0
+        self._changed = threading.Condition()  # guards what the loop shares with poll: samples, spans, failure
+        self._has_finished = False
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._loop = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._loop.start()
+
+    # Called by the controller
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue samples; returns at once, so what the engine objects to is raised by a later call."""
+        self._command(lambda: self._enter(requests, self._engine.submit, requests))
+
+    def admit(self, evicted: Sequence[Evicted]) -> None:
+        """Continue samples that left another engine; returns at once, as `submit` does."""
+        self._command(lambda: self._enter([one.request for one in evicted], self._engine.admit, evicted))
+
+    def evict(self, sample_ids: Sequence[int], with_kv: bool = False) -> list[Evicted]:
+        """Take samples out, between two steps; those that have finished meanwhile are left out.
+
+        The evicted samples carry all their tokens, and no later poll reports them.
+        """
+        evicted: list[Evicted] = self._command(lambda: self._evict(sample_ids, with_kv)).result()
+        return evicted
+
+    def poll(self, timeout_s: float) -> list[Progress]:
+        """The tokens since the last poll, by sample: as soon as a sample has finished, else after `timeout_s`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_finished or self._failure is not None, timeout_s)
+            self._raise_failure()
+            self._has_finished = False
+            return self._take_progress()
+
+    def load_weights(self, weights: Sequence[WeightsRef]) -> None:
+        """Copy weights into the engine, which must be empty."""
+        self._command(lambda: self._load_weights(weights)).result()
+
+    def drain_spans(self) -> list[Span]:
+        """One span per decode step and weight load since the last call."""
+        with self._changed:
+            self._raise_failure()
+            return self._recorder.drain()
+
+    def close(self) -> None:
+        """Stop stepping and close the engine; live samples are dropped."""
+        if not self._closing:
+            self._command(self._stop).result()
+            self._loop.join()
+            self._engine.close()
+
+    # The decode loop
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._execute_commands()
+                if self._num_live:
+                    start_s = time.time()
+                    self._publish(self._engine.step(), start_s)
+        except BaseException as failure:  # noqa: BLE001  (the end of a thread: the next call raises it)
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+            while not self._commands.empty():
+                self._commands.get()[1].set_exception(failure)
+
+    def _execute_commands(self) -> None:
+        """Execute what is queued, in order; with no sample to decode, wait until there is something."""
+        while not self._closing and (not self._num_live or not self._commands.empty()):
+            command, done = self._commands.get()
+            try:
+                result = command()
+            except BaseException as failure:
+                done.set_exception(failure)
+                raise
+            done.set_result(result)
+
+    def _publish(self, tokens: Sequence[GeneratedToken], start_s: float) -> None:
+        with self._changed:
+            self._recorder.add(Span("decode", "generate", start_s, time.time(), {"batch": len(tokens)}))
+            for token in tokens:
+                sample = self._samples[token.sample_id]
+                sample.token_ids.append(token.token_id)
+                sample.logprobs.append(token.logprob)
+                if token.finished:
+                    sample.finished = self._has_finished = True
+                    self._num_live -= 1
+            if self._has_finished:
+                self._changed.notify_all()
+
+    def _take_progress(self) -> list[Progress]:
+        progress = []
+        for sample_id, sample in list(self._samples.items()):
+            if not sample.token_ids:
+                continue
+            token_ids, logprobs = tuple(sample.token_ids), tuple(sample.logprobs)
+            progress.append(Progress(sample_id, sample.position, token_ids, logprobs, sample.finished))
+            if sample.finished:
+                del self._samples[sample_id]
+            else:
+                self._samples[sample_id] = _Unreported(sample.position + len(token_ids))
+        return progress
+
+    # Commands, executed in the loop
+
+    def _enter(
+        self, requests: Sequence[GenerationRequest], enter: Callable[[Any], None], arguments: Sequence[Any]
+    ) -> None:
+        for request, argument in zip(requests, arguments, strict=True):
+            enter(argument)
+            with self._changed:
+                self._samples[request.sample_id] = _Unreported(len(request.response_ids))
+                self._num_live += 1
+
+    def _evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Evicted]:
+        with self._changed:
+            live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
+            evicted = [self._engine.evict(sample_id, with_kv=with_kv) for sample_id in live]
+            for sample_id in live:
+                del self._samples[sample_id]
+            self._num_live -= len(live)
+            return evicted
+
+    def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
+        start_s = time.time()
+        self._engine.load_weights(get_state_dict(weights))
+        with self._changed:
+            self._recorder.add(Span("load weights", "weights", start_s, time.time()))
+
+    def _stop(self) -> None:
+        self._closing = True
+
+    def _command(self, command: Callable[[], Any]) -> Future[Any]:
+        """Queue a command for the loop."""
+        assert not self._closing, "the worker is closed"
+        done: Future[Any] = Future()
+        self._commands.put((command, done))
+        self._raise_failure()  # after queueing: a loop that fails later fails this command itself
+        return done
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,205 @@
+"""Ray for the length of one run: a private local cluster that leaves nothing behind, or an existing one joined."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import ray
+from ray._private import ray_constants, worker
+
+from fuse.workers import reaper
+from fuse.workers.reaper import MARK, end_processes_of
+
+_LOOPBACK = "127.0.0.1"
+# An AF_UNIX path holds 107 bytes, of which Ray's "/session_<date>_<pid>/sockets/plasma_store" needs up to 66.
+_LONGEST_TEMPORARY_DIRECTORY = 40
+_STOP_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def local_cluster(num_cpus: int) -> Iterator[Path]:
+    """Start a cluster of `num_cpus` CPUs (and the GPUs Ray finds) that only this machine and user can reach.
+
+    Loopback only, no dashboard, no usage statistics, a token of its own, its files in a new directory. Any
+    number may run beside each other. On leaving, every process has ended and the directory, which is what is yielded,
+    is gone. A process of its own sees to that when this one is killed.
+    """
+    with ExitStack() as stack:
+        directory = stack.enter_context(_temporary_directory())
+        stack.enter_context(_reaper(directory))
+        stack.enter_context(_token())
+        stack.enter_context(_quiet())
+        stack.callback(_stop, directory)
+        # SPT_NOENV: processes that set their title leave the memory of their environment, and so the mark, as it is.
+        marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        with _loopback(), _environment(marked):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(directory),
+                # Workers need an environment of their own, so none can be started before its actor is known.
+                _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+            )
+        assert ray.util.get_node_ip_address() == _LOOPBACK, "the local Ray cluster would listen on the network"
+        yield directory
+
+
+@contextmanager
+def joined_cluster(address: str) -> Iterator[None]:
+    """Connect to the Ray cluster at `address` ("auto" or "host:port"); leaving disconnects and stops nothing.
+
+    Raises:
+        ValueError: nothing answers at the address, it is a Ray client's, or the cluster refuses the connection.
+    """
+    if "://" in address:
+        raise ValueError(
+            f"ray_address={address!r} is a Ray client address, over which weights cannot be shared: "
+            "start the run on a node of the cluster and pass the host:port that `ray start --head` printed"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        if address != "auto":
+            host = _require_listener(address)
+            if host == "localhost" or host.startswith("127."):
+                stack.enter_context(_loopback())
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"ray_address={address!r} cannot be joined ({reason}): check that this machine runs `ray start "
+                "--address=...` of that cluster and has the same Ray version and, where it asks for one, its token"
+            ) from error
+        yield
+
+
+def _require_listener(address: str) -> str:
+    """The host of `address`, at whose port something listens: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"ray_address={address!r} is not an address: pass host:port or 'auto'")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"ray_address={address!r}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
+            "or leave ray_address out to run on this machine alone"
+        ) from error
+    return host
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """A directory short enough for Ray's sockets."""
+    parent = tempfile.gettempdir()
+    if len(parent) + len("/fuse-12345678") > _LONGEST_TEMPORARY_DIRECTORY:
+        parent = "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="fuse-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def _reaper(directory: Path) -> Iterator[None]:
+    """A process that cleans up after this one if it is killed; it outlives a SIGKILL of the process group."""
+    command = [sys.executable, "-S", "-E", reaper.__file__, str(directory)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    try:
+        yield
+    finally:
+        process.kill()
+        process.stdin.close()
+        process.wait()
+
+
+@contextmanager
+def _token() -> Iterator[None]:
+    """Have Ray ask for a token that only this run knows, instead of writing one to the home directory."""
+    try:
+        with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+            _read_authentication()
+            yield
+    finally:
+        _read_authentication()
+
+
+def _read_authentication() -> None:
+    """Have this process's part of Ray forget what it read from the environment before."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which the processes started meanwhile inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray from printing worker deaths, which reach the user as one WorkerError, and from keeping SIGTERM.
+
+    During the run Ray's handler stays: SIGTERM becomes SystemExit, so the run is torn down in order.
+    """
+    listen = worker.listen_error_messages
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_terminate = signal.getsignal(signal.SIGTERM)
+
+    def ignore(worker: object, threads_stopped: threading.Event) -> None:
+        threads_stopped.wait()
+
+    worker.listen_error_messages = ignore
+    try:
+        yield
+    finally:
+        worker.listen_error_messages = listen
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, on_terminate)
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Have Ray take 127.0.0.1 for this node, and so bind to it alone, as it does by itself on macOS.
+
+    On Linux Ray turns a loopback `_node_ip_address` into the address of the network and listens on all interfaces.
+    """
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+def _stop(directory: Path) -> None:
+    """Stop the local cluster whose files are in `directory`, and return when its last process has ended."""
+    ray.shutdown()
+    end_processes_of(directory, _STOP_TIMEOUT_S)

@@ -1,0 +1,55 @@
+"""Ends what a local Ray cluster leaves behind when its driver is killed. Run as a script: `reaper.py DIRECTORY`.
+
+Ray's own processes watch their parents, but its agents take a minute to notice, and nobody watches over the files.
+The script waits for the end of its standard input, which is the end of the driver, and then cleans up. It knows the
+cluster's processes, and theirs, by an environment variable that holds the cluster's directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+MARK = "FUSE_RAY_DIRECTORY"
+_POLL_S = 0.02
+
+
+def processes_of(directory: Path) -> set[int]:
+    """Ids of the processes that carry the cluster's mark and have not ended."""
+    mark = f"{MARK}={directory}".encode()
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.add(int(process.name))
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue  # it has ended, or is another user's
+    return found
+
+
+def end_processes_of(directory: Path, grace_s: float) -> None:
+    """Return when none is left; those that have not ended by themselves after `grace_s` are killed."""
+    kill_at_s = time.monotonic() + grace_s
+    while processes := processes_of(directory):
+        if time.monotonic() >= kill_at_s:
+            for process in processes:
+                try:
+                    os.kill(process, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue  # it has just ended
+        time.sleep(_POLL_S)
+
+
+def main(directory: Path) -> None:
+    sys.stdin.read()
+    end_processes_of(directory, grace_s=0.0)
+    shutil.rmtree(directory, ignore_errors=True)  # the driver removes it too, when it ends in order
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main(Path(sys.argv[1]))

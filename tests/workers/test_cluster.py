@@ -1,0 +1,160 @@
+"""Workers on a local cluster of two devices: where they run, how calls behave, what a failure looks like."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from fuse.workers.cluster import Cluster, Worker, gather, wait_any
+from fuse.workers.errors import WorkerError
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import tests
+
+
+class Echo:
+    concurrent_methods = frozenset({"sleep"})
+
+    def __init__(self, answer: str = "here") -> None:
+        if not answer:
+            raise ValueError("an answer is needed\nand more lines follow")
+        self.answer = answer
+        self.calls: list[int] = []
+
+    def echo(self, value: Any) -> Any:
+        return self.answer, value
+
+    def note(self, value: int) -> list[int]:
+        self.calls.append(value)
+        return self.calls
+
+    def sleep(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    def hang(self) -> None:
+        time.sleep(1000)
+
+    def fail(self) -> None:
+        raise KeyError("no such thing")
+
+    def surroundings(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "threads": torch.get_num_threads(),
+            "cores": {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")},
+            "mode": os.environ.get("MODE"),
+        }
+
+
+Spawn = Callable[..., Worker]
+
+
+@pytest.fixture
+def spawn(cluster: Cluster) -> Iterator[Spawn]:
+    spawned = []
+
+    def spawn(role: str, device: int, *args: Any, **kwargs: Any) -> Worker:
+        spawned.append(cluster.spawn(role, device, Echo, *args, **kwargs))
+        return spawned[-1]
+
+    yield spawn
+    for worker in spawned:
+        cluster.kill(worker)
+
+
+def test_two_workers_share_each_device_and_nothing_with_the_other(cluster: Cluster, spawn: Spawn) -> None:
+    workers = [spawn(role, device) for device in (0, 1) for role in ("generation worker", "model worker")]
+    found = gather([worker.call("surroundings") for worker in workers])
+    assert len({worker.process_id for worker in workers}) == 4
+    assert [one["threads"] for one in found] == [1] * 4
+    pinned = [one["cores"] for one in found]
+    assert pinned[0] == pinned[1] != pinned[2] == pinned[3]
+    assert all(len(cores) == 1 for one in pinned for cores in one), "a worker's threads run on more than one core"
+    assert cluster.host(0) == cluster.host(1) == "127.0.0.1"
+
+
+def test_only_this_machine_can_reach_the_cluster(cluster: Cluster, spawn: Spawn) -> None:
+    spawn("model worker", 0).call("echo", 1).result()
+    listening = [
+        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert any(name == "gcs_server" for name, _ in listening)
+    assert {ip for _, ip in listening} == {"127.0.0.1"}
+
+
+def test_calls_run_in_order_and_a_blocking_one_does_not_hold_them_up(spawn: Spawn) -> None:
+    worker = spawn("generation worker", 0, answer="yes", environment={"MODE": "test"})
+    blocked = worker.call("sleep", 1000.0)
+    assert gather([worker.call("note", value) for value in range(20)])[-1] == list(range(20))
+    assert worker.call("echo", ray.put(3)).result() == ("yes", 3)
+    assert worker.call("surroundings").result()["mode"] == "test"
+    with pytest.raises(TimeoutError):
+        wait_any([blocked], timeout_s=0.0)
+    quick = worker.call("echo", 2)
+    assert wait_any([blocked, quick]) == (quick, ("yes", 2))
+
+
+def test_an_exception_names_device_role_and_cause_and_keeps_its_traceback(spawn: Spawn) -> None:
+    worker = spawn("model worker", 1)
+    with pytest.raises(WorkerError, match=r"^model worker on device 1 failed: KeyError: 'no such thing'$") as caught:
+        gather([worker.call("echo", 1), worker.call("fail")])
+    assert (caught.value.device, caught.value.role) == (1, "model worker")
+    assert 'raise KeyError("no such thing")' in str(caught.value.__cause__)
+    assert worker.call("echo", 1).result() == ("here", 1)
+
+
+def test_a_constructor_that_raises_is_the_cause_of_every_call(spawn: Spawn) -> None:
+    worker = spawn("model worker", 0, answer="")
+    for _ in range(2):
+        with pytest.raises(WorkerError, match=r"model worker on device 0 failed: ValueError: an answer is needed$"):
+            worker.call("echo", 1).result()
+
+
+def test_a_killed_process_is_noticed_while_others_hang(spawn: Spawn, capfd: pytest.CaptureFixture[str]) -> None:
+    stuck, doomed = spawn("model worker", 0), spawn("model worker", 1)
+    futures = [stuck.call("hang"), doomed.call("hang")]
+    os.kill(doomed.process_id, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"^model worker on device 1 failed: its process died"):
+        gather(futures)
+    with pytest.raises(WorkerError, match="device 1"):
+        doomed.call("echo", 1).result()
+    assert capfd.readouterr() == ("", ""), "one error is enough"
+
+
+def test_a_crash_of_native_code_brings_its_last_words(cluster: Cluster, spawn: Spawn) -> None:
+    class Crashing:
+        def crash(self) -> None:
+            os.write(2, b"native code: invariant broken\n")
+            os.abort()
+
+    worker = cluster.spawn("model worker", 0, Crashing)
+    with pytest.raises(WorkerError) as caught:
+        worker.call("crash").result()
+    assert any("invariant broken" in note for note in caught.value.__cause__.__notes__)
+    cluster.kill(worker)
+
+
+def test_a_third_worker_on_a_device_is_refused(spawn: Spawn) -> None:
+    spawn("generation worker", 0)
+    spawn("model worker", 0)
+    with pytest.raises(AssertionError, match="device 0 already has 2 workers"):
+        spawn("model worker", 0)
+
+
+def test_bad_arguments_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match="num_devices=0"):
+        Cluster(0)
+    with pytest.raises(ValueError, match="'tpu' is unknown: choose 'cpu' or 'cuda'"):
+        Cluster(1, accelerator="tpu")

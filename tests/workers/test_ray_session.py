@@ -1,0 +1,136 @@
+"""What a run leaves behind: nothing, however it ends; and what it refuses to start with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.exceptions import RayError
+
+from fuse.workers.cluster import Cluster
+from fuse.workers.errors import WorkerError, cause_of
+
+DRIVER = """
+import sys, time
+from fuse.workers.cluster import Cluster
+
+class Sleeper:
+    def sleep(self): time.sleep(1000)
+
+with Cluster(1) as cluster:
+    workers = [cluster.spawn(role, 0, Sleeper) for role in ("generation worker", "model worker")]
+    print(*[worker.process_id for worker in workers], flush=True)
+    if "raise" in sys.argv:
+        raise RuntimeError("the run failed")
+    workers[0].call("sleep").result()
+"""
+PATIENCE_S = 60.0
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Where drivers put their temporary files; pytest's own is too long for sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Start]:
+    with ExitStack() as drivers:
+
+        def start(*arguments: str) -> subprocess.Popen[str]:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", DRIVER, *arguments],
+                env=os.environ | {"TMPDIR": str(directory), "HOME": str(directory)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            drivers.enter_context(driver)
+            drivers.callback(driver.kill)
+            return driver
+
+        yield start
+
+
+def processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All that the driver started, once its workers are there."""
+    assert driver.stdout is not None
+    workers = {int(process_id) for process_id in driver.stdout.readline().split()}
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    assert len(workers) == 2
+    assert workers < {process.pid for process in processes}
+    return processes
+
+
+def assert_all_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
+    assert not alive
+
+
+def test_runs_beside_each_other_leave_nothing_when_killed_or_interrupted(directory: Path, start: Start) -> None:
+    killed, interrupted = start(), start()
+    first, second = processes_of(killed), processes_of(interrupted)
+    assert len(list(directory.glob("fuse-*"))) == 2
+
+    killed.kill()
+    assert_all_gone(first)
+    assert len(list(directory.iterdir())) == 1
+
+    assert all(process.is_running() for process in second), "the other run does not care"
+    interrupted.send_signal(signal.SIGINT)
+    _, error = interrupted.communicate(timeout=PATIENCE_S)
+    assert "KeyboardInterrupt" in error
+    assert_all_gone(second)
+    assert list(directory.iterdir()) == []
+
+
+def test_a_run_leaves_nothing_when_terminated_or_failed(directory: Path, start: Start) -> None:
+    terminated, failed = start(), start("raise")
+    processes = processes_of(terminated)
+    terminated.terminate()
+    output, error = failed.communicate(timeout=PATIENCE_S)
+    assert not any(psutil.pid_exists(int(worker)) for worker in output.split())
+    assert error.startswith("Traceback"), "Ray is not heard"
+    assert error.endswith("RuntimeError: the run failed\n")
+    terminated.communicate(timeout=PATIENCE_S)
+    assert_all_gone(processes)
+    assert list(directory.iterdir()) == []
+
+
+def test_more_devices_than_cores_are_refused_before_anything_starts() -> None:
+    cores = len(os.sched_getaffinity(0))
+    with pytest.raises(ValueError, match=f"num_devices={cores + 1}, but this machine has {cores} .*ray_address"):
+        Cluster(cores + 1).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:9", "no Ray cluster answers there"),
+        ("somewhere", "is not an address"),
+        ("ray://somewhere:10001", "is a Ray client address"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: str) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(ValueError, match=reason):
+        Cluster(1, ray_address=address).__enter__()
+    assert time.monotonic() - start_s < PATIENCE_S
+
+
+def test_a_failure_is_one_line() -> None:
+    assert cause_of(RayError("first\nsecond")) == "RayError: first"
+    assert str(WorkerError(3, "model worker", "OOM")) == "model worker on device 3 failed: OOM"
