@@ -1,0 +1,109 @@
+"""Native reservation starts and annealing, in slices of time, interruptible, within memory caps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import monotonic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schedules import _native
+from schedules.fused.compiled import Compiled
+from schedules.fused.incumbent import Deadline
+from schedules.ir import Pipeline, Problem, Schedule
+
+# What a rank without a limit may hold: more than any problem needs, and far from overflow.
+UNLIMITED_BYTES = 2**60
+
+_CHUNK_S = 0.02
+_LARGE_GRAPH = 6000
+_WINDOW = 4000
+
+Caps = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Speed:
+    """Annealing steps per second on this graph, a guess until measured; decides how many steps a slice of time has."""
+
+    steps_per_s: float
+
+    @staticmethod
+    def guess(compiled: Compiled) -> Speed:
+        return Speed(4e8 / len(compiled.ops))
+
+
+def memory_caps(problem: Problem, cap_bytes: int = UNLIMITED_BYTES) -> Caps:
+    """Per rank, the lower of the problem's limit and a common cap."""
+    limits = problem.memory_limit_bytes or (UNLIMITED_BYTES,) * problem.num_ranks
+    return np.minimum(np.array(limits, dtype=np.int64), cap_bytes)
+
+
+def pipeline_groups(problem: Problem) -> list[int]:
+    """The group of each pipeline: replicas of one model form one, and the group with most work per rank is number 0."""
+    groups: list[list[int]] = []
+    for number, pipeline in enumerate(problem.pipelines):
+        for group in groups:
+            first = problem.pipelines[group[0]]
+            taken = {rank for member in group for rank in problem.pipelines[member].ranks}
+            if _shape(pipeline) == _shape(first) and not taken & set(pipeline.ranks):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    groups.sort(key=lambda group: -_ticks(problem.pipelines[group[0]]))
+    return [next(g for g, group in enumerate(groups) if number in group) for number in range(len(problem.pipelines))]
+
+
+def reservation_start(
+    compiled: Compiled, caps: Caps, target: int, seed: int, slice_s: float, deadline: Deadline
+) -> Schedule | None:
+    """The shortest reservation schedule found in a slice of time; None when none fits into the caps."""
+    search = _native.ReservationSearch(compiled.graph, pipeline_groups(compiled.problem), caps, target, seed)
+    until = monotonic() + min(slice_s, deadline.left_s)
+    while monotonic() < until and not deadline.is_over and not search.advance(8):
+        pass
+    return compiled.schedule(search.best()) if search.found else None
+
+
+def anneal(
+    compiled: Compiled,
+    start: Schedule,
+    caps: Caps,
+    target: int,
+    *,
+    seed: int,
+    slice_s: float,
+    speed: Speed,
+    deadline: Deadline,
+    is_stale: Callable[[], bool] = lambda: False,
+) -> Schedule | None:
+    """The shortest schedule within the caps met in a slice of time; None when none was. Ends early at the target.
+
+    The cooling is laid out for the steps that fit into the slice at the speed seen so far. `is_stale` is asked now and
+    then whether the run has become pointless.
+    """
+    slice_s = min(slice_s, deadline.left_s)
+    options = _native.AnnealingOptions()
+    options.window = _WINDOW if len(compiled.ops) > _LARGE_GRAPH else 0
+    num_steps = max(1000, int(slice_s * speed.steps_per_s))
+    annealing = _native.Annealing(compiled.graph, *compiled.orders(start), caps, target, num_steps, seed, options)
+    begin_s = monotonic()
+    chunk = max(128, int(_CHUNK_S * speed.steps_per_s))
+    while not annealing.advance(chunk):
+        if deadline.is_over or is_stale() or monotonic() - begin_s > 2 * slice_s:
+            break
+    elapsed_s = monotonic() - begin_s
+    if annealing.num_steps_done > 10 * chunk:
+        speed.steps_per_s = annealing.num_steps_done / elapsed_s
+    return compiled.schedule(annealing.best()) if annealing.found else None
+
+
+def _shape(pipeline: Pipeline) -> Pipeline:
+    return replace(pipeline, name="-", ranks=(0,) * pipeline.num_stages)
+
+
+def _ticks(pipeline: Pipeline) -> int:
+    return pipeline.num_micro_batches * (sum(pipeline.forward_ticks) + sum(pipeline.backward_ticks))

@@ -1,0 +1,216 @@
+"""What the solver's workers do: each phase is a loop that any number of them run side by side on a shared incumbent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from schedules.baselines import serial
+from schedules.bounds import makespan_lower_bound, peak_memory_lower_bound, smallest_limits
+from schedules.fused import cpsat
+from schedules.fused.compiled import compile_problem
+from schedules.fused.greedy import greedy
+from schedules.fused.halves import halves_lose_nothing, in_form_of, join_halves, splitting_is_free
+from schedules.fused.incumbent import Deadline, Improvement, Incumbent
+from schedules.fused.local_search import UNLIMITED_BYTES, Caps, Speed, anneal, memory_caps, reservation_start
+from schedules.ir import Problem, Schedule
+from schedules.timing import evaluate
+from schedules.validate import violations
+
+_RESERVATION_S = 0.5
+_FIRST_SLICE_S = 4.0
+_MAKESPAN_SHARE = 0.7  # of the time, when the bound is not reached before
+_EXACT_OPERATIONS = 600  # at most so many for constraint programming on the whole problem
+_MODERATE_MEMORY = 1.5  # times what one model after the other needs
+_MODERATE_ATTEMPTS = 2
+_FIRST_MEMORY_SLICE_S = 3.0
+_CLOSED_INTERVAL = 0.004  # of the peak
+_REOPENED_INTERVAL = 0.03
+_MEMORY_ATTEMPTS_FROM = 10_000
+
+
+class Objective(StrEnum):
+    """What is minimised: the makespan, or the makespan and then the largest peak of all ranks."""
+
+    MAKESPAN = "makespan"
+    MAKESPAN_THEN_MEMORY = "makespan-then-memory"
+
+
+class Portfolio:
+    """What the workers share: the problem in native form, the incumbent, the bounds."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        deadline: Deadline,
+        objective: Objective,
+        seed: int,
+        num_workers: int,
+        progress: Callable[[Improvement], None] | None,
+    ) -> None:
+        self.problem = problem
+        self.deadline = deadline
+        self.objective = objective
+        self.seed = seed
+        self.num_workers = num_workers
+        self.incumbent = Incumbent(problem, deadline, progress)
+        self.split = splitting_is_free(problem)
+        self.compiled = compile_problem(problem, split=self.split)
+        self.split_is_exact = halves_lose_nothing(problem)
+        self.small = len(self.compiled.ops) <= _EXACT_OPERATIONS
+        self.makespan_bound = makespan_lower_bound(problem)
+        self.memory_bound_at: dict[int, int] = {}
+        self.moderate_bytes = UNLIMITED_BYTES
+
+    def offer_constructions(self) -> None:
+        """Schedules that need no search; one of them always exists."""
+        self.incumbent.offer(greedy(self.problem), "greedy")
+        if all(len(set(pipeline.ranks)) == pipeline.num_stages for pipeline in self.problem.pipelines):
+            one_after_the_other = serial(self.problem)
+            self.moderate_bytes = int(_MODERATE_MEMORY * max(evaluate(one_after_the_other).peak_bytes))
+            if not violations(one_after_the_other):
+                self.incumbent.offer(one_after_the_other, "serial 1f1b")
+
+    def shorten(self, worker: int) -> None:
+        """Anneal towards the makespan bound; workers differ in seeds, in where they begin again, and in memory.
+
+        Every second worker first looks among schedules of moderate memory: the next phase then has less to do.
+        """
+        speed = Speed.guess(self.compiled)
+        slice_s = _FIRST_SLICE_S
+        attempt = 0
+        while not self._makespan_is_settled():
+            if self.small and attempt == 1 and worker == self.num_workers - 1:
+                self._shorten_exactly()
+            moderate = worker % 2 == 0 and attempt < _MODERATE_ATTEMPTS
+            caps = memory_caps(self.problem, self._moderate_bytes() if moderate else UNLIMITED_BYTES)
+            seed = self._seed(worker, attempt)
+            start = None
+            if moderate or (worker + attempt) % 2 == 1:
+                start = self._reservation_start(caps, self.makespan_bound, seed)
+            found = anneal(
+                self.compiled,
+                start or self._incumbent_in_compiled_form(),
+                caps,
+                self.makespan_bound,
+                seed=seed,
+                slice_s=slice_s,
+                speed=speed,
+                deadline=self.deadline,
+                is_stale=self._makespan_is_settled,
+            )
+            if found is not None:
+                self._offer(found, "annealing")
+            attempt += 1
+            slice_s *= 1.5
+
+    def lower_peak(self, worker: int) -> None:
+        """At the incumbent's makespan, bisect for the lowest common cap that has a schedule.
+
+        A failed attempt proves nothing, so when the interval is used up it opens again with twice the time per attempt.
+        Workers take different steps from one seed of the search to the next.
+        """
+        if self.objective is Objective.MAKESPAN:
+            return
+        speed = Speed.guess(self.compiled)
+        makespan = self.incumbent.makespan
+        share = 0.5 ** (1 + worker % 3)
+        floor, slice_s, attempt = self.memory_bound(makespan), _FIRST_MEMORY_SLICE_S, 0
+        while not self._peak_is_settled(makespan):
+            if self.small and attempt == 1 and worker == self.num_workers - 1:
+                self._lower_peak_exactly(makespan)
+            bound = self.memory_bound(makespan)
+            peak = self.incumbent.peak_bytes
+            if peak - floor <= _CLOSED_INTERVAL * peak:
+                floor = max(bound, int(peak * (1 - _REOPENED_INTERVAL)))
+                slice_s *= 2
+            cap = max(bound, min(peak - 1, peak - int((peak - floor) * share)))
+            caps = memory_caps(self.problem, cap)
+            seed = self._seed(worker, _MEMORY_ATTEMPTS_FROM + attempt)
+            start = self._reservation_start(caps, makespan, seed) if attempt % 2 == 0 else None
+            found = anneal(
+                self.compiled,
+                start or self._incumbent_in_compiled_form(),
+                caps,
+                makespan,
+                seed=seed,
+                slice_s=slice_s,
+                speed=speed,
+                deadline=self.deadline,
+                is_stale=lambda cap=cap: self.incumbent.peak_bytes <= cap,  # type: ignore[misc]
+            )
+            if found is not None:
+                self._offer(found, "annealing")
+            if self.incumbent.peak_bytes > cap:
+                floor = max(floor, cap)
+            attempt += 1
+
+    def _shorten_exactly(self) -> None:
+        """Constraint programming from the incumbent; what it proves becomes the bound."""
+        result = cpsat.shortest(
+            self.problem,
+            split=self.split,
+            makespan=self.incumbent.makespan,
+            hint=self._incumbent_in_compiled_form(),
+            time_limit_s=self._exact_slice_s(),
+            seed=self.seed,
+            should_stop=self._makespan_is_settled,
+        )
+        if result.schedule is not None:
+            self._offer(result.schedule, "cp-sat")
+        if self.split_is_exact:
+            self.makespan_bound = max(self.makespan_bound, result.bound)
+
+    def _lower_peak_exactly(self, makespan: int) -> None:
+        """Constraint programming below the incumbent's peak; what it proves becomes the bound."""
+        result = cpsat.lowest_peak(
+            self.problem,
+            split=self.split,
+            makespan=makespan,
+            below_bytes=self.incumbent.peak_bytes,
+            time_limit_s=self._exact_slice_s(),
+            seed=self.seed,
+            should_stop=lambda: self._peak_is_settled(makespan),
+        )
+        if result.schedule is not None:
+            self._offer(result.schedule, "cp-sat")
+        if self.split_is_exact:
+            self.memory_bound_at[makespan] = max(self.memory_bound(makespan), result.bound)
+
+    def _exact_slice_s(self) -> float:
+        """All the time left, or half of it where no other worker goes on searching."""
+        return self.deadline.left_s if self.num_workers > 1 else self.deadline.left_s / 2
+
+    def _peak_is_settled(self, makespan: int) -> bool:
+        return self.deadline.is_over or self.incumbent.peak_bytes <= self.memory_bound(makespan)
+
+    def _makespan_is_settled(self) -> bool:
+        share = 1.0 if self.objective is Objective.MAKESPAN else _MAKESPAN_SHARE
+        out_of_time = self.deadline.elapsed_s > share * self.deadline.time_limit_s
+        return out_of_time or self.deadline.is_over or self.incumbent.makespan <= self.makespan_bound
+
+    def _reservation_start(self, caps: Caps, target: int, seed: int) -> Schedule | None:
+        """The best reservation schedule of a short search; offered as it is a schedule in its own right."""
+        slice_s = min(_RESERVATION_S, 0.05 * self.deadline.time_limit_s)
+        start = reservation_start(self.compiled, caps, target, seed, slice_s, self.deadline)
+        if start is not None:
+            self._offer(start, "reservation")
+        return start
+
+    def _moderate_bytes(self) -> int:
+        """Half as much again as one model after the other needs."""
+        return max(self.moderate_bytes, max(smallest_limits(self.problem)))
+
+    def memory_bound(self, makespan: int) -> int:
+        if makespan not in self.memory_bound_at:
+            self.memory_bound_at[makespan] = peak_memory_lower_bound(self.problem, makespan)
+        return self.memory_bound_at[makespan]
+
+    def _seed(self, worker: int, attempt: int) -> int:
+        return (self.seed * 1_000_003 + attempt) * 64 + worker
+
+    def _incumbent_in_compiled_form(self) -> Schedule:
+        return in_form_of(self.compiled, self.incumbent.schedule)
+
+    def _offer(self, schedule: Schedule, found_by: str) -> bool:
+        return self.incumbent.offer(join_halves(schedule), found_by)

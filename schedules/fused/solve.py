@@ -1,0 +1,113 @@
+"""The solver: finds the shortest schedule, then the one that needs least memory, and says how good it is.
+
+1. Starts: every model after the other, greedy, reservation list scheduling.
+2. Makespan: annealing from the best start and from fresh ones, down to the lower bound.
+3. Memory: at the makespan reached, the cap on all ranks is bisected for the lowest one that has a schedule.
+
+Where the problem is small enough, constraint programming improves on 2 and 3 and proves what is best. Workers are
+threads of one process; native code and the constraint solver run without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from enum import StrEnum
+
+from schedules.bounds import check_feasible
+from schedules.fused.incumbent import Deadline, Improvement
+from schedules.fused.portfolio import Objective, Portfolio
+from schedules.ir import Problem, Schedule
+
+
+class Status(StrEnum):
+    """What is known of a solution: all of its objective proven optimal, its makespan proven optimal, or neither."""
+
+    OPTIMAL = "optimal"
+    MAKESPAN_OPTIMAL = "makespan optimal"
+    FEASIBLE = "feasible"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A validated schedule, how good it is, and how it was found. Ticks and bytes are the problem's."""
+
+    schedule: Schedule
+    makespan: int
+    peak_bytes: int
+    makespan_lower_bound: int
+    memory_lower_bound: int  # of the peak, at this makespan
+    status: Status
+    found_by: str
+    seconds: float
+    history: tuple[Improvement, ...]
+
+    @property
+    def makespan_gap(self) -> float:
+        """How far the makespan can be above the best, as a share of the bound."""
+        return self.makespan / self.makespan_lower_bound - 1
+
+    @property
+    def memory_gap(self) -> float:
+        """How far the peak can be above the best at this makespan, as a share of the bound."""
+        return self.peak_bytes / self.memory_lower_bound - 1 if self.memory_lower_bound else 0.0
+
+
+def solve(
+    problem: Problem,
+    *,
+    time_limit_s: float = 30.0,
+    num_workers: int = 2,
+    seed: int = 0,
+    objective: Objective = Objective.MAKESPAN_THEN_MEMORY,
+    progress: Callable[[Improvement], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Solution:
+    """The best schedule found in the time given; earlier when it is proven best, or once `stop` is set.
+
+    `progress` is called with each improvement, from any worker's thread. Seeds make each part reproducible; what the
+    parts get done in a time limit also depends on the machine.
+
+    Raises:
+        ValueError: the problem is infeasible (the line names the rank and the smallest limit that would do), or
+            a parameter is out of range.
+    """
+    if time_limit_s <= 0 or num_workers < 1:
+        raise ValueError(f"time_limit_s {time_limit_s} must be positive and num_workers {num_workers} at least 1")
+    check_feasible(problem)
+    deadline = Deadline(time_limit_s, stop)
+    portfolio = Portfolio(problem, deadline, objective, seed, num_workers, progress)
+    portfolio.offer_constructions()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="solve") as workers:
+        try:
+            for phase in (portfolio.shorten, portfolio.lower_peak):
+                running = [workers.submit(phase, worker) for worker in range(num_workers)]
+                wait(running, return_when=FIRST_EXCEPTION)
+                for finished in running:
+                    if finished.done():
+                        finished.result()
+        finally:
+            deadline.end_now()  # on an error too, or the other workers would keep the pool open
+    return _solution(portfolio)
+
+
+def _solution(portfolio: Portfolio) -> Solution:
+    best = portfolio.incumbent
+    memory_bound = portfolio.memory_bound(best.makespan)
+    status = Status.FEASIBLE
+    if best.makespan == portfolio.makespan_bound:
+        done = portfolio.objective is Objective.MAKESPAN or best.peak_bytes == memory_bound
+        status = Status.OPTIMAL if done else Status.MAKESPAN_OPTIMAL
+    return Solution(
+        schedule=best.schedule,
+        makespan=best.makespan,
+        peak_bytes=best.peak_bytes,
+        makespan_lower_bound=portfolio.makespan_bound,
+        memory_lower_bound=memory_bound,
+        status=status,
+        found_by=best.history[-1].found_by,
+        seconds=portfolio.deadline.elapsed_s,
+        history=tuple(best.history),
+    )
