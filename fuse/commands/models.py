@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -21,9 +22,10 @@ def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, it has no padding token, or `pad_token` is not in its vocabulary.
     """
+    _check_path(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer at {path}: {_first_sentence(error)}") from error
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
@@ -41,6 +43,7 @@ def load_policy(path: str) -> PreTrainedModel:
     Raises:
         ValueError: there is none.
     """
+    _check_path(path)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
@@ -54,6 +57,7 @@ def load_classifier(path: str) -> PreTrainedModel:
     Raises:
         ValueError: there is none, or the model there is of another kind.
     """
+    _check_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
         architecture = (config.architectures or ["unknown"])[0]
@@ -88,5 +92,11 @@ def critic_from_policy(policy: PreTrainedModel, pad_token_id: int) -> PreTrained
     return critic
 
 
-def _first_sentence(error: OSError) -> str:
+def _check_path(path: str) -> None:
+    """Refuse a path that does not exist at once; a name such as `owner/model` may be on the Hugging Face Hub."""
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise ValueError(f"no model at {path}: there is no such directory")
+
+
+def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0]

@@ -23,7 +23,7 @@ class SumTask:
     max_terms: int = 10
     max_term: int = 9
     stop_probability: float = 0.4
-    slip_probability: float = 0.4
+    slip_probability: float = 0.3
 
     @property
     def max_response_tokens(self) -> int:

@@ -12,7 +12,9 @@ def test_the_loss_falls_and_the_steps_are_bounded() -> None:
     tokenizer, task = arithmetic_tokenizer(), SumTask(max_terms=2, slip_probability=0.0)
     model = small_llama(tokenizer, seed=0, hidden_size=32)
     seen: list[WarmupProgress] = []
-    end = supervise(model, tokenizer, task, seed=0, target_exact=1.1, max_steps=30, evaluate_every=10, report=seen.append)
+    end = supervise(
+        model, tokenizer, task, seed=0, target_exact=1.1, max_steps=30, evaluate_every=10, report=seen.append
+    )
     assert end.step == 30
     assert [progress.step for progress in seen] == [10, 20, 30]
     assert end.loss < 0.8 * seen[0].loss

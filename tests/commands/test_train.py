@@ -1,0 +1,182 @@
+"""`fuse train`: from paths and options to a trained policy, and what it says of those that cannot be trained."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+
+from fuse import cli
+from fuse.commands.models import critic_from_policy
+from fuse.commands.reward_function import load_reward_function
+from fuse.demo.tokenizer import arithmetic_tokenizer
+from fuse.demo.warmup import small_llama
+
+REWARDS = """
+seen = []
+
+def short(prompts, responses, answer, **columns):
+    seen.append((prompts, responses, answer, columns))
+    return [-len(response) / 4 for response in responses]
+
+number = 3
+"""
+ROWS = [{"question": f"{index}+1=", "answer": index + 1, "note": "n"} for index in range(8)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a policy, a policy without pad token, and a sequence classifier of a smaller vocabulary."""
+    directory = tmp_path_factory.mktemp("models")
+    tokenizer = arithmetic_tokenizer()
+    policy = small_llama(tokenizer, seed=0, hidden_size=32)
+    policy.save_pretrained(directory / "policy")
+    tokenizer.save_pretrained(directory / "policy")
+    unpadded = arithmetic_tokenizer()
+    unpadded.pad_token = None
+    policy.save_pretrained(directory / "unpadded")
+    unpadded.save_pretrained(directory / "unpadded")
+    for name, size, labels in (("small_vocabulary", 8, 1), ("two_labels", 17, 2), ("scorer", 17, 1)):
+        config = LlamaConfig(
+            vocab_size=size,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            num_labels=labels,
+        )
+        LlamaForSequenceClassification(config).save_pretrained(directory / name)
+    return directory
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A current directory with prompts and reward functions."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "project_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("project_rewards", None)
+
+
+def arguments(models: Path, **changes: str | None) -> list[str]:
+    options: dict[str, str | None] = {
+        "model": str(models / "policy"),
+        "dataset": "prompts.jsonl",
+        "prompt-column": "question",
+        "reward-function": "project_rewards:short",
+        "output-dir": "out",
+        "per-device-train-batch-size": "4",
+        "gradient-accumulation-steps": "1",
+        "response-length": "6",
+        "total-episodes": "8",
+        "num-ppo-epochs": "1",
+        "num-devices": "1",
+        "report-to": "none",
+        "use-cpu": "true",
+    }
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return ["train", *(part for name, value in options.items() if value is not None for part in (f"--{name}", value))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./nowhere"}, "no model at ./nowhere: there is no such directory"),
+        ({"model": "."}, "no tokenizer at ."),
+        ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"prompt_column": "prompt"}, "no column 'prompt' (it has: question, answer, note)"),
+        ({"response_length": "254"}, "more than the model's context of 256"),
+        ({"reward_function": None}, "give --reward-function MODULE:FUNCTION or --reward-model PATH"),
+        ({"reward_model": "{models}/scorer"}, "give --reward-function MODULE:FUNCTION or --reward-model PATH"),
+        ({"reward_function": "project_rewards"}, "not of the form module:function"),
+        ({"reward_function": "no_such_module:short"}, "no module 'no_such_module'"),
+        ({"reward_function": "project_rewards:long"}, "'long' does not exist"),
+        ({"reward_function": "project_rewards:number"}, "'number' is not a function"),
+        ({"value_model": "{models}/small_vocabulary"}, "vocabulary mismatch"),
+        ({"value_model": "{models}/policy"}, "must be a sequence classifier with one label"),
+        ({"value_model": "{models}/two_labels"}, "must be a sequence classifier with one label"),
+        ({"model": "{models}/unpadded"}, "no pad token: name one of its tokens with --pad-token"),
+        ({"pad_token": "<none>"}, "--pad-token '<none>' is not in the tokenizer's vocabulary"),
+        ({"per_device_train_batch_size": "16"}, "8 rows, fewer than one batch of 16"),
+        ({"kl_coef": "-1"}, "kl_coef=-1.0 must not be negative"),
+        ({"kl_cof": "1"}, "unknown option --kl-cof: did you mean --kl-coef?"),
+        ({"json": "missing/out.json"}, "directory missing does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2_and_writes_nothing(
+    models: Path, project: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, str | None], message: str
+) -> None:
+    before = sorted(project.rglob("*.json*"))
+    changes = {name: value and value.format(models=models) for name, value in changes.items()}
+    try:
+        status = cli.main(arguments(models, **changes))
+    except SystemExit as error:
+        status = int(error.code or 0)
+    assert status == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fuse train: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (project / "out").exists()
+    assert sorted(project.rglob("*.json*")) == before
+
+
+def test_it_trains_on_prompts_with_a_reward_function(
+    models: Path, project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(models, json="results.json", learning_rate="1e-3")) == 0
+    seen = sys.modules["project_rewards"].seen
+    assert len(seen) == 2
+    prompts, _, answer, columns = seen[0]
+    assert prompts == [f"{value - 1}+1=" for value in answer]
+    assert columns == {"note": ["n"] * 4}
+    results = json.loads((project / "results.json").read_text())
+    assert results["rewards"] == pytest.approx(
+        [sum(-len(text) / 4 for text in texts) / len(texts) for _, texts, _, _ in seen]
+    )
+    assert {"generation", "inference", "training"} <= results["phases"].keys()
+    assert 0 < sum(results["phases"].values()) < results["seconds"]
+    trained = AutoModelForCausalLM.from_pretrained(project / "out").state_dict()
+    initial = AutoModelForCausalLM.from_pretrained(models / "policy").state_dict()
+    assert any(not torch.equal(trained[name], initial[name]) for name in initial)
+    assert "PPO 2/2: reward -" in capfd.readouterr().out
+
+
+def test_a_critic_from_the_policy_has_its_layers_and_values_everything_at_zero() -> None:
+    policy = small_llama(arithmetic_tokenizer(), seed=0, hidden_size=32)
+    critic = critic_from_policy(policy, pad_token_id=0)
+    tokens = torch.tensor([[3, 4, 13, 5]])
+    with torch.no_grad():
+        assert torch.equal(critic(input_ids=tokens).logits, torch.zeros(1, 1))
+        torch.testing.assert_close(
+            critic.base_model(input_ids=tokens).last_hidden_state, policy.model(input_ids=tokens).last_hidden_state
+        )
+    critic.base_model.get_input_embeddings().weight.data.zero_()
+    assert policy.model.get_input_embeddings().weight.abs().sum() > 0
+
+
+def test_what_a_reward_module_lacks_itself_is_not_blamed_on_its_name(project: Path) -> None:
+    (project / "project_rewards.py").write_text("import no_such_dependency\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        load_reward_function("project_rewards:short")
+
+
+def test_help_shows_ppo_options_and_help_all_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["train", option])
+        assert caught.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, long = texts
+    assert "--kl-coef" in short
+    assert "--reward-function" in short
+    assert "--ddp-backend" not in short
+    assert "--num-total-batches" not in short
+    assert "--ddp-backend" in long
