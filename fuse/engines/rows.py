@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,10 @@ class Rows:
         self._temperatures[first : len(self)] = torch.tensor([row.request.params.temperature for row in new]).to(device)
 
     def sample(self, logits: Tensor) -> list[GeneratedToken]:
-        """Draw every row's next token from its logits, [rows, vocab]; finished rows stay until removed."""
+        """Draw every row's next token from its logits, [rows, vocab]; finished rows stay until removed.
+
+        Raises: ValueError where logits are not numbers.
+        """
         integers = self._integers[:, : len(self)]
         tokens, logprobs = sample_tokens(
             logits, self._temperatures[: len(self)], integers[_SEED], integers[_SAMPLE], integers[_POSITION]
@@ -100,6 +104,12 @@ class Rows:
         integers[_LENGTH : _POSITION + 1] += 1
         # One transfer to the host: float64 holds token ids and fp32 exactly.
         token_ids, token_logprobs = torch.stack((tokens.double(), logprobs.double())).tolist()
+        for row, logprob in zip(self._rows, token_logprobs, strict=True):
+            if not math.isfinite(logprob):
+                raise ValueError(
+                    f"sample {row.request.sample_id} drew a token of log-probability {logprob} at position "
+                    f"{len(row.response_ids)}: the model's logits are not finite, so check the weights it was given"
+                )
         return [
             row.append(int(token_id), logprob)
             for row, token_id, logprob in zip(self._rows, token_ids, token_logprobs, strict=True)

@@ -79,11 +79,16 @@ class TransformersEngine:
                 f"{request.params.max_new_tokens} of response) but the engine's context is {self._max_context}: "
                 "shorten the prompt, lower max_new_tokens or raise max_context"
             )
-        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
+        lowest, highest = min(request.prompt_ids + request.response_ids), max(request.prompt_ids + request.response_ids)
         if lowest < 0 or highest >= self._vocab_size:
             raise ValueError(
-                f"sample {request.sample_id} has token id {lowest if lowest < 0 else highest} in its prompt but the "
-                f"model knows 0 to {self._vocab_size - 1}: use the model's own tokenizer"
+                f"sample {request.sample_id} has token id {lowest if lowest < 0 else highest} but the model knows 0 to "
+                f"{self._vocab_size - 1}: use the model's own tokenizer"
+            )
+        if evicted.kv is not None and evicted.kv[0].shape[1] != request.num_tokens - 1:
+            raise ValueError(
+                f"sample {request.sample_id} has {request.num_tokens} tokens but brings the KV of "
+                f"{evicted.kv[0].shape[1]}: it must cover all but the last; admit it without KV to recompute"
             )
         self._queue[request.sample_id] = evicted
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
@@ -156,8 +156,26 @@ def test_the_context_limits_prompt_and_response_together(build_model: BuildModel
 
 def test_a_token_outside_the_vocabulary_is_refused(build_model: BuildModel) -> None:
     params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=4)
-    with pytest.raises(ValueError, match=r"token id 97 .* knows 0 to 96"):
+    with pytest.raises(ValueError, match=r"token id 97 .*knows 0 to 96"):
         TransformersEngine(build_model()).submit(GenerationRequest(sample_id=0, prompt_ids=(3, 97), params=params))
+
+
+def test_kv_of_another_length_is_refused(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model())
+    engine.submit(request(0, 9, 10))
+    engine.step()
+    evicted = engine.evict(0, with_kv=True)
+    with pytest.raises(ValueError, match="has 9 tokens but brings the KV of 9"):
+        engine.admit(Evicted(request(0, 9, 10), evicted.kv))
+    engine.admit(evicted)
+
+
+def test_weights_that_give_no_numbers_are_reported(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model())
+    engine.load_weights({name: tensor * torch.nan for name, tensor in build_model().state_dict().items()})
+    engine.submit(request(3, 9, 10, temperature=1.0))
+    with pytest.raises(ValueError, match="sample 3 drew a token of log-probability nan at position 0"):
+        engine.step()
 
 
 @pytest.mark.parametrize(
