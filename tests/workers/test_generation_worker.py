@@ -1,0 +1,228 @@
+"""The decode loop on a deterministic engine: in this process, and as an actor for what only a process can show."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
+from fuse.engines.replay import ReplayEngine
+from fuse.workers.cluster import Cluster, gather, wait_any
+from fuse.workers.errors import WorkerError
+from fuse.workers.generation_worker import GenerationWorker, Progress
+from fuse.workers.weights import put_state_dict
+
+PATIENCE_S = 60.0
+PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=1_000_000)
+
+
+def request(sample_id: int, response_ids: tuple[int, ...] = ()) -> GenerationRequest:
+    logprobs = tuple(-float(token) for token in response_ids)
+    return GenerationRequest(
+        sample_id=sample_id, prompt_ids=(1, 2), params=PARAMS, response_ids=response_ids, logprobs=logprobs
+    )
+
+
+def recordings(*lengths: int) -> dict[int, tuple[list[int], list[float]]]:
+    """Sample i's tokens are 0, 1, 2, ... and their log-probabilities the negative."""
+    return {i: (list(range(length)), [-float(token) for token in range(length)]) for i, length in enumerate(lengths)}
+
+
+class SteppedEngine(ReplayEngine):
+    """Takes a step only when the test allows one."""
+
+    def __init__(self, *lengths: int) -> None:
+        super().__init__(recordings(*lengths))
+        self.permits = threading.Semaphore(0)
+
+    def step(self) -> list[GeneratedToken]:
+        assert self.permits.acquire(timeout=PATIENCE_S)
+        return super().step()
+
+    def allow(self, num_steps: int) -> None:
+        self.permits.release(num_steps)
+
+
+class BrokenEngine(ReplayEngine):
+    def step(self) -> list[GeneratedToken]:
+        raise RuntimeError("the engine broke")
+
+
+Make = Callable[[ReplayEngine], GenerationWorker]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made = []
+
+    def make(engine: ReplayEngine) -> GenerationWorker:
+        made.append((engine, GenerationWorker(lambda: engine)))
+        return made[-1][1]
+
+    yield make
+    for engine, worker in made:
+        if isinstance(engine, SteppedEngine):
+            engine.allow(100_000)
+        if worker._failure is None:
+            worker.close()
+
+
+def collect(worker: GenerationWorker, num_finished: int) -> dict[int, list[int]]:
+    responses: dict[int, list[int]] = {}
+    while num_finished:
+        for one in worker.poll(PATIENCE_S):
+            response = responses.setdefault(one.sample_id, [])
+            assert one.position == len(response)
+            assert one.logprobs == tuple(-float(token) for token in one.token_ids)
+            response += one.token_ids
+            num_finished -= one.finished
+    return responses
+
+
+def test_every_token_is_reported_once_and_in_order(make: Make) -> None:
+    lengths = (5, 1, 90, 17)
+    worker = make(ReplayEngine(recordings(*lengths), max_batch=2))
+    worker.submit([request(0), request(1)])
+    worker.submit([request(2), request(3)])
+    assert collect(worker, 4) == {i: list(range(length)) for i, length in enumerate(lengths)}
+    assert worker.poll(0.0) == []
+
+
+def test_a_finished_sample_is_reported_at_once_with_the_tokens_of_the_others(make: Make) -> None:
+    engine = SteppedEngine(2, 6)
+    worker = make(engine)
+    worker.submit([request(0), request(1)])
+    assert worker.poll(0.0) == [], "no step was taken"
+    engine.allow(2)
+    assert worker.poll(PATIENCE_S) == [
+        Progress(0, 0, (0, 1), (0.0, -1.0), True),
+        Progress(1, 0, (0, 1), (0.0, -1.0), False),
+    ]
+    engine.allow(4)
+    assert worker.poll(PATIENCE_S) == [Progress(1, 2, (2, 3, 4, 5), (-2.0, -3.0, -4.0, -5.0), True)]
+
+
+def test_unfinished_samples_are_reported_when_the_time_is_up(make: Make) -> None:
+    engine = SteppedEngine(9)
+    worker = make(engine)
+    worker.submit([request(0)])
+    engine.allow(3)
+    reported: list[int] = []
+    while len(reported) < 3:
+        (*progress,) = worker.poll(0.01)
+        assert [(one.sample_id, one.position, one.finished) for one in progress] in ([], [(0, len(reported), False)])
+        reported += [token for one in progress for token in one.token_ids]
+    assert reported == [0, 1, 2]
+
+
+def test_the_loop_decodes_while_nobody_polls(make: Make) -> None:
+    worker = make(ReplayEngine(recordings(500)))
+    worker.submit([request(0)])
+    deadline_s = time.monotonic() + PATIENCE_S
+    num_steps = 0
+    while num_steps < 500 and time.monotonic() < deadline_s:
+        num_steps += len(worker.drain_spans())
+        time.sleep(0.001)
+    (only,) = worker.poll(PATIENCE_S)
+    assert (len(only.token_ids), only.finished) == (500, True)
+
+
+def test_an_evicted_sample_carries_its_tokens_and_continues_elsewhere(make: Make) -> None:
+    engine = SteppedEngine(5, 1, 8)
+    first, second = make(engine), make(ReplayEngine(recordings(5, 1, 8)))
+    first.submit([request(0), request(1), request(2)])
+    engine.allow(2)
+    finished = first.poll(PATIENCE_S)
+    assert [one.sample_id for one in finished if one.finished] == [1]
+    engine.allow(1)  # the loop may be waiting in its third step
+    evicted = first.evict([0, 1])
+    assert [one.request.sample_id for one in evicted] == [0], "sample 1 has finished"
+    num_tokens = len(evicted[0].request.response_ids)
+    assert num_tokens in (2, 3)
+    second.admit(evicted)
+    (rest,) = second.poll(PATIENCE_S)
+    assert (rest.sample_id, rest.position, rest.finished) == (0, num_tokens, True)
+    assert evicted[0].request.response_ids + rest.token_ids == tuple(range(5))
+    engine.allow(10)
+    (left,) = first.poll(PATIENCE_S)
+    assert (left.sample_id, left.finished) == (2, True), "the evicted sample is reported no more"
+
+
+def test_spans_tell_batch_and_time_of_every_step(make: Make) -> None:
+    worker = make(ReplayEngine(recordings(3, 2)))
+    worker.submit([request(0), request(1)])
+    collect(worker, 2)
+    spans = worker.drain_spans()
+    assert [span.arguments["batch"] for span in spans] == [2, 2, 1]
+    assert {span.category for span in spans} == {"generate"}
+    assert all(before.end_s <= after.start_s for before, after in pairwise(spans))
+    assert worker.drain_spans() == []
+
+
+def test_what_the_engine_raises_is_raised_by_the_next_call_and_all_after(make: Make) -> None:
+    worker = make(BrokenEngine(recordings(3)))
+    worker.submit([request(0)])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the engine broke"):
+            worker.poll(PATIENCE_S)
+    for call in (partial(worker.submit, []), partial(worker.evict, [0]), worker.drain_spans):
+        with pytest.raises(RuntimeError, match="the engine broke"):
+            call()
+
+
+def test_a_request_that_the_engine_refuses_is_raised(make: Make) -> None:
+    worker = make(ReplayEngine(recordings(3)))
+    worker.submit([request(7)])
+    with pytest.raises(ValueError, match="sample 7 was not recorded"):
+        worker.poll(PATIENCE_S)
+
+
+def test_closing_drops_what_is_live_and_can_be_repeated() -> None:
+    engine = SteppedEngine(5)
+    engine.allow(100_000)
+    worker = GenerationWorker(lambda: engine)
+    worker.submit([request(0)])
+    worker.close()
+    worker.close()
+    assert not worker._loop.is_alive()
+
+
+def test_one_driver_follows_many_workers(cluster: Cluster) -> None:
+    workers = [
+        cluster.spawn("generation worker", device, GenerationWorker, partial(ReplayEngine, recordings(30, 4, 11)))
+        for device in (0, 1)
+    ]
+    idle = {worker.call("poll", 1000.0): worker for worker in workers}  # holds up no other call
+    gather([worker.call("submit", [request(0), request(1), request(2)]) for worker in workers])
+    finished: list[tuple[int, int]] = []
+    while len(finished) < 6:
+        future, progress = wait_any(list(idle))
+        worker = idle.pop(future)
+        finished += [(worker.device, one.sample_id) for one in progress if one.finished]
+        idle[worker.call("poll", 1000.0)] = worker
+    assert sorted(finished) == [(device, sample_id) for device in (0, 1) for sample_id in (0, 1, 2)]
+
+    workers[0].call("submit", [request(3)])
+    with pytest.raises(WorkerError, match=r"^generation worker on device 0 failed: ValueError: sample 3 was not rec"):
+        wait_any(list(idle))
+    for worker in workers:
+        cluster.kill(worker)
+
+
+def test_weights_are_loaded_into_an_empty_engine_only(cluster: Cluster) -> None:
+    worker = cluster.spawn("generation worker", 0, GenerationWorker, partial(ReplayEngine, recordings(1, 1_000_000)))
+    weights = [put_state_dict({"weight": torch.ones(3)})]
+    gather([worker.call("load_weights", weights), worker.call("submit", [request(0)]), worker.call("poll", 1000.0)])
+    gather([worker.call("load_weights", weights)])
+    spans = worker.call("drain_spans").result()
+    assert [span.category for span in spans] == ["weights", "generate", "weights"]
+    worker.call("submit", [request(1)])
+    with pytest.raises(WorkerError, match="ValueError: cannot load weights while 1 samples are in the engine"):
+        worker.call("load_weights", weights).result()
+    cluster.kill(worker)
