@@ -13,13 +13,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from schedules.bounds import check_feasible
+from schedules.formats import schedule_to_json
 from schedules.fused.incumbent import Deadline, Improvement
 from schedules.fused.portfolio import Objective, Portfolio
 from schedules.ir import Problem, Schedule
+
+__all__ = ["Improvement", "Objective", "Solution", "Status", "solution_to_json", "solve"]
 
 
 class Status(StrEnum):
@@ -111,3 +114,18 @@ def _solution(portfolio: Portfolio) -> Solution:
         seconds=portfolio.deadline.elapsed_s,
         history=tuple(best.history),
     )
+
+
+def solution_to_json(solution: Solution) -> dict[str, object]:
+    """A JSON object: figures, proof, history, and the schedule in the form that `schedules.formats` reads."""
+    return {
+        "makespan": solution.makespan,
+        "peak_bytes": solution.peak_bytes,
+        "makespan_lower_bound": solution.makespan_lower_bound,
+        "memory_lower_bound": solution.memory_lower_bound,
+        "status": str(solution.status),
+        "found_by": solution.found_by,
+        "seconds": solution.seconds,
+        "history": [asdict(improvement) for improvement in solution.history],
+        "schedule": schedule_to_json(solution.schedule),
+    }

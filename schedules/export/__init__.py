@@ -1,0 +1,1 @@
+"""Schedules in forms for people and for other programs."""

@@ -1,0 +1,81 @@
+"""Solved schedules on disk, found again by the problem's hash, so that a training run solves a problem once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from schedules.formats import problem_to_text, schedule_from_text, schedule_to_text
+from schedules.ir import Problem, Schedule
+from schedules.timing import evaluate
+from schedules.validate import violations
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleCache:
+    """One text file per problem in `directory`. Any number of processes may read and write: files appear whole."""
+
+    directory: Path
+
+    def path(self, problem: Problem) -> Path:
+        """Where the problem's schedule is kept: a hash of everything the problem says."""
+        return self.directory / f"{hashlib.sha256(problem_to_text(problem).encode()).hexdigest()}.schedule"
+
+    def load(self, problem: Problem) -> Schedule | None:
+        """The schedule kept for this problem; a file that is damaged, of another problem, or illegal is discarded."""
+        path = self.path(problem)
+        try:
+            schedule = schedule_from_text(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError) as error:
+            _discard(path, str(error))
+            return None
+        found = violations(schedule)
+        if schedule.problem != problem or found:
+            _discard(path, str(found[0]) if found else "it is of another problem")
+            return None
+        return schedule
+
+    def store(self, schedule: Schedule) -> None:
+        """Keep the schedule, unless a better one is kept already.
+
+        Raises:
+            ValueError: the schedule is illegal.
+        """
+        found = violations(schedule)
+        if found:
+            raise ValueError(f"illegal schedules are not kept: {found[0]}")
+        kept = self.load(schedule.problem)
+        if kept is not None and _quality(kept) <= _quality(schedule):
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=self.directory, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(schedule_to_text(schedule))
+            os.replace(temporary, self.path(schedule.problem))
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def default_directory() -> Path:
+    """`fuse/schedules` under `$XDG_CACHE_HOME`, or under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse" / "schedules"
+
+
+def _quality(schedule: Schedule) -> tuple[int, int]:
+    timing = evaluate(schedule)
+    return timing.makespan, max(timing.peak_bytes)
+
+
+def _discard(path: Path, reason: str) -> None:
+    _logger.warning("discarded cached schedule %s: %s", path, reason)
+    path.unlink(missing_ok=True)
