@@ -95,6 +95,7 @@ MINI_BATCHES = Case(
     name="mini_batches",
     options={"num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
 )
+PAST_STOP = Case(name="past_stop", options={"stop_token": "eos", "missing_eos_penalty": 0.5}, past_stop=True)
 
 CASES: tuple[Case, ...] = (
     BASELINE,
@@ -129,7 +130,7 @@ CASES: tuple[Case, ...] = (
     Case(name="gpt_neox", options={"stop_token": "eos"}, architecture="gpt_neox"),
     Case(name="tied_embeddings", options={"stop_token": "eos"}, tie_word_embeddings=True),
     Case(name="end_of_pass", options={"stop_token": "eos"}, num_prompts=16),
-    Case(name="past_stop", options={"stop_token": "eos", "missing_eos_penalty": 0.5}, past_stop=True),
+    PAST_STOP,
 )
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fuse import ppo, steps, trainer
+from fuse.interstage import controller
+from fuse.workers import inference
 
-from .cases import BASELINE, EARLY_STOPS, MINI_BATCHES, Case
+from .cases import BASELINE, EARLY_STOPS, MINI_BATCHES, PAST_STOP, Case
 from .oracle import Recording
 from .replay import mismatches, replay
 
@@ -49,14 +51,21 @@ def biased_variance(patch: pytest.MonkeyPatch) -> None:
 
 
 def reference_without_temperature(patch: pytest.MonkeyPatch) -> None:
-    from fuse.workers import inference
-
     right = inference.reference_logprobs
 
     def reference_logprobs(model: Any, sequences: Any, temperature: float, **options: Any) -> Any:
         return right(model, sequences, 1.0, **options)
 
     patch.setattr(inference, "reference_logprobs", reference_logprobs)
+
+
+def responses_not_cut_after_their_stop_token(patch: pytest.MonkeyPatch) -> None:
+    right = ppo.response_length
+
+    def response_length(response_ids: Any, stop_token_id: int | None, pad_token_id: int) -> int:
+        return right(response_ids, None, pad_token_id)
+
+    patch.setattr(controller, "response_length", response_length)
 
 
 def a_step_per_mini_batch(patch: pytest.MonkeyPatch) -> None:
@@ -77,6 +86,7 @@ def unchanged(patch: pytest.MonkeyPatch) -> None:
         pytest.param(advantages_whitened_over_value_positions, EARLY_STOPS, {}, id="advantages_masked_with_p1"),
         pytest.param(biased_variance, EARLY_STOPS, {}, id="biased_variance"),
         pytest.param(reference_without_temperature, BASELINE, {}, id="reference_without_temperature"),
+        pytest.param(responses_not_cut_after_their_stop_token, PAST_STOP, {}, id="responses_not_cut"),
         pytest.param(a_step_per_mini_batch, MINI_BATCHES, {}, id="a_step_per_mini_batch"),
         pytest.param(unchanged, BASELINE, {"max_grad_norm": 0.5}, id="gradient_clipping"),
         pytest.param(unchanged, BASELINE, {"lr_scheduler_type": "constant"}, id="constant_learning_rate"),

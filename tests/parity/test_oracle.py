@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .cases import BASELINE, CASES, EOS, PAD, Case, build_models
-from .oracle import Recording
+from .oracle import Recording, record
 
 Recorded = Callable[[Case], Recording]
 
@@ -38,8 +38,6 @@ def test_a_recording_holds_every_sample_and_permutation(recorded: Recorded) -> N
 
 
 def test_a_run_is_repeatable(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from .oracle import record
-
     first, second = recorded(BASELINE), record(BASELINE, tmp_path_factory.mktemp("again"))
     assert first.responses == second.responses
     assert all(torch.equal(weight, second.policy[name]) for name, weight in first.policy.items())
