@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse.benchmarks.measure import describe_machine, interleave, median_ms, peak_bytes, write_json
+from fuse.ops import decode_attention, sampling
 from fuse.ops.gae import gae, gae_reference, implementation
 
 # `pass` is a keyword, hence the functional form.
@@ -65,6 +66,41 @@ def gae_row(repeats: int, num_samples: int = 512, max_tokens: int = 2048) -> Row
     )
 
 
+def sample_row(repeats: int, rows: int = 64, vocab_size: int = 32_000) -> Row:
+    """One token of each of `rows` samples."""
+    logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(rows)
+    arguments = (logits, torch.ones(rows), ids, ids, ids)
+    return _compare(
+        kernel="sample_tokens",
+        shape=[rows, vocab_size],
+        example=logits,
+        implementation=sampling.implementation(logits),
+        function=lambda: sampling.sample_tokens(*arguments),
+        reference=lambda: sampling.sample_tokens_reference(*arguments),
+        repeats=repeats,
+    )
+
+
+def decode_attention_row(
+    repeats: int, rows: int = 64, kv_heads: int = 4, context: int = 512, head_dim: int = 64
+) -> Row:
+    """A layer's decode step over `rows` samples of 1 to `context` tokens, uniformly drawn."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(rows, kv_heads, head_dim, generator=generator)
+    keys, values = torch.randn(2, rows, kv_heads, context, head_dim, generator=generator)
+    lengths = torch.randint(1, context + 1, (rows,), generator=generator)
+    return _compare(
+        kernel="decode_attention",
+        shape=[rows, kv_heads, context, head_dim],
+        example=query,
+        implementation=decode_attention.implementation(query),
+        function=lambda: decode_attention.decode_attention(query, keys, values, lengths, 0.125),
+        reference=lambda: decode_attention.decode_attention_reference(query, keys, values, lengths, 0.125),
+        repeats=repeats,
+    )
+
+
 def format_row(row: Row) -> str:
     """One line for people."""
     shape = " x ".join(map(str, row["shape"]))
@@ -98,4 +134,4 @@ def _compare(
     }
 
 
-BENCHMARKS: tuple[Callable[[int], Row], ...] = (gae_row,)
+BENCHMARKS: tuple[Callable[[int], Row], ...] = (gae_row, sample_row, decode_attention_row)

@@ -70,6 +70,11 @@ def describe() -> str:
     return "native C++ for float32 on CPU; torch's fused attention elsewhere"
 
 
+def implementation(example: Tensor) -> str:
+    """Which implementation serves inputs of the dtype and device of `example`."""
+    return _choose(example.dtype, example.device)[1]
+
+
 def _choose(dtype: torch.dtype, device: torch.device) -> tuple[ModuleType | None, str]:
     native, reason = extension()
     if native is None:

@@ -97,6 +97,11 @@ def describe() -> str:
     return "native C++ on CPU; torch reference elsewhere: there is no CUDA kernel"
 
 
+def implementation(example: Tensor) -> str:
+    """Which implementation serves inputs of the dtype and device of `example`."""
+    return _choose(example.device)[1]
+
+
 def _choose(device: torch.device) -> tuple[ModuleType | None, str]:
     native, reason = extension()
     if native is None:
