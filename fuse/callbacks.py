@@ -53,7 +53,7 @@ def learning_rate_schedule(args: PPOConfig, model: nn.Module) -> tuple[torch.opt
 
 
 def callback_handler(args: PPOConfig, callbacks: list[TrainerCallback] | None, **references: Any) -> CallbackHandler:
-    """transformers' default and reporting callbacks, the user's, and the progress bar; `references` as its handler's."""
+    """transformers' default and reporting callbacks, the user's, and a progress bar; `references` go to the handler."""
     every = DEFAULT_CALLBACKS + get_reporting_integration_callbacks(args.report_to) + (callbacks or [])
     handler = CallbackHandler(every, **references)
     handler.add_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)

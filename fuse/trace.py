@@ -79,7 +79,7 @@ def busy_s(spans: Sequence[Span], start_s: float, end_s: float) -> float:
 
 
 def write_chrome_trace(path: Path, tracks: Mapping[str, Mapping[str, Sequence[Span]]]) -> None:
-    """Write spans as Chrome trace-event JSON (opens in Perfetto).
+    """Write spans as Chrome trace-event JSON (opens in Perfetto), making the directory.
 
     `tracks` maps a device's name to its worker tracks, each a list of spans. Times become microseconds
     since the earliest span. Source: the Trace Event Format's complete ("X") and metadata ("M") events.
@@ -105,4 +105,5 @@ def write_chrome_trace(path: Path, tracks: Mapping[str, Mapping[str, Sequence[Sp
                 }
                 for span in spans
             )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -22,6 +22,7 @@ from fuse.completions import print_completions
 from fuse.config import PPOConfig
 from fuse.engines.engine import SamplingParams
 from fuse.experience import Experience, prepare
+from fuse.publish import push_policy, write_model_card, write_policy
 from fuse.report import iteration_report, summary_line
 from fuse.rewards import RewardFunction, call_reward_function
 from fuse.sample import Sample
@@ -253,14 +254,11 @@ class PPOTrainer:
             self.generate_completions(sampling=True)
 
     def _report_time(self, clock: PhaseClock) -> dict[str, float]:
-        """Write the iteration's trace, print its summary line, and return both as metrics."""
+        """Write the iteration's trace, log its summary line, and return where its time went as metrics."""
         assert self._fleet is not None
-        tracks = self._fleet.drain_spans()
-        step = self.state.global_step
+        tracks, step = self._fleet.drain_spans(), self.state.global_step
         if self.args.trace_steps and step % self.args.trace_steps == 0:
-            directory = self._output_dir / "traces"
-            directory.mkdir(parents=True, exist_ok=True)
-            write_chrome_trace(directory / f"iteration-{step:05d}.json", tracks)
+            write_chrome_trace(self._output_dir / "traces" / f"iteration-{step:05d}.json", tracks)
         report = iteration_report(tracks, clock)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
@@ -276,7 +274,7 @@ class PPOTrainer:
         output_dir = self._output_dir
         with checkpoint.writing(output_dir, self.state.global_step) as directory:
             self._fleet.fetch_weights(self.policy_model, self.value_model)
-            self._write_policy(directory)
+            write_policy(directory, self.policy_model, self.processing_class)
             if not self.args.save_only_model:
                 self._fleet.save(directory / checkpoint.WORKER_STATE_NAME)
                 checkpoint.RunState(
@@ -288,33 +286,28 @@ class PPOTrainer:
         checkpoint.rotate(output_dir, self.args.save_total_limit)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def save_model(self, output_dir: str | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them."""
         if self._fleet is not None:
             self._fleet.fetch_weights(self.policy_model, self.value_model)
-        self._write_policy(Path(output_dir or self._output_dir))
+        write_policy(Path(output_dir or self._output_dir), self.policy_model, self.processing_class)
 
-    def _write_policy(self, directory: Path) -> None:
-        self.policy_model.save_pretrained(directory)
-        self.processing_class.save_pretrained(directory)
-
-    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> str:
+    def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> str:
         """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
-        name = self.args.hub_model_id or self._output_dir.name
-        options = {"commit_message": commit_message, "token": self.args.hub_token, **kwargs}
-        policy: Any = self.policy_model
-        self.processing_class.push_to_hub(name, **options)
-        return str(policy.push_to_hub(name, **options))
+        options = {"commit_message": commit_message, "token": self.args.hub_token, **options}
+        return push_policy(self._name, self.policy_model, self.processing_class, **options)
 
-    def create_model_card(self, model_name: str | None = None) -> None:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         """Write README.md into the output directory: what was trained, from what, how."""
-        name = model_name or self._output_dir.name
-        base = getattr(self.policy_model.config, "_name_or_path", "") or "a model built from its configuration"
-        text = (
-            f"# {name}\n\nTrained with fuse from {base} by proximal policy optimisation "
-            f"(arXiv 1707.06347), {self.state.episode} episodes.\n"
-        )
-        (self._output_dir / "README.md").write_text(text)
+        tags = [tags] if isinstance(tags, str) else tags or []
+        name = model_name or self._name
+        write_model_card(self._output_dir, name, self.policy_model, self.state.episode, dataset_name, tags)
+
+    @property
+    def _name(self) -> str:
+        return self.args.hub_model_id or self._output_dir.name
 
     # Completions of the evaluation prompts
 
@@ -355,8 +348,12 @@ class PPOTrainer:
     def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         self.callback_handler.remove_callback(callback)
 
-    def log(self, logs: dict[str, float]) -> None:
-        """Add the epoch, remember and report to the callbacks."""
+    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
+        popped: TrainerCallback | None = self.callback_handler.pop_callback(callback)
+        return popped
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the epoch, remember and report to the callbacks; `start_time` is accepted and not used, as in TRL."""
         logs["epoch"] = self.state.epoch
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)

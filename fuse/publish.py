@@ -1,0 +1,36 @@
+"""Saving and sharing a trained policy as the Hugging Face tools know it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write_policy(directory: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read."""
+    policy.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def push_policy(repository: str, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """Upload policy and tokenizer to a Hub repository; returns the address of the commit."""
+    untyped: Any = policy
+    tokenizer.push_to_hub(repository, **options)
+    return str(untyped.push_to_hub(repository, **options))
+
+
+def write_model_card(
+    directory: Path, name: str, policy: PreTrainedModel, num_episodes: int, dataset: str | None, tags: Sequence[str]
+) -> None:
+    """Write README.md: what was trained, from what, on what, how."""
+    base = getattr(policy.config, "_name_or_path", "") or "a model built from its configuration"
+    listed = "".join(f"- {tag}\n" for tag in ("fuse", "ppo", *tags))
+    prompts = f" of {dataset}" if dataset else ""
+    (directory / "README.md").write_text(
+        f"---\nlibrary_name: transformers\ntags:\n{listed}---\n\n# {name}\n\n"
+        f"Trained from {base} with fuse, by proximal policy optimisation (arXiv 1707.06347) "
+        f"on {num_episodes} prompts{prompts}.\n"
+    )
