@@ -21,6 +21,11 @@ from fuse.benchmarks.measure import describe_machine, interleave, write_json
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 
+# What a figure depends on, beside the machine.
+_OPTIONS = (
+    "against", "lengths", "model", "vocab_size", "kv_heads", "num_samples", "batch", "prompt_tokens", "context",
+    "repeats",
+)  # fmt: skip
 SYNTHETIC, UNIFORM = "synthetic", "uniform"
 
 
@@ -84,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(format_row(row), flush=True)
         rows.append(row)
     if arguments.json:
-        write_json(arguments.json, {"machine": describe_machine(), "options": vars(arguments), "rows": rows})
+        options = {name: getattr(arguments, name) for name in _OPTIONS}
+        write_json(arguments.json, {"machine": describe_machine(), "options": options, "rows": rows})
     return 0
 
 
