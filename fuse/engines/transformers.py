@@ -21,6 +21,7 @@ from fuse.engines.engine import (
 )
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
+from fuse.state_dict import load_state_dict
 
 _LEAST_CONTEXT = 8
 
@@ -117,26 +118,12 @@ class TransformersEngine:
         self._remove(index)
         return Evicted(request, kv)
 
-    @torch.no_grad()
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy new weights into the model, cast to its dtype. A tied tensor may come under either of its names."""
         num_live = len(self._rows) + len(self._queue)
         if num_live:
             raise still_live(num_live)
-        own = self._model.state_dict()
-        given = {own[name].data_ptr() for name in state_dict.keys() & own.keys()}
-        unknown = sorted(state_dict.keys() - own.keys())
-        missing = sorted(name for name in own.keys() - state_dict.keys() if own[name].data_ptr() not in given)
-        if unknown or missing:
-            raise ValueError(
-                f"the weights do not fit {type(self._model).__name__}: {_some(unknown)} unknown, {_some(missing)} "
-                "missing; pass a whole state dict under the model's own names"
-            )
-        for name, tensor in state_dict.items():
-            if own[name].shape != tensor.shape:
-                raise ValueError(f"weight {name} is {list(tensor.shape)} but the model's is {list(own[name].shape)}")
-        for name, tensor in state_dict.items():
-            own[name].copy_(tensor)
+        load_state_dict(self._model, state_dict)
 
     def close(self) -> None:
         self._queue.clear()
@@ -258,7 +245,3 @@ def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
             f"{name} attends to the last {window} tokens only: lower max_context={max_context} to {window}"
         )
     return max_context
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"

@@ -114,9 +114,9 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(build_model: Bui
     before = run(engine, REQUESTS[:1])
     weights = build_model(seed=1).state_dict()
     missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
-    with pytest.raises(ValueError, match=r"1 \(model.norm.weight\) missing"):
+    with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
         engine.load_weights(missing)
-    with pytest.raises(ValueError, match=r"1 \(extra\) unknown"):
+    with pytest.raises(ValueError, match=r"extra is unknown"):
         engine.load_weights({**weights, "extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
         engine.load_weights({**weights, "model.norm.weight": torch.zeros(3)})
