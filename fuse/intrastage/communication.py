@@ -126,7 +126,10 @@ class PipelineCommunicators:
 def open_pipelines(
     pipelines: Sequence[tuple[str, Sequence[int]]], timeout_s: float
 ) -> tuple[PipelineCommunicators, ...]:
-    """Communicators of every pipeline, given its name and the rank of each of its stages."""
+    """Communicators of every pipeline, given its name and the rank of each of its stages.
+
+    timeout_s: how long one message may take from the moment a rank needs it; more than any wait in a healthy step.
+    """
     return tuple(
         PipelineCommunicators(
             Communicator(name, ranks, step=1, timeout_s=timeout_s),
@@ -142,7 +145,7 @@ class ModelGroups:
 
     replicas: by stage, the ranks that hold a copy of it; none where there is one copy.
     ends: by replica, its first and last rank, which both hold a tied embedding; none where they are one rank.
-    members: by replica, all its ranks in stage order; none where it is one rank.
+    members: by replica, all its ranks; none where it is one rank.
     """
 
     num_replicas: int
@@ -187,7 +190,7 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup, what: str) -> None:
 
 
 def all_gather_floats(value: float, group: dist.ProcessGroup, device: torch.device, what: str) -> list[float]:
-    """Every rank's value, in the group's order."""
+    """Every rank's value."""
     own = torch.tensor([value], dtype=torch.float64, device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     with naming(f"rank {dist.get_rank()}: gathering {what}"):
@@ -205,7 +208,7 @@ def naming(what: str) -> Iterator[None]:
 
 
 def _open_group(ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), sort_ranks=False)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
     return group
 
 

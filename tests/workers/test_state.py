@@ -80,6 +80,8 @@ def test_another_stage_split_loads_it_bit_for_bit_without_unpickling(
 
 def test_steps_after_loading_are_those_not_interrupted(tmp_path: Path) -> None:
     saved, other = optimizer_of(2), optimizer_of(1, seed=1)
+    saved.step(0.1)
+    saved.step(0.1)
     save_state(tmp_path, {"actor": saved})
     load_state(tmp_path, {"actor": other})
     # Without gradients, AdamW moves weights by the moments and the step count it has.
