@@ -19,6 +19,7 @@ from typing import Any, cast
 from rich.console import Console
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 from transformers.hf_argparser import DataClassType
+from transformers.utils.logging import disable_progress_bar
 
 from fuse.benchmarks.measure import write_json
 from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, and save the policy to the output directory."""
     start_s = time.monotonic()
+    disable_progress_bar()  # of loading and saving
     trainer = make_trainer(arguments)
     console = Console()
     with update_progress(trainer, console, "PPO"):

@@ -23,7 +23,6 @@ class SumTask:
     max_terms: int = 10
     max_term: int = 9
     stop_probability: float = 0.4
-    slip_probability: float = 0.3
 
     @property
     def max_response_tokens(self) -> int:
@@ -37,12 +36,12 @@ class SumTask:
             num_terms = min(MIN_TERMS - 1 + int(generator.geometric(self.stop_probability)), self.max_terms)
             yield tuple(int(term) for term in generator.integers(1, self.max_term + 1, size=num_terms))
 
-    def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Yield prompt and worked answer, endlessly, by a teacher who slips by one or ten in some steps."""
+    def demonstrations(self, seed: int, slip_probability: float = 0.0) -> Iterator[tuple[str, str]]:
+        """Yield prompt and worked answer, endlessly, by a teacher who slips by one or ten in a share of the steps."""
         generator = np.random.default_rng([seed, 1])
         for terms in self.problems(seed):
             num_steps = len(terms) - 1
-            slipped = generator.random(num_steps) < self.slip_probability
+            slipped = generator.random(num_steps) < slip_probability
             slips = slipped * generator.choice(SLIPS, num_steps)
             yield prompt_text(terms), worked_answer(terms, tuple(slips.tolist()))
 

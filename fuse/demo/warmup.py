@@ -1,10 +1,11 @@
-"""Supervised warm-up: takes a fresh policy to partly right answers, so that PPO has something to reinforce."""
+"""Supervised warm-up: makes a fresh policy able but careless, so that PPO has something to reinforce."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,8 @@ IGNORED_LABEL = -100
 ROWS_PER_GROUP = 16
 RAMP_STEPS = 20
 NUM_HELD_OUT = 128
+ABLE, MAX_CAREFUL_STEPS = 0.6, 450
+CARELESS, MAX_CARELESS_STEPS = 0.25, 100
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt, and of its worked answer with the end token."""
@@ -24,7 +27,7 @@ Row = tuple[list[int], list[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmupProgress:
-    """After `step` optimizer steps: loss in nats per answer token, share of held-out problems right greedily."""
+    """After `step` optimizer steps: loss in nats per answer token, share of held-out problems right."""
 
     step: int
     loss: float
@@ -52,31 +55,63 @@ def small_llama(
     )
 
 
-def supervise(
+def warm_up(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     task: SumTask,
     *,
     seed: int,
-    target_exact: float,
+    slip_probability: float,
+    report: Callable[[str, WarmupProgress], None] = lambda teacher, progress: None,
+) -> None:
+    """Train `model` in place on a careful teacher's answers, then on those of one who slips with `slip_probability`.
+
+    The result is able (greedily, at least `ABLE` of the held-out problems right) but careless (sampled, about
+    `CARELESS` of them): supervised data with flaws that a reward can tell, which is what PPO is for.
+    """
+    held_out = list(islice(task.problems(3 * seed + 1), NUM_HELD_OUT))
+    supervise(
+        model,
+        tokenizer,
+        task.demonstrations(3 * seed),
+        measure=lambda: exact_share(model, tokenizer, task, held_out),
+        until=lambda exact: exact >= ABLE,
+        max_steps=MAX_CAREFUL_STEPS,
+        evaluate_every=15,
+        learning_rate=2e-3,
+        report=partial(report, "careful teacher"),
+    )
+    supervise(
+        model,
+        tokenizer,
+        task.demonstrations(3 * seed, slip_probability),
+        measure=lambda: exact_share(model, tokenizer, task, held_out, sample=True),
+        until=lambda exact: exact <= CARELESS,
+        max_steps=MAX_CARELESS_STEPS,
+        evaluate_every=10,
+        learning_rate=3e-4,  # gently: a habit is to be learned, addition not to be forgotten
+        report=partial(report, "careless teacher"),
+    )
+
+
+def supervise(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    demonstrations: Iterator[tuple[str, str]],
+    *,
+    measure: Callable[[], float],
+    until: Callable[[float], bool],
     max_steps: int,
+    evaluate_every: int,
+    learning_rate: float,
     batch_size: int = 32,
-    learning_rate: float = 2e-3,
-    evaluate_every: int = 15,
     report: Callable[[WarmupProgress], None] = lambda progress: None,
 ) -> WarmupProgress:
-    """Train `model` in place on the teacher's worked answers until its greedy answers reach `target_exact`, or for
-    `max_steps`.
-
-    Greedy answers say what the model is able to; sampled ones slip as often as the teacher whom it imitates.
-    The share is measured on problems that the training never draws from.
-    """
+    """Train `model` in place on prompts and answers, for `max_steps` or until `until(measure())`."""
     start_s = time.monotonic()
-    demonstrations = task.demonstrations(3 * seed)
-    held_out = list(islice(task.problems(3 * seed + 1), NUM_HELD_OUT))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / RAMP_STEPS))
-    exact, loss, step = 0.0, float("nan"), 0
+    progress = WarmupProgress(step=0, loss=float("nan"), exact=0.0, elapsed_s=0.0)
     for step in range(1, max_steps + 1):
         loss = _accumulate_gradients(
             model, [_tokenised(tokenizer, *pair) for pair in islice(demonstrations, batch_size)]
@@ -86,11 +121,11 @@ def supervise(
         optimizer.zero_grad()
         ramp.step()
         if step % evaluate_every == 0:
-            exact = exact_share(model, tokenizer, task, held_out)
-            report(WarmupProgress(step=step, loss=loss, exact=exact, elapsed_s=time.monotonic() - start_s))
-            if exact >= target_exact:
+            progress = WarmupProgress(step=step, loss=loss, exact=measure(), elapsed_s=time.monotonic() - start_s)
+            report(progress)
+            if until(progress.exact):
                 break
-    return WarmupProgress(step=step, loss=loss, exact=exact, elapsed_s=time.monotonic() - start_s)
+    return progress
 
 
 @torch.no_grad()

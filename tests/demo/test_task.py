@@ -50,7 +50,7 @@ def test_the_teacher_slips_as_often_as_asked() -> None:
     careful, careless = (
         [
             response == worked_answer(tuple(int(term) for term in prompt.rstrip("=").split("+")))
-            for prompt, response in islice(SumTask(slip_probability=probability).demonstrations(0), 500)
+            for prompt, response in islice(SumTask().demonstrations(0, probability), 500)
         ]
         for probability in (0.0, 0.4)
     )

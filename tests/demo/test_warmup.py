@@ -3,32 +3,67 @@
 import pytest
 import torch
 
+from fuse.demo import warmup
 from fuse.demo.task import SumTask
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import WarmupProgress, exact_share, small_llama, supervise
 
 
 def test_the_loss_falls_and_the_steps_are_bounded() -> None:
-    tokenizer, task = arithmetic_tokenizer(), SumTask(max_terms=2, slip_probability=0.0)
+    tokenizer = arithmetic_tokenizer()
     model = small_llama(tokenizer, seed=0, hidden_size=32)
     seen: list[WarmupProgress] = []
     end = supervise(
-        model, tokenizer, task, seed=0, target_exact=1.1, max_steps=30, evaluate_every=10, report=seen.append
+        model,
+        tokenizer,
+        SumTask(max_terms=2).demonstrations(0),
+        measure=lambda: 0.5,
+        until=lambda exact: False,
+        max_steps=30,
+        learning_rate=2e-3,
+        evaluate_every=10,
+        report=seen.append,
     )
-    assert end.step == 30
-    assert [progress.step for progress in seen] == [10, 20, 30]
+    assert end == seen[-1]
+    assert [(progress.step, progress.exact) for progress in seen] == [(10, 0.5), (20, 0.5), (30, 0.5)]
     assert end.loss < 0.8 * seen[0].loss
 
 
 def test_it_stops_at_the_target() -> None:
-    tokenizer, task = arithmetic_tokenizer(), SumTask(max_terms=2)
-    model = small_llama(tokenizer, seed=0, hidden_size=32)
-    assert supervise(model, tokenizer, task, seed=0, target_exact=0.0, max_steps=30, evaluate_every=5).step == 5
+    tokenizer = arithmetic_tokenizer()
+    measured = iter([0.1, 0.3, 0.7])
+    end = supervise(
+        small_llama(tokenizer, seed=0, hidden_size=32),
+        tokenizer,
+        SumTask(max_terms=2).demonstrations(0),
+        measure=lambda: next(measured),
+        until=lambda exact: exact >= 0.3,
+        max_steps=30,
+        learning_rate=2e-3,
+        evaluate_every=3,
+    )
+    assert (end.step, end.exact) == (6, 0.3)
+
+
+def test_the_warm_up_goes_from_the_careful_to_the_careless_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "ABLE", 0.0)
+    monkeypatch.setattr(warmup, "MAX_CARELESS_STEPS", 20)
+    monkeypatch.setattr(warmup, "CARELESS", -1.0)
+    monkeypatch.setattr(warmup, "NUM_HELD_OUT", 4)
+    tokenizer = arithmetic_tokenizer()
+    reports: list[tuple[str, int]] = []
+    warmup.warm_up(
+        small_llama(tokenizer, seed=0, hidden_size=32),
+        tokenizer,
+        SumTask(max_terms=2),
+        seed=0,
+        slip_probability=0.5,
+        report=lambda teacher, progress: reports.append((teacher, progress.step)),
+    )
+    assert reports == [("careful teacher", 15), ("careless teacher", 10), ("careless teacher", 20)]
 
 
 def test_grouping_rows_by_length_gives_the_gradient_of_one_padded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fuse.demo.warmup as warmup
-
     tokenizer = arithmetic_tokenizer()
     pairs = [("7+9=", "7+9=16;#16"), ("1+2+3+4=", "1+2=3;3+3=6;6+4=10;#10"), ("1+1=", "1+1=2;#2")]
     rows = [([*tokenizer(prompt)["input_ids"]], [*tokenizer(answer)["input_ids"], 1]) for prompt, answer in pairs]
