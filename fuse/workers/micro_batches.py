@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -116,22 +116,6 @@ def padded(experience: Experience, indices: Sequence[int], pad_token_id: int) ->
         )
 
     return micro_batch(policy), micro_batch(value)
-
-
-def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same micro-batch with all its tensors on `device`."""
-    if device.type == "cpu":
-        return micro_batch
-    moved = {
-        field.name: value.to(device, non_blocking=True)
-        for field in fields(micro_batch)
-        if isinstance(value := getattr(micro_batch, field.name), Tensor)
-    }
-    targets = micro_batch.targets
-    moved_targets = {
-        field.name: getattr(targets, field.name).to(device, non_blocking=True) for field in fields(targets)
-    }
-    return replace(micro_batch, **moved, targets=replace(targets, **moved_targets))
 
 
 def _rows(offsets: Tensor, indices: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ from fuse.steps import OptimizerStep
 from fuse.trace import Span, SpanRecorder
 from fuse.workers import inference, state
 from fuse.workers.losses import ActorLoss, CriticLoss
-from fuse.workers.micro_batches import padded, ragged, to_device
+from fuse.workers.micro_batches import padded, ragged
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 Role = Literal["reference", "reward", "critic"]
@@ -219,7 +219,7 @@ class ModelWorker:
     def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> tuple[MicroBatch, MicroBatch]:
         pad_token_id = self._settings.pad_token_id
         pair = ragged(experience, samples) if pad_token_id is None else padded(experience, samples, pad_token_id)
-        return to_device(pair[0], self._device), to_device(pair[1], self._device)
+        return pair[0].to(self._device), pair[1].to(self._device)
 
     # Inference
 
