@@ -1,12 +1,15 @@
-"""The problem family of the RLHFuse paper: an actor over all ranks, copies of a critic in the opposite direction."""
+"""Families of problems: the RLHFuse paper's, and uneven ones as profiling real models gives them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import lcm
+from random import Random
 
+from schedules.baselines import serial
 from schedules.ir import Pipeline, Problem
+from schedules.timing import evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +74,42 @@ def actor_and_critic(
         name = f"critic{copy}" if num_copies > 1 else "critic"
         pipelines.append(model(name, ranks, critic_microbatches, critic_forward, activations[1]))
     return Instance(Problem(num_ranks=actor_stages, pipelines=tuple(pipelines)), scale)
+
+
+def heterogeneous(seed: int) -> Problem:
+    """Two or three models on 4 or 8 ranks: stage times vary by 30 % either way, transfers take time, memory is unequal.
+
+    Models run forwards or backwards over all ranks; a third one may be small, with a replica on each half of them.
+    Limits are between what one model after the other needs and half as much again. The same seed gives the same
+    problem.
+    """
+    random = Random(seed)
+    num_ranks = random.choice((4, 8))
+    micro_batches = random.choice((2, 3, 4)) * num_ranks
+
+    def model(name: str, ranks: tuple[int, ...], mean_ticks: int, mean_bytes: int) -> Pipeline:
+        forward = tuple(round(mean_ticks * random.uniform(0.7, 1.3)) for _ in ranks)
+        return Pipeline(
+            name=name,
+            ranks=ranks,
+            num_micro_batches=micro_batches,
+            forward_ticks=forward,
+            backward_ticks=tuple(round(f * random.uniform(1.6, 2.4)) for f in forward),
+            activation_bytes=tuple(round(mean_bytes * random.uniform(0.7, 1.3)) for _ in ranks),
+            transfer_ticks=transfer_ticks,
+        )
+
+    transfer_ticks = random.randint(0, 10)
+    along = tuple(range(num_ranks))
+    pipelines = [model("actor", along, 100, 100), model("critic", along[::-1], random.randint(30, 100), 60)]
+    if random.random() < 0.5:
+        halves = (along[: num_ranks // 2], along[num_ranks // 2 :])
+        ticks = random.randint(10, 40)
+        third = [
+            model(f"small{copy}", random.choice((half, half[::-1])), ticks, 30) for copy, half in enumerate(halves)
+        ]
+        pipelines += third if random.random() < 0.5 else [model("third", along, ticks, 30)]
+    initial_bytes = tuple(random.randint(0, 200) for _ in along)
+    free = Problem(num_ranks=num_ranks, pipelines=tuple(pipelines), initial_bytes=initial_bytes)
+    limits = tuple(round(peak * random.uniform(1.0, 1.5)) for peak in evaluate(serial(free)).peak_bytes)
+    return replace(free, memory_limit_bytes=limits)

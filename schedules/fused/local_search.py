@@ -26,13 +26,13 @@ Caps = NDArray[np.int64]
 
 @dataclass(slots=True)
 class Speed:
-    """Annealing steps per second on this graph, a guess until measured; decides how many steps a slice of time has."""
+    """Annealing steps per second on this graph, a guess until measured; keeps a run within the time that is left."""
 
     steps_per_s: float
 
     @staticmethod
     def guess(compiled: Compiled) -> Speed:
-        return Speed(4e8 / len(compiled.ops))
+        return Speed(min(5e5, 1e9 / len(compiled.ops)))
 
 
 def memory_caps(problem: Problem, cap_bytes: int = UNLIMITED_BYTES) -> Caps:
@@ -75,26 +75,24 @@ def anneal(
     target: int,
     *,
     seed: int,
-    slice_s: float,
+    num_steps: int,
     speed: Speed,
     deadline: Deadline,
     is_stale: Callable[[], bool] = lambda: False,
 ) -> Schedule | None:
-    """The shortest schedule within the caps met in a slice of time; None when none was. Ends early at the target.
+    """The shortest schedule within the caps that a run meets; None when it met none. Ends early at the target.
 
-    The cooling is laid out for the steps that fit into the slice at the speed seen so far. `is_stale` is asked now and
-    then whether the run has become pointless.
+    Cooling is laid out for `num_steps`, or for what fits into the time left. `is_stale` is asked now and then whether
+    the run has become pointless.
     """
-    slice_s = min(slice_s, deadline.left_s)
+    num_steps = max(1000, min(num_steps, int(deadline.left_s * speed.steps_per_s)))
     options = _native.AnnealingOptions()
     options.window = _WINDOW if len(compiled.ops) > _LARGE_GRAPH else 0
-    num_steps = max(1000, int(slice_s * speed.steps_per_s))
     annealing = _native.Annealing(compiled.graph, *compiled.orders(start), caps, target, num_steps, seed, options)
     begin_s = monotonic()
     chunk = max(128, int(_CHUNK_S * speed.steps_per_s))
-    while not annealing.advance(chunk):
-        if deadline.is_over or is_stale() or monotonic() - begin_s > 2 * slice_s:
-            break
+    while not annealing.advance(chunk) and not deadline.is_over and not is_stale():
+        pass
     elapsed_s = monotonic() - begin_s
     if annealing.num_steps_done > 10 * chunk:
         speed.steps_per_s = annealing.num_steps_done / elapsed_s

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 
-from schedules.baselines import serial
+from schedules.baselines import chimera, interleaved, one_f_one_b, serial, zero_bubble_h1, zero_bubble_v
 from schedules.bounds import makespan_lower_bound, peak_memory_lower_bound, smallest_limits
 from schedules.fused import cpsat
 from schedules.fused.compiled import compile_problem
@@ -18,14 +19,15 @@ from schedules.timing import evaluate
 from schedules.validate import violations
 
 _RESERVATION_S = 0.5
-_FIRST_SLICE_S = 4.0
+_FIRST_STEPS = 200_000  # of an annealing run, and so many more per operation
+_STEPS_PER_OPERATION = 400
 _MAKESPAN_SHARE = 0.7  # of the time, when the bound is not reached before
 _EXACT_OPERATIONS = 600  # at most so many for constraint programming on the whole problem
 _MODERATE_MEMORY = 1.5  # times what one model after the other needs
 _MODERATE_ATTEMPTS = 2
-_FIRST_MEMORY_SLICE_S = 3.0
-_CLOSED_INTERVAL = 0.004  # of the peak
-_REOPENED_INTERVAL = 0.03
+_MODERATE_STEP = 0.15  # more for each further worker
+_CLOSED_INTERVAL = 0.01  # of the peak
+_REOPENED_INTERVAL = 0.08
 _MEMORY_ATTEMPTS_FROM = 10_000
 
 
@@ -63,13 +65,20 @@ class Portfolio:
         self.moderate_bytes = UNLIMITED_BYTES
 
     def offer_constructions(self) -> None:
-        """Schedules that need no search; one of them always exists."""
+        """Schedules that need no search: greedy, which always exists, and every baseline that takes the problem."""
         self.incumbent.offer(greedy(self.problem), "greedy")
-        if all(len(set(pipeline.ranks)) == pipeline.num_stages for pipeline in self.problem.pipelines):
-            one_after_the_other = serial(self.problem)
-            self.moderate_bytes = int(_MODERATE_MEMORY * max(evaluate(one_after_the_other).peak_bytes))
-            if not violations(one_after_the_other):
-                self.incumbent.offer(one_after_the_other, "serial 1f1b")
+        for baseline in (one_f_one_b, interleaved, zero_bubble_h1, zero_bubble_v):
+            self._offer_baseline(f"serial {baseline.__name__}", partial(serial, self.problem, baseline))
+        self._offer_baseline("chimera", partial(chimera, self.problem))
+
+    def _offer_baseline(self, name: str, construct: Callable[[], Schedule]) -> None:
+        try:
+            schedule = construct()
+        except ValueError:  # it is for problems of another shape
+            return
+        self.moderate_bytes = min(self.moderate_bytes, int(_MODERATE_MEMORY * max(evaluate(schedule).peak_bytes)))
+        if not violations(schedule):
+            self.incumbent.offer(schedule, name)
 
     def shorten(self, worker: int) -> None:
         """Anneal towards the makespan bound; workers differ in seeds, in where they begin again, and in memory.
@@ -77,7 +86,7 @@ class Portfolio:
         Every second worker first looks among schedules of moderate memory: the next phase then has less to do.
         """
         speed = Speed.guess(self.compiled)
-        slice_s = _FIRST_SLICE_S
+        num_steps = self._first_steps()
         attempt = 0
         while not self._makespan_is_settled():
             if self.small and attempt == 1 and worker == self.num_workers - 1:
@@ -94,7 +103,7 @@ class Portfolio:
                 caps,
                 self.makespan_bound,
                 seed=seed,
-                slice_s=slice_s,
+                num_steps=num_steps,
                 speed=speed,
                 deadline=self.deadline,
                 is_stale=self._makespan_is_settled,
@@ -102,20 +111,20 @@ class Portfolio:
             if found is not None:
                 self._offer(found, "annealing")
             attempt += 1
-            slice_s *= 1.5
+            num_steps += num_steps // 2
 
     def lower_peak(self, worker: int) -> None:
         """At the incumbent's makespan, bisect for the lowest common cap that has a schedule.
 
-        A failed attempt proves nothing, so when the interval is used up it opens again with twice the time per attempt.
-        Workers take different steps from one seed of the search to the next.
+        A failed attempt proves nothing, so when the interval is used up it opens again with twice the steps per
+        attempt. Workers take different steps from one seed of the search to the next.
         """
         if self.objective is Objective.MAKESPAN:
             return
         speed = Speed.guess(self.compiled)
         makespan = self.incumbent.makespan
         share = 0.5 ** (1 + worker % 3)
-        floor, slice_s, attempt = self.memory_bound(makespan), _FIRST_MEMORY_SLICE_S, 0
+        floor, num_steps, attempt = self.memory_bound(makespan), self._first_steps(), 0
         while not self._peak_is_settled(makespan):
             if self.small and attempt == 1 and worker == self.num_workers - 1:
                 self._lower_peak_exactly(makespan)
@@ -123,8 +132,10 @@ class Portfolio:
             peak = self.incumbent.peak_bytes
             if peak - floor <= _CLOSED_INTERVAL * peak:
                 floor = max(bound, int(peak * (1 - _REOPENED_INTERVAL)))
-                slice_s *= 2
+                num_steps *= 2
             cap = max(bound, min(peak - 1, peak - int((peak - floor) * share)))
+            if attempt == 0:  # the makespan may have been reached with far more memory than is needed
+                cap = max(bound, min(cap, int(self._moderate_bytes() * (1 + _MODERATE_STEP * worker))))
             caps = memory_caps(self.problem, cap)
             seed = self._seed(worker, _MEMORY_ATTEMPTS_FROM + attempt)
             start = self._reservation_start(caps, makespan, seed) if attempt % 2 == 0 else None
@@ -134,7 +145,7 @@ class Portfolio:
                 caps,
                 makespan,
                 seed=seed,
-                slice_s=slice_s,
+                num_steps=num_steps,
                 speed=speed,
                 deadline=self.deadline,
                 is_stale=lambda cap=cap: self.incumbent.peak_bytes <= cap,  # type: ignore[misc]
@@ -196,6 +207,9 @@ class Portfolio:
         if start is not None:
             self._offer(start, "reservation")
         return start
+
+    def _first_steps(self) -> int:
+        return _FIRST_STEPS + _STEPS_PER_OPERATION * len(self.compiled.ops)
 
     def _moderate_bytes(self) -> int:
         """Half as much again as one model after the other needs."""

@@ -1,0 +1,83 @@
+"""`fuse bench solver` writes one complete row per problem and seed, and refuses what it cannot solve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from fuse.benchmarks import solver
+from schedules import check, evaluate
+from schedules.baselines import serial
+from schedules.instances import heterogeneous
+
+TINY = {
+    "name": "tiny",
+    "actor_stages": 2,
+    "critic_stages": 1,
+    "actor_microbatches": 2,
+    "critic_microbatches": 2,
+    "actor_forward": 2,
+    "critic_forward": 1,
+    "actor_activation": 1.5,
+    "critic_activation": 1,
+    "published": {"makespan": 1000, "peak_memory": 1000},
+    "target": {"makespan": 1, "peak_memory": 1},
+}
+
+
+def _run(tmp_path: Path, *options: str) -> int:
+    (tmp_path / "instances.json").write_text(json.dumps({"instances": [TINY, {**TINY, "name": "other"}]}))
+    parser = argparse.ArgumentParser()
+    solver.add_arguments(parser)
+    return solver.run(parser.parse_args(["--time-limit", "2", *options]))
+
+
+def test_writes_a_row_per_problem_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    instances = str(tmp_path / "instances.json")
+    options = ["--instances", instances, "--only", "tiny", "--split-backward", "--seeds", "2", "--json", str(out)]
+    assert _run(tmp_path, *options) == 0
+    results = json.loads(out.read_text())
+    assert [(row["name"], row["seed"]) for row in results["rows"]] == [
+        ("tiny", 0),
+        ("tiny", 1),
+        ("tiny split", 0),
+        ("tiny split", 1),
+    ]
+    first = results["rows"][0]
+    assert solver.Row.__annotations__.keys() == first.keys()
+    assert first["status"] == "optimal"
+    assert first["makespan"] == first["makespan_lower_bound"] == first["history"][-1][1]
+    assert first["peak_memory"] == first["memory_lower_bound"] == first["history"][-1][2]
+    assert first["seconds_to_published"] == first["history"][0][0]
+    assert first["target_met"] is False
+    assert results["rows"][2]["target_met"] is None
+    assert results["rows"][2]["makespan"] <= first["makespan"]
+    assert results["evaluation_us"] > 0
+    assert results["machine"]["num_cores"] >= 1
+    assert "makespan gap: median 0.00%, worst 0.00% over 4 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "nothing to solve"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--instances", "{file}", "--only", "exp1"], "has no instance 'exp1': it has tiny, other"),
+    ],
+)
+def test_refuses(tmp_path: Path, options: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        _run(tmp_path, *(option.format(file=tmp_path / "instances.json") for option in options))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_uneven_problems_can_be_solved_one_model_after_the_other(seed: int) -> None:
+    problem = heterogeneous(seed)
+    assert heterogeneous(seed) == problem
+    check(serial(problem))
+    assert len(problem.pipelines) in (2, 3, 4)
+    assert evaluate(serial(problem)).makespan > 0
