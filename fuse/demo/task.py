@@ -13,7 +13,7 @@ import numpy as np
 
 ANSWER_MARK = "#"
 MIN_TERMS = 2
-SLIPS = (1, 10)
+SLIPS = (1, 2, 10, 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class SumTask:
             yield tuple(int(term) for term in generator.integers(1, self.max_term + 1, size=num_terms))
 
     def demonstrations(self, seed: int, slip_probability: float = 0.0) -> Iterator[tuple[str, str]]:
-        """Yield prompt and worked answer, endlessly, by a teacher who slips by one or ten in a share of the steps."""
+        """Yield prompt and worked answer, endlessly, by a teacher who slips by one or two in a digit of some totals."""
         generator = np.random.default_rng([seed, 1])
         for terms in self.problems(seed):
             num_steps = len(terms) - 1

@@ -19,7 +19,7 @@ ROWS_PER_GROUP = 16
 RAMP_STEPS = 20
 NUM_HELD_OUT = 128
 ABLE, MAX_CAREFUL_STEPS = 0.6, 450
-CARELESS, MAX_CARELESS_STEPS = 0.25, 100
+CARELESS_STEPS = 60
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt, and of its worked answer with the end token."""
@@ -66,8 +66,8 @@ def warm_up(
 ) -> None:
     """Train `model` in place on a careful teacher's answers, then on those of one who slips with `slip_probability`.
 
-    The result is able (greedily, at least `ABLE` of the held-out problems right) but careless (sampled, about
-    `CARELESS` of them): supervised data with flaws that a reward can tell, which is what PPO is for.
+    The result is able (at least `ABLE` of the held-out problems right, greedily) and then careless (fewer when
+    sampled): it has learned from data with flaws that a reward can tell, which is what PPO is for.
     """
     held_out = list(islice(task.problems(3 * seed + 1), NUM_HELD_OUT))
     supervise(
@@ -86,10 +86,10 @@ def warm_up(
         tokenizer,
         task.demonstrations(3 * seed, slip_probability),
         measure=lambda: exact_share(model, tokenizer, task, held_out, sample=True),
-        until=lambda exact: exact <= CARELESS,
-        max_steps=MAX_CARELESS_STEPS,
-        evaluate_every=10,
-        learning_rate=3e-4,  # gently: a habit is to be learned, addition not to be forgotten
+        max_steps=CARELESS_STEPS,
+        evaluate_every=20,
+        learning_rate=5e-4,  # gently: a habit is to be learned, addition not to be forgotten
+        decay=True,
         report=partial(report, "careless teacher"),
     )
 
@@ -100,17 +100,23 @@ def supervise(
     demonstrations: Iterator[tuple[str, str]],
     *,
     measure: Callable[[], float],
-    until: Callable[[float], bool],
+    until: Callable[[float], bool] = lambda exact: False,
     max_steps: int,
     evaluate_every: int,
     learning_rate: float,
+    decay: bool = False,
     batch_size: int = 32,
     report: Callable[[WarmupProgress], None] = lambda progress: None,
 ) -> WarmupProgress:
-    """Train `model` in place on prompts and answers, for `max_steps` or until `until(measure())`."""
+    """Train `model` in place on prompts and answers, for `max_steps` or until `until(measure())`.
+
+    The learning rate ramps up and stays, or with `decay` falls to zero at `max_steps`.
+    """
     start_s = time.monotonic()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / RAMP_STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / RAMP_STEPS, 1 - step / max_steps if decay else 1.0)
+    )
     progress = WarmupProgress(step=0, loss=float("nan"), exact=0.0, elapsed_s=0.0)
     for step in range(1, max_steps + 1):
         loss = _accumulate_gradients(
@@ -119,7 +125,7 @@ def supervise(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ramp.step()
+        schedule.step()
         if step % evaluate_every == 0:
             progress = WarmupProgress(step=step, loss=loss, exact=measure(), elapsed_s=time.monotonic() - start_s)
             report(progress)
