@@ -1,0 +1,213 @@
+"""megatron-core stages on a world of two processes. Run as a script: `megatron_world.py DIRECTORY`.
+
+Each rank writes what it measured to DIRECTORY/{rank}.json, by name of the check. The tests assert on those.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from world import ADAMW, LAYERS, TIMEOUT_S, Ports, Run, batches_of, full_model, loss, random_schedule
+
+from fuse.intrastage.communication import connect, disconnect, serve_store
+from fuse.intrastage.executor import execute
+from fuse.intrastage.megatron_head import VocabularyHead, vocab_parallel_logprobs
+from fuse.intrastage.megatron_stage import MegatronStage
+from fuse.intrastage.stage import MicroBatch
+from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.ops.logprob import token_logprobs
+from fuse.trace import SpanRecorder
+from schedules.baselines import serial
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SHARED = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
+    "llama classifier": (LlamaForSequenceClassification, LlamaConfig(**SIZES, num_labels=1)),
+}
+LEARNING_RATE = 1e-3
+
+
+def difference(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    return max((tensor - expected[name]).abs().max().item() for name, tensor in got.items())
+
+
+def check_pipelines(rank: int) -> dict[str, float]:
+    """Actor and critic of megatron stages in opposite directions, against transformers stages on the same world.
+
+    Three steps: one model after the other, then fused at random.
+    """
+    run = Run.of(rank, 2, [("qwen2 tied", [0, 1], 4), ("llama classifier", [1, 0], 3), ("qwen3", [0, 1], 2)])
+    found: dict[str, float] = {}
+    megatron, transformers = {}, run.build()
+    for (number, stage), twin in transformers.items():
+        model = full_model(run.models[number])
+        megatron[number, stage] = MegatronStage(
+            type(model), model.config, stage=stage, num_stages=2, loss=loss, layer_range=LAYERS[2][stage]
+        )
+        megatron[number, stage].load_state_dict(model.state_dict())
+        assert megatron[number, stage].boundary(run.batches()[0][0]).shape == twin.boundary(run.batches()[0][0]).shape
+    communicators = run.communicators()
+    optimizers = [run.optimizers(megatron), run.optimizers(transformers)]
+    for step in range(3):
+        schedule = serial(run.problem) if step == 0 else random_schedule(run.problem, step)
+        for stages in (megatron, transformers):
+            execute(schedule, rank, stages, run.batches(), communicators, SpanRecorder())
+        for key, stage in megatron.items():
+            gradients = stage.to_hugging_face({name: one.grad for name, one in stage.named_parameters()})
+            expected = {name: one.grad for name, one in transformers[key].named_parameters()}
+            assert gradients.keys() == expected.keys()
+            found["gradients"] = max(found.get("gradients", 0.0), difference(gradients, expected))
+        for name in optimizers[0]:
+            norms = [one[name].step(LEARNING_RATE) for one in optimizers]
+            found["norms"] = max(found.get("norms", 0.0), abs(norms[0] - norms[1]) / norms[1])
+    for key, stage in megatron.items():
+        exported, expected = stage.export_state_dict(), dict(transformers[key].named_parameters())
+        assert exported.keys() == expected.keys()
+        start = dict(full_model(run.models[key[0]]).named_parameters())
+        found["weights"] = max(found.get("weights", 0.0), difference(exported, expected))
+        moved = min((weight - start[name]).abs().max().item() for name, weight in exported.items())
+        found["moved"] = min(found.get("moved", 1.0), moved)
+    assert ADAMW.max_grad_norm > 0
+    assert ADAMW.weight_decay > 0
+    return found
+
+
+def logprob_loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Weighted log-probabilities, whose entropy is measured on the side."""
+    targets = torch.arange(len(hidden)) * 7 % 64
+    logprobs, entropy = (vocab_parallel_logprobs if isinstance(head, VocabularyHead) else token_logprobs)(
+        hidden, head, targets, 0.7
+    )
+    ENTROPIES.append(entropy.detach())
+    return -(logprobs * micro_batch.targets.squeeze(-1)).mean()
+
+
+ENTROPIES: list[Tensor] = []
+
+
+def check_tensor_parallel(rank: int) -> dict[str, float]:
+    """Every matrix on two ranks, in one stage and in two, against a whole model: three AdamW steps."""
+    found: dict[str, float] = {}
+    for name, (model_class, config) in SHARED.items():
+        for layer_ranges in (((0, 3),), ((0, 1), (1, 3))):
+            torch.manual_seed(3)
+            model = model_class(config).eval()
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.2)
+            for one in (loss,) if "classifier" in name else (loss, logprob_loss):
+                key = f"{name}, {len(layer_ranges)} stages, {one.__name__}"
+                found |= {f"{key}: {what}": value for what, value in compare(model, layer_ranges, one).items()}
+    return found
+
+
+def compare(
+    model: PreTrainedModel, layer_ranges: tuple[tuple[int, int], ...], one: Callable[..., Tensor]
+) -> dict[str, float]:
+    """Largest differences between a chain of stages shared by the world and a lone transformers stage."""
+    options = {"loss": one, "num_stages": len(layer_ranges)}
+    shared = [
+        MegatronStage(
+            type(model), model.config, stage=stage, layer_range=layers, tensor_group=dist.group.WORLD, **options
+        )
+        for stage, layers in enumerate(layer_ranges)
+    ]
+    whole = TransformersStage(type(model), model.config, stage=0, num_stages=1, loss=one)
+    for stage in (*shared, whole):
+        stage.load_state_dict(model.state_dict())
+    chains = [shared, [whole]]
+    adamws = [torch.optim.AdamW([p for s in chain for _, p in s.named_parameters()], LEARNING_RATE) for chain in chains]
+    found = {"losses": 0.0, "gradients": 0.0, "entropies": 0.0}
+    for step in range(3):
+        losses = []
+        ENTROPIES.clear()
+        for chain in chains:
+            for index, batch in enumerate(batches_of(2, seed=step)):
+                hidden = None
+                for stage in chain:
+                    hidden = stage.forward(index, batch, hidden)
+                losses.append(chain[-1]._live[index].output.detach())
+                gradient = None
+                for stage in reversed(chain):
+                    gradient = stage.backward(index, gradient)
+        found["losses"] = max(
+            found["losses"], *((a - b).abs().item() for a, b in zip(losses[:2], losses[2:], strict=True))
+        )
+        for got, wanted in zip(ENTROPIES[:2], ENTROPIES[2:], strict=True):
+            found["entropies"] = max(found["entropies"], (got - wanted).abs().max().item())
+        tie_gradients(shared)
+        expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        for stage in shared:
+            gradients = stage.to_hugging_face({name: p.grad for name, p in stage.named_parameters()})
+            found["gradients"] = max(found["gradients"], difference(gradients, expected))
+        for adamw in adamws:
+            adamw.step()
+            adamw.zero_grad()
+    exported: dict[str, Tensor] = {}
+    for stage in shared:
+        exported |= stage.export_state_dict()
+    expected = dict(whole.named_parameters())
+    assert exported.keys() == expected.keys()
+    found["weights"] = difference(exported, expected)
+    return found
+
+
+def tie_gradients(stages: list[MegatronStage]) -> None:
+    """What the optimizer does for a model whose first and last stage hold a tied weight."""
+    for name in stages[0].tied_names:
+        copies = [dict(stage.named_parameters())[name] for stage in (stages[0], stages[-1])]
+        total = copies[0].grad + copies[1].grad
+        for copy in copies:
+            copy.grad = total.clone()
+
+
+def run_rank(rank: int, ports: Ports, directory: Path) -> None:
+    torch.set_num_threads(1)
+    if rank == 0:
+        store = serve_store("127.0.0.1", TIMEOUT_S)
+        ports.put(store.port)
+        ports.put(store.port)
+    connect(rank, 2, "127.0.0.1", ports.get(), "gloo", TIMEOUT_S)
+    found = {check.__name__: check(rank) for check in (check_pipelines, check_tensor_parallel)}
+    (directory / f"{rank}.json").write_text(json.dumps(found))
+    disconnect()
+
+
+def main(directory: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ports: Ports = context.SimpleQueue()
+    ranks = [context.Process(target=run_rank, args=(rank, ports, directory)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
