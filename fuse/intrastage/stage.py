@@ -1,4 +1,4 @@
-"""What a pipeline stage is to executor and optimizer: two calls of autograd, and parameters under global names."""
+"""What a pipeline stage is to executor and optimizer: forwards, backwards in one piece or two, named parameters."""
 
 from __future__ import annotations
 
@@ -65,6 +65,22 @@ class Stage(Protocol):
         `output_grad` is what the next stage returned, None at the last stage. Returns the gradient of
         `stage_input`, None at the first stage.
         """
+        ...
+
+    @property
+    def can_split_backward(self) -> bool:
+        """Whether a backward may come as `backward_input`, then `backward_weight`, which together do its work."""
+        ...
+
+    def backward_input(self, index: int, output_grad: Tensor | None) -> Tensor | None:
+        """The half of `backward` that the previous stage waits for; same arguments, same result.
+
+        Forgets micro-batch `index` but for what its weight gradients are made of.
+        """
+        ...
+
+    def backward_weight(self, index: int) -> None:
+        """The other half: add the weight gradients of micro-batch `index`, and forget the rest of it."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

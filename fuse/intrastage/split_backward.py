@@ -1,0 +1,127 @@
+"""Backwards in two halves: input gradients now (I), weight gradients of linear layers later (W), nothing twice.
+
+A linear layer of a model prepared by `SplitBackward` computes what nn.Linear does, with the same operations in the
+same order, so a whole backward has the same bits. Inside `deferred` its backward returns the gradient of its input
+alone, and keeps layer input and output gradient for the product that is the weight's gradient. Other parameters
+(norms, embeddings, layers of other kinds) get their gradients in I; they cost next to nothing. Under gradient
+checkpointing I recomputes and W does not; each layer's last linear is recomputed too, where autograd would stop short.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradient:
+    """A linear layer's part of W. layer_input: [..., in]; output_grad: [..., out], both in the type of the product."""
+
+    linear: nn.Linear
+    layer_input: Tensor
+    output_grad: Tensor
+
+    def add(self) -> None:
+        """Add the gradients of weight and bias to theirs."""
+        for parameter, gradient in zip((self.linear.weight, self.linear.bias), _parameter_grads(self), strict=True):
+            if gradient is None:
+                continue
+            gradient = gradient.to(parameter.dtype)
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+
+
+class SplitBackward:
+    """Takes over the linear layers of `model`, so that their weight gradients can be deferred."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._pending: deque[WeightGradient] | None = None
+        for module in model.modules():
+            if type(module) is nn.Linear:  # a subclass may compute something else
+                untyped: Any = module
+                untyped.forward = functools.partial(self._forward, module)
+
+    @contextmanager
+    def deferred(self) -> Iterator[deque[WeightGradient]]:
+        """Backwards in the body leave weight gradients out and list them here instead, the last layer's first."""
+        assert self._pending is None, "backwards run one at a time"
+        pending: deque[WeightGradient] = deque()
+        self._pending = pending
+        try:
+            yield pending
+        finally:
+            self._pending = None
+
+    def defer(self, gradient: WeightGradient) -> bool:
+        """Whether the gradient was put off; if not, it is wanted now."""
+        if self._pending is None:
+            return False
+        self._pending.append(gradient)
+        return True
+
+    def _forward(self, linear: nn.Linear, layer_input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return functional.linear(layer_input, linear.weight, linear.bias)
+        apply: Any = _Linear.apply
+        result: Tensor = apply(layer_input, linear.weight, linear.bias, linear, self)
+        return result
+
+
+def add_all(gradients: deque[WeightGradient]) -> None:
+    """W: add every gradient in the list, and let go of what it held."""
+    while gradients:
+        gradients.popleft().add()
+
+
+class _Linear(torch.autograd.Function):
+    """nn.Linear, autocast included: autograd cannot see into it, so it casts and multiplies as autocast would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer_input: Tensor, weight: Tensor, bias: Tensor | None, linear: nn.Linear, split: SplitBackward
+    ) -> Tensor:
+        ctx.linear, ctx.split, ctx.input_dtype = linear, split, layer_input.dtype
+        device = layer_input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            layer_input, weight = layer_input.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        ctx.save_for_backward(layer_input, weight)
+        return functional.linear(layer_input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        layer_input, weight = ctx.saved_tensors
+        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        input_grad = weight_grad = bias_grad = None
+        if wants_input:
+            rows = output_grad.reshape(-1, output_grad.shape[-1])
+            input_grad = rows.mm(weight).view_as(layer_input).to(ctx.input_dtype)
+        if wants_weight or wants_bias:
+            # Detached, or it would keep the graph behind it alive until W.
+            gradient = WeightGradient(ctx.linear, layer_input.detach(), output_grad)
+            if not ctx.split.defer(gradient):
+                weight_grad, bias_grad = _parameter_grads(gradient)
+        return input_grad, weight_grad, bias_grad, None, None
+
+
+def _parameter_grads(gradient: WeightGradient) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias; None where it has none, or does not train it."""
+    linear = gradient.linear
+    rows = gradient.output_grad.reshape(-1, gradient.output_grad.shape[-1])
+    weight_grad = bias_grad = None
+    if linear.weight.requires_grad:
+        weight_grad = rows.t().mm(gradient.layer_input.reshape(-1, gradient.layer_input.shape[-1]))
+    if linear.bias is not None and linear.bias.requires_grad:
+        bias_grad = rows.sum(0)
+    return weight_grad, bias_grad

@@ -1,0 +1,218 @@
+"""I and W do what B does: the same gradients, the same work, and each half only its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from fuse.intrastage.live_memory import LiveMemory
+from fuse.intrastage.stage import MicroBatch
+from fuse.intrastage.transformers_stage import TransformersStage
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+MODELS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**GROUPED)),
+    "llama classifier": (LlamaForSequenceClassification, LlamaConfig(**GROUPED, num_labels=1)),
+    "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config(**GROUPED, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=8)),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES)),
+}
+RANGES = ((0, 1), (1, 2), (2, 3))
+OPTIONS: dict[str, Mapping[str, object]] = {
+    "plain": {},
+    "recomputed": {"gradient_checkpointing": True},
+    "bfloat16": {"autocast": torch.bfloat16},
+    "recomputed bfloat16": {"autocast": torch.bfloat16, "gradient_checkpointing": True},
+}
+
+
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    return (head(hidden).float() * micro_batch.targets).square().mean()
+
+
+def stages_of(name: str, *, split: bool, num_stages: int = 3, **options: object) -> list[TransformersStage]:
+    torch.manual_seed(0)
+    model_class, config = MODELS[name]
+    model = model_class(config).float().eval()
+    for parameter in model.parameters():  # norms start at 1 and biases at 0: make every parameter count
+        nn.init.normal_(parameter, std=0.2)
+    stages = [
+        TransformersStage(
+            model_class,
+            config,
+            stage=stage,
+            num_stages=num_stages,
+            loss=options.get("loss", loss),
+            layer_range=RANGES[stage] if num_stages == 3 else None,
+            split_backward=split,
+            **{key: value for key, value in options.items() if key != "loss"},
+        )
+        for stage in range(num_stages)
+    ]
+    for stage in stages:
+        stage.load_state_dict(model.state_dict())
+    return stages
+
+
+def micro_batch_of(tokens: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(tokens)
+    return MicroBatch(
+        input_ids=torch.randint(0, 96, (2, tokens), generator=generator),
+        head_index=torch.tensor([1, 3, tokens, tokens + 2]),
+        targets=torch.randn(4, 1, generator=generator),
+    )
+
+
+BATCHES = [micro_batch_of(7), micro_batch_of(5)]
+
+
+def forward(stages: list[TransformersStage]) -> None:
+    for index, micro_batch in enumerate(BATCHES):
+        hidden = None
+        for stage in stages:
+            hidden = stage.forward(index, micro_batch, hidden)
+
+
+def gradients_of(stages: list[TransformersStage]) -> dict[str, Tensor]:
+    """By stage and global name."""
+    found = {}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            assert parameter.grad is not None, name
+            found[f"{stage.stage} {name}"] = parameter.grad.clone()
+    return found
+
+
+def whole(stages: list[TransformersStage]) -> dict[str, Tensor]:
+    forward(stages)
+    for index in range(len(BATCHES)):
+        grad = None
+        for stage in reversed(stages):
+            grad = stage.backward(index, grad)
+    return gradients_of(stages)
+
+
+def halves(stages: list[TransformersStage]) -> dict[str, Tensor]:
+    """All input gradients first, then all weight gradients, as late as a schedule may put them."""
+    forward(stages)
+    for index in range(len(BATCHES)):
+        grad = None
+        for stage in reversed(stages):
+            grad = stage.backward_input(index, grad)
+    for stage in stages:
+        for index in range(len(BATCHES)):
+            stage.backward_weight(index)
+    return gradients_of(stages)
+
+
+CASES = [(name, "plain") for name in MODELS] + [(name, options) for name in ("llama", "neox") for options in OPTIONS]
+
+
+@pytest.mark.parametrize(("name", "options"), sorted(set(CASES)))
+def test_halves_give_the_gradients_of_a_whole_backward(name: str, options: str) -> None:
+    expected = whole(stages_of(name, split=False, **OPTIONS[options]))
+    unsplit = whole(stages_of(name, split=True, **OPTIONS[options]))
+    split = halves(stages_of(name, split=True, **OPTIONS[options]))
+    assert min(gradient.abs().max() for gradient in expected.values()) > 0
+    for parameter, gradient in expected.items():
+        assert torch.equal(unsplit[parameter], gradient), parameter
+        assert torch.equal(split[parameter], gradient), parameter
+
+
+@pytest.mark.parametrize("options", ["plain", "recomputed bfloat16"])
+def test_a_tied_head_on_one_stage_gets_both_of_its_gradients(options: str) -> None:
+    expected = whole(stages_of("qwen2 tied", split=False, num_stages=1, **OPTIONS[options]))
+    split = halves(stages_of("qwen2 tied", split=True, num_stages=1, **OPTIONS[options]))
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(split[parameter], gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_in_recomputed_chunks_can_be_split() -> None:
+    def chunked(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        chunks = [checkpoint(head, rows, use_reentrant=False) for rows in hidden.split(3)]
+        return (torch.cat(chunks) * micro_batch.targets).square().mean()
+
+    expected = whole(stages_of("llama", split=False))
+    split = halves(stages_of("llama", split=True, loss=chunked))
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(split[parameter], gradient, rtol=1e-5, atol=1e-6)
+
+
+def flops(run: Callable[..., object], *arguments: object) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run(*arguments)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("options", ["plain", "recomputed"])
+def test_halves_share_the_work_of_a_whole_backward(options: str) -> None:
+    """The middle stage: every linear layer costs I and W the same; recomputing is I's, once."""
+    batch = micro_batch_of(7)
+    micro_batch_input = torch.randn(2, 7, 32)
+
+    def middle() -> TransformersStage:
+        stage = stages_of("qwen3", split=True, **OPTIONS[options])[1]
+        stage.forward(0, batch, micro_batch_input.clone())
+        return stage
+
+    grad = torch.randn(2, 7, 32)
+    stage = middle()
+    both = flops(stage.backward_input, 0, grad), flops(stage.backward_weight, 0)
+    assert sum(both) == flops(middle().backward, 0, grad)
+    linear = sum(2 * 14 * one.weight.numel() for one in stage.model.modules() if isinstance(one, nn.Linear))
+    assert both[1] == linear
+    assert both[0] == linear * (2 if options == "recomputed" else 1)
+
+
+def test_w_holds_what_it_needs_and_nothing_else_until_it_has_run() -> None:
+    """Between the halves: inputs and output gradients of the linear layers. Afterwards: nothing."""
+    stage = stages_of("llama", split=True)[1]
+    for attempt in range(2):
+        grad = torch.randn(2, 7, 32)
+        with LiveMemory() as live:
+            stage_input = torch.randn(2, 7, 32)
+            stage.forward(0, micro_batch_of(7), stage_input)
+            after_forward = live.bytes
+            stage.backward_input(0, grad)
+            del stage_input
+            between = live.bytes
+            stage.backward_weight(0)
+            after = live.bytes
+        if attempt == 0:
+            continue  # its gradients stay: the parameters had none
+        rows, hidden, inner, keys = 14, 32, 48, 16
+        inputs = hidden + hidden + hidden + inner  # of q, k and v; of o; of gate and up; of down
+        output_grads = hidden + 2 * keys + hidden + 2 * inner  # of q; k, v; o; gate, up; `grad` is down's
+        assert between == 4 * rows * (inputs + output_grads)
+        assert 0 < between < after_forward
+        assert after == 0
+
+
+def test_a_stage_scores_and_refuses_halves_as_it_was_built() -> None:
+    stage = stages_of("llama", split=False)[1]
+    assert not stage.can_split_backward
+    split = stages_of("llama", split=True)
+    assert split[1].can_split_backward
+    with torch.no_grad():
+        hidden = torch.randn(1, 3, 32)
+        linear = next(one for one in split[1].model.modules() if isinstance(one, nn.Linear))
+        assert torch.equal(linear(hidden), torch.nn.functional.linear(hidden, linear.weight))
