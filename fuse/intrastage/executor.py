@@ -38,10 +38,11 @@ def execute(
     trace: gets one span per operation, which starts when its input is there; `wait_s` says how long it had to wait.
 
     Raises:
-        ValueError: the schedule is illegal, or splits a backward, which these stages cannot; nothing has run.
+        ValueError: the schedule is illegal, or splits a backward of a stage that cannot; nothing has run here.
         CommunicationError: a peer died or did not answer in time.
     """
     _check(schedule)
+    _check_splits(schedule, rank, stages)
     expected_counts = [pipeline.num_micro_batches for pipeline in schedule.problem.pipelines]
     assert [len(batches) for batches in micro_batches] == expected_counts
     run = _Run(schedule, rank, stages, micro_batches, communicators)
@@ -61,16 +62,22 @@ def execute(
 @lru_cache(maxsize=64)
 def _check(schedule: Schedule) -> None:
     schedules.check(schedule)
-    split = [op for _, op in schedule.ops() if op.kind in (Kind.I, Kind.W)]
-    if split:
-        raise ValueError(
-            f"schedule splits backwards ({split[0]}), which its stages cannot: "
-            f"leave input_grad_ticks and weight_grad_ticks out of its problem"
-        )
 
 
-_Channel = tuple[int, int, Kind]
-"""Pipeline, receiving stage and kind of operation: the messages of one communicator between two neighbouring stages."""
+def _check_splits(schedule: Schedule, rank: int, stages: Mapping[tuple[int, int], Stage]) -> None:
+    for op in schedule.ranks[rank]:
+        if op.kind is Kind.I and not stages[op.pipeline, op.stage].can_split_backward:
+            raise ValueError(
+                f"schedule splits a backward ({op}) of a stage that cannot: build the stage with split_backward=True, "
+                f"or leave input_grad_ticks and weight_grad_ticks out of the problem"
+            )
+
+
+_Channel = tuple[int, int, bool]
+"""Pipeline, receiving stage, and whether forward: the messages of a communicator between two neighbouring stages."""
+
+_Message = tuple[int, int, int, bool]
+"""Pipeline, receiving stage, micro-batch, and whether forward; B and I take and make the same messages."""
 
 
 class _Run:
@@ -86,14 +93,14 @@ class _Run:
     ) -> None:
         self._pipelines = schedule.problem.pipelines
         self._stages, self._micro_batches, self._communicators = stages, micro_batches, communicators
-        self._local: dict[Op, Tensor] = {}
-        self._sends: dict[Op, Transfer] = {}
-        self._posted: dict[Op, Transfer] = {}
+        self._local: dict[_Message, Tensor] = {}
+        self._sends: dict[_Message, Transfer] = {}
+        self._posted: dict[_Message, Transfer] = {}
         self._unposted: dict[_Channel, deque[Op]] = {}
         for op in schedule.ranks[rank]:
             source = self._source_stage(op)
             if source is not None and self._pipelines[op.pipeline].ranks[source] != rank:
-                self._unposted.setdefault((op.pipeline, op.stage, op.kind), deque()).append(op)
+                self._unposted.setdefault(_channel_into(op), deque()).append(op)
         for channel in self._unposted:
             for _ in range(_RECEIVES_AHEAD):
                 self._post_next(channel)
@@ -106,30 +113,36 @@ class _Run:
         """What the operation needs from its neighbour; waits for it. None at the end of the pipeline it starts from."""
         if self._source_stage(op) is None:
             return None
-        if op in self._local:
-            return self._local.pop(op)
-        received = self._posted.pop(op).wait()
-        self._post_next((op.pipeline, op.stage, op.kind))
+        message = _message_into(op)
+        if message in self._local:
+            return self._local.pop(message)
+        received = self._posted.pop(message).wait()
+        self._post_next(_channel_into(op))
         return received
 
     def compute(self, op: Op, received: Tensor | None) -> Tensor | None:
         stage = self._stages[op.pipeline, op.stage]
         if op.kind is Kind.F:
             return stage.forward(op.micro_batch, self._micro_batches[op.pipeline][op.micro_batch], received)
+        if op.kind is Kind.W:
+            stage.backward_weight(op.micro_batch)
+            return None
         # The gradient is here, so the neighbour has long received what it is the gradient of: let its memory go.
-        forward = self._sends.pop(Op(op.pipeline, op.stage, op.micro_batch, Kind.F), None)
+        forward = self._sends.pop((op.pipeline, op.stage + 1, op.micro_batch, True), None)
         if forward is not None:
             forward.wait()
-        return stage.backward(op.micro_batch, received)
+        backward = stage.backward_input if op.kind is Kind.I else stage.backward
+        return backward(op.micro_batch, received)
 
     def hand_on(self, op: Op, result: Tensor) -> None:
         """Give the result to the neighbouring stage, on this rank or another."""
         ranks = self._pipelines[op.pipeline].ranks
         target = op.stage + (1 if op.kind is Kind.F else -1)
+        message = op.pipeline, target, op.micro_batch, op.kind is Kind.F
         if ranks[target] == ranks[op.stage]:
-            self._local[Op(op.pipeline, target, op.micro_batch, op.kind)] = result
+            self._local[message] = result
         else:
-            self._sends[op] = self._communicator(op).send(
+            self._sends[message] = self._communicator(op).send(
                 result, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op)
             )
 
@@ -145,7 +158,7 @@ class _Run:
         if self._unposted[channel]:
             op = self._unposted[channel].popleft()
             buffer = self._stages[op.pipeline, op.stage].boundary(self._micro_batches[op.pipeline][op.micro_batch])
-            self._posted[op] = self._communicator(op).receive(
+            self._posted[_message_into(op)] = self._communicator(op).receive(
                 buffer, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op)
             )
 
@@ -154,6 +167,16 @@ class _Run:
         return pair.forward if op.kind is Kind.F else pair.backward
 
     def _source_stage(self, op: Op) -> int | None:
-        """The stage whose result the operation needs."""
+        """The stage whose result the operation needs; W needs its own stage's alone."""
+        if op.kind is Kind.W:
+            return None
         source = op.stage - 1 if op.kind is Kind.F else op.stage + 1
         return source if 0 <= source < self._pipelines[op.pipeline].num_stages else None
+
+
+def _channel_into(op: Op) -> _Channel:
+    return op.pipeline, op.stage, op.kind is Kind.F
+
+
+def _message_into(op: Op) -> _Message:
+    return op.pipeline, op.stage, op.micro_batch, op.kind is Kind.F

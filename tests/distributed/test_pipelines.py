@@ -80,6 +80,15 @@ def test_the_critic_in_two_replicas_beside_the_actor_equals_one_process(measured
 
 
 @pytest.mark.parametrize("world", PIPELINES)
+def test_random_schedules_with_split_backwards_equal_one_process(measured: Path, world: str) -> None:
+    for found in results(measured, world, "check_splits"):
+        differences = [found[key] for key in found if key.startswith("random")]
+        assert len(differences) >= 4
+        assert max(differences) <= 1e-6, found
+        assert found["num_halves"] > 20
+
+
+@pytest.mark.parametrize("world", PIPELINES)
 def test_clipped_and_decayed_steps_equal_one_process(measured: Path, world: str) -> None:
     """Tied embeddings and replicas included; the norm is the whole model's, so any miscount of either shows in it."""
     everywhere = results(measured, world, "check_steps")

@@ -51,7 +51,7 @@ from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.trace import SpanRecorder
 from fuse.workers.state import load_state, save_state
-from schedules import Kind, Op, Pipeline, Problem, Schedule, violations
+from schedules import Kind, Op, Pipeline, Problem, Schedule, random_problems, violations
 from schedules.baselines import gpipe, one_f_one_b, serial
 
 TIMEOUT_S = 30.0
@@ -134,7 +134,12 @@ class Run:
                 if owner == self.rank:
                     layer_range = LAYERS[pipeline.num_stages][stage]
                     stages[number, stage] = TransformersStage(
-                        *MODELS[name], stage=stage, num_stages=pipeline.num_stages, loss=loss, layer_range=layer_range
+                        *MODELS[name],
+                        stage=stage,
+                        num_stages=pipeline.num_stages,
+                        loss=loss,
+                        layer_range=layer_range,
+                        split_backward=pipeline.can_split,
                     )
                     stages[number, stage].load_state_dict(full_model(name).state_dict())
         return stages
@@ -252,6 +257,37 @@ def check_replicas(rank: int, world: int, directory: Path) -> dict[str, float]:
     """The actor over all ranks, the critic with half the stages and two replicas, as the published placement has it."""
     run = Run.of(rank, world, [("llama", range(4), 6), ("neox classifier", [1, 0], 3), ("neox classifier", [3, 2], 2)])
     return {f"random {seed}": run.gradient_difference(random_schedule(run.problem, seed)) for seed in range(3)}
+
+
+def check_splits(rank: int, world: int, directory: Path) -> dict[str, float]:
+    """Random models on random ranks, stages that share and return to ranks included, some with split backwards."""
+    found = {}
+    for seed in range(6 if world == 2 else 4):
+        problem, models = random_fusion(world, random.Random(seed))
+        schedule = random_problems.random_schedule(problem, random.Random(seed))
+        found[f"random {seed}"] = Run(rank, problem, models).gradient_difference(schedule)
+        found["num_halves"] = found.get("num_halves", 0) + sum(op.kind in (Kind.I, Kind.W) for _, op in schedule.ops())
+    return found
+
+
+def random_fusion(world: int, generator: random.Random) -> tuple[Problem, tuple[str, ...]]:
+    models = tuple(generator.choices(["llama", "qwen2 tied", "neox classifier"], k=generator.randint(2, 3)))
+    pipelines = []
+    for number in range(len(models)):
+        stages = generator.choice(list(LAYERS))
+        halves = (1,) * stages if number == 0 or generator.random() < 0.5 else None
+        pipelines.append(
+            Pipeline(
+                name=f"model{number}",
+                ranks=tuple(generator.randrange(world) for _ in range(stages)),
+                num_micro_batches=generator.randint(2, 4),
+                forward_ticks=(1,) * stages,
+                backward_ticks=(2,) * stages,
+                input_grad_ticks=halves,
+                weight_grad_ticks=halves,
+            )
+        )
+    return Problem(num_ranks=world, pipelines=tuple(pipelines)), models
 
 
 def check_steps(rank: int, world: int, directory: Path) -> dict[str, float]:
@@ -372,8 +408,8 @@ Ports = SimpleQueue  # of int
 Check = Callable[[int, int, Path], Mapping[str, float | str]]
 WORLDS: list[tuple[str, int, list[Check]]] = [
     ("one", 1, [check_state]),
-    ("two", 2, [check_gradients, check_two_models, check_placements, check_steps, check_state]),
-    ("four", 4, [check_gradients, check_two_models, check_replicas, check_steps, check_state]),
+    ("two", 2, [check_gradients, check_two_models, check_placements, check_splits, check_steps, check_state]),
+    ("four", 4, [check_gradients, check_two_models, check_replicas, check_splits, check_steps, check_state]),
     ("again", 1, [check_state]),
     ("death", 2, [check_death]),
     ("silence", 2, [check_silence]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fuse.intrastage.executor import execute
 from fuse.intrastage.stage import MicroBatch
 from fuse.trace import SpanRecorder
-from schedules import Kind, Op, Pipeline, Problem, Schedule
+from schedules import Op, Pipeline, Problem, Schedule
 
 BATCHES = [
     MicroBatch(input_ids=torch.zeros(1, tokens, dtype=torch.int64), head_index=torch.tensor([0]), targets=None)
@@ -24,8 +24,8 @@ PIPELINE = Pipeline(name="actor", ranks=(0, 0), num_micro_batches=2, forward_tic
 class RecordingStage:
     """Adds its number to what passes; its calls show what the executor asked for."""
 
-    def __init__(self, number: int, is_last: bool, calls: list[str]) -> None:
-        self.number, self.is_last, self.calls = number, is_last, calls
+    def __init__(self, number: int, is_last: bool, calls: list[str], can_split: bool = True) -> None:
+        self.number, self.is_last, self.calls, self.can_split_backward = number, is_last, calls, can_split
         self.model_shapes: dict[str, torch.Size] = {}
         self.tied_names = self.undecayed_names = frozenset[str]()
 
@@ -37,16 +37,25 @@ class RecordingStage:
         return None if self.is_last else torch.tensor([10.0 * self.number + index])
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
-        self.calls.append(f"B{self.number}.{index} {None if output_grad is None else output_grad.tolist()}")
+        return self._backward("B", index, output_grad)
+
+    def backward_input(self, index: int, output_grad: Tensor | None) -> Tensor | None:
+        return self._backward("I", index, output_grad)
+
+    def backward_weight(self, index: int) -> None:
+        self.calls.append(f"W{self.number}.{index}")
+
+    def _backward(self, kind: str, index: int, output_grad: Tensor | None) -> Tensor | None:
+        self.calls.append(f"{kind}{self.number}.{index} {None if output_grad is None else output_grad.tolist()}")
         return None if self.number == 0 else torch.tensor([-1.0 - index])
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(())
 
 
-def run(schedule: Schedule) -> tuple[list[str], SpanRecorder]:
+def run(schedule: Schedule, can_split: bool = True) -> tuple[list[str], SpanRecorder]:
     calls: list[str] = []
-    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls)}
+    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls, can_split)}
     recorder = SpanRecorder()
     execute(schedule, 0, stages, [BATCHES], [], recorder)
     return calls, recorder
@@ -92,11 +101,30 @@ def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
     assert calls == []
 
 
-def test_a_split_backward_is_refused_before_anything_runs() -> None:
+def split_schedule(*texts: str) -> Schedule:
     splittable = replace(PIPELINE, input_grad_ticks=(1, 1), weight_grad_ticks=(1, 1))
-    problem = Problem(num_ranks=1, pipelines=(splittable,))
-    ops: list[Op] = []
-    for op in map(Op.parse, LEGAL):
-        ops += [replace(op, kind=Kind.I), replace(op, kind=Kind.W)] if op.kind is Kind.B else [op]
-    with pytest.raises(ValueError, match=r"splits backwards \(I0\.1\.0\).*leave input_grad_ticks"):
-        run(Schedule(problem, (tuple(ops),)))
+    return Schedule(Problem(num_ranks=1, pipelines=(splittable,)), (tuple(map(Op.parse, texts)),))
+
+
+SPLIT = ("F0.0.0", "F0.1.0", "I0.1.0", "F0.0.1", "B0.0.0", "F0.1.1", "B0.1.1", "W0.1.0", "I0.0.1", "W0.0.1")
+
+
+def test_halves_of_a_backward_run_where_the_schedule_has_them() -> None:
+    """A whole backward takes the gradient that an input half made, and the other way round."""
+    calls, recorder = run(split_schedule(*SPLIT))
+    assert calls[2:] == [
+        "I1.0 None",
+        "F0.1 None",
+        "B0.0 [-1.0]",
+        "F1.1 [1.0]",
+        "B1.1 None",
+        "W1.0",
+        "I0.1 [-2.0]",
+        "W0.1",
+    ]
+    assert [span.name for span in recorder.drain()][-3:] == ["W actor.1.0", "I actor.0.1", "W actor.0.1"]
+
+
+def test_a_stage_that_cannot_split_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match=r"splits a backward \(I0\.1\.0\) .*split_backward=True.*input_grad_ticks"):
+        run(split_schedule(*SPLIT), can_split=False)
