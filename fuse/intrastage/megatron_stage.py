@@ -43,7 +43,8 @@ class MegatronStage:
     layer_range: the [start, stop) of the layers kept; even by default. All stages' ranges must tile the layers.
     autocast: run forward and backward, and send hidden states, in this type (bfloat16); parameters stay float32.
     tensor_group: the ranks that share this stage's matrices; they do the same calls in the same order, and each gets
-        all of the hidden states. None: this rank alone.
+        all of the hidden states. None: this rank alone. `ModelOptimizer` and the training state know of pipelines
+        and replicas only: with more than one rank here, clipping and saving are the caller's.
 
     Parameters are uninitialised until `load_state_dict`. Hidden states between stages are those of
     `TransformersStage`, so a pipeline may mix both. torch.distributed must be initialised before the first forward,
