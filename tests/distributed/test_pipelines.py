@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fuse.intrastage.profile import Shape, merge, profile_from_json
+
 NUM_RANKS = {"one": 1, "two": 2, "four": 4, "again": 1}
 PIPELINES = ["two", "four"]
 
@@ -86,6 +88,24 @@ def test_random_schedules_with_split_backwards_equal_one_process(measured: Path,
         assert len(differences) >= 4
         assert max(differences) <= 1e-6, found
         assert found["num_halves"] > 20
+
+
+def test_ranks_measure_a_profile_of_all_stages_and_transfers_together(measured: Path) -> None:
+    results(measured, "two", "check_measure")
+    parts = [profile_from_json(json.loads((measured / f"profile-{rank}.json").read_text())) for rank in range(2)]
+    profile = merge(parts)
+    shapes = [Shape(1, 3), Shape(2, 7)]
+    llama, critic = "llama.0", "neox-classifier.1"
+    stages = [(llama, 0), (llama, 1), (critic, 0), (critic, 1), (critic, 2), (critic, 3)]
+    assert {(cost.pipeline, cost.stage, cost.shape) for cost in profile.stages} == {
+        (*stage, shape) for stage in stages for shape in shapes
+    }
+    crossings = [(llama, 0), (critic, 0), (critic, 2)]  # between stages 1 and 2 of the critic nothing is sent
+    assert [(cost.pipeline, cost.stage, cost.shape) for cost in profile.transfers] == [
+        (*crossing, shape) for crossing in crossings for shape in shapes
+    ]
+    assert {cost.pipeline: cost.input_grad_ticks for cost in profile.stages} == {llama: None, critic: None}
+    assert min(cost.ticks for cost in profile.transfers) > 0
 
 
 @pytest.mark.parametrize("world", PIPELINES)

@@ -46,7 +46,9 @@ from fuse.intrastage.communication import (
     serve_store,
 )
 from fuse.intrastage.executor import execute
+from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.profile import profile_to_json
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.trace import SpanRecorder
@@ -343,6 +345,16 @@ def reference_steps(name: str, run: Run, count: int) -> Iterator[tuple[float, di
         yield norm.item(), {key: one.detach().clone() for key, one in parameters.items()}
 
 
+def check_measure(rank: int, world: int, directory: Path) -> dict[str, float]:
+    """Each rank's part of a profile, of a pipeline over both ranks and one that comes back to rank 1."""
+    run = Run.of(rank, world, [("llama", [0, 1], 1), ("neox classifier", [1, 0, 0, 1], 1)])
+    pipelines = [(one.name, one.ranks) for one in run.problem.pipelines]
+    shapes = [batches_of(3)[:2]] * len(pipelines)
+    profile = measure(rank, pipelines, run.build(), shapes, run.communicators(), repeats=1)
+    (directory / f"profile-{rank}.json").write_text(json.dumps(profile_to_json(profile)))
+    return {}
+
+
 def check_state(rank: int, world: int, directory: Path) -> dict[str, float]:
     """Load what every earlier world saved, then train two steps and save for the later ones."""
     found: dict[str, float] = {}
@@ -408,7 +420,11 @@ Ports = SimpleQueue  # of int
 Check = Callable[[int, int, Path], Mapping[str, float | str]]
 WORLDS: list[tuple[str, int, list[Check]]] = [
     ("one", 1, [check_state]),
-    ("two", 2, [check_gradients, check_two_models, check_placements, check_splits, check_steps, check_state]),
+    (
+        "two",
+        2,
+        [check_gradients, check_two_models, check_placements, check_splits, check_measure, check_steps, check_state],
+    ),
     ("four", 4, [check_gradients, check_two_models, check_replicas, check_splits, check_steps, check_state]),
     ("again", 1, [check_state]),
     ("death", 2, [check_death]),

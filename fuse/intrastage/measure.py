@@ -1,0 +1,176 @@
+"""Measures a rank's part of a profile: its stages' operations as training runs them, and messages to its neighbours."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fuse.intrastage.communication import PipelineCommunicators
+from fuse.intrastage.live_memory import LiveMemory
+from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.stage import MicroBatch, Stage
+from schedules import Kind
+
+
+def measure(
+    rank: int,
+    pipelines: Sequence[tuple[str, Sequence[int]]],
+    stages: Mapping[tuple[int, int], Stage],
+    micro_batches: Sequence[Sequence[MicroBatch]],
+    communicators: Sequence[PipelineCommunicators],
+    *,
+    repeats: int = 5,
+    tick_s: float = 1e-5,
+) -> Profile:
+    """This rank's stages, and the messages it starts; all ranks call this at once, so that they contend as in training.
+
+    pipelines: name and ranks of each, as given to `open_pipelines`.
+    stages: this rank's, by (pipeline, stage); between two optimizer steps, with no micro-batch on its way.
+    micro_batches: by pipeline, one of each shape; a last stage computes its loss on it.
+    repeats: times are medians over so many, after one that warms up.
+
+    Parameters stay as they are, and have no gradients afterwards.
+
+    Raises:
+        ValueError: nothing would be measured.
+        CommunicationError: a peer died or did not answer in time.
+    """
+    if repeats < 1 or tick_s <= 0:
+        raise ValueError(f"repeats is {repeats} and tick_s {tick_s}: measure at least once, in ticks that last")
+    transfers: list[TransferCosts] = []  # first: later, ranks that have few stages would wait for the others
+    for number, (name, ranks) in enumerate(pipelines):
+        for stage, pair in enumerate(itertools.pairwise(ranks)):
+            if rank not in pair or pair[0] == pair[1]:
+                continue
+            held = stages[number, stage + pair.index(rank)]
+            for micro_batch in micro_batches[number]:
+                boundary = held.boundary(micro_batch)
+                exchange = _ping if rank == pair[0] else _pong
+                times = [exchange(communicators[number], stage, boundary) for _ in range(1 + repeats)][1:]
+                if rank == pair[0]:
+                    ticks = _ticks(times, tick_s)
+                    transfers.append(
+                        TransferCosts(pipeline=name, stage=stage, shape=shape_of(micro_batch), ticks=ticks)
+                    )
+    costs: list[StageCosts] = []
+    for (number, stage), held in sorted(stages.items(), key=lambda item: item[0]):
+        name, ranks = pipelines[number]
+        for micro_batch in micro_batches[number]:
+            bench = _Bench(held, micro_batch, has_previous=stage > 0, has_next=stage < len(ranks) - 1)
+            costs.append(bench.costs(name, stage, repeats, tick_s))
+    return Profile(tick_s=tick_s, stages=tuple(costs), transfers=tuple(transfers))
+
+
+def shape_of(micro_batch: MicroBatch) -> Shape:
+    """The length bucket that a micro-batch defines."""
+    num_sequences, num_tokens = micro_batch.input_ids.shape
+    return Shape(num_sequences, num_tokens)
+
+
+def _ping(pair: PipelineCommunicators, stage: int, boundary: Tensor) -> float:
+    """Send to the next stage and wait for the answer; half the seconds that takes."""
+    start_s = time.perf_counter()
+    answer = pair.backward.receive(torch.empty_like(boundary), stage=stage, micro_batch=0, op="a measurement")
+    pair.forward.send(boundary, stage=stage, micro_batch=0, op="a measurement").wait()
+    answer.wait()
+    return (time.perf_counter() - start_s) / 2
+
+
+def _pong(pair: PipelineCommunicators, stage: int, boundary: Tensor) -> float:
+    """The next stage's side of `_ping`; how long that took is not known here."""
+    received = pair.forward.receive(boundary, stage=stage + 1, micro_batch=0, op="a measurement").wait()
+    pair.backward.send(received, stage=stage + 1, micro_batch=0, op="a measurement").wait()
+    return 0.0
+
+
+class _Bench:
+    """A stage and a micro-batch to run it on, over and over; neighbours' results are made up."""
+
+    def __init__(self, stage: Stage, micro_batch: MicroBatch, *, has_previous: bool, has_next: bool) -> None:
+        self._stage, self._micro_batch = stage, micro_batch
+        self._has_previous, self._has_next = has_previous, has_next
+        self._device = stage.boundary(micro_batch).device
+        self._seconds: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+
+    def costs(self, pipeline: str, stage: int, repeats: int, tick_s: float) -> StageCosts:
+        parameters = [parameter for _, parameter in self._stage.named_parameters()]
+        assert all(parameter.grad is None for parameter in parameters), "gradients wait for a step"
+        for repeat in range(1 + repeats):
+            self._run_whole()
+            if self._stage.can_split_backward:
+                self._run_halves()
+            if repeat == 0:
+                self._seconds = {kind: [] for kind in Kind}
+        activation_bytes, weight_grad_bytes = self._memory()
+        for parameter in parameters:
+            parameter.grad = None
+        ticks = {kind: _ticks(seconds, tick_s) for kind, seconds in self._seconds.items() if seconds}
+        return StageCosts(
+            pipeline=pipeline,
+            stage=stage,
+            shape=shape_of(self._micro_batch),
+            forward_ticks=ticks[Kind.F],
+            backward_ticks=ticks[Kind.B],
+            input_grad_ticks=ticks.get(Kind.I),
+            weight_grad_ticks=ticks.get(Kind.W),
+            activation_bytes=activation_bytes,
+            weight_grad_bytes=weight_grad_bytes,
+        )
+
+    def _run_whole(self) -> None:
+        stage_input, output_grad = self._boundary(self._has_previous), self._boundary(self._has_next)
+        with self._timed(Kind.F):
+            self._stage.forward(0, self._micro_batch, stage_input)
+        with self._timed(Kind.B):
+            self._stage.backward(0, output_grad)
+
+    def _run_halves(self) -> None:
+        stage_input, output_grad = self._boundary(self._has_previous), self._boundary(self._has_next)
+        with self._timed(Kind.F):
+            self._stage.forward(0, self._micro_batch, stage_input)
+        with self._timed(Kind.I):
+            self._stage.backward_input(0, output_grad)
+        with self._timed(Kind.W):
+            self._stage.backward_weight(0)
+
+    def _memory(self) -> tuple[int, int]:
+        """Bytes of a micro-batch from F to B, and from I to W; gradients of parameters exist already."""
+        with LiveMemory() as live:
+            stage_input = self._boundary(self._has_previous)
+            self._stage.forward(0, self._micro_batch, stage_input)
+            activation_bytes = live.bytes
+            output_grad = self._boundary(self._has_next)
+            if not self._stage.can_split_backward:
+                self._stage.backward(0, output_grad)
+                return activation_bytes, 0
+            self._stage.backward_input(0, output_grad)
+            del stage_input, output_grad
+            weight_grad_bytes = live.bytes
+            self._stage.backward_weight(0)
+        return activation_bytes, weight_grad_bytes
+
+    def _boundary(self, exists: bool) -> Tensor | None:
+        return torch.randn_like(self._stage.boundary(self._micro_batch)) if exists else None
+
+    @contextmanager
+    def _timed(self, kind: Kind) -> Iterator[None]:
+        self._synchronize()
+        start_s = time.perf_counter()
+        yield
+        self._synchronize()
+        self._seconds[kind].append(time.perf_counter() - start_s)
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _ticks(seconds: Sequence[float], tick_s: float) -> int:
+    """Their median, and at least one tick."""
+    return max(1, round(statistics.median(seconds) / tick_s))

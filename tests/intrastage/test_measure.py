@@ -1,0 +1,83 @@
+"""A profile measured on one rank: what it finds, and that the stages are as before."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fuse.intrastage.measure import measure
+from fuse.intrastage.profile import Shape
+from fuse.intrastage.stage import MicroBatch
+from fuse.intrastage.transformers_stage import TransformersStage
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    tie_word_embeddings=False,
+)
+WAIT_S = 0.05
+
+
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    time.sleep(WAIT_S)
+    return head(hidden).square().mean()
+
+
+def stages_of(*, split: bool) -> dict[tuple[int, int], TransformersStage]:
+    stages = {}
+    for stage in range(3):
+        stages[0, stage] = TransformersStage(
+            LlamaForCausalLM, CONFIG, stage=stage, num_stages=3, loss=loss, split_backward=split
+        )
+        for parameter in stages[0, stage].model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return stages
+
+
+def batch_of(num_sequences: int, num_tokens: int) -> MicroBatch:
+    ids = torch.zeros(num_sequences, num_tokens, dtype=torch.int64)
+    return MicroBatch(input_ids=ids, head_index=torch.arange(num_tokens), targets=None)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_rank_measures_its_stages_on_every_shape_and_leaves_them_as_they_were(split: bool) -> None:
+    stages = stages_of(split=split)
+    before = {key: [one.detach().clone() for one in stage.model.parameters()] for key, stage in stages.items()}
+    batches = [batch_of(2, 8), batch_of(2, 16)]
+    profile = measure(0, [("actor.0", (0, 0, 0))], stages, [batches], [], repeats=1)
+
+    assert [(cost.stage, cost.shape) for cost in profile.stages] == [
+        (stage, Shape(2, tokens)) for stage in range(3) for tokens in (8, 16)
+    ]
+    assert profile.transfers == ()
+    last = profile.stage_costs("actor.0", 2, Shape(2, 8))
+    assert last.forward_ticks >= WAIT_S / profile.tick_s  # the loss is the last stage's to compute
+    for cost in profile.stages:
+        assert cost.forward_ticks > 0
+        assert cost.backward_ticks > 0
+        assert ((cost.input_grad_ticks or 0) > 0) == split
+        assert ((cost.weight_grad_ticks or 0) > 0) == split
+
+    middle = [profile.stage_costs("actor.0", 1, Shape(2, tokens)) for tokens in (8, 16)]
+    rows, hidden, inner = 16, 32, 64
+    # Of q, k and v; of o; of gate and up; of down. Then the gradients of their outputs, one each.
+    linear_bytes = 4 * rows * (3 * hidden + inner + 5 * hidden + 2 * inner)
+    assert [cost.weight_grad_bytes for cost in middle] == ([linear_bytes, 2 * linear_bytes] if split else [0, 0])
+    assert 4 * rows * (4 * hidden + 3 * inner) < middle[0].activation_bytes < 4 * rows * 40 * hidden
+    assert 1.9 < middle[1].activation_bytes / middle[0].activation_bytes < 2.1
+
+    for key, stage in stages.items():
+        assert all(one.grad is None for one in stage.model.parameters())
+        assert all(torch.equal(one, old) for one, old in zip(stage.model.parameters(), before[key], strict=True))
+
+
+def test_a_measurement_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="measure at least once"):
+        measure(0, [], {}, [], [], repeats=0)
