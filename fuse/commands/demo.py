@@ -1,6 +1,6 @@
 """Teach a small model to add, from nothing: no download, a few minutes on two cores.
 
-A small Llama first imitates worked sums by a careful teacher, then by a careless one who slips in every other step: it
+A small Llama first imitates worked sums by a careful teacher, then by a careless one who slips in two steps of three: it
 is able to add, and mostly wrong. PPO rewards exact answers, on as many devices (CPU cores) as you say. At the end: the
 learning curve, where the time went, and a trace.
 """
@@ -34,14 +34,14 @@ from fuse.trainer import PPOTrainer
 
 BATCH_SIZE = 64
 MICRO_BATCH_SIZE = 8
-SLIP_PROBABILITY = 0.5
+SLIP_PROBABILITY = 0.65
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse demo`."""
     parser.usage = "%(prog)s [OPTIONS]"
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="CPU cores to run on (default: 2)")
-    parser.add_argument("--updates", type=int, default=80, metavar="N", help="PPO updates of 64 problems (default: 80)")
+    parser.add_argument("--updates", type=int, default=60, metavar="N", help="PPO updates of 64 problems (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and sampling (default: 0)")
     parser.add_argument(
         "--output-dir",
@@ -119,8 +119,8 @@ def make_trainer(
         num_ppo_epochs=2,
         learning_rate=3e-4,
         warmup_steps=0.1,
-        kl_coef=0.02,
-        lam=1.0,
+        kl_coef=0.01,
+        lam=0.95,
         temperature=1.0,
         stop_token="eos",
         response_length=task.max_response_tokens,
