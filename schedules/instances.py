@@ -111,5 +111,5 @@ def heterogeneous(seed: int) -> Problem:
         pipelines += third if random.random() < 0.5 else [model("third", along, ticks, 30)]
     initial_bytes = tuple(random.randint(0, 200) for _ in along)
     free = Problem(num_ranks=num_ranks, pipelines=tuple(pipelines), initial_bytes=initial_bytes)
-    limits = tuple(round(peak * random.uniform(1.0, 1.5)) for peak in evaluate(serial(free)).peak_bytes)
+    limits = tuple(round(peak * random.uniform(1.25, 2.0)) for peak in evaluate(serial(free)).peak_bytes)
     return replace(free, memory_limit_bytes=limits)

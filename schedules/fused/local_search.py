@@ -17,6 +17,10 @@ from schedules.ir import Pipeline, Problem, Schedule
 # What a rank without a limit may hold: more than any problem needs, and far from overflow.
 UNLIMITED_BYTES = 2**60
 
+# Initial and final temperature (in mean forward durations), weight of memory above the caps. Runs take turns: even
+# problems want the first, tight memory a higher weight, uneven stages with tight memory a hot start.
+_REGIMES = ((0.4, 0.1, 3.0), (2.0, 0.1, 6.0), (0.4, 0.1, 6.0))
+
 _CHUNK_S = 0.02
 _LARGE_GRAPH = 6000
 _WINDOW = 4000
@@ -76,17 +80,19 @@ def anneal(
     *,
     seed: int,
     num_steps: int,
+    regime: int,
     speed: Speed,
     deadline: Deadline,
     is_stale: Callable[[], bool] = lambda: False,
 ) -> Schedule | None:
     """The shortest schedule within the caps that a run meets; None when it met none. Ends early at the target.
 
-    Cooling is laid out for `num_steps`, or for what fits into the time left. `is_stale` is asked now and then whether
-    the run has become pointless.
+    Cooling is laid out for `num_steps`, or for what fits into the time left; `regime` counts through ways to cool.
+    `is_stale` is asked now and then whether the run has become pointless.
     """
     num_steps = max(1000, min(num_steps, int(deadline.left_s * speed.steps_per_s)))
     options = _native.AnnealingOptions()
+    options.initial_temperature, options.final_temperature, options.excess_weight = _REGIMES[regime % len(_REGIMES)]
     options.window = _WINDOW if len(compiled.ops) > _LARGE_GRAPH else 0
     annealing = _native.Annealing(compiled.graph, *compiled.orders(start), caps, target, num_steps, seed, options)
     begin_s = monotonic()

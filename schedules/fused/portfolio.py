@@ -104,6 +104,7 @@ class Portfolio:
                 self.makespan_bound,
                 seed=seed,
                 num_steps=num_steps,
+                regime=worker + attempt,
                 speed=speed,
                 deadline=self.deadline,
                 is_stale=self._makespan_is_settled,
@@ -146,6 +147,7 @@ class Portfolio:
                 makespan,
                 seed=seed,
                 num_steps=num_steps,
+                regime=worker + attempt,
                 speed=speed,
                 deadline=self.deadline,
                 is_stale=lambda cap=cap: self.incumbent.peak_bytes <= cap,  # type: ignore[misc]
