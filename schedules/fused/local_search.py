@@ -35,8 +35,8 @@ class Speed:
     steps_per_s: float
 
     @staticmethod
-    def guess(compiled: Compiled) -> Speed:
-        return Speed(min(5e5, 1e9 / len(compiled.ops)))
+    def guess(num_operations: int) -> Speed:
+        return Speed(min(5e5, 1e9 / num_operations))
 
 
 def memory_caps(problem: Problem, cap_bytes: int = UNLIMITED_BYTES) -> Caps:

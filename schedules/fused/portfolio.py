@@ -9,7 +9,7 @@ from functools import partial
 from schedules.baselines import chimera, interleaved, one_f_one_b, serial, zero_bubble_h1, zero_bubble_v
 from schedules.bounds import makespan_lower_bound, peak_memory_lower_bound, smallest_limits
 from schedules.fused import cpsat
-from schedules.fused.compiled import compile_problem
+from schedules.fused.compiled import Compiled, compile_problem
 from schedules.fused.greedy import greedy
 from schedules.fused.halves import halves_lose_nothing, in_form_of, join_halves, splitting_is_free
 from schedules.fused.incumbent import Deadline, Improvement, Incumbent
@@ -19,13 +19,15 @@ from schedules.timing import evaluate
 from schedules.validate import violations
 
 _RESERVATION_S = 0.5
+_RESERVATION_S_PER_OPERATION = 1.2e-4
 _FIRST_STEPS = 200_000  # of an annealing run, and so many more per operation
 _STEPS_PER_OPERATION = 400
 _MAKESPAN_SHARE = 0.7  # of the time, when the bound is not reached before
 _EXACT_OPERATIONS = 600  # at most so many for constraint programming on the whole problem
-_MODERATE_MEMORY = 1.5  # times what one model after the other needs
+_MODERATE_MEMORY = 1.35  # times what one model after the other needs
 _MODERATE_ATTEMPTS = 2
 _MODERATE_STEP = 0.15  # more for each further worker
+_INTERVAL_SHARE = 0.3  # how far into the interval between bound and peak the first worker goes
 _CLOSED_INTERVAL = 0.01  # of the peak
 _REOPENED_INTERVAL = 0.08
 _MEMORY_ATTEMPTS_FROM = 10_000
@@ -56,10 +58,14 @@ class Portfolio:
         self.seed = seed
         self.num_workers = num_workers
         self.incumbent = Incumbent(problem, deadline, progress)
+        # Free halves leave only their order to choose; where they cost time, workers take turns between the two forms.
         self.split = splitting_is_free(problem)
-        self.compiled = compile_problem(problem, split=self.split)
+        can_split = any(pipeline.can_split for pipeline in problem.pipelines)
+        forms = (self.split,) if self.split or not can_split else (False, True)
+        self.forms = tuple(compile_problem(problem, split=split) for split in forms)
         self.split_is_exact = halves_lose_nothing(problem)
-        self.small = len(self.compiled.ops) <= _EXACT_OPERATIONS
+        self.num_operations = max(len(form.ops) for form in self.forms)
+        self.small = self.num_operations <= _EXACT_OPERATIONS
         self.makespan_bound = makespan_lower_bound(problem)
         self.memory_bound_at: dict[int, int] = {}
         self.moderate_bytes = UNLIMITED_BYTES
@@ -85,7 +91,7 @@ class Portfolio:
 
         Every second worker first looks among schedules of moderate memory: the next phase then has less to do.
         """
-        speed = Speed.guess(self.compiled)
+        speed = Speed.guess(self.num_operations)
         num_steps = self._first_steps()
         attempt = 0
         while not self._makespan_is_settled():
@@ -93,13 +99,14 @@ class Portfolio:
                 self._shorten_exactly()
             moderate = worker % 2 == 0 and attempt < _MODERATE_ATTEMPTS
             caps = memory_caps(self.problem, self._moderate_bytes() if moderate else UNLIMITED_BYTES)
+            form = self._form(worker + attempt)
             seed = self._seed(worker, attempt)
             start = None
             if moderate or (worker + attempt) % 2 == 1:
-                start = self._reservation_start(caps, self.makespan_bound, seed)
+                start = self._reservation_start(form, caps, self.makespan_bound, seed)
             found = anneal(
-                self.compiled,
-                start or self._incumbent_in_compiled_form(),
+                form,
+                start or in_form_of(form, self.incumbent.schedule),
                 caps,
                 self.makespan_bound,
                 seed=seed,
@@ -118,13 +125,13 @@ class Portfolio:
         """At the incumbent's makespan, bisect for the lowest common cap that has a schedule.
 
         A failed attempt proves nothing, so when the interval is used up it opens again with twice the steps per
-        attempt. Workers take different steps from one seed of the search to the next.
+        attempt. Workers go into the interval by different shares.
         """
         if self.objective is Objective.MAKESPAN:
             return
-        speed = Speed.guess(self.compiled)
+        speed = Speed.guess(self.num_operations)
         makespan = self.incumbent.makespan
-        share = 0.5 ** (1 + worker % 3)
+        share = _INTERVAL_SHARE / 2 ** (worker % 3)
         floor, num_steps, attempt = self.memory_bound(makespan), self._first_steps(), 0
         while not self._peak_is_settled(makespan):
             if self.small and attempt == 1 and worker == self.num_workers - 1:
@@ -138,11 +145,12 @@ class Portfolio:
             if attempt == 0:  # the makespan may have been reached with far more memory than is needed
                 cap = max(bound, min(cap, int(self._moderate_bytes() * (1 + _MODERATE_STEP * worker))))
             caps = memory_caps(self.problem, cap)
+            form = self._form(worker + attempt)
             seed = self._seed(worker, _MEMORY_ATTEMPTS_FROM + attempt)
-            start = self._reservation_start(caps, makespan, seed) if attempt % 2 == 0 else None
+            start = self._reservation_start(form, caps, makespan, seed) if attempt % 2 == 0 else None
             found = anneal(
-                self.compiled,
-                start or self._incumbent_in_compiled_form(),
+                form,
+                start or in_form_of(form, self.incumbent.schedule),
                 caps,
                 makespan,
                 seed=seed,
@@ -164,7 +172,7 @@ class Portfolio:
             self.problem,
             split=self.split,
             makespan=self.incumbent.makespan,
-            hint=self._incumbent_in_compiled_form(),
+            hint=in_form_of(self.forms[0], self.incumbent.schedule),
             time_limit_s=self._exact_slice_s(),
             seed=self.seed,
             should_stop=self._makespan_is_settled,
@@ -202,19 +210,20 @@ class Portfolio:
         out_of_time = self.deadline.elapsed_s > share * self.deadline.time_limit_s
         return out_of_time or self.deadline.is_over or self.incumbent.makespan <= self.makespan_bound
 
-    def _reservation_start(self, caps: Caps, target: int, seed: int) -> Schedule | None:
+    def _reservation_start(self, form: Compiled, caps: Caps, target: int, seed: int) -> Schedule | None:
         """The best reservation schedule of a short search; offered as it is a schedule in its own right."""
-        slice_s = min(_RESERVATION_S, 0.05 * self.deadline.time_limit_s)
-        start = reservation_start(self.compiled, caps, target, seed, slice_s, self.deadline)
+        wanted_s = max(_RESERVATION_S, _RESERVATION_S_PER_OPERATION * self.num_operations)
+        slice_s = min(wanted_s, 0.1 * self.deadline.time_limit_s)
+        start = reservation_start(form, caps, target, seed, slice_s, self.deadline)
         if start is not None:
             self._offer(start, "reservation")
         return start
 
     def _first_steps(self) -> int:
-        return _FIRST_STEPS + _STEPS_PER_OPERATION * len(self.compiled.ops)
+        return _FIRST_STEPS + _STEPS_PER_OPERATION * self.num_operations
 
     def _moderate_bytes(self) -> int:
-        """Half as much again as one model after the other needs."""
+        """A third more than one model after the other needs, and enough for any schedule."""
         return max(self.moderate_bytes, max(smallest_limits(self.problem)))
 
     def memory_bound(self, makespan: int) -> int:
@@ -225,8 +234,8 @@ class Portfolio:
     def _seed(self, worker: int, attempt: int) -> int:
         return (self.seed * 1_000_003 + attempt) * 64 + worker
 
-    def _incumbent_in_compiled_form(self) -> Schedule:
-        return in_form_of(self.compiled, self.incumbent.schedule)
+    def _form(self, turn: int) -> Compiled:
+        return self.forms[turn % len(self.forms)]
 
     def _offer(self, schedule: Schedule, found_by: str) -> bool:
         return self.incumbent.offer(join_halves(schedule), found_by)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from schedules import Pipeline, Problem, Schedule, evaluate, violations
+from schedules import Kind, Pipeline, Problem, Schedule, evaluate, violations
 from schedules.baselines import serial
+from schedules.fused.cache import ScheduleCache
 from schedules.fused.compiled import compile_problem
 from schedules.fused.exhaustive import optimum
 from schedules.fused.greedy import greedy
 from schedules.fused.halves import in_form_of, join_halves
 from schedules.fused.incumbent import Improvement
-from schedules.fused.solve import Objective, Status, solve
+from schedules.fused.solve import Objective, Status, solve, solve_cached
 from schedules.instances import actor_and_critic
 from schedules.random_problems import random_problem, random_schedule
 
@@ -154,3 +156,33 @@ def test_a_rank_may_be_idle() -> None:
     solution = solve(Problem(num_ranks=3, pipelines=(pipeline,)), time_limit_s=5)
     assert solution.status is Status.OPTIMAL
     assert solution.schedule.ranks[1] == ()
+
+
+def test_halves_that_cost_time_are_used_where_they_save_more() -> None:
+    # i + w = 4 > b = 3. 1F1B takes (4 + 3)(2 + 3) = 35; ZB-H1 4 (2 + 4) + 3 (2 + 2 - 2) = 30; halves in one place and
+    # whole backwards in another can only be better.
+    pipeline = Pipeline(
+        name="m",
+        ranks=(0, 1, 2, 3),
+        num_micro_batches=4,
+        forward_ticks=(2,) * 4,
+        backward_ticks=(3,) * 4,
+        input_grad_ticks=(2,) * 4,
+        weight_grad_ticks=(2,) * 4,
+        activation_bytes=(1,) * 4,
+    )
+    solution = solve(Problem(num_ranks=4, pipelines=(pipeline,)), time_limit_s=3, objective=Objective.MAKESPAN)
+    assert solution.makespan <= 30
+    assert {op.kind for _, op in solution.schedule.ops()} >= {Kind.I, Kind.W}
+
+
+def test_one_worker_is_enough() -> None:
+    solution = solve(SMALL.problem, time_limit_s=10, num_workers=1)
+    assert solution.makespan == solution.makespan_lower_bound
+
+
+def test_a_cached_problem_is_solved_once(tmp_path: Path) -> None:
+    cache = ScheduleCache(tmp_path)
+    first = solve_cached(SMALL.problem, cache, time_limit_s=1, seed=1)
+    assert solve_cached(SMALL.problem, cache, time_limit_s=1, seed=2) == first
+    assert cache.load(SMALL.problem) == first
