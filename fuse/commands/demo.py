@@ -1,14 +1,13 @@
 """Teach a small model to add, from nothing: no download, a few minutes on two cores.
 
-A small Llama first imitates worked sums by a careful teacher, then by a careless one who slips in two steps of three: it
-is able to add, and mostly wrong. PPO rewards exact answers, on as many devices (CPU cores) as you say. At the end: the
+A small Llama first imitates worked sums by a careful teacher, then by one who slips in two steps of three: it is
+able to add, and mostly wrong. PPO rewards exact answers, on as many devices (CPU cores) as you say. At the end: the
 learning curve, where the time went, and a trace.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +87,7 @@ def supervised_warm_up(
 ) -> float:
     """Imitate the two teachers; returns seconds."""
     start_s, last = time.monotonic(), ""
-    with console.status("supervised warm-up") as status, _all_cores():
+    with console.status("supervised warm-up") as status, _one_thread():
 
         def report(teacher: str, progress: WarmupProgress) -> None:
             nonlocal last
@@ -174,10 +173,10 @@ def show(
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
-    """Let torch use every core in the body: no worker is running yet."""
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread in the body: so small a model gains nothing by more, which collapse on busy cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
