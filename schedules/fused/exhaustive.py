@@ -47,12 +47,12 @@ def optimum(problem: Problem) -> Schedule:
                     tails[Op(number, stage, micro_batch, kind)] = int(tail.backward[stage, micro_batch])
     ranks = range(problem.num_ranks)
     search = _Search(problem, tails, [[] for _ in ranks], [0 for _ in ranks], list(problem.initial_bytes))
-    _extend(search, (0, 0), list(problem.initial_bytes), num_operations)
+    _extend(search, (0, 0), list(problem.initial_bytes))
     assert search.best is not None, "a feasible problem has a schedule"
     return Schedule(problem, search.best_orders)
 
 
-def _extend(search: _Search, last: tuple[int, int], peaks: list[int], num_left: int) -> None:
+def _extend(search: _Search, last: tuple[int, int], peaks: list[int]) -> None:
     candidates = list(_next_operations(search))
     if not candidates:
         makespan = max(search.free_at)
@@ -74,7 +74,7 @@ def _extend(search: _Search, last: tuple[int, int], peaks: list[int], num_left: 
         free_at, held, old_peak = search.free_at[rank], search.held_bytes[rank], peaks[rank]
         search.orders[rank].append(op)
         search.end[op], search.free_at[rank], search.held_bytes[rank], peaks[rank] = end, end, level, peak
-        _extend(search, (start, rank), peaks, num_left - 1)
+        _extend(search, (start, rank), peaks)
         search.orders[rank].pop()
         del search.end[op]
         search.free_at[rank], search.held_bytes[rank], peaks[rank] = free_at, held, old_peak
