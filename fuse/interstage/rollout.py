@@ -1,0 +1,85 @@
+"""What is simulated, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuse.interstage.costs import CostModel
+from fuse.interstage.migration import EngineLimits
+
+Ints = NDArray[np.int64]
+
+
+class SpanKind(StrEnum):
+    """What a device is busy with; decoding includes prefill."""
+
+    GENERATE = "generate"
+    INFER = "infer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """What to simulate: `prompt_tokens`, `response_tokens` [samples]; sample i starts on device i % num_devices.
+
+    Raises:
+        ValueError: no samples or devices, a response over the limit, or a sample that no engine can hold.
+    """
+
+    prompt_tokens: Ints
+    response_tokens: Ints
+    num_devices: int
+    costs: CostModel
+    limits: EngineLimits
+    can_transfer: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_devices < 1:
+            raise ValueError(f"num_devices is {self.num_devices}: it must be at least 1")
+        if not len(self.response_tokens) or len(self.prompt_tokens) != len(self.response_tokens):
+            raise ValueError(
+                f"{len(self.prompt_tokens)} prompts and {len(self.response_tokens)} responses: give as many of each, "
+                "at least one"
+            )
+        if self.response_tokens.min() < 1 or self.prompt_tokens.min() < 1:
+            raise ValueError("a prompt or a response has less than one token: leave it out")
+        if (longest := int(self.response_tokens.max())) > self.limits.max_new_tokens:
+            raise ValueError(f"a response has {longest} tokens, over max_new_tokens={self.limits.max_new_tokens}")
+        needed = int(self.prompt_tokens.max()) + self.limits.max_new_tokens
+        if needed > self.limits.kv_capacity_tokens:
+            raise ValueError(
+                f"a sample may need {needed} tokens of KV, but an engine holds {self.limits.kv_capacity_tokens}: "
+                "raise the capacity or lower the maximum of new tokens"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.response_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class BusySpan:
+    """What a device did from `start_s` to `end_s`."""
+
+    kind: SpanKind
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationResult:
+    """How a rollout went: seconds to the last score and the last token, and what it took."""
+
+    makespan_s: float
+    generation_s: float
+    idle_share: float
+    num_migrations: int
+    moved_bytes: int
+    num_inferences: int
+    peak_batch: int
+    peak_kv_tokens: int
+    timeline: tuple[tuple[BusySpan, ...], ...]
+    """Per device, in order."""

@@ -1,0 +1,111 @@
+"""`fuse simulate`: what it prints and writes, and the one line it answers bad input with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fuse.cli import main
+from fuse.interstage.costs import SMALL_CPU, costs_to_json
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Thirty-two prompts of 500 tokens; every fourth response is long."""
+    path = tmp_path / "lengths.csv"
+    path.write_text("prompt_tokens,output_tokens\n" + "500,100\n500,8\n500,9\n500,10\n" * 8)
+    return path
+
+
+def test_compares_policies_on_a_trace(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    command = ["simulate", "--lengths", str(trace), "--devices", "4", "--batch", "16", "--iterations", "2"]
+    assert main([*command, "--policy", "threshold,adaptive,none", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "G generates, i infers" in printed
+    assert "bound" in printed
+
+    written = json.loads(out.read_text())
+    rows = {row["policy"]: row for row in written["rows"]}
+    assert list(rows) == ["none", "threshold", "adaptive", "known"]
+    for row in rows.values():
+        assert row["lengths"] == "lengths"
+        assert row["simulated_seconds"] >= row["oracle_seconds"] > 0
+        assert row["gain"] == pytest.approx(rows["none"]["simulated_seconds"] / row["simulated_seconds"])
+    assert rows["none"]["migrations"] == 0
+    assert rows["adaptive"]["simulated_seconds"] < rows["none"]["simulated_seconds"]
+    assert len(written["timelines"]["adaptive"]) == 4
+    kinds = {kind for device in written["timelines"]["adaptive"] for kind, _, _ in device}
+    assert kinds == {"generate", "infer"}
+
+
+def test_two_runs_write_the_same(trace: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("a.json", "b.json")]
+    for out in outs:
+        assert main(["simulate", "--lengths", str(trace), "--devices", "2", "--batch", "8", "--json", str(out)]) == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_a_prompts_past_is_used(tmp_path: Path) -> None:
+    """All that tells the long samples is that their prompt was long before: knowing it must not be worth nothing."""
+    rows = [(f"p{index % 8}", 400 if index % 8 == 0 else 20) for index in range(64)]
+    seconds = []
+    for header, with_id in (("prompt_id,output_tokens", True), ("output_tokens", False)):
+        path = tmp_path / "lengths.csv"
+        lines = [f"{prompt},{tokens}" if with_id else str(tokens) for prompt, tokens in rows]
+        path.write_text("\n".join([header, *lines]) + "\n")
+        out = tmp_path / "out.json"
+        command = ["simulate", "--lengths", str(path), "--devices", "2", "--batch", "8", "--costs", "small-cpu"]
+        assert main([*command, "--policy", "adaptive", "--json", str(out)]) == 0
+        (row,) = [row for row in json.loads(out.read_text())["rows"] if row["policy"] == "adaptive"]
+        seconds.append(row["simulated_seconds"])
+    assert seconds[0] < seconds[1]
+
+
+def test_costs_come_from_a_file(trace: Path, tmp_path: Path) -> None:
+    costs, out = tmp_path / "costs.json", tmp_path / "out.json"
+    costs.write_text(json.dumps(costs_to_json(SMALL_CPU)))
+    command = ["simulate", "--lengths", str(trace), "--devices", "2", "--batch", "8", "--no-transfer"]
+    assert main([*command, "--costs", str(costs), "--json", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["costs"] == costs_to_json(SMALL_CPU)
+    assert written["options"]["can_transfer"] is False
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "line"),
+    [
+        ("length\n3\n", [], "has no column output_tokens: its columns are length"),
+        ("", [], "has no column output_tokens: its columns are none"),
+        ("output_tokens\n", [], "has no rows"),
+        ("output_tokens\n5\nmany\n", [], "line 3: output_tokens is 'many', not a whole number"),
+        ("output_tokens\n5\n", [], "has 1 rows, fewer than 1 batches of 512: lower --batch"),
+        ("output_tokens\n5\n", ["--batch", "0"], "--batch is 0: it must be at least 1"),
+        ("output_tokens\n5\n", ["--batch", "1", "--max-tokens", "0"], "--max-tokens is 0"),
+        ("output_tokens\n5\n", ["--batch", "1", "--kv-tokens", "9"], "may need 133 tokens of KV"),
+        ("output_tokens\n5\n", ["--batch", "1", "--costs", "h1000"], "--costs h1000 is neither a file nor one of"),
+    ],
+)
+def test_bad_input_is_one_line(
+    content: str, options: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lengths.csv"
+    path.write_text(content)
+    assert main(["simulate", "--lengths", str(path), *options]) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_policy_is_one_line(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["simulate", "--lengths", str(trace), "--policy", "none,best"])
+    assert exit_info.value.code == 2
+    assert "unknown policy 'best': use none, threshold, adaptive" in capsys.readouterr().err
+
+
+def test_an_absent_trace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--lengths", str(tmp_path / "absent.csv")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Remaining lengths: the curves of textbooks, means and quantiles by brute force, and what a prompt's past adds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuse.interstage.lengths import KnownLengths, Observation, drift, kaplan_meier, learn
+
+NO_IDS = np.array([0])
+
+
+def ages(*values: int) -> np.ndarray:
+    return np.array(values)
+
+
+def test_a_censored_sample_counts_until_it_was_cut() -> None:
+    # Of three, one ends at 1 and one is cut at 2: the two thirds that are left are those of the one that ends at 3.
+    curve = kaplan_meier(np.array([1, 2, 3]), np.array([False, True, False]), 4, prior=0.0)
+    assert curve == pytest.approx([1, 2 / 3, 2 / 3, 0, 0])
+
+
+def test_without_observations_lengths_are_uniform() -> None:
+    model = learn([], 10).for_samples()
+    assert model.expected(NO_IDS, ages(0)) == pytest.approx([5.5])
+    assert model.quantile(NO_IDS, ages(4), 0.5) == pytest.approx([3.0])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=20),
+    st.integers(0, 29),
+    st.floats(0.05, 0.95),
+)
+def test_means_and_quantiles_are_those_of_the_curve(lengths: list[tuple[int, bool]], age: int, level: float) -> None:
+    limit = 30
+    observations = [Observation(tokens, censored) for tokens, censored in lengths]
+    model = learn(observations, limit)
+    survival = kaplan_meier(
+        np.array([tokens for tokens, _ in lengths]),
+        np.array([censored and tokens < limit for tokens, censored in lengths]),
+        limit,
+    )
+    assert np.all(np.diff(survival) <= 0)
+    conditional = survival[age:] / survival[age]
+    samples = model.for_samples()
+    assert samples.expected(NO_IDS, ages(age)) == pytest.approx([max(1.0, conditional.sum())])
+    reached = int(np.argmax(survival[age:] <= survival[age] * (1 - level) + 1e-12))
+    assert samples.quantile(NO_IDS, ages(age), level) == pytest.approx([max(1, reached)])
+
+
+def test_long_limits_are_interpolated_closely() -> None:
+    random = np.random.default_rng(0)
+    lengths = np.minimum(32768, np.exp(random.normal(6.5, 1.2, 4000))).astype(int) + 1
+    model = learn([Observation(int(tokens)) for tokens in lengths], 32769).for_samples()
+    for age in (0, 500, 5000):
+        left = lengths[lengths > age] - age
+        assert model.expected(NO_IDS, ages(age))[0] == pytest.approx(left.mean(), rel=0.05)
+        assert model.quantile(NO_IDS, ages(age), 0.9)[0] == pytest.approx(np.quantile(left, 0.9), rel=0.05, abs=33)
+
+
+def test_the_past_of_a_prompt_outweighs_the_pool_as_it_grows() -> None:
+    pool = [Observation(10, prompt=f"other {index}") for index in range(100)]
+    means = []
+    for seen in (0, 1, 4, 40):
+        model = learn([*pool, *[Observation(90, prompt="long")] * seen], 100)
+        samples = model.for_samples({7: "long", 8: "never seen"})
+        mean, unseen = samples.expected(np.array([7, 8]), ages(0, 0))
+        assert unseen == pytest.approx(samples.expected(np.array([999]), ages(0))[0])
+        means.append(mean)
+    assert means == sorted(means)
+    assert means[0] < 12
+    assert means[1] < 45
+    assert means[3] > 80
+    # Past the age at which the pool ends, only the prompt's own lengths are left.
+    assert samples.quantile(np.array([7]), ages(20), 0.5) == pytest.approx([70])
+
+
+def test_drift_tells_a_shift_from_chance() -> None:
+    random = np.random.default_rng(0)
+    model = learn([Observation(int(tokens)) for tokens in random.geometric(0.02, 4000)], 400)
+    same = [Observation(int(tokens)) for tokens in random.geometric(0.02, 256)]
+    longer = [Observation(int(tokens)) for tokens in random.geometric(0.01, 256)]
+    cut = [Observation(min(one.tokens, 60), one.tokens > 60) for one in same]
+    assert drift(model, same) < 1
+    assert drift(model, cut) < 1.2  # cut samples are not taken for short ones
+    assert drift(model, longer) > 1.5
+    assert drift(model, []) == 0
+
+
+def test_known_lengths_leave_no_doubt() -> None:
+    known = KnownLengths(np.array([5, 9]))
+    assert known.quantile(np.array([1, 0]), ages(4, 4), 0.01).tolist() == [5, 1]
+
+
+def test_impossible_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 tokens was observed"):
+        Observation(0)
+    with pytest.raises(ValueError, match="limit is 0"):
+        learn([], 0)
