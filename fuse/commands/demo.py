@@ -117,7 +117,7 @@ def make_trainer(
         num_mini_batches=4,
         num_ppo_epochs=2,
         learning_rate=3e-4,
-        warmup_steps=0.1,
+        warmup_steps=0.25,
         kl_coef=0.01,
         lam=0.95,
         temperature=1.0,
