@@ -2,7 +2,7 @@
 
 With n samples left, m engines that decode and N devices, two things bound what is still to come:
 
-    path(m) = steps of the longest sample, each as slow as its engine's batch makes it, and then its inference
+    path(m) = the last sample's steps, each as slow as its engine's batch makes it, and then its inference
     work(m) = (inference of everything + decoding by m engines) / N
 
 More engines shorten the path, since batches shrink; fewer leave more devices to inference. The plan is the m with the
@@ -65,15 +65,13 @@ class Adaptive:
         mean_context = live.context_tokens.mean(keepdims=True)
         moved_s = self._move_s(mean_context) * num_samples * np.abs(1 - engines / num_engines)
 
-        longest_s = forecast.longest * (costs.step_s + forecast.longest_step_s)
-        last_inference_s = costs.inference(round(forecast.longest_context + forecast.longest))
         others_s = forecast.sample_s.sum() * (1 / engines - 1 / num_samples)
-        path_s = longest_s + others_s + last_inference_s + moved_s / engines
+        path_s = forecast.alone_s.max() + others_s + moved_s / engines
 
         # The longest of k samples grows like log k where tails are exponential: from the mean to the longest of all.
         mean = forecast.remaining.mean()
         spread = np.log(num_samples / engines) / np.log(num_samples) if num_samples > 1 else np.ones(1)
-        steps = engines * (mean + max(0.0, forecast.longest - mean) * spread)
+        steps = engines * (mean + max(0.0, forecast.far.max() - mean) * spread)
         tokens = state.finished_tokens.sum() + state.inferring_tokens.sum() / 2
         tokens += (live.context_tokens + forecast.remaining).sum()
         inference_s = costs.inference_token_s * tokens
@@ -105,7 +103,7 @@ class Adaptive:
             return []
         sample_s = forecast.shared_s
         load_s = np.bincount(live.devices, weights=sample_s, minlength=state.num_devices)
-        end_s = forecast.far * costs.step_s + load_s[live.devices]
+        end_s = forecast.alone_s + load_s[live.devices] - sample_s
         weight = (end_s / end_s.max()) ** _SHARPNESS
         weight /= weight.sum()
         at_stake = np.bincount(live.devices, weights=weight, minlength=state.num_devices)
@@ -142,19 +140,15 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Forecast:
-    """Per live sample [live]: mean tokens left, tokens left if it were the longest, and seconds that it adds to steps,
-    to all of its own and to those of a sample like it beside it.
-
-    Of the longest: tokens left, context now, and seconds that it adds to each step.
+    """Per live sample [live]: mean tokens left; tokens left if it were the longest; seconds from now to its score, were
+    it that and alone; seconds that it adds to steps, to all of its own and to those of one like it beside it.
     """
 
     remaining: Floats
     far: Floats
+    alone_s: Floats
     sample_s: Floats
     shared_s: Floats
-    longest: float
-    longest_context: int
-    longest_step_s: float
 
 
 def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) -> _Forecast:
@@ -166,18 +160,15 @@ def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) 
     prefill_s = np.where(live.started, 0.0, costs.prefill_token_s * context)
     # The median of the shorter of two alike.
     shared = lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
-    sample_s, shared_s = (
+    far_s, sample_s, shared_s = (
         tokens * (costs.sample_s + costs.context_s * (context + tokens / 2)) + prefill_s
-        for tokens in (remaining, shared)
+        for tokens in (far, remaining, shared)
     )
-    index = int(np.argmax(far))
-    longest = float(far[index])
+    inference_s = costs.inference_s + costs.inference_token_s * (context + far)
     return _Forecast(
         remaining=remaining,
         far=far,
+        alone_s=far * costs.step_s + far_s + inference_s,
         sample_s=sample_s,
         shared_s=shared_s,
-        longest=longest,
-        longest_context=int(context[index]),
-        longest_step_s=costs.sample_s + costs.context_s * (float(context[index]) + longest / 2),
     )

@@ -82,7 +82,8 @@ class LengthModel:
         row_of = np.zeros(max(known, default=-1) + 1, dtype=np.int64)
         for sample, prompt in known.items():
             row_of[sample] = rows[prompt]
-        return SurvivalLengths(self.limit, self.grid, curves, _tails(self.grid, curves), row_of)
+        point_of = np.searchsorted(self.grid, np.arange(self.limit), side="right") - 1
+        return SurvivalLengths(self.limit, self.grid, point_of, curves, _tails(self.grid, curves), row_of)
 
 
 def learn(observations: Iterable[Observation], limit: int, *, prior_strength: float = 4.0) -> LengthModel:
@@ -126,10 +127,14 @@ def drift(model: LengthModel, recent: Sequence[Observation]) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SurvivalLengths:
-    """Remaining lengths by curve: `curves` and `tails` [rows, points]; samples beyond `row_of` [n] have row 0."""
+    """Remaining lengths by curve: `curves` and `tails` [rows, points]; samples beyond `row_of` [n] have row 0.
+
+    `point_of` [limit]: the last of the `grid` points [points] that is not after an age.
+    """
 
     limit: int
     grid: Floats
+    point_of: Ints
     curves: Floats
     tails: Floats
     row_of: Ints
@@ -168,7 +173,7 @@ class SurvivalLengths:
 
     def _locate(self, ages: Ints) -> tuple[Ints, Floats]:
         """The grid point at or before each age, and how far the age is towards the next."""
-        index = np.searchsorted(self.grid, ages, side="right") - 1
+        index = self.point_of[ages]
         return index, (ages - self.grid[index]) / (self.grid[index + 1] - self.grid[index])
 
     @staticmethod
