@@ -5,9 +5,9 @@ With n samples left, m engines that decode and N devices, two things bound what 
     path(m) = the last sample's steps, each as slow as its engine's batch makes it, and then its inference
     work(m) = (inference of everything + decoding by m engines) / N
 
-More engines shorten the path, since batches shrink; fewer leave more devices to inference. The plan is the m with the
-least max(path, work), what moving costs included. Samples then move so that no engine is predicted to end much later
-than it could, the fewest that do it.
+More engines shorten the path, since batches shrink; fewer leave more devices to inference. Engines are given up where
+that lowers max(path, work), what moving costs included; else free devices may decode as far as work stays below it.
+Samples then move one by one, as long as the expected end of the rollout gains by it.
 """
 
 from __future__ import annotations
