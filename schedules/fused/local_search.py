@@ -18,8 +18,8 @@ from schedules.ir import Pipeline, Problem, Schedule
 UNLIMITED_BYTES = 2**60
 
 # Initial and final temperature (in mean forward durations), weight of memory above the caps. Runs take turns: even
-# problems want the first, tight memory a higher weight, uneven stages with tight memory a hot start.
-_REGIMES = ((0.4, 0.1, 3.0), (2.0, 0.1, 6.0), (0.4, 0.1, 6.0))
+# problems want the first, tight memory a higher weight, uneven stages with tight memory the hot starts at odd places.
+_REGIMES = ((0.4, 0.1, 3.0), (2.0, 0.1, 6.0), (0.4, 0.1, 6.0), (2.0, 0.1, 6.0))
 
 _CHUNK_S = 0.02
 _LARGE_GRAPH = 6000

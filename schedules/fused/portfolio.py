@@ -155,7 +155,7 @@ class Portfolio:
                 makespan,
                 seed=seed,
                 num_steps=num_steps,
-                regime=worker + attempt,
+                regime=2 * (worker + attempt),  # no hot starts: the schedule is near its best already
                 speed=speed,
                 deadline=self.deadline,
                 is_stale=lambda cap=cap: self.incumbent.peak_bytes <= cap,  # type: ignore[misc]
