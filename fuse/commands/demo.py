@@ -165,11 +165,10 @@ def show(
     curve = output_dir / "learning_curve.png"
     save_curve(results.rewards, curve)
     last_trace = len(results.rewards) // config.trace_steps * config.trace_steps
-    console.print(f"\nlearning curve  {curve}")
-    console.print(
-        f"trace           {output_dir / 'traces' / f'iteration-{last_trace:05d}.json'} (open in ui.perfetto.dev)"
-    )
-    console.print(f"policy          {output_dir / 'policy'}")
+    trace = output_dir / "traces" / f"iteration-{last_trace:05d}.json"
+    console.print(f"\nlearning curve  {curve}", soft_wrap=True)
+    console.print(f"trace           {trace} (open in ui.perfetto.dev)", soft_wrap=True)
+    console.print(f"policy          {output_dir / 'policy'}", soft_wrap=True)
 
 
 @contextmanager
