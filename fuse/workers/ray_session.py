@@ -53,8 +53,13 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(directory),
-                # Workers need an environment of their own, so none can be started before its actor is known.
-                _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+                _system_config={
+                    # Workers need an environment of their own, so none can be started before its actor is known.
+                    "enable_worker_prestart": False,
+                    "prestart_worker_first_driver": False,
+                    # They are the run, not a background job that every other process may push aside.
+                    "worker_niceness": 0,
+                },
             )
         assert ray.util.get_node_ip_address() == _LOOPBACK, "the local Ray cluster would listen on the network"
         yield directory
