@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     with update_progress(trainer, console, "PPO"):
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    console.print(f"policy written to {trainer.args.output_dir}", highlight=False)
+    console.print(f"policy written to {trainer.args.output_dir}", highlight=False, soft_wrap=True)
     if arguments.json:
         results = RunResults.from_log(trainer.state.log_history)
         write_json(
