@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,7 +30,10 @@ class Where:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RayNodes]:
-    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as directory:  # pytest's own is too long for sockets
+    # pytest's own directories are too long for sockets
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as directory, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TMPDIR", directory)  # where Ray notes the address of the last cluster started
+        Path(directory, "ray").mkdir()
         head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": directory}
         nodes = RayNodes(initialize_head=True, head_node_args=head)
         nodes.add_node(num_cpus=1)
