@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.interstage.migration import balance
 from fuse.ppo import response_length
 from fuse.sample import Sample, SampleState
 from fuse.workers.cluster import Worker, gather, wait_any
@@ -45,7 +45,8 @@ def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
     Raises:
         WorkerError: a model worker died or raised.
     """
-    shares = [share for share in balance(samples, len(scorers)) if share]
+    tokens = [len(sample.prompt_ids) + sample.length for sample in samples]
+    shares = [[samples[index] for index in share] for share in balance(tokens, len(scorers)) if share]
     for sample in samples:
         sample.advance(SampleState.INFERRING)
     futures = [
@@ -60,24 +61,6 @@ def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
                 result.score,
             )
             sample.advance(SampleState.SCORED)
-
-
-def balance(samples: Sequence[Sample], num_shares: int) -> list[list[Sample]]:
-    """Split samples so that the shares' token counts are about equal: longest first, to the share with the fewest.
-
-    Source: Graham 1969, longest processing time first: the largest share is at most 4/3 of the smallest possible.
-    """
-    shares: list[list[Sample]] = [[] for _ in range(num_shares)]
-    totals = [(0, index) for index in range(num_shares)]
-    for sample in sorted(samples, key=_num_tokens, reverse=True):
-        tokens, index = heapq.heappop(totals)
-        shares[index].append(sample)
-        heapq.heappush(totals, (tokens + _num_tokens(sample), index))
-    return shares
-
-
-def _num_tokens(sample: Sample) -> int:
-    return len(sample.prompt_ids) + sample.length
 
 
 def _request(sample: Sample, params: SamplingParams) -> GenerationRequest:
