@@ -58,6 +58,19 @@ def test_a_run_on_two_devices_is_the_run_on_one(tmp_path: Path) -> None:
     assert not list(saved.rglob("*.bin")), "only safetensors and JSON"
 
 
+def test_replicas_and_bfloat16(tmp_path: Path) -> None:
+    one = _train(tmp_path / "one", num_devices=1)
+    replicated = _train(tmp_path / "replicated", num_devices=2, actor_stages=1, critic_stages=2)
+    assert _difference(one.policy_model, replicated.policy_model) < 1e-5
+    assert _difference(one.value_model, replicated.value_model) < 1e-5
+
+    rounded = _train(tmp_path / "rounded", num_devices=1, bf16=True, gradient_checkpointing=True)
+    assert rounded.policy_model.dtype == torch.float32, "the weights stay in fp32"
+    first, first_rounded = one.state.log_history[0], rounded.state.log_history[0]
+    assert first["loss/value_avg"] != first_rounded["loss/value_avg"], "nothing was computed in bfloat16"
+    assert first["objective/entropy"] == pytest.approx(first_rounded["objective/entropy"], rel=0.1)
+
+
 def _check_trace(path: Path) -> None:
     events = json.loads(path.read_text())["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
