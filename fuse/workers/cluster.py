@@ -19,14 +19,14 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fuse.workers.errors import WorkerError, cause_of
+from fuse.workers.errors import WorkerError, cause_of, dead_process_id
 from fuse.workers.ray_session import joined_cluster, local_cluster
 
 Accelerator = Literal["cpu", "cuda"]
 
 _SHARE_OF_DEVICE = 0.5
 _PLACEMENT_TIMEOUT_S = 60.0
-_NUM_LAST_LINES = 20
+_NUM_LAST_LINES = 40
 # A process has one compute thread, and must know before it imports torch.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -121,19 +121,20 @@ class Worker:
 
     def _failure(self, error: RayError) -> WorkerError:
         """Say why a call failed; when the worker could not be made, that is the reason for all that follows."""
+        reason = error
         try:
-            process_id = ray.get(self._started)
+            ray.get(self._started)
         except RayError as first:
-            return WorkerError(self.device, self.role, cause_of(first))
-        if isinstance(error, ray.exceptions.RayActorError) and self._logs is not None:
-            for line in _last_lines(self._logs, process_id):
+            reason = first
+        if self._logs is not None:
+            for line in _last_lines(self._logs, dead_process_id(reason)):
                 error.add_note(line)
-        return WorkerError(self.device, self.role, cause_of(error))
+        return WorkerError(self.device, self.role, cause_of(reason))
 
 
-def _last_lines(logs: Path, process_id: int) -> list[str]:
+def _last_lines(logs: Path, process_id: int | None) -> list[str]:
     """The end of what a process wrote to stderr, which is where a crash of native code reports itself."""
-    lines = [line for log in logs.glob(f"session_*/logs/worker-*-{process_id}.err") for line in _lines(log)]
+    lines = [line for log in logs.glob(f"session_latest/logs/worker-*-{process_id}.err") for line in _lines(log)]
     return [line for line in lines if not line.startswith(":")][-_NUM_LAST_LINES:]  # ":" marks Ray's own lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 
@@ -32,3 +34,9 @@ def cause_of(error: BaseException) -> str:
             return "the node it ran on died or left the Ray cluster"
         return "its process died (killed, out of memory, or crashed)"
     return f"{type(error).__name__}: {message.splitlines()[0]}"
+
+
+def dead_process_id(error: BaseException) -> int | None:
+    """The process whose death `error` reports, if it does; Ray tells it in the message only."""
+    match = re.search(r"^\s*pid: (\d+)$", str(error), re.MULTILINE) if isinstance(error, RayActorError) else None
+    return int(match[1]) if match else None

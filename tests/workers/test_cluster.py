@@ -135,15 +135,22 @@ def test_a_killed_process_is_noticed_while_others_hang(spawn: Spawn, capfd: pyte
 
 def test_a_crash_of_native_code_brings_its_last_words(cluster: Cluster, spawn: Spawn) -> None:
     class Crashing:
+        def __init__(self, at_once: bool) -> None:
+            if at_once:
+                self.crash()
+
         def crash(self) -> None:
             os.write(2, b"native code: invariant broken\n")
             os.abort()
 
-    worker = cluster.spawn("model worker", 0, Crashing)
-    with pytest.raises(WorkerError) as caught:
-        worker.call("crash").result()
-    assert any("invariant broken" in note for note in caught.value.__cause__.__notes__)
-    cluster.kill(worker)
+    for at_once in (True, False):
+        worker = cluster.spawn("model worker", 0, Crashing, at_once)
+        try:
+            with pytest.raises(WorkerError, match="its process died") as caught:
+                worker.call("crash").result()
+            assert any("invariant broken" in note for note in caught.value.__cause__.__notes__)
+        finally:
+            cluster.kill(worker)
 
 
 def test_a_third_worker_on_a_device_is_refused(spawn: Spawn) -> None:
