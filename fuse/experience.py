@@ -116,9 +116,7 @@ def _ends(
     response: Sequence[int], eos_token_id: int | None, stop_token_id: int | None, pad_token_id: int, width: int
 ) -> bool:
     """Whether the response, cut after its stop token and padded to `width`, holds the end-of-sequence token."""
-    cut = len(response)
-    if stop_token_id is not None and stop_token_id in response:
-        cut = response.index(stop_token_id) + 1
+    cut = ppo.length_to_stop(response, stop_token_id)
     padded = cut < width and pad_token_id == eos_token_id
     return padded or eos_token_id in response[:cut]
 

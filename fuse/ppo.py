@@ -25,11 +25,16 @@ from fuse.ops.gae import gae
 INVALID_LOGPROB = 1.0
 
 
+def length_to_stop(response_ids: Sequence[int], stop_token_id: int | None) -> int:
+    """Number of tokens up to and including the first stop token, all of them without one."""
+    if stop_token_id is None or stop_token_id not in response_ids:
+        return len(response_ids)
+    return response_ids.index(stop_token_id) + 1
+
+
 def response_length(response_ids: Sequence[int], stop_token_id: int | None, pad_token_id: int) -> int:
     """Number of tokens that count: up to and including the first stop token, and before the first padding token."""
-    end = len(response_ids)
-    if stop_token_id is not None and stop_token_id in response_ids:
-        end = response_ids.index(stop_token_id) + 1
+    end = length_to_stop(response_ids, stop_token_id)
     return next((index for index in range(end) if response_ids[index] == pad_token_id), end)
 
 

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from fuse.trace import PhaseClock, Span, busy_s
 
-WAIT = "wait"
-"""Category of spans in which a device waits for another: part of the trace, not of the busy time."""
-
 
 def iteration_report(tracks: Mapping[str, Mapping[str, Sequence[Span]]], clock: PhaseClock) -> dict[str, float]:
     """`time/{phase}` and `time/total` in seconds, and `idle/{device}`: the share in which no worker of it computed."""
     total_s = clock.end_s - clock.start_s
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
     for device, workers in tracks.items():
-        spans = [span for spans in workers.values() for span in spans if span.category != WAIT]
+        spans = [span for spans in workers.values() for span in spans]
         report[f"idle/{device}"] = 1.0 - busy_s(spans, clock.start_s, clock.end_s) / total_s
     return report
 

@@ -19,7 +19,7 @@ from fuse.experience import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.executor import execute
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.plan import ModelName, Replica, replica_micro_batches, serial_schedule
+from fuse.intrastage.plan import ModelName, Replica, pipeline_name, replica_micro_batches, serial_schedule
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.state_dict import load_state_dict
@@ -160,7 +160,7 @@ class ModelWorker:
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         communication.connect(self._rank, world_size, host, port, backend, settings.timeout_s)
         self._communicators = communication.open_pipelines(
-            [(f"{replica.model}.{replica.index}", replica.ranks) for replica in settings.placement],
+            [(pipeline_name(replica), replica.ranks) for replica in settings.placement],
             settings.timeout_s,
         )
         self._optimizers: dict[str, ModelOptimizer] = {
