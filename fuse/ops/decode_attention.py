@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from fuse.ops.native import extension, log_choice
+from fuse.ops.native import choose, extension, log_choice
+
+NATIVE_DTYPES = (torch.float32,)
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -18,7 +18,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
 
     The native code reads the rows' own tokens only. The reference reads the whole context, so all of it must be finite.
     """
-    native, choice = _choose(query.dtype, query.device)
+    native, choice = choose(query.device, query.dtype, NATIVE_DTYPES)
     log_choice("decode_attention", choice)
     if native is None:
         return decode_attention_reference(query, keys, values, lengths, scale)
@@ -59,7 +59,7 @@ def masked_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether native code serves: then a mask need not be built."""
-    return _choose(dtype, device)[0] is not None
+    return choose(device, dtype, NATIVE_DTYPES)[0] is not None
 
 
 def describe() -> str:
@@ -72,13 +72,4 @@ def describe() -> str:
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return _choose(example.dtype, example.device)[1]
-
-
-def _choose(dtype: torch.dtype, device: torch.device) -> tuple[ModuleType | None, str]:
-    native, reason = extension()
-    if native is None:
-        return None, f"torch reference: {reason}"
-    if device.type != "cpu" or dtype != torch.float32:
-        return None, f"torch reference: there is no native code for {dtype} on {device.type}"
-    return native, "native C++"
+    return choose(example.device, example.dtype, NATIVE_DTYPES)[1]

@@ -6,12 +6,10 @@ Source: Schulman et al., High-Dimensional Continuous Control Using Generalized A
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from fuse.ops.native import extension, log_choice
+from fuse.ops.native import choose, extension, log_choice
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
@@ -30,7 +28,7 @@ def gae(rewards: Tensor, values: Tensor, offsets: Tensor, gamma: float, lam: flo
     """
     _check(rewards, values, offsets, gamma, lam)
     rewards, values = rewards.detach(), values.detach()
-    native, choice = _choose(rewards.dtype, rewards.device)
+    native, choice = choose(rewards.device, rewards.dtype, NATIVE_DTYPES)
     log_choice("gae", choice)
     if native is None:
         return gae_reference(rewards, values, offsets, gamma, lam)
@@ -75,16 +73,7 @@ def describe() -> str:
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return _choose(example.dtype, example.device)[1]
-
-
-def _choose(dtype: torch.dtype, device: torch.device) -> tuple[ModuleType | None, str]:
-    native, reason = extension()
-    if native is None:
-        return None, f"torch reference: {reason}"
-    if device.type != "cpu" or dtype not in NATIVE_DTYPES:
-        return None, f"torch reference: there is no native code for {dtype} on {device.type}"
-    return native, "native C++"
+    return choose(example.device, example.dtype, NATIVE_DTYPES)[1]
 
 
 def _check(rewards: Tensor, values: Tensor, offsets: Tensor, gamma: float, lam: float) -> None:

@@ -23,12 +23,11 @@ Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fuse.ops.native import extension, log_choice
+from fuse.ops.native import choose, extension, log_choice
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio; odd, written as the int64 it is
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -64,7 +63,7 @@ def sample_tokens(
     A row of temperature 0 is greedy: the first largest logit, its log-probability taken at temperature 1 (the limit
     would be 0 for every token).
     """
-    native, choice = _choose(logits.device)
+    native, choice = choose(logits.device)
     log_choice("sample_tokens", choice)
     if native is None:
         return sample_tokens_reference(logits, temperatures, seeds, sample_ids, positions)
@@ -99,16 +98,7 @@ def describe() -> str:
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return _choose(example.device)[1]
-
-
-def _choose(device: torch.device) -> tuple[ModuleType | None, str]:
-    native, reason = extension()
-    if native is None:
-        return None, f"torch reference: {reason}"
-    if device.type != "cpu":
-        return None, f"torch reference: there is no native code on {device.type}"
-    return native, "native C++"
+    return choose(example.device)[1]
 
 
 def _keys(seeds: Tensor, sample_ids: Tensor, positions: Tensor) -> Tensor:
