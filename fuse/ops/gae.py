@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuse.ops.native import choose, extension, log_choice
+from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
@@ -28,12 +28,14 @@ def gae(rewards: Tensor, values: Tensor, offsets: Tensor, gamma: float, lam: flo
     """
     _check(rewards, values, offsets, gamma, lam)
     rewards, values = rewards.detach(), values.detach()
-    native, choice = choose(rewards.device, rewards.dtype, NATIVE_DTYPES)
+    device = rewards.device
+    native, choice = choose(device, rewards.dtype, NATIVE_DTYPES, has_cuda=True)
     log_choice("gae", choice)
     if native is None:
         return gae_reference(rewards, values, offsets, gamma, lam)
-    advantages, returns = (torch.empty(len(rewards), dtype=rewards.dtype) for _ in range(2))
-    native.gae(rewards, values, offsets.contiguous(), gamma, lam, advantages, returns)
+    advantages, returns = (torch.empty(len(rewards), dtype=rewards.dtype, device=device) for _ in range(2))
+    with current(device):
+        native.gae(rewards, values, offsets.contiguous(), gamma, lam, advantages, returns, *queue(device))
     return advantages, returns
 
 
@@ -68,12 +70,13 @@ def describe() -> str:
     native, reason = extension()
     if native is None:
         return f"torch reference: {reason}"
-    return "native C++ for float32 and float64 on CPU; torch reference elsewhere: there is no CUDA kernel"
+    cuda = "CUDA on GPUs" if native.has_cuda else f"torch reference on GPUs: {NOT_BUILT}"
+    return f"native C++ for float32 and float64 on CPU, {cuda}; torch reference for other dtypes"
 
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return choose(example.device, example.dtype, NATIVE_DTYPES)[1]
+    return choose(example.device, example.dtype, NATIVE_DTYPES, has_cuda=True)[1]
 
 
 def _check(rewards: Tensor, values: Tensor, offsets: Tensor, gamma: float, lam: float) -> None:

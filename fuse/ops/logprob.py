@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from fuse.ops import linear_logprob as linear
 
 
 def token_logprobs(
@@ -13,12 +17,14 @@ def token_logprobs(
     """Log-probability of each target and entropy in nats under softmax(head(hidden) / temperature), each [n] float32.
 
     hidden: [n, hidden] of the head's dtype.
-    head: maps [n, hidden] to logits [n, vocab].
+    head: maps [n, hidden] to logits [n, vocab]. Of a plain nn.Linear only the parameters are used: its logits are
+        never held side by side, see `fuse.ops.linear_logprob`.
     targets: [n] int64 in [0, vocab).
-    chunk_tokens: rows of logits held at once; the backward pass then computes each chunk's logits again.
-        None: all rows, once.
+    chunk_tokens: rows of any other head's logits held at once; the backward pass then computes each chunk's logits
+        again. None: all rows, once.
 
-    Softmax and sums are float32 whatever the dtype of the logits. Differentiable in hidden and the head's weights.
+    Softmax and sums are float32 whatever the dtype of the logits, or float64 for float64. Differentiable in hidden and
+    the head's weights.
 
     Raises: ValueError on shapes that do not fit, a temperature that is not positive, or an empty chunk.
     """
@@ -30,6 +36,8 @@ def token_logprobs(
         raise ValueError(f"temperature is {temperature}: it must be positive; add 1e-7 to allow for 0")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: it must be at least 1, or None for no chunks")
+    if _is_plain(head):
+        return linear.linear_logprob(hidden, head.weight, head.bias, targets, temperature)
     if chunk_tokens is None or len(targets) <= chunk_tokens:
         return _logprobs_and_entropy(hidden, head, targets, temperature)
     chunks = [
@@ -43,11 +51,15 @@ def token_logprobs(
 def _logprobs_and_entropy(
     hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logprobs = (head(hidden).float() / temperature).log_softmax(dim=-1)
-    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    return linear.of_logits(head(hidden), targets, temperature)
+
+
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the head computes a product with its weight, and nobody counts on being called when it does."""
+    has_hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and not has_hooks and not hasattr(head, "_hf_hook")  # accelerate's
 
 
 def describe() -> str:
     """Which implementation serves, and why."""
-    return "torch reference, in chunks of tokens on request: there is no native kernel"
+    return f"plain linear heads: {linear.describe()}; other heads: torch reference, in chunks of tokens on request"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -23,16 +24,41 @@ def extension() -> tuple[ModuleType | None, str]:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype | None = None, dtypes: Collection[torch.dtype] = ()
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    dtypes: Collection[torch.dtype] = (),
+    *,
+    has_cuda: bool = False,
 ) -> tuple[ModuleType | None, str]:
-    """The extension if it serves CPU inputs of `dtype`, one of `dtypes`, and in words what serves; no dtype is any."""
+    """The extension if it serves inputs of `dtype`, one of `dtypes`, and in words what serves; no dtype is any.
+
+    has_cuda: there is CUDA code beside that for CPUs; whether it was built is another matter.
+    """
     native, reason = extension()
     if native is None:
         return None, f"torch reference: {reason}"
-    if device.type != "cpu" or (dtype is not None and dtype not in dtypes):
-        what = "" if dtype is None else f" for {dtype}"
-        return None, f"torch reference: there is no native code{what} on {device.type}"
-    return native, "native C++"
+    if dtype is None or dtype in dtypes:
+        if device.type == "cpu":
+            return native, "native C++"
+        if device.type == "cuda" and has_cuda and native.has_cuda:
+            return native, "native CUDA"
+        if device.type == "cuda" and has_cuda:
+            return None, f"torch reference: {NOT_BUILT}"
+    what = "" if dtype is None else f" for {dtype}"
+    return None, f"torch reference: there is no native code{what} on {device.type}"
+
+
+NOT_BUILT = "fuse._native was built without a CUDA compiler"
+
+
+def queue(device: torch.device) -> tuple[int, ...]:
+    """What native code takes beside its arrays: on a GPU the stream to work on, on a CPU nothing."""
+    return (torch.cuda.current_stream(device).cuda_stream,) if device.type == "cuda" else ()
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that native code launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

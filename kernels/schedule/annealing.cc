@@ -11,7 +11,7 @@ namespace fuse::schedule {
 namespace {
 
 constexpr std::int64_t kStepsPerTemperature = 128;
-constexpr std::int64_t kStepsPerWindowNode = 50;
+constexpr std::int64_t kStepsPerWindowNode = 10;
 
 }  // namespace
 
@@ -30,7 +30,14 @@ Annealing::Annealing(const Graph& graph, const Orders& start, std::vector<Bytes>
   assert(loaded);
   if (options_.window <= 0 || options_.window > graph.size()) options_.window = graph.size();
   makespan_ = timeline_.makespan();
-  for (Node x = 0; x < graph.size(); ++x) excess_ += excess_of(x, timeline_.level_before(x));
+  measure_excess();
+  keep_if_best();
+}
+
+void Annealing::change_caps(std::vector<Bytes> caps) {
+  caps_ = std::move(caps);
+  found_ = false;
+  measure_excess();
   keep_if_best();
 }
 
@@ -46,6 +53,11 @@ double Annealing::excess_of(Node x, Bytes level_before) const {
   if (graph_.bytes_taken[x] <= 0) return 0;
   const Bytes over = level_before + graph_.bytes_taken[x] - caps_[graph_.rank_of[x]];
   return over > 0 ? static_cast<double>(over) + base_ : 0;
+}
+
+void Annealing::measure_excess() {
+  excess_ = 0;
+  for (Node x = 0; x < graph_.size(); ++x) excess_ += excess_of(x, timeline_.level_before(x));
 }
 
 void Annealing::step() {
@@ -69,13 +81,13 @@ void Annealing::step() {
   const double allowed = cost(makespan_, excess_) - temperature_ * std::log(random_.unit()) - weight_ * excess;
   if (allowed < target_) return;
   const Ticks limit = static_cast<Ticks>(std::min(allowed, 0.5 * std::numeric_limits<Ticks>::max()));
-  const SwapResult result = timeline_.swap(u, limit);
-  if (result == SwapResult::kCycle) return;
-  const Ticks makespan = result == SwapResult::kDone ? timeline_.makespan() : limit + 1;
+  if (timeline_.longest_path_if_swapped(u) > limit || !timeline_.swap(u)) return;
+  const Ticks makespan = timeline_.makespan();
   if (makespan > limit) {
     timeline_.undo();
     return;
   }
+  timeline_.keep();
   makespan_ = makespan;
   // A sum of differences drifts; no operation over its cap must read as exactly none.
   excess_ = excess < 0.5 * base_ ? 0 : excess;

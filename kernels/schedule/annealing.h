@@ -35,6 +35,9 @@ class Annealing {
   // Runs up to `num_steps` more steps; true when all are done, or a schedule within the caps and the target is found.
   bool advance(std::int64_t num_steps);
 
+  // Goes on from the current state, and as hot as it is, under other caps: what was found before does not count.
+  void change_caps(std::vector<Bytes> caps);
+
   bool found() const { return found_; }
   // The shortest schedule within the caps, if found.
   const Orders& best() const { return best_; }
@@ -50,6 +53,7 @@ class Annealing {
   void trace_critical_path();
   Node draw_pair();
   void step();
+  void measure_excess();
   void keep_if_best();
   void slide_window();
 

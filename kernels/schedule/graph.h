@@ -54,11 +54,8 @@ class Graph {
   std::vector<std::array<Node, 2>> successors;
   std::vector<int> rank_of;
   std::vector<int> chain_of;
-  // Least ticks from the end of a node to the end of the schedule, by data dependencies and chain order alone.
-  std::vector<Ticks> least_tail;
   // Per rank.
   std::vector<Bytes> initial_bytes;
-  std::vector<Ticks> least_rank_tail;
   std::vector<Ticks> work;
   // Per chain; copies, side by side for speed.
   std::vector<int> channel_in;

@@ -1,11 +1,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
 #include "schedule/annealing.h"
 #include "schedule/evaluation.h"
+#include "schedule/list_schedule.h"
 #include "schedule/reservation_search.h"
 
 namespace nb = nanobind;
@@ -65,6 +67,12 @@ Ticks evaluate_into(const Graph& graph, const Input<Node>& nodes, const Input<st
   return evaluation->makespan;
 }
 
+std::optional<Orders> list_schedule_of(const Graph& graph, const Input<std::int64_t>& priority,
+                                       const Input<Bytes>& caps, bool patient) {
+  nb::gil_scoped_release release;
+  return list_schedule(graph, copy(priority), copy(caps), patient);
+}
+
 }  // namespace
 }  // namespace fuse::schedule
 
@@ -88,6 +96,9 @@ NB_MODULE(_native, module) {
   module.def("evaluate", &evaluate_into, nb::arg("graph"), nb::arg("nodes"), nb::arg("offsets"), nb::arg("start"),
              nb::arg("peak_bytes"), "Writes each node's start and each rank's peak; returns the makespan.");
 
+  module.def("list_schedule", &list_schedule_of, nb::arg("graph"), nb::arg("priority"), nb::arg("caps"),
+             nb::arg("patient"), "See kernels/schedule/list_schedule.h; None when the ranks block one another.");
+
   nb::class_<AnnealingOptions>(module, "AnnealingOptions", "See kernels/schedule/annealing.h.")
       .def(nb::init<>())
       .def_rw("initial_temperature", &AnnealingOptions::initial_temperature)
@@ -109,6 +120,9 @@ NB_MODULE(_native, module) {
           nb::arg("graph"), nb::arg("nodes"), nb::arg("offsets"), nb::arg("caps"), nb::arg("target"),
           nb::arg("num_steps"), nb::arg("seed"), nb::arg("options"), nb::keep_alive<1, 2>())
       .def("advance", &Annealing::advance, nb::arg("num_steps"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "change_caps", [](Annealing& self, const Input<Bytes>& caps) { self.change_caps(copy(caps)); },
+          nb::arg("caps"))
       .def("best", &Annealing::best)
       .def_prop_ro("found", &Annealing::found)
       .def_prop_ro("best_makespan", &Annealing::best_makespan)

@@ -15,7 +15,7 @@ Timeline::Timeline(const Graph& graph) : graph_(graph) {
   last_.resize(graph.num_ranks);
   for (auto* links : {&previous_, &next_, &position_}) links->assign(n, graph.none());
   start_.assign(n, 0);
-  remaining_.assign(n, 0);
+  tail_.assign(n, 0);
   level_before_.assign(n, 0);
   dirty_.assign(n, 0);
   behind_.assign(n, 0);
@@ -36,19 +36,11 @@ bool Timeline::load(const Orders& orders) {
     }
     last_[rank] = before;
     if (before != none) next_[before] = none;
-    Ticks remaining = graph_.least_rank_tail[rank];
-    for (auto it = orders[rank].rbegin(); it != orders[rank].rend(); ++it) {
-      remaining_[*it] = remaining;
-      remaining += graph_.duration[*it];
-    }
   }
   sort_by_start();
-  window_begin_ = 0;
-  window_end_ = graph_.size();
-  passing_by_ = 0;
-  job_exits_.clear();
-  rank_exits_.assign(graph_.num_ranks, {none, 0});
-  return static_cast<Node>(order_.size()) == graph_.size();
+  if (static_cast<Node>(order_.size()) < graph_.size()) return false;
+  set_window(0, graph_.size());
+  return true;
 }
 
 Orders Timeline::orders() const {
@@ -70,6 +62,12 @@ Bytes Timeline::peak_bytes(int rank) const {
 Ticks Timeline::earliest_start(Node x) const {
   const Node p = graph_.predecessor[x], q = previous_[x];
   return std::max(end(p) + graph_.lag[x], end(q));
+}
+
+Ticks Timeline::longest_tail(Node x) const {
+  Ticks tail = path_from(next_[x]);
+  for (Node y : graph_.successors[x]) tail = std::max(tail, graph_.lag[y] + path_from(y));
+  return tail;
 }
 
 // Sorting by start keeps the two nodes of a critical pair close together, which is what a swap pays for.
@@ -97,27 +95,20 @@ void Timeline::sort_by_start() {
 
 void Timeline::set_window(Node begin, Node end) {
   const Node none = graph_.none();
-  // Starts behind the old window are stale; a fresh sort computes all of them.
+  // Starts behind the old window and tails before it are stale; a fresh sort computes all of them.
   sort_by_start();
   window_begin_ = begin;
   window_end_ = end;
   passing_by_ = 0;
   job_exits_.clear();
   rank_exits_.assign(graph_.num_ranks, {none, 0});
-  if (begin == 0 && end == graph_.size()) return;
-
-  std::vector<Ticks> from_start(graph_.size() + 1, 0);  // longest path from a node's start to the end
   for (auto it = order_.rbegin(); it != order_.rend(); ++it) {
     const Node x = *it;
-    Ticks after = from_start[next_[x]];
-    for (Node y : graph_.successors[x]) {
-      if (y != none) after = std::max(after, graph_.lag[y] + from_start[y]);
-    }
-    from_start[x] = graph_.duration[x] + after;
+    tail_[x] = longest_tail(x);
     const bool leaves = position_[x] < end;
     for (Node y : graph_.successors[x]) {
       if (leaves && y != none && position_[y] >= end) {
-        const Ticks path = graph_.lag[y] + from_start[y];
+        const Ticks path = graph_.lag[y] + path_from(y);
         if (position_[x] >= begin) {
           job_exits_.push_back({x, path});
         } else {
@@ -132,9 +123,9 @@ void Timeline::set_window(Node begin, Node end) {
       behind = before;
       before = previous_[before];
     }
-    rank_exits_[rank] = {behind, from_start[behind]};
+    rank_exits_[rank] = {behind, path_from(behind)};
     if (before != none && position_[before] < begin) {
-      passing_by_ = std::max(passing_by_, this->end(before) + from_start[behind]);
+      passing_by_ = std::max(passing_by_, this->end(before) + path_from(behind));
     }
   }
 }
@@ -152,11 +143,21 @@ void Timeline::relink(Node u, Node v) {
   const Bytes level = level_before_[u];
   level_before_[v] = level;
   level_before_[u] = level + graph_.bytes_taken[v];
-  remaining_[v] += graph_.duration[u];
-  remaining_[u] -= graph_.duration[v];
 }
 
-SwapResult Timeline::swap(Node u, Ticks limit) {
+Ticks Timeline::longest_path_if_swapped(Node u) const {
+  const Node v = next_[u], p = graph_.predecessor[u], q = graph_.predecessor[v];
+  assert(graph_.may_swap(u, v) && in_window(u) && in_window(v));
+  const Ticks start_v = std::max(end(q) + graph_.lag[v], end(previous_[u]));
+  const Ticks start_u = std::max(end(p) + graph_.lag[u], start_v + graph_.duration[v]);
+  Ticks tail_u = path_from(next_[v]);
+  for (Node y : graph_.successors[u]) tail_u = std::max(tail_u, graph_.lag[y] + path_from(y));
+  Ticks tail_v = graph_.duration[u] + tail_u;
+  for (Node y : graph_.successors[v]) tail_v = std::max(tail_v, graph_.lag[y] + path_from(y));
+  return std::max(start_v + graph_.duration[v] + tail_v, start_u + graph_.duration[u] + tail_u);
+}
+
+bool Timeline::swap(Node u) {
   const Node v = next_[u];
   assert(graph_.may_swap(u, v) && in_window(u) && in_window(v));
   const Node from = position_[u], to = position_[v];
@@ -175,7 +176,7 @@ SwapResult Timeline::swap(Node u, Ticks limit) {
   }
   const bool circle = behind_[graph_.predecessor[v]];
   for (Node x : behind_stretch_) behind_[x] = 0;
-  if (circle) return SwapResult::kCycle;
+  if (circle) return false;
 
   ahead_stretch_.push_back(v);
   stretch_begin_ = from;
@@ -189,47 +190,61 @@ SwapResult Timeline::swap(Node u, Ticks limit) {
   }
   relink(u, v);
   swapped_ = {u, v};
-  const SwapResult result = propagate(from, limit);
-  assert(result != SwapResult::kDone || matches_full_evaluation());
-  return result;
+  propagate_starts();
+  assert(starts_match_full_evaluation());
+  return true;
 }
 
-// Recomputes starts in topological order from the first one that can change; gives up once some rank cannot finish its
-// remaining work, or some node its least tail, within the limit.
-SwapResult Timeline::propagate(Node from, Ticks limit) {
+// Recomputes starts in topological order from the first one that can change.
+void Timeline::propagate_starts() {
   old_starts_.clear();
   int num_dirty = 0;
   auto mark = [&](Node x) {
-    if (!dirty_[x] && position_[x] < window_end_) {
-      dirty_[x] = 1;
+    const Node position = position_[x];
+    if (position < window_end_ && !dirty_[position]) {
+      dirty_[position] = 1;
       ++num_dirty;
     }
   };
   const auto [u, v] = swapped_;
-  mark(v);
-  mark(u);
-  if (next_[u] != graph_.none()) mark(next_[u]);
-  for (Node i = from; num_dirty > 0; ++i) {
-    const Node x = order_[i];
-    if (!dirty_[x]) continue;
-    dirty_[x] = 0;
+  for (Node x : {v, u, next_[u]}) mark(x);
+  for (Node i = position_[v]; num_dirty > 0; ++i) {
+    if (!dirty_[i]) continue;
+    dirty_[i] = 0;
     --num_dirty;
+    const Node x = order_[i];
     const Ticks start = earliest_start(x);
     if (start == start_[x]) continue;
     old_starts_.push_back({x, start_[x]});
     start_[x] = start;
-    if (start + graph_.duration[x] + std::max(remaining_[x], graph_.least_tail[x]) > limit) {
-      for (++i; num_dirty > 0; ++i) {
-        num_dirty -= dirty_[order_[i]];
-        dirty_[order_[i]] = 0;
-      }
-      return SwapResult::kOverLimit;
-    }
-    mark(graph_.successors[x][0]);
-    mark(graph_.successors[x][1]);
-    mark(next_[x]);
+    for (Node y : {graph_.successors[x][0], graph_.successors[x][1], next_[x]}) mark(y);
   }
-  return SwapResult::kDone;
+}
+
+// Recomputes tails against the topological order from the last one that can change.
+void Timeline::keep() {
+  int num_dirty = 0;
+  auto mark = [&](Node x) {
+    const Node position = position_[x];
+    if (position >= window_begin_ && !dirty_[position] && x != graph_.none()) {
+      dirty_[position] = 1;
+      ++num_dirty;
+    }
+  };
+  const auto [u, v] = swapped_;
+  for (Node x : {u, v, previous_[v]}) mark(x);
+  for (Node i = position_[u]; num_dirty > 0; --i) {
+    if (!dirty_[i]) continue;
+    dirty_[i] = 0;
+    --num_dirty;
+    const Node x = order_[i];
+    const Ticks tail = longest_tail(x);
+    if (tail == tail_[x]) continue;
+    tail_[x] = tail;
+    mark(graph_.predecessor[x]);
+    mark(previous_[x]);
+  }
+  assert(tails_are_exact());
 }
 
 void Timeline::undo() {
@@ -242,7 +257,7 @@ void Timeline::undo() {
   }
 }
 
-bool Timeline::matches_full_evaluation() const {
+bool Timeline::starts_match_full_evaluation() const {
   const auto full = evaluate(graph_, orders());
   if (!full || full->makespan != makespan()) return false;
   for (Node i = 0; i < window_end_; ++i) {
@@ -250,6 +265,13 @@ bool Timeline::matches_full_evaluation() const {
   }
   for (int rank = 0; rank < graph_.num_ranks; ++rank) {
     if (full->peak_bytes[rank] != peak_bytes(rank)) return false;
+  }
+  return true;
+}
+
+bool Timeline::tails_are_exact() const {
+  for (Node i = window_begin_; i < graph_.size(); ++i) {
+    if (tail_[order_[i]] != longest_tail(order_[i])) return false;
   }
   return true;
 }

@@ -9,18 +9,14 @@
 
 namespace fuse::schedule {
 
-enum class SwapResult {
-  kCycle,      // the ranks would wait in a circle; nothing has changed
-  kDone,       // starts are exact
-  kOverLimit,  // the makespan exceeds the limit; starts are stale: the swap must be undone
-};
-
-// Keeps, per node: its neighbours on the rank, its start, its memory level, and its place in a topological order of all
-// dependencies. A swap costs what it moves: the stretch of the order between the two nodes, and every later node whose
-// start changes.
+// Keeps, per node: its neighbours on the rank, its start, its tail (the longest path from its end to the schedule's
+// end), its memory level, and its place in a topological order of all dependencies. Starts and tails tell in constant
+// time how long the paths through a pair would become by a swap (Taillard 1994), which refuses most swaps. A swap that
+// is made costs what it moves: the stretch of the order between the two nodes, every later node whose start changes,
+// and, once it is kept, every earlier node whose tail changes.
 //
-// A *window* confines swaps and updates to a stretch of the topological order. Tails of the nodes behind it are fixed
-// while it stands, so the makespan stays exact: it is the longest of the paths that leave the window.
+// A *window* confines swaps and updates to a stretch of the topological order. Starts before it and tails behind it are
+// fixed while it stands, so the makespan stays exact: it is the longest of the paths that leave the window.
 class Timeline {
  public:
   explicit Timeline(const Graph& graph);
@@ -40,10 +36,16 @@ class Timeline {
   template <typename Choose>
   Ticks makespan(Node* critical, Choose choose) const;
 
-  // Swaps u with its right neighbour. Requires graph.may_swap and both in the window.
-  SwapResult swap(Node u, Ticks limit);
-  // Takes the latest successful or over-limit swap back.
+  // The longest path through u or its right neighbour after they have changed places: no more than the makespan will
+  // be. Means nothing if the swap would close a circle. Requires graph.may_swap and both in the window.
+  Ticks longest_path_if_swapped(Node u) const;
+  // Swaps u with its right neighbour; false, and nothing has changed, if the ranks would then wait in a circle. Starts
+  // are exact afterwards; one of undo and keep must follow. Requires the same.
+  bool swap(Node u);
+  // Takes the swap back.
   void undo();
+  // Brings tails up to date with it.
+  void keep();
 
   Node previous(Node x) const { return previous_[x]; }
   Node next(Node x) const { return next_[x]; }
@@ -57,21 +59,24 @@ class Timeline {
 
  private:
   Ticks earliest_start(Node x) const;
+  Ticks longest_tail(Node x) const;
+  Ticks path_from(Node x) const { return graph_.duration[x] + tail_[x]; }
   void sort_by_start();
   void relink(Node u, Node v);
-  SwapResult propagate(Node from, Ticks limit);
-  bool matches_full_evaluation() const;
+  void propagate_starts();
+  bool starts_match_full_evaluation() const;
+  bool tails_are_exact() const;
 
   const Graph& graph_;
   std::vector<Node> first_, last_;     // per rank
   std::vector<Node> previous_, next_;  // neighbours on the rank
-  std::vector<Ticks> start_;
-  std::vector<Ticks> remaining_;        // rank's work after the node plus the rank's least tail
+  std::vector<Ticks> start_, tail_;
   std::vector<Bytes> level_before_;     // rank's memory when the node is about to start
   std::vector<Node> order_, position_;  // topological order and its inverse
-  std::vector<char> dirty_, behind_;    // marks, all clear between calls
+  std::vector<char> dirty_;             // marks by position, all clear between calls
+  std::vector<char> behind_;            // marks by node, likewise
 
-  // What undo needs: the pair, starts, and the stretch of the order.
+  // What undo and keep need: the pair, starts, and the stretch of the order.
   std::pair<Node, Node> swapped_;
   std::vector<std::pair<Node, Ticks>> old_starts_;
   std::vector<Node> old_stretch_, ahead_stretch_, behind_stretch_;
