@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from schedules.ir import Op, Schedule
@@ -34,8 +35,10 @@ class Timing:
         return (total - sum(self.busy_ticks)) / total if total else 0.0
 
 
-def evaluate(schedule: Schedule) -> Timing:
+def evaluate(schedule: Schedule, ticks: Callable[[Op], int] | None = None) -> Timing:
     """Time a schedule: an operation starts when its rank is free and what it needs has ended and been transferred.
+
+    ticks: durations of single operations in place of the problem's, for micro-batches that differ in length.
 
     O(operations). Completeness, placement and limits are the validator's business; only what has no times is refused.
 
@@ -43,6 +46,7 @@ def evaluate(schedule: Schedule) -> Timing:
         ValueError: an operation is not of the problem, needs one that is absent, or waits for itself through others.
     """
     problem = schedule.problem
+    ticks = ticks or problem.ticks
     for rank, op in schedule.ops():
         if not problem.contains(op):
             raise ValueError(f"rank {rank}: {op} is not an operation of this problem; run schedules.violations for all")
@@ -64,13 +68,13 @@ def evaluate(schedule: Schedule) -> Timing:
         for needed in needs(known, op, problem.pipelines[op.pipeline].num_stages):
             earliest = max(earliest, end_of[needed] + problem.transfer_ticks(needed, op))
         start[rank].append(earliest)
-        end[rank].append(earliest + problem.ticks(op))
+        end[rank].append(earliest + ticks(op))
         end_of.setdefault(op, end[rank][-1])
     return Timing(
         start=tuple(map(tuple, start)),
         end=tuple(map(tuple, end)),
         makespan=max((times[-1] for times in end if times), default=0),
-        busy_ticks=tuple(sum(map(problem.ticks, order)) for order in schedule.ranks),
+        busy_ticks=tuple(sum(map(ticks, order)) for order in schedule.ranks),
         peak_bytes=tuple(max(levels) for levels in memory_levels(schedule)),
     )
 

@@ -93,13 +93,17 @@ def _take(ops: Iterator[Op], count: int) -> list[Op]:
 
 
 def _candidates(pipeline: Pipeline, rank: int, order: list[Op], max_held: int) -> Iterator[Op]:
-    """The next operation of each chain of the rank; no forward beyond the number of micro-batches it may hold."""
+    """The next operation of each chain of the rank; no forward beyond the number of micro-batches it may hold.
+
+    The first stage leaves room for one of the second, whose gradients are what sets memory free.
+    """
     counts = {(op.stage, op.kind): op.micro_batch + 1 for op in order}
     held = sum(op.kind is Kind.F for op in order) - sum(op.kind is Kind.W for op in order)
     for stage, home in enumerate(pipeline.ranks):
+        most = max_held - (stage < pipeline.num_stages // 2)
         for kind in (Kind.F, Kind.I, Kind.W):
             micro_batch = counts.get((stage, kind), 0)
-            if home == rank and micro_batch < pipeline.num_micro_batches and (kind is not Kind.F or held < max_held):
+            if home == rank and micro_batch < pipeline.num_micro_batches and (kind is not Kind.F or held < most):
                 yield Op(0, stage, micro_batch, kind)
 
 

@@ -252,7 +252,7 @@ def _solve(
     solver.parameters.max_time_in_seconds = time_limit_s
     solver.parameters.num_workers = num_workers
     solver.parameters.random_seed = seed
-    with _Watch(solver, should_stop):
+    with Watch(solver, should_stop):
         status = solver.solve(model.cp)
     if status == cp_model.INFEASIBLE:
         return Result(Outcome.INFEASIBLE, None, None, bound_if_infeasible)
@@ -268,7 +268,7 @@ def _solve(
     return Result(outcome, schedule, round(solver.objective_value), bound)
 
 
-class _Watch:
+class Watch:
     """While the solver runs, asks now and then whether it should stop."""
 
     def __init__(self, solver: cp_model.CpSolver, should_stop: Callable[[], bool]) -> None:

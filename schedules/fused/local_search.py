@@ -22,8 +22,9 @@ UNLIMITED_BYTES = 2**60
 _REGIMES = ((0.4, 0.1, 3.0), (2.0, 0.1, 6.0), (0.4, 0.1, 6.0), (2.0, 0.1, 6.0))
 
 _CHUNK_S = 0.02
-_LARGE_GRAPH = 6000
-_WINDOW = 4000
+_LARGE_GRAPH = 1000  # operations; larger ones are annealed in windows of at least so many, or of a share of all
+_WINDOW = 500
+_WINDOW_SHARE = 8
 
 Caps = NDArray[np.int64]
 
@@ -36,7 +37,7 @@ class Speed:
 
     @staticmethod
     def guess(num_operations: int) -> Speed:
-        return Speed(min(5e5, 1e9 / num_operations))
+        return Speed(min(2e6, 4e9 / num_operations))
 
 
 def memory_caps(problem: Problem, cap_bytes: int = UNLIMITED_BYTES) -> Caps:
@@ -84,25 +85,36 @@ def anneal(
     speed: Speed,
     deadline: Deadline,
     is_stale: Callable[[], bool] = lambda: False,
+    tighten: Callable[[Schedule], Caps | None] = lambda _: None,
 ) -> Schedule | None:
-    """The shortest schedule within the caps that a run meets; None when it met none. Ends early at the target.
+    """The last schedule that met the target within the caps, else the shortest within them; None when a run met none.
 
     Cooling is laid out for `num_steps`, or for what fits into the time left; `regime` counts through ways to cool.
-    `is_stale` is asked now and then whether the run has become pointless.
+    `is_stale` is asked now and then whether the run has become pointless. A schedule that meets the target is given to
+    `tighten`; the run goes on from it under the caps returned, or ends.
     """
     num_steps = max(1000, min(num_steps, int(deadline.left_s * speed.steps_per_s)))
     options = _native.AnnealingOptions()
     options.initial_temperature, options.final_temperature, options.excess_weight = _REGIMES[regime % len(_REGIMES)]
-    options.window = _WINDOW if len(compiled.ops) > _LARGE_GRAPH else 0
+    num_operations = len(compiled.ops)
+    options.window = max(_WINDOW, num_operations // _WINDOW_SHARE) if num_operations > _LARGE_GRAPH else 0
     annealing = _native.Annealing(compiled.graph, *compiled.orders(start), caps, target, num_steps, seed, options)
     begin_s = monotonic()
     chunk = max(128, int(_CHUNK_S * speed.steps_per_s))
-    while not annealing.advance(chunk) and not deadline.is_over and not is_stale():
-        pass
+    best: Schedule | None = None
+    while not deadline.is_over and not is_stale():
+        if annealing.advance(chunk):
+            if not annealing.found or annealing.best_makespan > target:
+                break
+            best = compiled.schedule(annealing.best())
+            tighter = tighten(best)
+            if tighter is None:
+                break
+            annealing.change_caps(tighter)
     elapsed_s = monotonic() - begin_s
     if annealing.num_steps_done > 10 * chunk:
         speed.steps_per_s = annealing.num_steps_done / elapsed_s
-    return compiled.schedule(annealing.best()) if annealing.found else None
+    return best or (compiled.schedule(annealing.best()) if annealing.found else None)
 
 
 def _shape(pipeline: Pipeline) -> Pipeline:

@@ -1,11 +1,12 @@
 """The solver: finds the shortest schedule, then the one that needs least memory, and says how good it is.
 
-1. Starts: every model after the other, greedy, reservation list scheduling.
+1. Starts: every baseline, greedy, reservation list scheduling, and for many micro-batches a repeating pattern, unrolled
+   with each model more or less ahead of the others.
 2. Makespan: annealing from the best start and from fresh ones, down to the lower bound.
-3. Memory: at the makespan reached, the cap on all ranks is bisected for the lowest one that has a schedule.
+3. Memory: at the makespan reached, annealing under caps below the peak, from the best schedule and from fresh starts.
 
-Where the problem is small enough, constraint programming improves on 2 and 3 and proves what is best. Workers are
-threads of one process; native code and the constraint solver run without the interpreter's lock.
+Constraint programming improves on 2 and 3: small problems as a whole, which also proves what is best, large ones window
+by window. Workers are threads of one process; native code and the constraint solver run without the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -78,6 +78,17 @@ def test_a_neighbour_may_split_while_the_other_does_not() -> None:
     assert timing.start[0][2] == 9  # stage 0 needs only the input gradient, which ends at 8
 
 
+def test_micro_batches_of_their_own_lengths_by_hand() -> None:
+    # Micro-batch 1 takes twice as long. rank 0: F0 0-2, F1 2-6, B0 11-16, then B1 after rank 1's: 25-35.
+    # rank 1: F0 3-6, B0 6-10, F1 10-16, B1 16-24; transfers still take 1.
+    schedule = Schedule(TWO_STAGES, (_ops("F0.0.0 F0.0.1 B0.0.0 B0.0.1"), _ops("F0.1.0 B0.1.0 F0.1.1 B0.1.1")))
+    timing = evaluate(schedule, lambda op: TWO_STAGES.ticks(op) * (1 + op.micro_batch))
+    assert timing.start == ((0, 2, 11, 25), (3, 6, 10, 16))
+    assert timing.makespan == 35
+    assert timing.busy_ticks == (21, 21)
+    assert timing.peak_bytes == evaluate(schedule).peak_bytes
+
+
 def test_no_transfer_between_stages_of_one_rank() -> None:
     pipeline = replace(TWO_STAGES.pipelines[0], ranks=(0, 0), num_micro_batches=1, transfer_ticks=50)
     problem = Problem(num_ranks=1, pipelines=(pipeline,))

@@ -1,0 +1,77 @@
+"""A schedule as the CSV that torch.distributed.pipelining loads: a row per rank, its actions in order.
+
+`_PipelineScheduleRuntime._load_csv(file, format="compute_comms")` reads it: compute actions such as `2F0` (stage,
+kind, micro-batch) with the messages between them (`2SEND_F0`, `3RECV_F0`). Stages are numbered through: those of the
+second pipeline follow those of the first, and so on. The form without messages serves one pipeline only, since torch
+would connect the last stage of one model with the first of the next.
+
+Source: torch/distributed/pipelining/schedules.py of torch 2.13 (`_Action.from_str`, `_add_send_recv`).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from schedules.ir import Kind, Op, Problem, Schedule
+from schedules.timing import evaluate
+from schedules.validate import check
+from schedules.walk import channel_from
+
+
+def pipelining_csv(schedule: Schedule, *, messages: bool = True) -> str:
+    """The schedule's rows; `messages=False` leaves sends and receives for torch to add (format="compute_only").
+
+    Both ends of a message stand where the sender has made it, in the order of the schedule's times, so that two ranks
+    list what they exchange in one order.
+
+    Raises:
+        ValueError: the schedule is illegal, its pipelines differ in their number of micro-batches, which torch does not
+            know, or there are several and messages are left out.
+    """
+    check(schedule)
+    problem = schedule.problem
+    counts = sorted({pipeline.num_micro_batches for pipeline in problem.pipelines})
+    if len(counts) > 1:
+        raise ValueError(
+            f"pipelines have {' and '.join(map(str, counts))} micro-batches, but torch.distributed.pipelining has one "
+            "number for all stages; export one model alone"
+        )
+    if not messages and len(problem.pipelines) > 1:
+        raise ValueError(
+            f"without messages torch would join {len(problem.pipelines)} pipelines into one; leave messages in"
+        )
+    rows = (
+        _with_messages(schedule) if messages else [[_action(problem, op) for op in order] for order in schedule.ranks]
+    )
+    return "".join(",".join(row) + "\r\n" for row in rows)
+
+
+def _with_messages(schedule: Schedule) -> list[list[str]]:
+    """Operations enter their row when they start, messages both rows when the operation that makes them ends."""
+    problem = schedule.problem
+    timing = evaluate(schedule)
+    moments: list[tuple[int, bool, int, int]] = []  # time, is a start, rank, index
+    for rank, order in enumerate(schedule.ranks):
+        for index in range(len(order)):
+            moments.append((timing.start[rank][index], True, rank, index))
+            moments.append((timing.end[rank][index], False, rank, index))
+    rows: list[list[str]] = [[] for _ in schedule.ranks]
+    for _, is_start, rank, index in sorted(moments):
+        op = schedule.ranks[rank][index]
+        channel = channel_from(problem, op)
+        if is_start:
+            rows[rank].append(_action(problem, op))
+        elif channel is not None:
+            way, target = ("F", op.stage + 1) if op.kind is Kind.F else ("B", op.stage - 1)
+            rows[rank].append(f"{_stage(problem, op.pipeline, op.stage)}SEND_{way}{op.micro_batch}")
+            rows[channel[3]].append(f"{_stage(problem, op.pipeline, target)}RECV_{way}{op.micro_batch}")
+    return rows
+
+
+def _action(problem: Problem, op: Op) -> str:
+    return f"{_stage(problem, op.pipeline, op.stage)}{op.kind}{op.micro_batch}"
+
+
+def _stage(problem: Problem, pipeline: int, stage: int) -> int:
+    """The stage's number among those of all pipelines."""
+    return stage + sum(earlier.num_stages for earlier in itertools.islice(problem.pipelines, pipeline))

@@ -1,0 +1,184 @@
+"""A schedule as a still picture in SVG, for documents and talks; drawn by matplotlib, without a browser."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from schedules.export.chart import TICKS, Bar, Chart, Units, chart
+from schedules.export.extras import require
+from schedules.export.palette import INK, KIND_NAMES, MEMORY, MUTED, SPACE, look
+from schedules.ir import Kind, Schedule
+from schedules.timing import Timing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_HATCHES = ("", "////", "xxxx", "----")
+_BAND_INCHES, _BAND_INCHES_OVER_MEMORY, _FRAME_INCHES = 0.42, 0.72, 1.3
+_MAX_INCHES = 40.0
+_LINES = ("memory", "memory limit", "critical path")
+_LABEL_POINTS = 8.0
+_DIGIT_WIDTH = 0.72  # of a label's digit and its share of the margins, in font sizes
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "fuse",  # the same figure gives the same file
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "hatch.linewidth": 0.7,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+}
+
+
+def figure(
+    schedule: Schedule,
+    *,
+    title: str = "Pipeline schedule",
+    executed: Timing | None = None,
+    planned: Timing | None = None,
+    units: Units = TICKS,
+    width_inches: float = 11.0,
+) -> Figure:
+    """Draw a schedule; `executed` and `planned` as `chart` takes them.
+
+    Raises:
+        ValueError: matplotlib is not installed, or the schedule has no times.
+    """
+    require("matplotlib")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    drawn = chart(schedule, executed=executed, planned=planned, units=units)
+    num_ranks = schedule.problem.num_ranks
+    band = _BAND_INCHES_OVER_MEMORY if drawn.memory or drawn.planned else _BAND_INCHES
+    with mpl.rc_context(SETTINGS):
+        drawing = Figure(
+            figsize=(width_inches, min(_MAX_INCHES, _FRAME_INCHES + band * num_ranks)), layout="constrained"
+        )
+        axes = drawing.subplots()
+        axes.set_xlim(0, max(1, drawn.makespan) * units.time_per_tick)
+        axes.set_ylim(num_ranks, 0)
+        _draw_bars(axes, drawn, points_per_x=0.88 * 72 * width_inches / (max(1, drawn.makespan) * units.time_per_tick))
+        _draw_memory(axes, drawn)
+        _draw_critical_path(axes, drawn)
+        axes.set_yticks([middle for middle, _ in drawn.lanes], [name for _, name in drawn.lanes])
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(units.time)
+        for side in ("left", "right", "top"):
+            axes.spines[side].set_visible(False)
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=12, pad=20)
+        axes.text(0, 1, drawn.summary, transform=axes.transAxes, va="bottom", fontsize=9.5, color=INK)
+        _draw_legend(drawing, axes)
+    return drawing
+
+
+def document(drawing: Figure) -> str:
+    """The figure as an SVG document; the same figure always gives the same text."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context(SETTINGS):
+        drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _draw_bars(axes: Axes, drawn: Chart, points_per_x: float) -> None:
+    from matplotlib.collections import PolyCollection
+
+    scale = drawn.units.time_per_tick
+    groups: defaultdict[tuple[bool, int, Kind], list[Bar]] = defaultdict(list)
+    for only_planned, bar in drawn.every_bar():
+        groups[only_planned, bar.op.pipeline, bar.op.kind].append(bar)
+    for top, bottom in sorted({(bar.top, bar.bottom) for _, bar in drawn.every_bar()}):
+        axes.axhspan(top, bottom, color=SPACE, linewidth=0)
+    kinds = list(KIND_NAMES)
+    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
+        bars = groups[only_planned, pipeline, kind]
+        style = look(pipeline, kind)
+        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
+        boxes = [_corners(bar, scale) for bar in bars]
+        filled = PolyCollection(
+            boxes,
+            facecolor=style.fill,
+            edgecolor=style.line,  # of the hatch
+            hatch=_HATCHES[style.hatch] or None,
+            linewidth=0,
+            alpha=0.55 if only_planned else None,
+            label=None if only_planned else name,
+        )
+        axes.add_collection(filled, autolim=False)
+        axes.add_collection(
+            PolyCollection(boxes, facecolor="none", edgecolor="white", linewidth=0.8 * drawn.edge), autolim=False
+        )
+        for bar in bars:
+            if (bar.end - bar.start) * scale * points_per_x < _DIGIT_WIDTH * _LABEL_POINTS * len(bar.label):
+                continue
+            axes.text(
+                (bar.start + bar.end) / 2 * scale,
+                bar.middle,
+                bar.label,
+                ha="center",
+                va="center_baseline",
+                fontsize=_LABEL_POINTS,
+                color=style.text,
+                clip_on=True,
+            )
+
+
+def _corners(bar: Bar, scale: float) -> list[tuple[float, float]]:
+    left, right = bar.start * scale, bar.end * scale
+    return [(left, bar.top), (right, bar.top), (right, bar.bottom), (left, bar.bottom)]
+
+
+def _draw_legend(drawing: Figure, axes: Axes) -> None:
+    """Operations first, whatever order they were drawn in."""
+    entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] in _LINES)
+    handles, labels = zip(*entries, strict=True) if entries else ((), ())
+    drawing.legend(
+        handles, labels, loc="outside lower left", ncols=7, frameon=False, handlelength=1.6, columnspacing=1.4
+    )
+
+
+def _draw_memory(axes: Axes, drawn: Chart) -> None:
+    scale = drawn.units.time_per_tick
+    for number, curve in enumerate(drawn.memory):
+        ticks = [tick * scale for tick in curve.ticks]
+        axes.fill_between(
+            ticks,
+            curve.heights,
+            curve.floor,
+            step="post",
+            facecolor=MEMORY,
+            alpha=0.3,
+            linewidth=0,
+            label=None if number else "memory",
+        )
+        axes.step(ticks, curve.heights, where="post", color=MEMORY, linewidth=1)
+        if curve.limit_height is not None:
+            axes.plot(
+                [ticks[0], ticks[-1]],
+                [curve.limit_height] * 2,
+                color=MUTED,
+                linewidth=0.8,
+                linestyle=":",
+                label=None if number else "memory limit",
+            )
+
+
+def _draw_critical_path(axes: Axes, drawn: Chart) -> None:
+    scale = drawn.units.time_per_tick
+    points = [(tick * scale, bar.path_height) for bar in drawn.path for tick in (bar.start, bar.end)]
+    axes.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        color=INK,
+        linewidth=2.2,
+        solid_joinstyle="round",
+        label="critical path",
+    )
