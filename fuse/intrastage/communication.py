@@ -2,11 +2,16 @@
 
 Every function that opens groups must be called on every rank with the same arguments in the same order: torch
 creates a group on all ranks or not at all.
+
+With tensor parallelism of size t, a stage is on t devices that each hold a part of its matrices: what placements and
+schedules call rank r is devices r * t to r * t + t - 1, in the world's numbering. Device d is in lane d % t. Messages
+between stages stay within a lane, as all devices of a stage compute the same hidden states; so do sums of gradients.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,29 +128,57 @@ class PipelineCommunicators:
     backward: Communicator
 
 
+def open_tensor_group(tensor_parallel_size: int, timeout_s: float) -> dist.ProcessGroup | None:
+    """The devices that share matrices with this one, for all of its stages; None when it shares none.
+
+    Raises: ValueError when the world does not divide into groups of that size.
+    """
+    world_size = dist.get_world_size()
+    if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel_size} does not divide the {world_size} devices: choose a divisor"
+        )
+    if tensor_parallel_size == 1:
+        return None
+    groups = [
+        _open_group(_devices(rank, tensor_parallel_size), timeout_s)
+        for rank in range(world_size // tensor_parallel_size)
+    ]
+    return groups[dist.get_rank() // tensor_parallel_size]
+
+
 def open_pipelines(
-    pipelines: Sequence[tuple[str, Sequence[int]]], timeout_s: float
+    pipelines: Sequence[tuple[str, Sequence[int]]], timeout_s: float, tensor_parallel_size: int = 1
 ) -> tuple[PipelineCommunicators, ...]:
-    """Communicators of every pipeline, given its name and the rank of each of its stages.
+    """Communicators of every pipeline within this device's lane, given its name and the rank of each of its stages.
 
     timeout_s: how long one message may take from the moment a rank needs it; more than any wait in a healthy step.
     """
-    return tuple(
-        PipelineCommunicators(
-            Communicator(name, ranks, step=1, timeout_s=timeout_s),
-            Communicator(name, ranks, step=-1, timeout_s=timeout_s),
+    lanes = [
+        [(name, [_devices(rank, tensor_parallel_size)[lane] for rank in ranks]) for name, ranks in pipelines]
+        for lane in range(tensor_parallel_size)
+    ]
+    opened = [
+        tuple(
+            PipelineCommunicators(
+                Communicator(name, devices, step=1, timeout_s=timeout_s),
+                Communicator(name, devices, step=-1, timeout_s=timeout_s),
+            )
+            for name, devices in lane
         )
-        for name, ranks in pipelines
-    )
+        for lane in lanes
+    ]
+    return opened[_lane(tensor_parallel_size)]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelGroups:
-    """The groups in which the replicas and stages of one model agree on a step, as far as this rank is in them.
+    """The groups in which the replicas and stages of one model agree on a step, as far as this device is in them.
 
-    replicas: by stage, the ranks that hold a copy of it; none where there is one copy.
-    ends: by replica, its first and last rank, which both hold a tied embedding; none where they are one rank.
-    members: by replica, all its ranks; none where it is one rank.
+    replicas: by stage, the devices of the lane that hold a copy of it; none where there is one copy.
+    ends: by replica, its first and last device in the lane, which both hold a tied embedding; none where they are one.
+    members: by replica, all its devices of all lanes; none where it is one device.
+    lane: this device's, 0 without tensor parallelism.
     """
 
     num_replicas: int
@@ -153,9 +186,10 @@ class ModelGroups:
     replicas: Mapping[int, dist.ProcessGroup]
     ends: Mapping[int, dist.ProcessGroup]
     members: Mapping[int, dist.ProcessGroup]
+    lane: int = 0
 
 
-def open_model(replicas: Sequence[Sequence[int]], timeout_s: float) -> ModelGroups:
+def open_model(replicas: Sequence[Sequence[int]], timeout_s: float, tensor_parallel_size: int = 1) -> ModelGroups:
     """Groups of a model whose replica r has stage s on rank `replicas[r][s]`.
 
     Raises: ValueError when replicas differ in their number of stages, or share a rank at the same stage.
@@ -169,17 +203,24 @@ def open_model(replicas: Sequence[Sequence[int]], timeout_s: float) -> ModelGrou
             raise ValueError(f"stage {stage} has two replicas on one rank of {ranks}: put each on a rank of its own")
     mine = dist.get_rank()
 
-    def opened(rank_lists: Sequence[Sequence[int]]) -> dict[int, dist.ProcessGroup]:
-        unique = [tuple(dict.fromkeys(ranks)) for ranks in rank_lists]
-        groups = {index: _open_group(ranks, timeout_s) for index, ranks in enumerate(unique) if len(ranks) > 1}
-        return {index: group for index, group in groups.items() if mine in unique[index]}
+    def opened(rank_lists: Sequence[Sequence[int]], *, across_lanes: bool = False) -> dict[int, dist.ProcessGroup]:
+        groups: dict[int, dist.ProcessGroup] = {}
+        for index, ranks in enumerate(rank_lists):
+            lanes = list(zip(*(_devices(rank, tensor_parallel_size) for rank in dict.fromkeys(ranks)), strict=True))
+            for devices in [tuple(itertools.chain(*lanes))] if across_lanes else lanes:
+                if len(devices) > 1:
+                    group = _open_group(devices, timeout_s)
+                    if mine in devices:
+                        groups[index] = group
+        return groups
 
     return ModelGroups(
         len(replicas),
         num_stages,
         replicas=opened(holders),
         ends=opened([(ranks[0], ranks[-1]) for ranks in replicas]),
-        members=opened(replicas),
+        members=opened(replicas, across_lanes=True),
+        lane=_lane(tensor_parallel_size),
     )
 
 
@@ -205,6 +246,15 @@ def naming(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:  # what torch raises for dead peers and timeouts, on every backend
         raise CommunicationError(f"{what} failed: {error}") from error
+
+
+def _devices(rank: int, tensor_parallel_size: int) -> range:
+    """The devices that are a rank of placements and schedules."""
+    return range(rank * tensor_parallel_size, (rank + 1) * tensor_parallel_size)
+
+
+def _lane(tensor_parallel_size: int) -> int:
+    return dist.get_rank() % tensor_parallel_size
 
 
 def _open_group(ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import schedules
 from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
+from fuse.intrastage.planned import PlannedTimes, operation_name
 from fuse.intrastage.stage import MicroBatch, Stage
 from fuse.trace import Span, SpanRecorder
 from schedules import Kind, Op, Schedule
@@ -30,12 +31,16 @@ def execute(
     micro_batches: Sequence[Sequence[MicroBatch]],
     communicators: Sequence[PipelineCommunicators],
     trace: SpanRecorder,
+    *,
+    planned: PlannedTimes | None = None,
 ) -> None:
     """Run `schedule.ranks[rank]`; afterwards the stages' parameters hold the gradients of all micro-batches, added up.
 
     stages: this rank's stages by (pipeline, stage).
     micro_batches, communicators: by pipeline; a data-parallel replica is a pipeline with micro-batches of its own.
     trace: gets one span per operation, which starts when its input is there; `wait_s` says how long it had to wait.
+    planned: of this schedule; spans then say when they were to run (`planned_start_s`, `planned_end_s`, from the
+        step's first operation).
 
     Raises:
         ValueError: the schedule is illegal, or splits a backward of a stage that cannot; nothing has run here.
@@ -49,13 +54,20 @@ def execute(
     for op in schedule.ranks[rank]:
         ready_s = time.time()
         received = run.take_input(op)
+        arrived_s = time.time()
+        run.post_after(op)
         start_s = time.time()
         result = run.compute(op, received)
         end_s = time.time()
         if result is not None:
             run.hand_on(op, result)
-        tokens = micro_batches[op.pipeline][op.micro_batch].input_ids.numel()
-        trace.add(Span(run.name(op), "train", start_s, end_s, {"tokens": tokens, "wait_s": start_s - ready_s}))
+        arguments: dict[str, object] = {
+            "tokens": micro_batches[op.pipeline][op.micro_batch].input_ids.numel(),
+            "wait_s": arrived_s - ready_s,
+        }
+        if planned is not None:
+            arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
+        trace.add(Span(run.name(op), "train", start_s, end_s, arguments))
     run.finish()
 
 
@@ -91,7 +103,7 @@ class _Run:
         micro_batches: Sequence[Sequence[MicroBatch]],
         communicators: Sequence[PipelineCommunicators],
     ) -> None:
-        self._pipelines = schedule.problem.pipelines
+        self._problem, self._pipelines = schedule.problem, schedule.problem.pipelines
         self._stages, self._micro_batches, self._communicators = stages, micro_batches, communicators
         self._local: dict[_Message, Tensor] = {}
         self._sends: dict[_Message, Transfer] = {}
@@ -106,8 +118,7 @@ class _Run:
                 self._post_next(channel)
 
     def name(self, op: Op) -> str:
-        """The operation for people: `F actor.0.3` is the forward of the actor's stage 0 on micro-batch 3."""
-        return f"{op.kind} {self._pipelines[op.pipeline].name}.{op.stage}.{op.micro_batch}"
+        return operation_name(self._problem, op)
 
     def take_input(self, op: Op) -> Tensor | None:
         """What the operation needs from its neighbour; waits for it. None at the end of the pipeline it starts from."""
@@ -116,9 +127,12 @@ class _Run:
         message = _message_into(op)
         if message in self._local:
             return self._local.pop(message)
-        received = self._posted.pop(message).wait()
-        self._post_next(_channel_into(op))
-        return received
+        return self._posted.pop(message).wait()
+
+    def post_after(self, op: Op) -> None:
+        """Post the receive that follows the operation's in its channel."""
+        if _channel_into(op) in self._unposted and op.kind is not Kind.W:
+            self._post_next(_channel_into(op))
 
     def compute(self, op: Op, received: Tensor | None) -> Tensor | None:
         stage = self._stages[op.pipeline, op.stage]

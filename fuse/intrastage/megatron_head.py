@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fuse.intrastage.communication import all_reduce_sum, naming
+from fuse.ops.linear_logprob import VocabularyShard, linear_logprob
 
 
 class VocabularyHead(nn.Module):
@@ -18,7 +19,7 @@ class VocabularyHead(nn.Module):
     tied_embedding: the module whose weight it uses; None for its own.
     tensor_group: the tensor-parallel ranks, which call this at once.
 
-    A loss that knows of shards takes `shard` and communicates less: see `vocab_parallel_logprobs`.
+    A loss that knows of shards communicates less: see `vocab_parallel_logprobs`.
     """
 
     def __init__(
@@ -42,24 +43,41 @@ class VocabularyHead(nn.Module):
         logits: Tensor = self.output_layer(hidden, weight=weight)[0]
         return logits
 
+    @property
+    def parameters_of_shard(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [vocab / ranks, hidden] and bias [vocab / ranks] of `shard`."""
+        owner: Any = self.output_layer if self.tied_embedding is None else self.tied_embedding
+        bias: Tensor | None = getattr(self.output_layer, "bias", None)
+        return owner.weight, bias
+
 
 def vocab_parallel_logprobs(
     hidden: Tensor, head: VocabularyHead, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy in nats under softmax(head(hidden) / temperature), each [n] float32.
 
-    As `fuse.ops.logprob.token_logprobs`, without any rank ever holding whole rows of logits; all ranks of the head's
-    group call this at once and get the same. Differentiable in hidden and the head's weights through the
-    log-probabilities; the entropy carries no gradient.
+    As `fuse.ops.logprob.token_logprobs`, without any rank ever holding rows of logits; all ranks of the head's group
+    call this at once and get the same. Differentiable in hidden and the head's weights.
 
     hidden: [n, hidden]. targets: [n] int64 in [0, vocab).
 
     Raises: CommunicationError when a peer died or did not answer in time.
     """
-    logits = head.shard(hidden).float() / temperature
-    function: Any = _VocabParallelLogprobs
-    logprobs, entropy = function.apply(logits, targets, head.tensor_group)
-    return logprobs, entropy
+    weight, bias = head.parameters_of_shard
+    group = head.tensor_group
+    shard = None
+    if group.size() > 1:
+        shard = VocabularyShard(
+            first_token=group.rank() * len(weight),
+            take_maximum=lambda tensor: _take_maximum(tensor, group),
+            take_sum=lambda tensor: all_reduce_sum(tensor, group, "partition functions over the vocabulary"),
+        )
+    return linear_logprob(hidden, weight, bias, targets, temperature, shard=shard)
+
+
+def _take_maximum(values: Tensor, group: dist.ProcessGroup) -> None:
+    with naming(f"rank {dist.get_rank()}: the maximum of logits over the vocabulary"):
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
 
 
 class _GatheredVocabulary(torch.autograd.Function):
@@ -77,40 +95,3 @@ class _GatheredVocabulary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None]:
         return output_grads[0].chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
-
-
-class _VocabParallelLogprobs(torch.autograd.Function):
-    """megatron-core's own cross-entropies cast gradients to bfloat16, or are bound to `parallel_state`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        width = logits.size(-1)
-        local = targets - group.rank() * width
-        is_here = (local >= 0) & (local < width)
-        local = local.clamp(0, width - 1)
-        shifted = logits - _maximum(logits.amax(-1), group)[:, None]
-        weights = shifted.exp()
-        target = shifted.gather(-1, local[:, None]).squeeze(-1) * is_here
-        sums = torch.stack([weights.sum(-1), target, (weights * shifted).sum(-1)])
-        if group.size() > 1:
-            all_reduce_sum(sums, group, "partition functions over the vocabulary")
-        partition, target, moment = sums
-        ctx.save_for_backward(weights.div_(partition[:, None]), local, is_here)
-        entropy = partition.log() - moment / partition
-        ctx.mark_non_differentiable(entropy)
-        return target - partition.log(), entropy
-
-    @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None]:
-        """d log p(target) / d logit = [logit is the target's] - p(logit)."""
-        probabilities, local, is_here = ctx.saved_tensors
-        gradient = probabilities.neg()
-        gradient.scatter_add_(-1, local[:, None], is_here[:, None].to(gradient.dtype))
-        return gradient * output_grads[0][:, None], None, None
-
-
-def _maximum(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if group.size() > 1:
-        with naming(f"rank {dist.get_rank()}: the maximum of logits over the vocabulary"):
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
-    return values

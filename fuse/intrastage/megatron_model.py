@@ -187,11 +187,12 @@ class SdpaAttention(nn.Module):
 def attention_mask(present: Tensor | None) -> Tensor | None:
     """Causal attention to the tokens `present` [batch, tokens] marks, as `SdpaAttention` takes it.
 
-    An absent token attends to itself too, for a softmax over nothing would be NaN.
+    A token with none to attend to attends to itself, for a softmax over nothing would be NaN.
     """
     if present is None:
         return None
     num_tokens = present.size(1)
     causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=present.device).tril()
     itself = torch.eye(num_tokens, dtype=torch.bool, device=present.device)
-    return (causal & present.bool()[:, None, None, :]) | itself
+    allowed = causal & present.bool()[:, None, None, :]
+    return allowed | (itself & ~allowed.any(-1, keepdim=True))

@@ -1,54 +1,47 @@
 """A stage of megatron-core layers with the weights of a Hugging Face Llama, Qwen2 or Qwen3, tensor-parallel if asked.
 
 Its parameters are megatron-core's, under megatron-core's names with layers numbered in the whole model: an optimizer
-must see the tensors that autograd does, and query, key and value are one matrix here. So a training state saved from
-these stages is loaded into these stages (with as many tensor-parallel ranks), on whatever pipeline. Weights come from
-and go to Hugging Face names at the edges, by `load_state_dict` and `export_state_dict`.
+must see the tensors that autograd does, and query, key and value are one matrix here. Weights, and what else goes with
+them element by element, come from and go to Hugging Face names at the edges.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fuse.intrastage import communication
+from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.megatron_head import VocabularyHead
 from fuse.intrastage.megatron_model import RotaryAngles, attention_mask, build_model, check_supported, lone_group
+from fuse.intrastage.megatron_parallel import take_over_parallel_layers
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
+from fuse.intrastage.partition import check_state_dict, checked_layer_range, global_name, recompute_in_backward
+from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.stage import Loss, MicroBatch
-from fuse.intrastage.transformers_stage import even_layer_range, head_of
-
-
-@dataclass(frozen=True, slots=True)
-class _Live:
-    stage_input: Tensor | None
-    output: Tensor
+from fuse.intrastage.transformers_stage import head_of
 
 
 class MegatronStage:
-    """Stage `stage` of `num_stages` of a Hugging Face model; see `fuse.intrastage.stage.Stage`.
+    """Stage `stage` of `num_stages` of a Hugging Face model; see `fuse.intrastage.stage.TrainedStage`.
 
     model_class, config: a causal language model's or sequence classifier's; the configuration is never changed.
     loss: used by the last stage. Its head gives whole logits, or is a `VocabularyHead` to take shards from.
     layer_range: the [start, stop) of the layers kept; even by default. All stages' ranges must tile the layers.
     autocast: run forward and backward, and send hidden states, in this type (bfloat16); parameters stay float32.
+    split_backward: backwards may come as `backward_input` and `backward_weight`; a whole one is the same bit for bit.
     tensor_group: the ranks that share this stage's matrices; they do the same calls in the same order, and each gets
-        all of the hidden states. None: this rank alone. `ModelOptimizer` and the training state know of pipelines
-        and replicas only: with more than one rank here, clipping and saving are the caller's.
+        all of the hidden states. None: this rank alone.
 
     Parameters are uninitialised until `load_state_dict`. Hidden states between stages are those of
-    `TransformersStage`, so a pipeline may mix both. torch.distributed must be initialised before the first forward,
-    be it for a world of one: megatron-core asks it.
+    `TransformersStage`, so a pipeline may mix both.
 
     Raises: ValueError for a model that a GPTModel is not, or that does not divide among the ranks.
     """
@@ -65,38 +58,32 @@ class MegatronStage:
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        split_backward: bool = False,
         tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not 0 <= stage < num_stages:
-            raise ValueError(f"stage {stage} of {num_stages}: stages count from 0 to num_stages - 1")
         check_supported(config)
         self.stage, self.num_stages = stage, num_stages
         self._loss = loss
         self._device = torch.device(device)
         self._autocast = autocast
         self._group = lone_group() if tensor_group is None else tensor_group
-        self._live: dict[int, _Live] = {}
 
         with torch.device("meta"):
             blueprint = model_class(copy.deepcopy(config))
         source: Any = blueprint.config
         num_layers: int = source.num_hidden_layers
-        self.layer_range = layer_range or even_layer_range(num_layers, stage, num_stages)
-        start, stop = self.layer_range
-        if not 0 <= start < stop <= num_layers:
-            raise ValueError(
-                f"layer range {self.layer_range} of {model_class.__name__}: must be 0 <= start < stop <= {num_layers}, "
-                f"its number of layers; a megatron stage has at least one"
-            )
+        self._name = model_class.__name__
+        self.layer_range = start, stop = checked_layer_range(
+            self._name, num_layers, layer_range, stage=stage, num_stages=num_stages, min_layers=1
+        )
         self._hidden_size: int = source.hidden_size
         self._rotary = RotaryAngles(blueprint, self._device)
-        self._name = model_class.__name__
         self._weights: Mapping[str, FusedWeight] = fused_weights(
             {name: parameter.shape for name, parameter in blueprint.named_parameters()},
             num_query_groups=source.num_key_value_heads,
             num_shards=self._group.size(),
         )
-        self.model_shapes: Mapping[str, torch.Size] = {name: one.shard_shape for name, one in self._weights.items()}
+        self.model_shapes: Mapping[str, torch.Size] = _source_shapes(self._weights.values())
         self._is_tied = HEAD not in self._weights
         is_classifier = head_of(blueprint) is getattr(blueprint, "score", None)
         self.model = build_model(
@@ -114,11 +101,11 @@ class MegatronStage:
             self._head: nn.Module = (
                 self.model.output_layer if is_classifier else VocabularyHead(self.model.output_layer, tied, self._group)
             )
+        split = SplitBackward(self.model)
+        take_over_parallel_layers(self.model, split, self._group, f"stage {stage} of {self._name}")
+        self._in_flight = InFlight(split if split_backward else None)
         if gradient_checkpointing:
-            for layer in self.model.decoder.layers:
-                layer.forward = functools.partial(
-                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-                )
+            recompute_in_backward(self.model.decoder.layers)
         if self._group.size() > 1:
             self._share_head_norms()
 
@@ -130,12 +117,15 @@ class MegatronStage:
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
 
+    @property
+    def can_split_backward(self) -> bool:
+        return self._in_flight.split is not None
+
     def boundary(self, micro_batch: MicroBatch) -> Tensor:
         dtype = self._autocast or torch.float32
         return torch.empty(*micro_batch.input_ids.shape, self._hidden_size, dtype=dtype, device=self._device)
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
-        assert index not in self._live, f"micro-batch {index} was not finished"
         assert (stage_input is None) == self.is_first
         decoder = self.model.decoder
         with self._precision():
@@ -155,26 +145,19 @@ class MegatronStage:
             if self.is_last:
                 selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
                 output = self._loss(selected, self._head, micro_batch)
-        self._live[index] = _Live(stage_input, output)
+        self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
         assert (output_grad is None) == self.is_last
-        live = self._live.pop(index)
-        # megatron-core's linears multiply in their backward, and remember autocast on CUDA only.
-        with self._precision():
-            torch.autograd.backward(live.output, output_grad)
-        return None if live.stage_input is None else live.stage_input.grad
-
-    @property
-    def can_split_backward(self) -> bool:
-        return False
+        return self._in_flight.backward(index, output_grad)
 
     def backward_input(self, index: int, output_grad: Tensor | None) -> Tensor | None:
-        raise AssertionError("megatron stages run whole backwards: see can_split_backward")
+        assert (output_grad is None) == self.is_last
+        return self._in_flight.backward_input(index, output_grad)
 
     def backward_weight(self, index: int) -> None:
-        raise AssertionError("megatron stages run whole backwards: see can_split_backward")
+        self._in_flight.backward_weight(index)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters (tensor-parallel: this rank's shards) under megatron-core's names in the whole model."""
@@ -196,34 +179,33 @@ class MegatronStage:
 
         Raises: ValueError when one is missing or has another shape; then nothing was copied.
         """
+        check_state_dict(state_dict, self.stage_shapes, f"stage {self.stage} of {self._name}")
         own = dict(self.named_parameters())
-        problems = [
-            f"{name} is missing"
-            if name not in state_dict
-            else f"{name} is {list(state_dict[name].shape)}, the model has {list(shape)}"
-            for weight in (self._weights[name] for name in own)
-            for name, shape in zip(weight.sources, weight.shapes, strict=True)
-            if name not in state_dict or state_dict[name].shape != shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(
-                f"state dict does not fit stage {self.stage} of {self._name}: {'; '.join(problems[:3])}{more}: "
-                f"load weights of the same architecture and configuration"
-            )
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(self._weights[name].fuse(state_dict, self._group.rank()))
+            for name, tensor in self.from_hugging_face(state_dict):
+                own[name].copy_(tensor)
 
     def export_state_dict(self) -> dict[str, Tensor]:
-        """This stage's weights under Hugging Face names; a tied copy carries its source's. See `to_hugging_face`."""
-        return self.to_hugging_face({name: parameter.detach() for name, parameter in self.named_parameters()})
+        left_out = frozenset[str]() if self.is_first else self.tied_names
+        return self.to_hugging_face(
+            {name: parameter.detach() for name, parameter in self.named_parameters() if name not in left_out}
+        )
+
+    @property
+    def sharded_names(self) -> frozenset[str]:
+        if self._group.size() == 1:
+            return frozenset()
+        return frozenset(name for name, _ in self.named_parameters() if self._weights[name].shard_dim is not None)
+
+    @property
+    def stage_shapes(self) -> Mapping[str, torch.Size]:
+        return _source_shapes(self._weights[name] for name, _ in self.named_parameters())
+
+    def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        shard = self._group.rank()
+        return ((name, self._weights[name].fuse(tensors, shard)) for name, _ in self.named_parameters())
 
     def to_hugging_face(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What goes with parameters of this stage, such as their gradients, under Hugging Face names and shapes.
-
-        Whole on every tensor-parallel rank; all of them call this at once. Views of the tensors where that can be.
-        """
         whole: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             weight = self._weights[name]
@@ -256,7 +238,8 @@ class MegatronStage:
         """The whole model's name of a parameter of this stage."""
         if self._is_tied and name == HEAD:
             return EMBEDDING
-        if not name.startswith(LAYERS_PREFIX):
-            return name
-        layer, _, rest = name.removeprefix(LAYERS_PREFIX).partition(".")
-        return f"{LAYERS_PREFIX}{int(layer) + self.layer_range[0]}.{rest}"
+        return global_name(name, LAYERS_PREFIX, self.layer_range[0])
+
+
+def _source_shapes(weights: Iterable[FusedWeight]) -> dict[str, torch.Size]:
+    return {name: shape for weight in weights for name, shape in zip(weight.sources, weight.shapes, strict=True)}

@@ -58,14 +58,6 @@ class FusedWeight:
     shard_dim: int | None
     num_shards: int
 
-    @property
-    def shard_shape(self) -> torch.Size:
-        """Of the parameter on each tensor-parallel rank."""
-        shape = [sum(source[0] for source in self.shapes), *self.shapes[0][1:]]
-        if self.shard_dim is not None:
-            shape[self.shard_dim] //= self.num_shards
-        return torch.Size(shape)
-
     def fuse(self, state_dict: Mapping[str, Tensor], shard: int) -> Tensor:
         """Shard number `shard` of the parameter, from a state dict that has all sources."""
         blocks = [state_dict[name].unflatten(0, (self.num_blocks, -1)) for name in self.sources]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fuse.intrastage.communication import ModelGroups, all_gather_floats, all_reduce_sum
-from fuse.intrastage.stage import Stage
+from fuse.intrastage.stage import TrainedStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class ModelOptimizer:
 
     name: of the model, for errors.
     stages: by (replica, stage).
-    groups: from `open_model`; None when the whole model is on this rank alone.
+    groups: from `open_model`; None when the whole model is on this device alone.
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
     the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
@@ -38,7 +38,11 @@ class ModelOptimizer:
     """
 
     def __init__(
-        self, name: str, stages: Mapping[tuple[int, int], Stage], groups: ModelGroups | None, config: AdamWConfig
+        self,
+        name: str,
+        stages: Mapping[tuple[int, int], TrainedStage],
+        groups: ModelGroups | None,
+        config: AdamWConfig,
     ) -> None:
         if groups is None:
             groups = ModelGroups(1, 1 + max(stage for _, stage in stages), {}, {}, {})
@@ -100,17 +104,50 @@ class ModelOptimizer:
     STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Global name of every parameter here, and its STATE_PARTS: live tensors of its shape. Copies repeat."""
-        for parameters in self._parameters.values():
-            for name, parameter in parameters.items():
-                assert self._adamw is not None
-                moments = self._adamw.state[parameter]
-                yield name, {"parameter": parameter.detach(), **{part: moments[part] for part in self.STATE_PARTS[1:]}}
+        """Name of every parameter here, and its STATE_PARTS: live tensors of its shape. Copies repeat."""
+        for key in self._stages:
+            parts = {part: self._state_part(key, part) for part in self.STATE_PARTS}
+            for name in self._parameters[key]:
+                yield name, {part: parts[part][name] for part in self.STATE_PARTS}
+
+    def export_state(self, part: str) -> dict[str, Tensor]:
+        """One of STATE_PARTS of every parameter here, by Hugging Face name and in host memory.
+
+        Of the devices that share a stage the first has all, the others nothing; all of them call this at once.
+        """
+        whole: dict[str, Tensor] = {}
+        for key, stage in self._stages.items():
+            for name, tensor in self._state_part(key, part).items():
+                named = stage.to_hugging_face({name: tensor})  # one by one: a device never holds two wholes
+                if self._groups.lane == 0:
+                    whole |= {source: one.cpu() for source, one in named.items()}
+        return whole
+
+    def import_state(self, part: str, whole: Mapping[str, Tensor]) -> None:
+        """Set one of STATE_PARTS of every parameter here, given at least all of `state_shapes`."""
+        for key, stage in self._stages.items():
+            own = self._state_part(key, part)
+            for name, tensor in stage.from_hugging_face(whole):
+                own[name].copy_(tensor)
+
+    def _state_part(self, key: tuple[int, int], part: str) -> dict[str, Tensor]:
+        """Live tensors by the parameters' names."""
+        assert self._adamw is not None
+        state = self._adamw.state
+        return {
+            name: parameter.detach() if part == "parameter" else state[parameter][part]
+            for name, parameter in self._parameters[key].items()
+        }
 
     @property
     def model_shapes(self) -> Mapping[str, torch.Size]:
         """Shape of every parameter of the whole model; empty on a rank without any stage of it."""
         return next((stage.model_shapes for stage in self._stages.values()), {})
+
+    @property
+    def state_shapes(self) -> Mapping[str, torch.Size]:
+        """Those of `model_shapes` that are here, whole or in part."""
+        return {name: shape for stage in self._stages.values() for name, shape in stage.stage_shapes.items()}
 
     @property
     def num_steps(self) -> int:
@@ -158,6 +195,9 @@ class ModelOptimizer:
                 # The first stage's rank counts the tied copy.
                 for name in self._stages[replica, self._groups.num_stages - 1].tied_names:
                     del once[name]
+            if self._groups.lane > 0:  # the first lane's device counts what all lanes have whole
+                shards = frozenset[str]().union(*(stage.sharded_names for stage in self._stages.values()))
+                once = {name: parameter for name, parameter in once.items() if name in shards}
             norms = torch._foreach_norm([_grad(parameter) for parameter in once.values()])
             squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
             group = self._groups.members.get(replica)

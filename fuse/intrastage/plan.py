@@ -1,4 +1,4 @@
-"""Where the actor's and the critic's stages run, and the schedule in which they train."""
+"""The schedule in which placed models train: one after the other, or fused."""
 
 from __future__ import annotations
 
@@ -6,60 +6,59 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
+from fuse.intrastage.placement import Replica, replica_micro_batches
 from fuse.intrastage.profile import Profile, Shape
 from schedules import Pipeline, Problem, Schedule, evaluate
+from schedules.baselines.interleaved import interleaved
+from schedules.baselines.one_f_one_b import one_f_one_b
 from schedules.baselines.serial import serial
+from schedules.bounds import makespan_lower_bound
 from schedules.fused.cache import ScheduleCache
+from schedules.fused.greedy import greedy
 
 _logger = logging.getLogger(__name__)
 
-ModelName = Literal["actor", "critic"]
+_LEAST_SEARCH_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
-    """One copy of a model, cut into stages: stage s runs on `ranks[s]`."""
+class Plan:
+    """A schedule of one optimizer step, and the profile that its times come from; None where nothing was measured."""
 
-    model: ModelName
-    index: int
-    ranks: tuple[int, ...]
+    schedule: Schedule
+    profile: Profile | None = None
 
-
-def place(model: ModelName, num_devices: int, num_stages: int, *, reverse: bool = False) -> tuple[Replica, ...]:
-    """Tile the devices with replicas of `num_stages` consecutive ones; `reverse` puts stage 0 on the highest rank.
-
-    Raises:
-        ValueError: the devices are no multiple of the stages.
-    """
-    if num_devices % num_stages:
-        raise ValueError(
-            f"{model}_stages={num_stages} does not divide num_devices={num_devices}: "
-            f"choose a divisor; the quotient is the number of data-parallel replicas"
-        )
-    order = -1 if reverse else 1
-    return tuple(
-        Replica(model, index, tuple(range(index * num_stages, (index + 1) * num_stages))[::order])
-        for index in range(num_devices // num_stages)
-    )
-
-
-def replica_micro_batches(num_micro_batches: int, num_replicas: int, index: int) -> range:
-    """The micro-batches that replica `index` trains on: every num_replicas-th."""
-    return range(index, num_micro_batches, num_replicas)
+    @property
+    def serial_bubble_ratio(self) -> float | None:
+        """Idle share of all ranks if the models trained one after the other; None where nothing was measured."""
+        return None if self.profile is None else evaluate(unfused(self.schedule.problem)).bubble_ratio
 
 
 @lru_cache(maxsize=64)
 def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
-    """1F1B of the actor, then of the critic; the problem's pipelines are `replicas`, in their order.
+    """1F1B of the actor, then of the critic (interleaved where ranks hold several stages); pipelines are `replicas`.
 
     Stage times are not measured here: 1F1B's order does not depend on them. A backward counts as two forwards.
 
     Raises:
         ValueError: a replica would have no micro-batch.
     """
-    return serial(_problem(replicas, num_micro_batches))
+    return unfused(_problem(replicas, num_micro_batches))
+
+
+def unfused(problem: Problem) -> Schedule:
+    """One pipeline after the other: 1F1B, interleaved where ranks hold several stages."""
+    return serial(problem, _alone)
+
+
+def _alone(problem: Problem) -> Schedule:
+    """A single pipeline's schedule without fusion."""
+    (pipeline,) = problem.pipelines
+    num_ranks = len(set(pipeline.ranks))
+    if num_ranks == pipeline.num_stages:
+        return one_f_one_b(problem)
+    return greedy(problem) if pipeline.num_micro_batches % num_ranks else interleaved(problem)
 
 
 def fused_schedule(
@@ -68,9 +67,11 @@ def fused_schedule(
     num_micro_batches: int,
     shape: Shape,
     *,
+    largest: Shape | None = None,
     memory_limit_bytes: int | None = None,
     cache: ScheduleCache | None = None,
     time_limit_s: float = 30.0,
+    num_steps: int | None = None,
     num_workers: int = 2,
     seed: int = 0,
 ) -> Schedule:
@@ -78,33 +79,39 @@ def fused_schedule(
 
     One process calls this and hands the result to all ranks: how far a search gets depends on the machine.
 
-    profile: with pipelines named as `pipeline_name` does.
-    shape: of the micro-batches.
+    profile: with pipelines named as the replicas are.
+    shape: of typical micro-batches, which times are taken for. largest: of those that memory must suffice for.
     memory_limit_bytes: what activations and outstanding weight gradients of micro-batches may take on any rank.
+    num_steps: optimizer steps the schedule will serve; the search takes no longer than it could save them.
 
     Raises:
         ValueError: the profile lacks a stage, a replica would have no micro-batch, or the limit is too low for one.
     """
-    problem = fused_problem(profile, replicas, num_micro_batches, shape, memory_limit_bytes)
+    problem = fused_problem(profile, replicas, num_micro_batches, shape, memory_limit_bytes, largest)
     schedule = cache.load(problem) if cache is not None else None
     found = "kept from an earlier search"
     if schedule is None:
-        from schedules.fused.solve import solve  # imports OR-tools, which workers do without
+        from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
 
-        solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=seed)
+        if num_steps is not None:
+            saved_ticks = evaluate(greedy(problem)).makespan - makespan_lower_bound(problem)
+            time_limit_s = min(time_limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
+        solution = solve(
+            problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=seed, objective=Objective.MAKESPAN
+        )
         schedule = solution.schedule
         found = f"{solution.makespan_gap:.1%} above the lower bound at most, found in {solution.seconds:.1f} s"
         if cache is not None:
             cache.store(schedule)
-    fused, unfused = evaluate(schedule), evaluate(serial(problem))
+    fused, one_by_one = evaluate(schedule), evaluate(unfused(problem))
     _logger.info(
         "fused schedule of %d micro-batches: %.3f s with %.1f%% bubbles (%s); serial %.3f s with %.1f%%",
         num_micro_batches,
         fused.makespan * profile.tick_s,
         100 * fused.bubble_ratio,
         found,
-        unfused.makespan * profile.tick_s,
-        100 * unfused.bubble_ratio,
+        one_by_one.makespan * profile.tick_s,
+        100 * one_by_one.bubble_ratio,
     )
     return schedule
 
@@ -115,6 +122,7 @@ def fused_problem(
     num_micro_batches: int,
     shape: Shape,
     memory_limit_bytes: int | None = None,
+    largest: Shape | None = None,
 ) -> Problem:
     """The problem that `fused_schedule` solves: pipelines `replicas`, in their order, with measured costs.
 
@@ -125,20 +133,16 @@ def fused_problem(
     return Problem(
         num_ranks=bare.num_ranks,
         pipelines=tuple(
-            _with_costs(pipeline, profile, pipeline_name(replica), shape)
+            _with_costs(pipeline, profile, replica.name, shape, largest or shape)
             for pipeline, replica in zip(bare.pipelines, replicas, strict=True)
         ),
         memory_limit_bytes=None if memory_limit_bytes is None else (memory_limit_bytes,) * bare.num_ranks,
     )
 
 
-def pipeline_name(replica: Replica) -> str:
-    """What profiles call a replica's pipeline."""
-    return f"{replica.model}.{replica.index}"
-
-
-def _with_costs(pipeline: Pipeline, profile: Profile, name: str, shape: Shape) -> Pipeline:
+def _with_costs(pipeline: Pipeline, profile: Profile, name: str, shape: Shape, largest: Shape) -> Pipeline:
     costs = [profile.stage_costs(name, stage, shape) for stage in range(pipeline.num_stages)]
+    memory = [profile.stage_costs(name, stage, largest) for stage in range(pipeline.num_stages)]
     input_grads = tuple(cost.input_grad_ticks for cost in costs if cost.input_grad_ticks is not None)
     weight_grads = tuple(cost.weight_grad_ticks for cost in costs if cost.weight_grad_ticks is not None)
     can_split = len(input_grads) == len(weight_grads) == len(costs)  # the problem splits all stages or none
@@ -148,8 +152,8 @@ def _with_costs(pipeline: Pipeline, profile: Profile, name: str, shape: Shape) -
         backward_ticks=tuple(cost.backward_ticks for cost in costs),
         input_grad_ticks=input_grads if can_split else None,
         weight_grad_ticks=weight_grads if can_split else None,
-        activation_bytes=tuple(cost.activation_bytes for cost in costs),
-        weight_grad_bytes=tuple(cost.weight_grad_bytes for cost in costs) if can_split else (),
+        activation_bytes=tuple(cost.activation_bytes for cost in memory),
+        weight_grad_bytes=tuple(cost.weight_grad_bytes for cost in memory) if can_split else (),
         transfer_ticks=profile.transfer_ticks(name, shape),
     )
 

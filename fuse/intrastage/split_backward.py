@@ -3,8 +3,10 @@
 A linear layer of a model prepared by `SplitBackward` computes what nn.Linear does, with the same operations in the
 same order, so a whole backward has the same bits. Inside `deferred` its backward returns the gradient of its input
 alone, and keeps layer input and output gradient for the product that is the weight's gradient. Other parameters
-(norms, embeddings, layers of other kinds) get their gradients in I; they cost next to nothing. Under gradient
-checkpointing I recomputes and W does not; each layer's last linear is recomputed too, where autograd would stop short.
+(norms, embeddings, layers of other kinds) get their gradients in I; they cost next to nothing, but for a vocabulary
+head whose logits `fuse.ops.linear_logprob` reduces: they would have to be held, or computed once more. Where
+tensor-parallel ranks add up input gradients, they do so in I. Under gradient checkpointing I recomputes and W does not;
+each layer's last linear is recomputed too, where autograd would stop short.
 """
 
 from __future__ import annotations
@@ -12,27 +14,31 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fuse.intrastage.communication import naming
 
 
 @dataclass(frozen=True, slots=True)
 class WeightGradient:
     """A linear layer's part of W. layer_input: [..., in]; output_grad: [..., out], both in the type of the product."""
 
-    linear: nn.Linear
+    weight: Tensor
+    bias: Tensor | None
     layer_input: Tensor
     output_grad: Tensor
 
     def add(self) -> None:
         """Add the gradients of weight and bias to theirs."""
-        for parameter, gradient in zip((self.linear.weight, self.linear.bias), _parameter_grads(self), strict=True):
-            if gradient is None:
+        for parameter, gradient in zip((self.weight, self.bias), _parameter_grads(self), strict=True):
+            if parameter is None or gradient is None:
                 continue
             gradient = gradient.to(parameter.dtype)
             if parameter.grad is None:
@@ -42,7 +48,10 @@ class WeightGradient:
 
 
 class SplitBackward:
-    """Takes over the linear layers of `model`, so that their weight gradients can be deferred."""
+    """Takes over the nn.Linear layers of `model`, so that their weight gradients can be deferred.
+
+    Layers of other kinds that are a product with a weight can call `linear` for it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._pending: deque[WeightGradient] | None = None
@@ -69,12 +78,22 @@ class SplitBackward:
         self._pending.append(gradient)
         return True
 
-    def _forward(self, linear: nn.Linear, layer_input: Tensor) -> Tensor:
+    def linear(
+        self, layer_input: Tensor, weight: Tensor, bias: Tensor | None, tensor_group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        """layer_input [..., in], weight [out, in], bias [out] -> [..., out].
+
+        weight, bias: parameters themselves, for their gradients are added to them.
+        tensor_group: ranks that each have other rows of the weight and the same input, whose gradient they add up.
+        """
         if not torch.is_grad_enabled():
-            return functional.linear(layer_input, linear.weight, linear.bias)
+            return functional.linear(layer_input, weight, bias)
         apply: Any = _Linear.apply
-        result: Tensor = apply(layer_input, linear.weight, linear.bias, linear, self)
+        result: Tensor = apply(layer_input, weight, bias, self, tensor_group)
         return result
+
+    def _forward(self, linear: nn.Linear, layer_input: Tensor) -> Tensor:
+        return self.linear(layer_input, linear.weight, linear.bias)
 
 
 def add_all(gradients: deque[WeightGradient]) -> None:
@@ -88,9 +107,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer_input: Tensor, weight: Tensor, bias: Tensor | None, linear: nn.Linear, split: SplitBackward
+        ctx: Any,
+        layer_input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        split: SplitBackward,
+        tensor_group: dist.ProcessGroup | None,
     ) -> Tensor:
-        ctx.linear, ctx.split, ctx.input_dtype = linear, split, layer_input.dtype
+        ctx.weight, ctx.bias, ctx.split, ctx.tensor_group = weight, bias, split, tensor_group
+        ctx.input_dtype = layer_input.dtype
         device = layer_input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -103,25 +128,36 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         layer_input, weight = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        input_grad = weight_grad = bias_grad = None
+        input_grad = weight_grad = bias_grad = reduction = None
         if wants_input:
             rows = output_grad.reshape(-1, output_grad.shape[-1])
-            input_grad = rows.mm(weight).view_as(layer_input).to(ctx.input_dtype)
+            input_grad = rows.mm(weight).view_as(layer_input)
+            if ctx.tensor_group is not None:
+                with _naming_reduction():
+                    reduction = dist.all_reduce(input_grad, group=ctx.tensor_group, async_op=True)
         if wants_weight or wants_bias:
             # Detached, or it would keep the graph behind it alive until W.
-            gradient = WeightGradient(ctx.linear, layer_input.detach(), output_grad)
+            gradient = WeightGradient(ctx.weight, ctx.bias, layer_input.detach(), output_grad)
             if not ctx.split.defer(gradient):
                 weight_grad, bias_grad = _parameter_grads(gradient)
+        if reduction is not None:
+            with _naming_reduction():
+                reduction.wait()
+        if input_grad is not None:
+            input_grad = input_grad.to(ctx.input_dtype)
         return input_grad, weight_grad, bias_grad, None, None
+
+
+def _naming_reduction() -> AbstractContextManager[None]:
+    return naming(f"rank {dist.get_rank()}: summing input gradients of a layer that ranks share")
 
 
 def _parameter_grads(gradient: WeightGradient) -> tuple[Tensor | None, Tensor | None]:
     """Of weight and bias; None where it has none, or does not train it."""
-    linear = gradient.linear
     rows = gradient.output_grad.reshape(-1, gradient.output_grad.shape[-1])
     weight_grad = bias_grad = None
-    if linear.weight.requires_grad:
+    if gradient.weight.requires_grad:
         weight_grad = rows.t().mm(gradient.layer_input.reshape(-1, gradient.layer_input.shape[-1]))
-    if linear.bias is not None and linear.bias.requires_grad:
+    if gradient.bias is not None and gradient.bias.requires_grad:
         bias_grad = rows.sum(0)
     return weight_grad, bias_grad

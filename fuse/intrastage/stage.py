@@ -1,4 +1,4 @@
-"""What a pipeline stage is to executor and optimizer: forwards, backwards in one piece or two, named parameters."""
+"""What a pipeline stage is to the executor: forwards, backwards in one piece or two. To the optimizer: parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Loss = Callable[[Tensor, nn.Module, MicroBatch], Tensor]
 
 
 class Stage(Protocol):
-    """One stage of one model: it computes, and never communicates."""
+    """One stage of one model, as the executor sees it: it computes, and knows nothing of other stages."""
 
     def boundary(self, micro_batch: MicroBatch) -> Tensor:
         """An uninitialised tensor in the shape, type and device of this micro-batch's hidden states between stages."""
@@ -87,6 +87,10 @@ class Stage(Protocol):
         """This stage's trained parameters under the whole model's names; a tied copy carries its source's name."""
         ...
 
+
+class TrainedStage(Stage, Protocol):
+    """A stage of a Hugging Face model, as optimizer and training state see it."""
+
     @property
     def tied_names(self) -> frozenset[str]:
         """Names of parameters that another stage of the same pipeline holds a copy of."""
@@ -98,6 +102,43 @@ class Stage(Protocol):
         ...
 
     @property
+    def sharded_names(self) -> frozenset[str]:
+        """Names of parameters of which other tensor-parallel ranks hold other parts; of the rest all hold copies."""
+        ...
+
+    @property
     def model_shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of every parameter of the whole model by name, on whichever stage it lives."""
+        """Shape of every parameter of the whole Hugging Face model by name, on whichever stage it lives."""
+        ...
+
+    @property
+    def stage_shapes(self) -> Mapping[str, torch.Size]:
+        """Those of `model_shapes` that this stage's parameters are made of."""
+        ...
+
+    def to_hugging_face(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What goes with parameters of this stage, such as their gradients, under Hugging Face names and shapes.
+
+        tensors: by the parameters' names. Views of them are returned where that can be.
+
+        Whole on every tensor-parallel rank; all of them call this at once.
+        """
+        ...
+
+    def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The way back: what goes with each of this stage's parameters, by name, from all of `stage_shapes`."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy this stage's weights from a Hugging Face state dict of the whole model, or of a part that has them.
+
+        Raises: ValueError when one is missing or has another shape; then nothing was copied.
+        """
+        ...
+
+    def export_state_dict(self) -> dict[str, Tensor]:
+        """This stage's weights under Hugging Face names; the first stage's copy alone of a tied embedding.
+
+        Whole on every tensor-parallel rank; all of them call this at once. Some are live, others copies.
+        """
         ...

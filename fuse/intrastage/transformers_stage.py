@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fuse.intrastage.split_backward import SplitBackward, WeightGradient, add_all
+from fuse.intrastage.in_flight import InFlight
+from fuse.intrastage.partition import check_state_dict, checked_layer_range, global_name, recompute_in_backward
+from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.stage import Loss, MicroBatch
-
-
-def even_layer_range(num_layers: int, stage: int, num_stages: int) -> tuple[int, int]:
-    """Layers [start, stop) of a stage when layers are spread as evenly as they go, the surplus on late stages."""
-    return num_layers * stage // num_stages, num_layers * (stage + 1) // num_stages
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
@@ -66,14 +60,8 @@ _SCALINGS = (
 """Configuration attributes by which a model's forward changes embeddings or logits outside its modules."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Live:
-    stage_input: Tensor | None
-    output: Tensor
-
-
 class TransformersStage:
-    """Stage `stage` of `num_stages` of a Hugging Face model; see `fuse.intrastage.stage.Stage`.
+    """Stage `stage` of `num_stages` of a Hugging Face model; see `fuse.intrastage.stage.TrainedStage`.
 
     model_class, config: e.g. type(model) and model.config; the configuration is copied, never changed.
     loss: used by the last stage; one that is not last never calls it.
@@ -102,14 +90,10 @@ class TransformersStage:
         gradient_checkpointing: bool = False,
         split_backward: bool = False,
     ) -> None:
-        if not 0 <= stage < num_stages:
-            raise ValueError(f"stage {stage} of {num_stages}: stages count from 0 to num_stages - 1")
         self.stage, self.num_stages = stage, num_stages
         self._loss = loss
         self._device = torch.device(device)
         self._autocast = autocast
-        self._live: dict[int, _Live] = {}
-        self._weight_gradients: dict[int, deque[WeightGradient]] = {}
 
         config = copy.deepcopy(config)
         config.dtype = torch.float32  # sequence classifiers would build their base in the checkpoint's type
@@ -121,24 +105,17 @@ class TransformersStage:
         self.model_shapes: Mapping[str, torch.Size] = {name: p.shape for name, p in self.model.named_parameters()}
 
         num_layers = len(getattr(self._base, plan.layers))
-        self.layer_range = layer_range or even_layer_range(num_layers, stage, num_stages)
-        start, stop = self.layer_range
-        if not 0 <= start <= stop <= num_layers:
-            raise ValueError(
-                f"layer range {self.layer_range} of {model_class.__name__}: "
-                f"must be 0 <= start <= stop <= {num_layers}, its number of layers"
-            )
+        self.layer_range = checked_layer_range(
+            model_class.__name__, num_layers, layer_range, stage=stage, num_stages=num_stages
+        )
         self._layers_prefix = f"{self.model.base_model_prefix}.{plan.layers}."
         self._head_name = _name_in(self.model, self._head)
         self._tied_source = _tied_source(self.model, self._head)
         self._prune(plan)
         self._materialise()
-        self._split = SplitBackward(self.model) if split_backward else None
+        self._in_flight = InFlight(SplitBackward(self.model) if split_backward else None)
         if gradient_checkpointing:
-            for layer in getattr(self._base, plan.layers):
-                layer.forward = functools.partial(
-                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-                )
+            recompute_in_backward(getattr(self._base, plan.layers))
 
     @property
     def is_first(self) -> bool:
@@ -150,7 +127,7 @@ class TransformersStage:
 
     @property
     def can_split_backward(self) -> bool:
-        return self._split is not None
+        return self._in_flight.split is not None
 
     def boundary(self, micro_batch: MicroBatch) -> Tensor:
         hidden_size = self.model.config.get_text_config().hidden_size
@@ -158,7 +135,6 @@ class TransformersStage:
         return torch.empty(*micro_batch.input_ids.shape, hidden_size, dtype=dtype, device=self._device)
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
-        assert index not in self._live, f"micro-batch {index} was not finished"
         assert (stage_input is None) == self.is_first
         with self._precision():
             if stage_input is None:
@@ -176,25 +152,19 @@ class TransformersStage:
             if self.is_last:
                 selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
                 output = self._loss(selected, self._head, micro_batch)
-        self._live[index] = _Live(stage_input, output)
+        self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
         assert (output_grad is None) == self.is_last
-        live = self._live.pop(index)
-        torch.autograd.backward(live.output, output_grad)
-        return None if live.stage_input is None else live.stage_input.grad
+        return self._in_flight.backward(index, output_grad)
 
     def backward_input(self, index: int, output_grad: Tensor | None) -> Tensor | None:
-        assert self._split is not None, "the stage was built without split_backward"
-        assert index not in self._weight_gradients, f"the weight gradients of micro-batch {index} are outstanding"
-        with self._split.deferred() as gradients:
-            input_grad = self.backward(index, output_grad)
-        self._weight_gradients[index] = gradients
-        return input_grad
+        assert (output_grad is None) == self.is_last
+        return self._in_flight.backward_input(index, output_grad)
 
     def backward_weight(self, index: int) -> None:
-        add_all(self._weight_gradients.pop(index))
+        self._in_flight.backward_weight(index)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
@@ -215,25 +185,32 @@ class TransformersStage:
             if isinstance(module, nn.LayerNorm) or _NO_DECAY.search(f"{path}.{name}".lower())
         )
 
+    @property
+    def sharded_names(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def stage_shapes(self) -> Mapping[str, torch.Size]:
+        return {name: self.model_shapes[name] for name, _ in self.named_parameters()}
+
+    def to_hugging_face(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensors[name]) for name, _ in self.named_parameters())
+
+    def export_state_dict(self) -> dict[str, Tensor]:
+        left_out = frozenset[str]() if self.is_first else self.tied_names
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if name not in left_out}
+
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy this stage's parameters and buffers from a state dict of the whole model, or of a part that has them.
 
         Raises: ValueError when one is missing or has another shape; then nothing was copied.
         """
         own = {self._global_name(name): tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
-        problems = [
-            f"{name} is missing"
-            if name not in state_dict
-            else f"{name} is {list(state_dict[name].shape)}, the model has {list(tensor.shape)}"
-            for name, tensor in own.items()
-            if name not in state_dict or state_dict[name].shape != tensor.shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(
-                f"state dict does not fit stage {self.stage} of {type(self.model).__name__}: "
-                f"{'; '.join(problems[:3])}{more}: load weights of the same architecture and configuration"
-            )
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        check_state_dict(state_dict, shapes, f"stage {self.stage} of {type(self.model).__name__}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])
@@ -271,10 +248,7 @@ class TransformersStage:
         """The whole model's name of a parameter of this stage."""
         if self._tied_source is not None and name == f"{self._head_name}.weight":
             return self._tied_source
-        if not name.startswith(self._layers_prefix):
-            return name
-        layer, _, rest = name.removeprefix(self._layers_prefix).partition(".")
-        return f"{self._layers_prefix}{int(layer) + self.layer_range[0]}.{rest}"
+        return global_name(name, self._layers_prefix, self.layer_range[0])
 
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

@@ -32,17 +32,21 @@ def test_two_stores_never_share_a_port() -> None:
 
 
 @pytest.mark.parametrize(
-    ("replicas", "message"),
-    [([(0, 0), (0,)], "differ in their number of stages"), ([(0,), (0,)], "two replicas on one rank")],
+    ("call", "message"),
+    [
+        ("open_model([(0, 0), (0,)], 10.0)", "differ in their number of stages"),
+        ("open_model([(0,), (0,)], 10.0)", "two replicas on one rank"),
+        ("open_tensor_group(2, 10.0)", "tensor_parallel_size=2 does not divide the 1 devices: choose a divisor"),
+    ],
 )
-def test_replicas_that_cannot_agree_are_refused(replicas: list[tuple[int, ...]], message: str) -> None:
+def test_groups_that_cannot_be_are_refused(call: str, message: str) -> None:
     """In a world of its own, as a process can be in one world at a time."""
     program = f"""
-from fuse.intrastage.communication import connect, disconnect, open_model, serve_store
+from fuse.intrastage.communication import connect, disconnect, open_model, open_tensor_group, serve_store
 store = serve_store("127.0.0.1", 10.0)
 connect(0, 1, "127.0.0.1", store.port, "gloo", 10.0)
 try:
-    open_model({replicas}, 10.0)
+    {call}
 except ValueError as error:
     print(error)
 disconnect()

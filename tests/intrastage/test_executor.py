@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse.intrastage.executor import execute
+from fuse.intrastage.planned import PlannedTimes
 from fuse.intrastage.stage import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Op, Pipeline, Problem, Schedule
@@ -53,11 +54,13 @@ class RecordingStage:
         return iter(())
 
 
-def run(schedule: Schedule, can_split: bool = True) -> tuple[list[str], SpanRecorder]:
+def run(
+    schedule: Schedule, can_split: bool = True, planned: PlannedTimes | None = None
+) -> tuple[list[str], SpanRecorder]:
     calls: list[str] = []
     stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls, can_split)}
     recorder = SpanRecorder()
-    execute(schedule, 0, stages, [BATCHES], [], recorder)
+    execute(schedule, 0, stages, [BATCHES], [], recorder, planned=planned)
     return calls, recorder
 
 
@@ -89,6 +92,23 @@ def test_spans_name_the_operation_and_its_tokens() -> None:
     assert {span.category for span in spans} == {"train"}
     assert [span.arguments["tokens"] for span in spans] == [3, 3, 3, 4, 4, 3, 4, 4]
     assert all(float(span.arguments["wait_s"]) >= 0 for span in spans)
+
+
+def test_spans_say_when_the_operation_was_planned() -> None:
+    schedule = schedule_of(*LEGAL)
+    ops = schedule.ranks[0]
+    planned = PlannedTimes(
+        start_s={op: float(index) for index, op in enumerate(ops)},
+        end_s={op: index + 0.5 for index, op in enumerate(ops)},
+        transfer_s=(0.0,),
+        bubble_ratio=0.0,
+    )
+    _, recorder = run(schedule, planned=planned)
+    spans = recorder.drain()
+    assert [span.arguments["planned_start_s"] for span in spans] == [float(index) for index in range(8)]
+    assert [span.arguments["planned_end_s"] for span in spans] == [index + 0.5 for index in range(8)]
+    _, unplanned = run(schedule)
+    assert "planned_start_s" not in unplanned.drain()[0].arguments
 
 
 def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.intrastage.measure import measure
+from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.profile import Shape
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -30,12 +32,10 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
     return head(hidden).square().mean()
 
 
-def stages_of(*, split: bool) -> dict[tuple[int, int], TransformersStage]:
+def stages_of(kind: type[Any], *, split: bool) -> dict[tuple[int, int], Any]:
     stages = {}
     for stage in range(3):
-        stages[0, stage] = TransformersStage(
-            LlamaForCausalLM, CONFIG, stage=stage, num_stages=3, loss=loss, split_backward=split
-        )
+        stages[0, stage] = kind(LlamaForCausalLM, CONFIG, stage=stage, num_stages=3, loss=loss, split_backward=split)
         for parameter in stages[0, stage].model.parameters():
             nn.init.normal_(parameter, std=0.1)
     return stages
@@ -46,9 +46,10 @@ def batch_of(num_sequences: int, num_tokens: int) -> MicroBatch:
     return MicroBatch(input_ids=ids, head_index=torch.arange(num_tokens), targets=None)
 
 
+@pytest.mark.parametrize("kind", [TransformersStage, MegatronStage])
 @pytest.mark.parametrize("split", [True, False])
-def test_a_rank_measures_its_stages_on_every_shape_and_leaves_them_as_they_were(split: bool) -> None:
-    stages = stages_of(split=split)
+def test_a_rank_measures_its_stages_on_every_shape_and_leaves_them_as_they_were(split: bool, kind: type[Any]) -> None:
+    stages = stages_of(kind, split=split)
     before = {key: [one.detach().clone() for one in stage.model.parameters()] for key, stage in stages.items()}
     batches = [batch_of(2, 8), batch_of(2, 16)]
     profile = measure(0, [("actor.0", (0, 0, 0))], stages, [batches], [], repeats=1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import (
     GPTNeoXConfig,
@@ -57,14 +56,6 @@ MODELS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
 ONE = (None,)
 UNEVEN = ((0, 1), (1, 4), (4, 5))
 Chain = Sequence[MegatronStage | TransformersStage]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one() -> Iterator[None]:
-    """megatron-core asks torch.distributed even where nobody is to be talked to."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
@@ -160,14 +151,21 @@ def test_losses_logits_and_gradients_are_those_of_transformers_stages(name: str,
         assert (got[key] - gradient).abs().max() <= 1e-5 * gradient.abs().max() > 0, key
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_go_in_and_come_out_bit_for_bit(name: str) -> None:
-    model = model_of(name)
-    stages = chain_of(MegatronStage, model, UNEVEN)
-    exported: dict[str, Tensor] = {}
+def exported(stages: Chain) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
     for stage in stages:
-        exported |= stage.export_state_dict()
-    assert_equal(exported, dict(model.named_parameters()), atol=0)
+        part = stage.export_state_dict()
+        assert not weights.keys() & part.keys()
+        weights |= part
+    return weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", [MegatronStage, TransformersStage])
+def test_weights_go_in_and_come_out_bit_for_bit_and_once(name: str, kind: type[Any]) -> None:
+    model = model_of(name)
+    for layer_ranges in (ONE, UNEVEN):
+        assert_equal(exported(chain_of(kind, model, layer_ranges)), dict(model.named_parameters()), atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama tied", "llama classifier", "qwen2", "qwen3"])
@@ -175,28 +173,29 @@ def test_weights_after_some_steps_are_those_of_transformers_stages(name: str) ->
     """AdamW with decay, which spares norms and biases, and a clipped norm of the whole model."""
     model = model_of(name)
     config = AdamWConfig(weight_decay=0.1, max_grad_norm=0.05)
-    exported, norms = [], []
+    weights, norms = [], []
     for stage_class, layer_ranges in ((MegatronStage, UNEVEN), (TransformersStage, ONE)):
         stages = chain_of(stage_class, model, layer_ranges)
         optimizer = ModelOptimizer(name, {(0, stage.stage): stage for stage in stages}, None, config)
         for step in range(3):
             run(stages, BATCHES)
             norms.append(optimizer.step(1e-3 / (step + 1)))
-        weights: dict[str, Tensor] = {}
-        for stage in stages:
-            weights |= stage.export_state_dict() if isinstance(stage, MegatronStage) else dict(stage.named_parameters())
-        exported.append(weights)
+        weights.append(exported(stages))
     torch.testing.assert_close(norms[:3], norms[3:], rtol=1e-5, atol=0)
-    assert_equal(*exported)
+    assert_equal(*weights)
     start = dict(model.named_parameters())
-    assert min((weight - start[name]).abs().max() for name, weight in exported[0].items()) > 1e-3
+    assert min((weight - start[name]).abs().max() for name, weight in weights[0].items()) > 1e-3
 
 
-def test_training_state_saved_on_some_stages_resumes_on_others(tmp_path: Path) -> None:
+KINDS = [(MegatronStage, MegatronStage), (MegatronStage, TransformersStage), (TransformersStage, MegatronStage)]
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_training_state_saved_on_some_stages_resumes_on_others(kinds: Any, tmp_path: Path) -> None:
     model = model_of("qwen2")
     optimizers = []
-    for layer_ranges in (UNEVEN, ONE):
-        stages = chain_of(MegatronStage, model, layer_ranges)
+    for kind, layer_ranges in zip(kinds, (UNEVEN, ONE), strict=True):
+        stages = chain_of(kind, model, layer_ranges)
         optimizer = ModelOptimizer("actor", {(0, stage.stage): stage for stage in stages}, None, AdamWConfig())
         optimizers.append((stages, optimizer))
     (saved_stages, saved), (stages, loaded) = optimizers
@@ -204,13 +203,11 @@ def test_training_state_saved_on_some_stages_resumes_on_others(tmp_path: Path) -
     saved.step(1e-3)
     save_state(tmp_path / "state", {"actor": saved})
     load_state(tmp_path / "state", {"actor": loaded})
+    assert_equal(exported(stages), exported(saved_stages), atol=0)
     for each in (saved_stages, stages):
         run(each, BATCHES)
     torch.testing.assert_close(saved.step(1e-3), loaded.step(1e-3), rtol=1e-5, atol=0)
-    weights: dict[str, Tensor] = {}
-    for stage in saved_stages:
-        weights |= stage.export_state_dict()
-    assert_equal(stages[0].export_state_dict(), weights)
+    assert_equal(exported(stages), exported(saved_stages))
 
 
 @pytest.mark.parametrize("order", [(MegatronStage, TransformersStage), (TransformersStage, MegatronStage)])
@@ -225,7 +222,7 @@ def test_a_pipeline_may_mix_both_kinds_of_stages(order: Any) -> None:
 
 def test_rows_padded_inside_use_their_mask_and_positions() -> None:
     model = model_of("llama")
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
     padded = MicroBatch(
         input_ids=BATCHES[0].input_ids,
         head_index=torch.tensor([3, 6, 8, 12]),
@@ -285,8 +282,9 @@ def test_names_are_the_whole_models_and_tied_copies_carry_one() -> None:
         assert {parameter for parameter in names if names.count(parameter) > 1} == tied
         assert [stage.tied_names for stage in stages] == [tied, set(), tied]
         for stage in stages:
-            assert set(stage.model_shapes) == set(names)
-            assert all(stage.model_shapes[key] == parameter.shape for key, parameter in stage.named_parameters())
+            assert stage.model_shapes == {key: one.shape for key, one in model_of(name).named_parameters()}
+            own = stage.to_hugging_face(dict(stage.named_parameters()))
+            assert stage.stage_shapes == {key: tensor.shape for key, tensor in own.items()}
     assert chain_of(MegatronStage, model_of("qwen2"), ONE)[0].tied_names == set()
 
 
@@ -306,8 +304,10 @@ def test_refusals_name_the_setting_and_the_remedy() -> None:
     with pytest.raises(ValueError, match="rope_type 'dynamic'"):
         dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
         stage(LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=dynamic))
-    with pytest.raises(ValueError, match=r"layer range \(3, 6\).*<= 5"):
+    with pytest.raises(ValueError, match=r"layer range \(3, 6\).*within its 5 layers"):
         stage(LlamaForCausalLM, LlamaConfig(**SIZES), layer_range=(3, 6))
+    with pytest.raises(ValueError, match=r"layer range \(3, 3\).*at least 1"):
+        stage(LlamaForCausalLM, LlamaConfig(**SIZES), layer_range=(3, 3))
     with pytest.raises(ValueError, match="stage 2 of 2"):
         stage(LlamaForCausalLM, LlamaConfig(**SIZES), stage=2)
 

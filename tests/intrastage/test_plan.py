@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fuse.intrastage.plan import Replica, fused_problem, fused_schedule, pipeline_name
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.plan import fused_problem, fused_schedule
 from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
 from schedules import evaluate, violations
 from schedules.baselines import serial
@@ -20,7 +21,7 @@ REPLICAS = (Replica("actor", 0, (0, 1)), Replica("critic", 0, (1, 0)))
 
 def costs(replica: Replica, stage: int, ticks: int, *, split: bool = True) -> StageCosts:
     return StageCosts(
-        pipeline=pipeline_name(replica),
+        pipeline=replica.name,
         stage=stage,
         shape=SHAPE,
         forward_ticks=ticks,
@@ -35,7 +36,7 @@ def costs(replica: Replica, stage: int, ticks: int, *, split: bool = True) -> St
 PROFILE = Profile(
     tick_s=1e-3,
     stages=tuple(costs(replica, stage, 10 + stage) for replica in REPLICAS for stage in range(2)),
-    transfers=tuple(TransferCosts(pipeline=pipeline_name(one), stage=0, shape=SHAPE, ticks=2) for one in REPLICAS),
+    transfers=tuple(TransferCosts(pipeline=one.name, stage=0, shape=SHAPE, ticks=2) for one in REPLICAS),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from fuse.intrastage.live_memory import LiveMemory
+from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
 
@@ -44,19 +46,21 @@ OPTIONS: dict[str, Mapping[str, object]] = {
     "recomputed bfloat16": {"autocast": torch.bfloat16, "gradient_checkpointing": True},
 }
 
+KINDS = {"transformers": TransformersStage, "megatron": MegatronStage}
+
 
 def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
     return (head(hidden).float() * micro_batch.targets).square().mean()
 
 
-def stages_of(name: str, *, split: bool, num_stages: int = 3, **options: object) -> list[TransformersStage]:
+def stages_of(name: str, *, split: bool, num_stages: int = 3, kind: str = "transformers", **options: Any) -> list[Any]:
     torch.manual_seed(0)
     model_class, config = MODELS[name]
     model = model_class(config).float().eval()
     for parameter in model.parameters():  # norms start at 1 and biases at 0: make every parameter count
         nn.init.normal_(parameter, std=0.2)
     stages = [
-        TransformersStage(
+        KINDS[kind](
             model_class,
             config,
             stage=stage,
@@ -85,14 +89,14 @@ def micro_batch_of(tokens: int) -> MicroBatch:
 BATCHES = [micro_batch_of(7), micro_batch_of(5)]
 
 
-def forward(stages: list[TransformersStage]) -> None:
+def forward(stages: list[Any]) -> None:
     for index, micro_batch in enumerate(BATCHES):
         hidden = None
         for stage in stages:
             hidden = stage.forward(index, micro_batch, hidden)
 
 
-def gradients_of(stages: list[TransformersStage]) -> dict[str, Tensor]:
+def gradients_of(stages: list[Any]) -> dict[str, Tensor]:
     """By stage and global name."""
     found = {}
     for stage in stages:
@@ -102,7 +106,7 @@ def gradients_of(stages: list[TransformersStage]) -> dict[str, Tensor]:
     return found
 
 
-def whole(stages: list[TransformersStage]) -> dict[str, Tensor]:
+def whole(stages: list[Any]) -> dict[str, Tensor]:
     forward(stages)
     for index in range(len(BATCHES)):
         grad = None
@@ -111,7 +115,7 @@ def whole(stages: list[TransformersStage]) -> dict[str, Tensor]:
     return gradients_of(stages)
 
 
-def halves(stages: list[TransformersStage]) -> dict[str, Tensor]:
+def halves(stages: list[Any]) -> dict[str, Tensor]:
     """All input gradients first, then all weight gradients, as late as a schedule may put them."""
     forward(stages)
     for index in range(len(BATCHES)):
@@ -124,24 +128,30 @@ def halves(stages: list[TransformersStage]) -> dict[str, Tensor]:
     return gradients_of(stages)
 
 
-CASES = [(name, "plain") for name in MODELS] + [(name, options) for name in ("llama", "neox") for options in OPTIONS]
+CASES = [
+    *(("transformers", name, "plain") for name in MODELS),
+    *(("transformers", name, options) for name in ("llama", "neox") for options in OPTIONS),
+    *(("megatron", name, "plain") for name in MODELS if name != "neox"),
+    *(("megatron", "qwen2 tied", options) for options in OPTIONS),
+]
 
 
-@pytest.mark.parametrize(("name", "options"), sorted(set(CASES)))
-def test_halves_give_the_gradients_of_a_whole_backward(name: str, options: str) -> None:
-    expected = whole(stages_of(name, split=False, **OPTIONS[options]))
-    unsplit = whole(stages_of(name, split=True, **OPTIONS[options]))
-    split = halves(stages_of(name, split=True, **OPTIONS[options]))
+@pytest.mark.parametrize(("kind", "name", "options"), sorted(set(CASES)))
+def test_halves_give_the_gradients_of_a_whole_backward(kind: str, name: str, options: str) -> None:
+    expected = whole(stages_of(name, split=False, kind=kind, **OPTIONS[options]))
+    unsplit = whole(stages_of(name, split=True, kind=kind, **OPTIONS[options]))
+    split = halves(stages_of(name, split=True, kind=kind, **OPTIONS[options]))
     assert min(gradient.abs().max() for gradient in expected.values()) > 0
     for parameter, gradient in expected.items():
         assert torch.equal(unsplit[parameter], gradient), parameter
         assert torch.equal(split[parameter], gradient), parameter
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", ["plain", "recomputed bfloat16"])
-def test_a_tied_head_on_one_stage_gets_both_of_its_gradients(options: str) -> None:
-    expected = whole(stages_of("qwen2 tied", split=False, num_stages=1, **OPTIONS[options]))
-    split = halves(stages_of("qwen2 tied", split=True, num_stages=1, **OPTIONS[options]))
+def test_a_tied_head_on_one_stage_gets_both_of_its_gradients(options: str, kind: str) -> None:
+    expected = whole(stages_of("qwen2 tied", split=False, num_stages=1, kind=kind, **OPTIONS[options]))
+    split = halves(stages_of("qwen2 tied", split=True, num_stages=1, kind=kind, **OPTIONS[options]))
     for parameter, gradient in expected.items():
         torch.testing.assert_close(split[parameter], gradient, rtol=1e-6, atol=1e-6)
 
@@ -163,14 +173,15 @@ def flops(run: Callable[..., object], *arguments: object) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", ["plain", "recomputed"])
-def test_halves_share_the_work_of_a_whole_backward(options: str) -> None:
+def test_halves_share_the_work_of_a_whole_backward(options: str, kind: str) -> None:
     """The middle stage: every linear layer costs I and W the same; recomputing is I's, once."""
     batch = micro_batch_of(7)
     micro_batch_input = torch.randn(2, 7, 32)
 
-    def middle() -> TransformersStage:
-        stage = stages_of("qwen3", split=True, **OPTIONS[options])[1]
+    def middle() -> Any:
+        stage = stages_of("qwen3", split=True, kind=kind, **OPTIONS[options])[1]
         stage.forward(0, batch, micro_batch_input.clone())
         return stage
 
@@ -178,14 +189,15 @@ def test_halves_share_the_work_of_a_whole_backward(options: str) -> None:
     stage = middle()
     both = flops(stage.backward_input, 0, grad), flops(stage.backward_weight, 0)
     assert sum(both) == flops(middle().backward, 0, grad)
-    linear = sum(2 * 14 * one.weight.numel() for one in stage.model.modules() if isinstance(one, nn.Linear))
+    linear = sum(2 * 14 * weight.numel() for _, weight in stage.named_parameters() if weight.ndim == 2)
     assert both[1] == linear
     assert both[0] == linear * (2 if options == "recomputed" else 1)
 
 
-def test_w_holds_what_it_needs_and_nothing_else_until_it_has_run() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_w_holds_what_it_needs_and_nothing_else_until_it_has_run(kind: str) -> None:
     """Between the halves: inputs and output gradients of the linear layers. Afterwards: nothing."""
-    stage = stages_of("llama", split=True)[1]
+    stage = stages_of("llama", split=True, kind=kind)[1]
     for attempt in range(2):
         grad = torch.randn(2, 7, 32)
         with LiveMemory() as live:
@@ -208,10 +220,10 @@ def test_w_holds_what_it_needs_and_nothing_else_until_it_has_run() -> None:
 
 
 def test_a_stage_scores_and_refuses_halves_as_it_was_built() -> None:
-    stage = stages_of("llama", split=False)[1]
-    assert not stage.can_split_backward
+    for kind in KINDS:
+        assert not stages_of("llama", split=False, kind=kind)[1].can_split_backward
+        assert stages_of("llama", split=True, kind=kind)[1].can_split_backward
     split = stages_of("llama", split=True)
-    assert split[1].can_split_backward
     with torch.no_grad():
         hidden = torch.randn(1, 3, 32)
         linear = next(one for one in split[1].model.modules() if isinstance(one, nn.Linear))

@@ -1,0 +1,118 @@
+"""When each operation of a schedule should run, given a profile and the micro-batches at hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fuse.intrastage.profile import Profile, Shape
+from schedules import Kind, Op, Problem, Schedule, Timing, evaluate
+
+_TICK_S = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTimes:
+    """The plan of one step, in seconds from its first operation.
+
+    start_s, end_s: by operation. transfer_s: by pipeline, what a message takes. bubble_ratio: idle share of all ranks.
+    """
+
+    start_s: Mapping[Op, float]
+    end_s: Mapping[Op, float]
+    transfer_s: tuple[float, ...]
+    bubble_ratio: float
+
+    @property
+    def makespan_s(self) -> float:
+        return max(self.end_s.values(), default=0.0)
+
+
+def planned_times(
+    schedule: Schedule, profile: Profile, names: Sequence[str], shapes: Sequence[Sequence[Shape]]
+) -> PlannedTimes:
+    """Time a schedule's order with what each of its micro-batches should cost.
+
+    The problem's own ticks are not used, so that the order may come from another shape, or from no profile.
+
+    names: by pipeline, what the profile calls it. shapes: by pipeline and micro-batch.
+
+    Raises:
+        ValueError: the profile lacks a stage, or a backward is split that was measured whole.
+    """
+    seconds: dict[Op, float] = {}
+    known: dict[tuple[int, int, Kind, Shape], float] = {}
+    for _, op in schedule.ops():
+        shape = shapes[op.pipeline][op.micro_batch]
+        key = op.pipeline, op.stage, op.kind, shape
+        if key not in known:
+            known[key] = operation_s(profile, names[op.pipeline], op.stage, op.kind, shape)
+        seconds[op] = known[key]
+    transfer_s = tuple(
+        profile.tick_s * profile.transfer_ticks(name, max(of_pipeline, key=lambda shape: shape.size))
+        for name, of_pipeline in zip(names, shapes, strict=True)
+    )
+    return times_of(schedule, seconds, transfer_s)
+
+
+def times_of(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: tuple[float, ...]) -> PlannedTimes:
+    """The plan of a schedule's order from the seconds of each operation and, by pipeline, of a message."""
+    timing = evaluate_seconds(schedule, seconds, transfer_s)
+    times = [list(itertools.chain.from_iterable(per_rank)) for per_rank in (timing.start, timing.end)]
+    ops = [op for _, op in schedule.ops()]
+    start_s, end_s = ({op: _TICK_S * time for op, time in zip(ops, each, strict=True)} for each in times)
+    return PlannedTimes(start_s, end_s, transfer_s, timing.bubble_ratio)
+
+
+def operation_s(profile: Profile, name: str, stage: int, kind: Kind, shape: Shape) -> float:
+    """Seconds that an operation should take: measured, or linear in tokens between and beyond the shapes that were.
+
+    One shape alone is scaled in proportion to tokens.
+
+    Raises:
+        ValueError: the profile lacks the stage, or a backward is split that was measured whole.
+    """
+    measured: dict[int, list[int]] = {}
+    for costs in profile.stages:
+        if (costs.pipeline, costs.stage) != (name, stage):
+            continue
+        ticks = {
+            Kind.F: costs.forward_ticks,
+            Kind.B: costs.backward_ticks,
+            Kind.I: costs.input_grad_ticks,
+            Kind.W: costs.weight_grad_ticks,
+        }[kind]
+        if ticks is None:
+            raise ValueError(f"profile has no {kind} of stage {stage} of {name}: build stages with split_backward=True")
+        if costs.shape == shape:
+            return ticks * profile.tick_s
+        measured.setdefault(costs.shape.size, []).append(ticks)
+    if not measured:
+        raise ValueError(f"profile has no stage {stage} of pipeline {name}: measure it on this placement")
+    points = [(size, sum(ticks) / len(ticks)) for size, ticks in sorted(measured.items())]
+    return max(1.0, _linear(points, shape.size)) * profile.tick_s
+
+
+def _linear(points: Sequence[tuple[int, float]], size: int) -> float:
+    """The value at `size` of the lines through neighbouring points, of which the outer two go on."""
+    if len(points) == 1:
+        return points[0][1] * size / points[0][0]
+    right = next((index for index, (at, _) in enumerate(points[1:-1], 1) if at >= size), len(points) - 1)
+    (size_0, value_0), (size_1, value_1) = points[right - 1], points[right]
+    return value_0 + (value_1 - value_0) * (size - size_0) / (size_1 - size_0)
+
+
+def operation_name(problem: Problem, op: Op) -> str:
+    """The operation for people: `F actor.0.3` is the forward of the actor's stage 0 on micro-batch 3."""
+    return f"{op.kind} {problem.pipelines[op.pipeline].name}.{op.stage}.{op.micro_batch}"
+
+
+def evaluate_seconds(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: Sequence[float]) -> Timing:
+    """The timing of a schedule's order, in microseconds; transfer_s: of a message, by pipeline."""
+    pipelines = tuple(
+        replace(pipeline, transfer_ticks=round(one / _TICK_S))
+        for pipeline, one in zip(schedule.problem.pipelines, transfer_s, strict=True)
+    )
+    retimed = Schedule(replace(schedule.problem, pipelines=pipelines), schedule.ranks)
+    return evaluate(retimed, lambda op: max(1, round(seconds[op] / _TICK_S)))
