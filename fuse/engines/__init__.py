@@ -1,4 +1,4 @@
-"""Generation engines behind one protocol: replay (recorded samples) and transformers (the embedded default)."""
+"""Generation engines behind one protocol: replay (recorded samples), transformers (the embedded default), and vLLM."""
 
 from __future__ import annotations
 

@@ -87,8 +87,9 @@ class GeneratedToken:
 class Evicted:
     """A sample taken out of an engine, fit to be admitted by another one over the same weights.
 
-    `kv` spares the next engine the prefill, or is None, which makes it recompute. It holds the keys and the values
-    of each layer in turn, [kv_heads, tokens, head_dim] on the host, for all tokens but the last.
+    `kv` spares the next engine the prefill, or is None, which makes it recompute. It holds keys and values for all
+    tokens but the last, on the host, in a form that engines of one kind share: the transformers engine's are the keys
+    and the values of each layer in turn, [kv_heads, tokens, head_dim]; vLLM's whole blocks of each layer.
     """
 
     request: GenerationRequest

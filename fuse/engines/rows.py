@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuse.engines.engine import GeneratedToken, GenerationRequest
+from fuse.engines.limits import check_logprob
 from fuse.ops.sampling import sample_tokens
 
 # Lines of the integer columns. LENGTH and POSITION are neighbours: both grow by one in every step.
@@ -105,11 +105,7 @@ class Rows:
         # One transfer to the host: float64 holds token ids and fp32 exactly.
         token_ids, token_logprobs = torch.stack((tokens.double(), logprobs.double())).tolist()
         for row, logprob in zip(self._rows, token_logprobs, strict=True):
-            if not math.isfinite(logprob):
-                raise ValueError(
-                    f"sample {row.request.sample_id} drew a token of log-probability {logprob} at position "
-                    f"{len(row.response_ids)}: the model's logits are not finite, so check the weights it was given"
-                )
+            check_logprob(row.request.sample_id, len(row.response_ids), logprob)
         return [
             row.append(int(token_id), logprob)
             for row, token_id, logprob in zip(self._rows, token_ids, token_logprobs, strict=True)

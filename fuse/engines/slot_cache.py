@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from fuse.ops import kv_blocks
+
 # Contexts are rounded up to this many tokens, so buffers and attention widths change rarely.
 CONTEXT_STEP_TOKENS = 64
 
@@ -85,21 +87,20 @@ class SlotCache(Cache):
 
     def read(self, row: int, tokens: int) -> tuple[Tensor, ...]:
         """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim], copied to the host."""
-        return tuple(
-            entries[row, :, :tokens].to("cpu", copy=True)
-            for layer in self._layers
-            for entries in (layer.keys, layer.values)
+        return kv_blocks.gather(
+            [entries for layer in self._layers for entries in (layer.keys, layer.values)], row, tokens
         )
 
     def write(self, row: int, kv: Sequence[Tensor], *, dtype: torch.dtype) -> None:
         """Fill a row from what `read` returned elsewhere, in the dtype that the cache has or will have."""
         tokens = kv[0].shape[1]
         self._reserve(row + 1, tokens)
+        buffers: list[Tensor] = []
         for index, (keys, values) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
-            keys, values = (entries.to(self._row_indices.device, dtype) for entries in (keys, values))
-            layer = self._layer(index, keys.unsqueeze(0), values.unsqueeze(0))
-            layer.keys[row, :, :tokens] = keys
-            layer.values[row, :, :tokens] = values
+            like = torch.empty((), dtype=dtype, device=self._row_indices.device)
+            layer = self._layer(index, *(like.expand(1, *entries.shape) for entries in (keys, values)))
+            buffers += (layer.keys, layer.values)
+        kv_blocks.scatter(kv, buffers, row)
 
     def clear(self) -> None:
         """Free all buffers."""

@@ -19,11 +19,10 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
 from fuse.state_dict import load_state_dict
-
-_LEAST_CONTEXT = 8
 
 
 class TransformersEngine:
@@ -73,19 +72,7 @@ class TransformersEngine:
         request = evicted.request
         if request.sample_id in self._queue or request.sample_id in self._rows:
             raise already_present(request.sample_id)
-        num_tokens = len(request.prompt_ids) + request.params.max_new_tokens
-        if num_tokens > self._max_context:
-            raise ValueError(
-                f"sample {request.sample_id} needs {num_tokens} tokens ({len(request.prompt_ids)} of prompt, up to "
-                f"{request.params.max_new_tokens} of response) but the engine's context is {self._max_context}: "
-                "shorten the prompt, lower max_new_tokens or raise max_context"
-            )
-        lowest, highest = min(request.prompt_ids + request.response_ids), max(request.prompt_ids + request.response_ids)
-        if lowest < 0 or highest >= self._vocab_size:
-            raise ValueError(
-                f"sample {request.sample_id} has token id {lowest if lowest < 0 else highest} but the model knows 0 to "
-                f"{self._vocab_size - 1}: use the model's own tokenizer"
-            )
+        check_request(request, max_context=self._max_context, vocab_size=self._vocab_size)
         if evicted.kv is not None and evicted.kv[0].shape[1] != request.num_tokens - 1:
             raise ValueError(
                 f"sample {request.sample_id} has {request.num_tokens} tokens but brings the KV of "
@@ -223,17 +210,9 @@ def _batches_by_length(requests: Sequence[GenerationRequest]) -> Iterator[list[G
 
 def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
     """The context to serve, or ValueError where the model has less, or attention that slots do not hold."""
+    max_context = choose_context(model, max_context)
     config = model.config.get_text_config()
     name = type(model).__name__
-    num_positions = getattr(config, "max_position_embeddings", None)
-    if max_context is None:
-        max_context = num_positions
-    if max_context is None:
-        raise ValueError(f"{name} declares no max_position_embeddings: pass max_context")
-    if max_context < _LEAST_CONTEXT:
-        raise ValueError(f"max_context is {max_context}: it must be at least {_LEAST_CONTEXT} tokens")
-    if num_positions is not None and max_context > num_positions:
-        raise ValueError(f"max_context is {max_context} but {name} has {num_positions} positions: lower max_context")
     window = getattr(config, "sliding_window", None)
     declared = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
     layer_types = set(declared)

@@ -1,13 +1,9 @@
 """The policy that plans again at every finish, from the remaining-length model and the costs.
 
-With n samples left, m engines that decode and N devices, two things bound what is still to come:
-
-    path(m) = the last sample's steps, each as slow as its engine's batch makes it, and then its inference
-    work(m) = (inference of everything + decoding by m engines) / N
-
-More engines shorten the path, since batches shrink; fewer leave more devices to inference. Engines are given up where
-that lowers max(path, work), what moving costs included; else free devices may decode as far as work stays below it.
-Samples then move one by one, as long as the expected end of the rollout gains by it.
+Each plan answers three questions. How many engines are to decode: as many as end the rollout soonest by a fluid model
+of what is ahead; some are given up now only if no later change would do better. Which samples go where: while an
+engine, and not the work that is left, would hold up the end, samples move one by one as long as the expected end gains
+by it. How much is scored at once: half of what a free device has yet to do, so that all devices end together.
 """
 
 from __future__ import annotations
@@ -19,21 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuse.interstage.costs import CostModel
+from fuse.interstage.fluid import Outlook, best_num_engines
 from fuse.interstage.lengths import RemainingLengths
 from fuse.interstage.migration import Action, Migrate, RolloutState, Room, consolidate, feed, free_devices
 
 Floats = NDArray[np.float64]
 
-_LEAST_GAIN = 0.01
-"""Part of the time to come that a change of the number of engines must save: estimates are no better than that."""
 _LEAST_MOVE_GAIN = 1e-4
-"""Likewise for the move of one sample."""
+"""Part of the time to come that the move of one sample must save."""
 _CAUTION = 2
 """Times that a move must save the delay of the sample that moves: more moves of it may follow."""
 _SHARPNESS = 16
 """Power of a sample's predicted end, relative to the last, that says how likely it is to be the last itself."""
 _MAX_MOVES = 64
 """Moves in one plan that only even out engines; the next finish plans again."""
+_LEAST_TOKEN_S = 1e-12
+_PIECE = 0.5
+"""Part of what a device has yet to score that it is given at once."""
+_LEAST_PIECE = 2.0
+"""Times the cost of a micro-batch that a piece takes at least."""
+_HOLDS_UP = 0.85
+"""Part of the time to come after which an engine's end is what holds up the rollout's."""
+_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,44 +48,59 @@ class Adaptive:
     can_transfer: bool = True
 
     def __call__(self, state: RolloutState) -> list[Action]:
-        if not len(state.live):
-            return feed(state)
-        forecast = _forecast(self.costs, self.lengths, state)
-        free = free_devices(state)
-        num_engines = int(np.count_nonzero(state.num_live()))
-        num_wanted = self._num_engines(state, forecast, num_engines, len(free))
-        if num_wanted < num_engines:
-            moves = consolidate(state, num_wanted)
-        else:
-            moves = self._even_out(state, forecast, free[: num_wanted - num_engines])
-        return [*moves, *feed(state, moves)]
+        ends_s, end_s = self._ends(state)
+        moves: list[Migrate] = []
+        if len(state.live):
+            free = free_devices(state)
+            num_engines = int(np.count_nonzero(state.num_live()))
+            num_wanted = self._num_engines(state, num_engines, len(free))
+            if num_wanted < num_engines:
+                loads = self.costs.sample_s + self.costs.context_s * state.live.context_tokens.astype(np.float64)
+                moves = consolidate(state, num_wanted, loads)
+            elif num_wanted > num_engines or ends_s.max() > _HOLDS_UP * end_s:
+                forecast = _forecast(self.costs, self.lengths, state)
+                moves = self._even_out(state, forecast, free[: num_wanted - num_engines])
+        piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s) if len(state.live) else end_s
+        return [*moves, *feed(state, moves, piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S))]
 
-    def _num_engines(self, state: RolloutState, forecast: _Forecast, num_engines: int, num_free: int) -> int:
-        """How many engines may decode: fewer than now if that ends the rollout sooner, else as many as do no harm."""
-        live, costs = state.live, self.costs
-        num_samples, num_devices = len(live), state.num_devices
-        engines = np.arange(1, min(num_samples, num_engines + num_free) + 1, dtype=np.float64)
-        mean_context = live.context_tokens.mean(keepdims=True)
-        moved_s = self._move_s(mean_context) * num_samples * np.abs(1 - engines / num_engines)
+    def _num_engines(self, state: RolloutState, num_engines: int, num_free: int) -> int:
+        live, counts = state.live, state.num_live()
+        context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)
+        # Levels of a golden-ratio sequence: as a set the samples' tokens left are typical, whatever their curves.
+        levels: Floats = (0.5 + _GOLDEN * np.arange(len(live), dtype=np.float64)) % 1
+        outlook = Outlook(
+            costs=self.costs,
+            remaining=self.lengths.quantile(live.ids, live.response_tokens, levels),
+            live=counts[counts > 0],
+            context_tokens=context[counts > 0],
+            backlog_tokens=float(state.finished_tokens.sum() + state.inferring_tokens.sum() / 2),
+            num_devices=state.num_devices,
+            max_batch=state.limits.max_batch,
+            can_transfer=self.can_transfer,
+        )
+        return best_num_engines(outlook, min(len(live), num_engines + num_free))
 
-        others_s = forecast.sample_s.sum() * (1 / engines - 1 / num_samples)
-        path_s = forecast.alone_s.max() + others_s + moved_s / engines
+    def _ends(self, state: RolloutState) -> tuple[Floats, float]:
+        """Seconds until each device is done with what it has now, [devices], and until all are done with everything.
 
-        # The longest of k samples grows like log k where tails are exponential: from the mean to the longest of all.
-        mean = forecast.remaining.mean()
-        spread = np.log(num_samples / engines) / np.log(num_samples) if num_samples > 1 else np.ones(1)
-        steps = engines * (mean + max(0.0, forecast.far.max() - mean) * spread)
-        tokens = state.finished_tokens.sum() + state.inferring_tokens.sum() / 2
-        tokens += (live.context_tokens + forecast.remaining).sum()
-        inference_s = costs.inference_token_s * tokens
-        work_s = (inference_s + costs.step_s * steps + forecast.sample_s.sum() + moved_s) / num_devices
-
-        total_s = np.maximum(path_s, work_s)
-        best = int(np.argmin(total_s))
-        now = min(num_engines, len(engines)) - 1
-        if best < now and total_s[best] < (1 - _LEAST_GAIN) * total_s[now]:
-            return best + 1
-        return max(num_engines, 1 + int(np.flatnonzero(work_s <= total_s[now])[-1]))
+        The latter fills up the former: what finishes is scored by whichever device is done.
+        """
+        costs, live = self.costs, state.live
+        ends_s = costs.inference_token_s * state.inferring_tokens / 2
+        tokens = float(state.finished_tokens.sum())
+        if len(live):
+            counts = state.num_live()
+            mean = self.lengths.expected(live.ids, live.response_tokens)
+            # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
+            far = self.lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / counts[live.devices]))
+            steps = np.zeros(state.num_devices)
+            np.maximum.at(steps, live.devices, far)
+            own_s = mean * (costs.sample_s + costs.context_s * (live.context_tokens + mean / 2))
+            ends_s = ends_s + steps * costs.step_s + np.bincount(live.devices, own_s, minlength=state.num_devices)
+            tokens += float((live.context_tokens + mean).sum())
+        in_order = np.sort(ends_s)
+        levels_s = (costs.inference_token_s * tokens + np.cumsum(in_order)) / np.arange(1, len(in_order) + 1)
+        return ends_s, float(levels_s[np.flatnonzero(levels_s >= in_order)[-1]])
 
     def _move_s(self, context_tokens: NDArray[Any]) -> Floats:
         """Seconds of `cheaper_migration` for many samples, [n]."""

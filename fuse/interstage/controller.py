@@ -10,7 +10,7 @@ from fuse.ppo import response_length
 from fuse.sample import Sample, SampleState
 from fuse.workers.cluster import Worker, gather, wait_any
 from fuse.workers.generation_worker import Progress
-from fuse.workers.inference import TokenSequence
+from fuse.workers.inference import Inference, TokenSequence
 
 _POLL_TIMEOUT_S = 10.0
 
@@ -33,8 +33,7 @@ def generate(engines: Sequence[Worker], samples: Sequence[Sample], params: Sampl
         future, reports = wait_any(list(polls))
         engine = polls.pop(future)
         for progress in reports:
-            _apply(by_id[progress.sample_id], progress, params, pad_token_id)
-            remaining[engine] -= progress.finished
+            remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
         if remaining[engine]:
             polls[engine.call("poll", _POLL_TIMEOUT_S)] = engine
 
@@ -50,30 +49,36 @@ def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
     for sample in samples:
         sample.advance(SampleState.INFERRING)
     futures = [
-        scorer.call("infer", [_sequence(sample) for sample in share])
+        scorer.call("infer", [sequence_of(sample) for sample in share])
         for scorer, share in zip(scorers, shares, strict=False)
     ]
     for share, results in zip(shares, gather(futures), strict=True):
-        for sample, result in zip(share, results, strict=True):
-            sample.reference_logprobs, sample.values, sample.score = (
-                result.reference_logprobs,
-                result.values,
-                result.score,
-            )
-            sample.advance(SampleState.SCORED)
+        apply_inference(share, results)
 
 
 def _request(sample: Sample, params: SamplingParams) -> GenerationRequest:
     return GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=params)
 
 
-def _sequence(sample: Sample) -> TokenSequence:
+def sequence_of(sample: Sample) -> TokenSequence:
+    """What models score: the prompt, and the response as far as it counts."""
     return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]))
 
 
-def _apply(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int) -> None:
+def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int) -> bool:
+    """Write down a live sample's new tokens; returns whether it is finished."""
     sample.response_ids[progress.position :] = progress.token_ids
     sample.logprobs[progress.position :] = progress.logprobs
     if progress.finished:
         sample.length = response_length(sample.response_ids, params.stop_token_id, pad_token_id)
         sample.advance(SampleState.GENERATED)
+    return progress.finished
+
+
+def apply_inference(samples: Sequence[Sample], results: Sequence[Inference]) -> None:
+    """Write down what the models say; a score from elsewhere stays where there is no reward model."""
+    for sample, result in zip(samples, results, strict=True):
+        sample.reference_logprobs, sample.values = result.reference_logprobs, result.values
+        if result.score is not None:
+            sample.score = result.score
+        sample.advance(SampleState.SCORED)

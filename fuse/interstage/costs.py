@@ -124,10 +124,10 @@ def fit_costs(measurements: Measurements) -> CostModel:
     Raises:
         ValueError: fewer measurements of a kind than it has coefficients, or a time that is not positive.
     """
-    step_s, sample_s, context_s = _fit("decode", measurements.decode)
-    prefill_s, prefill_token_s = _fit("prefill", measurements.prefill)
-    inference_s, inference_token_s = _fit("inference", measurements.inference)
-    transfer_s, transfer_byte_s = _fit("transfer", measurements.transfer)
+    step_s, sample_s, context_s = fit_affine("decode", measurements.decode)
+    prefill_s, prefill_token_s = fit_affine("prefill", measurements.prefill)
+    inference_s, inference_token_s = fit_affine("inference", measurements.inference)
+    transfer_s, transfer_byte_s = fit_affine("transfer", measurements.transfer)
     return CostModel(
         step_s=step_s,
         sample_s=sample_s,
@@ -244,7 +244,7 @@ PROFILES: Mapping[str, CostModel] = MappingProxyType(
 """Cost models to start from where nothing has been measured; each states its source."""
 
 
-def _fit(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
+def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
     """Intercept and slopes of the last column by the others; scaled, since bytes and seconds lie far apart."""
     table = np.asarray(rows, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < table.shape[1]:

@@ -42,8 +42,8 @@ class RemainingLengths(Protocol):
         """Mean tokens still to come, [n]; at least 1."""
         ...
 
-    def quantile(self, ids: Ints, ages: Ints, level: float) -> Floats:
-        """Tokens still to come that are not exceeded with probability `level`, [n]; at least 1."""
+    def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
+        """Tokens still to come that are not exceeded with probability `level`, one or [n]; [n], at least 1."""
         ...
 
 
@@ -151,7 +151,7 @@ class SurvivalLengths:
         # Between whole tokens the curve is a staircase, which has half a token more under it than its chords.
         return np.clip(area / survival + 0.5, 1.0, self.limit - ages)
 
-    def quantile(self, ids: Ints, ages: Ints, level: float) -> Floats:
+    def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
         """Where the curve beyond the age has fallen to 1 - level of its height there."""
         rows, ages = self._rows(ids), np.minimum(ages, self.limit - 1)
         index, weight = self._locate(ages)
@@ -194,7 +194,7 @@ class KnownLengths:
         remaining: Floats = np.maximum(1.0, self.lengths[ids] - ages)
         return remaining
 
-    def quantile(self, ids: Ints, ages: Ints, level: float) -> Floats:
+    def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
         """What is left, at every level."""
         return self.expected(ids, ages)
 

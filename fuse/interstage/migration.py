@@ -161,11 +161,11 @@ class Threshold:
         return [*moves, *feed(state, moves)]
 
 
-def consolidate(state: RolloutState, num_kept: int) -> list[Migrate]:
+def consolidate(state: RolloutState, num_kept: int, loads: NDArray[np.float64] | None = None) -> list[Migrate]:
     """Empty all engines but the `num_kept` most loaded ones, or the fewest above that the limits allow.
 
-    Samples go, longest context first, to the kept engine with the fewest. Those that are on their way stay where they
-    are going.
+    Samples go, longest context first, to the kept engine with the fewest, or with the least of `loads` [live]. Those
+    that are on their way stay where they are going.
     """
     live, counts = state.live, state.num_live()
     loaded = np.flatnonzero(counts)
@@ -174,37 +174,42 @@ def consolidate(state: RolloutState, num_kept: int) -> list[Migrate]:
     context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)
     by_load = sorted(loaded.tolist(), key=lambda device: (-counts[device], -context[device], device))
     for kept in range(max(1, num_kept), len(by_load)):
-        moves = _assign(state, by_load[:kept])
+        moves = _assign(state, by_load[:kept], np.ones(len(live)) if loads is None else loads)
         if moves is not None:
             return moves
     return []
 
 
-def feed(state: RolloutState, moves: Iterable[Migrate] = ()) -> list[Action]:
-    """Give devices that are free, once `moves` are done, finished samples to score, longest first.
+def feed(state: RolloutState, moves: Iterable[Migrate] = (), piece_tokens: float | None = None) -> list[Action]:
+    """Give devices that are free, once `moves` are done, finished samples to score, in even pieces or longest first.
 
-    A piece is the smaller of an equal share of the backlog, and of a part of a device's share of all that there is.
+    A piece has at most `piece_tokens`, or one sample; by default a part of a device's share of all that is in sight.
     """
     free = free_devices(state, moves)
     if not free or not len(state.finished_ids):
         return []
-    order = np.argsort(-state.finished_tokens, kind="stable")
-    ids, tokens = state.finished_ids[order].tolist(), state.finished_tokens[order].tolist()
-    in_sight = sum(tokens) + int(state.live.context_tokens.sum())
-    piece = max(_LEAST_PIECE_TOKENS, in_sight / (_PIECES * state.num_devices))
-    piece = min(piece, sum(tokens) / len(free))
-    actions: list[Action] = []
-    start = 0
-    for device in free:
-        stop, held = start, 0
-        while stop < len(ids) and (stop == start or held + tokens[stop] <= piece):
-            held += tokens[stop]
-            stop += 1
-        if stop == start:
-            break
-        actions += _infer(state, device, ids[start:stop])
-        start = stop
-    return actions
+    tokens = state.finished_tokens.tolist()
+    if piece_tokens is None:
+        in_sight = sum(tokens) + int(state.live.context_tokens.sum())
+        piece_tokens = max(_LEAST_PIECE_TOKENS, in_sight / (_PIECES * state.num_devices))
+    if sum(tokens) <= piece_tokens * len(free):
+        pieces = balance(tokens, len(free))
+    else:
+        pieces = [[] for _ in free]
+        longest_first = iter(sorted(range(len(tokens)), key=lambda index: -tokens[index]))
+        index = next(longest_first, None)
+        for piece in pieces:
+            held = 0
+            while index is not None and (not piece or held + tokens[index] <= piece_tokens):
+                piece.append(index)
+                held += tokens[index]
+                index = next(longest_first, None)
+    return [
+        action
+        for device, piece in zip(free, pieces, strict=True)
+        if piece
+        for action in _infer(state, device, [int(state.finished_ids[index]) for index in piece])
+    ]
 
 
 def free_devices(state: RolloutState, moves: Iterable[Migrate] = ()) -> list[int]:
@@ -254,11 +259,12 @@ def balance(tokens: Sequence[int], num_shares: int) -> list[list[int]]:
     return shares
 
 
-def _assign(state: RolloutState, kept: Sequence[int]) -> list[Migrate] | None:
+def _assign(state: RolloutState, kept: Sequence[int], loads: NDArray[np.float64]) -> list[Migrate] | None:
     """Move all samples that can move to the kept engines, or None if they do not fit."""
     live = state.live
-    room, counts = Room(state), state.num_live()
-    queue = [(int(counts[device]), device) for device in kept]
+    room = Room(state)
+    totals = np.bincount(live.devices, weights=loads, minlength=state.num_devices)
+    queue = [(float(totals[device]), device) for device in kept]
     heapq.heapify(queue)
     leaving = np.flatnonzero(live.movable & ~np.isin(live.devices, kept))
     moves: list[Migrate] = []
@@ -269,10 +275,10 @@ def _assign(state: RolloutState, kept: Sequence[int]) -> list[Migrate] | None:
             full.append(heapq.heappop(queue))
         if not queue:
             return None
-        count, target = heapq.heappop(queue)
+        total, target = heapq.heappop(queue)
         room.move(source, target, prompt_tokens)
         moves.append(Migrate(int(live.ids[index]), source, target))
-        for entry in (*full, (count + 1, target)):
+        for entry in (*full, (total + float(loads[index]), target)):
             heapq.heappush(queue, entry)
     return moves
 

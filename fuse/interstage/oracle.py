@@ -1,4 +1,9 @@
-"""How fast a rollout could be at best: a bound that no policy beats, even one that knows all lengths."""
+"""How fast a rollout could be at best: a bound that no policy beats, even one that knows all lengths.
+
+It is a bound and no schedule. A policy that knows lengths may come close: it decodes long samples with few others from
+the start, and alike ones together. One that does not know them starts with even batches and learns who is long only as
+others finish, so part of the bound's gain is the worth of knowing; `fuse simulate` shows a policy that knows beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,11 @@ from fuse.interstage.rollout import Rollout
 def lower_bound_s(rollout: Rollout) -> float:
     """The greater of two bounds on the makespan, in seconds, whatever moves where and for free.
 
-    Path: a sample is prefilled, decoded alone, and scored alone. Work: all prefill, decoding in full batches and
-    inference, spread evenly over the devices.
+    Path: a sample is prefilled, takes one step per token, in each of which it is alone at best, and then is scored,
+    with nothing else in its micro-batches. Work: devices do one thing at a time, so the makespan is at least the mean
+    of their busy times. All prefill, each sample's part of its steps and all inference are done somewhere; `step_s` is
+    paid once per step of an engine, of which there are as many as the longest sample has tokens, and as many as it
+    takes when no step serves more samples than an engine can hold; `inference_s` once per micro-batch, were all full.
     """
     costs, prompts, responses = rollout.costs, rollout.prompt_tokens, rollout.response_tokens
     totals = prompts + responses

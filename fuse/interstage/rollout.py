@@ -69,6 +69,16 @@ class BusySpan:
     end_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SampleSpan:
+    """A sample was in the batch of `device` from `start_s` to `end_s`; then it was finished, or left for another."""
+
+    sample: int
+    device: int
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationResult:
     """How a rollout went: seconds to the last score and the last token, and what it took."""
@@ -83,3 +93,5 @@ class SimulationResult:
     peak_kv_tokens: int
     timeline: tuple[tuple[BusySpan, ...], ...]
     """Per device, in order."""
+    samples: tuple[SampleSpan, ...]
+    """In the order of their ends; a migrated sample has several."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fuse.interstage.costs import MigrationKind, cheaper_migration
 from fuse.interstage.migration import Action, Infer, LiveSamples, Migrate, Policy, Release, RolloutState
-from fuse.interstage.rollout import BusySpan, Rollout, SimulationResult, SpanKind
+from fuse.interstage.rollout import BusySpan, Rollout, SampleSpan, SimulationResult, SpanKind
 from fuse.interstage.simulated_engine import SimulatedEngine
 
 Ints = NDArray[np.int64]
@@ -79,6 +79,8 @@ class _Simulation:
         self._scoring = [False] * num_devices
         self._busy_since_s: list[float | None] = [None] * num_devices
         self._timeline: list[list[BusySpan]] = [[] for _ in range(num_devices)]
+        self._entered_s = [0.0] * num_samples
+        self._sample_spans: list[SampleSpan] = []
 
         self._events: list[tuple[float, int, _EventKind, int, int]] = []  # time, order, kind, device, payload
         self._event_order = count()
@@ -123,7 +125,7 @@ class _Simulation:
 
         for sample in engine.admit():
             self._phase[sample] = _Phase.RUNNING
-            self._entered[sample] = engine.num_steps
+            self._entered[sample], self._entered_s[sample] = engine.num_steps, self._now_s
             self._in_batch[sample] = self._started[sample] = True
         if engine.batch:
             if self._busy_since_s[device] is None:
@@ -137,7 +139,8 @@ class _Simulation:
         tokens = int(self._rollout.response_tokens[sample])
         assert self._tokens[sample] + engine.num_steps - self._entered[sample] == tokens, "tokens were lost"
         engine.remove(sample, int(self._rollout.prompt_tokens[sample]) + tokens)
-        self._tokens[sample], self._in_batch[sample] = tokens, False
+        self._tokens[sample] = tokens
+        self._leave_batch(sample)
         self._phase[sample] = _Phase.FINISHED
         self._count_live(sample, int(self._home[sample]), -1)
         self._generation_s = self._now_s
@@ -148,7 +151,7 @@ class _Simulation:
         delay_s, has_kv = 0.0, False
         if self._in_batch[sample]:
             self._tokens[sample] += engine.num_steps - self._entered[sample]
-            self._in_batch[sample] = False
+            self._leave_batch(sample)
         context = int(self._rollout.prompt_tokens[sample] + self._tokens[sample])
         engine.remove(sample, context)
         if self._started[sample]:
@@ -159,6 +162,11 @@ class _Simulation:
             self._num_migrations += 1
         self._phase[sample] = _Phase.TRAVELLING
         self._schedule(self._now_s + delay_s, _EventKind.ARRIVAL, target, 2 * sample + has_kv)
+
+    def _leave_batch(self, sample: int) -> None:
+        self._in_batch[sample] = False
+        span = SampleSpan(sample, int(self._host[sample]), self._entered_s[sample], self._now_s)
+        self._sample_spans.append(span)
 
     def _arrive(self, device: int, payload: int) -> None:
         sample, has_kv = divmod(payload, 2)
@@ -312,4 +320,5 @@ class _Simulation:
             peak_batch=max(engine.peak_batch for engine in self._engines),
             peak_kv_tokens=max(engine.peak_kv_tokens for engine in self._engines),
             timeline=tuple(map(tuple, self._timeline)),
+            samples=tuple(self._sample_spans),
         )

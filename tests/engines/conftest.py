@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,15 +19,22 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from .vllm_pool import VllmPool
+
 
 def build(
-    architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    hidden_size: int = 32,
 ) -> PreTrainedModel:
-    """97 tokens, 256 positions; grouped-query attention, but for GPT-NeoX."""
+    """97 tokens, 256 positions, 4 heads; grouped-query attention, but for GPT-NeoX."""
     torch.manual_seed(seed)
     shape = {
         "vocab_size": 97,
-        "hidden_size": 32,
+        "hidden_size": hidden_size,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -40,13 +48,13 @@ def build(
         case "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2))
         case "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=1, head_dim=16))
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=1, head_dim=hidden_size // 2))
         case "gpt_neox":
             model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.2 * (32 / hidden_size) ** 0.5)
     return model.to(dtype).eval()
 
 
@@ -58,3 +66,11 @@ def build_model() -> Callable[..., PreTrainedModel]:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="package")
+def vllm_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmPool]:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    with VllmPool(tmp_path_factory.mktemp("vllm")) as pool:
+        yield pool

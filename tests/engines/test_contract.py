@@ -19,8 +19,11 @@ from fuse.engines.engine import (
 from fuse.engines.replay import ReplayEngine
 from fuse.engines.transformers import TransformersEngine
 
+from .vllm_pool import VllmPool
+
 MAX_CONTEXT = 96
 STOP_TOKEN_ID = 5
+HIDDEN_SIZE = 128  # 4 heads of 32: vLLM on CPUs serves none smaller
 
 # (requests it will be given, max_batch) -> an engine; engines made in one test share their weights or recordings.
 MakeEngine = Callable[[Sequence[GenerationRequest], int], GenerationEngine]
@@ -53,15 +56,23 @@ def record(recorded: GenerationRequest) -> tuple[list[int], list[float]]:
     return response_ids, [-0.1 * (1 + token_id) for token_id in response_ids]
 
 
-@pytest.fixture(params=["replay", "transformers"])
+@pytest.fixture(params=["replay", "transformers", "vllm"])
 def make_engine(request: pytest.FixtureRequest, build_model: Callable[..., PreTrainedModel]) -> MakeEngine:
-    def make(requests: Sequence[GenerationRequest], max_batch: int) -> GenerationEngine:
-        if request.param == "replay":
-            recordings = {one.sample_id: record(replace(one, response_ids=(), logprobs=())) for one in requests}
-            return ReplayEngine(recordings, max_batch=max_batch)
-        return TransformersEngine(build_model(), max_batch=max_batch, max_context=MAX_CONTEXT, max_prefill_tokens=40)
+    limits = {"max_context": MAX_CONTEXT, "max_prefill_tokens": 40}
 
-    return make
+    def replay(requests: Sequence[GenerationRequest], max_batch: int) -> GenerationEngine:
+        recordings = {one.sample_id: record(replace(one, response_ids=(), logprobs=())) for one in requests}
+        return ReplayEngine(recordings, max_batch=max_batch)
+
+    def transformers(_: Sequence[GenerationRequest], max_batch: int) -> GenerationEngine:
+        return TransformersEngine(build_model(hidden_size=HIDDEN_SIZE), max_batch=max_batch, **limits)
+
+    def vllm(_: Sequence[GenerationRequest], max_batch: int) -> GenerationEngine:
+        pool: VllmPool = request.getfixturevalue("vllm_pool")
+        return pool.engine(build_model(hidden_size=HIDDEN_SIZE), max_batch=max_batch, **limits)
+
+    makers: dict[str, MakeEngine] = {"replay": replay, "transformers": transformers, "vllm": vllm}
+    return makers[request.param]
 
 
 def collect(outputs: Outputs, tokens: Iterable[GeneratedToken]) -> None:
@@ -240,7 +251,7 @@ def test_weights_are_refused_while_samples_are_present(
     make_engine: MakeEngine, build_model: Callable[..., PreTrainedModel]
 ) -> None:
     engine = make_engine([request(0)], 2)
-    weights = build_model(seed=1).state_dict()
+    weights = build_model(seed=1, hidden_size=HIDDEN_SIZE).state_dict()
     engine.submit(request(0))
     for _ in range(2):  # queued, then running
         with pytest.raises(ValueError, match="cannot load weights while 1 samples"):

@@ -1,0 +1,101 @@
+"""Sampling inside vLLM by this project's own noise, so that tokens equal those of every other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from fuse.engines.engine import GenerationRequest
+from fuse.ops.sampling import sample_tokens
+
+_KEY = "fuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What a vLLM request carries, as `SamplingParams.extra_args`, for its tokens to be drawn here.
+
+    first_position: in the response, of the first token that vLLM generates.
+    """
+
+    sample_id: int
+    seed: int
+    temperature: float
+    first_position: int
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> Noise:
+        params = request.params
+        return cls(request.sample_id, params.seed, params.temperature, len(request.response_ids))
+
+    def as_extra_args(self) -> dict[str, Any]:
+        return {_KEY: self}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A request in vLLM's batch. `output_ids` is vLLM's own list: it grows by each token generated here."""
+
+    noise: Noise
+    output_ids: Sequence[int]
+
+
+class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
+    """A logits processor that draws each row's token itself and leaves vLLM's greedy sampling no choice.
+
+    vLLM's log-probabilities would be those of the altered logits: `drawn` has the true ones.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+        self._keys: Tensor | None = None  # seeds, sample ids; int64 [2, rows]
+        self._temperatures: Tensor | None = None
+        self._drawn: tuple[list[int], Tensor, Tensor] | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def drawn(self) -> dict[int, tuple[int, float]]:
+        """Token and log-probability that each sample drew in the last step."""
+        if self._drawn is None:
+            return {}
+        sample_ids, tokens, logprobs = self._drawn
+        # One transfer to the host: float64 holds token ids and fp32 exactly.
+        token_ids, values = torch.stack((tokens.double(), logprobs.double())).tolist()
+        return {
+            sample_id: (int(token_id), logprob)
+            for sample_id, token_id, logprob in zip(sample_ids, token_ids, values, strict=True)
+        }
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        rows = self._rows
+        for index in batch_update.removed:
+            rows.pop(index, None)
+        for index, params, _, output_ids in batch_update.added:
+            rows[index] = _Row(params.extra_args[_KEY], output_ids)
+        for first, second, direction in batch_update.moved:
+            moved, replaced = rows.pop(first), rows.pop(second, None)
+            rows[second] = moved
+            if direction == MoveDirectionality.SWAP:
+                assert replaced is not None
+                rows[first] = replaced
+        self._keys = None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        rows = [self._rows[index] for index in range(len(logits))]
+        if self._keys is None or self._temperatures is None:
+            keys = [[row.noise.seed for row in rows], [row.noise.sample_id for row in rows]]
+            self._keys = torch.tensor(keys, dtype=torch.int64, device=self._device)
+            self._temperatures = torch.tensor([row.noise.temperature for row in rows], device=self._device)
+        positions = torch.tensor([row.noise.first_position + len(row.output_ids) for row in rows], device=self._device)
+        tokens, logprobs = sample_tokens(logits, self._temperatures, self._keys[0], self._keys[1], positions)
+        self._drawn = [row.noise.sample_id for row in rows], tokens, logprobs
+        return logits.zero_().scatter_(1, tokens.unsqueeze(1), 1.0)

@@ -1,0 +1,88 @@
+"""What a run's own operations cost, learnt from their spans: the cost model of the live policies.
+
+A decode step is timed with its batch and context; steps that computed prompts anew tell what prefill adds; inference is
+timed with its tokens; KV transfers are timed at both ends. Where prefill was hardly seen it counts as a third of
+inference, which runs three models; transfers that were hardly seen, as copies through a host's memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from fuse.interstage.costs import CostModel, fit_affine
+from fuse.trace import Span
+
+_KEPT = 512
+"""Latest rows of each kind that are fitted."""
+_MODELS_OF_INFERENCE = 3
+
+TRANSFER_S = 3e-3
+TRANSFER_BYTE_S = 1 / 2e9
+"""Assumed of KV transfers on one host until some have been timed: a hop through shared memory."""
+
+
+class Calibration:
+    """Collects measurements over iterations; `costs` is the model they amount to."""
+
+    def __init__(self, kv_bytes_per_token: int, inference_batch_tokens: int) -> None:
+        self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
+        self._decode: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)
+        self._filled: deque[tuple[float, float, float, float]] = deque(maxlen=_KEPT)
+        self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._moved: dict[str, deque[tuple[float, float]]] = {end: deque(maxlen=_KEPT) for end in ("evict", "admit")}
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Learn from one worker's spans of an iteration."""
+        inference: dict[tuple[object, object], float] = {}
+        for span in spans:
+            sizes = span.arguments
+            if span.name == "decode":
+                row = _number(sizes["batch"]), _number(sizes["context_tokens"]), span.duration_s
+                if row[0] and sizes["prefill_tokens"]:
+                    self._filled.append((*row[:2], _number(sizes["prefill_tokens"]), row[2]))
+                elif row[0]:
+                    self._decode.append(row)
+            elif span.name in self._moved and sizes["bytes"]:
+                self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
+            elif span.category == "infer":  # reference, critic and reward in turn score the same sequences
+                key = sizes["call"], sizes["tokens"]
+                inference[key] = inference.get(key, 0.0) + span.duration_s
+        self._inference.extend((_number(tokens), seconds) for (_, tokens), seconds in inference.items())
+
+    def costs(self) -> CostModel | None:
+        """The costs, or None before anything is known of decoding or inference."""
+        if len({row[:2] for row in self._decode}) < 3 or len({tokens for tokens, _ in self._inference}) < 2:
+            return None
+        step_s, sample_s, context_s = fit_affine("decode", self._decode)
+        inference_s, inference_token_s = fit_affine("inference", self._inference)
+        prefill_s, prefill_token_s = inference_s / _MODELS_OF_INFERENCE, inference_token_s / _MODELS_OF_INFERENCE
+        beyond_decoding = [
+            (tokens, seconds - step_s - sample_s * batch - context_s * context)
+            for batch, context, tokens, seconds in self._filled
+        ]
+        prefill = [row for row in beyond_decoding if row[1] > 0]
+        if len({tokens for tokens, _ in prefill}) >= 2:
+            prefill_s, prefill_token_s = fit_affine("prefill", prefill)
+        transfer_s, transfer_byte_s = TRANSFER_S, TRANSFER_BYTE_S
+        if all(len({num_bytes for num_bytes, _ in rows}) >= 2 for rows in self._moved.values()):
+            ends = [fit_affine("transfer", rows) for rows in self._moved.values()]
+            transfer_s, transfer_byte_s = (sum(coefficients) for coefficients in zip(*ends, strict=True))
+        return CostModel(
+            step_s=step_s,
+            sample_s=sample_s,
+            context_s=context_s,
+            prefill_s=prefill_s,
+            prefill_token_s=prefill_token_s,
+            inference_s=inference_s,
+            inference_token_s=inference_token_s,
+            inference_batch_tokens=self._inference_batch_tokens,
+            kv_bytes_per_token=self._kv_bytes_per_token,
+            transfer_s=transfer_s,
+            transfer_byte_s=transfer_byte_s,
+        )
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int)
+    return float(value)

@@ -1,0 +1,142 @@
+"""How a rollout would go on with so many engines: a fluid model, evaluated for many plans at once.
+
+Samples advance in step, so those with more than s tokens left are live s steps later: n(s), a share l(s) = n(s) / n of
+those now, and any as likely as another. Of an engine that has c samples now,
+
+    step(s)  = step_s + (1 + (c - 1) * l(s)) * (sample_s + context_s * context(s))     while it has the last of all
+    busy(s)  = 1 - (1 - l(s)) ** c                                                     the chance that it has any
+
+and what others finish is scored by the devices that are not busy. A plan keeps the engines that decode now, loaded as
+they are, until few enough samples are left, and goes on with another number of them, loaded evenly. Its makespan is the
+time to the last token and then that to score what is left, on all devices, but the last sample on one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuse.interstage.costs import CostModel
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_NUM_POINTS = 20
+"""Counts of samples left, from all to one, at which a plan may change the number of engines."""
+_LEAST_GAIN = 0.005
+"""Part of the time to come that a change of the number of engines must save: estimates are no better than that."""
+_PATIENCE = 0.9
+"""Part of the gain of the best later change for which it is not waited: when the next sample finishes is uncertain."""
+_FEWER = 0.75
+"""Ratio of the numbers of engines that are tried."""
+_PIECE_TOKENS = 4096
+"""Tokens assumed of a piece that is scored at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outlook:
+    """What is ahead. remaining [live]: tokens left, typical as a set; live, context_tokens [engines]: samples on each
+    engine that decodes, and tokens of their context; backlog_tokens: finished and not scored; max_batch: samples that
+    an engine runs at once.
+    """
+
+    costs: CostModel
+    remaining: Floats
+    live: Ints
+    context_tokens: Ints
+    backlog_tokens: float
+    num_devices: int
+    max_batch: int
+    can_transfer: bool
+
+
+def best_num_engines(outlook: Outlook, most: int) -> int:
+    """How many engines, up to `most`, are to decode: other than now if that is better than any later change."""
+    num_now = len(outlook.live)
+    fewer = np.append(num_now * _FEWER ** np.arange(24), num_now - 1)
+    more = np.linspace(num_now, max(num_now, most), 4)
+    choices = np.unique(np.concatenate([fewer, more]).round().astype(np.int64).clip(1))
+    seconds = makespans(outlook, choices)
+    stay = int(np.searchsorted(choices, num_now))
+    best = int(np.argmin(seconds[:, 0]))
+    gain_s = float(seconds[stay, 0] - seconds[best, 0])
+    later_gain_s = float(seconds[stay, 0] - seconds[:stay, 1:].min(initial=np.inf))
+    is_worth_it = gain_s > _LEAST_GAIN * seconds[stay, 0] and gain_s >= _PATIENCE * later_gain_s
+    return int(choices[best]) if is_worth_it else num_now
+
+
+def makespans(outlook: Outlook, choices: Ints) -> Floats:
+    """Seconds from now of plans that go over to `choices` [choices] engines at some point, [choices, points].
+
+    The points are counts of samples left; the first of them is now.
+    """
+    costs, num_live = outlook.costs, len(outlook.remaining)
+    context_now = float(outlook.context_tokens.sum()) / num_live
+    descending = np.sort(outlook.remaining)[::-1]
+    left = _points(num_live)
+    starts = np.append(descending, 0.0)[left]  # steps after which so many are left
+    steps = np.diff(np.append(starts, descending[0]))
+    shorter = np.append(np.cumsum(descending[::-1])[::-1], 0.0)  # steps of all but the longest so many
+    live = np.diff(np.append(left * starts + shorter[left], shorter[0])) / np.maximum(steps, 1e-9)
+    context = context_now + starts + steps / 2
+    finished_tokens = -np.diff(np.append(left, 0)) * (context + steps / 2)
+
+    # Engines as they are: the last sample is on one of them as likely as any other sample is.
+    load = costs.sample_s * outlook.live + costs.context_s * outlook.context_tokens
+    skew = float(outlook.live @ load) / max(float(load.sum()), 1e-12)
+    seconds_now = steps * _step_s(outlook, skew, live / num_live, context)
+    busy_now = (1 - (1 - np.minimum(live / num_live, 1.0)) ** outlook.live[:, None]).sum(axis=0)
+    # Engines evenly loaded from a point on, [choices, points, intervals].
+    engines = np.minimum(choices[:, None, None], left[:, None])
+    share = np.minimum(live / left[:, None], 1.0)
+    each = left[:, None] / engines
+    seconds_then = steps * _step_s(outlook, each, share, context)
+    busy_then = engines * (1 - (1 - share) ** each)
+
+    points = np.arange(len(left))
+    changed = points[:, None] <= points
+    seconds = np.where(changed, seconds_then, seconds_now)
+    seconds[:, points, points] += _change_s(outlook, choices, left, context_now + starts)
+    busy = np.where(changed, busy_then, busy_now)
+
+    token_s = costs.inference_token_s + costs.inference_s / min(costs.inference_batch_tokens, _PIECE_TOKENS)
+    arriving_s = np.append(outlook.backlog_tokens, finished_tokens) * token_s  # before each interval, and at the end
+    surplus_s = arriving_s[:-1] - (outlook.num_devices - busy) * seconds
+    backlog_s = arriving_s[-1] + np.maximum(0.0, np.cumsum(surplus_s[..., ::-1], axis=-1).max(axis=-1))
+    last_s = costs.inference_s + costs.inference_token_s * (context_now + descending[0])
+    total_s: Floats = seconds.sum(axis=-1) + np.maximum(last_s, backlog_s / outlook.num_devices)
+    return total_s
+
+
+@cache
+def _points(num_live: int) -> Ints:
+    return np.unique(np.geomspace(num_live, 1, _NUM_POINTS).round().astype(np.int64))[::-1]
+
+
+def _step_s(outlook: Outlook, each: Floats | float, share: Floats, context: Floats) -> Floats:
+    """Seconds per token of the last sample on an engine that had `each`; where batches are full, samples take turns."""
+    costs = outlook.costs
+    batch = 1 + np.maximum(0.0, each - 1) * share
+    turns = np.maximum(1.0, batch / outlook.max_batch)
+    seconds: Floats = turns * costs.step_s + batch * (costs.sample_s + costs.context_s * context)
+    return seconds
+
+
+def _change_s(outlook: Outlook, choices: Ints, left: Ints, context: Floats) -> Floats:
+    """Seconds that a change takes when so many samples are left, [choices, points].
+
+    What moves is computed again by engines that stand still meanwhile, or is copied while the others go on.
+    """
+    costs, num_now = outlook.costs, len(outlook.live)
+    by_load = np.append(0, np.cumsum(np.sort(outlook.live)[::-1])) / outlook.live.sum()
+    stays = np.where(choices <= num_now, by_load[np.minimum(choices, num_now)], num_now / choices)
+    moved = (1 - stays)[:, None] * left
+    per_target = np.maximum(moved / choices[:, None], 1.0)
+    seconds = costs.prefill_s + costs.prefill_token_s * context * per_target
+    if outlook.can_transfer:
+        transfer_s = costs.transfer_s + costs.transfer_byte_s * costs.kv_bytes_per_token * context
+        seconds = np.minimum(seconds, transfer_s * moved / left)
+    return np.where(moved > 0, seconds, 0.0)

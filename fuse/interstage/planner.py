@@ -1,0 +1,108 @@
+"""Which policy rules the next rollout: what past iterations have taught of lengths and costs, put into one."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fuse.interstage.adaptive import Adaptive
+from fuse.interstage.calibration import Calibration
+from fuse.interstage.costs import CostModel
+from fuse.interstage.lengths import LengthModel, Observation, drift, learn
+from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
+from fuse.interstage.tuning import LengthHistory, tune_threshold
+from fuse.sample import Sample
+from fuse.trace import Span
+
+_logger = logging.getLogger(__name__)
+
+PolicyName = Literal["adaptive", "threshold", "none"]
+_REMEMBERED_UPDATES = 16
+"""Iterations whose lengths count: policies change slowly, and lengths with them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSettings:
+    """policy: which; limits: of each engine; the rest is the models'."""
+
+    policy: PolicyName
+    num_devices: int
+    limits: EngineLimits
+    kv_bytes_per_token: int
+    inference_batch_tokens: int
+
+
+class RolloutPlanner:
+    """Remembers iterations, and makes each rollout's policy.
+
+    Before lengths and costs are known samples stay where they are, and are scored as devices come free. `threshold` is
+    tuned by simulation then, and again when lengths have drifted.
+    """
+
+    def __init__(self, settings: RolloutSettings) -> None:
+        self._settings = settings
+        self._calibration = Calibration(settings.kv_bytes_per_token, settings.inference_batch_tokens)
+        self._updates: deque[list[Observation]] = deque(maxlen=_REMEMBERED_UPDATES)
+        self._prompt_tokens: deque[list[int]] = deque(maxlen=_REMEMBERED_UPDATES)
+        self._threshold: Threshold | None = None
+        self._tuned_to: LengthModel | None = None
+
+    def costs(self) -> CostModel | None:
+        """As measured so far; None before there is enough."""
+        return self._calibration.costs()
+
+    def policy(self, samples: Sequence[Sample]) -> Policy:
+        """For a rollout of these samples."""
+        settings = self._settings
+        if settings.policy == "none":
+            return StageByStage()
+        costs = self.costs()
+        if costs is None or not self._updates:
+            return Threshold(remaining=len(samples), num_kept=settings.num_devices)
+        if settings.policy == "adaptive":
+            prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
+            model = learn(self._observations(set(prompts.values())), settings.limits.max_new_tokens)
+            return Adaptive(costs, model.for_samples(prompts))
+        return self._tuned(costs, len(samples))
+
+    def observe(self, samples: Sequence[Sample]) -> None:
+        """Learn how long a rollout's responses were."""
+        limit = self._settings.limits.max_new_tokens
+        self._updates.append([Observation(min(limit, len(one.response_ids)), prompt=one.prompt_ids) for one in samples])
+        self._prompt_tokens.append([len(sample.prompt_ids) for sample in samples])
+
+    def observe_spans(self, spans: Iterable[Span]) -> None:
+        """Learn what one worker's operations took."""
+        self._calibration.add(spans)
+
+    def _observations(self, prompts: set[tuple[int, ...]]) -> list[Observation]:
+        """All that is remembered; prompts other than these are not told apart."""
+        return [
+            one if one.prompt in prompts else Observation(one.tokens, one.censored)
+            for update in self._updates
+            for one in update
+        ]
+
+    def _tuned(self, costs: CostModel, num_samples: int) -> Threshold:
+        settings = self._settings
+        recent = self._updates[-1]
+        if self._threshold is None or self._tuned_to is None or drift(self._tuned_to, recent) > 1:
+            history = LengthHistory(
+                prompt_tokens=np.array([tokens for update in self._prompt_tokens for tokens in update]),
+                response_tokens=np.array([one.tokens for update in self._updates for one in update]),
+            )
+            self._tuned_to = learn(self._observations(set()), settings.limits.max_new_tokens)
+            self._threshold = tune_threshold(
+                history,
+                num_samples=num_samples,
+                num_devices=settings.num_devices,
+                costs=costs,
+                limits=settings.limits,
+            )
+            _logger.info("migration threshold: %s", self._threshold)
+        return self._threshold

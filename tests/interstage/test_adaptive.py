@@ -1,0 +1,83 @@
+"""The adaptive policy on generated mixes of lengths: never far behind a tuned threshold, pure, and fed evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fuse.interstage.adaptive import Adaptive
+from fuse.interstage.costs import PROFILES
+from fuse.interstage.lengths import Observation, learn
+from fuse.interstage.migration import Action, EngineLimits, RolloutState, StageByStage
+from fuse.interstage.rollout import Rollout
+from fuse.interstage.simulate import simulate
+from fuse.interstage.tuning import LengthHistory, tune_threshold
+
+Ints = NDArray[np.int64]
+LONGEST, NUM_BATCHES = 1000, 4
+MIXES: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
+    "uniform": lambda random, size: random.uniform(1, LONGEST, size),
+    "exponential": lambda random, size: random.exponential(120, size),
+    "heavy tail": lambda random, size: 60 * (1 + random.pareto(1.3, size)),
+    "two kinds": lambda random, size: np.where(random.random(size) < 0.1, 800, 60) * random.uniform(0.8, 1.2, size),
+    "alike": lambda random, size: random.normal(300, 20, size),
+}
+SETTINGS = [(2, 64, "small-cpu"), (8, 128, "llama-33b-8xh800"), (16, 64, "llama-7b-h100")]
+
+
+def lengths_of(mix: str, seed: int, size: int) -> Ints:
+    return np.clip(MIXES[mix](np.random.default_rng(seed), size).round(), 1, LONGEST).astype(np.int64)
+
+
+def rollout(mix: str, seed: int, num_devices: int, num_samples: int, profile: str) -> Rollout:
+    return Rollout(
+        prompt_tokens=np.full(num_samples, 200),
+        response_tokens=lengths_of(mix, seed, num_samples),
+        num_devices=num_devices,
+        costs=PROFILES[profile],
+        limits=EngineLimits(max_batch=64, kv_capacity_tokens=10**6, max_new_tokens=LONGEST),
+    )
+
+
+def adaptive(mix: str, case: Rollout) -> Adaptive:
+    past = [Observation(int(tokens)) for tokens in lengths_of(mix, 99, 1000)]
+    return Adaptive(case.costs, learn(past, LONGEST).for_samples(), case.can_transfer)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_adaptive_keeps_up_with_a_tuned_threshold(mix: str, setting: tuple[int, int, str]) -> None:
+    cases = [rollout(mix, seed, *setting) for seed in range(NUM_BATCHES)]
+    history = LengthHistory(prompt_tokens=np.full(1000, 200), response_tokens=lengths_of(mix, 99, 1000))
+    threshold = tune_threshold(
+        history, num_samples=cases[0].num_samples, num_devices=cases[0].num_devices, costs=cases[0].costs,
+        limits=cases[0].limits, remaining_shares=(0.1, 0.4, 1.0), kept_shares=(0.25, 0.5, 1.0),
+    )  # fmt: skip
+    seconds = {
+        "none": sum(simulate(case, StageByStage()).makespan_s for case in cases),
+        "threshold": sum(simulate(case, threshold).makespan_s for case in cases),
+        "adaptive": sum(simulate(case, adaptive(mix, case)).makespan_s for case in cases),
+    }
+    assert seconds["adaptive"] <= 1.02 * seconds["threshold"]
+    assert seconds["adaptive"] <= 1.01 * seconds["none"]
+
+
+def test_decisions_follow_from_the_state_alone_and_leave_it_as_it_was() -> None:
+    case = rollout("exponential", 0, 4, 64, "llama-7b-h100")
+    policy, num_actions = adaptive("exponential", case), 0
+
+    def checked(state: RolloutState) -> list[Action]:
+        nonlocal num_actions
+        arrays = [state.live.ids, state.live.devices, state.live.response_tokens, state.finished_tokens, state.released]
+        before = [array.copy() for array in arrays]
+        actions = policy(state)
+        assert actions == adaptive("exponential", case)(state)
+        assert all(np.array_equal(*pair) for pair in zip(arrays, before, strict=True))
+        num_actions += len(actions)
+        return actions
+
+    assert simulate(case, checked).makespan_s == simulate(case, policy).makespan_s
+    assert num_actions

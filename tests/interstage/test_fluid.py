@@ -1,0 +1,64 @@
+"""The fluid model: makespans worked out by hand, and against the simulator where both are exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fuse.interstage.costs import CostModel
+from fuse.interstage.fluid import Outlook, best_num_engines, makespans
+
+COSTS = CostModel(
+    step_s=1.0, sample_s=1.0, context_s=0.0, prefill_s=0.0, prefill_token_s=0.0, inference_s=0.0,
+    inference_token_s=1e-3, kv_bytes_per_token=1, transfer_s=0.0, transfer_byte_s=0.0,
+)  # fmt: skip
+# Four samples, one on each engine, with five tokens left each.
+OUTLOOK = Outlook(
+    costs=COSTS,
+    remaining=np.full(4, 5.0),
+    live=np.ones(4, dtype=np.int64),
+    context_tokens=np.zeros(4, dtype=np.int64),
+    backlog_tokens=60_000,
+    num_devices=4,
+    max_batch=8,
+    can_transfer=True,
+)
+
+
+def test_makespans_by_hand() -> None:
+    now = makespans(OUTLOOK, np.array([1, 2, 4]))[:, 0]
+    # On m engines decoding takes 5 * (1 + 4 / m) s; 60 s of scoring fill what is left of 4 devices, and 0.02 s come in.
+    assert now == pytest.approx([25 + 0.005, (60.02 + 2 * 15) / 4, (60.02 + 4 * 10) / 4])
+    assert best_num_engines(OUTLOOK, most=4) == 2
+
+
+def test_nothing_is_given_up_without_work_for_it() -> None:
+    assert best_num_engines(replace(OUTLOOK, backlog_tokens=0), most=4) == 4
+
+
+def test_free_devices_decode_when_engines_are_crowded() -> None:
+    crowded = replace(
+        OUTLOOK, live=np.array([4]), context_tokens=np.zeros(1, dtype=np.int64), backlog_tokens=0, num_devices=8
+    )
+    assert best_num_engines(crowded, most=4) == 4
+
+
+def test_a_change_waits_for_the_time_when_it_is_worth_most() -> None:
+    """Nine samples end soon, and one late: engines are worth more then than they are now."""
+    outlook = replace(
+        OUTLOOK,
+        costs=replace(COSTS, sample_s=0.1),
+        remaining=np.array([*[100.0] * 12, 400.0, 410.0, 420.0, 430.0]),
+        live=np.full(4, 4),
+        backlog_tokens=0,
+    )
+    seconds = makespans(outlook, np.array([1, 2, 3, 4]))
+    assert seconds[:3, 1:].min() < seconds[:, 0].min()
+    assert best_num_engines(outlook, most=4) == 4
+
+
+def test_moves_cost_what_is_computed_again() -> None:
+    costly = replace(OUTLOOK, costs=replace(COSTS, prefill_s=100.0), can_transfer=False)
+    assert best_num_engines(costly, most=4) == 4

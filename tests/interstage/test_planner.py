@@ -1,0 +1,108 @@
+"""What iterations teach: costs that equal those behind the spans, and the policy that follows from them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fuse.interstage.adaptive import Adaptive
+from fuse.interstage.calibration import TRANSFER_S, Calibration
+from fuse.interstage.costs import SMALL_CPU, CostModel
+from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
+from fuse.interstage.planner import PolicyName, RolloutPlanner, RolloutSettings
+from fuse.sample import Sample
+from fuse.trace import Span
+
+LIMIT = 64
+
+
+def decode(costs: CostModel, batch: int, context: int, prefill: int = 0) -> Span:
+    seconds = costs.decode_step(batch, context) + (costs.prefill(prefill) if prefill else 0.0)
+    sizes = {"batch": batch, "context_tokens": context, "prefill_tokens": prefill}
+    return Span("decode", "generate", 5.0, 5.0 + seconds, sizes)
+
+
+def inference(costs: CostModel, call: int, tokens: int) -> list[Span]:
+    """Three models share the time."""
+    seconds = costs.inference(tokens) / 3
+    sizes = {"samples": 1, "tokens": tokens, "call": call}
+    return [Span(role, "infer", 7.0, 7.0 + seconds, sizes) for role in ("reference", "critic", "reward")]
+
+
+def moved(name: str, num_bytes: int, seconds: float) -> Span:
+    return Span(name, "transfer", 1.0, 1.0 + seconds, {"samples": 1, "bytes": num_bytes})
+
+
+def spans_of(costs: CostModel) -> list[Span]:
+    return [
+        *(decode(costs, batch, 40 * batch) for batch in (1, 4, 9)),
+        decode(costs, 4, 900),
+        *(decode(costs, 4, 160, prefill) for prefill in (100, 300)),
+        *itertools.chain.from_iterable(inference(costs, call, 200 * (1 + call)) for call in range(3)),
+    ]
+
+
+def test_costs_are_those_behind_the_spans() -> None:
+    calibration = Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens)
+    calibration.add(spans_of(SMALL_CPU))
+    costs = calibration.costs()
+    assert costs is not None
+    for name in ("step_s", "sample_s", "prefill_s", "prefill_token_s", "inference_s", "inference_token_s"):
+        assert getattr(costs, name) == pytest.approx(getattr(SMALL_CPU, name), rel=1e-6), name
+    assert costs.context_s == pytest.approx(SMALL_CPU.context_s, abs=1e-9)
+    assert costs.transfer_s == TRANSFER_S
+
+    calibration.add([moved("evict", 0, 9.0), moved("evict", 1000, 2e-3), moved("evict", 3000, 4e-3)])
+    calibration.add([moved("admit", 1000, 1e-3), moved("admit", 2000, 1e-3)])
+    measured = calibration.costs()
+    assert measured is not None
+    assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3)
+
+
+def test_what_was_hardly_seen_is_assumed_or_missing() -> None:
+    calibration = Calibration(2048, 16384)
+    calibration.add([decode(SMALL_CPU, 2, 10), decode(SMALL_CPU, 3, 10), *inference(SMALL_CPU, 0, 100)])
+    assert calibration.costs() is None
+    calibration.add([decode(SMALL_CPU, 4, 30), *inference(SMALL_CPU, 1, 500)])
+    costs = calibration.costs()
+    assert costs is not None
+    assert costs.prefill_token_s == pytest.approx(SMALL_CPU.inference_token_s / 3)
+
+
+def settings(policy: PolicyName) -> RolloutSettings:
+    return RolloutSettings(
+        policy=policy,
+        num_devices=2,
+        limits=EngineLimits(max_batch=8, kv_capacity_tokens=8 * 80, max_new_tokens=LIMIT),
+        kv_bytes_per_token=2048,
+        inference_batch_tokens=16384,
+    )
+
+
+def finished(tokens: int, first_id: int = 0) -> list[Sample]:
+    return [Sample(first_id + index, (1, 2, index), response_ids=[0] * tokens) for index in range(8)]
+
+
+def test_policies_follow_what_is_known() -> None:
+    samples = finished(10)
+    assert RolloutPlanner(settings("none")).policy(samples) == StageByStage()
+    for name in ("adaptive", "threshold"):
+        planner = RolloutPlanner(settings(name))
+        staying = Threshold(remaining=8, num_kept=2)
+        assert planner.policy(samples) == staying, "nothing is known"
+        planner.observe(samples)
+        assert planner.policy(samples) == staying, "costs are not known"
+        planner.observe_spans(spans_of(SMALL_CPU))
+        learnt = planner.policy(samples)
+        if name == "threshold":
+            assert isinstance(learnt, Threshold)
+            assert planner.policy(samples) is learnt, "tuned once"
+            for _ in range(3):
+                planner.observe(finished(LIMIT))
+            assert planner.policy(samples) is not learnt, "lengths have drifted"
+        else:
+            assert isinstance(learnt, Adaptive)
+            (expected,) = learnt.lengths.expected(np.array([0]), np.array([5]))
+            assert 1 <= expected < 20, "responses of 10 tokens are known, of at most 64"
