@@ -33,7 +33,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 BENCHMARKS: Mapping[str, str] = MappingProxyType(
     {
         "iteration": "whole PPO iterations",
-        "rollout": "generation",
+        "rollout": "rollouts under each migration policy, and generation by itself",
+        "migration": "the pause of a sample that moves between engines",
         "training": "pipeline training of actor and critic",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",

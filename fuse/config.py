@@ -18,7 +18,14 @@ _AT_LEAST_ONE = (
     *("num_ppo_epochs", "num_mini_batches", "total_episodes", "response_length"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "local_rollout_forward_batch_size"),
     *("num_devices", "actor_stages", "critic_stages", "generation_batch_size", "inference_batch_tokens"),
+    *("activation_memory_bytes", "tensor_parallel_size", "generation_cache_bytes"),
 )
+_CHOICES = {
+    "kl_estimator": ("k1", "k3"),
+    "migration_policy": ("adaptive", "threshold", "none"),
+    "train_backend": ("transformers", "megatron"),
+    "engine": ("transformers", "vllm"),
+}
 
 
 @dataclass
@@ -87,11 +94,50 @@ class PPOConfig(TrainingArguments):
     )
     ray_address: str | None = _option(None, "Join this Ray cluster instead of starting a local one.")
     actor_stages: int | None = _option(
-        None, "Pipeline stages of the actor; must divide num_devices, the rest is data parallel. Default: num_devices."
+        None,
+        "Pipeline stages of the actor: a divisor of the devices, for data parallelism over the rest, or a multiple, "
+        "for several stages per device. Default: as many as devices.",
     )
     critic_stages: int | None = _option(None, "Pipeline stages of the critic, likewise.")
+    train_backend: Literal["transformers", "megatron"] = _option(
+        "transformers", "What stages are made of: the Hugging Face model's own layers, or megatron-core's."
+    )
+    tensor_parallel_size: int = _option(1, "Devices that share each stage's matrices; needs train_backend='megatron'.")
+    balance_stages: bool = _option(
+        True, "Cut models into stages, and run the critic in the direction, that measured times favour; else evenly."
+    )
+    inter_stage_fusion: bool = _option(
+        True, "Score samples while others are generated, and move long ones together; else stage by stage."
+    )
+    migration_policy: Literal["adaptive", "threshold", "none"] = _option(
+        "adaptive",
+        "Which samples move between engines: adaptive plans at every finish; threshold is RLHFuse's rule; none moves "
+        "and scores nothing before all are generated.",
+    )
+    intra_stage_fusion: bool = _option(
+        True, "Train actor and critic at once in one fused schedule; else one after the other (1F1B)."
+    )
+    schedule_time_limit_s: float = _option(10.0, "Most seconds to search for a fused schedule; few are needed anew.")
+    replan_drift: float = _option(
+        0.3, "Measure and plan again once a stage's share of the time is off the plan by so much, 3 updates in a row."
+    )
+    activation_memory_bytes: int | None = _option(
+        None, "Most bytes of activations on a device in fused training. Default: what a GPU has free; no limit on CPUs."
+    )
+    engine: Literal["transformers", "vllm"] = _option(
+        "transformers", "What generates: transformers, or vLLM where it is installed. Tokens are the same."
+    )
     generation_batch_size: int = _option(64, "Samples that one engine decodes at once.")
-    inference_batch_tokens: int = _option(16384, "Most tokens, padding included, in one inference micro-batch.")
+    generation_cache_bytes: int | None = _option(
+        None,
+        "Bytes of KV cache of each vLLM engine. Default: generation_batch_size samples of the model's full context, "
+        "but at most a quarter of the device's memory.",
+    )
+    inference_batch_tokens: int | None = _option(
+        None,
+        "Most tokens, padding included, in one inference micro-batch. Default: 16384 on GPUs, 2048 on CPUs, where more "
+        "would leave the caches.",
+    )
     worker_timeout_s: float = _option(1800.0, "Seconds without an answer after which a worker counts as lost.")
     trace_steps: int = _option(1, "Updates between two traces written to output_dir/traces; 0 for none.")
     trl_quirks: bool = _option(
@@ -116,7 +162,10 @@ class PPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
-        for name in ("temperature", "cliprange", "cliprange_value", "worker_timeout_s"):
+        for name in (
+            *("temperature", "cliprange", "cliprange_value", "worker_timeout_s"),
+            *("schedule_time_limit_s", "replan_drift"),
+        ):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
@@ -132,8 +181,20 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 f"stop_token={self.stop_token!r} is unknown: use 'eos', or stop_token_id for another token"
             )
-        if self.kl_estimator not in ("k1", "k3"):
-            raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown: use 'k1' or 'k3'")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                *others, last = map(repr, choices)
+                raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}")
+        if self.tensor_parallel_size > 1 and self.train_backend != "megatron":
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "
+                f"share no matrices: set train_backend='megatron', or leave it at 1"
+            )
+        if self.generation_cache_bytes is not None and self.engine != "vllm":
+            raise ValueError(
+                f"generation_cache_bytes={self.generation_cache_bytes} with engine={self.engine!r}, whose cache grows "
+                "as needed: set engine='vllm', or leave it out"
+            )
         if self.model_adapter_name is not None or self.ref_adapter_name is not None:
             raise ValueError(
                 "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"

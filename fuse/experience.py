@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fuse import ppo
 from fuse.config import PPOConfig
+from fuse.ops.shaped_gae import shaped_gae
 from fuse.sample import Sample, SampleState
 
 _T = TypeVar("_T")
@@ -67,11 +68,19 @@ def prepare(
         finished = [_ends(response, eos_token_id, stop_token_id, pad_token_id, width) for response in responses]
         scores = scores - config.missing_eos_penalty * ~torch.tensor(finished)
 
-    kl = ppo.kl_penalty(logprobs, reference, config.kl_estimator)
-    rewards = ppo.shape_rewards(kl, scores, segments, config.kl_coef)
-    if config.whiten_rewards:
-        rewards = ppo.whiten(rewards, shift_mean=False)
-    advantages, returns = ppo.advantages_and_returns(rewards, values, segments, gamma=config.gamma, lam=config.lam)
+    kl, advantages, returns = shaped_gae(
+        logprobs,
+        reference,
+        scores,
+        values,
+        segments.token_offsets,
+        segments.value_offsets,
+        kl_coef=config.kl_coef,
+        estimator=config.kl_estimator,
+        whiten_rewards=config.whiten_rewards,
+        gamma=config.gamma,
+        lam=config.lam,
+    )
 
     experience = Experience(
         prompts=tuple(sample.prompt_ids for sample in samples),

@@ -5,21 +5,19 @@ min(n + 1, width) *value positions*, `width` being the longest response of the b
 token has a value too, unless the response is as wide as the batch. Segments of one batch lie end to end in flat
 tensors; `Segments` says where. All masks of the padded formulation become plain segment boundaries.
 
-Source: Schulman et al. 2017 (arXiv 1707.06347); GAE: Schulman et al. 2016 (arXiv 1506.02438); details as in TRL's
-PPOTrainer (trl 1.12): the score is placed on the last value position, advantages are whitened over the token
-positions of the whole batch, losses are token means per micro-batch.
+Rewards and advantages come from `fuse.ops.shaped_gae`.
+
+Source: Schulman et al. 2017 (arXiv 1707.06347); details as in TRL's PPOTrainer (trl 1.12): losses are token means per
+micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-from fuse.ops.gae import gae
 
 # The log-probability that padded layouts hold where there is no token, in both policies, so that their ratio is one.
 INVALID_LOGPROB = 1.0
@@ -66,44 +64,6 @@ class Segments:
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
-    """Per-token estimate of KL(policy || reference), [tokens].
-
-    Source: Schulman, "Approximating KL divergence" (2020): k1 is the unbiased log-ratio, k3 is unbiased and positive.
-    """
-    log_ratio = reference_logprobs - logprobs
-    return -log_ratio if estimator == "k1" else log_ratio.expm1() - log_ratio
-
-
-def shape_rewards(kl: Tensor, scores: Tensor, segments: Segments, kl_coef: float) -> Tensor:
-    """Reward of every value position, [values]: the KL penalty on tokens, the score [num_samples] on the last."""
-    rewards = kl.new_zeros(int(segments.value_offsets[-1]))
-    rewards[segments.token_rows] = -kl_coef * kl
-    rewards[segments.value_offsets[1:] - 1] += scores
-    return rewards
-
-
-def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Scale to unit (unbiased) variance and, with `shift_mean`, zero mean.
-
-    Raises:
-        ValueError: fewer than two values, for which the variance does not exist.
-    """
-    if values.numel() < 2:
-        raise ValueError(f"cannot whiten {values.numel()} value: the batch holds too few response tokens")
-    variance, mean = torch.var_mean(values, unbiased=True)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return whitened if shift_mean else whitened + mean
-
-
-def advantages_and_returns(
-    rewards: Tensor, values: Tensor, segments: Segments, *, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Whitened advantages [tokens] and value targets [values] of a batch."""
-    advantages, returns = gae(rewards, values, segments.value_offsets, gamma, lam)
-    return whiten(advantages[segments.token_rows]), returns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from fuse.sample import Sample
 
 Row = Mapping[str, Any]
+_TYPICAL_ROWS = 256
 _NOT_COLUMNS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 
@@ -88,3 +90,8 @@ def _prompt(row: Row, pad_token_id: int, *, strip: bool) -> list[int]:
 def _rows(columns: Mapping[str, Any]) -> list[Row]:
     length = len(columns["input_ids"])
     return [{name: values[index] for name, values in columns.items()} for index in range(length)]
+
+
+def typical_length(dataset: Any) -> int:
+    """Median prompt tokens of the dataset's first rows."""
+    return statistics.median_low(len(dataset[index]["input_ids"]) for index in range(min(len(dataset), _TYPICAL_ROWS)))

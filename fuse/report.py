@@ -1,4 +1,4 @@
-"""Where an iteration's time went: seconds per phase, idle share per device."""
+"""Where an iteration's time went: seconds per phase, idle share per device, bubbles of training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,62 @@ from collections.abc import Mapping, Sequence
 from fuse.trace import PhaseClock, Span, busy_s
 
 
-def iteration_report(tracks: Mapping[str, Mapping[str, Sequence[Span]]], clock: PhaseClock) -> dict[str, float]:
-    """`time/{phase}` and `time/total` in seconds, and `idle/{device}`: the share in which no worker of it computed."""
+def iteration_report(
+    tracks: Mapping[str, Mapping[str, Sequence[Span]]], clock: PhaseClock, serial_bubble_ratio: float | None = None
+) -> dict[str, float]:
+    """What an iteration's spans, by device and worker, say.
+
+    `time/{phase}` and `time/total` in seconds; `idle/{device}`: the share in which no worker of it computed; and where
+    training was planned, `bubble/planned`, `bubble/executed` and `bubble/serial`: idle shares of all devices while they
+    train, in the plan, in fact, and as `serial_bubble_ratio` has it without fusion.
+    """
     total_s = clock.end_s - clock.start_s
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
     for device, workers in tracks.items():
         spans = [span for spans in workers.values() for span in spans]
         report[f"idle/{device}"] = 1.0 - busy_s(spans, clock.start_s, clock.end_s) / total_s
-    return report
+    bubbles = _bubbles([workers["model"] for workers in tracks.values()])
+    if bubbles and serial_bubble_ratio is not None:
+        bubbles["bubble/serial"] = serial_bubble_ratio
+    return report | bubbles
+
+
+def _bubbles(tracks: Sequence[Sequence[Span]]) -> dict[str, float]:
+    """`bubble/planned` and `bubble/executed` over all planned steps; none where there is no plan."""
+    planned_s = planned_busy_s = executed_s = executed_busy_s = 0.0
+    for step in zip(*(_steps(track) for track in tracks), strict=True):
+        plans = [_planned(span) for spans in step for span in spans]
+        spans = [span for spans in step for span in spans]
+        if not spans or None in plans:
+            continue
+        known = [plan for plan in plans if plan is not None]
+        planned_s += max(end_s for _, end_s in known) * len(tracks)
+        planned_busy_s += sum(end_s - start_s for start_s, end_s in known)
+        executed_s += (max(span.end_s for span in spans) - min(span.start_s for span in spans)) * len(tracks)
+        executed_busy_s += sum(span.duration_s for span in spans)
+    if not planned_s or not executed_s:
+        return {}
+    return {"bubble/planned": 1 - planned_busy_s / planned_s, "bubble/executed": 1 - executed_busy_s / executed_s}
+
+
+def _steps(track: Sequence[Span]) -> list[list[Span]]:
+    """A device's training operations, step by step: the optimizers end each."""
+    steps: list[list[Span]] = [[]]
+    for before, span in zip([None, *track], track, strict=False):
+        if span.category == "optimizer" and (before is None or before.category != "optimizer"):
+            steps.append([])
+        elif span.category == "train":
+            steps[-1].append(span)
+    return steps
+
+
+def _planned(span: Span) -> tuple[float, float] | None:
+    start_s, end_s = span.arguments.get("planned_start_s"), span.arguments.get("planned_end_s")
+    return (start_s, end_s) if isinstance(start_s, float) and isinstance(end_s, float) else None
 
 
 def summary_line(report: Mapping[str, float]) -> str:
-    """One line for people: `3.2 s (generation 1.1, inference 0.4, ...), idle device0 12%, device1 15%`."""
+    """One line for people: `3.2 s (generation 1.1, ...), idle device0 12%, device1 15%, bubbles planned 8%, ...`."""
     phases = ", ".join(
         f"{name.removeprefix('time/')} {seconds:.2f}"
         for name, seconds in report.items()
@@ -27,4 +71,7 @@ def summary_line(report: Mapping[str, float]) -> str:
     idle = ", ".join(
         f"{name.removeprefix('idle/')} {share:.0%}" for name, share in report.items() if name.startswith("idle/")
     )
-    return f"{report['time/total']:.2f} s ({phases}), idle {idle}"
+    bubbles = ", ".join(
+        f"{name.removeprefix('bubble/')} {share:.0%}" for name, share in report.items() if name.startswith("bubble/")
+    )
+    return f"{report['time/total']:.2f} s ({phases}), idle {idle}" + (f", bubbles {bubbles}" if bubbles else "")

@@ -3,9 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """What weights a model takes, without holding any.
+
+    shapes: by name. tensors: names that share a tensor (tied weights) have the same number. required: names of
+    parameters, while buffers may be left out.
+    """
+
+    model_name: str
+    shapes: Mapping[str, torch.Size]
+    tensors: Mapping[str, int]
+    required: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> WeightLayout:
+        own = model.state_dict()
+        return cls(
+            model_name=type(model).__name__,
+            shapes={name: tensor.shape for name, tensor in own.items()},
+            tensors={name: tensor.data_ptr() for name, tensor in own.items()},
+            required=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        )
+
+    def check(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raises: ValueError for names or shapes that do not match. A tied tensor may come under any of its names."""
+        given = {self.tensors[name] for name in state_dict.keys() & self.tensors.keys()}
+        problems = [f"{name} is unknown" for name in sorted(state_dict.keys() - self.shapes.keys())]
+        problems += [
+            f"{name} is missing"
+            for name in sorted(self.required - state_dict.keys())
+            if self.tensors[name] not in given
+        ]
+        problems += [
+            f"{name} is {list(tensor.shape)}, the model has {list(self.shapes[name])}"
+            for name, tensor in state_dict.items()
+            if name in self.shapes and self.shapes[name] != tensor.shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                f"weights do not fit {self.model_name}: {'; '.join(problems[:3])}{more}: "
+                f"load weights of the same architecture and configuration"
+            )
+
+    def under_all_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state_dict`, in which a tied tensor may come under any of its names, with it under all of them."""
+        by_tensor = {self.tensors[name]: tensor for name, tensor in state_dict.items()}
+        return {name: by_tensor[number] for name, number in self.tensors.items() if number in by_tensor}
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -16,24 +67,8 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names or shapes that do not match; then nothing was copied.
     """
+    WeightLayout.of(model).check(state_dict)
     own = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    given = {own[name].data_ptr() for name in state_dict.keys() & own.keys()}
-    problems = [f"{name} is unknown" for name in sorted(state_dict.keys() - own.keys())]
-    problems += [
-        f"{name} is missing" for name in sorted(parameters - state_dict.keys()) if own[name].data_ptr() not in given
-    ]
-    problems += [
-        f"{name} is {list(tensor.shape)}, the model has {list(own[name].shape)}"
-        for name, tensor in state_dict.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"weights do not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}: "
-            f"load weights of the same architecture and configuration"
-        )
     with torch.no_grad():
         for name, tensor in state_dict.items():
             own[name].copy_(tensor)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fuse.engines.engine import SamplingParams
 from fuse.experience import Experience, prepare
 from fuse.publish import push_policy, write_model_card, write_policy
 from fuse.report import iteration_report, summary_line
-from fuse.rewards import RewardFunction, call_reward_function
+from fuse.rewards import RewardCalls, RewardFunction
 from fuse.sample import Sample
 from fuse.steps import OptimizerStep, average_statistics, optimizer_steps, trl_optimizer_steps
 from fuse.trace import PhaseClock, write_chrome_trace
@@ -89,7 +90,9 @@ class PPOTrainer:
 
         self.dataloader = prompts.prompt_loader(train_dataset, _known(args.local_batch_size), args.seed, data_collator)
         self._fleet: Fleet | None = None
-        self._settings = FleetSettings.from_config(args, processing_class.pad_token_id)  # refuses what cannot be placed
+        self._settings = FleetSettings.from_config(  # refuses what cannot be placed
+            args, processing_class.pad_token_id, prompts.typical_length(train_dataset), model.config
+        )
         self.optimizer, self.lr_scheduler = learning_rate_schedule(args, self.model)
         self.callback_handler = callback_handler(
             args,
@@ -102,7 +105,7 @@ class PPOTrainer:
         self.control = TrainerControl()
         self.state = initial_state(self.callback_handler, self.control)
         for step in self._optimizer_steps(update=1):
-            self._settings.training.check(num_micro_batches=len(step.micro_batches))
+            self._settings.check(num_micro_batches=len(step.micro_batches))
 
     # The loop
 
@@ -122,12 +125,7 @@ class PPOTrainer:
             for update in range(self.state.global_step + 1, self.state.max_steps + 1):
                 clock = PhaseClock()
                 samples = self._samples(next(batches))
-                with clock.phase("generation"):
-                    fleet.generate(samples, self._sampling_params(args.temperature + 1e-7))
-                with clock.phase("inference"):
-                    fleet.infer(samples)
-                with clock.phase("reward"):
-                    self._apply_reward_function(samples)
+                self._roll_out(fleet, samples, self._sampling_params(args.temperature + 1e-7), clock)
                 experience, metrics = self._prepare(samples)
                 with clock.phase("training"):
                     steps = self._optimizer_steps(update)
@@ -185,19 +183,22 @@ class PPOTrainer:
         self.state.episode += len(samples)
         return samples
 
-    def _apply_reward_function(self, samples: Sequence[Sample]) -> None:
-        """Score with the reward function, where there is one instead of a reward model."""
-        if isinstance(self.reward_model, PreTrainedModel):
-            return
-        decode = self.processing_class.batch_decode
-        scores = call_reward_function(
-            self.reward_model,
-            decode([list(sample.prompt_ids) for sample in samples], skip_special_tokens=True),
-            decode([sample.response_ids[: sample.length] for sample in samples], skip_special_tokens=True),
-            [sample.columns for sample in samples],
-        )
-        for sample, score in zip(samples, scores, strict=True):
-            sample.score = score
+    def _roll_out(self, fleet: Fleet, samples: Sequence[Sample], params: SamplingParams, clock: PhaseClock) -> None:
+        """Generate responses, and score them by models and by the reward function, where there is one."""
+        function = None if isinstance(self.reward_model, PreTrainedModel) else self.reward_model
+        decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)
+        with RewardCalls(function, decode) as rewards:
+            if self.args.inter_stage_fusion:
+                with clock.phase("rollout"):
+                    fleet.roll_out(samples, params, rewards.submit)
+            else:
+                with clock.phase("generation"):
+                    fleet.generate(samples, params)
+                with clock.phase("inference"):
+                    fleet.infer(samples)
+                rewards.submit(samples)
+            with clock.phase("reward"):
+                rewards.finish()
 
     def _prepare(self, samples: Sequence[Sample]) -> tuple[Experience, dict[str, float]]:
         tokenizer = self.processing_class
@@ -259,7 +260,7 @@ class PPOTrainer:
         tracks, step = self._fleet.drain_spans(), self.state.global_step
         if self.args.trace_steps and step % self.args.trace_steps == 0:
             write_chrome_trace(self._output_dir / "traces" / f"iteration-{step:05d}.json", tracks)
-        report = iteration_report(tracks, clock)
+        report = iteration_report(tracks, clock, self._fleet.serial_bubble_ratio)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
 
@@ -328,9 +329,7 @@ class PPOTrainer:
             samples += prompts.make_samples(batch, _FIRST_EVALUATION_ID + len(samples), pad)
             if sampling:
                 break
-        self._fleet.generate(samples, self._sampling_params(0.01 + 1e-7))
-        self._fleet.infer(samples)
-        self._apply_reward_function(samples)
+        self._roll_out(self._fleet, samples, self._sampling_params(0.01 + 1e-7), PhaseClock())
         print_completions(self.processing_class, samples[:5])
 
     # What TRL's trainer offers to callbacks and scripts

@@ -1,8 +1,9 @@
 """Replay recorded response lengths under migration policies: what would each save?
 
 Each iteration takes the next rows of the trace as a batch; policies that learn from lengths learn from all other rows.
-In the table, known is the adaptive policy told all lengths beforehand, and no policy whatever beats the bound; gain is
-over none, and its part of the bound's is given; moves and GB are what migrations carried.
+In the table, known is the best of these policies and of the adaptive one told all lengths beforehand, and no policy
+whatever beats the bound; gain is over none, followed by its parts of their gains; moves and GB are what migrations
+carried. Several traces or maxima of tokens make a table of gains, a line each.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from fuse.commands.results import output_file
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
+from fuse.interstage.drawing import picture
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import lower_bound_s
@@ -31,19 +34,21 @@ from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate import simulate
 from fuse.interstage.timeline import chart
 from fuse.interstage.tuning import LengthHistory, tune_threshold
+from schedules.export.svg import document
 
 Ints = NDArray[np.int64]
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
+_TITLES = {NONE: "Stage by stage", THRESHOLD: "Fused, one migration", ADAPTIVE: "Fused"}
 _OPTIONS = ("devices", "batch", "iterations", "max_tokens", "prompt_tokens", "costs", "max_batch", "kv_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse simulate`."""
     parser.add_argument(
-        "--lengths", type=Path, required=True, metavar="FILE.csv",
-        help="the trace: column output_tokens, and if it has them prompt_tokens and prompt_id, equal for equal prompts",
+        "--lengths", type=Path, required=True, nargs="+", metavar="FILE.csv",
+        help="traces: column output_tokens, and if it has them prompt_tokens and prompt_id, equal for equal prompts",
     )  # fmt: skip
     parser.add_argument("--devices", type=int, default=64, help="engines to simulate (default: 64)")
     parser.add_argument("--batch", type=int, default=512, help="samples per iteration (default: 512)")
@@ -52,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", type=_policies, default=POLICIES, metavar="NAMES",
         help=f"comma-separated, of {', '.join(POLICIES)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, help="cut responses here (default: the trace's longest)")
+    parser.add_argument(
+        "--max-tokens", type=int, nargs="+", metavar="N", help="cut responses here (default: the trace's longest)"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128, help="where the trace has none (default: 128)")
     parser.add_argument(
         "--costs", default="llama-33b-8xh800", metavar="NAME|FILE.json",
@@ -62,39 +69,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-tokens", type=int, help="KV capacity of an engine (default: enough for any batch)")
     parser.add_argument("--no-transfer", action="store_true", help="engines cannot send KV: migration recomputes it")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write rows and timelines to FILE")
+    parser.add_argument("--svg", type=output_file, metavar="FILE", help="draw the first iteration under each policy")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate every policy on the same batches, print a table and timelines, and write them."""
-    trace = read_trace(arguments.lengths, arguments.prompt_tokens)
     for name in ("devices", "batch", "iterations", "prompt_tokens", "max_batch"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be at least 1")
-    if arguments.max_tokens is not None:
-        trace = trace.cut(arguments.max_tokens)
-    if len(trace) < arguments.batch * arguments.iterations:
-        raise ValueError(
-            f"{arguments.lengths} has {len(trace)} rows, fewer than {arguments.iterations} batches of "
-            f"{arguments.batch}: lower --batch or --iterations"
-        )
-    costs, limits = _costs(arguments.costs), _limits(arguments, trace)
-    names = tuple(dict.fromkeys((NONE, *arguments.policy, KNOWN)))
+    costs = _costs(arguments.costs)
+    settings = [
+        _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
+        for path in arguments.lengths
+        for max_tokens in arguments.max_tokens or [None]
+    ]
     console = Console(highlight=False)
-    results: dict[str, list[SimulationResult]] = {name: [] for name in names}
-    bounds_s = []
-    for iteration in track(
-        range(arguments.iterations), "simulating", console=console, transient=True, disable=not console.is_terminal
-    ):
-        case = _Case(arguments, trace, costs, limits, iteration * arguments.batch)
-        bounds_s.append(lower_bound_s(case.rollout))
-        for name in names:
-            results[name].append(simulate(case.rollout, case.policy(name)))
-    rows = [_row(arguments, name, results[name], results, fmean(bounds_s)) for name in names]
-    _show(console, rows, results, fmean(bounds_s))
+    outcomes = [_simulate(console, arguments, setting, costs) for setting in settings]
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    first = outcomes[0].results
+    if len(outcomes) == 1:
+        _show(console, rows, first)
+    else:
+        _show_gains(console, [outcome.rows for outcome in outcomes])
     if arguments.json:
         options = {name: getattr(arguments, name) for name in _OPTIONS} | {"can_transfer": not arguments.no_transfer}
-        written = {"options": options, "costs": costs_to_json(costs), "rows": rows, "timelines": _timelines(results)}
+        written = {"options": options, "costs": costs_to_json(costs), "rows": rows, "timelines": _timelines(first)}
         arguments.json.write_text(json.dumps(written) + "\n", encoding="utf-8")
+    if arguments.svg:
+        drawn = {_TITLES[name]: those[0] for name, those in first.items() if name != KNOWN}
+        arguments.svg.write_text(document(picture(drawn)), encoding="utf-8")
     return 0
 
 
@@ -139,6 +142,52 @@ def read_trace(path: Path, prompt_tokens: int) -> Trace:
     if not responses:
         raise ValueError(f"{path} has no rows: a trace has one per response")
     return Trace(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64), tuple(keys))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Setting:
+    """A trace, cut at `max_tokens` if that is given."""
+
+    lengths: str
+    max_tokens: int | None
+    trace: Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    """A setting's rows, and results by policy and iteration."""
+
+    rows: list[dict[str, object]]
+    results: dict[str, list[SimulationResult]]
+
+
+def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> Trace:
+    trace = read_trace(path, arguments.prompt_tokens)
+    if len(trace) < arguments.batch * arguments.iterations:
+        raise ValueError(
+            f"{path} has {len(trace)} rows, fewer than {arguments.iterations} batches of {arguments.batch}: "
+            "lower --batch or --iterations"
+        )
+    return trace if max_tokens is None else trace.cut(max_tokens)
+
+
+def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting, costs: CostModel) -> _Outcome:
+    limits = _limits(arguments, setting.trace)
+    names = tuple(dict.fromkeys((NONE, *arguments.policy)))
+    results: dict[str, list[SimulationResult]] = {name: [] for name in (*names, KNOWN)}
+    bounds_s = []
+    for iteration in track(
+        range(arguments.iterations), "simulating", console=console, transient=True, disable=not console.is_terminal
+    ):
+        case = _Case(arguments, setting.trace, costs, limits, iteration * arguments.batch)
+        bounds_s.append(lower_bound_s(case.rollout))
+        played = {name: simulate(case.rollout, case.policy(name)) for name in (*names, KNOWN)}
+        # Who knows all lengths can simulate every policy beforehand, and take the best.
+        played[KNOWN] = min(played.values(), key=lambda result: result.makespan_s)
+        for name, result in played.items():
+            results[name].append(result)
+    rows = [_row(arguments, setting, name, results, fmean(bounds_s)) for name in results]
+    return _Outcome(rows, results)
 
 
 class _Case:
@@ -192,18 +241,20 @@ class _Case:
 
 def _row(
     arguments: argparse.Namespace,
+    setting: _Setting,
     name: str,
-    results: Sequence[SimulationResult],
     all_results: dict[str, list[SimulationResult]],
     bound_s: float,
 ) -> dict[str, object]:
     """Means over the iterations. Shares are parts of the seconds that the bound, or knowing all lengths, would save."""
+    results = all_results[name]
     seconds, none_s, known_s = (
         fmean(result.makespan_s for result in those) for those in (results, all_results[NONE], all_results[KNOWN])
     )
     saved_s = none_s - seconds
     return {
-        "lengths": arguments.lengths.stem,
+        "lengths": setting.lengths,
+        "max_tokens": setting.max_tokens,
         "policy": name,
         "devices": arguments.devices,
         "batch": arguments.batch,
@@ -221,15 +272,16 @@ def _row(
     }
 
 
-def _show(
-    console: Console, rows: Sequence[dict[str, object]], results: dict[str, list[SimulationResult]], bound_s: float
-) -> None:
-    table = Table("policy", "seconds", "generating", "gain", "of bound", "idle", "moves", "GB")
+def _show(console: Console, rows: Sequence[dict[str, object]], results: dict[str, list[SimulationResult]]) -> None:
+    """Timelines and a table of one setting."""
+    titles = ("policy", "seconds", "decoding", "gain", "of known", "of bound", "idle", "moves", "GB")
+    table = Table(*titles, box=SIMPLE, padding=(0, 0, 0, 1))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(str(row["policy"]), *_cells(row))
-    table.add_row("bound", f"{bound_s:.4g}", "", f"{_number(rows[0]['simulated_seconds']) / bound_s:.3f}x", "100%")
+    none_s, bound_s = _number(rows[0]["simulated_seconds"]), _number(rows[0]["oracle_seconds"])
+    table.add_row("bound", f"{bound_s:.4g}", "", f"{none_s / bound_s:.3f}x", "", "100%")
     end_s = max(those[0].makespan_s for those in results.values())
     for name, those in results.items():
         console.print(f"\n{name}", markup=False)
@@ -238,10 +290,30 @@ def _show(
     console.print(table)
 
 
+def _show_gains(console: Console, settings: Sequence[Sequence[dict[str, object]]]) -> None:
+    """A line per setting: seconds of none, and the others' gains over it."""
+    policies = [str(row["policy"]) for row in settings[0][1:]]
+    table = Table(Column("lengths", overflow="fold"), "max tokens", NONE, *policies, "bound")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for rows in settings:
+        none_s, bound_s = _number(rows[0]["simulated_seconds"]), _number(rows[0]["oracle_seconds"])
+        gains = (f"{_number(row['gain']):.3f}x" for row in rows[1:])
+        table.add_row(
+            str(rows[0]["lengths"]),
+            str(rows[0]["max_tokens"] or "-"),
+            f"{none_s:.4g} s",
+            *gains,
+            f"{none_s / bound_s:.3f}x",
+        )
+    console.print(table)
+
+
 def _cells(row: dict[str, object]) -> Iterator[str]:
     yield f"{row['simulated_seconds']:.4g}"
     yield f"{row['generation_seconds']:.4g}"
     yield f"{row['gain']:.3f}x"
+    yield "-" if row["known_share"] is None else f"{row['known_share']:.0%}"
     yield "-" if row["oracle_share"] is None else f"{row['oracle_share']:.0%}"
     yield f"{row['idle_share']:.1%}"
     yield f"{row['migrations']:.0f}"

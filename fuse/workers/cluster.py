@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,8 +27,16 @@ Accelerator = Literal["cpu", "cuda"]
 _SHARE_OF_DEVICE = 0.5
 _PLACEMENT_TIMEOUT_S = 60.0
 _NUM_LAST_LINES = 40
-# A process has one compute thread, and must know before it imports torch.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# A process has one compute thread, and must know before it imports torch. It keeps the memory that it frees, which the
+# next forward pass takes again: pages that have gone back to the system come again one by one, in virtual machines
+# slowly. 32 MiB is the largest block that glibc lets come from that memory.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ class Worker:
         if self._logs is not None:
             for line in _last_lines(self._logs, dead_process_id(reason)):
                 error.add_note(line)
-        return WorkerError(self.device, self.role, cause_of(reason))
+        return WorkerError(self.device, self.role, cause_of(reason), is_death=isinstance(reason, RayActorError))
 
 
 def _last_lines(logs: Path, process_id: int | None) -> list[str]:
@@ -168,6 +176,15 @@ def wait_any(futures: Sequence[Future], timeout_s: float | None = None) -> tuple
     if not ended:
         raise TimeoutError(f"none of {len(futures)} calls ended within {timeout_s} s")
     return by_reference[ended[0]], by_reference[ended[0]].result()
+
+
+def wait_ended(futures: Sequence[Future]) -> list[Future]:
+    """Wait until at least one of the calls has ended, by whatever end; returns all that have, in order of the calls."""
+    by_reference = {future._reference: future for future in futures}
+    ray.wait(list(by_reference), num_returns=1)
+    ended, _ = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
+    done = set(ended)
+    return [future for reference, future in by_reference.items() if reference in done]
 
 
 def gather(futures: Sequence[Future]) -> list[Any]:

@@ -8,10 +8,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 
 class WorkerError(RuntimeError):
-    """A worker raised or its process died, which ends the run; the worker's own traceback is the `__cause__`."""
+    """A worker raised or its process died (`is_death`); the worker's own traceback is the `__cause__`."""
 
-    def __init__(self, device: int, role: str, cause: str) -> None:
+    def __init__(self, device: int, role: str, cause: str, *, is_death: bool = False) -> None:
         super().__init__(device, role, cause)
+        self.is_death = is_death
         self.device = device
         self.role = role
         self.cause = cause

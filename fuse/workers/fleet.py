@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,32 +13,48 @@ from typing import Any, Literal
 
 import ray
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fuse.config import PPOConfig
-from fuse.engines.engine import GenerationEngine, SamplingParams
-from fuse.engines.transformers import TransformersEngine
+from fuse.engines.engine import SamplingParams
 from fuse.experience import Experience
 from fuse.interstage import controller
+from fuse.interstage.costs import CostModel
+from fuse.interstage.live import LiveRollout, RolloutReport
+from fuse.interstage.migration import EngineLimits, Policy
+from fuse.interstage.planner import RolloutPlanner, RolloutSettings
+from fuse.intrastage.cut import Parts, choose_placement
 from fuse.intrastage.optimizer import AdamWConfig
-from fuse.intrastage.plan import ModelName, place, replica_micro_batches
+from fuse.intrastage.placement import ModelName, Replica, place, replica_micro_batches
+from fuse.intrastage.plan import serial_schedule
+from fuse.intrastage.planner import Planner, PlanSettings
+from fuse.intrastage.profile import Profile, Shape, merge
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.steps import OptimizerStep
 from fuse.trace import Span
-from fuse.workers.cluster import Cluster, gather
+from fuse.workers.cluster import Cluster, Worker, gather
+from fuse.workers.engine_choice import EngineFactory, choose_engine
 from fuse.workers.generation_worker import GenerationWorker
 from fuse.workers.inference import MicroBatchLimit
-from fuse.workers.model_worker import ModelSpec, ModelWorker, Role, TrainingSettings
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.model_worker import ModelWorker, Role
+from fuse.workers.parts import TypicalBatch
+from fuse.workers.training_rank import TrainingSettings
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
-EngineFactory = Callable[[ModelSpec, WeightsRef, str], GenerationEngine]
-"""(model, its weights, torch device) -> an engine; runs inside the generation worker."""
+_TICK_S = 1e-5
+_UNBOUNDED = 1 << 30
+_INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    """Which workers a run has, and how they work."""
+    """Which workers a run has, and how they work.
+
+    placement: every replica of actor and critic, in the order of the schedules' pipelines.
+    balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
+    """
 
     num_devices: int
     accelerator: Literal["cpu", "cuda"]
@@ -46,21 +63,38 @@ class FleetSettings:
     engine: EngineFactory
     inference: MicroBatchLimit
     training: TrainingSettings
+    placement: tuple[Replica, ...]
+    micro_batches_per_step: int
+    balance: TypicalBatch | None
+    plan: PlanSettings
+    rollout: RolloutSettings
 
     @classmethod
-    def from_config(cls, config: PPOConfig, pad_token_id: int) -> FleetSettings:
-        """What `config` asks for.
+    def from_config(
+        cls, config: PPOConfig, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
+    ) -> FleetSettings:
+        """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
 
         Raises:
-            ValueError: stages that do not divide the devices, or more devices than there are.
+            ValueError: stages or shares of matrices that do not fit the devices, or an engine that is not installed.
         """
         num_devices = config.num_devices or _default_num_devices(config.accelerator)
+        num_ranks, rest = divmod(num_devices, config.tensor_parallel_size)
+        if rest:
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={num_devices}: "
+                f"choose a divisor"
+            )
+        is_fused = config.intra_stage_fusion and num_ranks > 1
+        inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
         placement = (
-            *place("actor", num_devices, config.actor_stages or num_devices),
-            *place("critic", num_devices, config.critic_stages or num_devices, reverse=True),
+            *place("actor", num_ranks, config.actor_stages or num_ranks),
+            *place("critic", num_ranks, config.critic_stages or num_ranks, reverse=True),
         )
         training = TrainingSettings(
-            placement=placement,
+            backend=config.train_backend,
+            split_backward=is_fused,
+            tensor_parallel_size=config.tensor_parallel_size,
             temperature=config.temperature + 1e-7,
             cliprange=config.cliprange,
             vf_coef=config.vf_coef,
@@ -81,21 +115,37 @@ class FleetSettings:
             accelerator=config.accelerator,
             ray_address=config.ray_address,
             pad_token_id=pad_token_id,
-            engine=partial(transformers_engine, max_batch=config.generation_batch_size, autocast=training.autocast),
+            engine=choose_engine(config, training.autocast),
             inference=MicroBatchLimit(
-                max_samples=config.local_rollout_forward_batch_size, max_tokens=config.inference_batch_tokens
+                max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
             ),
             training=training,
+            placement=placement,
+            micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
+            balance=TypicalBatch(config.per_device_train_batch_size, prompt_tokens, config.response_length)
+            if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
+            else None,
+            plan=PlanSettings(
+                fused=is_fused,
+                time_limit_s=config.schedule_time_limit_s,
+                num_workers=min(8, len(os.sched_getaffinity(0))),
+                num_steps=(config.num_total_batches or 1) * config.num_ppo_epochs * config.num_mini_batches,
+                memory_limit_bytes=config.activation_memory_bytes,
+                replan_drift=config.replan_drift,
+                directory=Path(config.output_dir or "trainer_output") / "plan",
+            ),
+            rollout=RolloutSettings(
+                policy=config.migration_policy,
+                num_devices=num_devices,
+                limits=_engine_limits(config, actor),
+                kv_bytes_per_token=_kv_bytes_per_token(actor, training.autocast),
+                inference_batch_tokens=inference_batch_tokens,
+            ),
         )
 
-
-def transformers_engine(
-    spec: ModelSpec, weights: WeightsRef, device: str, *, max_batch: int, autocast: torch.dtype | None
-) -> GenerationEngine:
-    """The embedded engine; it computes in `autocast`'s type where there is one."""
-    model = spec.build(torch.device(device), autocast)
-    load_state_dict(model, get_state_dict([weights]))
-    return TransformersEngine(model, max_batch=max_batch)
+    def check(self, num_micro_batches: int) -> None:
+        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
+        serial_schedule(self.placement, num_micro_batches)
 
 
 class Fleet:
@@ -114,11 +164,12 @@ class Fleet:
         reference: PreTrainedModel,
         reward: PreTrainedModel | None,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._trained: dict[ModelName, PreTrainedModel] = {"actor": actor, "critic": critic}
         self._scoring: dict[Role, PreTrainedModel] = {"reference": reference, "critic": critic}
         if reward is not None:
             self._scoring["reward"] = reward
+        self._tensor_parallel_size = settings.training.tensor_parallel_size
         self._resources = ExitStack()
 
     def __enter__(self) -> Fleet:
@@ -131,7 +182,7 @@ class Fleet:
         self._resources.close()
 
     def _start(self, resources: ExitStack) -> None:
-        settings = self._settings
+        settings = self.settings
         cluster = resources.enter_context(
             Cluster(settings.num_devices, ray_address=settings.ray_address, accelerator=settings.accelerator)
         )
@@ -140,6 +191,7 @@ class Fleet:
         weights = {name: put_state_dict(model.state_dict()) for name, model in self._trained.items()}
         torch_device = settings.accelerator
         devices = range(settings.num_devices)
+        self._cluster, self._weights = cluster, weights
         self._model_workers = [
             cluster.spawn(
                 "model worker",
@@ -154,29 +206,71 @@ class Fleet:
             )
             for device in devices
         ]
-        self._generation_workers = [
-            cluster.spawn(
-                "generation worker",
-                device,
-                GenerationWorker,
-                partial(settings.engine, trained["actor"], weights["actor"], torch_device),
-            )
-            for device in devices
-        ]
+        self._generation_workers = [self._spawn_engine(device) for device in devices]
         host = cluster.host(0)
         (port,) = gather([self._model_workers[0].call("serve_store", host)])
         self._on_models("connect", host, port, settings.num_devices)
+        placement = self._balanced(trained) if settings.balance is not None else settings.placement
+        self._planner = Planner(placement, settings.plan)
+        self._rollouts = RolloutPlanner(settings.rollout)
+        self._on_models("place", placement)
         for name in self._trained:
             self._on_models("load_training_weights", name, [weights[name]])
         for role, model in self._scoring.items():
             known = weights.get(role) if role == "critic" else None
             self._on_models("load_scoring_weights", role, [known or put_state_dict(model.state_dict())])
 
+    def _spawn_engine(self, device: int) -> Worker:
+        """A generation worker with the weights that the run started from."""
+        settings = self.settings
+        spec = ModelSpec.of(self._trained["actor"])
+        make_engine = partial(settings.engine, spec, self._weights["actor"], settings.accelerator)
+        return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine)
+
     # One iteration
+
+    def roll_out(
+        self,
+        samples: Sequence[Sample],
+        params: SamplingParams,
+        on_generated: Callable[[Sequence[Sample]], None] = lambda samples: None,
+        *,
+        policy: Policy | None = None,
+        max_new_tokens: Mapping[int, int] | None = None,
+    ) -> RolloutReport:
+        """Fill in responses and what models say of them, sample by sample; `on_generated` gets samples as they finish.
+
+        policy: in place of the one that past rollouts suggest. max_new_tokens: see `LiveRollout`.
+
+        An engine that dies loses no sample; another takes its place, with the weights of the next `synchronise`.
+        """
+        settings = self.settings
+        report = LiveRollout(
+            self._generation_workers,
+            self._model_workers,
+            samples,
+            params,
+            policy=policy or self._rollouts.policy(samples),
+            limits=settings.rollout.limits,
+            pad_token_id=settings.pad_token_id,
+            costs=self._rollouts.costs(),
+            on_generated=on_generated,
+            max_new_tokens=max_new_tokens,
+        ).run()
+        self._rollouts.observe(samples)
+        for device in report.lost_engines:
+            self._cluster.kill(self._generation_workers[device])
+            self._generation_workers[device] = self._spawn_engine(device)
+        return report
+
+    @property
+    def rollout_costs(self) -> CostModel | None:
+        """What operations of rollouts cost here, as measured so far; None before there is enough."""
+        return self._rollouts.costs()
 
     def generate(self, samples: Sequence[Sample], params: SamplingParams) -> None:
         """Fill in the samples' responses."""
-        controller.generate(self._generation_workers, samples, params, self._settings.pad_token_id)
+        controller.generate(self._generation_workers, samples, params, self.settings.pad_token_id)
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in the samples' reference log-probabilities, values and, from a reward model, scores."""
@@ -186,9 +280,15 @@ class Fleet:
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
     ) -> list[list[dict[str, float]]]:
         """Take the steps; returns the statistics of every micro-batch, [steps][micro-batches]."""
-        results = self._on_models("train", ray.put(experience), ray.put(steps), learning_rate)
+        kept, micro_batches = ray.put(experience), [one for step in steps for one in step.micro_batches]
+        plans = self._planner.plans(
+            {len(step.micro_batches) for step in steps},
+            [self._shape(experience, samples) for samples in micro_batches],
+            lambda indices: self._profile(kept, [micro_batches[index] for index in indices]),
+        )
+        results = self._on_models("train", kept, ray.put(steps), learning_rate, ray.put(plans))
         return [
-            self._merge(len(step.micro_batches), [result[index] for result in results])
+            self._merge(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
             for index, step in enumerate(steps)
         ]
 
@@ -197,12 +297,39 @@ class Fleet:
     ) -> list[dict[str, float]]:
         """One row per micro-batch: a replica's last rank has those of the replica's micro-batches."""
         merged: list[dict[str, float]] = [{} for _ in range(num_micro_batches)]
-        training = self._settings.training
-        for replica in training.placement:
-            indices = replica_micro_batches(num_micro_batches, len(training.replicas(replica.model)), replica.index)
+        placement = self._planner.placement
+        for replica in placement:
+            num_replicas = sum(other.model == replica.model for other in placement)
+            indices = replica_micro_batches(num_micro_batches, num_replicas, replica.index)
             for index, row in zip(indices, by_rank[replica.ranks[-1]][replica.model], strict=True):
                 merged[index] |= row
         return merged
+
+    def _shape(self, experience: Experience, samples: Sequence[int]) -> Shape:
+        """Of the micro-batch that these samples make."""
+        if self.settings.training.pad_token_id is not None:
+            return Shape(len(samples), max(map(len, experience.prompts)) + experience.width)
+        return Shape(len(samples), max(len(experience.prompts[i]) + experience.lengths[i] for i in samples))
+
+    def _profile(
+        self, experience: ray.ObjectRef[Experience], micro_batches: Sequence[Sequence[int]]
+    ) -> tuple[Profile, int | None]:
+        """What all ranks measure on these micro-batches, and the bytes free on the fullest device, if it tells."""
+        profile = merge(self._on_models("profile", experience, micro_batches)[:: self._tensor_parallel_size])
+        return profile, min((free for free in self._on_models("free_bytes") if free is not None), default=None)
+
+    def _balanced(self, trained: Mapping[ModelName, ModelSpec]) -> tuple[Replica, ...]:
+        """The placement asked for, cut where measured times favour it."""
+        settings = self.settings
+        profiles = self._on_models("measure_parts", settings.balance, _TICK_S)
+        return choose_placement(
+            {model: Parts.of(profiles, model) for model in trained},
+            settings.placement,
+            {model: spec.num_layers for model, spec in trained.items()},
+            settings.micro_batches_per_step,
+            is_fused=settings.plan.fused,
+            tick_s=_TICK_S,
+        )
 
     def synchronise(self) -> None:
         """Give the trained weights to the engines and to the critic's inference copies."""
@@ -228,11 +355,19 @@ class Fleet:
     def drain_spans(self) -> dict[str, dict[str, list[Span]]]:
         """Spans since the last call, by device and worker."""
         models = self._on_models("drain_spans")
+        self._planner.observe(span for spans in models for span in spans)
         engines = self._on_engines("drain_spans")
+        for spans in (*models, *engines):
+            self._rollouts.observe_spans(spans)
         return {
             f"device{index}": {"generation": generation, "model": model}
             for index, (generation, model) in enumerate(zip(engines, models, strict=True))
         }
+
+    @property
+    def serial_bubble_ratio(self) -> float | None:
+        """Idle share that the last update's training would have had without fusion; None where it is not known."""
+        return self._planner.serial_bubble_ratio
 
     def _exported(self, model: ModelName) -> list[WeightsRef]:
         return [ref for ref in self._on_models("export_weights", model) if ref is not None]
@@ -247,3 +382,21 @@ class Fleet:
 def _default_num_devices(accelerator: Literal["cpu", "cuda"]) -> int:
     """Every GPU, or two cores."""
     return torch.cuda.device_count() if accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
+
+
+def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
+    """An engine has room for a full batch of samples as long as the model allows."""
+    context = getattr(actor.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
+    return EngineLimits(
+        max_batch=config.generation_batch_size,
+        kv_capacity_tokens=config.generation_batch_size * context,
+        max_new_tokens=config.response_length,
+    )
+
+
+def _kv_bytes_per_token(actor: PretrainedConfig, autocast: torch.dtype | None) -> int:
+    """Keys and values of all layers."""
+    config: Any = actor.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (autocast or torch.float32).itemsize

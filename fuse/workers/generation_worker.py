@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.trace import Span, SpanRecorder
-from fuse.workers.weights import WeightsRef, get_state_dict
+from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,36 @@ class Progress:
     finished: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A sample that left an engine, on its way to another; its KV, if any, waits in the object store."""
+
+    request: GenerationRequest
+    kv: WeightsRef | None = None
+
+    @classmethod
+    def of(cls, evicted: Evicted) -> Departure:
+        kv = None
+        if evicted.kv is not None:
+            kv = put_state_dict({str(index): tensor for index, tensor in enumerate(evicted.kv)})
+        return cls(evicted.request, kv)
+
+    def arrive(self) -> Evicted:
+        """What an engine admits."""
+        kv = None if self.kv is None else tuple(get_state_dict([self.kv]).values())
+        return Evicted(self.request, kv)
+
+
 @dataclass(slots=True)
 class _Unreported:
-    """Tokens of a live sample that no poll has taken yet, and where in the response they start."""
+    """Tokens of a live sample that no poll has taken yet, and where in the response they start.
+
+    prefill_tokens: what the engine computes anew before the next token, 0 once that is there.
+    """
 
     position: int
+    context_tokens: int
+    prefill_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
@@ -53,6 +78,7 @@ class GenerationWorker:
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._samples: dict[int, _Unreported] = {}  # live ones, and finished ones until they are reported
         self._num_live = 0
+        self._num_entering = 0  # samples of commands that the loop has not come to
         self._changed = threading.Condition()  # guards what the loop shares with poll: samples, spans, failure
         self._has_finished = False
         self._failure: BaseException | None = None
@@ -64,24 +90,29 @@ class GenerationWorker:
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue samples; returns at once, so what the engine objects to is raised by a later call."""
+        self._expect(len(requests))
         self._command(lambda: self._enter(requests, self._engine.submit, requests))
 
-    def admit(self, evicted: Sequence[Evicted]) -> None:
+    def admit(self, departures: Sequence[Departure]) -> None:
         """Continue samples that left another engine; returns at once, as `submit` does."""
-        self._command(lambda: self._enter([one.request for one in evicted], self._engine.admit, evicted))
+        self._expect(len(departures))
+        self._command(lambda: self._admit(departures))
 
-    def evict(self, sample_ids: Sequence[int], with_kv: bool = False) -> list[Evicted]:
+    def evict(self, sample_ids: Sequence[int], with_kv: bool = False) -> list[Departure]:
         """Take samples out, between two steps; those that have finished meanwhile are left out.
 
         The evicted samples carry all their tokens, and no later poll reports them.
         """
-        evicted: list[Evicted] = self._command(lambda: self._evict(sample_ids, with_kv)).result()
-        return evicted
+        departures: list[Departure] = self._command(lambda: self._evict(sample_ids, with_kv)).result()
+        return departures
 
     def poll(self, timeout_s: float) -> list[Progress]:
-        """The tokens since the last poll, by sample: as soon as a sample has finished, else after `timeout_s`."""
+        """The tokens since the last poll, by sample: as soon as a sample has finished, else after `timeout_s`.
+
+        At once when the engine is empty, so that no poll outlives the samples it was meant for.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._has_finished or self._failure is not None, timeout_s)
+            self._changed.wait_for(lambda: self._has_finished or self._is_empty or self._failure is not None, timeout_s)
             self._raise_failure()
             self._has_finished = False
             return self._take_progress()
@@ -91,7 +122,11 @@ class GenerationWorker:
         self._command(lambda: self._load_weights(weights)).result()
 
     def drain_spans(self) -> list[Span]:
-        """One span per decode step and weight load since the last call."""
+        """One span per decode step, migration and weight load since the last call.
+
+        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
+        tokens it had to compute anew for samples that entered (`prefill_tokens`).
+        """
         with self._changed:
             self._raise_failure()
             return self._recorder.drain()
@@ -132,14 +167,19 @@ class GenerationWorker:
 
     def _publish(self, tokens: Sequence[GeneratedToken], start_s: float) -> None:
         with self._changed:
-            self._recorder.add(Span("decode", "generate", start_s, time.time(), {"batch": len(tokens)}))
+            context_tokens = prefill_tokens = 0
             for token in tokens:
                 sample = self._samples[token.sample_id]
+                context_tokens += sample.context_tokens
+                prefill_tokens += sample.prefill_tokens
+                sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
                 sample.token_ids.append(token.token_id)
                 sample.logprobs.append(token.logprob)
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
+            sizes = {"batch": len(tokens), "context_tokens": context_tokens, "prefill_tokens": prefill_tokens}
+            self._recorder.add(Span("decode", "generate", start_s, time.time(), sizes))
             if self._has_finished:
                 self._changed.notify_all()
 
@@ -153,7 +193,8 @@ class GenerationWorker:
             if sample.finished:
                 del self._samples[sample_id]
             else:
-                self._samples[sample_id] = _Unreported(sample.position + len(token_ids))
+                sample.position += len(token_ids)
+                sample.token_ids, sample.logprobs = [], []
         return progress
 
     # Commands, executed in the loop
@@ -163,18 +204,38 @@ class GenerationWorker:
     ) -> None:
         for request, argument in zip(requests, arguments, strict=True):
             enter(argument)
+            has_kv = isinstance(argument, Evicted) and argument.kv is not None
             with self._changed:
-                self._samples[request.sample_id] = _Unreported(len(request.response_ids))
+                self._samples[request.sample_id] = _Unreported(
+                    len(request.response_ids), request.num_tokens, 0 if has_kv else request.num_tokens
+                )
                 self._num_live += 1
+                self._num_entering -= 1
 
-    def _evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Evicted]:
+    def _admit(self, departures: Sequence[Departure]) -> None:
+        start_s = time.time()
+        arrivals = [departure.arrive() for departure in departures]
+        self._enter([one.request for one in departures], self._engine.admit, arrivals)
+        self._add_transfer("admit", start_s, departures)
+
+    def _add_transfer(self, name: str, start_s: float, departures: Sequence[Departure]) -> None:
+        num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)
+        with self._changed:
+            self._recorder.add(
+                Span(name, "transfer", start_s, time.time(), {"samples": len(departures), "bytes": num_bytes})
+            )
+
+    def _evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Departure]:
+        start_s = time.time()
         with self._changed:
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
-            evicted = [self._engine.evict(sample_id, with_kv=with_kv) for sample_id in live]
+            departures = [Departure.of(self._engine.evict(sample_id, with_kv=with_kv)) for sample_id in live]
             for sample_id in live:
                 del self._samples[sample_id]
             self._num_live -= len(live)
-            return evicted
+            self._changed.notify_all()
+        self._add_transfer("evict", start_s, departures)
+        return departures
 
     def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
         start_s = time.time()
@@ -184,6 +245,14 @@ class GenerationWorker:
 
     def _stop(self) -> None:
         self._closing = True
+
+    @property
+    def _is_empty(self) -> bool:
+        return self._num_live + self._num_entering == 0
+
+    def _expect(self, num_samples: int) -> None:
+        with self._changed:
+            self._num_entering += num_samples
 
     def _command(self, command: Callable[[], Any]) -> Future[Any]:
         """Queue a command for the loop."""

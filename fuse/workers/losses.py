@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse import ppo
+from fuse.intrastage.megatron_head import VocabularyHead, vocab_parallel_logprobs
 from fuse.intrastage.stage import MicroBatch
 from fuse.ops.logprob import token_logprobs
 from fuse.workers.micro_batches import PolicyTargets, ValueTargets
@@ -40,7 +41,10 @@ class ActorLoss:
     def __call__(self, hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
         targets = micro_batch.targets
         assert isinstance(targets, PolicyTargets)
-        logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, self.temperature)
+        if isinstance(head, VocabularyHead):
+            logprobs, entropy = vocab_parallel_logprobs(hidden, head, targets.token_ids, self.temperature)
+        else:
+            logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, self.temperature)
         logprobs = logprobs.masked_fill(~targets.mask, ppo.INVALID_LOGPROB)
         result = ppo.policy_loss(logprobs, targets.old_logprobs, targets.advantages, targets.mask, self.cliprange)
         self.statistics.add(result.approximate_kl, result.clip_fraction, entropy.mean(), result.loss, result.ratio)

@@ -2,104 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from fuse.experience import Experience
 from fuse.intrastage import communication
-from fuse.intrastage.executor import execute
-from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.plan import ModelName, Replica, pipeline_name, replica_micro_batches, serial_schedule
-from fuse.intrastage.stage import MicroBatch
+from fuse.intrastage.placement import ModelName, Replica
+from fuse.intrastage.plan import Plan
+from fuse.intrastage.profile import Profile
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.state_dict import load_state_dict
 from fuse.steps import OptimizerStep
 from fuse.trace import Span, SpanRecorder
-from fuse.workers import inference, state
-from fuse.workers.losses import ActorLoss, CriticLoss
-from fuse.workers.micro_batches import padded, ragged
+from fuse.workers import inference
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.parts import TypicalBatch, measure_parts
+from fuse.workers.training_rank import TrainingRank, TrainingSettings
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 Role = Literal["reference", "reward", "critic"]
 """The models that score: the critic's inference copy follows its training stages."""
-MODELS: tuple[ModelName, ...] = ("actor", "critic")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """How to build a model without its weights."""
-
-    model_class: type[PreTrainedModel]
-    config: PretrainedConfig
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> ModelSpec:
-        return cls(model_class=type(model), config=model.config, dtype=model.dtype)
-
-    def build(self, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model in evaluation mode, its parameters yet to be loaded; `dtype` in place of its own."""
-        with no_init_weights():
-            model: Any = self.model_class(copy.deepcopy(self.config))
-        built: PreTrainedModel = model.to(device=device, dtype=dtype or self.dtype).eval().requires_grad_(False)
-        return built
-
-
-@dataclass(frozen=True, slots=True)
-class Inference:
-    """What the scoring models say of a sequence of n response tokens.
-
-    reference_logprobs: [n]. values: [n + 1], before each token and after the last. score: None without a reward model.
-    """
-
-    reference_logprobs: NDArray[np.float32]
-    values: NDArray[np.float32]
-    score: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSettings:
-    """How to train, the same on every worker.
-
-    placement: every replica of actor and critic, in the order of the schedule's pipelines.
-    autocast: the type to compute in; None for float32.
-    pad_token_id: lays micro-batches out padded, as TRL does; None for ragged ones.
-    timeout_s: a peer that does not answer for so long counts as lost.
-    """
-
-    placement: tuple[Replica, ...]
-    temperature: float
-    cliprange: float
-    vf_coef: float
-    cliprange_value: float
-    adamw: AdamWConfig
-    autocast: torch.dtype | None
-    gradient_checkpointing: bool
-    pad_token_id: int | None
-    timeout_s: float
-
-    def check(self, num_micro_batches: int) -> None:
-        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
-        serial_schedule(self.placement, num_micro_batches)
-
-    def replicas(self, model: ModelName) -> list[Replica]:
-        return [replica for replica in self.placement if replica.model == model]
 
 
 class ModelWorker:
     """Runs on one device, as rank `rank` of the model workers' world.
 
-    Call `serve_store` on rank 0, then `connect` on all ranks at once, then `load_training_weights`.
+    Call `serve_store` on rank 0, then `connect` and `place` on all ranks at once, then `load_training_weights`.
     """
 
     def __init__(
@@ -111,41 +44,11 @@ class ModelWorker:
         settings: TrainingSettings,
         limit: inference.MicroBatchLimit,
     ) -> None:
-        self._rank = rank
-        self._device = torch.device(device)
-        self._settings = settings
+        self._rank, self._device = rank, torch.device(device)
+        self._trained, self._scoring_specs = trained, scoring
+        self._settings, self._limit = settings, limit
         self._recorder = SpanRecorder()
-        self._losses: dict[ModelName, ActorLoss | CriticLoss] = {
-            "actor": ActorLoss(temperature=settings.temperature, cliprange=settings.cliprange),
-            "critic": CriticLoss(vf_coef=settings.vf_coef, cliprange_value=settings.cliprange_value),
-        }
-        self._stages: dict[tuple[int, int], TransformersStage] = {
-            (pipeline, stage): TransformersStage(
-                trained[replica.model].model_class,
-                trained[replica.model].config,
-                stage=stage,
-                num_stages=len(replica.ranks),
-                loss=self._losses[replica.model],
-                device=self._device,
-                autocast=settings.autocast,
-                gradient_checkpointing=settings.gradient_checkpointing,
-            )
-            for pipeline, replica in enumerate(settings.placement)
-            for stage, owner in enumerate(replica.ranks)
-            if owner == rank
-        }
-        self._limit = limit
-        self._scoring: dict[Role, PreTrainedModel] = {
-            role: self._whole_stage("critic") or spec.build(self._device, torch.float32)
-            if role == "critic"
-            else spec.build(self._device)
-            for role, spec in scoring.items()
-        }
-
-    def _whole_stage(self, model: ModelName) -> PreTrainedModel | None:
-        """The model itself, where this rank trains all of it: then it needs no copy to score with."""
-        (stage,) = self._stages_of(model).values()
-        return stage.model if stage.num_stages == 1 else None
+        self._num_inferences = 0
 
     # The world
 
@@ -155,125 +58,101 @@ class ModelWorker:
         return self._store.port
 
     def connect(self, host: str, port: int, world_size: int) -> None:
-        """Join the world, and open what actor and critic communicate through."""
+        """Join the world."""
         settings = self._settings
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         communication.connect(self._rank, world_size, host, port, backend, settings.timeout_s)
-        self._communicators = communication.open_pipelines(
-            [(pipeline_name(replica), replica.ranks) for replica in settings.placement],
-            settings.timeout_s,
+        self._tensor_group = communication.open_tensor_group(settings.tensor_parallel_size, settings.timeout_s)
+
+    def measure_parts(self, batch: TypicalBatch, tick_s: float) -> Profile:
+        """What parts of the trained models cost here; all ranks call this at once."""
+        rank = self._rank // self._settings.tensor_parallel_size
+        return measure_parts(rank, self._device, self._tensor_group, self._trained, self._settings, batch, tick_s)
+
+    def place(self, placement: tuple[Replica, ...]) -> None:
+        """Build the stages and the scoring models that belong here; all ranks call this at once."""
+        self._training = TrainingRank(
+            self._rank, self._device, self._trained, placement, self._settings, self._recorder, self._tensor_group
         )
-        self._optimizers: dict[str, ModelOptimizer] = {
-            model: ModelOptimizer(
-                model,
-                self._stages_of(model),
-                communication.open_model([replica.ranks for replica in settings.replicas(model)], settings.timeout_s),
-                settings.adamw,
-            )
-            for model in MODELS
+        self._scoring: dict[Role, PreTrainedModel] = {
+            role: self._whole_critic() or spec.build(self._device, torch.float32)
+            if role == "critic"
+            else spec.build(self._device)
+            for role, spec in self._scoring_specs.items()
         }
 
-    def _stages_of(self, model: ModelName) -> dict[tuple[int, int], TransformersStage]:
-        """This rank's stages of a model by (replica, stage)."""
-        placement = self._settings.placement
-        return {
-            (placement[pipeline].index, stage): held
-            for (pipeline, stage), held in self._stages.items()
-            if placement[pipeline].model == model
-        }
+    def _whole_critic(self) -> PreTrainedModel | None:
+        """The critic itself, where this rank trains all of it in one stage: then it needs no copy to score with."""
+        stages = list(self._training.stages_of("critic").values())
+        stage = stages[0] if len(stages) == 1 else None
+        return stage.model if isinstance(stage, TransformersStage) and stage.num_stages == 1 else None
 
     # Training
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
+        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
     ) -> list[dict[ModelName, list[dict[str, float]]]]:
-        """Take all optimizer steps of an update.
+        """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
+        return self._training.train(experience, steps, learning_rate, plans)
 
-        Returns, per step, the statistics of the micro-batches whose loss was computed here, in the order of the
-        replica's micro-batches; all ranks call this at once.
-        """
-        return [self._step(experience, step, learning_rate) for step in steps]
+    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
+        """Measure this rank's operations; all ranks call this at once. See `TrainingRank.profile`."""
+        return self._training.profile(experience, micro_batches)
 
-    def _step(
-        self, experience: Experience, step: OptimizerStep, learning_rate: float
-    ) -> dict[ModelName, list[dict[str, float]]]:
-        for loss in self._losses.values():
-            loss.accumulation = step.accumulation
-        pairs = [self._micro_batches(experience, samples) for samples in step.micro_batches]
-        per_pipeline = [
-            [
-                pairs[index][MODELS.index(replica.model)]
-                for index in replica_micro_batches(
-                    len(pairs), len(self._settings.replicas(replica.model)), replica.index
-                )
-            ]
-            for replica in self._settings.placement
-        ]
-        schedule = serial_schedule(self._settings.placement, len(pairs))
-        execute(schedule, self._rank, self._stages, per_pipeline, self._communicators, self._recorder)
-        for model in MODELS:
-            with self._recorder.span(f"step {model}", "optimizer"):
-                self._optimizers[model].step(learning_rate)
-        return {model: self._losses[model].statistics.drain() for model in MODELS}
-
-    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> tuple[MicroBatch, MicroBatch]:
-        pad_token_id = self._settings.pad_token_id
-        pair = ragged(experience, samples) if pad_token_id is None else padded(experience, samples, pad_token_id)
-        return pair[0].to(self._device), pair[1].to(self._device)
+    def free_bytes(self) -> int | None:
+        """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
+        if self._device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return free + cached
 
     # Inference
 
-    def infer(self, sequences: Sequence[inference.TokenSequence]) -> list[Inference]:
+    def infer(self, sequences: Sequence[inference.TokenSequence]) -> list[inference.Inference]:
         """Score sequences by every model that scores."""
         limit, autocast = self._limit, self._settings.autocast
         recorder, scoring = self._recorder, self._scoring
-        num_tokens = sum(len(sequence) for sequence in sequences)
-        with recorder.span("reference", "infer", samples=len(sequences), tokens=num_tokens):
+        self._num_inferences += 1
+        sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
+        with recorder.span("reference", "infer", **sizes):
             logprobs = inference.reference_logprobs(
                 scoring["reference"], sequences, self._settings.temperature, limit=limit, autocast=autocast
             )
-        with recorder.span("critic", "infer", samples=len(sequences), tokens=num_tokens):
+        with recorder.span("critic", "infer", **sizes):
             values = inference.values(scoring["critic"], sequences, sys.maxsize, limit=limit, autocast=autocast)
         scores: Sequence[float | None] = [None] * len(sequences)
         if "reward" in scoring:
-            with recorder.span("reward", "infer", samples=len(sequences), tokens=num_tokens):
+            with recorder.span("reward", "infer", **sizes):
                 scores = inference.scores(scoring["reward"], sequences, limit=limit, autocast=autocast)
-        return [Inference(*results) for results in zip(logprobs, values, scores, strict=True)]
+        return [inference.Inference(*results) for results in zip(logprobs, values, scores, strict=True)]
 
     # Weights and checkpoints
 
     def load_training_weights(self, model: ModelName, weights: Sequence[WeightsRef]) -> None:
         """Copy a model's initial weights into the stages held here."""
-        state_dict = get_state_dict(weights)
-        for stage in self._stages_of(model).values():
-            stage.load_state_dict(state_dict)
+        self._training.load_weights(model, get_state_dict(weights))
 
     def load_scoring_weights(self, role: Role, weights: Sequence[WeightsRef]) -> None:
         """Copy weights into a scoring model; names that tied parameters share may be left out."""
-        if role == "critic" and self._whole_stage("critic") is not None:
+        if role == "critic" and self._whole_critic() is not None:
             return
         with self._recorder.span(f"load {role}", "weights"):
             load_state_dict(self._scoring[role], get_state_dict(weights))
 
     def export_weights(self, model: ModelName) -> WeightsRef | None:
-        """Put this rank's stage of a model into the object store; None from all replicas but the first."""
-        stages = [stage for (replica, _), stage in self._stages_of(model).items() if replica == 0]
-        if not stages:
-            return None
+        """Put this rank's part of a model into the object store; None where another replica's does."""
         with self._recorder.span(f"export {model}", "weights"):
-            (stage,) = stages
-            repeated = frozenset() if stage.is_first else stage.tied_names
-            return put_state_dict(
-                {name: parameter for name, parameter in stage.named_parameters() if name not in repeated}
-            )
+            state_dict = self._training.export_weights(model)
+            return put_state_dict(state_dict) if state_dict else None
 
     def save(self, directory: Path) -> None:
         """Write this rank's part of the training state; all ranks call this at once."""
-        state.save_state(directory, self._optimizers)
+        self._training.save(directory)
 
     def load(self, directory: Path) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it."""
-        state.load_state(directory, self._optimizers)
+        self._training.load(directory)
 
     # Observability
 

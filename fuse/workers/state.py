@@ -1,8 +1,8 @@
-"""A worker's training state on disk: parameters and AdamW state by global names, as safetensors.
+"""A worker's training state on disk: parameters and AdamW state by Hugging Face names, as safetensors.
 
-The names know nothing of stages, replicas or ranks, so what some number of ranks saved any other number loads. The
-storage is torch.distributed.checkpoint's safetensors one: every rank writes a file with what it alone holds, what
-several ranks hold is written once, and nothing on disk is a pickle.
+The names know nothing of stages and their kind, of replicas, ranks or shards, so what some number of ranks saved any
+other number loads. The storage is torch.distributed.checkpoint's safetensors one: every rank writes a file with what
+it alone holds, what several ranks hold is written once, and nothing on disk is a pickle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> Non
     writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
     try:
         with _single_process_is_meant():
-            dcp.save(_tensors(optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
+            dcp.save(_saved(optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # not an Exception: nothing above would handle it
         rank, cause = next(iter(error.failures.items()))
         raise OSError(f"cannot save the training state in {directory}: rank {rank}: {cause[0]}") from error
@@ -57,11 +57,21 @@ def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> Non
             f"cannot read the training state in {directory}: {error}: resume from another checkpoint"
         ) from error
     _check(directory, saved, optimizers)
-    tensors = _tensors(optimizers)
+    for model, optimizer in optimizers.items():
+        step = {f"{model}.step": torch.zeros(1, dtype=torch.int64)}
+        _read(reader, step)
+        optimizer.num_steps = int(step[f"{model}.step"])
+        for part in optimizer.STATE_PARTS:  # one at a time, so that the host holds no more
+            prefix = f"{model}.{part}."
+            tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes.items()}
+            _read(reader, tensors)
+            optimizer.import_state(part, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
+
+
+def _read(reader: dcp.HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> None:
+    """Fill the tensors from disk by their keys."""
     with _single_process_is_meant():
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    for model, optimizer in optimizers.items():
-        optimizer.num_steps = int(tensors[f"{model}.step"])
 
 
 @contextmanager
@@ -71,14 +81,13 @@ def _single_process_is_meant() -> Iterator[None]:
         yield
 
 
-def _tensors(optimizers: Mapping[str, ModelOptimizer]) -> dict[str, Tensor]:
-    """Everything this rank holds, by the key it has on disk; live tensors but for the step counts."""
+def _saved(optimizers: Mapping[str, ModelOptimizer]) -> dict[str, Tensor]:
+    """What this rank writes, by the key it has on disk."""
     tensors: dict[str, Tensor] = {}
     for model, optimizer in optimizers.items():
         tensors[f"{model}.step"] = torch.tensor([optimizer.num_steps])
-        for name, state in optimizer.state():
-            for part, tensor in state.items():
-                tensors[f"{model}.{part}.{name}"] = tensor
+        for part in optimizer.STATE_PARTS:
+            tensors |= {f"{model}.{part}.{name}": tensor for name, tensor in optimizer.export_state(part).items()}
     return tensors
 
 

@@ -11,6 +11,8 @@ import pytest
 from fuse.benchmarks import solver
 from schedules import check, evaluate
 from schedules.baselines import serial
+from schedules.formats import schedule_from_text
+from schedules.fused.solve import solve
 from schedules.instances import heterogeneous
 
 TINY = {
@@ -45,7 +47,6 @@ def test_writes_a_row_per_problem_and_seed(tmp_path: Path, capsys: pytest.Captur
         ("tiny", 0),
         ("tiny", 1),
         ("tiny split", 0),
-        ("tiny split", 1),
     ]
     first = results["rows"][0]
     assert solver.Row.__annotations__.keys() == first.keys()
@@ -54,17 +55,51 @@ def test_writes_a_row_per_problem_and_seed(tmp_path: Path, capsys: pytest.Captur
     assert first["peak_memory"] == first["memory_lower_bound"] == first["history"][-1][2]
     assert first["seconds_to_published"] == first["history"][0][0]
     assert first["target_met"] is False
-    assert results["rows"][2]["target_met"] is None
-    assert results["rows"][2]["makespan"] <= first["makespan"]
+    split = results["rows"][2]
+    assert split["target_met"] is None
+    assert split["makespan"] <= first["makespan"]
+    assert split["peak_memory"] <= min(row["peak_memory"] for row in results["rows"][:2])  # it is limited to that
     assert results["evaluation_us"] > 0
     assert results["machine"]["num_cores"] >= 1
-    assert "makespan gap: median 0.00%, worst 0.00% over 4 runs" in capsys.readouterr().out
+    assert "makespan gap: median 0.00%, worst 0.00% over 3 runs" in capsys.readouterr().out
+
+
+def test_keeps_the_best_schedule_and_draws_the_rows_now_or_later(tmp_path: Path) -> None:
+    out, figure = tmp_path / "out.json", tmp_path / "figures" / "quality.svg"
+    instances = str(tmp_path / "instances.json")
+    options = ["--instances", instances, "--json", str(out), "--schedules", str(tmp_path / "best")]
+    assert _run(tmp_path, *options, "--figure", str(figure)) == 0
+    for row in json.loads(out.read_text())["rows"]:
+        timing = evaluate(schedule_from_text((tmp_path / "best" / f"{row['name']}.schedule").read_text()))
+        assert timing.makespan == row["makespan"]
+    drawn = figure.read_text()
+    assert all(word in drawn for word in ("<svg", "tiny", "other"))
+    again = tmp_path / "again.svg"
+    assert _run(tmp_path, "--from-json", str(out), "--figure", str(again)) == 0
+    assert "<svg" in again.read_text()
+
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = []
+
+    def solve_one(*arguments: object, **options: object) -> object:
+        if solved:
+            raise KeyboardInterrupt
+        solved.append(True)
+        return solve(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(solver, "solve", solve_one)
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, "--instances", str(tmp_path / "instances.json"), "--json", str(out))
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["tiny"]
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ([], "nothing to solve"),
+        (["--from-json", "{file}"], "give --figure FILE too"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--instances", "{file}", "--only", "exp1"], "has no instance 'exp1': it has tiny, other"),
     ],

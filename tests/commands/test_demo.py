@@ -20,7 +20,7 @@ def test_it_leaves_a_curve_a_trace_a_policy_and_figures(
     assert cli.main(["demo", *options]) == 0
     figures = json.loads((tmp_path / "demo.json").read_text())
     assert len(figures["rewards"]) == 2
-    assert {"warm-up", "generation", "inference", "training"} <= figures["phases"].keys()
+    assert {"warm-up", "rollout", "training"} <= figures["phases"].keys()
     assert sum(figures["phases"].values()) == pytest.approx(figures["seconds"])
     assert (tmp_path / "demo/learning_curve.png").stat().st_size > 0
     assert json.loads((tmp_path / "demo/traces/iteration-00002.json").read_text())["traceEvents"]

@@ -41,6 +41,27 @@ def test_compares_policies_on_a_trace(trace: Path, tmp_path: Path, capsys: pytes
     assert kinds == {"generate", "infer"}
 
 
+def test_several_traces_and_maxima_make_a_table(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "others.csv", tmp_path / "out.json"
+    other.write_text(trace.read_text())
+    command = ["simulate", "--lengths", str(trace), str(other), "--max-tokens", "20", "60", "--devices", "4"]
+    assert main([*command, "--batch", "16", "--policy", "adaptive", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "max tokens" in printed
+    assert "G generates" not in printed
+
+    rows = json.loads(out.read_text())["rows"]
+    settings = [(row["lengths"], row["max_tokens"]) for row in rows if row["policy"] == "none"]
+    assert settings == [("lengths", 20), ("lengths", 60), ("others", 20), ("others", 60)]
+    gains = [row["gain"] for row in rows if row["policy"] == "adaptive"]
+    assert gains[:2] == gains[2:]
+    for known in (row for row in rows if row["policy"] == "known"):
+        others = [row for row in rows if (row["lengths"], row["max_tokens"]) == (known["lengths"], known["max_tokens"])]
+        assert known["simulated_seconds"] == min(row["simulated_seconds"] for row in others)
+
+
 def test_two_runs_write_the_same(trace: Path, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("a.json", "b.json")]
     for out in outs:

@@ -140,7 +140,7 @@ def test_it_trains_on_prompts_with_a_reward_function(
     assert results["rewards"] == pytest.approx(
         [sum(-len(text) / 4 for text in texts) / len(texts) for _, texts, _, _ in seen]
     )
-    assert {"generation", "inference", "training"} <= results["phases"].keys()
+    assert {"rollout", "training"} <= results["phases"].keys()
     assert 0 < sum(results["phases"].values()) < results["seconds"]
     trained = AutoModelForCausalLM.from_pretrained(project / "out").state_dict()
     initial = AutoModelForCausalLM.from_pretrained(models / "policy").state_dict()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from transformers import (
 )
 from world import ADAMW, LAYERS, TIMEOUT_S, Ports, Run, batches_of, full_model, loss, random_schedule
 
-from fuse.intrastage.communication import connect, disconnect, serve_store
+from fuse.intrastage.communication import CommunicationError, connect, serve_store
 from fuse.intrastage.executor import execute
 from fuse.intrastage.megatron_head import VocabularyHead, vocab_parallel_logprobs
 from fuse.intrastage.megatron_stage import MegatronStage
@@ -87,7 +89,7 @@ def check_pipelines(rank: int) -> dict[str, float]:
             norms = [one[name].step(LEARNING_RATE) for one in optimizers]
             found["norms"] = max(found.get("norms", 0.0), abs(norms[0] - norms[1]) / norms[1])
     for key, stage in megatron.items():
-        exported, expected = stage.export_state_dict(), dict(transformers[key].named_parameters())
+        exported, expected = stage.export_state_dict(), transformers[key].export_state_dict()
         assert exported.keys() == expected.keys()
         start = dict(full_model(run.models[key[0]]).named_parameters())
         found["weights"] = max(found.get("weights", 0.0), difference(exported, expected))
@@ -114,16 +116,54 @@ ENTROPIES: list[Tensor] = []
 def check_tensor_parallel(rank: int) -> dict[str, float]:
     """Every matrix on two ranks, in one stage and in two, against a whole model: three AdamW steps."""
     found: dict[str, float] = {}
-    for name, (model_class, config) in SHARED.items():
+    for name in SHARED:
         for layer_ranges in (((0, 3),), ((0, 1), (1, 3))):
-            torch.manual_seed(3)
-            model = model_class(config).eval()
-            for parameter in model.parameters():
-                nn.init.normal_(parameter, std=0.2)
+            model = shared_model(name, 3)
             for one in (loss,) if "classifier" in name else (loss, logprob_loss):
                 key = f"{name}, {len(layer_ranges)} stages, {one.__name__}"
                 found |= {f"{key}: {what}": value for what, value in compare(model, layer_ranges, one).items()}
     return found
+
+
+def check_bfloat16(rank: int) -> dict[str, float]:
+    """Smallest cosine between gradients of whole float32 matrices and of shared bfloat16 ones.
+
+    The latter by halved backwards that recompute the layers.
+    """
+    found = {}
+    for name in ("qwen2 tied", "qwen3"):
+        model = shared_model(name, 3)
+        options = {"stage": 0, "num_stages": 1, "loss": loss}
+        shared = MegatronStage(
+            *SHARED[name],
+            tensor_group=dist.group.WORLD,
+            autocast=torch.bfloat16,
+            gradient_checkpointing=True,
+            split_backward=True,
+            **options,
+        )
+        whole = TransformersStage(*SHARED[name], **options)
+        for stage in (shared, whole):
+            stage.load_state_dict(model.state_dict())
+            stage.forward(0, batches_of(1)[0], None)
+        shared.backward_input(0, None)
+        shared.backward_weight(0)
+        whole.backward(0, None)
+        gradients = shared.to_hugging_face({key: one.grad for key, one in shared.named_parameters()})
+        found[name] = min(
+            nn.functional.cosine_similarity(gradients[key].flatten(), one.grad.flatten(), dim=0).item()
+            for key, one in whole.named_parameters()
+        )
+    return found
+
+
+def shared_model(name: str, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model_class, config = SHARED[name]
+    model = model_class(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def compare(
@@ -137,12 +177,24 @@ def compare(
         )
         for stage, layers in enumerate(layer_ranges)
     ]
+    halved = [
+        MegatronStage(
+            type(model),
+            model.config,
+            stage=stage,
+            layer_range=layers,
+            tensor_group=dist.group.WORLD,
+            split_backward=True,
+            **options,
+        )
+        for stage, layers in enumerate(layer_ranges)
+    ]
     whole = TransformersStage(type(model), model.config, stage=0, num_stages=1, loss=one)
-    for stage in (*shared, whole):
+    for stage in (*shared, *halved, whole):
         stage.load_state_dict(model.state_dict())
     chains = [shared, [whole]]
     adamws = [torch.optim.AdamW([p for s in chain for _, p in s.named_parameters()], LEARNING_RATE) for chain in chains]
-    found = {"losses": 0.0, "gradients": 0.0, "entropies": 0.0}
+    found = {"losses": 0.0, "gradients": 0.0, "entropies": 0.0, "halves": compare_halves(shared, halved)}
     for step in range(3):
         losses = []
         ENTROPIES.clear()
@@ -151,7 +203,7 @@ def compare(
                 hidden = None
                 for stage in chain:
                     hidden = stage.forward(index, batch, hidden)
-                losses.append(chain[-1]._live[index].output.detach())
+                losses.append(chain[-1]._in_flight._forwarded[index].output.detach())
                 gradient = None
                 for stage in reversed(chain):
                     gradient = stage.backward(index, gradient)
@@ -177,6 +229,48 @@ def compare(
     return found
 
 
+def compare_halves(shared: list[MegatronStage], halved: list[MegatronStage]) -> float:
+    """Largest difference between gradients of whole and halved backwards; W, all of them last, says nothing."""
+    counts = []
+    for chain in (shared, halved):
+        batches = batches_of(2, seed=9)
+        for index, batch in enumerate(batches):
+            hidden = None
+            for stage in chain:
+                hidden = stage.forward(index, batch, hidden)
+        with counting_reductions() as count:
+            for index in range(len(batches)):
+                gradient = None
+                for stage in reversed(chain):
+                    gradient = (stage.backward if chain is shared else stage.backward_input)(index, gradient)
+        counts.append(count())
+    assert counts[0] == counts[1] > 0
+    with counting_reductions() as count:
+        for stage in halved:
+            for index in range(len(batches)):
+                stage.backward_weight(index)
+    assert count() == 0
+    worst = 0.0
+    for pair in zip(shared, halved, strict=True):
+        gradients = [{name: one.grad for name, one in stage.named_parameters()} for stage in pair]
+        worst = max(worst, difference(*gradients))
+        assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
+        for stage in pair:
+            stage.model.zero_grad()
+    return worst
+
+
+@contextmanager
+def counting_reductions() -> Iterator[Callable[[], int]]:
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *arguments, **options: (calls.append(1), all_reduce(*arguments, **options))[1]
+    try:
+        yield lambda: len(calls)
+    finally:
+        dist.all_reduce = all_reduce
+
+
 def tie_gradients(stages: list[MegatronStage]) -> None:
     """What the optimizer does for a model whose first and last stage hold a tied weight."""
     for name in stages[0].tied_names:
@@ -186,6 +280,21 @@ def tie_gradients(stages: list[MegatronStage]) -> None:
             copy.grad = total.clone()
 
 
+def check_lost_peer(rank: int) -> dict[str, str]:
+    """Rank 1 dies after the forward of a stage it shares. Afterwards the world is useless."""
+    found = {}
+    stage = MegatronStage(*SHARED["llama"], stage=0, num_stages=1, loss=loss, tensor_group=dist.group.WORLD)
+    stage.load_state_dict(shared_model("llama", 3).state_dict())
+    stage.forward(0, batches_of(1)[0], None)
+    for name in ("backward", "forward"):
+        try:
+            if rank == 0:
+                stage.backward(0, None) if name == "backward" else stage.forward(1, batches_of(1)[0], None)
+        except CommunicationError as error:
+            found[name] = str(error)
+    return found
+
+
 def run_rank(rank: int, ports: Ports, directory: Path) -> None:
     torch.set_num_threads(1)
     if rank == 0:
@@ -193,9 +302,11 @@ def run_rank(rank: int, ports: Ports, directory: Path) -> None:
         ports.put(store.port)
         ports.put(store.port)
     connect(rank, 2, "127.0.0.1", ports.get(), "gloo", TIMEOUT_S)
-    found = {check.__name__: check(rank) for check in (check_pipelines, check_tensor_parallel)}
+    found = {check.__name__: check(rank) for check in (check_pipelines, check_tensor_parallel, check_bfloat16)}
+    found["check_lost_peer"] = check_lost_peer(rank)
     (directory / f"{rank}.json").write_text(json.dumps(found))
-    disconnect()
+    if rank == 1:
+        os._exit(0)  # rank 0 waits for it
 
 
 def main(directory: Path) -> None:

@@ -14,7 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fuse.intrastage.comparison import compare
+from fuse.intrastage.planned import PlannedTimes, times_of
 from fuse.intrastage.profile import Shape, merge, profile_from_json
+from fuse.trace import Span
+from schedules import Schedule, evaluate
+from schedules.formats import schedule_from_text
 
 NUM_RANKS = {"one": 1, "two": 2, "four": 4, "again": 1}
 PIPELINES = ["two", "four"]
@@ -46,6 +51,12 @@ def results(measured: Path, world: str, check: str) -> list[Mapping[str, Any]]:
         assert path.exists(), (measured / "output.txt").read_text()
         found.append(json.loads(path.read_text())[check])
     return found
+
+
+def plan_of(schedule: Schedule) -> PlannedTimes:
+    """As `world.py` has it."""
+    seconds = {op: 1e-3 * schedule.problem.ticks(op) for _, op in schedule.ops()}
+    return times_of(schedule, seconds, (0.0,) * len(schedule.problem.pipelines))
 
 
 @pytest.mark.parametrize(("world", "num_runs"), [("two", 12), ("four", 6)])
@@ -88,6 +99,28 @@ def test_random_schedules_with_split_backwards_equal_one_process(measured: Path,
         assert len(differences) >= 4
         assert max(differences) <= 1e-6, found
         assert found["num_halves"] > 20
+
+
+@pytest.mark.parametrize(("world", "num_schedules"), [("two", 6), ("four", 4)])
+def test_every_operation_of_a_random_schedule_is_recorded_beside_its_plan(
+    measured: Path, world: str, num_schedules: int
+) -> None:
+    results(measured, world, "check_splits")
+    num_ranks = NUM_RANKS[world]
+    for seed in range(num_schedules):
+        paths = [measured / f"spans-{num_ranks}-{seed}-{rank}.json" for rank in range(num_ranks)]
+        records = [json.loads(path.read_text()) for path in paths]
+        schedule = schedule_from_text(records[0]["schedule"])
+        spans = [[Span(**span) for span in record["spans"]] for record in records]
+        timing = evaluate(schedule)
+        for rank, of_rank in enumerate(spans):
+            for name, ticks in (("planned_start_s", timing.start[rank]), ("planned_end_s", timing.end[rank])):
+                assert [span.arguments[name] for span in of_rank] == pytest.approx([1e-3 * tick for tick in ticks])
+        comparison = compare(schedule, plan_of(schedule), spans)
+        assert comparison.makespan_planned_s == pytest.approx(1e-3 * timing.makespan)
+        assert comparison.bubble_planned == pytest.approx(timing.bubble_ratio)
+        # Gaps, and waits for messages already made, lie between operations.
+        assert 0 < comparison.overhead_share + comparison.transfer_share <= comparison.bubble_executed + 1e-3
 
 
 def test_ranks_measure_a_profile_of_all_stages_and_transfers_together(measured: Path) -> None:

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from fuse.intrastage.communication import (
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.planned import PlannedTimes, times_of
 from fuse.intrastage.profile import profile_to_json
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -55,6 +56,7 @@ from fuse.trace import SpanRecorder
 from fuse.workers.state import load_state, save_state
 from schedules import Kind, Op, Pipeline, Problem, Schedule, random_problems, violations
 from schedules.baselines import gpipe, one_f_one_b, serial
+from schedules.formats import schedule_to_text
 
 TIMEOUT_S = 30.0
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2}
@@ -162,10 +164,12 @@ class Run:
             optimizers[name] = ModelOptimizer(name, own, groups, ADAMW)
         return optimizers
 
-    def gradient_difference(self, schedule: Schedule, recorder: SpanRecorder | None = None) -> float:
+    def gradient_difference(
+        self, schedule: Schedule, recorder: SpanRecorder | None = None, planned: PlannedTimes | None = None
+    ) -> float:
         """Largest difference between the stages' gradients after the schedule and one process's; ties left apart."""
-        stages = self.build()
-        execute(schedule, self.rank, stages, self.batches(), self.communicators(), recorder or SpanRecorder())
+        stages, recorder = self.build(), recorder or SpanRecorder()
+        execute(schedule, self.rank, stages, self.batches(), self.communicators(), recorder, planned=planned)
         worst = 0.0
         for number, name in enumerate(self.models):
             model = full_model(name)
@@ -267,9 +271,18 @@ def check_splits(rank: int, world: int, directory: Path) -> dict[str, float]:
     for seed in range(6 if world == 2 else 4):
         problem, models = random_fusion(world, random.Random(seed))
         schedule = random_problems.random_schedule(problem, random.Random(seed))
-        found[f"random {seed}"] = Run(rank, problem, models).gradient_difference(schedule)
+        recorder = SpanRecorder()
+        found[f"random {seed}"] = Run(rank, problem, models).gradient_difference(schedule, recorder, plan_of(schedule))
+        record = {"schedule": schedule_to_text(schedule), "spans": [asdict(span) for span in recorder.drain()]}
+        (directory / f"spans-{world}-{seed}-{rank}.json").write_text(json.dumps(record))
         found["num_halves"] = found.get("num_halves", 0) + sum(op.kind in (Kind.I, Kind.W) for _, op in schedule.ops())
     return found
+
+
+def plan_of(schedule: Schedule) -> PlannedTimes:
+    """A tick is a millisecond."""
+    seconds = {op: 1e-3 * schedule.problem.ticks(op) for _, op in schedule.ops()}
+    return times_of(schedule, seconds, (0.0,) * len(schedule.problem.pipelines))
 
 
 def random_fusion(world: int, generator: random.Random) -> tuple[Problem, tuple[str, ...]]:

@@ -7,9 +7,17 @@ from torch import nn
 from fuse.ops.logprob import token_logprobs
 
 
-def example(num_tokens, dtype=torch.float32):
+@pytest.fixture(params=["plain", "other"])
+def example(request):
+    """A plain head, whose logits are never side by side, and one of another kind, whose logits are, or in chunks."""
+    return lambda *arguments: build_example(request.param == "plain", *arguments)
+
+
+def build_example(is_plain, num_tokens, dtype=torch.float32):
     torch.manual_seed(0)
     head = nn.Linear(6, 11, bias=False, dtype=dtype)
+    if not is_plain:
+        head = nn.Sequential(head)
     hidden = torch.randn(num_tokens, 6, dtype=dtype)
     return hidden, head, torch.randint(0, 11, (num_tokens,))
 
@@ -17,7 +25,7 @@ def example(num_tokens, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [0, 1, 13])
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 100])
-def test_equals_the_categorical_distribution(dtype, num_tokens, chunk_tokens):
+def test_equals_the_categorical_distribution(example, dtype, num_tokens, chunk_tokens):
     hidden, head, targets = example(num_tokens, dtype)
     logprobs, entropy = token_logprobs(hidden, head, targets, 0.7, chunk_tokens)
     expected = torch.distributions.Categorical(logits=head(hidden).float() / 0.7, validate_args=False)
@@ -26,20 +34,19 @@ def test_equals_the_categorical_distribution(dtype, num_tokens, chunk_tokens):
     torch.testing.assert_close(entropy, expected.entropy())
 
 
-def test_chunks_change_no_gradient():
+def test_chunks_change_no_gradient(example):
     gradients = []
     for chunk_tokens in (None, 4):
         hidden, head, targets = example(13)
         hidden.requires_grad_()
         logprobs, entropy = token_logprobs(hidden, head, targets, 1.3, chunk_tokens)
         (logprobs.sum() + 0.1 * entropy.sum()).backward()
-        gradients.append((hidden.grad, head.weight.grad))
+        gradients.append((hidden.grad, *(parameter.grad for parameter in head.parameters())))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
-def test_gradients_are_those_of_finite_differences(chunk_tokens, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # float32 has too few digits for the check
+def test_gradients_are_those_of_finite_differences(example, chunk_tokens):
     hidden, head, targets = example(5, torch.float64)
     assert torch.autograd.gradcheck(
         lambda rows: token_logprobs(rows, head, targets, 0.9, chunk_tokens), (hidden.requires_grad_(),)
@@ -54,7 +61,7 @@ def test_gradients_are_those_of_finite_differences(chunk_tokens, monkeypatch):
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
     ],
 )
-def test_says_which_rule_the_input_breaks(change, message):
+def test_says_which_rule_the_input_breaks(example, change, message):
     hidden, head, targets = example(4)
     arguments = {"hidden": hidden, "head": head, "targets": targets, "temperature": 1.0}
     with pytest.raises(ValueError, match=message):

@@ -69,6 +69,8 @@ class Case:
     pad_is_sampled: bool = False
     past_stop: bool = False
     own_reference: bool = True
+    num_key_value_heads: int = 1
+    num_layers: int = 2
     num_prompts: int = 64
     quirks: bool = True
 
@@ -91,6 +93,7 @@ class Case:
 
 BASELINE = Case(name="baseline", options={"adam_epsilon": 1e-8}, quirks=False)
 EARLY_STOPS = Case(name="early_stops", options={"stop_token": "eos"})
+DEEP = Case(name="deep", options={"stop_token": "eos"}, num_layers=4, num_key_value_heads=2)
 MINI_BATCHES = Case(
     name="mini_batches",
     options={"num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -168,11 +171,13 @@ def _model_config(case: Case) -> PreTrainedConfig:
         "eos_token_id": EOS,
         "bos_token_id": None,
     }
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": case.num_layers, "num_attention_heads": 2}
     common = {**tokens, **sizes, "max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 1}
     if case.architecture == "gpt_neox":
         return GPTNeoXConfig(**common, tie_word_embeddings=case.tie_word_embeddings)
-    return LlamaConfig(**common, num_key_value_heads=1, tie_word_embeddings=case.tie_word_embeddings)
+    return LlamaConfig(
+        **common, num_key_value_heads=case.num_key_value_heads, tie_word_embeddings=case.tie_word_embeddings
+    )
 
 
 def _set_token_biases(model: PreTrainedModel, case: Case) -> None:

@@ -23,8 +23,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Recor
 
 @pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster that runs in this process join, with room for the pool and for a run of its own beside it."""
-    with local_cluster(4):
+    """A Ray cluster that runs in this process join, with room for the pools and for a run of its own beside them."""
+    with local_cluster(8):
         yield
 
 
@@ -39,6 +39,19 @@ def worker_pool(ray_cluster: None) -> Iterator[WorkerPool]:
 def pooled_workers(worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of two devices run in the pool's processes."""
     monkeypatch.setattr(fleet, "Cluster", worker_pool)
+
+
+@pytest.fixture(scope="package")
+def large_worker_pool(ray_cluster: None) -> Iterator[WorkerPool]:
+    """The processes of four devices."""
+    with WorkerPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture
+def pool_of_four(large_worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of four devices run in the large pool's processes."""
+    monkeypatch.setattr(fleet, "Cluster", large_worker_pool)
 
 
 @pytest.fixture

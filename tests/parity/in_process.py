@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from fuse.interstage import controller
+from fuse.interstage import controller, live
 from fuse.intrastage import communication
 from fuse.workers import fleet
 
@@ -71,3 +71,4 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fleet, "gather", _gather)
     patch.setattr(controller, "gather", _gather)
     patch.setattr(controller, "wait_any", _wait_any)
+    patch.setattr(live, "wait_ended", list)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse import ppo, steps, trainer
+from fuse import experience, ppo, steps, trainer
 from fuse.interstage import controller
+from fuse.ops import shaped_gae
 from fuse.workers import inference
 
 from .cases import BASELINE, EARLY_STOPS, MINI_BATCHES, PAST_STOP, Case
@@ -22,23 +23,26 @@ Recorded = Callable[[Case], Recording]
 
 
 def score_on_the_last_token(patch: pytest.MonkeyPatch) -> None:
-    def shape_rewards(kl: Tensor, scores: Tensor, segments: ppo.Segments, kl_coef: float) -> Tensor:
-        rewards = kl.new_zeros(int(segments.value_offsets[-1]))
-        rewards[segments.token_rows] = -kl_coef * kl
-        rewards[segments.token_rows[segments.token_offsets[1:] - 1]] += scores
+    def shape_rewards(kl: Tensor, scores: Tensor, token_rows: Tensor, value_offsets: Tensor, kl_coef: float) -> Tensor:
+        rewards = kl.new_zeros(int(value_offsets[-1]))
+        rewards[token_rows] = -kl_coef * kl
+        ends = torch.bucketize(value_offsets[1:], token_rows)  # the tokens of all samples up to each
+        rewards[token_rows[ends - 1]] += scores
         return rewards
 
-    patch.setattr(ppo, "shape_rewards", shape_rewards)
+    patch.setattr(shaped_gae, "shape_rewards", shape_rewards)
+    patch.setattr(experience, "shaped_gae", shaped_gae.shaped_gae_reference)
 
 
 def advantages_whitened_over_value_positions(patch: pytest.MonkeyPatch) -> None:
-    def advantages_and_returns(
-        rewards: Tensor, values: Tensor, segments: ppo.Segments, *, gamma: float, lam: float
-    ) -> tuple[Tensor, Tensor]:
-        advantages, returns = ppo.gae(rewards, values, segments.value_offsets, gamma, lam)
-        return ppo.whiten(advantages)[segments.token_rows], returns
+    def whitened_too_soon(
+        logprobs: Tensor, reference: Tensor, scores: Tensor, values: Tensor, *offsets: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kl, _, returns = shaped_gae.shaped_gae_reference(logprobs, reference, scores, values, *offsets, **options)
+        shift = torch.repeat_interleave(offsets[1][:-1] - offsets[0][:-1], offsets[0].diff())
+        return kl, shaped_gae.whiten(returns - values)[torch.arange(len(kl)) + shift], returns
 
-    patch.setattr(ppo, "advantages_and_returns", advantages_and_returns)
+    patch.setattr(experience, "shaped_gae", whitened_too_soon)
 
 
 def biased_variance(patch: pytest.MonkeyPatch) -> None:
@@ -47,7 +51,8 @@ def biased_variance(patch: pytest.MonkeyPatch) -> None:
         whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
         return whitened if shift_mean else whitened + mean
 
-    patch.setattr(ppo, "whiten", whiten)
+    patch.setattr(shaped_gae, "whiten", whiten)
+    patch.setattr(experience, "shaped_gae", shaped_gae.shaped_gae_reference)
 
 
 def reference_without_temperature(patch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .cases import BASELINE, CASES, Case
+from .cases import BASELINE, CASES, DEEP, Case
 from .oracle import Recording
 from .replay import PADDED_METRICS, mismatches, replay
 
@@ -26,6 +27,29 @@ def test_two_devices(case: Case, recorded: Recorded, pooled_workers: None, tmp_p
     recording = recorded(case)
     outcome = replay(case, recording, tmp_path, num_devices=2, trl_quirks=case.quirks)
     assert mismatches(recording, outcome) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"intra_stage_fusion": False}, {"balance_stages": False}, {"actor_stages": 4, "critic_stages": 1}],
+    ids=str,
+)
+def test_however_it_is_scheduled(
+    options: dict[str, Any], recorded: Recorded, pooled_workers: None, tmp_path: Path
+) -> None:
+    recording = recorded(DEEP)
+    assert mismatches(recording, replay(DEEP, recording, tmp_path, num_devices=2, trl_quirks=True, **options)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"actor_stages": 4, "critic_stages": 2}, {"train_backend": "megatron", "tensor_parallel_size": 2}],
+    ids=str,
+)
+def test_four_devices(options: dict[str, Any], recorded: Recorded, pool_of_four: None, tmp_path: Path) -> None:
+    recording = recorded(DEEP)
+    assert mismatches(recording, replay(DEEP, recording, tmp_path, num_devices=4, trl_quirks=True, **options)) == []
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -65,7 +65,7 @@ def _replace(**replacements: Any) -> Change:
         (_replace(ref_model=tiny.policy(vocab_size=32)), "vocabulary mismatch: the policy has 16.*ref_model has 32"),
         (_option(num_mini_batches=3), "num_mini_batches=3 does not divide the batch of 8"),
         (_option(whiten_rewards=True, num_mini_batches=2), "whiten_rewards needs mini-batches of at least 8"),
-        (_option(num_devices=2, actor_stages=3), "actor_stages=3 does not divide num_devices=2"),
+        (_option(num_devices=2, actor_stages=3), "actor_stages=3 neither divides the 2 pipeline ranks"),
         (_option(num_devices=2, actor_stages=1, num_mini_batches=4), "cannot feed 2 data-parallel replicas"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import string
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,15 +81,23 @@ def config(output_dir: Path, **overrides: Any) -> PPOConfig:
     return PPOConfig(**(options | overrides))
 
 
-def trainer(output_dir: Path, *, reward: Any = count_a, callbacks: Any = None, **overrides: Any) -> PPOTrainer:
+def trainer(
+    output_dir: Path,
+    *,
+    reward: Any = count_a,
+    callbacks: Any = None,
+    models: Mapping[str, Any] = MappingProxyType({}),
+    **overrides: Any,
+) -> PPOTrainer:
+    """`models`: options of their configurations; `overrides`: of the run's."""
     return PPOTrainer(
         args=config(output_dir, **overrides),
         processing_class=tokenizer(),
-        model=policy(),
+        model=policy(**models),
         ref_model=None,
         reward_model=reward,
         train_dataset=rows(),
-        value_model=scorer(1),
+        value_model=scorer(1, **models),
         callbacks=callbacks,
     )
 

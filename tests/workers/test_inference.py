@@ -122,7 +122,13 @@ def test_micro_batches_keep_within_samples_and_padded_tokens() -> None:
     for batch in batches[1:]:
         assert len(batch) <= 8
         assert len(batch) * max(lengths[index] for index in batch) <= 100
-    for batch, following in pairwise(batches[1:]):
-        longest = lengths[batch[0]]
-        assert longest >= lengths[following[0]]
-        assert len(batch) == 8 or (len(batch) + 1) * longest > 100
+    assert all(lengths[batch[0]] >= lengths[following[0]] for batch, following in pairwise(batches[1:]))
+
+
+def test_micro_batches_pad_little_and_are_few() -> None:
+    """One long sequence among many short ones is scored alone; sequences of one length together."""
+    limit = MicroBatchLimit(max_samples=64, max_tokens=16384)
+    assert list(micro_batches([20] * 40, limit)) == [list(range(40))]
+    assert [len(batch) for batch in micro_batches([20] * 30 + [500] + [20] * 10, limit)] == [1, 40]
+    assert [len(batch) for batch in micro_batches([20, 21, 19, 20], limit)] == [4]
+    assert list(micro_batches([], limit)) == []

@@ -1,0 +1,246 @@
+"""Print a problem, a schedule, a solution or a run's trace; draw it, or export it.
+
+Reads what schedules.formats writes (text or JSON), what `fuse solve --out` writes, and the traces of a run
+(`traces/iteration-*.json` in its output directory), which it lays over their plan. A problem is shown with the schedule
+that a simple greedy rule gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fuse.commands.results import output_file
+from schedules.bounds import makespan_lower_bound
+from schedules.critical_path import critical_path
+from schedules.export import chrome, html, svg
+from schedules.export.chart import MICROSECONDS, TICKS, Units
+from schedules.export.pipelining import pipelining_csv
+from schedules.export.terminal import MARGIN, legend, rank_lines
+from schedules.formats import problem_from_json, problem_from_text, schedule_from_json, schedule_from_text
+from schedules.fused.greedy import greedy
+from schedules.ir import Problem, Schedule
+from schedules.recorded import busy_seconds, is_trace, recorded_steps
+from schedules.timing import Timing, evaluate
+from schedules.validate import check
+
+_LEAST_COLUMNS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse show`."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="a problem, schedule, solution or trace")
+    parser.add_argument(
+        "--html", type=output_file, metavar="OUT", help="write an interactive page, which works offline"
+    )
+    parser.add_argument("--svg", type=output_file, metavar="OUT", help="write a picture")
+    parser.add_argument(
+        "--chrome", type=output_file, metavar="OUT", help="write a trace for ui.perfetto.dev, with arrows and memory"
+    )
+    parser.add_argument(
+        "--csv", type=output_file, metavar="OUT",
+        help='write what torch.distributed.pipelining loads with format="compute_comms"',
+    )  # fmt: skip
+    parser.add_argument(
+        "--step", type=int, default=1, metavar="N", help="of a trace, the optimizer step to show (default: 1)"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What there is to draw. `executed`, `planned`: of a trace. `bounds`: of a solution, by figure."""
+
+    title: str
+    schedule: Schedule
+    executed: Timing | None = None
+    planned: Timing | None = None
+    units: Units = TICKS
+    bounds: Mapping[str, object]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the file's contents and write what was asked for."""
+    console = Console(highlight=False)
+    shown = _read(arguments.file, arguments.step, console)
+    outputs: dict[str, Path] = {
+        name: path for name in ("html", "svg", "chrome", "csv") if (path := getattr(arguments, name)) is not None
+    }
+    if shown is None:
+        if outputs:
+            raise ValueError(f"{arguments.file} holds no training step, so there is no --{next(iter(outputs))} of it")
+        return 0
+    _print_schedule(console, shown)
+    for name, path in outputs.items():
+        path.write_text(_export(name, shown), encoding="utf-8", newline="")
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _read(path: Path, step: int, console: Console) -> Shown | None:
+    """Find out what the file is, print what only that kind has, and take from it what is drawn."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text: give a problem, schedule, solution or trace") from None
+    word = text.split(maxsplit=1)[0] if text.strip() else ""
+    if word == "problem":
+        return _of_problem(problem_from_text(text), console)
+    if word == "schedule":
+        return _of_schedule(schedule_from_text(text))
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is neither JSON ({error}) nor text that starts with problem or schedule") from None
+    if isinstance(value, dict) and "problem" in value:
+        return _of_problem(problem_from_json(value), console)
+    if isinstance(value, dict) and isinstance(value.get("schedule"), dict):
+        return _of_solution(value, console)
+    if isinstance(value, dict) and "schedule" in value:
+        return _of_schedule(schedule_from_json(value))
+    if isinstance(value, dict) and is_trace(value):
+        return _of_trace(path, value, step, console)
+    raise ValueError(f"{path} is JSON, but none of a problem, a schedule, a solution of fuse solve, or a trace")
+
+
+def _of_problem(problem: Problem, console: Console) -> Shown:
+    table = Table("model", "ranks of its stages", "micro-batches", "forward", "backward", "held")
+    for pipeline in problem.pipelines:
+        per_stage = (pipeline.forward_ticks, pipeline.backward_ticks, pipeline.activation_bytes)
+        table.add_row(
+            pipeline.name,
+            _ranks(pipeline.ranks),
+            str(pipeline.num_micro_batches),
+            *(_span(values) for values in per_stage),
+        )
+    console.print(table)
+    if problem.memory_limit_bytes is not None:
+        console.print(f"memory limit: {_span(problem.memory_limit_bytes)}")
+    console.print("a problem has no order; this is a greedy one: fuse solve finds better ones")
+    return Shown(title="Greedy schedule", schedule=greedy(problem), bounds={})
+
+
+def _of_schedule(schedule: Schedule) -> Shown:
+    check(schedule)
+    return Shown(title="Schedule", schedule=schedule, bounds={})
+
+
+def _of_solution(value: Mapping[str, Any], console: Console) -> Shown:
+    schedule = schedule_from_json(value["schedule"])
+    check(schedule)
+    status, found_by = value.get("status", "of unknown status"), value.get("found_by", "an unknown part")
+    console.print(f"solution: {status}, found by {found_by}", soft_wrap=True, markup=False)
+    return Shown(title="Solved schedule", schedule=schedule, bounds=value)
+
+
+def _of_trace(path: Path, value: Mapping[str, Any], step: int, console: Console) -> Shown | None:
+    steps = recorded_steps(value)
+    _print_devices(console, busy_seconds(value))
+    if not steps:
+        return None
+    if not 1 <= step <= len(steps):
+        raise ValueError(f"--step is {step}, but {path} holds steps 1 to {len(steps)}")
+    chosen = steps[step - 1]
+    console.print(f"training, step {step} of {len(steps)}")
+    return Shown(
+        title=f"{path.stem}, step {step}",
+        schedule=chosen.schedule,
+        executed=chosen.executed,
+        planned=chosen.planned,
+        units=MICROSECONDS,
+        bounds={},
+    )
+
+
+def _print_devices(console: Console, seconds: Mapping[str, Mapping[str, float]]) -> None:
+    """What each device spent its time on."""
+    categories = sorted({category for of_device in seconds.values() for category in of_device})
+    if not categories:
+        return
+    table = Table("seconds", *categories)
+    for device, of_device in seconds.items():
+        table.add_row(device, *(f"{of_device.get(category, 0.0):.3g}" for category in categories))
+    console.print(table)
+
+
+def _print_schedule(console: Console, shown: Shown) -> None:
+    width = max(_LEAST_COLUMNS, console.width - MARGIN)
+    timing = shown.planned or evaluate(shown.schedule)
+    makespans = [timing.makespan] + ([shown.executed.makespan] if shown.executed else [])
+    charts = {"planned": shown.planned, "executed": shown.executed} if shown.executed else {"": timing}
+    for name, each in charts.items():
+        if each is None:
+            continue
+        if name:
+            console.print(name)
+        rows = rank_lines(shown.schedule, width, timing=each, end=max(makespans))
+        console.print(rows, soft_wrap=True, markup=False)
+    console.print(legend(shown.schedule, width + MARGIN), soft_wrap=True, markup=False)
+    console.print(_figures(shown, timing))
+    console.print(_path_line(shown), soft_wrap=True, markup=False)
+
+
+def _figures(shown: Shown, timing: Timing) -> Table:
+    units = shown.units
+    if shown.executed is not None:
+        table = Table("", *(["planned"] if shown.planned else []), "executed")
+        timings = [*([timing] if shown.planned else []), shown.executed]
+        table.add_row("makespan", *(units.time_text(each.makespan) for each in timings))
+        table.add_row("idle", *(f"{each.bubble_ratio:.1%}" for each in timings))
+        return table
+    table = Table("", "value", "bound")
+    bound = shown.bounds.get("makespan_lower_bound")
+    bound = makespan_lower_bound(shown.schedule.problem) if bound is None else bound
+    table.add_row("makespan", units.time_text(timing.makespan), str(bound))
+    table.add_row("idle", f"{timing.bubble_ratio:.1%}", "")
+    if any(timing.peak_bytes):
+        peak = units.memory_text(max(timing.peak_bytes))
+        table.add_row("peak memory", peak, str(shown.bounds.get("memory_lower_bound", "")))
+    return table
+
+
+def _path_line(shown: Shown) -> str:
+    """What the makespan consists of."""
+    problem = shown.schedule.problem
+    timing = shown.executed or shown.planned or evaluate(shown.schedule)
+    ticks: defaultdict[str, int] = defaultdict(int)
+    length = {
+        op: end - start
+        for order, starts, ends in zip(shown.schedule.ranks, timing.start, timing.end, strict=True)
+        for op, start, end in zip(order, starts, ends, strict=True)
+    }
+    for op in critical_path(shown.schedule, timing):
+        ticks[problem.pipelines[op.pipeline].name] += length[op]
+    ticks["waiting"] = timing.makespan - sum(ticks.values())
+    parts = [f"{name} {shown.units.time_text(spent)}" for name, spent in ticks.items() if spent]
+    return f"critical path: {', '.join(parts)}"
+
+
+def _export(name: str, shown: Shown) -> str:
+    drawing = {"title": shown.title, "executed": shown.executed, "planned": shown.planned, "units": shown.units}
+    if name == "html":
+        return html.page(html.figure(shown.schedule, **drawing))  # type: ignore[arg-type]
+    if name == "svg":
+        return svg.document(svg.figure(shown.schedule, **drawing))  # type: ignore[arg-type]
+    if name == "csv":
+        return pipelining_csv(shown.schedule)
+    microseconds = 1.0 if shown.executed else chrome.MICROSECONDS_PER_TICK
+    return json.dumps(chrome.trace_events(shown.schedule, timing=shown.executed, microseconds_per_tick=microseconds))
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    if len(ranks) <= 4:
+        return " ".join(map(str, ranks))
+    return f"{ranks[0]} {ranks[1]} .. {ranks[-1]} ({len(ranks)})"
+
+
+def _span(values: tuple[int, ...]) -> str:
+    least, most = min(values), max(values)
+    return str(least) if least == most else f"{least} to {most}"

@@ -1,0 +1,60 @@
+"""Which generation engine a run uses, and how a generation worker makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fuse.config import PPOConfig
+from fuse.engines.engine import GenerationEngine
+from fuse.engines.transformers import TransformersEngine
+from fuse.engines.vllm import VllmEngine
+from fuse.engines.vllm_setup import require_vllm
+from fuse.state_dict import load_state_dict
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.weights import WeightsRef, get_state_dict
+
+EngineFactory = Callable[[ModelSpec, WeightsRef, str], GenerationEngine]
+"""(model, its weights, torch device) -> an engine; runs inside the generation worker."""
+
+
+def choose_engine(config: PPOConfig, autocast: torch.dtype | None) -> EngineFactory:
+    """The engine that `config` asks for; it computes in `autocast`'s type where there is one.
+
+    Raises: ValueError when its package is not installed.
+    """
+    if config.engine == "vllm":
+        require_vllm()
+        return partial(
+            vllm_engine,
+            max_batch=config.generation_batch_size,
+            kv_cache_bytes=config.generation_cache_bytes,
+            autocast=autocast,
+        )
+    return partial(transformers_engine, max_batch=config.generation_batch_size, autocast=autocast)
+
+
+def transformers_engine(
+    spec: ModelSpec, weights: WeightsRef, device: str, *, max_batch: int, autocast: torch.dtype | None
+) -> GenerationEngine:
+    """The embedded engine."""
+    model = spec.build(torch.device(device), autocast)
+    load_state_dict(model, get_state_dict([weights]))
+    return TransformersEngine(model, max_batch=max_batch)
+
+
+def vllm_engine(
+    spec: ModelSpec,
+    weights: WeightsRef,
+    device: str,
+    *,
+    max_batch: int,
+    kv_cache_bytes: int | None,
+    autocast: torch.dtype | None,
+) -> GenerationEngine:
+    """vLLM in this process. The model that it copies the weights from stays in host memory, and not for long."""
+    model = spec.build(torch.device("cpu"), autocast)
+    load_state_dict(model, get_state_dict([weights]))
+    return VllmEngine(model, device=device, max_batch=max_batch, kv_cache_bytes=kv_cache_bytes)

@@ -1,0 +1,97 @@
+"""Measures what a model's embedding, a layer and its head cost, before it is decided where to cut it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fuse import ppo
+from fuse.experience import Experience
+from fuse.intrastage.measure import measure
+from fuse.intrastage.placement import ModelName
+from fuse.intrastage.profile import Profile
+from fuse.intrastage.stage import Stage
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.training_rank import MODELS, TrainingSettings
+
+_NUM_PARTS = 3
+_REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TypicalBatch:
+    """A micro-batch to measure on. response_tokens: of its longest response; the others end evenly spread before that.
+
+    Layers compute on padding too, but heads do not: with responses of one length they would seem dearer than they are.
+    """
+
+    num_sequences: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+def measure_parts(
+    rank: int,
+    device: torch.device,
+    tensor_group: dist.ProcessGroup | None,
+    specs: Mapping[ModelName, ModelSpec],
+    settings: TrainingSettings,
+    batch: TypicalBatch,
+    tick_s: float,
+) -> Profile:
+    """Stages 0, 1 and 2 of pipelines "actor" and "critic", of one layer each; the first embeds, the last has the head.
+
+    All devices call this at once, so that they contend as in training. Weights are random.
+
+    rank: of the schedules. tensor_group: the devices that share this one's stages; None for itself alone.
+    """
+    vocabulary_size = min(spec.config.get_text_config().vocab_size for spec in specs.values())
+    made = settings.micro_batches(_experience(batch, vocabulary_size), range(batch.num_sequences))
+    losses = settings.losses()
+    stages: dict[tuple[int, int], Stage] = {}
+    for pipeline, model in enumerate(MODELS):
+        for part in range(_NUM_PARTS):
+            stage = settings.build_stage(
+                specs[model],
+                stage=part,
+                num_stages=_NUM_PARTS,
+                layer_range=(0, 1),
+                loss=losses[model],
+                device=device,
+                tensor_group=tensor_group,
+            )
+            for _, parameter in stage.named_parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            stages[pipeline, part] = stage
+    return measure(
+        rank,
+        [(model, (rank,) * _NUM_PARTS) for model in MODELS],
+        stages,
+        [[made[model].to(device)] for model in MODELS],
+        (),  # everything is on one rank
+        repeats=_REPEATS,
+        tick_s=tick_s,
+    )
+
+
+def _experience(batch: TypicalBatch, vocabulary_size: int) -> Experience:
+    tokens = tuple(token % vocabulary_size for token in range(batch.prompt_tokens + batch.response_tokens))
+    count = batch.num_sequences
+    lengths = tuple(math.ceil(batch.response_tokens * (index + 1) / count) for index in range(count))
+    segments = ppo.Segments.from_lengths(lengths, batch.response_tokens)
+    num_tokens, num_values = int(segments.token_offsets[-1]), int(segments.value_offsets[-1])
+    return Experience(
+        prompts=(tokens[: batch.prompt_tokens],) * count,
+        responses=tuple(tokens[batch.prompt_tokens :][:length] for length in lengths),
+        lengths=lengths,
+        width=batch.response_tokens,
+        segments=segments,
+        logprobs=torch.zeros(num_tokens),
+        advantages=torch.ones(num_tokens),
+        values=torch.zeros(num_values),
+        returns=torch.ones(num_values),
+    )

@@ -1,0 +1,53 @@
+"""The CUDA code, compiled for the CPU and run lane by lane, against the C++ code."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+EMULATION = Path(__file__).parent / "cuda_emulation"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitizers in compilers
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+def differences(kernel: str, source: str, folder: Path) -> list[str]:
+    """What KERNEL.cu with this text computes otherwise than KERNEL.cc."""
+    (folder / "cuda.cc").write_text(source)
+    sources = [folder / "cuda.cc", EMULATION / f"{kernel}_differences.cc", KERNELS / "tensor" / f"{kernel}.cc"]
+    checks = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a CPU would not mind
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", *checks, "-include", EMULATION / "cuda_emulation.h"]
+    folders = ["-I", EMULATION, "-I", KERNELS]
+    program = folder / "differences"
+    subprocess.run([COMPILER, *flags, *folders, *sources, "-o", program], env=ENVIRONMENT, check=True)
+    process = subprocess.run([program], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=120)
+    if process.returncode < 0:
+        return [f"ended by signal {-process.returncode}"]
+    lines = process.stdout.splitlines()
+    assert process.returncode == bool(lines)
+    return lines
+
+
+@pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob"])
+def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, tmp_path):
+    assert differences(kernel, (KERNELS / "tensor" / f"{kernel}.cu").read_text(), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "right", "wrong", "what"),
+    [
+        ("gae", "lane_of_thread() == count - 1 ? after : neighbour", "neighbour", "advantages"),
+        ("kv_blocks", "run / columns % rows", "run % rows", "scattered"),
+        ("kv_blocks", "16 | source.address", "16 | 0", "signal"),
+        ("linear_logprob", "before <= group", "before < group", "statistics"),
+        ("linear_logprob", "column == target", "column == targets[row]", "gradients"),
+    ],
+)
+def test_a_mistake_in_the_cuda_code_shows(kernel, right, wrong, what, tmp_path):
+    source = (KERNELS / "tensor" / f"{kernel}.cu").read_text()
+    assert source.count(right) == 1
+    assert any(what in line for line in differences(kernel, source.replace(right, wrong), tmp_path))

@@ -1,0 +1,70 @@
+"""The visualizer runs from top to bottom, shows what it promises, and is committed without outputs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parents[1] / "schedules" / "visualizer.ipynb"
+
+
+@pytest.fixture
+def notebook() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+
+
+def test_is_stored_without_outputs(notebook: Any) -> None:
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+        assert cell.metadata == {}
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert "widgets" not in notebook.metadata
+
+
+def test_calls_the_library_only(notebook: Any) -> None:
+    """It imports no private names and defines no types."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert not re.findall(r"from (?:schedules|fuse)\S* import .*\b_\w", code)
+    assert "class " not in code
+
+
+def test_runs_from_top_to_bottom(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
+    monkeypatch.setenv("VISUALIZER_QUICK", "1")
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        startup_timeout=200,
+        timeout=200,
+        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+    )
+    client.execute()
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    widgets = list(client.widget_state.values())
+    nested = [output for widget in widgets for output in widget.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in nested)
+    assert re.search(r"serial 1F1B +46 +27\.8% +21\.7% +4\n", printed)
+    assert re.search(r"fused +36 +0\.0% +0\.0% +4\n", printed)
+    assert "Chimera" in printed
+    assert "lower bound" in printed
+    titles = [title for output in [*outputs, *nested] for title in _titles(output)]
+    assert titles == ["serial 1F1B", "fused", "fused", "Step 1 of 2", "Stage by stage", "Fused"]
+    assert any("optimal, found by" in str(widget.get("value", "")) for widget in widgets)
+
+
+def _titles(output: Any) -> list[str]:
+    """Of a plotly figure, without its bold face."""
+    figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
+    return [] if figure is None else [re.sub("</?b>", "", figure["layout"]["title"]["text"])]
