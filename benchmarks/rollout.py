@@ -1,4 +1,4 @@
-"""`fuse bench rollout`: generating a batch of ragged responses, this project's way and others'.
+"""`fuse bench rollout`: rollouts under each migration policy, or generation this project's way and others'.
 
 Lengths are forced, by one limit per sample and no stop token, so that everybody generates the same number of tokens.
 """
@@ -8,48 +8,70 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fuse.benchmarks.engine_process import EngineProcess
 from fuse.benchmarks.measure import describe_machine, interleave, write_json
-from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.benchmarks.rollout_policies import PolicyRow, run_policies
+from fuse.engines.engine import GenerationEngine, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
+from fuse.engines.vllm import VllmEngine
 
 # What a figure depends on, beside the machine.
 _OPTIONS = (
-    "against", "lengths", "model", "vocab_size", "kv_heads", "num_samples", "batch", "prompt_tokens", "context",
-    "repeats",
+    "against", "devices", "engine", "lengths", "model", "vocab_size", "kv_heads", "num_samples", "batch",
+    "prompt_tokens", "context", "repeats",
 )  # fmt: skip
+_PAST_BATCHES = 8
 SYNTHETIC, UNIFORM = "synthetic", "uniform"
 
 
 class Row(TypedDict):
-    """One mix of lengths. Seconds are medians; a token counts when it belongs to a response."""
+    """One mix of lengths. Seconds are medians; a token counts when it belongs to a response.
+
+    ratio: how many times as fast `engine` is as what it is measured against.
+    """
 
     lengths: str
     engine: str
+    against: str
     batch: int
     num_samples: int
     num_tokens: int
     longest_tokens: int
     seconds: float
-    generate_seconds: float
+    against_seconds: float
     tokens_per_s: float
-    generate_tokens_per_s: float
+    against_tokens_per_s: float
     ratio: float
+
+
+Side = Callable[[Sequence[int]], None]
+"""Generates one response of each length."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench rollout`."""
     parser.add_argument(
-        "--against", choices=sorted(COMPARISONS), default="generate",
-        help="generate: the transformers engine against batches of model.generate, each to its longest sample",
+        "--against", choices=sorted(COMPARISONS),
+        help="measure generation alone, by the transformers engine against: generate: batches of model.generate, each "
+        "to its longest sample; vllm: the vLLM engine, both in processes of their own on one core (default: "
+        "generation and inference on all devices, under each migration policy)",
+    )  # fmt: skip
+    parser.add_argument("--devices", type=int, default=2, help="cores to roll out on (default: 2)")
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers",
+        help="what generates under the policies (default: transformers)",
     )  # fmt: skip
     parser.add_argument(
         "--lengths", metavar="FILE.csv", action="append", default=[],
@@ -78,29 +100,45 @@ def run(arguments: argparse.Namespace) -> int:
             f"--context is {arguments.context} and --prompt-tokens {arguments.prompt_tokens}: no room for a response"
         )
     torch.set_num_threads(1)
-    mixes = {Path(path).stem: read_lengths(path, arguments.num_samples) for path in arguments.lengths}
-    mixes = mixes or {SYNTHETIC: synthetic_lengths(arguments.num_samples)}
-    mixes = {name: scale(lengths, limit) for name, lengths in mixes.items()}
-    mixes[UNIFORM] = [round(statistics.mean(next(iter(mixes.values()))))] * arguments.num_samples
+    num_samples = arguments.num_samples
+    traces = {Path(path).stem: read_lengths(path, num_samples) for path in arguments.lengths}
+    traces = traces or {SYNTHETIC: synthetic_lengths((1 + _PAST_BATCHES) * num_samples)}
+    mixes = {name: scale(lengths[:num_samples], limit) for name, lengths in traces.items()}
+    mixes[UNIFORM] = [round(statistics.mean(next(iter(mixes.values()))))] * num_samples
     model = load_model(arguments)
-    rows = []
-    for name, lengths in mixes.items():
-        row = COMPARISONS[arguments.against](name, lengths, model, arguments)
-        print(format_row(row), flush=True)
-        rows.append(row)
+    rows: Sequence[Row | PolicyRow]
+    if arguments.against is None:
+        past = {name: rescale(traces[name], lengths, limit) for name, lengths in mixes.items() if name in traces}
+        rows = run_policies(model, {name: (one, past.get(name, one)) for name, one in mixes.items()}, arguments)
+    else:
+        rows = run_comparison(model, mixes, arguments)
     if arguments.json:
         options = {name: getattr(arguments, name) for name in _OPTIONS}
         write_json(arguments.json, {"machine": describe_machine(), "options": options, "rows": rows})
     return 0
 
 
+def run_comparison(
+    model: PreTrainedModel, mixes: Mapping[str, Sequence[int]], arguments: argparse.Namespace
+) -> list[Row]:
+    """A row per mix: generation alone, by two sides in turn."""
+    rows = []
+    with COMPARISONS[arguments.against](model, arguments) as sides:
+        for name, lengths in mixes.items():
+            rows.append(compare(name, lengths, *sides, arguments))
+            print(format_row(rows[-1]), flush=True)
+    return rows
+
+
 def read_lengths(path: str, num_samples: int) -> list[int]:
-    """The first `num_samples` values of a CSV file's column output_tokens."""
+    """A CSV file's column output_tokens: at least `num_samples` values, and more for a past to learn from."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if "output_tokens" not in (reader.fieldnames or ()):
             raise ValueError(f"{path} has no column output_tokens: its columns are {reader.fieldnames}")
-        lengths = [int(row["output_tokens"]) for row, _ in zip(reader, range(num_samples), strict=False)]
+        lengths = [
+            int(row["output_tokens"]) for row, _ in zip(reader, range((1 + _PAST_BATCHES) * num_samples), strict=False)
+        ]
     if len(lengths) < num_samples:
         raise ValueError(f"{path} has {len(lengths)} rows, fewer than --num-samples={num_samples}")
     return lengths
@@ -110,6 +148,13 @@ def synthetic_lengths(num_samples: int) -> list[int]:
     """Log-normal with sigma 0.6: the longest of 128 is some five times the median, as in chat traces."""
     generator = torch.Generator().manual_seed(0)
     return (100 * (0.6 * torch.randn(num_samples, generator=generator)).exp()).round().long().tolist()
+
+
+def rescale(trace: Sequence[int], batch: Sequence[int], limit: int) -> list[int]:
+    """The trace after a batch, scaled as the batch was and cut at `limit`; all of it where nothing comes after."""
+    factor = max(batch) / max(trace[: len(batch)])
+    past = trace[len(batch) :] or trace
+    return [min(limit, max(1, round(factor * length))) for length in past]
 
 
 def scale(lengths: Sequence[int], longest: int) -> list[int]:
@@ -135,24 +180,36 @@ def load_model(arguments: argparse.Namespace) -> PreTrainedModel:
     return llama
 
 
-def compare_with_generate(
-    name: str, lengths: Sequence[int], model: PreTrainedModel, arguments: argparse.Namespace
-) -> Row:
+def compare(name: str, lengths: Sequence[int], engine: Side, against: Side, arguments: argparse.Namespace) -> Row:
+    """Time both sides on the same lengths, in turn."""
+    num_tokens = sum(lengths)
+    print(f"{name}: {num_tokens} tokens, {1 + arguments.repeats} rounds ...", file=sys.stderr, flush=True)
+    measured = interleave({"engine": partial(engine, lengths), "against": partial(against, lengths)}, arguments.repeats)
+    seconds, against_seconds = (statistics.median(measured[side]) for side in ("engine", "against"))
+    return {
+        "lengths": name,
+        "engine": "transformers",
+        "against": arguments.against,
+        "batch": arguments.batch,
+        "num_samples": len(lengths),
+        "num_tokens": num_tokens,
+        "longest_tokens": max(lengths),
+        "seconds": seconds,
+        "against_seconds": against_seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "against_tokens_per_s": num_tokens / against_seconds,
+        "ratio": against_seconds / seconds,
+    }
+
+
+@contextmanager
+def against_generate(model: PreTrainedModel, arguments: argparse.Namespace) -> Iterator[tuple[Side, Side]]:
     """Both sides sample at temperature 1 from the same weights; prompts are equally long, so neither one pads them."""
-    prompts = make_prompts(model, len(lengths), arguments.prompt_tokens)
     generate: Any = model.generate
     engine = TransformersEngine(copy.deepcopy(model), max_batch=arguments.batch, max_context=arguments.context)
 
-    def with_engine() -> None:
-        for sample_id, (prompt_ids, length) in enumerate(zip(prompts.tolist(), lengths, strict=True)):
-            params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=length)
-            engine.submit(GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params))
-        num_tokens = 0
-        while tokens := engine.step():
-            num_tokens += len(tokens)
-        assert num_tokens == sum(lengths)
-
-    def with_generate() -> None:
+    def with_generate(lengths: Sequence[int]) -> None:
+        prompts = make_prompts(model, len(lengths), arguments.prompt_tokens)
         for first in range(0, len(lengths), arguments.batch):
             batch = prompts[first : first + arguments.batch]
             generate(
@@ -160,22 +217,48 @@ def compare_with_generate(
                 max_new_tokens=max(lengths[first : first + arguments.batch]), eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
 
-    print(f"{name}: {sum(lengths)} tokens, {1 + arguments.repeats} rounds ...", file=sys.stderr, flush=True)
-    measured = interleave({"engine": with_engine, "generate": with_generate}, arguments.repeats)
-    seconds, generate_seconds = (statistics.median(measured[side]) for side in ("engine", "generate"))
-    return {
-        "lengths": name,
-        "engine": "transformers",
-        "batch": arguments.batch,
-        "num_samples": len(lengths),
-        "num_tokens": sum(lengths),
-        "longest_tokens": max(lengths),
-        "seconds": seconds,
-        "generate_seconds": generate_seconds,
-        "tokens_per_s": sum(lengths) / seconds,
-        "generate_tokens_per_s": sum(lengths) / generate_seconds,
-        "ratio": generate_seconds / seconds,
-    }
+    yield lambda lengths: respond(engine, make_requests(model, lengths, arguments)), with_generate
+
+
+@contextmanager
+def against_vllm(model: PreTrainedModel, arguments: argparse.Namespace) -> Iterator[tuple[Side, Side]]:
+    """Both engines draw the same tokens, each in a process pinned to the same core, where the other one waits."""
+    limits = {"max_batch": arguments.batch, "max_context": arguments.context}
+    core = max(os.sched_getaffinity(0))
+    with (
+        EngineProcess(partial(TransformersEngine, model, **limits), core=core) as transformers,
+        EngineProcess(partial(VllmEngine, model, **limits), core=core) as vllm,
+    ):
+
+        def side(process: EngineProcess) -> Side:
+            return lambda lengths: process.run(partial(respond, requests=make_requests(model, lengths, arguments)))
+
+        yield side(transformers), side(vllm)
+
+
+def respond(engine: GenerationEngine, requests: Sequence[GenerationRequest]) -> None:
+    """Generate all responses, in full."""
+    for request in requests:
+        engine.submit(request)
+    num_tokens = 0
+    while tokens := engine.step():
+        num_tokens += len(tokens)
+    assert num_tokens == sum(request.params.max_new_tokens for request in requests)
+
+
+def make_requests(
+    model: PreTrainedModel, lengths: Sequence[int], arguments: argparse.Namespace
+) -> list[GenerationRequest]:
+    """One per length, at temperature 1."""
+    prompts = make_prompts(model, len(lengths), arguments.prompt_tokens)
+    return [
+        GenerationRequest(
+            sample_id=sample_id,
+            prompt_ids=tuple(prompt_ids),
+            params=SamplingParams(seed=0, temperature=1.0, max_new_tokens=length),
+        )
+        for sample_id, (prompt_ids, length) in enumerate(zip(prompts.tolist(), lengths, strict=True))
+    ]
 
 
 def make_prompts(model: PreTrainedModel, num_samples: int, num_tokens: int) -> torch.Tensor:
@@ -190,10 +273,9 @@ def format_row(row: Row) -> str:
     return (
         f"{row['lengths']}: {row['num_samples']} responses, mean {row['num_tokens'] / row['num_samples']:.0f} and at "
         f"most {row['longest_tokens']} tokens, batch {row['batch']}: {row['engine']} {row['tokens_per_s']:.0f} "
-        f"tokens/s, generate {row['generate_tokens_per_s']:.0f}: {row['ratio']:.2f} times as fast"
+        f"tokens/s, {row['against']} {row['against_tokens_per_s']:.0f}: {row['ratio']:.2f} times as fast"
     )
 
 
-COMPARISONS: dict[str, Callable[[str, Sequence[int], PreTrainedModel, argparse.Namespace], Row]] = {
-    "generate": compare_with_generate
-}
+Comparison = Callable[[PreTrainedModel, argparse.Namespace], AbstractContextManager[tuple[Side, Side]]]
+COMPARISONS: dict[str, Comparison] = {"generate": against_generate, "vllm": against_vllm}

@@ -1,7 +1,8 @@
 """`fuse bench solver`: how short, how lean and how soon the schedules are that the solver finds.
 
-Published instances come from a file; --heterogeneous adds uneven random problems, --scale two large ones, and
---split-backward solves each published instance a second time with backwards that may be split.
+Published instances come from a file and are solved with every seed; --split-backward solves each once more with
+backwards that may be split, in the memory it took before; --heterogeneous adds uneven random problems, --scale two
+large ones, with one seed each. Results are written after every row, so that an interrupted run keeps what it has.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
 from fuse.benchmarks.measure import describe_machine, write_json
+from fuse.benchmarks.solver_figure import draw
 from schedules import Problem, _native, evaluate
 from schedules.baselines import serial
+from schedules.formats import schedule_to_text
 from schedules.fused.compiled import compile_problem
 from schedules.fused.greedy import greedy
 from schedules.fused.solve import Solution, solve
@@ -45,10 +48,11 @@ _NUM_EVALUATIONS = 50
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A problem to solve, and what others made of it: (makespan, memory) pairs in the instance's units."""
+    """A problem to solve, for how long, and what others made of it: (makespan, memory) pairs in its units."""
 
     name: str
     instance: Instance
+    time_limit_s: float
     published: tuple[float, float] | None = None
     target: tuple[float, float] | None = None
 
@@ -63,6 +67,8 @@ class Row(TypedDict):
     makespan_lower_bound: int
     memory_lower_bound: float
     seconds: float
+    published: tuple[float, float] | None
+    target: tuple[float, float] | None
     seconds_to_published: float | None
     status: str
     found_by: str
@@ -82,34 +88,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heterogeneous", type=int, default=0, metavar="N", help="uneven random problems (default: 0)")
     parser.add_argument("--scale", action="store_true", help="32 ranks x 128, and 64 ranks x 256 in twice the time")
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds per problem (default: 60)")
+    parser.add_argument(
+        "--split-time-limit", type=float, default=20.0, metavar="S", help="for split backwards (default: 20)"
+    )
+    parser.add_argument(
+        "--heterogeneous-time-limit", type=float, default=25.0, metavar="S", help="for uneven problems (default: 25)"
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default: 2)")
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="solve each problem with N seeds (default: 1)"
+        "--seeds", type=int, default=1, metavar="N", help="solve each instance of the file with N seeds (default: 1)"
     )
     parser.add_argument("--json", metavar="FILE", help="write machine, options and rows to FILE")
+    parser.add_argument("--schedules", type=Path, metavar="DIR", help="keep each instance's best schedule in DIR")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw quality over time (SVG, PNG or PDF)")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help="solve nothing: draw the rows of an earlier run")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Solve every case with every seed, print a line each, and write them to `arguments.json`."""
+    """Solve every case with every seed, print a line each, write rows and best schedules, draw the figure."""
     if arguments.seeds < 1:
         raise ValueError(f"--seeds is {arguments.seeds}: it must be at least 1")
-    cases = list(_cases(arguments))
-    if not cases:
+    if arguments.from_json is not None:
+        if arguments.figure is None:
+            raise ValueError("--from-json only draws: give --figure FILE too")
+        draw(json.loads(arguments.from_json.read_text(encoding="utf-8"))["rows"], arguments.figure)
+        return 0
+    results: dict[str, Any] = {"machine": describe_machine(), "options": _plain(arguments), "rows": []}
+    results["evaluation_us"] = evaluation_microseconds()
+    rows: list[Row] = results["rows"]
+    for row in _rows(arguments):
+        rows.append(row)
+        print(_line(row), flush=True)
+        if arguments.json:
+            write_json(arguments.json, results)
+    if not rows:
         raise ValueError("nothing to solve: give --instances FILE, --heterogeneous N or --scale")
-    rows = []
-    for case, time_limit_s in cases:
-        for seed in range(arguments.seeds):
-            solution = solve(case.instance.problem, time_limit_s=time_limit_s, num_workers=arguments.workers, seed=seed)
-            rows.append(_row(case, seed, solution))
-            print(_line(rows[-1]), flush=True)
     gaps = [row["makespan_gap"] for row in rows]
     print(f"makespan gap: median {statistics.median(gaps):.2%}, worst {max(gaps):.2%} over {len(rows)} runs")
-    evaluation_us = evaluation_microseconds()
-    print(f"native evaluation of 4096 operations: {evaluation_us:.0f} us")
-    if arguments.json:
-        results = {"evaluation_us": evaluation_us, "rows": rows}
-        write_json(arguments.json, {"machine": describe_machine(), "options": _plain(arguments), **results})
+    print(f"native evaluation of 4096 operations: {results['evaluation_us']:.0f} us")
+    if arguments.figure is not None:
+        draw(rows, arguments.figure)
     return 0
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Solve the published instances, the same with split backwards, uneven and large problems, in this order."""
+
+    def solved(case: Case, seed: int = 0) -> Solution:
+        return solve(case.instance.problem, time_limit_s=case.time_limit_s, num_workers=arguments.workers, seed=seed)
+
+    splits = []
+    for entry in _entries(arguments):
+        case = _published_case(entry, arguments.time_limit)
+        best: Solution | None = None
+        for seed in range(arguments.seeds):
+            solution = solved(case, seed)
+            yield _row(case, seed, solution)
+            if best is None or (solution.makespan, solution.peak_bytes) < (best.makespan, best.peak_bytes):
+                best = solution
+                if arguments.schedules is not None:
+                    arguments.schedules.mkdir(parents=True, exist_ok=True)
+                    text = schedule_to_text(solution.schedule)
+                    (arguments.schedules / f"{case.name}.schedule").write_text(text, encoding="utf-8")
+        assert best is not None
+        splits.append(_split_case(entry, best.peak_bytes, arguments.split_time_limit))
+    others = [
+        Case(f"heterogeneous{seed}", Instance(heterogeneous(seed), 1), arguments.heterogeneous_time_limit)
+        for seed in range(arguments.heterogeneous)
+    ]
+    if arguments.scale:
+        others += [
+            Case(name, _instance(values), arguments.time_limit * (1 + index))
+            for index, (name, values) in enumerate(_SCALES.items())
+        ]
+    for case in (splits if arguments.split_backward else []) + others:
+        yield _row(case, 0, solved(case))
 
 
 def evaluation_microseconds() -> float:
@@ -127,27 +180,28 @@ def evaluation_microseconds() -> float:
     return 1e6 * statistics.median(seconds)
 
 
-def _cases(arguments: argparse.Namespace) -> Iterator[tuple[Case, float]]:
-    if arguments.instances is not None:
-        entries = json.loads(arguments.instances.read_text(encoding="utf-8"))["instances"]
-        names = [entry["name"] for entry in entries]
-        for name in arguments.only:
-            if name not in names:
-                raise ValueError(f"{arguments.instances} has no instance {name!r}: it has {', '.join(names)}")
-        for entry in entries:
-            if arguments.only and entry["name"] not in arguments.only:
-                continue
-            shape = {field: entry[field] for field in _SHAPE}
-            published, target = (_pair(entry.get(key)) for key in ("published", "target"))
-            yield Case(entry["name"], actor_and_critic(**shape), published, target), arguments.time_limit
-            if arguments.split_backward:
-                split = actor_and_critic(**shape, split_backward=True)
-                yield Case(f"{entry['name']} split", split), arguments.time_limit
-    for seed in range(arguments.heterogeneous):
-        yield Case(f"heterogeneous{seed}", Instance(heterogeneous(seed), 1)), arguments.time_limit
-    if arguments.scale:
-        for index, (name, values) in enumerate(_SCALES.items()):
-            yield Case(name, _instance(values)), arguments.time_limit * (1 + index)
+def _entries(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    if arguments.instances is None:
+        return []
+    entries: list[dict[str, Any]] = json.loads(arguments.instances.read_text(encoding="utf-8"))["instances"]
+    names = [entry["name"] for entry in entries]
+    for name in arguments.only:
+        if name not in names:
+            raise ValueError(f"{arguments.instances} has no instance {name!r}: it has {', '.join(names)}")
+    return [entry for entry in entries if not arguments.only or entry["name"] in arguments.only]
+
+
+def _published_case(entry: dict[str, Any], time_limit_s: float) -> Case:
+    instance = actor_and_critic(**{field: entry[field] for field in _SHAPE})
+    published, target = (_pair(entry.get(key)) for key in ("published", "target"))
+    return Case(entry["name"], instance, time_limit_s, published, target)
+
+
+def _split_case(entry: dict[str, Any], limit_bytes: int, time_limit_s: float) -> Case:
+    """The same instance with backwards that may be split, in the memory that whole ones took."""
+    split = actor_and_critic(**{field: entry[field] for field in _SHAPE}, split_backward=True)
+    problem = replace(split.problem, memory_limit_bytes=(limit_bytes,) * split.problem.num_ranks)
+    return Case(f"{entry['name']} split", Instance(problem, split.bytes_per_unit), time_limit_s)
 
 
 def _instance(values: tuple[float, ...]) -> Instance:
@@ -177,6 +231,8 @@ def _row(case: Case, seed: int, solution: Solution) -> Row:
         "makespan_lower_bound": solution.makespan_lower_bound,
         "memory_lower_bound": units(solution.memory_lower_bound),
         "seconds": history[-1][0],
+        "published": case.published,
+        "target": case.target,
         "seconds_to_published": reached,
         "status": str(solution.status),
         "found_by": solution.found_by,

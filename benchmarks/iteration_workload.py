@@ -1,0 +1,252 @@
+"""What `fuse bench iteration` iterates on: models, prompts, and how long each response is to be."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from fuse.benchmarks.rollout import scale
+from fuse.benchmarks.training_batches import response_lengths
+from fuse.commands.models import critic_from_policy, load_policy, load_tokenizer
+from fuse.data import prompt_rows, read_rows
+from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.workers.engine_choice import EngineFactory
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.weights import WeightsRef
+
+_HEAD_STD = 0.02
+_PAD, _EOS = "[PAD]", "[EOS]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of the embedded model and its prompts."""
+
+    layers: int
+    hidden: int
+    vocab: int
+    prompt_tokens: int
+
+
+DEFAULT_SIZE = Size(layers=4, hidden=256, vocab=4096, prompt_tokens=32)
+SMOKE_SIZE = Size(layers=2, hidden=32, vocab=128, prompt_tokens=6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """All four of PPO, and the tokenizer whose padding they know."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    reward: PreTrainedModel
+    critic: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One batch per round: prompt i and the number of tokens of its response, `lengths[i]`, belong to round i // batch.
+
+    Every round has prompts and lengths of its own, for what is learnt of a prompt's response must not pay here.
+    """
+
+    models: Models
+    prompts: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+    batch: int
+    mini_batches: int
+    micro_batch: int
+    epochs: int
+    max_new_tokens: int
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.prompts) // self.batch
+
+    def rows(self, round_index: int) -> list[dict[str, list[int]]]:
+        """The dataset's rows of a round."""
+        return [{"input_ids": list(prompt)} for prompt in self.prompts[self._slice(round_index)]]
+
+    def round_lengths(self, round_index: int) -> tuple[int, ...]:
+        """Response tokens of a round's prompts."""
+        return self.lengths[self._slice(round_index)]
+
+    def _slice(self, round_index: int) -> slice:
+        return slice(round_index * self.batch, (round_index + 1) * self.batch)
+
+    def options(self) -> dict[str, Any]:
+        """Of PPO, under the names that this project's configuration and TRL's share.
+
+        The learning rate is 0: updates cost what they cost, but all rounds of all trainers start from the same weights.
+        Gradients are not clipped, for TRL does not.
+        """
+        return {
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": self.batch // self.micro_batch,
+            "num_mini_batches": self.mini_batches,
+            "num_ppo_epochs": self.epochs,
+            "response_length": self.max_new_tokens,
+            # Of a long run: planning is allowed what it is worth there.
+            "total_episodes": 1000 * self.batch,
+            "learning_rate": 0.0,
+            "max_grad_norm": 0.0,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": not torch.cuda.is_available(),
+            "num_sample_generations": 0,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+
+
+def embedded_models(size: Size, max_new_tokens: int) -> Models:
+    """Random Llamas, whose weights do not matter, as lengths are forced."""
+    words = {f"w{index}": index for index in range(2, size.vocab)} | {_PAD: 0, _EOS: 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")),
+        pad_token=_PAD,
+        eos_token=_EOS,
+        padding_side="left",
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 43 // 16,
+        num_hidden_layers=size.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=size.prompt_tokens + max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return _with_classifiers(LlamaForCausalLM(config), tokenizer)
+
+
+def load_models(path: str, pad_token: str | None) -> Models:
+    """The policy at `path`, its copy as reference, and classifiers on its layers as critic and reward model.
+
+    Raises:
+        ValueError: no such model or tokenizer, or a tokenizer that pads with nothing.
+    """
+    tokenizer = load_tokenizer(path, pad_token)
+    tokenizer.padding_side = "left"
+    return _with_classifiers(load_policy(path), tokenizer)
+
+
+def _with_classifiers(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Models:
+    return Models(
+        policy=policy,
+        reference=copy.deepcopy(policy),
+        reward=_classifier(policy, tokenizer.pad_token_id, seed=1),
+        critic=_classifier(policy, tokenizer.pad_token_id, seed=2),
+        tokenizer=tokenizer,
+    )
+
+
+def _classifier(policy: PreTrainedModel, pad_token_id: int, seed: int) -> PreTrainedModel:
+    """On the policy's layers, with a random head: that of a new critic is zero, and so would be most gradients."""
+    classifier = critic_from_policy(policy, pad_token_id)
+    generator = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(classifier.get_parameter("score.weight"), std=_HEAD_STD, generator=generator)
+    return classifier
+
+
+def random_prompts(models: Models, num_prompts: int, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Prompts of equal length, of tokens that are not special."""
+    special = set(models.tokenizer.all_special_ids)
+    ordinary = [token for token in range(models.policy.config.get_text_config().vocab_size) if token not in special]
+    drawn = np.random.default_rng(1).choice(ordinary, (num_prompts, num_tokens))
+    return tuple(map(tuple, drawn.tolist()))
+
+
+def read_prompts(
+    path: Path, column: str | None, models: Models, num_prompts: int, max_new_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    """The file's prompts, over and over if there are fewer.
+
+    Raises:
+        ValueError: the file holds no prompts, or one that leaves no room for a response.
+    """
+    rows = itertools.islice(read_rows(path), num_prompts)
+    tokenised = prompt_rows(
+        rows, models.tokenizer, prompt_column=column, response_length=max_new_tokens, context=models.context
+    )
+    repeated = itertools.islice(itertools.cycle(tokenised), num_prompts)
+    return tuple(tuple(row["input_ids"]) for row in repeated)
+
+
+def forced_lengths(path: Path | None, num_samples: int, batch: int, longest: int) -> tuple[int, ...]:
+    """The first lengths of a trace, scaled so that the longest has `longest` tokens; without a file, a synthetic mix.
+
+    A trace shorter than `num_samples` starts again, but has to fill a batch.
+    """
+    num_recorded = num_samples if path is None else min(num_samples, max(batch, _num_rows(path)))
+    recorded = response_lengths(path, num_recorded)
+    repeats = math.ceil(num_samples / num_recorded)
+    return tuple((scale(recorded, longest) * repeats)[:num_samples])
+
+
+def _num_rows(path: Path) -> int:
+    with path.open() as file:
+        return sum(bool(line.strip()) for line in file) - 1
+
+
+class ForcedLengths:
+    """A `GenerationEngine` whose samples end at lengths that nobody but it knows: `lengths`, by sample id."""
+
+    def __init__(self, engine: GenerationEngine, lengths: Mapping[int, int]) -> None:
+        self._engine, self._lengths = engine, lengths
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._engine.submit(self._forced(request))
+
+    def step(self) -> list[GeneratedToken]:
+        return self._engine.step()
+
+    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+        return self._engine.evict(sample_id, with_kv=with_kv)
+
+    def admit(self, evicted: Evicted) -> None:
+        self._engine.admit(replace(evicted, request=self._forced(evicted.request)))
+
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        self._engine.load_weights(state_dict)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _forced(self, request: GenerationRequest) -> GenerationRequest:
+        return replace(request, params=replace(request.params, max_new_tokens=self._lengths[request.sample_id]))
+
+
+def forced_engine(
+    make_engine: EngineFactory, lengths: Sequence[int], spec: ModelSpec, weights: WeightsRef, device: str
+) -> GenerationEngine:
+    """What `make_engine` makes, with forced lengths: those of sample 0, 1, ... of a run."""
+    return ForcedLengths(make_engine(spec, weights, device), dict(enumerate(lengths)))

@@ -1,0 +1,163 @@
+"""`fuse bench migration`: for how long a sample pauses that moves between engines, computed anew or with its KV.
+
+Two generation workers, as in a run, each on its device. The pause is from the moment the one engine is asked for the
+sample to the end of the other's first step with it. Every sample has another prompt: engines remember prefixes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Literal, TypedDict
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from fuse.benchmarks.measure import describe_machine, write_json
+from fuse.benchmarks.rollout import load_model
+from fuse.config import PPOConfig
+from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.workers.cluster import Cluster, Worker, gather
+from fuse.workers.engine_choice import choose_engine
+from fuse.workers.generation_worker import Departure, GenerationWorker
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.weights import put_state_dict
+
+_CONTEXTS = (64, 256, 1024, 2048)
+_NEW_TOKENS = 32  # room to go on in
+_POLL_S = 0.01
+_OPTIONS = ("engine", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
+
+
+class Row(TypedDict):
+    """One context length; milliseconds are medians. ratio: how many times as long computing anew takes."""
+
+    engine: str
+    context_tokens: int
+    recompute_ms: float
+    transfer_ms: float
+    kv_bytes: int
+    ratio: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse bench migration`."""
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="(default: transformers)"
+    )
+    parser.add_argument(
+        "--context-tokens", type=int, nargs="+", default=list(_CONTEXTS), metavar="N",
+        help=f"tokens of the samples that move (default: {' '.join(map(str, _CONTEXTS))})",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="PATH", help="causal language model (default: a random Llama, 4 x 256)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the random Llama (default: 4096)")
+    parser.add_argument("--kv-heads", type=int, default=4, help="of the random Llama's 4 heads (default: 4)")
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each length and kind (default: 9)")
+    parser.add_argument("--json", metavar="FILE", help="write machine and rows to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every length, print a line each, and write them to `arguments.json`."""
+    if min(arguments.context_tokens) < 1 or arguments.repeats < 1:
+        raise ValueError("--context-tokens and --repeats must be at least 1")
+    arguments.context = max(arguments.context_tokens) + _NEW_TOKENS
+    model = load_model(arguments)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and arguments.context > positions:
+        raise ValueError(
+            f"--context-tokens {max(arguments.context_tokens)} and {_NEW_TOKENS} more do not fit the model's "
+            f"{positions} positions: measure shorter ones"
+        )
+    rows = []
+    with _engines(model, arguments.engine) as (source, target):
+        sample_ids = count()
+        for context_tokens in arguments.context_tokens:
+            rows.append(_measure(model, source, target, sample_ids, context_tokens, arguments))
+            print(format_row(rows[-1]), flush=True)
+    if arguments.json:
+        options = {name: getattr(arguments, name) for name in _OPTIONS}
+        write_json(arguments.json, {"machine": describe_machine(), "options": options, "rows": rows})
+    return 0
+
+
+@contextmanager
+def _engines(model: PreTrainedModel, engine: Literal["transformers", "vllm"]) -> Iterator[tuple[Worker, Worker]]:
+    config = PPOConfig(output_dir="unused", engine=engine, generation_batch_size=2, report_to="none", use_cpu=True)
+    make_engine = partial(choose_engine(config, None), ModelSpec.of(model))
+    print("starting two engines ...", file=sys.stderr, flush=True)
+    with Cluster(2) as cluster:
+        weights = put_state_dict(model.state_dict())
+        source, target = (
+            cluster.spawn("generation worker", device, GenerationWorker, partial(make_engine, weights, "cpu"))
+            for device in (0, 1)
+        )
+        yield source, target
+
+
+def _measure(
+    model: PreTrainedModel,
+    source: Worker,
+    target: Worker,
+    sample_ids: Iterator[int],
+    context_tokens: int,
+    arguments: argparse.Namespace,
+) -> Row:
+    vocab_size = model.config.get_text_config().vocab_size
+    pauses: dict[bool, list[float]] = {False: [], True: []}
+    kv_bytes = 0
+    for round_index in range(1 + arguments.repeats):
+        for with_kv in pauses:
+            sample_id = next(sample_ids)
+            prompt_ids = np.random.default_rng(sample_id).integers(0, vocab_size, context_tokens).tolist()
+            request = GenerationRequest(
+                sample_id=sample_id,
+                prompt_ids=tuple(prompt_ids),
+                params=SamplingParams(seed=0, temperature=1.0, max_new_tokens=_NEW_TOKENS),
+            )
+            pause_s, moved_bytes = _move(source, target, request, with_kv)
+            kv_bytes = max(kv_bytes, moved_bytes)
+            if round_index:
+                pauses[with_kv].append(pause_s)
+    recompute_ms, transfer_ms = (1e3 * statistics.median(pauses[with_kv]) for with_kv in (False, True))
+    return {
+        "engine": arguments.engine,
+        "context_tokens": context_tokens,
+        "recompute_ms": recompute_ms,
+        "transfer_ms": transfer_ms,
+        "kv_bytes": kv_bytes,
+        "ratio": recompute_ms / transfer_ms,
+    }
+
+
+def _move(source: Worker, target: Worker, request: GenerationRequest, with_kv: bool) -> tuple[float, int]:
+    """Seconds that the sample paused, and the bytes of its KV that moved."""
+    gather([source.call("submit", [request])])
+    _wait_for_tokens(source)
+    departures: list[Departure] = gather([source.call("evict", [request.sample_id], with_kv)])[0]
+    gather([target.call("admit", departures)])
+    _wait_for_tokens(target)
+    gather([target.call("evict", [request.sample_id])])
+    before, after = gather([worker.call("drain_spans") for worker in (source, target)])
+    asked_s = next(span.start_s for span in before if span.name == "evict")
+    went_on_s = next(span.end_s for span in after if span.name == "decode")
+    kv = departures[0].kv
+    assert (kv is not None) == with_kv
+    return went_on_s - asked_s, 0 if kv is None else kv.num_bytes
+
+
+def _wait_for_tokens(worker: Worker) -> None:
+    while not gather([worker.call("poll", _POLL_S)])[0]:
+        pass
+
+
+def format_row(row: Row) -> str:
+    """One line for people."""
+    return (
+        f"{row['engine']}, {row['context_tokens']} tokens: {row['recompute_ms']:.1f} ms computed anew, "
+        f"{row['transfer_ms']:.1f} ms with {row['kv_bytes'] / 2**20:.1f} MiB of KV: {row['ratio']:.2f} times as long"
+    )

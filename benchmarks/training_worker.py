@@ -1,0 +1,80 @@
+"""A device's process in `fuse bench training`: trains by several plans in turn, and says when everything happened."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fuse.experience import Experience
+from fuse.intrastage import communication
+from fuse.intrastage.placement import ModelName, Replica
+from fuse.intrastage.plan import Plan
+from fuse.intrastage.profile import Profile
+from fuse.steps import OptimizerStep
+from fuse.trace import Span, SpanRecorder
+from fuse.workers.model_spec import ModelSpec
+from fuse.workers.training_rank import TrainingRank, TrainingSettings
+
+_LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One optimizer step on one rank; times are `time.time()` seconds."""
+
+    start_s: float
+    end_s: float
+    spans: list[Span]
+
+
+class TrainingWorker:
+    """Runs on one device, as rank `rank`. Call `serve_store` on rank 0, then the rest on all ranks at once."""
+
+    def __init__(self, rank: int, settings: TrainingSettings) -> None:
+        torch.set_num_threads(1)
+        self._rank, self._settings = rank, settings
+        self._recorder = SpanRecorder()
+
+    def serve_store(self, host: str) -> int:
+        """Open the store at which the ranks meet; returns its port."""
+        self._store = communication.serve_store(host, self._settings.timeout_s)
+        return self._store.port
+
+    def connect(self, host: str, port: int, world_size: int) -> None:
+        """Join the world."""
+        communication.connect(self._rank, world_size, host, port, "gloo", self._settings.timeout_s)
+
+    def place(self, specs: Mapping[ModelName, ModelSpec], placement: tuple[Replica, ...]) -> None:
+        """Build the stages that belong here, with random weights, in place of those before."""
+        cpu = torch.device("cpu")
+        self._training = TrainingRank(self._rank, cpu, specs, placement, self._settings, self._recorder)
+        for model, spec in specs.items():
+            torch.manual_seed(0)
+            self._training.load_weights(model, spec.model_class(spec.config).state_dict())
+
+    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
+        """This rank's part of the profile on these micro-batches, one of each shape."""
+        profile = self._training.profile(experience, micro_batches)
+        self._recorder.drain()
+        return profile
+
+    def alternate(
+        self, experience: Experience, step: OptimizerStep, plans: Mapping[str, Plan], repeats: int, warmup: int
+    ) -> dict[str, list[TimedStep]]:
+        """Take the step by each plan in turn, `warmup` uncounted rounds and then `repeats` times."""
+        steps: dict[str, list[TimedStep]] = {name: [] for name in plans}
+        gc.collect()
+        for round_index in range(warmup + repeats):
+            for name, plan in plans.items():
+                dist.barrier()
+                start_s = time.time()
+                self._training.train(experience, [step], _LEARNING_RATE, {len(step.micro_batches): plan})
+                timed = TimedStep(start_s, time.time(), self._recorder.drain())
+                if round_index >= warmup:
+                    steps[name].append(timed)
+        return steps
