@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
+from traitlets import Type
 
 NOTEBOOK = Path(__file__).parents[1] / "schedules" / "visualizer.ipynb"
+
+
+class _ShellChannel(AsyncZMQSocketChannel):
+    """Looks again each second for a message.
+
+    The client answers widgets over the socket that it awaits replies from. ZeroMQ reports only changes of a socket, and
+    a send takes note of them: a reply that arrives just then wakes nobody.
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return await super().get_msg(timeout=min(max(left, 0.0), 1.0))
+            except Empty:
+                if left <= 0:
+                    raise
+
+
+class _KernelClient(AsyncKernelClient):
+    shell_channel_class = Type(_ShellChannel)
 
 
 @pytest.fixture
@@ -48,6 +75,7 @@ def test_runs_from_top_to_bottom(notebook: Any, tmp_path: Path, monkeypatch: pyt
         timeout=200,
         resources={"metadata": {"path": str(NOTEBOOK.parent)}},
     )
+    client.create_kernel_manager().client_factory = _KernelClient
     client.execute()
 
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
