@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.engines.kv_memory import Allocate
 
 MakeEngine = Callable[[], GenerationEngine]
 
@@ -66,7 +67,8 @@ class EngineProcess:
         generated: list[GeneratedToken] = self.run(methodcaller("step"))
         return generated
 
-    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
+        assert allocate is None, "memory of this process is not there"
         evicted: Evicted = self.run(methodcaller("evict", sample_id, with_kv=with_kv))
         return evicted
 

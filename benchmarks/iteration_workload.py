@@ -28,6 +28,7 @@ from fuse.benchmarks.training_batches import response_lengths
 from fuse.commands.models import critic_from_policy, load_policy, load_tokenizer
 from fuse.data import prompt_rows, read_rows
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.engines.kv_memory import Allocate
 from fuse.workers.engine_choice import EngineFactory
 from fuse.workers.model_spec import ModelSpec
 from fuse.workers.weights import WeightsRef
@@ -229,8 +230,8 @@ class ForcedLengths:
     def step(self) -> list[GeneratedToken]:
         return self._engine.step()
 
-    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
-        return self._engine.evict(sample_id, with_kv=with_kv)
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
+        return self._engine.evict(sample_id, with_kv=with_kv, allocate=allocate)
 
     def admit(self, evicted: Evicted) -> None:
         self._engine.admit(replace(evicted, request=self._forced(evicted.request)))

@@ -25,6 +25,7 @@ _CHOICES = {
     "migration_policy": ("adaptive", "threshold", "none"),
     "train_backend": ("transformers", "megatron"),
     "engine": ("transformers", "vllm"),
+    "kv_transfer": ("object_store", "nixl"),
 }
 
 
@@ -132,6 +133,11 @@ class PPOConfig(TrainingArguments):
         None,
         "Bytes of KV cache of each vLLM engine. Default: generation_batch_size samples of the model's full context, "
         "but at most a quarter of the device's memory.",
+    )
+    kv_transfer: Literal["object_store", "nixl"] = _option(
+        "object_store",
+        "How the KV of samples that move goes from engine to engine: through Ray's object store in host memory, or by "
+        "NIXL, where it is installed, from device to device.",
     )
     inference_batch_tokens: int | None = _option(
         None,

@@ -40,6 +40,7 @@ def test_every_option_of_trl_exists_with_its_default(tmp_path: Path) -> None:
         ({"stop_token": "stop"}, "stop_token='stop' is unknown"),
         ({"kl_estimator": "k2"}, "kl_estimator='k2' is unknown"),
         ({"engine": "sglang"}, "engine='sglang' is unknown"),
+        ({"kv_transfer": "mooncake"}, "kv_transfer='mooncake' is unknown: use 'object_store' or 'nixl'"),
         ({"engine": "vllm", "generation_cache_bytes": 0}, "generation_cache_bytes=0 must be at least 1"),
         ({"generation_cache_bytes": 1 << 20}, "generation_cache_bytes=1048576 with engine='transformers'"),
         ({"fp16": True}, "fp16=True is not supported"),

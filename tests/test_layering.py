@@ -19,7 +19,11 @@ LAYERS = (
 )
 # The facade `from fuse import PPOTrainer` reaches up, lazily.
 FACADE = "fuse"
-ADAPTERS = {"vllm": "fuse.engines.vllm", "megatron": "fuse.intrastage.megatron"}
+ADAPTERS = {
+    "vllm": "fuse.engines.vllm",
+    "megatron": "fuse.intrastage.megatron",
+    "nixl": "fuse.workers.nixl",
+}
 BARRED_FROM_SCHEDULES = {"torch", "transformers", "ray", "fuse"}
 
 

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fuse.engines.kv_memory import Allocate
+
 _INT64 = 1 << 63
 
 
@@ -88,8 +90,9 @@ class Evicted:
     """A sample taken out of an engine, fit to be admitted by another one over the same weights.
 
     `kv` spares the next engine the prefill, or is None, which makes it recompute. It holds keys and values for all
-    tokens but the last, on the host, in a form that engines of one kind share: the transformers engine's are the keys
-    and the values of each layer in turn, [kv_heads, tokens, head_dim]; vLLM's whole blocks of each layer.
+    tokens but the last, on the host or on the engine's device, in a form that engines of one kind share: the
+    transformers engine's are the keys and the values of each layer in turn, [kv_heads, tokens, head_dim]; vLLM's whole
+    blocks of each layer.
     """
 
     request: GenerationRequest
@@ -120,8 +123,11 @@ class GenerationEngine(Protocol):
         """
         ...
 
-    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
         """Take a sample out, with its tokens so far, and its KV when asked for and there is some.
+
+        allocate: memory on the engine's device to write the KV to, as a `Layout` says; called once, or never when the
+            KV is not the engine's own but what the sample brought and is given back. By default KV goes to the host.
 
         Post: the sample is not in the engine. Raises: ValueError when it was not before.
         """

@@ -15,6 +15,7 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.engines.kv_memory import Allocate
 
 Recording = tuple[Sequence[int], Sequence[float]]
 
@@ -65,7 +66,7 @@ class ReplayEngine:
         running = list(self._requests)[: self._max_batch]
         return [self._emit(sample_id) for sample_id in running]
 
-    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
         if sample_id not in self._requests:
             raise not_present(sample_id)
         request = self._requests.pop(sample_id)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from fuse.engines.kv_memory import Allocate
 from fuse.ops import kv_blocks
 
 # Contexts are rounded up to this many tokens, so buffers and attention widths change rarely.
@@ -85,10 +86,11 @@ class SlotCache(Cache):
             layer.keys[target, :, :tokens] = layer.keys[source, :, :tokens]
             layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
 
-    def read(self, row: int, tokens: int) -> tuple[Tensor, ...]:
-        """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim], copied to the host."""
+    def read(self, row: int, tokens: int, allocate: Allocate | None = None) -> tuple[Tensor, ...]:
+        """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim], copied to the host, or into
+        the memory that `allocate` gives."""
         return kv_blocks.gather(
-            [entries for layer in self._layers for entries in (layer.keys, layer.values)], row, tokens
+            [entries for layer in self._layers for entries in (layer.keys, layer.values)], row, tokens, allocate
         )
 
     def write(self, row: int, kv: Sequence[Tensor], *, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
@@ -92,7 +93,7 @@ class TransformersEngine:
         return generated
 
     @torch.inference_mode()
-    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
         if sample_id in self._queue:
             evicted = self._queue.pop(sample_id)
             return evicted if with_kv else Evicted(evicted.request)
@@ -100,7 +101,7 @@ class TransformersEngine:
             raise not_present(sample_id)
         index = self._rows.index(sample_id)
         row = self._rows[index]
-        kv = self._cache.read(index, row.num_cached) if with_kv else None
+        kv = self._cache.read(index, row.num_cached, allocate) if with_kv else None
         request = row.to_request()
         self._remove(index)
         return Evicted(request, kv)

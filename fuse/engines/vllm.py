@@ -20,6 +20,7 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_logprob, check_request, choose_context
 from fuse.engines.vllm_setup import require_own_process, require_vllm, starting_vllm
 from fuse.state_dict import WeightLayout
@@ -129,11 +130,11 @@ class VllmEngine:
                 del self._live[token.sample_id]
         return generated
 
-    def evict(self, sample_id: int, *, with_kv: bool = False) -> Evicted:
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
         if sample_id not in self._live:
             raise not_present(sample_id)
         live = self._live.pop(sample_id)
-        kv = self._core.read_kv(live.internal_id) if with_kv else None
+        kv = self._core.read_kv(live.internal_id, allocate) if with_kv else None
         self._core.abort(live.internal_id)
         return Evicted(live.to_request(), kv)
 

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from fuse.engines.engine import Evicted, GeneratedToken
+from fuse.engines.kv_memory import Allocate
 from fuse.engines.vllm_kv import MigrationConnector
 from fuse.engines.vllm_sampling import CounterSampling, Noise
 
@@ -99,8 +100,11 @@ class VllmCore:
             self._arriving.expect(internal_id, evicted.kv)
         return internal_id
 
-    def read_kv(self, internal_id: str) -> tuple[Tensor, ...] | None:
-        """A request's KV, whole blocks of each layer, of all tokens but the last; None unless all of it is there."""
+    def read_kv(self, internal_id: str, allocate: Allocate | None) -> tuple[Tensor, ...] | None:
+        """A request's KV, whole blocks of each layer, of all tokens but the last; None unless all of it is there.
+
+        On the host, or in the memory that `allocate` gives.
+        """
         if kv := self._arriving.expected(internal_id):
             return kv
         request = self._scheduler.requests[internal_id]
@@ -108,7 +112,7 @@ class VllmCore:
         block_ids = self._scheduler.kv_cache_manager.get_block_ids(internal_id)
         if request.num_computed_tokens < num_tokens or not num_tokens or len(block_ids) > 1:
             return None  # still to be prefilled; or layers of several kinds, whose blocks differ
-        return self._departing.read(block_ids[0][: -(-num_tokens // self._scheduler.block_size)])
+        return self._departing.read(block_ids[0][: -(-num_tokens // self._scheduler.block_size)], allocate)
 
     def abort(self, internal_id: str) -> None:
         """Forget a request."""

@@ -2,8 +2,8 @@
 
 vLLM asks a connector how much of a request's KV is to be had elsewhere, allocates blocks for it, and has the connector
 fill them before the next forward pass. It makes two connectors: the scheduler's knows requests and blocks, the worker's
-the memory. KV travels as whole blocks of each layer, [blocks, ...] on the host: how a block is laid out inside is the
-attention backend's business, and the same in every engine of a run.
+the memory. KV travels as whole blocks of each layer, [blocks, ...]: how a block is laid out inside is the attention
+backend's business, and the same in every engine of a run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
+
+from fuse.engines.kv_memory import Allocate, num_bytes, views
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,16 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         self._caches = tuple(kv_caches.values())
 
-    def read(self, blocks: Sequence[int]) -> tuple[Tensor, ...]:
-        """A copy of these blocks of every layer, on the host."""
+    def read(self, blocks: Sequence[int], allocate: Allocate | None = None) -> tuple[Tensor, ...]:
+        """A copy of these blocks of every layer, on the host, or in the memory that `allocate` gives."""
         index = torch.tensor(blocks)
-        return tuple(cache[index.to(cache.device)].cpu() for cache in self._caches)
+        if allocate is None:
+            return tuple(cache[index.to(cache.device)].cpu() for cache in self._caches)
+        layout = [(cache.dtype, (len(blocks), *cache.shape[1:])) for cache in self._caches]
+        kv = views(allocate(num_bytes(layout)), layout)
+        for cache, layer in zip(self._caches, kv, strict=True):
+            torch.index_select(cache, 0, index.to(cache.device), out=layer)
+        return kv
 
     def fits(self, kv: Sequence[Tensor], num_tokens: int) -> bool:
         """Whether KV is that of so many tokens, in blocks like ours."""

@@ -1,8 +1,9 @@
 """What a run's own operations cost, learnt from their spans: the cost model of the live policies.
 
 A decode step is timed with its batch and context; steps that computed prompts anew tell what prefill adds; inference is
-timed with its tokens; KV transfers are timed at both ends. Where prefill was hardly seen it counts as a third of
-inference, which runs three models; transfers that were hardly seen, as copies through a host's memory.
+timed with its tokens; KV transfers are timed at both ends, but not those that lost some. Where prefill was hardly seen
+it counts as a third of inference, which runs three models; transfers that were hardly seen, as copies through a host's
+memory.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Calibration:
                     self._filled.append((*row[:2], _number(sizes["prefill_tokens"]), row[2]))
                 elif row[0]:
                     self._decode.append(row)
-            elif span.name in self._moved and sizes["bytes"]:
+            elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
             elif span.category == "infer":  # reference, critic and reward in turn score the same sequences
                 key = sizes["call"], sizes["tokens"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor
 from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
 
 
-def gather(buffers: Sequence[Tensor], row: int, num_tokens: int) -> tuple[Tensor, ...]:
+def gather(
+    buffers: Sequence[Tensor], row: int, num_tokens: int, allocate: Callable[[int], Tensor] | None = None
+) -> tuple[Tensor, ...]:
     """The first `num_tokens` tokens of a row of each buffer, [heads, num_tokens, width], on the host.
 
     buffers: [rows, heads, capacity, width] each, of one dtype and device, any strides; heads, capacity and width may
         differ between them.
+    allocate: number of bytes -> memory for the message, uint8 [bytes], on the buffers' device, where it then stays.
 
     The results are contiguous and lie one after the other in one block of memory, the message.
     """
@@ -26,12 +29,20 @@ def gather(buffers: Sequence[Tensor], row: int, num_tokens: int) -> tuple[Tensor
     device = buffers[0].device
     native, choice = choose(device, has_cuda=True)
     log_choice("kv_blocks", choice)
-    if native is None:
+    if native is None and allocate is None:
         return gather_reference(buffers, row, num_tokens)
     sources, shapes = _rows(buffers, row, num_tokens)
-    message = torch.empty(sum(map(math.prod, shapes)), dtype=buffers[0].dtype, device=device)
-    _copy(native, sources, _message_table(message, shapes), message)
-    return _parts(message.cpu(), shapes)
+    num_values, dtype = sum(map(math.prod, shapes)), buffers[0].dtype
+    if allocate is None:
+        message = torch.empty(num_values, dtype=dtype, device=device)
+    else:
+        message = allocate(num_values * dtype.itemsize).view(dtype)
+    if native is None:
+        for part, buffer in zip(_parts(message, shapes), buffers, strict=True):
+            part.copy_(buffer[row, :, :num_tokens])
+    else:
+        _copy(native, sources, _message_table(message, shapes), message)
+    return _parts(message.cpu() if allocate is None else message, shapes)
 
 
 def scatter(blocks: Sequence[Tensor], buffers: Sequence[Tensor], row: int) -> None:

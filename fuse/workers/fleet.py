@@ -37,6 +37,7 @@ from fuse.workers.cluster import Cluster, Worker, gather
 from fuse.workers.engine_choice import EngineFactory, choose_engine
 from fuse.workers.generation_worker import GenerationWorker
 from fuse.workers.inference import MicroBatchLimit
+from fuse.workers.kv_transfer import MakeKVTransfer, choose_kv_transfer
 from fuse.workers.model_spec import ModelSpec
 from fuse.workers.model_worker import ModelWorker, Role
 from fuse.workers.parts import TypicalBatch
@@ -61,6 +62,7 @@ class FleetSettings:
     ray_address: str | None
     pad_token_id: int
     engine: EngineFactory
+    kv_transfer: MakeKVTransfer
     inference: MicroBatchLimit
     training: TrainingSettings
     placement: tuple[Replica, ...]
@@ -76,7 +78,8 @@ class FleetSettings:
         """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
 
         Raises:
-            ValueError: stages or shares of matrices that do not fit the devices, or an engine that is not installed.
+            ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
+                not installed.
         """
         num_devices = config.num_devices or _default_num_devices(config.accelerator)
         num_ranks, rest = divmod(num_devices, config.tensor_parallel_size)
@@ -116,6 +119,7 @@ class FleetSettings:
             ray_address=config.ray_address,
             pad_token_id=pad_token_id,
             engine=choose_engine(config, training.autocast),
+            kv_transfer=choose_kv_transfer(config),
             inference=MicroBatchLimit(
                 max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
             ),
@@ -225,7 +229,7 @@ class Fleet:
         settings = self.settings
         spec = ModelSpec.of(self._trained["actor"])
         make_engine = partial(settings.engine, spec, self._weights["actor"], settings.accelerator)
-        return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine)
+        return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine, settings.kv_transfer)
 
     # One iteration
 

@@ -10,9 +10,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.trace import Span, SpanRecorder
-from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
+from fuse.workers.kv_transfer import KVRef, KVTransfer, ObjectStoreTransfer
+from fuse.workers.weights import WeightsRef, get_state_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +34,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A sample that left an engine, on its way to another; its KV, if any, waits in the object store."""
+    """A sample that left an engine, on its way to another; its KV, if any, waits to be fetched."""
 
     request: GenerationRequest
-    kv: WeightsRef | None = None
-
-    @classmethod
-    def of(cls, evicted: Evicted) -> Departure:
-        kv = None
-        if evicted.kv is not None:
-            kv = put_state_dict({str(index): tensor for index, tensor in enumerate(evicted.kv)})
-        return cls(evicted.request, kv)
-
-    def arrive(self) -> Evicted:
-        """What an engine admits."""
-        kv = None if self.kv is None else tuple(get_state_dict([self.kv]).values())
-        return Evicted(self.request, kv)
+    kv: KVRef | None = None
 
 
 @dataclass(slots=True)
@@ -68,12 +59,20 @@ class GenerationWorker:
     """Steps an engine in a thread of its own, which waits only when the engine is empty.
 
     Commands take effect between two steps. An exception of the engine ends the thread, and every later call raises it.
+
+    make_kv_transfer: carries the KV of samples that move; the same for all engines between which they do.
     """
 
     concurrent_methods: ClassVar[frozenset[str]] = frozenset({"poll"})
 
-    def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
+    def __init__(
+        self,
+        make_engine: Callable[[], GenerationEngine],
+        make_kv_transfer: Callable[[], KVTransfer] = ObjectStoreTransfer,
+    ) -> None:
         self._engine = make_engine()
+        self._kv_transfer = make_kv_transfer()
+        self._fetched: dict[int, tuple[Tensor, ...]] = {}  # KV, until the engine has copied it
         self._recorder = SpanRecorder()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._samples: dict[int, _Unreported] = {}  # live ones, and finished ones until they are reported
@@ -125,7 +124,8 @@ class GenerationWorker:
         """One span per decode step, migration and weight load since the last call.
 
         A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
-        tokens it had to compute anew for samples that entered (`prefill_tokens`).
+        tokens it had to compute anew for samples that entered (`prefill_tokens`). An "admit" says of how many samples
+        the KV was lost with the process that they left (`lost`): they are computed anew.
         """
         with self._changed:
             self._raise_failure()
@@ -137,6 +137,8 @@ class GenerationWorker:
             self._command(self._stop).result()
             self._loop.join()
             self._engine.close()
+            self._fetched.clear()
+            self._kv_transfer.close()
 
     # The decode loop
 
@@ -175,6 +177,7 @@ class GenerationWorker:
                 sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
                 sample.token_ids.append(token.token_id)
                 sample.logprobs.append(token.logprob)
+                self._release(token.sample_id)
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
@@ -214,32 +217,52 @@ class GenerationWorker:
 
     def _admit(self, departures: Sequence[Departure]) -> None:
         start_s = time.time()
-        arrivals = [departure.arrive() for departure in departures]
+        arrivals, num_bytes, num_lost = [], 0, 0
+        for departure in departures:
+            request, ref = departure.request, departure.kv
+            kv = None if ref is None else self._kv_transfer.fetch(ref)
+            if ref is not None and kv is None:
+                num_lost += 1
+            elif ref is not None and kv is not None:
+                num_bytes += ref.num_bytes
+                self._fetched[request.sample_id] = kv
+            arrivals.append(Evicted(request, kv))
         self._enter([one.request for one in departures], self._engine.admit, arrivals)
-        self._add_transfer("admit", start_s, departures)
+        self._add_transfer("admit", start_s, {"samples": len(departures), "bytes": num_bytes, "lost": num_lost})
 
-    def _add_transfer(self, name: str, start_s: float, departures: Sequence[Departure]) -> None:
-        num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)
+    def _add_transfer(self, name: str, start_s: float, sizes: dict[str, object]) -> None:
         with self._changed:
-            self._recorder.add(
-                Span(name, "transfer", start_s, time.time(), {"samples": len(departures), "bytes": num_bytes})
-            )
+            self._recorder.add(Span(name, "transfer", start_s, time.time(), sizes))
 
     def _evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Departure]:
         start_s = time.time()
         with self._changed:
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
-            departures = [Departure.of(self._engine.evict(sample_id, with_kv=with_kv)) for sample_id in live]
+            departures = [self._depart(sample_id, with_kv) for sample_id in live]
             for sample_id in live:
                 del self._samples[sample_id]
             self._num_live -= len(live)
             self._changed.notify_all()
-        self._add_transfer("evict", start_s, departures)
+        num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)
+        self._add_transfer("evict", start_s, {"samples": len(departures), "bytes": num_bytes})
         return departures
+
+    def _depart(self, sample_id: int, with_kv: bool) -> Departure:
+        evicted = self._engine.evict(sample_id, with_kv=with_kv, allocate=self._kv_transfer.allocate)
+        kv = None if evicted.kv is None else self._kv_transfer.offer(evicted.kv)
+        self._release(sample_id)
+        return Departure(evicted.request, kv)
+
+    def _release(self, sample_id: int) -> None:
+        """The engine has copied the KV that a sample brought, if it brought any, or never will."""
+        if (kv := self._fetched.pop(sample_id, None)) is not None:
+            self._kv_transfer.release(kv)
 
     def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
         start_s = time.time()
         self._engine.load_weights(get_state_dict(weights))
+        self._fetched.clear()
+        self._kv_transfer.recall()
         with self._changed:
             self._recorder.add(Span("load weights", "weights", start_s, time.time()))
 

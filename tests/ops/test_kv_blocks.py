@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse.ops import describe
+from fuse.ops import describe, kv_blocks
 from fuse.ops.kv_blocks import gather, gather_reference, scatter, scatter_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int8]
@@ -62,6 +62,24 @@ def test_the_message_is_one_piece_of_memory() -> None:
     assert starts == [index * 2 * 5 * 4 for index in range(6)]
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_the_message_goes_to_the_memory_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_tokens: int, native: bool
+) -> None:
+    if not native:
+        monkeypatch.setattr(kv_blocks, "choose", lambda device, has_cuda: (None, "torch reference"))
+    buffers = [buffer(4, 3, 9, 6, dtype, layout, seed) for seed, layout in enumerate(LAYOUTS)]
+    memory = torch.zeros(4 * 3 * num_tokens * 6 * dtype.itemsize + 16, dtype=torch.uint8)
+    ours = gather(buffers, 2, num_tokens, lambda num_bytes: memory[:num_bytes])
+    expected = gather_reference(buffers, 2, num_tokens)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(bits(one), bits(other))
+    assert torch.equal(memory[:-16], torch.cat([bits(one).flatten() for one in expected]))
+    assert not memory[-16:].any()
+
+
 def test_layers_of_different_shapes() -> None:
     buffers = [
         buffer(2, 1, 8, 4, torch.float32, "contiguous", 0),
@@ -115,6 +133,13 @@ def test_gpus_gather_and_scatter_what_loops_do(dtype: torch.dtype, layout: str, 
     for one, other in zip(blocks, gather_reference(source, 3, num_tokens), strict=True):
         assert one.device.type == "cpu"
         assert torch.equal(bits(one), bits(other))
+    for one, other in zip(
+        gather(source, 3, num_tokens, lambda size: torch.empty(size, dtype=torch.uint8, device="cuda")),
+        blocks,
+        strict=True,
+    ):
+        assert one.device.type == "cuda"
+        assert torch.equal(bits(one.cpu()), bits(other))
     for place in ("cpu", "cuda"):
         ours, expected = (
             [buffer(4, 3, 12, 6, dtype, layout, 10 + seed, "cuda") for seed in range(4)] for _ in range(2)
