@@ -1,9 +1,10 @@
 """Replay recorded response lengths under migration policies: what would each save?
 
 Each iteration takes the next rows of the trace as a batch; policies that learn from lengths learn from all other rows.
-In the table, known is the best of these policies and of the adaptive one told all lengths beforehand, and no policy
-whatever beats the bound; gain is over none, followed by its parts of their gains; moves and GB are what migrations
-carried. Several traces or maxima of tokens make a table of gains, a line each.
+In the table, known is the best of these policies and of the adaptive one told all lengths beforehand; no policy beats
+the bound, and none that cannot tell which samples will be long beats the blind bound on average. Gain is over none,
+followed by its parts of the gains of known and blind; moves and GB are what migrations carried. Several traces or maxima of tokens make
+a table of gains, a line each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to
 from fuse.interstage.drawing import picture
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
-from fuse.interstage.oracle import lower_bound_s
+from fuse.interstage.oracle import blind_bound_s, lower_bound_s
 from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate import simulate
 from fuse.interstage.timeline import chart
@@ -40,6 +41,7 @@ Ints = NDArray[np.int64]
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
+_BOUNDS = {"blind": "blind_bound_seconds", "bound": "oracle_seconds"}
 _TITLES = {NONE: "Stage by stage", THRESHOLD: "Fused, one migration", ADAPTIVE: "Fused"}
 _OPTIONS = ("devices", "batch", "iterations", "max_tokens", "prompt_tokens", "costs", "max_batch", "kv_tokens")
 
@@ -175,18 +177,19 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
     limits = _limits(arguments, setting.trace)
     names = tuple(dict.fromkeys((NONE, *arguments.policy)))
     results: dict[str, list[SimulationResult]] = {name: [] for name in (*names, KNOWN)}
-    bounds_s = []
+    bounds_s, blind_bounds_s = [], []
     for iteration in track(
         range(arguments.iterations), "simulating", console=console, transient=True, disable=not console.is_terminal
     ):
         case = _Case(arguments, setting.trace, costs, limits, iteration * arguments.batch)
         bounds_s.append(lower_bound_s(case.rollout))
+        blind_bounds_s.append(blind_bound_s(case.rollout))
         played = {name: simulate(case.rollout, case.policy(name)) for name in (*names, KNOWN)}
         # Who knows all lengths can simulate every policy beforehand, and take the best.
         played[KNOWN] = min(played.values(), key=lambda result: result.makespan_s)
         for name, result in played.items():
             results[name].append(result)
-    rows = [_row(arguments, setting, name, results, fmean(bounds_s)) for name in results]
+    rows = [_row(arguments, setting, name, results, fmean(bounds_s), fmean(blind_bounds_s)) for name in results]
     return _Outcome(rows, results)
 
 
@@ -245,13 +248,17 @@ def _row(
     name: str,
     all_results: dict[str, list[SimulationResult]],
     bound_s: float,
+    blind_bound_s: float,
 ) -> dict[str, object]:
-    """Means over the iterations. Shares are parts of the seconds that the bound, or knowing all lengths, would save."""
+    """Means over the iterations. Shares are parts of the seconds that bounds, or knowing all lengths, would save."""
     results = all_results[name]
     seconds, none_s, known_s = (
         fmean(result.makespan_s for result in those) for those in (results, all_results[NONE], all_results[KNOWN])
     )
-    saved_s = none_s - seconds
+
+    def share(best_s: float) -> float | None:
+        return (none_s - seconds) / (none_s - best_s) if none_s > best_s else None
+
     return {
         "lengths": setting.lengths,
         "max_tokens": setting.max_tokens,
@@ -266,22 +273,26 @@ def _row(
         "inferences": fmean(result.num_inferences for result in results),
         "gain": none_s / seconds,
         "oracle_seconds": bound_s,
+        "blind_bound_seconds": blind_bound_s,
         "known_seconds": known_s,
-        "oracle_share": saved_s / (none_s - bound_s) if none_s > bound_s else None,
-        "known_share": saved_s / (none_s - known_s) if none_s > known_s else None,
+        "oracle_share": share(bound_s),
+        "blind_share": share(blind_bound_s),
+        "known_share": share(known_s),
     }
 
 
 def _show(console: Console, rows: Sequence[dict[str, object]], results: dict[str, list[SimulationResult]]) -> None:
     """Timelines and a table of one setting."""
-    titles = ("policy", "seconds", "decoding", "gain", "of known", "of bound", "idle", "moves", "GB")
+    titles = ("policy", "seconds", "decoding", "gain", "of known", "of blind", "idle", "moves", "GB")
     table = Table(*titles, box=SIMPLE, padding=(0, 0, 0, 1))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(str(row["policy"]), *_cells(row))
-    none_s, bound_s = _number(rows[0]["simulated_seconds"]), _number(rows[0]["oracle_seconds"])
-    table.add_row("bound", f"{bound_s:.4g}", "", f"{none_s / bound_s:.3f}x", "", "100%")
+    none_s = _number(rows[0]["simulated_seconds"])
+    for name, field in _BOUNDS.items():
+        bound_s = _number(rows[0][field])
+        table.add_row(name, f"{bound_s:.4g}", "", f"{none_s / bound_s:.3f}x")
     end_s = max(those[0].makespan_s for those in results.values())
     for name, those in results.items():
         console.print(f"\n{name}", markup=False)
@@ -293,18 +304,18 @@ def _show(console: Console, rows: Sequence[dict[str, object]], results: dict[str
 def _show_gains(console: Console, settings: Sequence[Sequence[dict[str, object]]]) -> None:
     """A line per setting: seconds of none, and the others' gains over it."""
     policies = [str(row["policy"]) for row in settings[0][1:]]
-    table = Table(Column("lengths", overflow="fold"), "max tokens", NONE, *policies, "bound")
+    table = Table(Column("lengths", overflow="fold"), "max tokens", NONE, *policies, *_BOUNDS)
     for column in table.columns[1:]:
         column.justify = "right"
     for rows in settings:
-        none_s, bound_s = _number(rows[0]["simulated_seconds"]), _number(rows[0]["oracle_seconds"])
-        gains = (f"{_number(row['gain']):.3f}x" for row in rows[1:])
+        none_s = _number(rows[0]["simulated_seconds"])
+        bounds_s = (_number(rows[0][field]) for field in _BOUNDS.values())
+        gains = (*(_number(row["gain"]) for row in rows[1:]), *(none_s / bound_s for bound_s in bounds_s))
         table.add_row(
             str(rows[0]["lengths"]),
             str(rows[0]["max_tokens"] or "-"),
             f"{none_s:.4g} s",
-            *gains,
-            f"{none_s / bound_s:.3f}x",
+            *(f"{gain:.3f}x" for gain in gains),
         )
     console.print(table)
 
@@ -313,8 +324,8 @@ def _cells(row: dict[str, object]) -> Iterator[str]:
     yield f"{row['simulated_seconds']:.4g}"
     yield f"{row['generation_seconds']:.4g}"
     yield f"{row['gain']:.3f}x"
-    yield "-" if row["known_share"] is None else f"{row['known_share']:.0%}"
-    yield "-" if row["oracle_share"] is None else f"{row['oracle_share']:.0%}"
+    for name in ("known_share", "blind_share"):
+        yield "-" if row[name] is None else f"{row[name]:.0%}"
     yield f"{row['idle_share']:.1%}"
     yield f"{row['migrations']:.0f}"
     yield f"{_number(row['moved_bytes']) / 1e9:.3g}"

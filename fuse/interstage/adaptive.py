@@ -1,9 +1,10 @@
-"""The policy that plans again at every finish, from the remaining-length model and the costs.
+"""The policy that plans again as samples finish, from the remaining-length model and the costs.
 
 Each plan answers three questions. How many engines are to decode: as many as end the rollout soonest by a fluid model
-of what is ahead; some are given up now only if no later change would do better. Which samples go where: while an
-engine, and not the work that is left, would hold up the end, samples move one by one as long as the expected end gains
-by it. How much is scored at once: half of what a free device has yet to do, so that all devices end together.
+of what is ahead, on the mean of a few draws of it; some are given up now only if no later change would do better. Which
+samples go where: while an engine, and not the work that is left, would hold up the end, samples move one by one as long
+as the expected end gains by it. How much is scored at once: half of what a free device has yet to do, so that all
+devices end together, and no more than a few micro-batches, for larger pieces save nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from numpy.typing import NDArray
 from fuse.interstage.costs import CostModel
 from fuse.interstage.fluid import Outlook, best_num_engines
 from fuse.interstage.lengths import RemainingLengths
-from fuse.interstage.migration import Action, Migrate, RolloutState, Room, consolidate, feed, free_devices
+from fuse.interstage.migration import (
+    Action,
+    LiveSamples,
+    Migrate,
+    RolloutState,
+    Room,
+    consolidate,
+    feed,
+    free_devices,
+)
 
 Floats = NDArray[np.float64]
 
@@ -30,13 +40,18 @@ _SHARPNESS = 16
 _MAX_MOVES = 64
 """Moves in one plan that only even out engines; the next finish plans again."""
 _LEAST_TOKEN_S = 1e-12
+_NUM_DRAWS = 4
+"""Draws of what is ahead that a plan is made for: how long the longest sample is matters, and varies the most."""
+_FINISHES = 64
+"""One of this many finishes is planned for while more samples are live: it takes out so small a part of them."""
 _PIECE = 0.5
 """Part of what a device has yet to score that it is given at once."""
 _LEAST_PIECE = 2.0
 """Times the cost of a micro-batch that a piece takes at least."""
+_MOST_BATCHES = 2
+"""Micro-batches in a piece at most."""
 _HOLDS_UP = 0.85
 """Part of the time to come after which an engine's end is what holds up the rollout's."""
-_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,36 +64,46 @@ class Adaptive:
 
     def __call__(self, state: RolloutState) -> list[Action]:
         ends_s, end_s = self._ends(state)
-        moves: list[Migrate] = []
-        if len(state.live):
-            free = free_devices(state)
-            num_engines = int(np.count_nonzero(state.num_live()))
-            num_wanted = self._num_engines(state, num_engines, len(free))
-            if num_wanted < num_engines:
-                loads = self.costs.sample_s + self.costs.context_s * state.live.context_tokens.astype(np.float64)
-                moves = consolidate(state, num_wanted, loads)
-            elif num_wanted > num_engines or ends_s.max() > _HOLDS_UP * end_s:
-                forecast = _forecast(self.costs, self.lengths, state)
-                moves = self._even_out(state, forecast, free[: num_wanted - num_engines])
-        piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s) if len(state.live) else end_s
-        return [*moves, *feed(state, moves, piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S))]
+        moves = self._moves(state, ends_s, end_s) if _is_due(state.live) else []
+        return [*moves, *feed(state, moves, self._piece_tokens(end_s))]
+
+    def _moves(self, state: RolloutState, ends_s: Floats, end_s: float) -> list[Migrate]:
+        free = free_devices(state)
+        num_engines = int(np.count_nonzero(state.num_live()))
+        num_wanted = self._num_engines(state, num_engines, len(free))
+        if num_wanted < num_engines:
+            loads = self.costs.sample_s + self.costs.context_s * state.live.context_tokens.astype(np.float64)
+            return consolidate(state, num_wanted, loads)
+        if num_wanted > num_engines or ends_s.max() > _HOLDS_UP * end_s:
+            return self._even_out(state, _forecast(self.costs, self.lengths, state), free[: num_wanted - num_engines])
+        return []
 
     def _num_engines(self, state: RolloutState, num_engines: int, num_free: int) -> int:
         live, counts = state.live, state.num_live()
         context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)
-        # Levels of a golden-ratio sequence: as a set the samples' tokens left are typical, whatever their curves.
-        levels: Floats = (0.5 + _GOLDEN * np.arange(len(live), dtype=np.float64)) % 1
-        outlook = Outlook(
-            costs=self.costs,
-            remaining=self.lengths.quantile(live.ids, live.response_tokens, levels),
-            live=counts[counts > 0],
-            context_tokens=context[counts > 0],
-            backlog_tokens=float(state.finished_tokens.sum() + state.inferring_tokens.sum() / 2),
-            num_devices=state.num_devices,
-            max_batch=state.limits.max_batch,
-            can_transfer=self.can_transfer,
-        )
-        return best_num_engines(outlook, min(len(live), num_engines + num_free))
+        widest = int(np.argmax(live.context_tokens))
+        outlooks = []
+        for levels in np.random.default_rng(0).random((_NUM_DRAWS, len(live))):
+            remaining = self.lengths.quantile(live.ids, live.response_tokens, levels)
+            outlook = Outlook(
+                costs=self.costs,
+                remaining=remaining,
+                live=counts[counts > 0],
+                context_tokens=context[counts > 0],
+                widest_context_tokens=float(live.context_tokens[widest]),
+                widest_remaining=float(remaining[widest]),
+                backlog_tokens=float(state.finished_tokens.sum() + state.inferring_tokens.sum() / 2),
+                num_devices=state.num_devices,
+                max_batch=state.limits.max_batch,
+                can_transfer=self.can_transfer,
+            )
+            outlooks.append(outlook)
+        return best_num_engines(outlooks, min(len(live), num_engines + num_free))
+
+    def _piece_tokens(self, end_s: float) -> float:
+        piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s)
+        most_tokens = _MOST_BATCHES * self.costs.inference_batch_tokens
+        return min(piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S), most_tokens)
 
     def _ends(self, state: RolloutState) -> tuple[Floats, float]:
         """Seconds until each device is done with what it has now, [devices], and until all are done with everything.
@@ -167,6 +192,11 @@ class _Forecast:
     alone_s: Floats
     sample_s: Floats
     shared_s: Floats
+
+
+def _is_due(live: LiveSamples) -> bool:
+    """Whether to plan: at the start, and at each finish but where so many are live that one hardly counts."""
+    return len(live) > 0 and (len(live) % (1 + len(live) // _FINISHES) == 0 or not live.started.any())
 
 
 def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) -> _Forecast:

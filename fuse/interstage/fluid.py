@@ -8,11 +8,13 @@ those now, and any as likely as another. Of an engine that has c samples now,
 
 and what others finish is scored by the devices that are not busy. A plan keeps the engines that decode now, loaded as
 they are, until few enough samples are left, and goes on with another number of them, loaded evenly. Its makespan is the
-time to the last token and then that to score what is left, on all devices, but the last sample on one.
+time to the last token and then that to score what is left, on all devices, but the last sample on one; or that to the
+last token and the score of the sample with the longest context, which may take longest to score.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,7 +30,7 @@ _NUM_POINTS = 20
 """Counts of samples left, from all to one, at which a plan may change the number of engines."""
 _LEAST_GAIN = 0.005
 """Part of the time to come that a change of the number of engines must save: estimates are no better than that."""
-_PATIENCE = 0.9
+_PATIENCE = 0.97
 """Part of the gain of the best later change for which it is not waited: when the next sample finishes is uncertain."""
 _FEWER = 0.75
 """Ratio of the numbers of engines that are tried."""
@@ -38,28 +40,33 @@ _PIECE_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outlook:
-    """What is ahead. remaining [live]: tokens left, typical as a set; live, context_tokens [engines]: samples on each
-    engine that decodes, and tokens of their context; backlog_tokens: finished and not scored; max_batch: samples that
-    an engine runs at once.
+    """What may be ahead. remaining [live]: a draw of the tokens left; live, context_tokens [engines]: samples on each
+    engine that decodes, and tokens of their context; widest_context_tokens, widest_remaining: of the sample with most
+    context; backlog_tokens: finished and not scored; max_batch: samples that an engine runs at once.
     """
 
     costs: CostModel
     remaining: Floats
     live: Ints
     context_tokens: Ints
+    widest_context_tokens: float
+    widest_remaining: float
     backlog_tokens: float
     num_devices: int
     max_batch: int
     can_transfer: bool
 
 
-def best_num_engines(outlook: Outlook, most: int) -> int:
-    """How many engines, up to `most`, are to decode: other than now if that is better than any later change."""
-    num_now = len(outlook.live)
+def best_num_engines(outlooks: Sequence[Outlook], most: int) -> int:
+    """How many engines, up to `most`, are to decode: other than now if that is better than any later change.
+
+    outlooks: draws of one state, which count alike.
+    """
+    num_now = len(outlooks[0].live)
     fewer = np.append(num_now * _FEWER ** np.arange(24), num_now - 1)
     more = np.linspace(num_now, max(num_now, most), 4)
     choices = np.unique(np.concatenate([fewer, more]).round().astype(np.int64).clip(1))
-    seconds = makespans(outlook, choices)
+    seconds = np.mean([makespans(outlook, choices) for outlook in outlooks], axis=0)
     stay = int(np.searchsorted(choices, num_now))
     best = int(np.argmin(seconds[:, 0]))
     gain_s = float(seconds[stay, 0] - seconds[best, 0])
@@ -107,8 +114,13 @@ def makespans(outlook: Outlook, choices: Ints) -> Floats:
     surplus_s = arriving_s[:-1] - (outlook.num_devices - busy) * seconds
     backlog_s = arriving_s[-1] + np.maximum(0.0, np.cumsum(surplus_s[..., ::-1], axis=-1).max(axis=-1))
     last_s = costs.inference_s + costs.inference_token_s * (context_now + descending[0])
-    total_s: Floats = seconds.sum(axis=-1) + np.maximum(last_s, backlog_s / outlook.num_devices)
-    return total_s
+    total_s = seconds.sum(axis=-1) + np.maximum(last_s, backlog_s / outlook.num_devices)
+
+    passed = np.clip((outlook.widest_remaining - starts) / np.maximum(steps, 1e-9), 0.0, 1.0)
+    widest_tokens = outlook.widest_context_tokens + outlook.widest_remaining
+    widest_s = seconds @ passed + costs.inference_s + costs.inference_token_s * widest_tokens
+    latest_s: Floats = np.maximum(total_s, widest_s)
+    return latest_s
 
 
 @cache

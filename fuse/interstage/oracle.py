@@ -1,8 +1,8 @@
-"""How fast a rollout could be at best: a bound that no policy beats, even one that knows all lengths.
+"""How fast a rollout could be at best, for those who know all lengths beforehand and for those who do not.
 
-It is a bound and no schedule. A policy that knows lengths may come close: it decodes long samples with few others from
-the start, and alike ones together. One that does not know them starts with even batches and learns who is long only as
-others finish, so part of the bound's gain is the worth of knowing; `fuse simulate` shows a policy that knows beside it.
+Both are bounds and no schedules. A policy that knows lengths decodes long samples with few others from the start, and
+alike ones together. One to which samples look alike starts with even batches and learns who is long only as others
+finish: the difference between the bounds is what knowing would be worth.
 """
 
 from __future__ import annotations
@@ -41,6 +41,26 @@ def lower_bound_s(rollout: Rollout) -> float:
         + inference_s.sum()
     ) / rollout.num_devices
     return float(max(path_s.max(), work_s))
+
+
+def blind_bound_s(rollout: Rollout) -> float:
+    """The same for policies to which all samples of an age look alike, and which keep them at about one age.
+
+    Whoever is the longest then has as many others beside it, in each step, as an engine has on average while all
+    decode: with fewer beside some, others have more. So this bounds the mean over rollouts, and not each of them: who
+    happens to leave the longest with few others may do better.
+    """
+    costs, lengths = rollout.costs, rollout.response_tokens
+    longest_first = np.argsort(-lengths, kind="stable")
+    prompts = rollout.prompt_tokens[longest_first]
+    age = np.arange(lengths.max())
+    live = np.searchsorted(np.sort(-lengths), -age, side="left")  # samples with more tokens than that
+    context = np.cumsum(prompts)[live - 1] / live + age
+    batch = np.maximum(1.0, live / rollout.num_devices)
+    decode_s = float(np.sum(costs.step_s + batch * (costs.sample_s + costs.context_s * context)))
+    prefill_s = costs.prefill(int(prompts.sum()) // rollout.num_devices)
+    last_s = costs.inference(int(prompts[0] + lengths.max()))
+    return max(lower_bound_s(rollout), prefill_s + decode_s + last_s)
 
 
 def _largest_batch(rollout: Rollout) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES
 from fuse.interstage.lengths import Observation, learn
 from fuse.interstage.migration import Action, EngineLimits, RolloutState, StageByStage
-from fuse.interstage.rollout import Rollout
+from fuse.interstage.oracle import blind_bound_s
+from fuse.interstage.rollout import Rollout, SpanKind
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 
@@ -63,6 +65,7 @@ def test_adaptive_keeps_up_with_a_tuned_threshold(mix: str, setting: tuple[int, 
     }
     assert seconds["adaptive"] <= 1.02 * seconds["threshold"]
     assert seconds["adaptive"] <= 1.01 * seconds["none"]
+    assert seconds["adaptive"] >= 0.99 * sum(blind_bound_s(case) for case in cases)
 
 
 def test_decisions_follow_from_the_state_alone_and_leave_it_as_it_was() -> None:
@@ -81,3 +84,23 @@ def test_decisions_follow_from_the_state_alone_and_leave_it_as_it_was() -> None:
 
     assert simulate(case, checked).makespan_s == simulate(case, policy).makespan_s
     assert num_actions
+
+
+def test_free_devices_get_small_pieces_to_the_end() -> None:
+    """All are finished at once, and scored in pieces of two micro-batches and then smaller ones, to a common end."""
+    case = rollout("alike", 0, 4, 64, "small-cpu")
+    case = replace(
+        case,
+        response_tokens=np.full(64, 50),
+        prompt_tokens=np.random.default_rng(0).integers(100, 9000, 64),
+        costs=replace(case.costs, inference_batch_tokens=8192),
+    )
+    result = simulate(case, adaptive("alike", case))
+    scored = [[span for span in spans if span.kind is SpanKind.INFER] for spans in result.timeline]
+    ends_s = [spans[-1].end_s for spans in scored]
+    longest_s = case.costs.inference(9050)
+    assert max(ends_s) - min(ends_s) <= longest_s
+    most_s = case.costs.inference(2 * 8192)
+    assert result.num_inferences > 16
+    assert result.idle_share < 0.02
+    assert most_s > longest_s

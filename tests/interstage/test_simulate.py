@@ -28,7 +28,7 @@ from fuse.interstage.migration import (
     Threshold,
     free_devices,
 )
-from fuse.interstage.oracle import lower_bound_s
+from fuse.interstage.oracle import blind_bound_s, lower_bound_s
 from fuse.interstage.rollout import BusySpan, Rollout, SpanKind
 from fuse.interstage.simulate import simulate
 
@@ -122,6 +122,14 @@ def test_samples_wait_for_kv() -> None:
 def test_the_bound_is_reached_when_the_longest_sample_is_all_there_is() -> None:
     lone = rollout([10], 1)
     assert lower_bound_s(lone) == pytest.approx(simulate(lone, StageByStage()).makespan_s)
+
+
+def test_blind_bound_by_hand() -> None:
+    """Of lengths 1, 2 and 4 on two devices three samples take the first step, two the second, and one the others."""
+    costs = replace(SECOND_PER_STEP, sample_s=0.1, prefill_s=0.5, prefill_token_s=0.01)
+    case = rollout([1, 4, 2], 2, costs, prompts=[10, 10, 10])
+    assert blind_bound_s(case) == pytest.approx(0.5 + 0.15 + (1.15 + 1.1 + 1.1 + 1.1) + 1.4)
+    assert lower_bound_s(case) < blind_bound_s(case) <= simulate(case, StageByStage()).makespan_s
 
 
 def test_adaptive_with_lengths_known_reaches_the_bound_where_it_is_plain_to_reach() -> None:

@@ -11,7 +11,7 @@ from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES
 from fuse.interstage.lengths import KnownLengths, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
-from fuse.interstage.oracle import lower_bound_s
+from fuse.interstage.oracle import blind_bound_s, lower_bound_s
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
@@ -36,7 +36,7 @@ def test_adaptive_keeps_up_with_threshold_on_recorded_lengths(path: Path) -> Non
     )  # fmt: skip
     lengths = learn([Observation(int(tokens)) for tokens in past.response_tokens], longest).for_samples()
     seconds = {"none": 0.0, "threshold": 0.0, "adaptive": 0.0, "known": 0.0}
-    bound_s = 0.0
+    bound_s = blind_s = 0.0
     for start in range(0, NUM_BATCHES * NUM_SAMPLES, NUM_SAMPLES):
         batch = slice(start, start + NUM_SAMPLES)
         rollout = Rollout(
@@ -55,7 +55,9 @@ def test_adaptive_keeps_up_with_threshold_on_recorded_lengths(path: Path) -> Non
         for name, policy in policies.items():
             seconds[name] += simulate(rollout, policy).makespan_s
         bound_s += lower_bound_s(rollout)
+        blind_s += blind_bound_s(rollout)
     assert seconds["adaptive"] <= 1.02 * seconds["threshold"]
     assert seconds["adaptive"] <= seconds["none"] * ROUNDING
     assert bound_s <= seconds["known"] * ROUNDING
+    assert blind_s <= seconds["adaptive"] * ROUNDING
     assert seconds["known"] <= seconds["adaptive"] * ROUNDING
