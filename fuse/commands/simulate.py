@@ -3,8 +3,8 @@
 Each iteration takes the next rows of the trace as a batch; policies that learn from lengths learn from all other rows.
 In the table, known is the best of these policies and of the adaptive one told all lengths beforehand; no policy beats
 the bound, and none that cannot tell which samples will be long beats the blind bound on average. Gain is over none,
-followed by its parts of the gains of known and blind; moves and GB are what migrations carried. Several traces or maxima of tokens make
-a table of gains, a line each.
+followed by its parts of the gains of known and blind; moves and GB are what migrations carried. Several traces or
+maxima of tokens make a table of gains, a line each.
 """
 
 from __future__ import annotations
