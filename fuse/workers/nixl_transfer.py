@@ -30,6 +30,8 @@ from fuse.workers.kv_transfer import KVRef, NixlRef, dtype_named, named_layout, 
 _LEAST_BYTES = 1 << 16
 _PATIENCE_S = 10.0
 """For a process that does not answer, beside the time for its bytes at the lowest speed."""
+_PATIENCE_AGAIN_S = 0.5
+"""For one that did not answer the last time."""
 _LEAST_BYTES_PER_S = 1e8
 _POLL_S = 1e-4
 _PROGRESS_US = 10_000
@@ -77,6 +79,7 @@ class NixlTransfer:
         self._offered: dict[bytes, _Piece] = {}  # by ticket
         self._num_offers = 0
         self._known: set[tuple[str, bytes]] = set()  # of other agents, with what they said of themselves
+        self._silent: set[str] = set()  # of those, who did not answer
 
     @property
     def num_offered(self) -> int:
@@ -125,8 +128,10 @@ class NixlTransfer:
             return None
         if not is_done:
             self._forget(ref.agent)  # the piece is not used again: a late answer may still write to it
+            self._silent.add(ref.agent)
             warn_lost("no answer")
             return None
+        self._silent.discard(ref.agent)
         self._held[piece.address] = piece
         return kv_memory.views(piece.memory, [(dtype_named(name), shape) for name, shape in ref.layout])
 
@@ -158,7 +163,8 @@ class NixlTransfer:
         ours = nixl.nixlXferDList(self._segment, [(piece.address, num_bytes, self._device_id)])
         segment = nixl.VRAM_SEG if ref.memory == "VRAM" else nixl.DRAM_SEG
         theirs = nixl.nixlXferDList(segment, [(ref.address, num_bytes, ref.device_id)])
-        give_up_s = time.monotonic() + _PATIENCE_S + num_bytes / _LEAST_BYTES_PER_S
+        patience_s = _PATIENCE_AGAIN_S if ref.agent in self._silent else _PATIENCE_S
+        give_up_s = time.monotonic() + patience_s + num_bytes / _LEAST_BYTES_PER_S
         request = self._agent.createXferReq(nixl.NIXL_READ, ours, theirs, ref.agent, ref.ticket)
         try:
             state = self._agent.postXferReq(request, ref.ticket)

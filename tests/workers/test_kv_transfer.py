@@ -285,16 +285,22 @@ def test_what_the_object_store_has_lost_is_lost_and_no_more(monkeypatch: pytest.
 def test_a_process_that_does_not_answer_is_given_up_and_may_come_back(pair: Pair) -> None:
     source, target = pair.start("nixl")
     assert ask(target, "fetch", ask(source, "offer", 0), 0) is not None
-    ask(target, "set_patience", 0.5)
-    refs = [ask(source, "offer", seed, 3_000_000) for seed in (1, 2)]
+    ask(target, "set_patience", 3.0)
+    refs = [ask(source, "offer", seed, 300_000) for seed in range(4)]
     os.kill(source.process_id, signal.SIGSTOP)
     try:
-        assert ask(target, "fetch", refs[0], 1) is None
+        waits_s = []
+        for seed in range(3):
+            start_s = time.monotonic()
+            assert ask(target, "fetch", refs[seed], seed) is None
+            waits_s.append(time.monotonic() - start_s)
+        assert waits_s[0] > 3.0 > max(waits_s[1:]), "it is not waited for as long again"
     finally:
         os.kill(source.process_id, signal.SIGCONT)
-    ask(target, "set_patience", PATIENCE_S)
-    assert ask(target, "fetch", refs[1], 2) is not None
-    assert ask(target, "holds", 2, 3_000_000)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while ask(target, "fetch", refs[3], 3) is None:
+        assert time.monotonic() < deadline_s
+    assert ask(target, "holds", 3, 300_000)
 
 
 @needs_nixl

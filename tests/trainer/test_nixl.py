@@ -1,0 +1,76 @@
+"""A run whose samples move by NIXL is the run in which they stay."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fuse.interstage.costs import SMALL_CPU
+from fuse.interstage.migration import Action, Migrate, RolloutState, feed
+from fuse.interstage.planner import RolloutPlanner
+
+from . import tiny
+
+ROUNDING = 1e-4
+"""Of weights after steps of 1e-2, where micro-batches of inference differ."""
+
+
+def _gather_on_the_first(state: RolloutState) -> list[Action]:
+    """As soon as there is something to move."""
+    moves: list[Action] = [
+        Migrate(int(sample), int(device), 0)
+        for sample, device, movable in zip(state.live.ids, state.live.devices, state.live.movable, strict=True)
+        if device != 0 and movable and state.finished_ids.size
+    ]
+    return [*moves, *feed(state, moves)]
+
+
+def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Two updates: the weights afterwards, and every response."""
+    responses: list[list[str]] = []
+
+    def reward(prompts: list[str], completions: list[str], target: list[int]) -> list[float]:
+        responses.append(completions)
+        return tiny.count_a(prompts, completions, target)
+
+    trainer = tiny.trainer(
+        output_dir, reward=reward, num_devices=2, response_length=48, num_sample_generations=0, **options
+    )
+    trainer.train()
+    return trainer.policy_model.state_dict(), sorted(one for completions in responses for one in completions)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: make setup-vllm-cpu")
+def test_a_run_whose_samples_move_ends_where_the_run_does_in_which_they_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, responses = _train(tmp_path / "stay", inter_stage_fusion=False)
+    computing_is_dear = replace(SMALL_CPU, prefill_s=1e3)
+    monkeypatch.setattr(RolloutPlanner, "policy", lambda planner, samples: _gather_on_the_first)
+    monkeypatch.setattr(RolloutPlanner, "costs", lambda planner: computing_is_dear)
+    moved_weights, moved_responses = _train(tmp_path / "move", kv_transfer="nixl")
+    assert moved_responses == responses
+    for name, tensor in weights.items():
+        torch.testing.assert_close(moved_weights[name], tensor, rtol=0, atol=ROUNDING)
+    traces = [json.loads(path.read_text()) for path in (tmp_path / "move" / "traces").glob("iteration-*.json")]
+    admits = [event["args"] for trace in traces for event in trace["traceEvents"] if event["name"] == "admit"]
+    assert any(sizes["bytes"] for sizes in admits)
+    assert not any(sizes["lost"] for sizes in admits)
+
+
+def test_a_missing_package_is_reported_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=r"kv_transfer='nixl' needs nixl 1\.5\.1, which is not installed"):
+        tiny.trainer(tmp_path, kv_transfer="nixl")
