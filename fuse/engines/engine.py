@@ -129,7 +129,8 @@ class GenerationEngine(Protocol):
         allocate: memory on the engine's device to write the KV to, as a `Layout` says; called once, or never when the
             KV is not the engine's own but what the sample brought and is given back. By default KV goes to the host.
 
-        Post: the sample is not in the engine. Raises: ValueError when it was not before.
+        Post: the sample is not in the engine. Raises: ValueError when it was not before; what `allocate` raises, and
+        then the sample is still there.
         """
         ...
 

@@ -133,8 +133,9 @@ class VllmEngine:
     def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
         if sample_id not in self._live:
             raise not_present(sample_id)
-        live = self._live.pop(sample_id)
+        live = self._live[sample_id]
         kv = self._core.read_kv(live.internal_id, allocate) if with_kv else None
+        del self._live[sample_id]
         self._core.abort(live.internal_id)
         return Evicted(live.to_request(), kv)
 

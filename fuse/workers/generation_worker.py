@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -10,12 +11,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.trace import Span, SpanRecorder
 from fuse.workers.kv_transfer import KVRef, KVTransfer, ObjectStoreTransfer
 from fuse.workers.weights import WeightsRef, get_state_dict
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ class GenerationWorker:
 
         A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
         tokens it had to compute anew for samples that entered (`prefill_tokens`). An "admit" says of how many samples
-        the KV was lost with the process that they left (`lost`): they are computed anew.
+        the KV was lost with the process that they left, or found no memory (`lost`): they are computed anew.
         """
         with self._changed:
             self._raise_failure()
@@ -248,7 +252,11 @@ class GenerationWorker:
         return departures
 
     def _depart(self, sample_id: int, with_kv: bool) -> Departure:
-        evicted = self._engine.evict(sample_id, with_kv=with_kv, allocate=self._kv_transfer.allocate)
+        try:
+            evicted = self._engine.evict(sample_id, with_kv=with_kv, allocate=self._kv_transfer.allocate)
+        except torch.OutOfMemoryError as error:
+            _logger.warning("no memory for the KV of sample %d, which moves without it: %s", sample_id, error)
+            evicted = self._engine.evict(sample_id)
         kv = None if evicted.kv is None else self._kv_transfer.offer(evicted.kv)
         self._release(sample_id)
         return Departure(evicted.request, kv)

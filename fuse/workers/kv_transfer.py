@@ -50,7 +50,10 @@ class KVTransfer(Protocol):
 
     @property
     def allocate(self) -> Allocate | None:
-        """Where the engine is to write KV that is offered next; None: on the host, as it likes."""
+        """Where the engine is to write KV that is offered next; None: on the host, as it likes.
+
+        Raises: torch.OutOfMemoryError when the device has no room for it.
+        """
         ...
 
     def offer(self, kv: Sequence[Tensor]) -> KVRef:
@@ -58,7 +61,8 @@ class KVTransfer(Protocol):
         ...
 
     def fetch(self, ref: KVRef) -> tuple[Tensor, ...] | None:
-        """KV offered elsewhere, of the same dtypes and shapes; None when it is lost with the process that offered it.
+        """KV offered elsewhere, of the same dtypes and shapes; None when it is lost with the process that offered it,
+        or there is no room for it.
 
         Only to be read, and, unless it is offered on, to be given back by `release`.
         """

@@ -118,7 +118,11 @@ class NixlTransfer:
 
     def fetch(self, ref: KVRef) -> tuple[Tensor, ...] | None:
         assert isinstance(ref, NixlRef), "KV was offered through another carrier"
-        piece = self._take(ref.num_bytes)
+        try:
+            piece = self._take(ref.num_bytes)
+        except torch.OutOfMemoryError as error:
+            warn_lost(str(error))
+            return None
         try:
             is_done = self._read(ref, piece)
         except _NixlError as error:

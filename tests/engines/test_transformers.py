@@ -147,6 +147,15 @@ def test_kv_that_comes_along_needs_no_prefill_budget(build_model: BuildModel) ->
     assert len(target.step()) == 3
 
 
+def test_a_sample_stays_when_there_is_no_memory_for_its_kv(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model(), max_batch=2)
+    engine.submit(request(0, 9, 10))
+    engine.step()
+    with pytest.raises(TypeError):
+        engine.evict(0, with_kv=True, allocate=bytes.fromhex)  # type: ignore[arg-type]  # which takes no number
+    assert len(engine.evict(0).request.response_ids) == 1
+
+
 def test_the_context_limits_prompt_and_response_together(build_model: BuildModel) -> None:
     engine = TransformersEngine(build_model(), max_context=50)
     with pytest.raises(ValueError, match=r"needs 51 tokens .* context is 50"):

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 import psutil
@@ -164,6 +165,15 @@ def test_kv_of_another_kind_is_refused(vllm_pool: VllmPool, build_model: BuildMo
     with pytest.raises(ValueError, match=r"sample 0 brings keys and values .* admit it without KV to recompute"):
         engine.admit(evicted)
     engine.admit(Evicted(evicted.request))
+
+
+def test_a_sample_stays_when_there_is_no_memory_for_its_kv(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    engine.submit(request(0, 9, 10))
+    engine.step()
+    with pytest.raises(TypeError):
+        engine.run(methodcaller("evict", 0, with_kv=True, allocate=bytes.fromhex))  # which takes no number
+    assert len(engine.evict(0).request.response_ids) == 1
 
 
 def test_a_sample_alone_draws_what_it_draws_in_a_batch(vllm_pool: VllmPool, build_model: BuildModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_costs_are_those_behind_the_spans() -> None:
     measured = calibration.costs()
     assert measured is not None
     assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3)
+
+    in_vain = moved("admit", 2000, 10.0)
+    calibration.add([replace(in_vain, arguments={**in_vain.arguments, "lost": 1})])
+    calibration.add([replace(moved("admit", 1500, 1e-3), arguments={"samples": 1, "bytes": 1500, "lost": 0})])
+    measured = calibration.costs()
+    assert measured is not None
+    assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3), "the other one waited for a process that had died"
 
 
 def test_what_was_hardly_seen_is_assumed_or_missing() -> None:

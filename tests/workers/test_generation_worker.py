@@ -10,12 +10,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
-from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
+from fuse.engines.engine import Evicted, GeneratedToken, GenerationRequest, SamplingParams
+from fuse.engines.kv_memory import Allocate
 from fuse.engines.replay import ReplayEngine
 from fuse.workers.cluster import Cluster, gather, wait_any
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_worker import GenerationWorker, Progress
+from fuse.workers.kv_transfer import ObjectStoreTransfer
 from fuse.workers.weights import put_state_dict
 
 PATIENCE_S = 60.0
@@ -52,6 +55,24 @@ class SteppedEngine(ReplayEngine):
 class BrokenEngine(ReplayEngine):
     def step(self) -> list[GeneratedToken]:
         raise RuntimeError("the engine broke")
+
+
+class NoMemory(ObjectStoreTransfer):
+    """A carrier on a device that is full."""
+
+    @staticmethod
+    def allocate(num_bytes: int) -> Tensor:
+        raise torch.OutOfMemoryError("the device is full")
+
+
+class KvEngine(ReplayEngine):
+    """Has KV, of a kind, and needs memory to give it away."""
+
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Allocate | None = None) -> Evicted:
+        if with_kv:
+            assert allocate is not None
+            allocate(8)
+        return super().evict(sample_id)
 
 
 Make = Callable[[ReplayEngine], GenerationWorker]
@@ -152,6 +173,15 @@ def test_an_evicted_sample_carries_its_tokens_and_continues_elsewhere(make: Make
     engine.allow(10)
     (left,) = first.poll(PATIENCE_S)
     assert (left.sample_id, left.finished) == (2, True), "the evicted sample is reported no more"
+
+
+def test_a_sample_whose_kv_finds_no_memory_leaves_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    worker = GenerationWorker(lambda: KvEngine(recordings(1_000_000)), NoMemory)
+    worker.submit([request(0)])
+    (departure,) = worker.evict([0], with_kv=True)
+    assert departure.kv is None
+    assert "no memory for the KV of sample 0, which moves without it: the device is full" in caplog.text
+    worker.close()
 
 
 def test_spans_tell_batch_and_time_of_every_step(make: Make) -> None:

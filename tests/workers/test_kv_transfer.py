@@ -117,6 +117,12 @@ class Peer:
 
         nixl_transfer._PATIENCE_S = seconds
 
+    def fill_device(self) -> None:
+        def register(num_bytes: int) -> None:
+            raise torch.OutOfMemoryError("the device is full")
+
+        self.transfer._register = register
+
     def busy_s(self, seconds: float) -> float:
         """Processor time of all threads while this one sleeps."""
         start = psutil.Process().cpu_times()
@@ -238,6 +244,18 @@ def test_what_nobody_fetches_is_taken_back(pair: Pair) -> None:
     ask(source, "recall")
     assert ask(source, "wait_for", 0)
     assert ask(source, "offer", 2).address == lost.address
+
+
+@needs_nixl
+def test_kv_that_finds_no_room_is_lost_and_no_more(pair: Pair) -> None:
+    source, target = pair.start("nixl")
+    small, large = (ask(source, "offer", seed, num_values) for seed, num_values in ((1, 60), (2, 300_000)))
+    assert ask(target, "fetch", small, 1) is not None
+    ask(target, "release", 1)
+    ask(target, "fill_device")
+    assert ask(target, "fetch", large, 2) is None
+    assert ask(target, "fetch", ask(source, "offer", 3), 3) is not None, "there is a piece of this size"
+    assert ask(target, "holds", 3)
 
 
 @needs_nixl
