@@ -4,7 +4,7 @@ Each plan answers three questions. How many engines are to decode: as many as en
 of what is ahead, on the mean of a few draws of it; some are given up now only if no later change would do better. Which
 samples go where: while an engine, and not the work that is left, would hold up the end, samples move one by one as long
 as the expected end gains by it. How much is scored at once: half of what a free device has yet to do, so that all
-devices end together, and no more than a few micro-batches, for larger pieces save nothing.
+devices end together.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ _PIECE = 0.5
 """Part of what a device has yet to score that it is given at once."""
 _LEAST_PIECE = 2.0
 """Times the cost of a micro-batch that a piece takes at least."""
-_MOST_BATCHES = 2
-"""Micro-batches in a piece at most."""
 _HOLDS_UP = 0.85
 """Part of the time to come after which an engine's end is what holds up the rollout's."""
 
@@ -63,9 +61,13 @@ class Adaptive:
     can_transfer: bool = True
 
     def __call__(self, state: RolloutState) -> list[Action]:
+        is_due = _is_due(state.live)
+        if not is_due and not (len(state.finished_ids) and free_devices(state)):
+            return []
         ends_s, end_s = self._ends(state)
-        moves = self._moves(state, ends_s, end_s) if _is_due(state.live) else []
-        return [*moves, *feed(state, moves, self._piece_tokens(end_s))]
+        moves = self._moves(state, ends_s, end_s) if is_due else []
+        piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s)
+        return [*moves, *feed(state, moves, piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S))]
 
     def _moves(self, state: RolloutState, ends_s: Floats, end_s: float) -> list[Migrate]:
         free = free_devices(state)
@@ -99,11 +101,6 @@ class Adaptive:
             )
             outlooks.append(outlook)
         return best_num_engines(outlooks, min(len(live), num_engines + num_free))
-
-    def _piece_tokens(self, end_s: float) -> float:
-        piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s)
-        most_tokens = _MOST_BATCHES * self.costs.inference_batch_tokens
-        return min(piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S), most_tokens)
 
     def _ends(self, state: RolloutState) -> tuple[Floats, float]:
         """Seconds until each device is done with what it has now, [devices], and until all are done with everything.

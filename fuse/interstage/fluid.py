@@ -26,7 +26,7 @@ from fuse.interstage.costs import CostModel
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_NUM_POINTS = 20
+_NUM_POINTS = 14
 """Counts of samples left, from all to one, at which a plan may change the number of engines."""
 _LEAST_GAIN = 0.005
 """Part of the time to come that a change of the number of engines must save: estimates are no better than that."""

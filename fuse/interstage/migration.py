@@ -196,7 +196,7 @@ def feed(state: RolloutState, moves: Iterable[Migrate] = (), piece_tokens: float
         pieces = balance(tokens, len(free))
     else:
         pieces = [[] for _ in free]
-        longest_first = iter(sorted(range(len(tokens)), key=lambda index: -tokens[index]))
+        longest_first = iter(np.argsort(-state.finished_tokens, kind="stable").tolist())
         index = next(longest_first, None)
         for piece in pieces:
             held = 0
