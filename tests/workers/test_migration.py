@@ -194,10 +194,10 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
     assert_same(moved, stayed)
 
 
+@needs("nixl")
 def test_what_was_never_fetched_is_taken_back_with_the_next_weights(
     make_workers: MakeWorkers, weights: WeightsRef
 ) -> None:
-    pytest.importorskip("nixl", reason="nixl is not installed: make setup-vllm-cpu")
     source, target = make_workers("transformers", "nixl")
     addresses = []
     for sample_id in (0, 1, 2):
