@@ -1,7 +1,7 @@
 """`fuse bench rollout` without `--against`: whole rollouts, generation and inference, under each migration policy.
 
 The same samples of the same lengths on real workers, policies in turn. Beside each the simulator's makespan, with costs
-that were measured on these workers just before, and that of an oracle that knows all lengths.
+that were measured on these workers in the same rounds, and that of an oracle that knows all lengths.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class _Mix:
         assert costs is not None
         policies = self._policies(costs)
         runs: dict[str, list[_Run]] = {name: [] for name in policies}
+        costs_of_rounds: list[CostModel] = []
         num_rounds = 1 + self._arguments.repeats
         print(f"{self._name}: {int(self._lengths.sum())} tokens, {num_rounds} rounds ...", file=sys.stderr, flush=True)
         for round_index in range(num_rounds):
@@ -130,10 +131,16 @@ class _Mix:
                 run = self._roll_out(policy, len(self._lengths))
                 if round_index:
                     runs[name].append(run)
-        simulated = {name: self._simulated(costs, policy) for name, policy in policies.items()}
-        told = self._simulated(costs, Adaptive(costs, KnownLengths(self._lengths)))
-        oracle = min(told, *simulated.values())
-        return [self._row(name, runs, simulated, oracle) for name in policies]
+            if round_index:  # shared machines are now faster, now slower: costs are those of the latest rollouts
+                costs_of_rounds.append(self._fleet.rollout_costs or costs)
+        simulated = {
+            name: statistics.median(self._simulated(each, policy) for each in costs_of_rounds)
+            for name, policy in policies.items()
+        }
+        told = statistics.median(
+            self._simulated(each, Adaptive(each, KnownLengths(self._lengths))) for each in costs_of_rounds
+        )
+        return [self._row(name, runs, simulated, min(told, *simulated.values())) for name in policies]
 
     def _row(
         self, name: str, runs: Mapping[str, Sequence[_Run]], simulated: Mapping[str, float], oracle: float

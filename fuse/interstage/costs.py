@@ -1,4 +1,4 @@
-"""What generation, inference and migration cost: affine functions, fitted from measurements or taken from a profile.
+"""What generation, inference and migration cost: affine functions, fitted to measurements or taken from a profile.
 
     decode step   = step_s + sample_s * batch + context_s * (tokens of context in the batch)
     prefill       = prefill_s + prefill_token_s * tokens
@@ -101,45 +101,6 @@ def cheaper_migration(costs: CostModel, context_tokens: int, *, can_transfer: bo
     recompute = MigrationCost(MigrationKind.RECOMPUTE, costs.prefill(context_tokens), carried)
     transfer = MigrationCost(MigrationKind.TRANSFER, costs.transfer(kv_bytes), carried + kv_bytes)
     return transfer if can_transfer and transfer.seconds < recompute.seconds else recompute
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurements:
-    """What was timed on one device; every row ends with its seconds.
-
-    `decode`: (batch, context tokens in the batch, seconds per step); `prefill` and `inference`: (tokens, seconds);
-    `transfer`: (bytes, seconds).
-    """
-
-    decode: Sequence[tuple[float, float, float]]
-    prefill: Sequence[tuple[float, float]]
-    inference: Sequence[tuple[float, float]]
-    transfer: Sequence[tuple[float, float]]
-    kv_bytes_per_token: int
-
-
-def fit_costs(measurements: Measurements) -> CostModel:
-    """Least squares of the relative error with non-negative coefficients, so that small operations count as large do.
-
-    Raises:
-        ValueError: fewer measurements of a kind than it has coefficients, or a time that is not positive.
-    """
-    step_s, sample_s, context_s = fit_affine("decode", measurements.decode)
-    prefill_s, prefill_token_s = fit_affine("prefill", measurements.prefill)
-    inference_s, inference_token_s = fit_affine("inference", measurements.inference)
-    transfer_s, transfer_byte_s = fit_affine("transfer", measurements.transfer)
-    return CostModel(
-        step_s=step_s,
-        sample_s=sample_s,
-        context_s=context_s,
-        prefill_s=prefill_s,
-        prefill_token_s=prefill_token_s,
-        inference_s=inference_s,
-        inference_token_s=inference_token_s,
-        kv_bytes_per_token=measurements.kv_bytes_per_token,
-        transfer_s=transfer_s,
-        transfer_byte_s=transfer_byte_s,
-    )
 
 
 def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -245,7 +206,15 @@ PROFILES: Mapping[str, CostModel] = MappingProxyType(
 
 
 def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
-    """Intercept and slopes of the last column by the others; scaled, since bytes and seconds lie far apart."""
+    """Intercept and slopes of the last column by the others, such that they add up to it over all rows.
+
+    Relative errors are made least, so that small operations count as large ones do, with no coefficient below zero.
+    That alone would fall short of the mean where times scatter. Columns are scaled, since bytes and seconds lie far
+    apart.
+
+    Raises:
+        ValueError: fewer rows than coefficients, or a time that is not positive.
+    """
     table = np.asarray(rows, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < table.shape[1]:
         raise ValueError(f"{len(rows)} measurements of {name} do not determine its costs: time more sizes")
@@ -254,5 +223,5 @@ def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
     matrix = np.column_stack([np.ones(len(table)), table[:, :-1]])
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     seconds = table[:, -1]
-    solution = non_negative_least_squares(matrix / scale / seconds[:, None], np.ones(len(table)))
-    return [float(value) for value in solution / scale]
+    solution = non_negative_least_squares(matrix / scale / seconds[:, None], np.ones(len(table))) / scale
+    return [float(value) for value in solution * (seconds.sum() / (matrix @ solution).sum())]
