@@ -84,23 +84,19 @@ class Adaptive:
         live, counts = state.live, state.num_live()
         context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)
         widest = int(np.argmax(live.context_tokens))
-        outlooks = []
-        for levels in np.random.default_rng(0).random((_NUM_DRAWS, len(live))):
-            remaining = self.lengths.quantile(live.ids, live.response_tokens, levels)
-            outlook = Outlook(
-                costs=self.costs,
-                remaining=remaining,
-                live=counts[counts > 0],
-                context_tokens=context[counts > 0],
-                widest_context_tokens=float(live.context_tokens[widest]),
-                widest_remaining=float(remaining[widest]),
-                backlog_tokens=float(state.finished_tokens.sum() + state.inferring_tokens.sum() / 2),
-                num_devices=state.num_devices,
-                max_batch=state.limits.max_batch,
-                can_transfer=self.can_transfer,
-            )
-            outlooks.append(outlook)
-        return best_num_engines(outlooks, min(len(live), num_engines + num_free))
+        levels = np.random.default_rng(0).random((_NUM_DRAWS, len(live)))
+        outlook = Outlook(
+            costs=self.costs,
+            remaining=np.stack([self.lengths.quantile(live.ids, live.response_tokens, each) for each in levels]),
+            live=counts[counts > 0],
+            context_tokens=context[counts > 0],
+            widest=(widest, int(live.context_tokens[widest])),
+            backlog_tokens=float(state.finished_tokens.sum() + state.inferring_tokens.sum() / 2),
+            num_devices=state.num_devices,
+            max_batch=state.limits.max_batch,
+            can_transfer=self.can_transfer,
+        )
+        return best_num_engines(outlook, min(len(live), num_engines + num_free))
 
     def _ends(self, state: RolloutState) -> tuple[Floats, float]:
         """Seconds until each device is done with what it has now, [devices], and until all are done with everything.

@@ -14,7 +14,6 @@ last token and the score of the sample with the longest context, which may take 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,33 +39,29 @@ _PIECE_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outlook:
-    """What may be ahead. remaining [live]: a draw of the tokens left; live, context_tokens [engines]: samples on each
-    engine that decodes, and tokens of their context; widest_context_tokens, widest_remaining: of the sample with most
-    context; backlog_tokens: finished and not scored; max_batch: samples that an engine runs at once.
+    """What may be ahead. remaining [draws, live]: draws of the tokens left; live, context_tokens [engines]: samples on
+    each engine that decodes, and tokens of their context; widest: the one of the live with most context, and its tokens
+    of that; backlog_tokens: finished and not scored; max_batch: samples that an engine runs at once.
     """
 
     costs: CostModel
     remaining: Floats
     live: Ints
     context_tokens: Ints
-    widest_context_tokens: float
-    widest_remaining: float
+    widest: tuple[int, int]
     backlog_tokens: float
     num_devices: int
     max_batch: int
     can_transfer: bool
 
 
-def best_num_engines(outlooks: Sequence[Outlook], most: int) -> int:
-    """How many engines, up to `most`, are to decode: other than now if that is better than any later change.
-
-    outlooks: draws of one state, which count alike.
-    """
-    num_now = len(outlooks[0].live)
+def best_num_engines(outlook: Outlook, most: int) -> int:
+    """How many engines, up to `most`, are to decode: other than now if that is better than any later change."""
+    num_now = len(outlook.live)
     fewer = np.append(num_now * _FEWER ** np.arange(24), num_now - 1)
     more = np.linspace(num_now, max(num_now, most), 4)
     choices = np.unique(np.concatenate([fewer, more]).round().astype(np.int64).clip(1))
-    seconds = np.mean([makespans(outlook, choices) for outlook in outlooks], axis=0)
+    seconds = makespans(outlook, choices)
     stay = int(np.searchsorted(choices, num_now))
     best = int(np.argmin(seconds[:, 0]))
     gain_s = float(seconds[stay, 0] - seconds[best, 0])
@@ -78,49 +73,61 @@ def best_num_engines(outlooks: Sequence[Outlook], most: int) -> int:
 def makespans(outlook: Outlook, choices: Ints) -> Floats:
     """Seconds from now of plans that go over to `choices` [choices] engines at some point, [choices, points].
 
-    The points are counts of samples left; the first of them is now.
+    The points are counts of samples left; the first of them is now. Means over the draws.
     """
-    costs, num_live = outlook.costs, len(outlook.remaining)
+    costs, num_live = outlook.costs, outlook.remaining.shape[1]
     context_now = float(outlook.context_tokens.sum()) / num_live
-    descending = np.sort(outlook.remaining)[::-1]
+    ascending = np.sort(outlook.remaining, axis=1)
+    longest = ascending[:, -1:]
     left = _points(num_live)
-    starts = np.append(descending, 0.0)[left]  # steps after which so many are left
-    steps = np.diff(np.append(starts, descending[0]))
-    shorter = np.append(np.cumsum(descending[::-1])[::-1], 0.0)  # steps of all but the longest so many
-    live = np.diff(np.append(left * starts + shorter[left], shorter[0])) / np.maximum(steps, 1e-9)
+    # [draws, points], and intervals from each point to the next alike.
+    starts = np.where(left < num_live, ascending[:, num_live - 1 - left], 0.0)  # steps after which so many are left
+    steps = np.diff(starts, append=longest)
+    shorter = np.cumsum(np.pad(ascending, ((0, 0), (1, 0))), axis=1)  # steps of all but the longest so many
+    taken = left * starts + shorter[:, num_live - left]
+    live = np.diff(taken, append=shorter[:, -1:]) / np.maximum(steps, 1e-9)
     context = context_now + starts + steps / 2
-    finished_tokens = -np.diff(np.append(left, 0)) * (context + steps / 2)
+    finished_tokens = -np.diff(left, append=0) * (context + steps / 2)
 
     # Engines as they are: the last sample is on one of them as likely as any other sample is.
     load = costs.sample_s * outlook.live + costs.context_s * outlook.context_tokens
     skew = float(outlook.live @ load) / max(float(load.sum()), 1e-12)
     seconds_now = steps * _step_s(outlook, skew, live / num_live, context)
-    busy_now = (1 - (1 - np.minimum(live / num_live, 1.0)) ** outlook.live[:, None]).sum(axis=0)
-    # Engines evenly loaded from a point on, [choices, points, intervals].
+    busy_now = (1 - (1 - np.minimum(live / num_live, 1.0))[..., None] ** outlook.live).sum(axis=-1)
+    # Engines evenly loaded from a point on, [draws, choices, points, intervals].
     engines = np.minimum(choices[:, None, None], left[:, None])
-    share = np.minimum(live / left[:, None], 1.0)
+    share = np.minimum(_per_plan(live) / left[:, None], 1.0)
     each = left[:, None] / engines
-    seconds_then = steps * _step_s(outlook, each, share, context)
+    seconds_then = _per_plan(steps) * _step_s(outlook, each, share, _per_plan(context))
     busy_then = engines * (1 - (1 - share) ** each)
 
     points = np.arange(len(left))
     changed = points[:, None] <= points
-    seconds = np.where(changed, seconds_then, seconds_now)
-    seconds[:, points, points] += _change_s(outlook, choices, left, context_now + starts)
-    busy = np.where(changed, busy_then, busy_now)
+    seconds = np.where(changed, seconds_then, _per_plan(seconds_now))
+    seconds[..., points, points] += _change_s(outlook, choices, left, context_now + starts)
+    busy = np.where(changed, busy_then, _per_plan(busy_now))
 
     token_s = costs.inference_token_s + costs.inference_s / min(costs.inference_batch_tokens, _PIECE_TOKENS)
-    arriving_s = np.append(outlook.backlog_tokens, finished_tokens) * token_s  # before each interval, and at the end
-    surplus_s = arriving_s[:-1] - (outlook.num_devices - busy) * seconds
-    backlog_s = arriving_s[-1] + np.maximum(0.0, np.cumsum(surplus_s[..., ::-1], axis=-1).max(axis=-1))
-    last_s = costs.inference_s + costs.inference_token_s * (context_now + descending[0])
+    # Before each interval, and at the end.
+    arriving_s = np.insert(finished_tokens, 0, outlook.backlog_tokens, axis=1) * token_s
+    surplus_s = _per_plan(arriving_s[:, :-1]) - (outlook.num_devices - busy) * seconds
+    ahead_s = np.maximum(0.0, np.cumsum(surplus_s[..., ::-1], axis=-1).max(axis=-1))
+    backlog_s = arriving_s[:, -1:, None] + ahead_s
+    last_s = costs.inference_s + costs.inference_token_s * (context_now + longest[..., None])
     total_s = seconds.sum(axis=-1) + np.maximum(last_s, backlog_s / outlook.num_devices)
 
-    passed = np.clip((outlook.widest_remaining - starts) / np.maximum(steps, 1e-9), 0.0, 1.0)
-    widest_tokens = outlook.widest_context_tokens + outlook.widest_remaining
-    widest_s = seconds @ passed + costs.inference_s + costs.inference_token_s * widest_tokens
-    latest_s: Floats = np.maximum(total_s, widest_s)
+    widest, widest_context = outlook.widest
+    widest_remaining = outlook.remaining[:, widest, None]
+    passed = np.clip((widest_remaining - starts) / np.maximum(steps, 1e-9), 0.0, 1.0)
+    scoring_s = costs.inference_s + costs.inference_token_s * (widest_context + widest_remaining)
+    widest_s = (seconds * _per_plan(passed)).sum(axis=-1) + scoring_s[..., None]
+    latest_s: Floats = np.maximum(total_s, widest_s).mean(axis=0)
     return latest_s
+
+
+def _per_plan(values: Floats) -> Floats:
+    """[draws, intervals] of every plan, to go with [draws, choices, points, intervals]."""
+    return values[:, None, None, :]
 
 
 @cache
@@ -138,7 +145,9 @@ def _step_s(outlook: Outlook, each: Floats | float, share: Floats, context: Floa
 
 
 def _change_s(outlook: Outlook, choices: Ints, left: Ints, context: Floats) -> Floats:
-    """Seconds that a change takes when so many samples are left, [choices, points].
+    """Seconds that a change takes when so many samples are left, [draws, choices, points].
+
+    context [draws, points]: tokens of each of them.
 
     What moves is computed again by engines that stand still meanwhile, or is copied while the others go on.
     """
@@ -147,6 +156,7 @@ def _change_s(outlook: Outlook, choices: Ints, left: Ints, context: Floats) -> F
     stays = np.where(choices <= num_now, by_load[np.minimum(choices, num_now)], num_now / choices)
     moved = (1 - stays)[:, None] * left
     per_target = np.maximum(moved / choices[:, None], 1.0)
+    context = context[:, None, :]
     seconds = costs.prefill_s + costs.prefill_token_s * context * per_target
     if outlook.can_transfer:
         transfer_s = costs.transfer_s + costs.transfer_byte_s * costs.kv_bytes_per_token * context

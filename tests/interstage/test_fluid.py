@@ -17,11 +17,10 @@ COSTS = CostModel(
 # Four samples, one on each engine, with five tokens left each.
 OUTLOOK = Outlook(
     costs=COSTS,
-    remaining=np.full(4, 5.0),
+    remaining=np.full((1, 4), 5.0),
     live=np.ones(4, dtype=np.int64),
     context_tokens=np.zeros(4, dtype=np.int64),
-    widest_context_tokens=0.0,
-    widest_remaining=5.0,
+    widest=(0, 0),
     backlog_tokens=60_000,
     num_devices=4,
     max_batch=8,
@@ -33,18 +32,18 @@ def test_makespans_by_hand() -> None:
     now = makespans(OUTLOOK, np.array([1, 2, 4]))[:, 0]
     # On m engines decoding takes 5 * (1 + 4 / m) s; 60 s of scoring fill what is left of 4 devices, and 0.02 s come in.
     assert now == pytest.approx([25 + 0.005, (60.02 + 2 * 15) / 4, (60.02 + 4 * 10) / 4])
-    assert best_num_engines([OUTLOOK], most=4) == 2
+    assert best_num_engines(OUTLOOK, most=4) == 2
 
 
 def test_nothing_is_given_up_without_work_for_it() -> None:
-    assert best_num_engines([replace(OUTLOOK, backlog_tokens=0)], most=4) == 4
+    assert best_num_engines(replace(OUTLOOK, backlog_tokens=0), most=4) == 4
 
 
 def test_free_devices_decode_when_engines_are_crowded() -> None:
     crowded = replace(
         OUTLOOK, live=np.array([4]), context_tokens=np.zeros(1, dtype=np.int64), backlog_tokens=0, num_devices=8
     )
-    assert best_num_engines([crowded], most=4) == 4
+    assert best_num_engines(crowded, most=4) == 4
 
 
 def test_a_change_waits_for_the_time_when_it_is_worth_most() -> None:
@@ -52,32 +51,38 @@ def test_a_change_waits_for_the_time_when_it_is_worth_most() -> None:
     outlook = replace(
         OUTLOOK,
         costs=replace(COSTS, sample_s=0.1),
-        remaining=np.array([*[100.0] * 12, 400.0, 410.0, 420.0, 430.0]),
+        remaining=np.array([[*[100.0] * 12, 400.0, 410.0, 420.0, 430.0]]),
         live=np.full(4, 4),
         backlog_tokens=0,
     )
     seconds = makespans(outlook, np.array([1, 2, 3, 4]))
     assert seconds[:3, 1:].min() < seconds[:, 0].min()
-    assert best_num_engines([outlook], most=4) == 4
+    assert best_num_engines(outlook, most=4) == 4
 
 
 def test_moves_cost_what_is_computed_again() -> None:
     costly = replace(OUTLOOK, costs=replace(COSTS, prefill_s=100.0), can_transfer=False)
-    assert best_num_engines([costly], most=4) == 4
+    assert best_num_engines(costly, most=4) == 4
 
 
 def test_plans_are_for_the_mean_of_the_draws() -> None:
     """Short responses leave time for two engines to score, long ones do not: whichever loses more decides."""
-    short, long = (replace(OUTLOOK, remaining=np.full(4, tokens)) for tokens in (5.0, 80.0))
-    assert [best_num_engines([draw], most=4) for draw in (short, long)] == [2, 4]
-    assert best_num_engines([short, long], most=4) == 4
-    assert best_num_engines([short] * 99 + [long], most=4) < 4
+
+    def drawn(*tokens: float) -> Outlook:
+        return replace(OUTLOOK, remaining=np.repeat([tokens], 4, axis=0).T)
+
+    assert [best_num_engines(drawn(tokens), most=4) for tokens in (5.0, 80.0)] == [2, 4]
+    assert best_num_engines(drawn(5.0, 80.0), most=4) == 4
+    assert best_num_engines(drawn(*[5.0] * 99, 80.0), most=4) < 4
+    choices = np.array([1, 2, 4])
+    apart = [makespans(drawn(tokens), choices) for tokens in (5.0, 80.0)]
+    assert makespans(drawn(5.0, 80.0), choices) == pytest.approx(np.mean(apart, axis=0))
 
 
 def test_a_sample_that_takes_long_to_score_must_end_early() -> None:
-    """With two tokens left, and 20 s to be scored: on 4 engines it is done after 2 * 2 + 20.002 s."""
-    wide = replace(OUTLOOK, backlog_tokens=30_000, widest_context_tokens=20_000.0, widest_remaining=2.0)
-    narrow = replace(wide, widest_context_tokens=0.0)
+    """The second sample has two tokens left, and 20 s to be scored: on 4 engines it is done after 2 * 2 + 20.002 s."""
+    narrow = replace(OUTLOOK, remaining=np.array([[5.0, 2.0, 5.0, 5.0]]), backlog_tokens=30_000, widest=(1, 0))
+    wide = replace(narrow, widest=(1, 20_000))
     choices = np.array([1, 4])
-    assert makespans(narrow, choices)[:, 0] == pytest.approx([25 + 0.005, 10 + 30.02 / 4])
     assert makespans(wide, choices)[:, 0] == pytest.approx([2 * 5 + 20.002, 2 * 2 + 20.002])
+    assert np.all(makespans(narrow, choices)[:, 0] < makespans(wide, choices)[:, 0])
