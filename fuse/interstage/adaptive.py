@@ -43,7 +43,7 @@ _LEAST_TOKEN_S = 1e-12
 _NUM_DRAWS = 4
 """Draws of what is ahead that a plan is made for: how long the longest sample is matters, and varies the most."""
 _FINISHES = 64
-"""One of this many finishes is planned for while more samples are live: it takes out so small a part of them."""
+"""Finishes that are planned for while the live samples become half as many, about; with fewer live, all are."""
 _PIECE = 0.5
 """Part of what a device has yet to score that it is given at once."""
 _LEAST_PIECE = 2.0

@@ -8,8 +8,8 @@ those now, and any as likely as another. Of an engine that has c samples now,
 
 and what others finish is scored by the devices that are not busy. A plan keeps the engines that decode now, loaded as
 they are, until few enough samples are left, and goes on with another number of them, loaded evenly. Its makespan is the
-time to the last token and then that to score what is left, on all devices, but the last sample on one; or that to the
-last token and the score of the sample with the longest context, which may take longest to score.
+time to the last token and then that to score what is left, on all devices, but the last sample on one; or, if that is
+later, the end of the sample with the longest context, which takes the longest to score.
 """
 
 from __future__ import annotations
