@@ -11,10 +11,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fuse.ops.gae import gae_reference
-from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
+from fuse.ops.gae import NATIVE_DTYPES, describe, gae_reference, implementation
+from fuse.ops.native import choose, current, log_choice, queue
 
-NATIVE_DTYPES = (torch.float32, torch.float64)
+# Native code serves what it serves of `gae`, and is described alike.
+__all__ = [
+    "NATIVE_DTYPES",
+    "describe",
+    "implementation",
+    "kl_penalty",
+    "shape_rewards",
+    "shaped_gae",
+    "shaped_gae_reference",
+    "whiten",
+]
 
 _EPSILON = 1e-8  # added to variances
 
@@ -128,20 +138,6 @@ def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
     variance, mean = torch.var_mean(values, unbiased=True)
     whitened = (values - mean) * torch.rsqrt(variance + _EPSILON)
     return whitened if shift_mean else whitened + mean
-
-
-def describe() -> str:
-    """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    cuda = "CUDA on GPUs" if native.has_cuda else f"torch reference on GPUs: {NOT_BUILT}"
-    return f"native C++ for float32 and float64 on CPU, {cuda}; torch reference for other dtypes"
-
-
-def implementation(example: Tensor) -> str:
-    """Which implementation serves inputs of the dtype and device of `example`."""
-    return choose(example.device, example.dtype, NATIVE_DTYPES, has_cuda=True)[1]
 
 
 def _whitening(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
