@@ -23,11 +23,12 @@ ROUNDING = 1e-4
 
 
 def _gather_on_the_first(state: RolloutState) -> list[Action]:
-    """As soon as there is something to move."""
+    """Move samples once tokens of theirs are known: KV is moved of no others."""
+    live = state.live
     moves: list[Action] = [
         Migrate(int(sample), int(device), 0)
-        for sample, device, movable in zip(state.live.ids, state.live.devices, state.live.movable, strict=True)
-        if device != 0 and movable and state.finished_ids.size
+        for sample, device, ready in zip(live.ids, live.devices, live.movable & live.started, strict=True)
+        if device != 0 and ready
     ]
     return [*moves, *feed(state, moves)]
 
@@ -41,7 +42,13 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
         return tiny.count_a(prompts, completions, target)
 
     trainer = tiny.trainer(
-        output_dir, reward=reward, num_devices=2, response_length=48, num_sample_generations=0, **options
+        output_dir,
+        reward=reward,
+        models={"vocab_size": 512, "max_position_embeddings": 1024},  # ends are rare: samples last for seconds
+        num_devices=2,
+        response_length=900,
+        num_sample_generations=0,
+        **options,
     )
     trainer.train()
     return trainer.policy_model.state_dict(), sorted(one for completions in responses for one in completions)
