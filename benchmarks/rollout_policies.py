@@ -31,7 +31,8 @@ from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from fuse.sample import Sample
 from fuse.trace import busy_s
-from fuse.workers.fleet import Fleet, FleetSettings
+from fuse.workers.fleet import Fleet
+from fuse.workers.fleet_settings import FleetSettings
 
 POLICIES = ("none", "threshold", "adaptive")
 _CALIBRATION_ROUNDS = 3

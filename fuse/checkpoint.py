@@ -54,10 +54,13 @@ def writing(output_dir: Path, step: int) -> Iterator[Path]:
 def find(output_dir: Path, resume_from: str | bool) -> Path:
     """The checkpoint to resume from: a path, or with True the last complete one in `output_dir`.
 
+    With True what a run left there that was cut off while it wrote is tidied up first.
+
     Raises:
         ValueError: there is none.
     """
     if resume_from is True:
+        _tidy(output_dir)
         checkpoints = complete(output_dir)
         if not checkpoints:
             raise ValueError(f"no checkpoint to resume from in {output_dir}: start without resume_from_checkpoint")
@@ -66,6 +69,18 @@ def find(output_dir: Path, resume_from: str | bool) -> Path:
     if not (path / RUN_STATE_NAME).is_file():
         raise ValueError(f"{path} is not a complete checkpoint (no {RUN_STATE_NAME}): give a checkpoint-N directory")
     return path
+
+
+def _tidy(output_dir: Path) -> None:
+    """Delete what was never finished, and bring back a checkpoint that was about to be replaced."""
+    for replaced in output_dir.glob(".checkpoint-*.old"):
+        final = output_dir / replaced.name.split(".")[1]
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+    for unfinished in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(unfinished)
 
 
 def complete(output_dir: Path) -> list[Path]:

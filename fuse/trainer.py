@@ -29,7 +29,8 @@ from fuse.rewards import RewardCalls, RewardFunction
 from fuse.sample import Sample
 from fuse.steps import OptimizerStep, average_statistics, optimizer_steps, trl_optimizer_steps
 from fuse.trace import PhaseClock, write_chrome_trace
-from fuse.workers.fleet import Fleet, FleetSettings
+from fuse.workers.fleet import Fleet
+from fuse.workers.fleet_settings import FleetSettings
 
 logger = logging.getLogger(__name__)
 

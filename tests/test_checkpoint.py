@@ -46,6 +46,18 @@ def test_an_earlier_runs_checkpoint_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_what_a_killed_writer_left_is_tidied_up(tmp_path: Path, is_in_place: bool) -> None:
+    """Killed between the two renames by which a checkpoint is replaced, or behind them; and once in the middle."""
+    _write(tmp_path, 1, "old")
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.4711.old")
+    if is_in_place:
+        _write(tmp_path, 1, "new")
+    (tmp_path / ".checkpoint-2.4711.tmp").mkdir()
+    assert (checkpoint.find(tmp_path, True) / "data").read_text() == ("new" if is_in_place else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         _write(tmp_path, step)

@@ -2,154 +2,42 @@
 
 from __future__ import annotations
 
-import math
-import os
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fuse.config import PPOConfig
 from fuse.engines.engine import SamplingParams
 from fuse.experience import Experience
 from fuse.interstage import controller
 from fuse.interstage.costs import CostModel
 from fuse.interstage.live import LiveRollout, RolloutReport
-from fuse.interstage.migration import EngineLimits, Policy
-from fuse.interstage.planner import RolloutPlanner, RolloutSettings
+from fuse.interstage.migration import Policy
+from fuse.interstage.planner import RolloutPlanner
 from fuse.intrastage.cut import Parts, choose_placement
-from fuse.intrastage.optimizer import AdamWConfig
-from fuse.intrastage.placement import ModelName, Replica, place, replica_micro_batches
-from fuse.intrastage.plan import serial_schedule
-from fuse.intrastage.planner import Planner, PlanSettings
+from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
+from fuse.intrastage.planner import Planner
 from fuse.intrastage.profile import Profile, Shape, merge
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.steps import OptimizerStep
 from fuse.trace import Span
 from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.engine_choice import EngineFactory, choose_engine
+from fuse.workers.errors import WorkerError
+from fuse.workers.fleet_settings import FleetSettings
 from fuse.workers.generation_worker import GenerationWorker
-from fuse.workers.inference import MicroBatchLimit
-from fuse.workers.kv_transfer import MakeKVTransfer, choose_kv_transfer
 from fuse.workers.model_spec import ModelSpec
 from fuse.workers.model_worker import ModelWorker, Role
-from fuse.workers.parts import TypicalBatch
-from fuse.workers.training_rank import TrainingSettings
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
+_logger = logging.getLogger(__name__)
+
 _TICK_S = 1e-5
-_UNBOUNDED = 1 << 30
-_INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetSettings:
-    """Which workers a run has, and how they work.
-
-    placement: every replica of actor and critic, in the order of the schedules' pipelines.
-    balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
-    """
-
-    num_devices: int
-    accelerator: Literal["cpu", "cuda"]
-    ray_address: str | None
-    pad_token_id: int
-    engine: EngineFactory
-    kv_transfer: MakeKVTransfer
-    inference: MicroBatchLimit
-    training: TrainingSettings
-    placement: tuple[Replica, ...]
-    micro_batches_per_step: int
-    balance: TypicalBatch | None
-    plan: PlanSettings
-    rollout: RolloutSettings
-
-    @classmethod
-    def from_config(
-        cls, config: PPOConfig, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
-    ) -> FleetSettings:
-        """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
-
-        Raises:
-            ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
-                not installed.
-        """
-        num_devices = config.num_devices or _default_num_devices(config.accelerator)
-        num_ranks, rest = divmod(num_devices, config.tensor_parallel_size)
-        if rest:
-            raise ValueError(
-                f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={num_devices}: "
-                f"choose a divisor"
-            )
-        is_fused = config.intra_stage_fusion and num_ranks > 1
-        inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
-        placement = (
-            *place("actor", num_ranks, config.actor_stages or num_ranks),
-            *place("critic", num_ranks, config.critic_stages or num_ranks, reverse=True),
-        )
-        training = TrainingSettings(
-            backend=config.train_backend,
-            split_backward=is_fused,
-            tensor_parallel_size=config.tensor_parallel_size,
-            temperature=config.temperature + 1e-7,
-            cliprange=config.cliprange,
-            vf_coef=config.vf_coef,
-            cliprange_value=config.cliprange_value,
-            adamw=AdamWConfig(
-                betas=(config.adam_beta1, config.adam_beta2),
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                max_grad_norm=0.0 if config.trl_quirks else config.max_grad_norm,
-            ),
-            autocast=torch.bfloat16 if config.bf16 and not config.trl_quirks else None,
-            gradient_checkpointing=config.gradient_checkpointing,
-            pad_token_id=pad_token_id if config.trl_quirks else None,
-            timeout_s=config.worker_timeout_s,
-        )
-        return cls(
-            num_devices=num_devices,
-            accelerator=config.accelerator,
-            ray_address=config.ray_address,
-            pad_token_id=pad_token_id,
-            engine=choose_engine(config, training.autocast),
-            kv_transfer=choose_kv_transfer(config),
-            inference=MicroBatchLimit(
-                max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
-            ),
-            training=training,
-            placement=placement,
-            micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
-            balance=TypicalBatch(config.per_device_train_batch_size, prompt_tokens, config.response_length)
-            if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
-            else None,
-            plan=PlanSettings(
-                fused=is_fused,
-                time_limit_s=config.schedule_time_limit_s,
-                num_workers=min(8, len(os.sched_getaffinity(0))),
-                num_steps=(config.num_total_batches or 1) * config.num_ppo_epochs * config.num_mini_batches,
-                memory_limit_bytes=config.activation_memory_bytes,
-                replan_drift=config.replan_drift,
-                directory=Path(config.output_dir or "trainer_output") / "plan",
-            ),
-            rollout=RolloutSettings(
-                policy=config.migration_policy,
-                num_devices=num_devices,
-                limits=_engine_limits(config, actor),
-                kv_bytes_per_token=_kv_bytes_per_token(actor, training.autocast),
-                inference_batch_tokens=inference_batch_tokens,
-            ),
-        )
-
-    def check(self, num_micro_batches: int) -> None:
-        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
-        serial_schedule(self.placement, num_micro_batches)
 
 
 class Fleet:
@@ -231,6 +119,13 @@ class Fleet:
         make_engine = partial(settings.engine, spec, self._weights["actor"], settings.accelerator)
         return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine, settings.kv_transfer)
 
+    def _replace_engine(self, device: int) -> Worker:
+        """Another generation worker in place of one that died, with the actor's weights as they are now."""
+        self._cluster.kill(self._generation_workers[device])
+        worker = self._generation_workers[device] = self._spawn_engine(device)
+        gather([worker.call("load_weights", self._exported("actor"))])
+        return worker
+
     # One iteration
 
     def roll_out(
@@ -246,7 +141,7 @@ class Fleet:
 
         policy: in place of the one that past rollouts suggest. max_new_tokens: see `LiveRollout`.
 
-        An engine that dies loses no sample; another takes its place, with the weights of the next `synchronise`.
+        An engine that dies loses no sample, and another takes its place.
         """
         settings = self.settings
         report = LiveRollout(
@@ -263,8 +158,7 @@ class Fleet:
         ).run()
         self._rollouts.observe(samples)
         for device in report.lost_engines:
-            self._cluster.kill(self._generation_workers[device])
-            self._generation_workers[device] = self._spawn_engine(device)
+            self._replace_engine(device)
         return report
 
     @property
@@ -380,27 +274,15 @@ class Fleet:
         return gather([worker.call(method, *arguments) for worker in self._model_workers])
 
     def _on_engines(self, method: str, *arguments: object) -> list[Any]:
-        return gather([worker.call(method, *arguments) for worker in self._generation_workers])
-
-
-def _default_num_devices(accelerator: Literal["cpu", "cuda"]) -> int:
-    """Every GPU, or two cores."""
-    return torch.cuda.device_count() if accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
-
-
-def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
-    """An engine has room for a full batch of samples as long as the model allows."""
-    context = getattr(actor.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
-    return EngineLimits(
-        max_batch=config.generation_batch_size,
-        kv_capacity_tokens=config.generation_batch_size * context,
-        max_new_tokens=config.response_length,
-    )
-
-
-def _kv_bytes_per_token(actor: PretrainedConfig, autocast: torch.dtype | None) -> int:
-    """Keys and values of all layers."""
-    config: Any = actor.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (autocast or torch.float32).itemsize
+        """Call all engines; one that has died is replaced, and the new one called."""
+        calls = [worker.call(method, *arguments) for worker in self._generation_workers]
+        results = []
+        for device, call in enumerate(calls):
+            try:
+                results.append(call.result())
+            except WorkerError as error:
+                if not error.is_death:
+                    raise
+                _logger.warning("%s; another takes its place", error)
+                results += gather([self._replace_engine(device).call(method, *arguments)])
+        return results

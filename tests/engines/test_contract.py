@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from fuse.engines.engine import (
     Evicted,
-    GeneratedToken,
     GenerationEngine,
     GenerationRequest,
     SamplingParams,
@@ -19,6 +19,7 @@ from fuse.engines.engine import (
 from fuse.engines.replay import ReplayEngine
 from fuse.engines.transformers import TransformersEngine
 
+from .driving import Outputs, assert_same, collect, run
 from .vllm_pool import VllmPool
 
 MAX_CONTEXT = 96
@@ -27,7 +28,6 @@ HIDDEN_SIZE = 128  # 4 heads of 32: vLLM on CPUs serves none smaller
 
 # (requests it will be given, max_batch) -> an engine; engines made in one test share their weights or recordings.
 MakeEngine = Callable[[Sequence[GenerationRequest], int], GenerationEngine]
-Outputs = dict[int, tuple[list[int], list[float]]]
 
 
 def request(
@@ -75,33 +75,8 @@ def make_engine(request: pytest.FixtureRequest, build_model: Callable[..., PreTr
     return makers[request.param]
 
 
-def collect(outputs: Outputs, tokens: Iterable[GeneratedToken]) -> None:
-    for token in tokens:
-        response_ids, logprobs = outputs.setdefault(token.sample_id, ([], []))
-        response_ids.append(token.token_id)
-        logprobs.append(token.logprob)
-
-
-def run(engine: GenerationEngine, outputs: Outputs | None = None) -> Outputs:
-    outputs = {} if outputs is None else outputs
-    while tokens := engine.step():
-        collect(outputs, tokens)
-    return outputs
-
-
 def generate(make_engine: MakeEngine, requests: Sequence[GenerationRequest], max_batch: int = 16) -> Outputs:
-    engine = make_engine(requests, max_batch)
-    for one in requests:
-        engine.submit(one)
-    return run(engine)
-
-
-def assert_same(actual: Outputs, expected: Outputs) -> None:
-    assert {sample_id: tokens for sample_id, (tokens, _) in actual.items()} == {
-        sample_id: tokens for sample_id, (tokens, _) in expected.items()
-    }
-    for sample_id, (_, logprobs) in actual.items():
-        assert logprobs == pytest.approx(expected[sample_id][1], abs=1e-5)
+    return run(make_engine(requests, max_batch), requests)
 
 
 def test_every_sample_gets_its_tokens_and_finishes_in_the_step_of_its_last(make_engine: MakeEngine) -> None:
@@ -139,7 +114,7 @@ def test_samples_may_be_submitted_at_any_step(make_engine: MakeEngine) -> None:
     for one in RAGGED:
         engine.submit(one)
         collect(outputs, engine.step())
-    assert_same(run(engine, outputs), generate(make_engine, RAGGED))
+    assert_same(run(engine, outputs=outputs), generate(make_engine, RAGGED))
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
@@ -178,8 +153,8 @@ def test_a_moved_sample_continues_as_if_it_had_stayed(make_engine: MakeEngine, w
         evicted = source.evict(sample_id, with_kv=with_kv)
         assert list(evicted.request.response_ids) == outputs.get(sample_id, ([], []))[0]
         target.admit(evicted)
-    run(source, outputs)
-    run(target, outputs)
+    run(source, outputs=outputs)
+    run(target, outputs=outputs)
     assert_same(outputs, expected)
 
 
@@ -195,7 +170,7 @@ def test_a_sample_moves_often_and_returns(make_engine: MakeEngine) -> None:
             collect(outputs, engine.step())
         evicted = engine.evict(2, with_kv=turn % 3 == 0)
     engines[0].admit(evicted)
-    assert_same(run(engines[0], outputs), generate(make_engine, [one]))
+    assert_same(run(engines[0], outputs=outputs), generate(make_engine, [one]))
 
 
 def test_a_sample_resumes_from_the_tokens_already_received(make_engine: MakeEngine) -> None:
@@ -217,7 +192,7 @@ def test_an_evicted_sample_is_gone_and_the_others_do_not_notice(make_engine: Mak
     running, queued = 1, 8
     engine.evict(running)
     assert engine.evict(queued).request == RAGGED[queued]
-    run(engine, outputs)
+    run(engine, outputs=outputs)
     expected = generate(make_engine, RAGGED)
     assert queued not in outputs
     assert len(outputs.pop(running)[0]) == 1
@@ -259,6 +234,23 @@ def test_weights_are_refused_while_samples_are_present(
         engine.step()
     run(engine)
     engine.load_weights(weights)
+
+
+@pytest.mark.parametrize("make_engine", ["transformers", "vllm"], indirect=True)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(
+    make_engine: MakeEngine, build_model: Callable[..., PreTrainedModel]
+) -> None:
+    engine = make_engine([], 16)
+    before = run(engine, RAGGED[:1])
+    weights = build_model(seed=1, hidden_size=HIDDEN_SIZE).state_dict()
+    missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+    with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
+        engine.load_weights(missing)
+    with pytest.raises(ValueError, match=r"extra is unknown"):
+        engine.load_weights({**weights, "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
+        engine.load_weights({**weights, "model.norm.weight": torch.zeros(3)})
+    assert run(engine, RAGGED[:1]) == before
 
 
 def test_close_may_be_repeated(make_engine: MakeEngine) -> None:

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import methodcaller
-from typing import Any
 
 import psutil
 import pytest
@@ -20,10 +19,10 @@ from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine
 from fuse.engines.vllm_setup import starting_vllm
 
+from .driving import Outputs, assert_same, collect, run
 from .vllm_pool import VllmPool
 
 BuildModel = Callable[..., PreTrainedModel]
-Outputs = dict[int, tuple[list[int], list[float]]]
 
 HIDDEN_SIZE = 128
 BLOCK_BYTES = 128 * 2 * 2 * 2 * 32 * 4  # tokens, layers, keys and values, heads, head size, fp32
@@ -45,32 +44,6 @@ REQUESTS = [
     request(index, *shape, temperature=0.0 if index == 4 else 0.7 + 0.1 * index, stop=7 if index % 2 else None)
     for index, shape in enumerate([(1, 60), (5, 30), (40, 50), (2, 80), (66, 30), (19, 1), (33, 20), (8, 45)])
 ]
-
-
-def run(
-    engine: GenerationEngine, requests: Sequence[GenerationRequest] = (), outputs: Outputs | None = None
-) -> Outputs:
-    outputs = {} if outputs is None else outputs
-    for one in requests:
-        engine.submit(one)
-    while tokens := engine.step():
-        collect(outputs, tokens)
-    return outputs
-
-
-def collect(outputs: Outputs, tokens: Sequence[Any]) -> None:
-    for token in tokens:
-        response_ids, logprobs = outputs.setdefault(token.sample_id, ([], []))
-        response_ids.append(token.token_id)
-        logprobs.append(token.logprob)
-
-
-def assert_same(actual: Outputs, expected: Outputs) -> None:
-    assert {sample_id: tokens for sample_id, (tokens, _) in actual.items()} == {
-        sample_id: tokens for sample_id, (tokens, _) in expected.items()
-    }
-    for sample_id, (_, logprobs) in actual.items():
-        assert logprobs == pytest.approx(expected[sample_id][1], abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -199,20 +172,6 @@ def test_loaded_weights_serve_from_the_next_sample_on(vllm_pool: VllmPool, build
     after = run(engine, prompts)
     assert after != before
     assert_same(after, run(TransformersEngine(new), prompts))
-
-
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(vllm_pool: VllmPool, build_model: BuildModel) -> None:
-    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
-    before = run(engine, REQUESTS[:1])
-    weights = build_model(hidden_size=HIDDEN_SIZE, seed=1).state_dict()
-    missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
-    with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
-        engine.load_weights(missing)
-    with pytest.raises(ValueError, match=r"extra is unknown"):
-        engine.load_weights({**weights, "extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
-        engine.load_weights({**weights, "model.norm.weight": torch.zeros(3)})
-    assert run(engine, REQUESTS[:1]) == before
 
 
 def test_requests_that_cannot_be_served_are_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:

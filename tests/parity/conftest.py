@@ -10,10 +10,10 @@ import pytest
 from fuse.workers import fleet
 from fuse.workers.ray_session import local_cluster
 
+from ..worker_pool import WorkerPool
 from . import in_process
 from .cases import Case
 from .oracle import Recording, record
-from .worker_pool import WorkerPool
 
 
 @pytest.fixture(scope="session")

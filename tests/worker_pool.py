@@ -26,7 +26,7 @@ class WorkerPool:
         self.cluster.__exit__(*exception)
 
     def __call__(self, num_devices: int, **options: Any) -> _Lease:
-        assert num_devices == self.cluster.num_devices
+        assert num_devices <= self.cluster.num_devices
         return _Lease(self)
 
 

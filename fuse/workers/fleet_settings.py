@@ -1,0 +1,154 @@
+"""Which workers a run has and how they work, as its configuration asks for it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig
+
+from fuse.config import PPOConfig
+from fuse.interstage.migration import EngineLimits
+from fuse.interstage.planner import RolloutSettings
+from fuse.intrastage.optimizer import AdamWConfig
+from fuse.intrastage.placement import Replica, place
+from fuse.intrastage.plan import serial_schedule
+from fuse.intrastage.planner import PlanSettings
+from fuse.workers.engine_choice import EngineFactory, choose_engine
+from fuse.workers.inference import MicroBatchLimit
+from fuse.workers.kv_transfer import MakeKVTransfer, choose_kv_transfer
+from fuse.workers.parts import TypicalBatch
+from fuse.workers.training_rank import TrainingSettings
+
+_UNBOUNDED = 1 << 30
+_INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """Which workers a run has, and how they work.
+
+    placement: every replica of actor and critic, in the order of the schedules' pipelines.
+    balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
+    """
+
+    num_devices: int
+    accelerator: Literal["cpu", "cuda"]
+    ray_address: str | None
+    pad_token_id: int
+    engine: EngineFactory
+    kv_transfer: MakeKVTransfer
+    inference: MicroBatchLimit
+    training: TrainingSettings
+    placement: tuple[Replica, ...]
+    micro_batches_per_step: int
+    balance: TypicalBatch | None
+    plan: PlanSettings
+    rollout: RolloutSettings
+
+    @classmethod
+    def from_config(
+        cls, config: PPOConfig, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
+    ) -> FleetSettings:
+        """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
+
+        Raises:
+            ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
+                not installed.
+        """
+        num_devices = config.num_devices or _default_num_devices(config.accelerator)
+        num_ranks, rest = divmod(num_devices, config.tensor_parallel_size)
+        if rest:
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={num_devices}: "
+                f"choose a divisor"
+            )
+        is_fused = config.intra_stage_fusion and num_ranks > 1
+        inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
+        placement = (
+            *place("actor", num_ranks, config.actor_stages or num_ranks),
+            *place("critic", num_ranks, config.critic_stages or num_ranks, reverse=True),
+        )
+        training = TrainingSettings(
+            backend=config.train_backend,
+            split_backward=is_fused,
+            tensor_parallel_size=config.tensor_parallel_size,
+            temperature=config.temperature + 1e-7,
+            cliprange=config.cliprange,
+            vf_coef=config.vf_coef,
+            cliprange_value=config.cliprange_value,
+            adamw=AdamWConfig(
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=config.adam_epsilon,
+                weight_decay=config.weight_decay,
+                max_grad_norm=0.0 if config.trl_quirks else config.max_grad_norm,
+            ),
+            autocast=torch.bfloat16 if config.bf16 and not config.trl_quirks else None,
+            gradient_checkpointing=config.gradient_checkpointing,
+            pad_token_id=pad_token_id if config.trl_quirks else None,
+            timeout_s=config.worker_timeout_s,
+        )
+        return cls(
+            num_devices=num_devices,
+            accelerator=config.accelerator,
+            ray_address=config.ray_address,
+            pad_token_id=pad_token_id,
+            engine=choose_engine(config, training.autocast),
+            kv_transfer=choose_kv_transfer(config),
+            inference=MicroBatchLimit(
+                max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
+            ),
+            training=training,
+            placement=placement,
+            micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
+            balance=TypicalBatch(config.per_device_train_batch_size, prompt_tokens, config.response_length)
+            if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
+            else None,
+            plan=PlanSettings(
+                fused=is_fused,
+                time_limit_s=config.schedule_time_limit_s,
+                num_workers=min(8, len(os.sched_getaffinity(0))),
+                num_steps=(config.num_total_batches or 1) * config.num_ppo_epochs * config.num_mini_batches,
+                memory_limit_bytes=config.activation_memory_bytes,
+                replan_drift=config.replan_drift,
+                directory=Path(config.output_dir or "trainer_output") / "plan",
+            ),
+            rollout=RolloutSettings(
+                policy=config.migration_policy,
+                num_devices=num_devices,
+                limits=_engine_limits(config, actor),
+                kv_bytes_per_token=_kv_bytes_per_token(actor, training.autocast),
+                inference_batch_tokens=inference_batch_tokens,
+            ),
+        )
+
+    def check(self, num_micro_batches: int) -> None:
+        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
+        serial_schedule(self.placement, num_micro_batches)
+
+
+def _default_num_devices(accelerator: Literal["cpu", "cuda"]) -> int:
+    """Every GPU, or two cores."""
+    return torch.cuda.device_count() if accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
+
+
+def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
+    """An engine has room for a full batch of samples as long as the model allows."""
+    context = getattr(actor.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
+    return EngineLimits(
+        max_batch=config.generation_batch_size,
+        kv_capacity_tokens=config.generation_batch_size * context,
+        max_new_tokens=config.response_length,
+    )
+
+
+def _kv_bytes_per_token(actor: PretrainedConfig, autocast: torch.dtype | None) -> int:
+    """Keys and values of all layers."""
+    config: Any = actor.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (autocast or torch.float32).itemsize
