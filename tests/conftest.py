@@ -1,6 +1,7 @@
-"""Native code of another build, as `make test-debug` and `make test-native-sanitized` have it, for all tests.
+"""For all tests: the same generated examples every time, and native code of another build where it is asked for.
 
-FUSE_SCHEDULES_NATIVE=DIR, FUSE_TENSOR_NATIVE=DIR: where the `_native` module of `schedules`, of `fuse`, is taken from.
+FUSE_SCHEDULES_NATIVE=DIR, FUSE_TENSOR_NATIVE=DIR: where the `_native` module of `schedules`, of `fuse`, is taken from,
+as `make test-debug` and `make test-native-sanitized` have it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,18 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from hypothesis import HealthCheck, settings
+
+# The same examples every time, however busy the machine: a change fails for what it changes.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.load_profile("suite")
 
 
 def _use(package: ModuleType, directory: str) -> None:

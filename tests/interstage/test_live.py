@@ -104,7 +104,7 @@ def check(lengths: Sequence[int], samples: Sequence[Sample], announced: Sequence
     assert sorted(announced) == [sample.id for sample in samples]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, MAX_NEW_TOKENS), min_size=1, max_size=12),
     num_devices=st.integers(1, 4),
@@ -120,7 +120,7 @@ def test_every_sample_is_generated_and_scored_once(lengths: list[int], num_devic
         assert report.num_migrations == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, MAX_NEW_TOKENS), min_size=1, max_size=12),
     num_devices=st.integers(2, 4),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.intrastage.comparison import Comparison, compare
@@ -97,7 +97,6 @@ def test_time_between_operations_is_overhead() -> None:
     assert parts(comparison) == pytest.approx([0, 0, lost_s, 0], abs=2.1e-3)  # none after the last operation
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_the_causes_add_up_whatever_happened(random: Random) -> None:
     schedule = random_schedule(random_problem(random), random)

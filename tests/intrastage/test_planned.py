@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.intrastage.planned import operation_s, planned_times
@@ -88,7 +88,6 @@ def test_a_plan_by_hand() -> None:
     assert plan.bubble_ratio == pytest.approx(1 - (150 + 80) / (2 * 194))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_a_profile_of_the_problem_itself_plans_as_the_evaluator_times(random: Random) -> None:
     problem = random_problem(random)

@@ -46,7 +46,7 @@ def test_equals_the_reference_to_the_bit(dtype, lengths):
         assert torch.equal(ours, reference)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=8),
     gamma=st.floats(0, 1),

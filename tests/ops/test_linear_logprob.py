@@ -78,7 +78,7 @@ def test_equals_log_softmax_of_all_logits(
     assert difference(ours, reference) <= TOLERANCE[dtype]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     num_tokens=st.integers(0, 12),
     vocab_size=st.integers(1, 60),

@@ -76,7 +76,7 @@ def _padded_advantages(
     return whitened, advantages + values, is_token, has_value
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=2, max_size=5).filter(lambda lengths: sum(lengths) > 2),
     extra=st.integers(0, 2),
@@ -141,7 +141,7 @@ def test_equals_its_steps(
         torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) >= 2),
     extra=st.integers(0, 3),

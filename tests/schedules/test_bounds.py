@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schedules import Pipeline, Problem, evaluate, violations
@@ -31,7 +31,7 @@ def _tiny(random: Random) -> Problem:
             return problem
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(st.integers(0, 10**6))
 def test_no_optimum_is_below_its_bounds(seed: int) -> None:
     problem = _tiny(Random(seed))
@@ -42,7 +42,6 @@ def test_no_optimum_is_below_its_bounds(seed: int) -> None:
     assert makespan_lower_bound(problem) <= makespan_lower_bound(tight) <= evaluate(optimum(tight)).makespan
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_no_schedule_is_below_its_bounds(random: Random) -> None:
     problem = random_problem(random)
@@ -123,7 +122,6 @@ def test_jacksons_rule_by_hand() -> None:
     assert preemptive_makespan([(0, 3, 1), (1, 2, 9)]) == 12
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_the_smallest_limits_are_enough_and_needed(random: Random) -> None:
     problem = random_problem(random, max_micro_batches=1)

@@ -6,7 +6,7 @@ import json
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from schedules import Kind, Op, Pipeline, Problem, Schedule
@@ -40,7 +40,6 @@ rank 1: F0.1.0 B0.1.0
 """
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_round_trips_are_exact(random: Random) -> None:
     problem = random_problem(random)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
@@ -115,7 +115,6 @@ def test_what_has_no_times_is_refused(orders: tuple[str, ...], reason: str) -> N
     assert "\n" not in str(error.value)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_times_are_the_earliest_that_the_order_allows(random: Random) -> None:
     problem = random_problem(random)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from schedules import Kind, Op, Pipeline, Problem, Rule, Schedule, check, evaluate, violations
@@ -38,7 +38,6 @@ def _found(schedule: Schedule) -> set[tuple[int, str, str]]:
     return {(v.rank, str(v.op), str(v.rule)) for v in violations(schedule)}
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_any_generated_schedule_is_legal(random: Random) -> None:
     schedule = random_schedule(random_problem(random), random)
@@ -180,7 +179,6 @@ def _swap_messages(schedule: Schedule, random: Random) -> tuple[Schedule, Rule, 
         _swap_messages,
     ],
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(random=st.randoms(use_true_random=False))
 def test_every_corruption_is_found(corrupt: Corruption, random: Random) -> None:
     schedule = random_schedule(random_problem(random), random)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from schedules import Pipeline, Problem, evaluate, violations
@@ -15,7 +15,6 @@ from schedules.fused.greedy import greedy
 from schedules.random_problems import random_problem
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_legal_with_any_limit_that_is_enough(random: Random) -> None:
     problem = random_problem(random)

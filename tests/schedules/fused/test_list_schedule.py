@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from schedules import Pipeline, Problem, Schedule, evaluate, violations
@@ -16,7 +16,6 @@ from schedules.fused.local_search import UNLIMITED_BYTES
 from schedules.random_problems import random_problem
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False), st.booleans(), st.booleans())
 def test_native_equals_the_reference(random: Random, patient: bool, limited: bool) -> None:
     problem = random_problem(random)
