@@ -58,8 +58,8 @@ class CostModel:
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{field.name} is {value}: a cost is a finite number >= 0")
-        if self.step_s + self.sample_s <= 0:
-            raise ValueError("step_s and sample_s are both 0: a decode step takes time, so measure one of them")
+        if self.step_s + self.sample_s + self.context_s <= 0:
+            raise ValueError("step_s, sample_s and context_s are all 0, but a decode step takes time: measure one")
         if self.inference_batch_tokens < 1:
             raise ValueError(f"inference_batch_tokens is {self.inference_batch_tokens}: it must be at least 1")
 

@@ -216,7 +216,8 @@ class _Simulation:
         engine.version += 1
         self._planned[device] = (steps, end_s)
         self._step_base[device], self._resumed_s[device] = engine.num_steps, engine.resumed_s
-        self._first_step_s[device], self._growth_s[device] = engine.first_step_s(), engine.growth_s()
+        # Steps of an empty batch count for nothing, but must take time.
+        self._first_step_s[device], self._growth_s[device] = engine.first_step_s() or 1.0, engine.growth_s()
         self._schedule(end_s, _EventKind.BOUNDARY, device, engine.version)
 
     def _schedule(self, time_s: float, kind: _EventKind, device: int, payload: int) -> None:

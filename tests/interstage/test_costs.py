@@ -95,7 +95,7 @@ def test_costs_survive_json() -> None:
     ("change", "line"),
     [
         ({"step_s": -1.0}, "step_s is -1.0: a cost is a finite number >= 0"),
-        ({"step_s": 0.0, "sample_s": 0.0}, "a decode step takes time"),
+        ({"step_s": 0.0, "sample_s": 0.0, "context_s": 0.0}, "a decode step takes time"),
         ({"step_s": "fast"}, "step_s is 'fast': it must be a number"),
         ({"speed": 1.0}, "unknown field speed"),
     ],

@@ -36,7 +36,9 @@ SECOND_PER_STEP = CostModel(
     step_s=1.0, sample_s=0.0, context_s=0.0, prefill_s=0.0, prefill_token_s=0.0, inference_s=0.0,
     inference_token_s=0.1, kv_bytes_per_token=10, transfer_s=1.0, transfer_byte_s=0.0,
 )  # fmt: skip
-ONLY_CONTEXT = replace(PROFILES["small-cpu"], step_s=0.0, sample_s=0.0, context_s=1e-4)  # as noise may have it
+# As fits to noise may have it.
+ONLY_SAMPLES = replace(PROFILES["small-cpu"], step_s=0.0, context_s=0.0)
+ONLY_CONTEXT = replace(PROFILES["small-cpu"], step_s=0.0, sample_s=0.0, context_s=1e-4)
 GENERATE, INFER = SpanKind.GENERATE, SpanKind.INFER
 
 
@@ -184,7 +186,7 @@ def policies(case: Rollout, seed: int) -> dict[str, Policy]:
     num_devices=st.integers(1, 5),
     max_batch=st.integers(1, 6),
     kv_places=st.integers(1, 8),
-    costs=st.sampled_from([*PROFILES.values(), ONLY_CONTEXT]),
+    costs=st.sampled_from([*PROFILES.values(), ONLY_SAMPLES, ONLY_CONTEXT]),
     can_transfer=st.booleans(),
     seed=st.integers(0, 1000),
 )
