@@ -34,7 +34,7 @@ from fuse.workers.weights import put_state_dict
 KVCarrier = Literal["object_store", "nixl"]
 
 _CONTEXTS = (64, 256, 1024, 2048)
-_NEW_TOKENS = 32  # room to go on in
+_NEW_TOKENS = 256  # room to go on in until the evict arrives
 _POLL_S = 0.01
 _OPTIONS = ("engine", "kv_transfer", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
 
@@ -136,19 +136,12 @@ def _measure(
     config: PPOConfig,
     repeats: int,
 ) -> Row:
-    vocab_size = model.config.get_text_config().vocab_size
+    requests = _requests(model.config.get_text_config().vocab_size, context_tokens, sample_ids)
     pauses: dict[bool, list[float]] = {False: [], True: []}
     kv_bytes = 0
     for round_index in range(1 + repeats):
         for with_kv in pauses:
-            sample_id = next(sample_ids)
-            prompt_ids = np.random.default_rng(sample_id).integers(0, vocab_size, context_tokens).tolist()
-            request = GenerationRequest(
-                sample_id=sample_id,
-                prompt_ids=tuple(prompt_ids),
-                params=SamplingParams(seed=0, temperature=1.0, max_new_tokens=_NEW_TOKENS),
-            )
-            pause_s, moved_bytes = _move(source, target, request, with_kv)
+            pause_s, moved_bytes = _move(source, target, requests, with_kv)
             kv_bytes = max(kv_bytes, moved_bytes)
             if round_index:
                 pauses[with_kv].append(pause_s)
@@ -164,24 +157,34 @@ def _measure(
     }
 
 
-def _move(source: Worker, target: Worker, request: GenerationRequest, with_kv: bool) -> tuple[float, int]:
+def _requests(vocab_size: int, context_tokens: int, sample_ids: Iterator[int]) -> Iterator[GenerationRequest]:
+    for sample_id in sample_ids:
+        prompt_ids = np.random.default_rng(sample_id).integers(0, vocab_size, context_tokens).tolist()
+        params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=_NEW_TOKENS)
+        yield GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params)
+
+
+def _move(source: Worker, target: Worker, requests: Iterator[GenerationRequest], with_kv: bool) -> tuple[float, int]:
     """Seconds that the sample paused, and the bytes of its KV that moved."""
-    gather([source.call("submit", [request])])
-    _wait_for_tokens(source)
-    departures: list[Departure] = gather([source.call("evict", [request.sample_id], with_kv)])[0]
+    departures: list[Departure] = []
+    while not departures:  # the sample before ended sooner than it could be taken out
+        sample_id = (request := next(requests)).sample_id
+        gather([source.call("submit", [request])])
+        _wait_for_tokens(source, sample_id)
+        departures = gather([source.call("evict", [sample_id], with_kv)])[0]
     gather([target.call("admit", departures)])
-    _wait_for_tokens(target)
-    gather([target.call("evict", [request.sample_id])])
+    _wait_for_tokens(target, sample_id)
+    gather([target.call("evict", [sample_id])])
     before, after = gather([worker.call("drain_spans") for worker in (source, target)])
-    asked_s = next(span.start_s for span in before if span.name == "evict")
+    asked_s = max(span.start_s for span in before if span.name == "evict")
     went_on_s = next(span.end_s for span in after if span.name == "decode")
     kv = departures[0].kv
     assert (kv is not None) == with_kv
     return went_on_s - asked_s, 0 if kv is None else kv.num_bytes
 
 
-def _wait_for_tokens(worker: Worker) -> None:
-    while not gather([worker.call("poll", _POLL_S)])[0]:
+def _wait_for_tokens(worker: Worker, sample_id: int) -> None:
+    while all(progress.sample_id != sample_id for progress in gather([worker.call("poll", _POLL_S)])[0]):
         pass
 
 
