@@ -50,12 +50,15 @@ def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
         assert row["serial"].keys() == row["fused"].keys() == training_steps.Side.__annotations__.keys()
         assert (row["actor_layers"], row["critic_layers"], row["num_micro_batches"]) == (4, 2, 2)
         assert row["ratio"] == pytest.approx(row["serial_ms"] / row["fused_ms"])
-        assert row["gain_share"] == pytest.approx((row["ratio"] - 1) / (row["predicted_ratio"] - 1))
-        assert 0 < row["bubble_planned"] < row["serial"]["bubble_planned"] < 1
-        assert row["predicted_ratio"] > 1
+        assert 0 < row["bubble_planned"] < 1
+        assert 0 < row["serial"]["bubble_planned"] < 1
         assert 0 < row["overhead_share"] < 1
         if row["gain_share"] < 0.9:
             assert "ms more than serial steps lose" in row["why"]
+    # Equal micro-batches leave bubbles that the other model fills, whatever was measured; unequal ones may not.
+    assert uniform["bubble_planned"] < uniform["serial"]["bubble_planned"]
+    assert uniform["predicted_ratio"] > 1
+    assert uniform["gain_share"] == pytest.approx((uniform["ratio"] - 1) / (uniform["predicted_ratio"] - 1))
     assert uniform["micro_batch_tokens"] == [16, 16]
     # 10, 2 and 4, 8 responses become 7, 1 and 3, 5: the longest are 6 on average, after prompts of 2.
     assert mixed["micro_batch_tokens"] == [18, 14]
@@ -86,7 +89,7 @@ def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     other = {**INSTANCE, "name": "other", "actor_stages": 4}
     instances.write_text(json.dumps({"instances": [INSTANCE, other]}))
     options = ["--instances", str(instances)] if with_file else []
-    assert run("--emulate", "2", *options, "--operation-ms", "2", "--solve-seconds", "1", "--json", str(out)) == 0
+    assert run("--emulate", "2", *options, "--operation-ms", "10", "--solve-seconds", "1", "--json", str(out)) == 0
     results = json.loads(out.read_text())
     assert results["emulated"] is True
     (row,) = results["rows"]
