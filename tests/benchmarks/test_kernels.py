@@ -1,6 +1,7 @@
 """`fuse bench kernels` writes complete rows, for the kernels asked for."""
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -29,6 +30,14 @@ SMALL = {
         partial(kernel_cases.linear_logprob_rows, num_tokens=5, vocab_size=40, hidden_size=8, dtype=torch.bfloat16),
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_to_collect():
+    """Every measured peak collects garbage first: let it look at none of what the tests before have made."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 VALGRIND = """#!/bin/sh
