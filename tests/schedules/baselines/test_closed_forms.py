@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from itertools import product
 
 import pytest
 
 from schedules import Pipeline, Problem, Schedule, evaluate, violations
 from schedules.baselines import gpipe, one_f_one_b
+from schedules.timing import Timing
 
 SHAPES = list(product(range(1, 9), range(1, 33)))
+Baseline = Callable[[Problem], Schedule]
 
 
 def _equal_stages(num_stages: int, num_micro_batches: int) -> Problem:
@@ -26,12 +29,17 @@ def _equal_stages(num_stages: int, num_micro_batches: int) -> Problem:
     return Problem(num_ranks=num_stages, pipelines=(pipeline,))
 
 
+@cache
+def _timing(baseline: Baseline, num_stages: int, num_micro_batches: int) -> Timing:
+    schedule = baseline(_equal_stages(num_stages, num_micro_batches))
+    assert violations(schedule) == []
+    return evaluate(schedule)
+
+
 @pytest.mark.parametrize("baseline", [gpipe, one_f_one_b])
-def test_bubble_ratio(baseline: Callable[[Problem], Schedule]) -> None:
+def test_bubble_ratio(baseline: Baseline) -> None:
     for num_stages, num_micro_batches in SHAPES:
-        schedule = baseline(_equal_stages(num_stages, num_micro_batches))
-        assert violations(schedule) == []
-        timing = evaluate(schedule)
+        timing = _timing(baseline, num_stages, num_micro_batches)
         assert timing.makespan == (num_micro_batches + num_stages - 1) * (3 + 5)
         for busy in timing.busy_ticks:
             idle = Fraction(timing.makespan - busy, timing.makespan)
@@ -41,13 +49,13 @@ def test_bubble_ratio(baseline: Callable[[Problem], Schedule]) -> None:
 
 def test_gpipe_holds_every_micro_batch() -> None:
     for num_stages, num_micro_batches in SHAPES:
-        timing = evaluate(gpipe(_equal_stages(num_stages, num_micro_batches)))
+        timing = _timing(gpipe, num_stages, num_micro_batches)
         assert timing.peak_bytes == (7 * num_micro_batches,) * num_stages
 
 
 def test_one_f_one_b_holds_one_micro_batch_per_later_stage() -> None:
     for num_stages, num_micro_batches in SHAPES:
-        timing = evaluate(one_f_one_b(_equal_stages(num_stages, num_micro_batches)))
+        timing = _timing(one_f_one_b, num_stages, num_micro_batches)
         assert timing.peak_bytes == tuple(7 * min(num_micro_batches, num_stages - s) for s in range(num_stages))
 
 
@@ -61,7 +69,7 @@ def test_one_f_one_b_written_out() -> None:
 
 
 @pytest.mark.parametrize("baseline", [gpipe, one_f_one_b])
-def test_other_placements_are_refused(baseline: Callable[[Problem], Schedule]) -> None:
+def test_other_placements_are_refused(baseline: Baseline) -> None:
     pipeline = _equal_stages(2, 2).pipelines[0]
     virtual = Pipeline(name="v", ranks=(0, 0), num_micro_batches=1, forward_ticks=(1, 1), backward_ticks=(1, 1))
     with pytest.raises(ValueError, match="rank 0 has 2 stages"):
