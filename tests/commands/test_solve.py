@@ -12,7 +12,7 @@ from schedules import Problem, check, evaluate
 from schedules.formats import problem_to_json, schedule_from_json
 from schedules.instances import actor_and_critic
 
-SHAPE = ["--actor-stages", "2", "--critic-stages", "2", "--actor-microbatches", "3", "--time-limit", "10"]
+SHAPE = ["--actor-stages", "2", "--critic-stages", "2", "--actor-microbatches", "3", "--time-limit", "60"]
 
 
 def test_solves_what_options_describe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
