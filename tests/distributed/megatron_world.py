@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -286,6 +287,7 @@ def check_lost_peer(rank: int) -> dict[str, str]:
     stage = MegatronStage(*SHARED["llama"], stage=0, num_stages=1, loss=loss, tensor_group=dist.group.WORLD)
     stage.load_state_dict(shared_model("llama", 3).state_dict())
     stage.forward(0, batches_of(1)[0], None)
+    dist.barrier()  # rank 1 dies after it
     for name in ("backward", "forward"):
         try:
             if rank == 0:
@@ -306,7 +308,8 @@ def run_rank(rank: int, ports: Ports, directory: Path) -> None:
     found["check_lost_peer"] = check_lost_peer(rank)
     (directory / f"{rank}.json").write_text(json.dumps(found))
     if rank == 1:
-        os._exit(0)  # rank 0 waits for it
+        time.sleep(1)  # until rank 0 waits for it
+        os._exit(0)
 
 
 def main(directory: Path) -> None:
