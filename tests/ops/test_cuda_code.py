@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,34 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
-def differences(kernel: str, source: str, folder: Path) -> list[str]:
-    """What KERNEL.cu with this text computes otherwise than KERNEL.cc."""
-    (folder / "cuda.cc").write_text(source)
-    sources = [folder / "cuda.cc", EMULATION / f"{kernel}_differences.cc", KERNELS / "tensor" / f"{kernel}.cc"]
+def compiled(source: Path, target: Path) -> Path:
+    """An object file."""
     checks = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a CPU would not mind
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", *checks, "-include", EMULATION / "cuda_emulation.h"]
     folders = ["-I", EMULATION, "-I", KERNELS]
+    subprocess.run([COMPILER, *flags, *folders, "-c", source, "-o", target], env=ENVIRONMENT, check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Per kernel, once, what every text of its CUDA code is linked with: the comparison, and KERNEL.cc."""
+    folder = tmp_path_factory.mktemp("objects")
+
+    @cache
+    def of_kernel(kernel: str) -> list[Path]:
+        sources = [EMULATION / f"{kernel}_differences.cc", KERNELS / "tensor" / f"{kernel}.cc"]
+        return [compiled(source, folder / f"{source.stem}.o") for source in sources]
+
+    return of_kernel
+
+
+def differences(source: str, others: list[Path], folder: Path) -> list[str]:
+    """What KERNEL.cu with this text computes otherwise than KERNEL.cc."""
+    (folder / "cuda.cc").write_text(source)
     program = folder / "differences"
-    subprocess.run([COMPILER, *flags, *folders, *sources, "-o", program], env=ENVIRONMENT, check=True)
+    objects = [compiled(folder / "cuda.cc", folder / "cuda.o"), *others]
+    subprocess.run([COMPILER, *objects, "-o", program], env=ENVIRONMENT, check=True)
     process = subprocess.run([program], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=120)
     if process.returncode < 0:
         return [f"ended by signal {-process.returncode}"]
@@ -33,8 +53,8 @@ def differences(kernel: str, source: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob"])
-def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, tmp_path):
-    assert differences(kernel, (KERNELS / "tensor" / f"{kernel}.cu").read_text(), tmp_path) == []
+def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_path):
+    assert differences((KERNELS / "tensor" / f"{kernel}.cu").read_text(), others(kernel), tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +67,7 @@ def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, tmp_path):
         ("linear_logprob", "column == target", "column == targets[row]", "gradients"),
     ],
 )
-def test_a_mistake_in_the_cuda_code_shows(kernel, right, wrong, what, tmp_path):
+def test_a_mistake_in_the_cuda_code_shows(kernel, right, wrong, what, others, tmp_path):
     source = (KERNELS / "tensor" / f"{kernel}.cu").read_text()
     assert source.count(right) == 1
-    assert any(what in line for line in differences(kernel, source.replace(right, wrong), tmp_path))
+    assert any(what in line for line in differences(source.replace(right, wrong), others(kernel), tmp_path))
