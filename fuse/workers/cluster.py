@@ -56,14 +56,22 @@ class _Process:
         """Pin the process, make the worker, return the process id. `core` counts the cores available, and wraps."""
         if core is not None:
             available = sorted(os.sched_getaffinity(0))
-            for thread in os.listdir("/proc/self/task"):
-                with suppress(ProcessLookupError):  # it has ended
-                    os.sched_setaffinity(int(thread), {available[core % len(available)]})
+            _pin(available[core % len(available)])
         self._worker = worker_class(*args, **kwargs)
         return os.getpid()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._worker, method)(*args, **kwargs)
+
+
+def _pin(core: int) -> None:
+    """Keep this process to a core: all its threads, and those that they start meanwhile."""
+    pinned: set[str] = set()
+    while unpinned := {*os.listdir("/proc/self/task")} - pinned:
+        for thread in unpinned:
+            with suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread), {core})
+        pinned |= unpinned
 
 
 class _ConcurrentProcess(_Process):

@@ -59,6 +59,8 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
                     "prestart_worker_first_driver": False,
                     # They are the run, not a background job that every other process may push aside.
                     "worker_niceness": 0,
+                    # How a process ended, and which one, is worth more than a second: its last words are found by it.
+                    "timeout_ms_task_wait_for_death_info": 30_000,
                 },
             )
         assert ray.util.get_node_ip_address() == _LOOPBACK, "the local Ray cluster would listen on the network"
