@@ -12,12 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster as RayNodes
 
 from fuse.workers.cluster import Cluster, gather
 from fuse.workers.errors import WorkerError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PATIENCE_S = 60.0
 
 
 class Where:
@@ -81,6 +84,9 @@ def test_a_lost_node_is_named_as_the_cause(nodes: RayNodes) -> None:
         workers = [cluster.spawn("model worker", device, Where) for device in range(3)]
         lost = [node for node, _ in gather([worker.call("where") for worker in workers])].index(extra.node_id)
         calls = [worker.call("hang") for worker in workers]
+        for raylet in extra.all_processes[PROCESS_TYPE_RAYLET]:
+            raylet.process.terminate()
+            raylet.process.wait(PATIENCE_S)  # `remove_node` does for a second, and then the node's end is not told
         nodes.remove_node(extra)
         with pytest.raises(WorkerError, match=rf"^model worker on device {lost} failed: the node it ran on died"):
             gather(calls)
