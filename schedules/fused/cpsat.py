@@ -278,10 +278,11 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="cp-sat watch", daemon=True)
 
     def _watch(self) -> None:
+        stop = False
         while not self._done.wait(0.05):
-            if self._should_stop():
+            stop = stop or self._should_stop()
+            if stop:  # said again until it ends: before the search begins, nobody hears it
                 self._solver.stop_search()
-                return
 
     def __enter__(self) -> None:
         self._thread.start()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from random import Random
 
 import pytest
 
 from schedules import Pipeline, Problem, evaluate, violations
-from schedules.fused.cpsat import Outcome, lowest_peak, shortest
+from schedules.fused.cpsat import Outcome, Watch, lowest_peak, shortest
 from schedules.fused.exhaustive import optimum
 from schedules.fused.greedy import greedy
 from schedules.fused.halves import halves_lose_nothing
@@ -106,10 +108,38 @@ def test_a_makespan_below_the_optimum_is_infeasible() -> None:
 
 
 def test_stops_when_asked() -> None:
-    pipelines = tuple(replace(p, num_micro_batches=24) for p in OPPOSITE.pipelines)
-    problem = replace(OPPOSITE, pipelines=pipelines, memory_limit_bytes=(3, 3))
+    pipelines = tuple(
+        Pipeline(
+            name=name,
+            ranks=ranks,
+            num_micro_batches=32,
+            forward_ticks=(1,) * 4,
+            backward_ticks=(2,) * 4,
+            activation_bytes=(1,) * 4,
+        )
+        for name, ranks in (("actor", (0, 1, 2, 3)), ("critic", (3, 2, 1, 0)))
+    )
+    problem = Problem(num_ranks=4, pipelines=pipelines, memory_limit_bytes=(4,) * 4)
+    start_s = time.monotonic()
     result = shortest(problem, split=False, makespan=1000, time_limit_s=200, should_stop=lambda: True)
-    assert result.outcome in (Outcome.UNKNOWN, Outcome.FOUND, Outcome.OPTIMAL)
+    assert result.outcome in (Outcome.UNKNOWN, Outcome.FOUND)  # the optimum takes much longer
+    assert time.monotonic() - start_s < 60  # far from the limit: it was stopped
+
+
+def test_a_stop_from_before_the_search_is_heard() -> None:
+    class Solver:
+        """Hears nothing but the third call."""
+
+        num_calls = 0
+
+        def stop_search(self) -> None:
+            self.num_calls += 1
+            if self.num_calls == 3:
+                heard.set()
+
+    heard, answers = threading.Event(), iter([True])
+    with Watch(Solver(), lambda: next(answers)):  # type: ignore[arg-type]
+        assert heard.wait(60)
 
 
 @pytest.mark.parametrize("below", [0, 1])
