@@ -400,7 +400,7 @@ def dump(optimizers: Mapping[str, ModelOptimizer]) -> dict[str, Tensor]:
 def check_lost_peer(rank: int, world: int, directory: Path, *, dies: bool) -> dict[str, float | str]:
     """Rank 1 leaves, or stops answering, in the middle of a step. The world is useless afterwards."""
     run = Run.of(rank, world, [("llama", range(world), 4)])
-    stages, communicators = run.build(), open_pipelines([("actor", range(world))], 4.0)
+    stages, communicators = run.build(), open_pipelines([("actor", range(world))], 10.0)
     if rank == 1:
         batches = iter(range(2))
         forward = stages[0, 1].forward
@@ -408,6 +408,7 @@ def check_lost_peer(rank: int, world: int, directory: Path, *, dies: bool) -> di
         def last_forward(*arguments: object) -> None:
             if next(batches, None) is None:
                 if dies:
+                    time.sleep(1)  # until rank 0 has sent all it can, and waits
                     os._exit(3)
                 time.sleep(120)
             forward(*arguments)
