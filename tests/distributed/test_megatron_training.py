@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all worlds
+
 NUM_DEVICES = {"one": 1, "pipeline": 2, "tensor": 2, "both": 4, "replicas": 4}
 NUM_STATE_TENSORS = 3 * (30 + 38 + 36 + 30)
 """Parameters and two moments of the four models: three layers of 9, 12 and 11 weights, and embedding, norm and head."""
@@ -30,7 +32,7 @@ def measure(directory: Path, *layouts: str) -> Measured:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=800,
         check=False,
     )
     paths = {name: [directory / f"{name}-{device}.json" for device in range(NUM_DEVICES[name])] for name in layouts}
