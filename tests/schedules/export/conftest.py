@@ -12,7 +12,7 @@ from schedules.fused.greedy import greedy
 from schedules.instances import actor_and_critic
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def problem() -> Problem:
     """An actor over two ranks, a critic in the opposite direction, three micro-batches, a memory limit."""
     instance = actor_and_critic(
@@ -28,7 +28,7 @@ def problem() -> Problem:
     return replace(instance.problem, memory_limit_bytes=(8, 8))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fused(problem: Problem) -> Schedule:
     return greedy(problem)
 
