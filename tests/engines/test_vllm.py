@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import methodcaller
 
@@ -240,20 +241,28 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(vllm_pool: VllmPool, bu
     assert len(run(engine, REQUESTS[:1])[0][0]) == 60
 
 
+def pin(process: psutil.Process, cores: Sequence[int]) -> None:
+    for thread in process.threads():
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(thread.id, cores)
+
+
 def test_an_engine_keeps_to_the_core_that_its_process_is_pinned_to(
     vllm_pool: VllmPool, build_model: BuildModel
 ) -> None:
     engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
     process = psutil.Process(engine.process_id)
     cores = process.cpu_affinity()
-    for thread in process.threads():
-        os.sched_setaffinity(thread.id, cores[-1:])
-    engine.become(build_model(hidden_size=HIDDEN_SIZE), **(LIMITS | {"max_batch": 4}))
-    run(engine, REQUESTS)
-    assert {*os.sched_getaffinity(process.pid)} == {cores[-1]}
-    assert all(os.sched_getaffinity(thread.id) == {cores[-1]} for thread in process.threads())
-    for thread in process.threads():
-        os.sched_setaffinity(thread.id, cores)
+    pin(process, cores[-1:])
+    try:
+        engine.become(build_model(hidden_size=HIDDEN_SIZE), **(LIMITS | {"max_batch": 4}))
+        run(engine, REQUESTS)
+        assert os.sched_getaffinity(process.pid) == {cores[-1]}
+        for thread in process.threads():
+            with suppress(ProcessLookupError):  # it has ended
+                assert os.sched_getaffinity(thread.id) == {cores[-1]}
+    finally:
+        pin(process, cores)
 
 
 def test_a_closed_engine_leaves_nothing_behind(vllm_pool: VllmPool, build_model: BuildModel) -> None:
