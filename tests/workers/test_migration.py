@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.config import PPOConfig
 from fuse.engines.engine import GenerationRequest, SamplingParams
-from fuse.workers.cluster import Cluster, Worker
+from fuse.workers.cluster import Cluster, Worker, gather
 from fuse.workers.engine_choice import choose_engine
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
 from fuse.workers.kv_transfer import choose_kv_transfer
@@ -24,7 +24,7 @@ from fuse.workers.model_spec import ModelSpec
 from fuse.workers.weights import WeightsRef, put_state_dict
 
 PATIENCE_S = 60.0
-NEW_TOKENS = 300
+NEW_TOKENS = 600  # more than an engine makes while the driver is held up between two calls
 MAX_BATCH = 2
 # of one block of vLLM's 128 tokens, of two and of three; the last ones wait, for the engines run two at a time
 CONTEXTS = (3, 140, 257, 260)
@@ -61,7 +61,7 @@ def model() -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=640,
+            max_position_embeddings=1024,
             initializer_range=0.1,
         )
     )
@@ -144,10 +144,9 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
         wait_for_tokens(source, moved, one.sample_id)
         departures += evict(source, moved, [one.sample_id])
     assert all(one.kv is not None for one in departures)
-    ask(target, "admit", departures[:2])
-    for one in departures[2:]:
-        ask(target, "admit", [one])
-    back = evict(target, moved, [2, 3])
+    admits = [target.call("admit", some) for some in (departures[:2], departures[2:3], departures[3:])]
+    back = evict(target, moved, [2, 3])  # next, for calls run in order
+    gather(admits)
     assert all(one.kv is not None for one in back)
     assert [one.request for one in back] == [one.request for one in departures[2:]], "they left before they ran"
     ask(source, "admit", back)
@@ -155,9 +154,9 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
     finish(source, moved, 2)
     num_bytes = sum(one.kv.num_bytes for one in (*departures, *back) if one.kv is not None)
     all_spans = [ask(worker, "drain_spans") for worker in (source, target)]
-    admits = [span.arguments for one in all_spans for span in one if span.name == "admit"]
-    assert sum(sizes["bytes"] for sizes in admits) == num_bytes
-    assert sum(sizes["lost"] for sizes in admits) == 0
+    admitted = [span.arguments for one in all_spans for span in one if span.name == "admit"]
+    assert sum(sizes["bytes"] for sizes in admitted) == num_bytes
+    assert sum(sizes["lost"] for sizes in admitted) == 0
     computed = sum(span.arguments["prefill_tokens"] for span in all_spans[1] if span.name == "decode")
     assert computed == 0, "KV spares the prefill"
 
@@ -183,10 +182,11 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
     finish(target, moved, 2)
     recorded = ask(target, "drain_spans")
     (admit,) = (span.arguments for span in recorded if span.name == "admit")
-    assert admit["lost"] == 2 or carrier == "object_store"  # which may have it still
+    assert admit["lost"] == 2 or carrier == "object_store"  # which may have it still, or one of the two
     assert (admit["bytes"] == 0) == (admit["lost"] == 2)
     computed = sum(span.arguments["prefill_tokens"] for span in recorded if span.name == "decode")
-    assert computed == (sum(one.request.num_tokens for one in departures) if admit["lost"] else 0)
+    contexts = [one.request.num_tokens for one in departures]
+    assert computed in ([0], contexts, [sum(contexts)])[admit["lost"]]
 
     stayed: dict[int, Response] = {}
     ask(target, "submit", requests)
