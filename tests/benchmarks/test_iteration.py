@@ -21,8 +21,6 @@ from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
 from fuse.engines.replay import ReplayEngine
 from fuse.trace import Span
 
-pytestmark = pytest.mark.timeout(900)  # `smoke` is three trainings
-
 FIELDS = {"variant", "samples_per_s", "tokens_per_s", "ratio_to_serial", "ratio_to_trl", "phases", "idle_share"} | {
     "peak_bytes", "outside_share", "bubbles"
 }  # fmt: skip

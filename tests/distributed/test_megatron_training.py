@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all worlds
-
 NUM_DEVICES = {"one": 1, "pipeline": 2, "tensor": 2, "both": 4, "replicas": 4}
 NUM_STATE_TENSORS = 3 * (30 + 38 + 36 + 30)
 """Parameters and two moments of the four models: three layers of 9, 12 and 11 weights, and embedding, norm and head."""

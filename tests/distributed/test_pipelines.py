@@ -24,8 +24,6 @@ from schedules.formats import schedule_from_text
 NUM_RANKS = {"one": 1, "two": 2, "four": 4, "again": 1}
 PIPELINES = ["two", "four"]
 
-pytestmark = pytest.mark.timeout(900)  # `measured` trains in six worlds
-
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
