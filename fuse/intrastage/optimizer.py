@@ -78,9 +78,19 @@ class ModelOptimizer:
             }
 
     def step(self, learning_rate: float) -> float:
-        """Apply the gradients gathered since the last step, and clear them.
+        """Apply the gradients gathered since the last step, and clear them: `reduce` and `apply`.
 
         Returns the norm of the whole model's gradient before clipping, 0.0 on a rank without any stage of it.
+
+        Raises: CommunicationError when a peer died or did not answer in time.
+        """
+        norm = self.reduce()
+        self.apply(norm, learning_rate)
+        return norm
+
+    def reduce(self) -> float:
+        """Add gradients up over replicas and tied copies; returns the norm of the whole model's. Waits for peers.
+
         A parameter that got no gradient has a gradient of zero.
 
         Raises: CommunicationError when a peer died or did not answer in time.
@@ -91,7 +101,10 @@ class ModelOptimizer:
                     parameter.grad = torch.zeros_like(parameter)
         self._add_replicas()
         self._add_tied_copies()
-        norm = self._gradient_norm()
+        return self._gradient_norm()
+
+    def apply(self, norm: float, learning_rate: float) -> None:
+        """Clip the reduced gradients, of this norm, take the step, and clear them. Waits for nobody."""
         if self._adamw is not None:
             self._clip(norm)
             for group in self._adamw.param_groups:
@@ -99,7 +112,6 @@ class ModelOptimizer:
             self._adamw.step()
             self._adamw.zero_grad(set_to_none=True)
         self._num_steps += 1
-        return norm
 
     STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 

@@ -201,8 +201,9 @@ class TrainingRank:
             planned=planned,
         )
         for model in MODELS:
+            norm = self._optimizers[model].reduce()  # not in the span: a rank that is done earlier waits in here
             with self._recorder.span(f"step {model}", "optimizer"):
-                self._optimizers[model].step(learning_rate)
+                self._optimizers[model].apply(norm, learning_rate)
         return {model: loss.statistics.drain() for model, loss in self._losses.items()}
 
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
