@@ -139,9 +139,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     mix = Path(options["lengths"]).stem if options["lengths"] else "synthetic"
     setting = (
         f"{options['devices']} cores of {machine['cpu']}, {results['date']}; {versions}; {model}, {options['batch']} "
-        f"prompts an iteration in {options['mini_batches']} mini-batches of micro-batches of {options['micro_batch']}, "
-        f"at most {options['max_new_tokens']} tokens, lengths: {mix}; medians (ranges) of {options['repeats']} "
-        f"iterations each, in turn, all on the same tokens. {bound(rows)}"
+        f"prompts an iteration, epochs: {options['epochs']}, each of {options['mini_batches']} mini-batches of "
+        f"micro-batches of {options['micro_batch']}, at most {options['max_new_tokens']} tokens, lengths: {mix}; "
+        f"medians (ranges) of {options['repeats']} iterations each, in turn, all on the same tokens. {bound(rows)}"
     )
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", setting])
 

@@ -224,8 +224,8 @@ def test_ratios_are_those_of_turns_in_the_same_repeat() -> None:
 
 def test_a_table_without_trl_has_no_column_for_it() -> None:
     rows = [row_of("off", {"off": [made_turn(1.0, [ONE])]})]
-    options = {"model": None, "lengths": "a/mix.csv", "devices": 2, "batch": 1, "mini_batches": 1, "micro_batch": 1}
-    options |= {"max_new_tokens": 3, "repeats": 1}
+    options = dict.fromkeys(("devices", "batch", "epochs", "mini_batches", "micro_batch", "repeats"), 1)
+    options |= {"model": None, "lengths": "a/mix.csv", "max_new_tokens": 3}
     results = {"rows": rows, "machine": {"cpu": "EPYC", "packages": {}}, "options": options, "date": "2026-01-01"}
     text = markdown(results)
     assert text.splitlines()[0] == "| variant | samples/s | tokens/s | x off |"
