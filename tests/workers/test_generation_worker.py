@@ -243,7 +243,7 @@ def test_one_driver_follows_many_workers(cluster: Cluster) -> None:
         polls[worker.call("poll", 1000.0)] = worker  # comes back at once when the engine is empty
     assert sorted(finished) == [(device, sample_id) for device in (0, 1) for sample_id in (0, 1, 2)]
 
-    workers[0].call("submit", [request(3)])
+    gather([workers[0].call("submit", [request(3)])])  # polls do not wait for it: they run beside other calls
     with pytest.raises(WorkerError, match=r"^generation worker on device 0 failed: ValueError: sample 3 was not rec"):
         gather([workers[0].call("poll", 1000.0)])
     for worker in workers:
