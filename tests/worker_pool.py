@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import pytest
 import ray
 
 from fuse.intrastage import communication
+from fuse.workers import fleet
 from fuse.workers.cluster import Cluster, Worker, gather
 
 
@@ -24,6 +28,13 @@ class WorkerPool:
 
     def __exit__(self, *exception: object) -> None:
         self.cluster.__exit__(*exception)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Runs have their workers in these processes."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fleet, "Cluster", self)
+            yield
 
     def __call__(self, num_devices: int, **options: Any) -> _Lease:
         assert num_devices <= self.cluster.num_devices

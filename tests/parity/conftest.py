@@ -7,7 +7,6 @@ from functools import cache
 
 import pytest
 
-from fuse.workers import fleet
 from fuse.workers.ray_session import local_cluster
 
 from ..worker_pool import WorkerPool
@@ -36,9 +35,10 @@ def worker_pool(ray_cluster: None) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture
-def pooled_workers(worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
     """Workers of two devices run in the pool's processes."""
-    monkeypatch.setattr(fleet, "Cluster", worker_pool)
+    with worker_pool.in_use():
+        yield
 
 
 @pytest.fixture(scope="package")
@@ -49,9 +49,10 @@ def large_worker_pool(ray_cluster: None) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture
-def pool_of_four(large_worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def pool_of_four(large_worker_pool: WorkerPool) -> Iterator[None]:
     """Workers of four devices run in the large pool's processes."""
-    monkeypatch.setattr(fleet, "Cluster", large_worker_pool)
+    with large_worker_pool.in_use():
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,16 @@ import psutil
 import pytest
 from transformers import TrainerCallback
 
-from fuse import PPOTrainer
-from fuse.workers import fleet
 from fuse.workers.errors import WorkerError
 
 from ..worker_pool import WorkerPool
 from . import tiny
 
-TrainPooled = Callable[..., PPOTrainer]
-
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_an_engine_killed_while_it_generates_costs_no_sample(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, train_pooled: TrainPooled
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, worker_pool: WorkerPool
 ) -> None:
     """Killed when the first sample is finished; all others last for a second and more."""
     options: dict[str, Any] = {
@@ -38,7 +33,8 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
         "response_length": 600,
         "num_sample_generations": 0,
     }
-    undisturbed = train_pooled(tmp_path / "undisturbed", **options)
+    with worker_pool.in_use():
+        undisturbed = tiny.train(tmp_path / "undisturbed", **options)
     engines: list[int] = []
 
     def kill_an_engine(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
@@ -68,11 +64,12 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     followed_by: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    train_pooled: TrainPooled,
+    worker_pool: WorkerPool,
 ) -> None:
     """Training follows, and then new weights; or another rollout, by the weights that the engine had."""
     options: dict[str, Any] = {"num_devices": 2, "total_episodes": 24, "num_sample_generations": 1}
-    undisturbed = train_pooled(tmp_path / "undisturbed", **options)
+    with worker_pool.in_use():
+        undisturbed = tiny.train(tmp_path / "undisturbed", **options)
     disturbed = tiny.trainer(tmp_path / "disturbed", per_device_eval_batch_size=2, **options)
     disturbed.eval_dataset = tiny.rows(4)
     method = getattr(disturbed, followed_by)
@@ -91,10 +88,9 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     assert tiny.difference(disturbed.value_model, undisturbed.value_model) < tiny.ROUNDING
 
 
-def test_a_killed_run_resumes_as_if_nothing_had_happened(
-    tmp_path: Path, worker_pool: WorkerPool, train_pooled: TrainPooled, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train_pooled(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, worker_pool: WorkerPool) -> None:
+    with worker_pool.in_use():
+        whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
 
     output_dir = tmp_path / "killed"
     command = [sys.executable, tiny.__file__, str(output_dir), "--devices", "2"]
@@ -114,9 +110,9 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     # Those that lost their parent wait for init to take note of their end.
     assert not [process for process in orphans if process.status() != psutil.STATUS_ZOMBIE]
 
-    monkeypatch.setattr(fleet, "Cluster", worker_pool)
     resumed = tiny.trainer(output_dir, total_episodes=32, num_sample_generations=0)
-    resumed.train(resume_from_checkpoint=True)
+    with worker_pool.in_use():
+        resumed.train(resume_from_checkpoint=True)
     assert len(resumed.state.log_history) == 4
     assert tiny.difference(whole.policy_model, resumed.policy_model) < tiny.ROUNDING  # two devices, then one
     assert tiny.difference(whole.value_model, resumed.value_model) < tiny.ROUNDING

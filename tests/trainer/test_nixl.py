@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fuse import PPOTrainer
 from fuse.interstage.costs import SMALL_CPU
 from fuse.interstage.migration import Action, Migrate, RolloutState, feed
 from fuse.interstage.planner import RolloutPlanner
 
+from ..worker_pool import WorkerPool
 from . import tiny
 
 
@@ -32,9 +31,7 @@ def _gather_on_the_first(state: RolloutState) -> list[Action]:
     return [*moves, *feed(state, moves)]
 
 
-def _train(
-    train: Callable[..., PPOTrainer], output_dir: Path, **options: Any
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
     """One update: the weights afterwards, and every response."""
     responses: list[list[str]] = []
 
@@ -42,7 +39,7 @@ def _train(
         responses.append(completions)
         return tiny.count_a(prompts, completions, target)
 
-    trainer = train(
+    trainer = tiny.train(
         output_dir,
         reward=reward,
         models={"vocab_size": 512, "max_position_embeddings": 1024},  # ends are rare: samples last for seconds
@@ -58,13 +55,14 @@ def _train(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: make setup-vllm-cpu")
 def test_a_run_whose_samples_move_ends_where_the_run_does_in_which_they_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_pooled: Callable[..., PPOTrainer]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_pool: WorkerPool
 ) -> None:
-    weights, responses = _train(train_pooled, tmp_path / "stay", inter_stage_fusion=False)
+    with worker_pool.in_use():
+        weights, responses = _train(tmp_path / "stay", inter_stage_fusion=False)
     computing_is_dear = replace(SMALL_CPU, prefill_s=1e3)
     monkeypatch.setattr(RolloutPlanner, "policy", lambda planner, samples: _gather_on_the_first)
     monkeypatch.setattr(RolloutPlanner, "costs", lambda planner: computing_is_dear)
-    moved_weights, moved_responses = _train(tiny.train, tmp_path / "move", kv_transfer="nixl")
+    moved_weights, moved_responses = _train(tmp_path / "move", kv_transfer="nixl")
     assert moved_responses == responses
     for name, tensor in weights.items():
         torch.testing.assert_close(moved_weights[name], tensor, rtol=0, atol=tiny.ROUNDING)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuse import PPOTrainer
 
+from ..worker_pool import WorkerPool
 from . import tiny
 
-pytestmark = pytest.mark.usefixtures("pooled_workers")
 
-
-@pytest.fixture
-def plain(tmp_path_factory: pytest.TempPathFactory, trained: dict[str, PPOTrainer]) -> PPOTrainer:
-    """A run on one device."""
-    if "plain" not in trained:
-        trained["plain"] = tiny.train(tmp_path_factory.mktemp("plain"))
-    return trained["plain"]
+@pytest.fixture(autouse=True)
+def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
+    with worker_pool.in_use():
+        yield
 
 
 @pytest.fixture(scope="module")
-def trained() -> dict[str, PPOTrainer]:
-    return {}
+def plain(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> PPOTrainer:
+    """A run on one device."""
+    with worker_pool.in_use():
+        return tiny.train(tmp_path_factory.mktemp("plain"))
 
 
 def test_a_run_on_two_devices_is_the_run_on_one(tmp_path: Path, plain: PPOTrainer) -> None:

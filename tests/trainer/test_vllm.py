@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fuse import PPOTrainer
-
+from ..worker_pool import WorkerPool
 from . import tiny
 
 
-def _train(
-    train: Callable[..., PPOTrainer], output_dir: Path, **options: Any
-) -> tuple[dict[str, torch.Tensor], list[str], list[dict[str, float]]]:
+def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str], list[dict[str, float]]]:
     """Two updates: the weights afterwards, every response, and what was logged."""
     responses: list[list[str]] = []
 
@@ -26,20 +22,17 @@ def _train(
         responses.append(completions)
         return tiny.count_a(prompts, completions, target)
 
-    trainer = train(output_dir, reward=reward, models={"head_dim": 32}, num_sample_generations=0, **options)
+    trainer = tiny.train(output_dir, reward=reward, models={"head_dim": 32}, num_sample_generations=0, **options)
     in_order = sorted(one for completions in responses for one in completions)
     return trainer.policy_model.state_dict(), in_order, trainer.state.log_history
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_a_run_with_vllm_ends_where_the_run_with_transformers_does(
-    tmp_path: Path, train_pooled: Callable[..., PPOTrainer]
-) -> None:
-    weights, responses, log = _train(train_pooled, tmp_path / "transformers")
-    vllm_weights, vllm_responses, vllm_log = _train(
-        tiny.train, tmp_path / "vllm", engine="vllm", generation_cache_bytes=1 << 22
-    )
+def test_a_run_with_vllm_ends_where_the_run_with_transformers_does(tmp_path: Path, worker_pool: WorkerPool) -> None:
+    with worker_pool.in_use():
+        weights, responses, log = _train(tmp_path / "transformers")
+    vllm_weights, vllm_responses, vllm_log = _train(tmp_path / "vllm", engine="vllm", generation_cache_bytes=1 << 22)
     assert vllm_responses == responses
     for name, tensor in weights.items():
         torch.testing.assert_close(vllm_weights[name], tensor, rtol=0, atol=1e-5)
