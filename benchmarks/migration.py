@@ -119,7 +119,7 @@ def _engines(model: PreTrainedModel, config: PPOConfig) -> Iterator[tuple[Worker
     make_engine = partial(choose_engine(config, None), ModelSpec.of(model))
     print("starting two engines ...", file=sys.stderr, flush=True)
     with Cluster(2) as cluster:
-        make = partial(make_engine, put_state_dict(model.state_dict()), "cpu")
+        make = partial(make_engine, [put_state_dict(model.state_dict())], "cpu")
         source, target = (
             cluster.spawn("generation worker", device, GenerationWorker, make, choose_kv_transfer(config))
             for device in (0, 1)

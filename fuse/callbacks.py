@@ -10,8 +10,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import CallbackHandler, ExportableState, PrinterCallback, TrainerState
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    ExportableState,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
+from transformers.utils.import_utils import is_in_notebook
 
 from fuse.config import PPOConfig
 
@@ -54,10 +61,18 @@ def learning_rate_schedule(args: PPOConfig, model: nn.Module) -> tuple[torch.opt
 
 def callback_handler(args: PPOConfig, callbacks: list[TrainerCallback] | None, **references: Any) -> CallbackHandler:
     """transformers' default and reporting callbacks, the user's, and a progress bar; `references` go to the handler."""
-    every = DEFAULT_CALLBACKS + get_reporting_integration_callbacks(args.report_to) + (callbacks or [])
+    every = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
     handler = CallbackHandler(every, **references)
-    handler.add_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+    handler.add_callback(PrinterCallback if args.disable_tqdm else _progress_bar())
     return handler
+
+
+def _progress_bar() -> type[TrainerCallback]:
+    if not is_in_notebook():
+        return ProgressCallback
+    from transformers.utils.notebook import NotebookProgressCallback  # imports IPython
+
+    return NotebookProgressCallback
 
 
 def initial_state(handler: CallbackHandler, control: TrainerControl) -> PPOState:

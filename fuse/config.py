@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+_logger = logging.getLogger(__name__)
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True  # not known to be slow
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 _AT_LEAST_ONE = (
@@ -48,7 +61,9 @@ class PPOConfig(TrainingArguments):
     learning_rate: float = _option(3e-6, "The initial learning rate for AdamW.")
     logging_steps: float = _option(10, "Updates between two logs for callbacks that ask.")
     bf16: bool | None = _option(  # type: ignore[assignment]  # None is replaced on construction
-        None, "Compute in bfloat16 with fp32 weights. Default: on a GPU that supports it, not on a CPU."
+        None,
+        "Compute in bfloat16 with fp32 weights. Default: on a GPU that supports it, not on a CPU. On CPUs it is for "
+        "training and scoring; samples are generated in float32, which is faster for few rows.",
     )
 
     num_ppo_epochs: int = _option(4, "Passes over each rollout batch.")
@@ -153,8 +168,16 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ValueError("fp16=True is not supported (it needs loss scaling): set bf16=True or neither")
+        has_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = has_gpu and torch.cuda.is_bf16_supported()
+        if self.bf16 and not has_gpu:
+            self.use_cpu = True  # transformers allows bfloat16 on CPUs where they are asked for by name
+            if not _multiplies_bfloat16():
+                _logger.warning(
+                    "bf16=True on a CPU without bfloat16 arithmetic (AVX-512 BF16 or AMX), slower than float32 "
+                    "there: leave it out"
+                )
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_ranges()
         self._check_choices()

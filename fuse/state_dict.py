@@ -1,4 +1,4 @@
-"""Copying weights into a model that is in use."""
+"""Giving weights to a model that is in use."""
 
 from __future__ import annotations
 
@@ -57,6 +57,24 @@ class WeightLayout:
         """`state_dict`, in which a tied tensor may come under any of its names, with it under all of them."""
         by_tensor = {self.tensors[name]: tensor for name, tensor in state_dict.items()}
         return {name: by_tensor[number] for name, number in self.tensors.items() if number in by_tensor}
+
+
+def adopt_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Let `state_dict` be the model's weights: no copy is made where type and device are the model's own.
+
+    For models that only compute: what they share with others must never be written. Names as in `load_state_dict`.
+
+    Raises:
+        ValueError: names or shapes that do not match; then nothing has changed.
+    """
+    WeightLayout.of(model).check(state_dict)
+    own = model.state_dict(keep_vars=True)  # a tied tensor is one object under all of its names
+    with torch.no_grad():
+        for name, tensor in state_dict.items():
+            if (own[name].dtype, own[name].device) == (tensor.dtype, tensor.device):
+                own[name].data = tensor
+            else:
+                own[name].copy_(tensor)
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+SAMPLER_STATISTICS = ("sampler/sum", "sampler/max", "sampler/tokens")
+"""Of a micro-batch: absolute differences between the sampler's log-probabilities and the trainer's, and how many."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
@@ -87,7 +90,7 @@ def average_statistics(
     slots = [slot for step in steps for slot in step.slots]
     rows = [row for step in statistics for row in step]
     metrics = {}
-    for name in rows[0]:
+    for name in (name for name in rows[0] if name not in SAMPLER_STATISTICS):
         values = np.array([row[name] for row in rows])
         if table_shape is not None:
             table = np.zeros(table_shape)
@@ -97,6 +100,19 @@ def average_statistics(
         if name == "val/ratio":
             metrics["val/ratio_var"] = float(values.var(ddof=1)) if values.size > 1 else 0.0
     return metrics
+
+
+def sampler_differences(first_step: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's before it steps: the mean and the largest.
+
+    first_step: the statistics of the first step's micro-batches, so of its samples alone. In fp32 rounding alone makes
+    a difference, about 1e-6: more means that engine and trainer hold other weights, or compute otherwise.
+    """
+    total, largest, tokens = ([row[name] for row in first_step] for name in SAMPLER_STATISTICS)
+    return {
+        "val/sampler_logprob_diff": sum(total) / max(1.0, sum(tokens)),
+        "val/sampler_logprob_diff_max": max(largest),
+    }
 
 
 def _cut(samples: NDArray[np.int64], size: int) -> tuple[tuple[int, ...], ...]:

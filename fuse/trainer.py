@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from fuse import checkpoint, checks, prompts
+from fuse.activity import Activity
 from fuse.callbacks import PolicyAndValue, PPOState, callback_handler, initial_state, learning_rate_schedule
 from fuse.completions import print_completions
 from fuse.config import PPOConfig
@@ -27,10 +28,18 @@ from fuse.publish import push_policy, write_model_card, write_policy
 from fuse.report import iteration_report, summary_line
 from fuse.rewards import RewardCalls, RewardFunction
 from fuse.sample import Sample
-from fuse.steps import OptimizerStep, average_statistics, optimizer_steps, trl_optimizer_steps
+from fuse.steps import (
+    OptimizerStep,
+    average_statistics,
+    optimizer_steps,
+    sampler_differences,
+    trl_optimizer_steps,
+)
 from fuse.trace import PhaseClock, write_chrome_trace
+from fuse.workers.cluster import Cluster
 from fuse.workers.fleet import Fleet
 from fuse.workers.fleet_settings import FleetSettings
+from fuse.workers.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +99,8 @@ class PPOTrainer:
         checks.fill_batch_sizes(args, len(train_dataset))
 
         self.dataloader = prompts.prompt_loader(train_dataset, _known(args.local_batch_size), args.seed, data_collator)
+        self.activity = Activity()
+        self.cluster: Cluster | None = None
         self._fleet: Fleet | None = None
         self._settings = FleetSettings.from_config(  # refuses what cannot be placed
             args, processing_class.pad_token_id, prompts.typical_length(train_dataset), model.config
@@ -163,13 +174,18 @@ class PPOTrainer:
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
         """Start the workers with the models, or a checkpoint of them; they stop with the body."""
         reward_model = self.reward_model if isinstance(self.reward_model, PreTrainedModel) else None
-        with Fleet(
-            self._settings,
-            actor=self.policy_model,
-            critic=self.value_model,
-            reference=self.ref_model,
-            reward=reward_model,
-        ) as fleet:
+        with (
+            self.activity.lasting(),
+            Fleet(
+                self._settings,
+                actor=self.policy_model,
+                critic=self.value_model,
+                reference=self.ref_model,
+                reward=reward_model,
+                cluster=self.cluster,
+                tell=self.activity.tell,
+            ) as fleet,
+        ):
             if resumed is not None:
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
             self._fleet, self._start_s, self._start_episode = fleet, time.time(), self.state.episode
@@ -199,6 +215,7 @@ class PPOTrainer:
                     fleet.infer(samples)
                 rewards.submit(samples)
             with clock.phase("reward"):
+                self.activity.tell("waiting: for rewards")
                 rewards.finish()
 
     def _prepare(self, samples: Sequence[Sample]) -> tuple[Experience, dict[str, float]]:
@@ -235,7 +252,8 @@ class PPOTrainer:
         """Means over all micro-batches; TRL's table counts places too that no micro-batch fills."""
         args = self.args
         shape = (args.num_ppo_epochs, args.num_mini_batches, args.gradient_accumulation_steps)
-        return average_statistics(steps, statistics, table_shape=shape if args.trl_quirks else None)
+        averages = average_statistics(steps, statistics, table_shape=shape if args.trl_quirks else None)
+        return averages | sampler_differences(statistics[0])
 
     def _finish_update(self, metrics: dict[str, float], clock: PhaseClock) -> None:
         """Count the update, report it, and save what is due."""
@@ -274,6 +292,7 @@ class PPOTrainer:
     def _save_checkpoint(self) -> None:
         assert self._fleet is not None
         output_dir = self._output_dir
+        self.activity.tell("saving: a checkpoint")
         with checkpoint.writing(output_dir, self.state.global_step) as directory:
             self._fleet.fetch_weights(self.policy_model, self.value_model)
             write_policy(directory, self.policy_model, self.processing_class)
@@ -377,9 +396,10 @@ class PPOTrainer:
     def _check_models_and_prompts(self) -> None:
         config = self.policy_model.config.get_text_config()
         others = {"ref_model": self.ref_model, "reward_model": self.reward_model, "value_model": self.value_model}
-        checks.check_vocabularies(
-            self.policy_model, {role: model for role, model in others.items() if isinstance(model, PreTrainedModel)}
-        )
+        models = {role: model for role, model in others.items() if isinstance(model, PreTrainedModel)}
+        checks.check_vocabularies(self.policy_model, models)
+        for model in (self.policy_model, *models.values()):
+            ModelSpec.of(model)  # refuses what cannot be built again
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 checks.check_prompts(

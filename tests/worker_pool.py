@@ -63,6 +63,10 @@ class _Lease:
     def host(self, device: int) -> str:
         return self._pool.cluster.host(device)
 
+    def kill(self, worker: Worker) -> None:
+        del self._pool.processes[worker.role, worker.device]
+        self._pool.cluster.kill(worker)
+
     def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> Worker:
         key = (role, device)
         self._workers[key] = worker_class

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuse.benchmarks.measure import write_json
 from fuse.commands.models import critic_from_policy
-from fuse.commands.progress import update_progress
+from fuse.commands.progress import run_progress
 from fuse.commands.results import RunResults, output_file
 from fuse.config import PPOConfig
 from fuse.demo.plot import save_curve, tenth_means, terminal_curve
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     warmup_s = supervised_warm_up(policy, tokenizer, task, arguments.seed, console)
 
     trainer = make_trainer(policy, tokenizer, task, arguments)
-    with update_progress(trainer, console, f"PPO on {arguments.devices} devices"):
+    with run_progress(console, f"PPO on {arguments.devices} devices") as progress:
+        progress.watch(trainer)
         trainer.train()
     trainer.save_model(str(arguments.output_dir / "policy"))
 

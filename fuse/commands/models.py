@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -15,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fuse.commands.model_path import check_model_path
+
 
 def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`, with `pad_token` where one is given.
@@ -22,7 +23,7 @@ def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, it has no padding token, or `pad_token` is not in its vocabulary.
     """
-    _check_path(path)
+    check_model_path(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -43,7 +44,7 @@ def load_policy(path: str) -> PreTrainedModel:
     Raises:
         ValueError: there is none.
     """
-    _check_path(path)
+    check_model_path(path)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
@@ -57,7 +58,7 @@ def load_classifier(path: str) -> PreTrainedModel:
     Raises:
         ValueError: there is none, or the model there is of another kind.
     """
-    _check_path(path)
+    check_model_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
         architecture = (config.architectures or ["unknown"])[0]
@@ -90,12 +91,6 @@ def critic_from_policy(policy: PreTrainedModel, pad_token_id: int) -> PreTrained
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     torch.nn.init.zeros_(critic.get_parameter("score.weight"))
     return critic
-
-
-def _check_path(path: str) -> None:
-    """Refuse a path that does not exist at once; a name such as `owner/model` may be on the Hugging Face Hub."""
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise ValueError(f"no model at {path}: there is no such directory")
 
 
 def _first_sentence(error: Exception) -> str:

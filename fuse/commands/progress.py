@@ -1,63 +1,88 @@
-"""Live progress of a run: a bar on a terminal, now and then a line elsewhere."""
+"""Live progress of a run: a bar on a terminal, elsewhere lines, never more than a few seconds apart."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from fuse.trainer import PPOTrainer
+from fuse.activity import SILENCE_S, Activity
 
-NUM_LINES = 20
+if TYPE_CHECKING:  # takes seconds to import, of which there is something to tell
+    from fuse.trainer import PPOTrainer
 
 
 class UpdateProgress(TrainerCallback):
-    """Shows the mean reward and the seconds of the latest update."""
+    """Shows what the run is doing, and the mean reward and the seconds of the latest update."""
 
     def __init__(self, console: Console, label: str) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn(label),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.fields[update]}{task.description}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._label = label
+        self._printed_s = -SILENCE_S  # of the last update's line
+        self._task = self._progress.add_task("starting", total=None, update="")
+        self.activity = Activity()
+        self.activity.listen(self.tell)
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def watch(self, trainer: PPOTrainer) -> None:
+        """Show the trainer's progress, in place of transformers' own, which prints every metric of every update."""
+        for standard in (ProgressCallback, PrinterCallback):
+            trainer.callback_handler.remove_callback(standard)
+        trainer.add_callback(self)
+        trainer.activity = self.activity
+
+    def tell(self, text: str) -> None:
+        """What the run is doing."""
+        if self._console.is_terminal:
+            self._progress.update(self._task, description=text)
+        else:
+            self._print(text)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._task = self._progress.add_task("starting", total=state.max_steps, completed=state.global_step)
-        self._progress.start()
+        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "objective/scores" not in logs:
             return
         text = f"reward {logs['objective/scores']:.3f}, {logs['time/total']:.1f} s per update"
-        self._progress.update(self._task, completed=state.global_step, description=text)
-        every = max(1, state.max_steps // NUM_LINES)
-        if not self._console.is_terminal and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            self._console.print(f"{self._label} {state.global_step}/{state.max_steps}: {text}")
+        self._progress.update(self._task, completed=state.global_step, update=f"{text}; ")
+        is_due = time.monotonic() - self._printed_s >= SILENCE_S or state.global_step == state.max_steps
+        if not self._console.is_terminal and is_due:
+            self._printed_s = time.monotonic()
+            self._print(f"{state.global_step}/{state.max_steps}: {text}")
 
     def stop(self) -> None:
         """Leave the terminal as it was; safe to call twice."""
         self._progress.stop()
 
+    def _print(self, text: str) -> None:
+        self._console.print(f"{self._label} {text}", highlight=False, markup=False, soft_wrap=True)
+
 
 @contextmanager
-def update_progress(trainer: PPOTrainer, console: Console, label: str) -> Iterator[None]:
-    """Show the trainer's progress in place of transformers' own, which prints every metric of every update."""
-    for standard in (ProgressCallback, PrinterCallback):
-        trainer.callback_handler.remove_callback(standard)
+def run_progress(console: Console, label: str) -> Iterator[UpdateProgress]:
+    """A run's progress, from before there is a trainer."""
     progress = UpdateProgress(console, label)
-    trainer.add_callback(progress)
-    try:
-        yield
-    finally:
-        progress.stop()
+    with progress.activity.lasting():
+        progress.start()
+        try:
+            yield progress
+        finally:
+            progress.stop()

@@ -10,25 +10,22 @@ response. The trained policy goes to the output directory. All of transformers.T
 from __future__ import annotations
 
 import argparse
-import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
+from importlib import import_module
+from threading import Thread
 from typing import Any, cast
 
 from rich.console import Console
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import DataClassType
-from transformers.utils.logging import disable_progress_bar
 
 from fuse.benchmarks.measure import write_json
-from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
-from fuse.commands.progress import update_progress
+from fuse.commands.progress import run_progress
 from fuse.commands.results import RunResults, output_file
-from fuse.commands.reward_function import load_reward_function
+from fuse.commands.train_inputs import read_inputs
 from fuse.config import PPOConfig
-from fuse.data import prompt_rows, read_rows
-from fuse.trainer import PPOTrainer
 
 # What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
 _COMMON = frozenset(
@@ -86,12 +83,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, and save the policy to the output directory."""
     start_s = time.monotonic()
-    disable_progress_bar()  # of loading and saving
-    trainer = make_trainer(arguments)
     console = Console()
-    with update_progress(trainer, console, "PPO"):
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
+    inputs = read_inputs(arguments)
+    with run_progress(console, "PPO") as progress:
+        tell = progress.activity.tell
+        tell("starting: Ray")
+        making = Thread(target=import_module, args=("fuse.commands.make_trainer",))  # takes seconds
+        making.start()
+        from fuse.workers.early_start import early_start
+
+        with early_start(inputs.config) as cluster:
+            making.join()
+            from fuse.commands.make_trainer import make_trainer
+
+            trainer = make_trainer(arguments, inputs, tell, cluster)
+            progress.watch(trainer)
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model()
     console.print(f"policy written to {trainer.args.output_dir}", highlight=False, soft_wrap=True)
     if arguments.json:
         results = RunResults.from_log(trainer.state.log_history)
@@ -106,52 +114,6 @@ def run(arguments: argparse.Namespace) -> int:
             },
         )
     return 0
-
-
-def make_trainer(arguments: argparse.Namespace) -> PPOTrainer:
-    """Everything the options name, loaded and checked.
-
-    Raises:
-        ValueError: options, models or data that cannot be trained.
-    """
-    if (arguments.reward_function is None) == (arguments.reward_model is None):
-        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
-    config = PPOConfig(**{field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init})
-    reward: Any = load_reward_function(arguments.reward_function) if arguments.reward_function else None
-    rows = read_rows(arguments.dataset)
-    eval_rows = read_rows(arguments.eval_dataset) if arguments.eval_dataset else None
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.pad_token)
-    policy = load_policy(arguments.model)
-
-    def tokenised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return prompt_rows(
-            rows,
-            tokenizer,
-            prompt_column=arguments.prompt_column,
-            response_length=config.response_length,
-            context=getattr(policy.config.get_text_config(), "max_position_embeddings", None),
-        )
-
-    train_dataset = tokenised(rows)
-    eval_dataset = None if eval_rows is None else tokenised(eval_rows)
-    if arguments.reward_model:
-        reward = load_classifier(arguments.reward_model)
-    return PPOTrainer(
-        args=config,
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=load_policy(arguments.ref_model) if arguments.ref_model else None,
-        reward_model=reward,
-        train_dataset=train_dataset,
-        value_model=_critic(arguments.value_model, reward, policy, tokenizer.pad_token_id),
-        eval_dataset=eval_dataset,
-    )
-
-
-def _critic(path: str | None, reward: object, policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
-    if path is not None:
-        return load_classifier(path)
-    return copy.deepcopy(reward) if isinstance(reward, PreTrainedModel) else critic_from_policy(policy, pad_token_id)
 
 
 def _hide_uncommon(parser: argparse.ArgumentParser) -> dict[argparse.Action, str | None]:

@@ -143,7 +143,9 @@ class GenerationEngine(Protocol):
         ...
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy new weights, by their global Hugging Face names.
+        """Take new weights, by their global Hugging Face names.
+
+        The engine may keep the tensors themselves: nobody writes to them before the next ones come.
 
         Pre: no sample is in the engine. Raises: ValueError when one is, or when names or shapes do not match.
         """

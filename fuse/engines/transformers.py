@@ -23,7 +23,7 @@ from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
-from fuse.state_dict import load_state_dict
+from fuse.state_dict import adopt_state_dict
 
 
 class TransformersEngine:
@@ -107,11 +107,12 @@ class TransformersEngine:
         return Evicted(request, kv)
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy new weights into the model, cast to its dtype. A tied tensor may come under either of its names."""
+        """Take new weights over: those of the model's type and device as they are, which nobody may write to until the
+        next ones come; copies of the others. A tied tensor may come under either of its names."""
         num_live = len(self._rows) + len(self._queue)
         if num_live:
             raise still_live(num_live)
-        load_state_dict(self._model, state_dict)
+        adopt_state_dict(self._model, state_dict)
 
     def close(self) -> None:
         self._queue.clear()

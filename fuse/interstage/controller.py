@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from fuse.activity import silent
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.migration import balance
 from fuse.ppo import response_length
@@ -12,11 +13,19 @@ from fuse.workers.cluster import Worker, gather, wait_any
 from fuse.workers.generation_worker import Progress
 from fuse.workers.inference import Inference, TokenSequence
 
-_POLL_TIMEOUT_S = 10.0
+_POLL_TIMEOUT_S = 1.0
 
 
-def generate(engines: Sequence[Worker], samples: Sequence[Sample], params: SamplingParams, pad_token_id: int) -> None:
+def generate(
+    engines: Sequence[Worker],
+    samples: Sequence[Sample],
+    params: SamplingParams,
+    pad_token_id: int,
+    tell: Callable[[str], None] = silent,
+) -> None:
     """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
+
+    tell: hears how far it is.
 
     Raises:
         WorkerError: an engine died or raised.
@@ -34,6 +43,7 @@ def generate(engines: Sequence[Worker], samples: Sequence[Sample], params: Sampl
         engine = polls.pop(future)
         for progress in reports:
             remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
+        tell(progress_text(samples))
         if remaining[engine]:
             polls[engine.call("poll", _POLL_TIMEOUT_S)] = engine
 
@@ -54,6 +64,19 @@ def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
     ]
     for share, results in zip(shares, gather(futures), strict=True):
         apply_inference(share, results)
+
+
+def progress_text(samples: Sequence[Sample]) -> str:
+    """How far a rollout is, for people."""
+    states = [sample.state for sample in samples]
+    num_live = sum(state in _LIVE for state in states)
+    if not num_live:
+        return f"scoring: {states.count(SampleState.SCORED)} of {len(samples)} samples"
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    return f"generating: {len(samples) - num_live} of {len(samples)} samples, {num_tokens:,} tokens"
+
+
+_LIVE = frozenset({SampleState.QUEUED, SampleState.GENERATING, SampleState.MIGRATING})
 
 
 def _request(sample: Sample, params: SamplingParams) -> GenerationRequest:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fuse.activity import silent
 from fuse.engines.engine import GenerationRequest, SamplingParams
-from fuse.interstage.controller import apply_inference, apply_progress, sequence_of
+from fuse.interstage.controller import apply_inference, apply_progress, progress_text, sequence_of
 from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
 from fuse.interstage.migration import Action, EngineLimits, Infer, LiveSamples, Migrate, Policy, RolloutState
 from fuse.sample import Sample, SampleState
@@ -54,7 +55,6 @@ class _Device:
 
     index: int
     engine: Worker | None
-    scorer: Worker
     held: dict[int, None] = field(default_factory=dict)
     is_polled: bool = False
     num_evictions: int = 0
@@ -67,18 +67,19 @@ class _Device:
 class LiveRollout:
     """One batch on its way from prompts to scores; `run` it once.
 
-    engines, scorers: a generation worker and a model worker per device. With `None` for an engine the device scores
-        only.
+    engines: a generation worker per device; a device without one only scores.
+    scorers: gives a model worker per device; called when one is first needed, for they may still be starting.
     policy: called at the start, whenever samples finish, and whenever a device has scored what it was given.
     costs: choose between moving KV and computing it again; None, or an engine without KV to move, always computes.
     on_generated: called with samples as they finish, before they are scored.
     max_new_tokens: by sample id, in place of that of `params`; with no stop token it forces lengths.
+    tell: hears how far it is.
     """
 
     def __init__(
         self,
         engines: Sequence[Worker | None],
-        scorers: Sequence[Worker],
+        scorers: Callable[[], Sequence[Worker]],
         samples: Sequence[Sample],
         params: SamplingParams,
         *,
@@ -88,15 +89,16 @@ class LiveRollout:
         costs: CostModel | None = None,
         on_generated: Callable[[Sequence[Sample]], None] = lambda samples: None,
         max_new_tokens: Mapping[int, int] | None = None,
+        tell: Callable[[str], None] = silent,
     ) -> None:
-        self._devices = [
-            _Device(index, engine, scorer) for index, (engine, scorer) in enumerate(zip(engines, scorers, strict=True))
-        ]
+        self._devices = [_Device(index, engine) for index, engine in enumerate(engines)]
+        self._scorers = scorers
         self._batch = tuple(samples)  # policies know a sample by its index here
         self._samples: Mapping[int, Sample] = {sample.id: sample for sample in samples}
         self._params, self._policy, self._limits, self._costs = params, policy, limits, costs
         self._pad_token_id, self._on_generated = pad_token_id, on_generated
         self._max_new_tokens = max_new_tokens or {}
+        self._tell = tell
         self._home: dict[int, int] = {}  # live samples: where each is, or is going to
         self._pending: dict[Future, Callable[[Future], None]] = {}
         self._num_scored = self._num_migrations = self._moved_bytes = 0
@@ -138,6 +140,7 @@ class LiveRollout:
     def _take_answers(self) -> None:
         for future in wait_ended(list(self._pending)):
             self._pending.pop(future)(future)
+        self._tell(progress_text(self._batch))
 
     # Generation
 
@@ -273,7 +276,8 @@ class LiveRollout:
             self._has_news = True
             self._admit(device)
 
-        self._call(device, device.scorer, "infer", scored, [sequence_of(sample) for sample in samples])
+        scorer = self._scorers()[device.index]
+        self._call(device, scorer, "infer", scored, [sequence_of(sample) for sample in samples])
 
     # The policy
 
@@ -329,11 +333,11 @@ class LiveRollout:
             try:
                 result = future.result()
             except WorkerError as error:
-                if worker is device.scorer or not error.is_death:
+                if method == "infer" or not error.is_death:
                     raise
                 self._lose_engine(device, worker, error)
                 return
-            if worker is device.scorer or worker is device.engine:
+            if method == "infer" or worker is device.engine:
                 then(result)
 
         self._pending[worker.call(method, *arguments)] = ended

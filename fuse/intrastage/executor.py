@@ -61,8 +61,10 @@ def execute(
         end_s = time.time()
         if result is not None:
             run.hand_on(op, result)
+        sequences, tokens = micro_batches[op.pipeline][op.micro_batch].input_ids.shape
         arguments: dict[str, object] = {
-            "tokens": micro_batches[op.pipeline][op.micro_batch].input_ids.numel(),
+            "tokens": sequences * tokens,
+            "sequences": sequences,
             "wait_s": arrived_s - ready_s,
         }
         if planned is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,8 @@ def measure(
     *,
     repeats: int = 5,
     tick_s: float = 1e-5,
+    times_only: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Profile:
     """This rank's stages, and the messages it starts; all ranks call this at once, so that they contend as in training.
 
@@ -34,6 +36,8 @@ def measure(
     stages: this rank's, by (pipeline, stage); between two optimizer steps, with no micro-batch on its way.
     micro_batches: by pipeline, one of each shape; a last stage computes its loss on it.
     repeats: times are medians over so many, after one that warms up.
+    times_only: memory is left out, and a backward that can be split runs only so, and counts as both halves.
+    clock: seconds that stages are timed in; `time.process_time` where others use the core meanwhile.
 
     Parameters stay as they are, and have no gradients afterwards.
 
@@ -43,7 +47,35 @@ def measure(
     """
     if repeats < 1 or tick_s <= 0:
         raise ValueError(f"repeats is {repeats} and tick_s {tick_s}: measure at least once, in ticks that last")
-    transfers: list[TransferCosts] = []  # first: later, ranks that have few stages would wait for the others
+    # First: later, ranks that have few stages would wait for the others.
+    transfers = [
+        TransferCosts(pipeline=name, stage=stage, shape=shape, ticks=_ticks([seconds], tick_s))
+        for name, stage, shape, seconds in measure_messages(
+            rank, pipelines, stages, micro_batches, communicators, repeats=repeats
+        )
+    ]
+    costs: list[StageCosts] = []
+    for (number, stage), held in sorted(stages.items(), key=lambda item: item[0]):
+        name, ranks = pipelines[number]
+        for micro_batch in micro_batches[number]:
+            bench = _Bench(held, micro_batch, clock, has_previous=stage > 0, has_next=stage < len(ranks) - 1)
+            costs.append(bench.costs(name, stage, repeats, tick_s, times_only=times_only))
+    return Profile(tick_s=tick_s, stages=tuple(costs), transfers=tuple(transfers))
+
+
+def measure_messages(
+    rank: int,
+    pipelines: Sequence[tuple[str, Sequence[int]]],
+    stages: Mapping[tuple[int, int], Stage],
+    micro_batches: Sequence[Sequence[MicroBatch]],
+    communicators: Sequence[PipelineCommunicators],
+    *,
+    repeats: int,
+) -> Iterator[tuple[str, int, Shape, float]]:
+    """Messages from this rank's stages to the next: pipeline, stage, shape, and seconds one way, their median.
+
+    All ranks exhaust this at once; arguments are those of `measure`.
+    """
     for number, (name, ranks) in enumerate(pipelines):
         for stage, pair in enumerate(itertools.pairwise(ranks)):
             if rank not in pair or pair[0] == pair[1]:
@@ -54,17 +86,7 @@ def measure(
                 exchange = _ping if rank == pair[0] else _pong
                 times = [exchange(communicators[number], stage, boundary) for _ in range(1 + repeats)][1:]
                 if rank == pair[0]:
-                    ticks = _ticks(times, tick_s)
-                    transfers.append(
-                        TransferCosts(pipeline=name, stage=stage, shape=shape_of(micro_batch), ticks=ticks)
-                    )
-    costs: list[StageCosts] = []
-    for (number, stage), held in sorted(stages.items(), key=lambda item: item[0]):
-        name, ranks = pipelines[number]
-        for micro_batch in micro_batches[number]:
-            bench = _Bench(held, micro_batch, has_previous=stage > 0, has_next=stage < len(ranks) - 1)
-            costs.append(bench.costs(name, stage, repeats, tick_s))
-    return Profile(tick_s=tick_s, stages=tuple(costs), transfers=tuple(transfers))
+                    yield name, stage, shape_of(micro_batch), statistics.median(times)
 
 
 def shape_of(micro_batch: MicroBatch) -> Shape:
@@ -92,25 +114,35 @@ def _pong(pair: PipelineCommunicators, stage: int, boundary: Tensor) -> float:
 class _Bench:
     """A stage and a micro-batch to run it on, over and over; neighbours' results are made up."""
 
-    def __init__(self, stage: Stage, micro_batch: MicroBatch, *, has_previous: bool, has_next: bool) -> None:
-        self._stage, self._micro_batch = stage, micro_batch
+    def __init__(
+        self,
+        stage: Stage,
+        micro_batch: MicroBatch,
+        clock: Callable[[], float],
+        *,
+        has_previous: bool,
+        has_next: bool,
+    ) -> None:
+        self._stage, self._micro_batch, self._clock = stage, micro_batch, clock
         self._has_previous, self._has_next = has_previous, has_next
         self._device = stage.boundary(micro_batch).device
         self._seconds: dict[Kind, list[float]] = {kind: [] for kind in Kind}
 
-    def costs(self, pipeline: str, stage: int, repeats: int, tick_s: float) -> StageCosts:
+    def costs(self, pipeline: str, stage: int, repeats: int, tick_s: float, *, times_only: bool) -> StageCosts:
         parameters = [parameter for _, parameter in self._stage.named_parameters()]
         assert all(parameter.grad is None for parameter in parameters), "gradients wait for a step"
         for repeat in range(1 + repeats):
-            self._run_whole()
+            if not (times_only and self._stage.can_split_backward):
+                self._run_whole()
             if self._stage.can_split_backward:
                 self._run_halves()
             if repeat == 0:
                 self._seconds = {kind: [] for kind in Kind}
-        activation_bytes, weight_grad_bytes = self._memory()
+        activation_bytes, weight_grad_bytes = (0, 0) if times_only else self._memory()
         for parameter in parameters:
             parameter.grad = None
         ticks = {kind: _ticks(seconds, tick_s) for kind, seconds in self._seconds.items() if seconds}
+        ticks.setdefault(Kind.B, ticks.get(Kind.I, 0) + ticks.get(Kind.W, 0))
         return StageCosts(
             pipeline=pipeline,
             stage=stage,
@@ -161,10 +193,10 @@ class _Bench:
     @contextmanager
     def _timed(self, kind: Kind) -> Iterator[None]:
         self._synchronize()
-        start_s = time.perf_counter()
+        start_s = self._clock()
         yield
         self._synchronize()
-        self._seconds[kind].append(time.perf_counter() - start_s)
+        self._seconds[kind].append(self._clock() - start_s)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

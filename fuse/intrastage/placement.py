@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 ModelName = Literal["actor", "critic"]
 
@@ -24,6 +25,17 @@ class Replica:
     def name(self) -> str:
         """What profiles and errors call this replica's pipeline."""
         return f"{self.model}.{self.index}"
+
+
+def replica_from_json(value: Mapping[str, Any]) -> Replica:
+    """Read back what `dataclasses.asdict` made of a replica. Raises: KeyError or TypeError for anything else."""
+    ranges = value["layer_ranges"]
+    return Replica(
+        model=value["model"],
+        index=value["index"],
+        ranks=tuple(value["ranks"]),
+        layer_ranges=None if ranges is None else tuple((start, stop) for start, stop in ranges),
+    )
 
 
 def place(model: ModelName, num_ranks: int, num_stages: int, *, reverse: bool = False) -> tuple[Replica, ...]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from fuse.intrastage.placement import Replica, replica_micro_batches
 from fuse.intrastage.profile import Profile, Shape
-from schedules import Pipeline, Problem, Schedule, evaluate
+from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.baselines.interleaved import interleaved
 from schedules.baselines.one_f_one_b import one_f_one_b
 from schedules.baselines.serial import serial
@@ -45,6 +45,28 @@ def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Sc
         ValueError: a replica would have no micro-batch.
     """
     return unfused(_problem(replicas, num_micro_batches))
+
+
+@lru_cache(maxsize=64)
+def halved_serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
+    """`serial_schedule` with W right after I in place of every backward: who watches it learns what each half costs.
+
+    Raises:
+        ValueError: a replica would have no micro-batch.
+    """
+    schedule = serial_schedule(replicas, num_micro_batches)
+    pipelines = tuple(
+        replace(one, input_grad_ticks=(1,) * one.num_stages, weight_grad_ticks=(1,) * one.num_stages)
+        for one in schedule.problem.pipelines
+    )
+    ranks = tuple(
+        tuple(half for op in ops for half in (_halves(op) if op.kind is Kind.B else (op,))) for ops in schedule.ranks
+    )
+    return Schedule(replace(schedule.problem, pipelines=pipelines), ranks)
+
+
+def _halves(op: Op) -> tuple[Op, Op]:
+    return replace(op, kind=Kind.I), replace(op, kind=Kind.W)
 
 
 def unfused(problem: Problem) -> Schedule:

@@ -1,27 +1,30 @@
-"""The schedules of a run: measured once, solved per number of micro-batches, and anew when the measurements drift."""
+"""The schedules of a run: the first update trains serially and is watched, the others by what it showed.
+
+A schedule is solved per number of micro-batches, and anew when stages no longer take the share of the time that it was
+made for.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuse.intrastage.observed import TRAIN, ObservedCosts, one_of_each
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.plan import Plan, fused_schedule, serial_schedule
-from fuse.intrastage.profile import Profile, Shape, profile_to_json
+from fuse.intrastage.plan import Plan, fused_schedule, halved_serial_schedule, serial_schedule
+from fuse.intrastage.profile import Profile, Shape
+from fuse.intrastage.profile_store import Measured, ProfileStore
 from fuse.trace import Span
 from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
 
-PROFILE_NAME = "profile.json"
-
-_DRIFT_UPDATES = 10
-"""Updates in a row that must have drifted: planning takes longer than some updates, and disturbances pass."""
+DRIFT_UPDATES = 3
+"""Updates in a row that must have drifted, for disturbances pass; one corrects what one alone has shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +32,9 @@ class PlanSettings:
     """How training is scheduled.
 
     fused: actor and critic at once; if not, one after the other.
-    time_limit_s, num_workers: for the solver, per schedule. num_steps: optimizer steps of the run.
+    time_limit_s, num_workers: for the solver, per update that needs schedules. num_steps: optimizer steps of the run.
     memory_limit_bytes: for the micro-batches under way on a device; None: what it has free, on CPUs no limit.
-    replan_drift: measure and solve again once a stage's share of the time is off by this much, 0.3 being 30 %.
+    replan_drift: solve again once a stage's share of the time is off by this much, 0.3 being 30 %.
     directory: where the run's measurements and schedules are kept.
     """
 
@@ -45,84 +48,125 @@ class PlanSettings:
 
 
 class Planner:
-    """Decides the schedule of every optimizer step."""
+    """Decides the schedule of every optimizer step.
 
-    def __init__(self, placement: tuple[Replica, ...], settings: PlanSettings) -> None:
-        self.placement, self._settings = placement, settings
+    store: what earlier runs of the same models have measured; it keeps what this one measures.
+    """
+
+    def __init__(self, placement: tuple[Replica, ...], settings: PlanSettings, store: ProfileStore) -> None:
+        self.placement, self._settings, self._store = placement, settings, store
         self._is_fused = settings.fused and len({rank for replica in placement for rank in replica.ranks}) > 1
         self._plans: dict[int, Plan] = {}
         self._profile: Profile | None = None
-        self._free_bytes: int | None = None
-        self._drifts: deque[float] = deque(maxlen=_DRIFT_UPDATES)
+        known = store.load() if self._is_fused else None
+        if known is not None and known.placement == placement:
+            self._profile = known.profile
+        pipelines = serial_schedule(placement, _most_replicas(placement)).problem.pipelines
+        self._observed = ObservedCosts({one.name: two.name for one, two in zip(pipelines, placement, strict=True)})
+        self._num_drifted = 0
+        self._lasting = 1 if self._profile is None else DRIFT_UPDATES
+        self._serial_bubble_ratio: float | None = None
+        self._update_s: float | None = None  # of the last update's training
 
     def plans(
         self,
         counts: Iterable[int],
         shapes: Sequence[Shape],
-        measure: Callable[[Sequence[int]], tuple[Profile, int | None]],
+        free_bytes: Callable[[], int | None] = lambda: None,
     ) -> dict[int, Plan]:
-        """The plan for each number of micro-batches in `counts`.
+        """The plan for each number of micro-batches in `counts`; solving takes no longer than an update's training did.
 
-        shapes: of the micro-batches to train on.
-        measure: profiles those whose indices into `shapes` it is given, and tells the bytes free on a device, if known.
+        shapes: of the micro-batches to train on. free_bytes: on a device, if known; asked where there is no limit.
 
         Raises:
             ValueError: a device's memory limit is too low for one micro-batch.
         """
-        order = sorted(range(len(shapes)), key=lambda index: (shapes[index].size, shapes[index]))
-        smallest, median, largest = order[0], order[len(order) // 2], order[-1]
+        if not self._is_fused:
+            return {count: Plan(serial_schedule(self.placement, count)) for count in counts}
+        if self._profile is None:
+            self._profile = self._observed.profile(one_of_each(shapes))
+            if self._profile is None:
+                return {count: Plan(halved_serial_schedule(self.placement, count)) for count in counts}
+            self._store.save(Measured(self.placement, self._profile))
         missing = sorted(set(counts) - self._plans.keys())
-        if missing and self._is_fused and self._profile is None:
-            self._profile, self._free_bytes = measure(_one_of_each([smallest, median, largest], shapes))
-            self._save(self._profile)
         for count in missing:
-            self._plans[count] = self._plan(count, shapes[median], shapes[largest])
+            memory_limit = self._settings.memory_limit_bytes or free_bytes()
+            limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
+            self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s)
+        ratios = [plan.serial_bubble_ratio for plan in self._plans.values()]
+        self._serial_bubble_ratio = statistics.fmean(ratio for ratio in ratios if ratio is not None)
         return {count: self._plans[count] for count in counts}
+
+    def will_solve(self, counts: Iterable[int]) -> bool:
+        """Whether `plans` of these counts will search for schedules."""
+        is_known = self._profile is not None or self._observed.is_complete
+        return self._is_fused and is_known and not set(counts) <= self._plans.keys()
 
     @property
     def serial_bubble_ratio(self) -> float | None:
-        """Idle share that training would have without fusion, over the plans there are; None where it is not known."""
-        ratios = [plan.serial_bubble_ratio for plan in self._plans.values()]
-        known = [ratio for ratio in ratios if ratio is not None]
-        return statistics.fmean(known) if known else None
+        """Idle share that training would have without fusion, over the last plans; None where it is not known."""
+        return self._serial_bubble_ratio
 
     def observe(self, spans: Iterable[Span]) -> None:
-        """Learn from an update's executed operations; forget profile and plans when they no longer hold."""
-        drift = _drift(spans)
-        if drift is None:
+        """Learn from an update's spans of all ranks; forget plans that no longer hold."""
+        if not self._is_fused:
             return
-        self._drifts.append(drift)
-        if len(self._drifts) == _DRIFT_UPDATES and min(self._drifts) > self._settings.replan_drift:
-            _logger.info("stage times are %.0f%% off the profile: measuring and planning again", 100 * drift)
-            self._drifts.clear()
+        spans = list(spans)
+        trained = [span for span in spans if span.category == TRAIN]
+        if trained:
+            self._update_s = max(one.end_s for one in trained) - min(one.start_s for one in trained)
+        drift = _drift(trained)
+        has_drifted = drift is not None and drift > self._settings.replan_drift
+        if has_drifted and not self._num_drifted:
+            self._observed.forget()  # what held before
+        self._observed.add(spans)
+        if drift is not None:
+            self._num_drifted = self._num_drifted + 1 if has_drifted else 0
+        if self._num_drifted == self._lasting:
+            _logger.info("stage times are %.0f%% off the plan's: planning again", 100 * (drift or 0.0))
+            self._num_drifted, self._lasting = 0, DRIFT_UPDATES
             self._plans, self._profile = {}, None
 
-    def _save(self, profile: Profile) -> None:
-        self._settings.directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(profile_to_json(profile), indent=1)
-        (self._settings.directory / PROFILE_NAME).write_text(text + "\n")
+    def _training_s(self, count: int, shapes: Sequence[Shape]) -> float:
+        """Of the last update; before there is one, of a step of so many micro-batches on one rank after the other."""
+        if self._update_s is not None:
+            return self._update_s
+        assert self._profile is not None
+        _, typical, _ = one_of_each(shapes)
+        costs = [
+            self._profile.stage_costs(replica.name, stage, typical)
+            for replica in self.placement
+            for stage in range(len(replica.ranks))
+        ]
+        return count * self._profile.tick_s * sum(one.forward_ticks + one.backward_ticks for one in costs)
 
-    def _plan(self, count: int, typical: Shape, largest: Shape) -> Plan:
-        if self._profile is None:
-            return Plan(serial_schedule(self.placement, count))
+    def _plan(
+        self,
+        profile: Profile,
+        count: int,
+        shapes: tuple[Shape, Shape, Shape],
+        memory_limit_bytes: int | None,
+        time_limit_s: float,
+    ) -> Plan:
         settings = self._settings
+        _, typical, largest = shapes
         schedule = fused_schedule(
-            self._profile,
+            profile,
             self.placement,
             count,
             typical,
             largest=largest,
-            memory_limit_bytes=settings.memory_limit_bytes or self._free_bytes,
+            memory_limit_bytes=memory_limit_bytes,
             cache=ScheduleCache(settings.directory),
-            time_limit_s=settings.time_limit_s,
+            time_limit_s=time_limit_s,
             num_steps=settings.num_steps,
             num_workers=settings.num_workers,
         )
-        return Plan(schedule, self._profile)
+        return Plan(schedule, profile)
 
 
-def _one_of_each(indices: Sequence[int], shapes: Sequence[Shape]) -> list[int]:
-    return list({shapes[index]: index for index in indices}.values())
+def _most_replicas(placement: Sequence[Replica]) -> int:
+    return 1 + max(replica.index for replica in placement)
 
 
 def _drift(spans: Iterable[Span]) -> float | None:

@@ -20,23 +20,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fuse.workers.errors import WorkerError, cause_of, dead_process_id
-from fuse.workers.ray_session import joined_cluster, local_cluster
+from fuse.workers.ray_session import WORKER_ENVIRONMENT, joined_cluster, local_cluster, local_directory
 
 Accelerator = Literal["cpu", "cuda"]
 
 _SHARE_OF_DEVICE = 0.5
 _PLACEMENT_TIMEOUT_S = 60.0
 _NUM_LAST_LINES = 40
-# A process has one compute thread, and must know before it imports torch. It keeps the memory that it frees, which the
-# next forward pass takes again: pages that have gone back to the system come again one by one, in virtual machines
-# slowly. 32 MiB is the largest block that glibc lets come from that memory.
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +41,9 @@ class Device:
 
 class _Process:
     """A worker's process: makes the worker and passes calls on to it."""
+
+    def warm(self, *imported: object) -> None:
+        """Does nothing but that arguments are unpickled, and so the modules imported that define them."""
 
     def start(self, core: int | None, worker_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Pin the process, make the worker, return the process id. `core` counts the cores available, and wraps."""
@@ -119,6 +112,10 @@ class Worker:
         """Call a method of the object; arguments and result are pickled, `ray.ObjectRef` arguments are resolved."""
         entry = self._actor.call_beside if method in self._concurrent else self._actor.call
         return Future(self, entry.remote(method, *args, **kwargs))
+
+    def wait_started(self) -> None:
+        """Wait until the worker is made. Raises: WorkerError when it could not be."""
+        self._get(self._started)
 
     @property
     def process_id(self) -> int:
@@ -234,6 +231,7 @@ class Cluster:
         self._ray_address = ray_address
         self._accelerator = accelerator
         self._workers: list[Worker] = []
+        self._warm: dict[tuple[str, int], Any] = {}  # actors that have no worker yet
         self._logs: Path | None = None
         self._group: PlacementGroup | None = None
         self._resources = ExitStack()
@@ -265,12 +263,16 @@ class Cluster:
             num_cores = len(os.sched_getaffinity(0))
             if self._accelerator == "cpu" and self.num_devices > num_cores:
                 raise _too_few(self.num_devices, num_cores, "core", "this machine")
-            self._logs = resources.enter_context(local_cluster(self.num_devices))
+            resources.enter_context(local_cluster(self.num_devices))
+        self._logs = local_directory()
 
     def _kill_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
+        for actor in self._warm.values():
+            ray.kill(actor)
         self._workers.clear()
+        self._warm.clear()
 
     def host(self, device: int) -> str:
         """The IP address at which a device's processes reach one another."""
@@ -290,33 +292,53 @@ class Cluster:
         A device has room for two workers. `environment` is set before the process imports anything. What the
         constructor raises is raised by the results of calls.
         """
-        assert self._group is not None, "spawn works inside the cluster's with block"
         place = self.devices[device]
         live = Counter(worker.device for worker in self._workers)
         assert live[device] < 1 / _SHARE_OF_DEVICE, f"device {device} already has {live[device]} workers"
-        concurrent = frozenset(getattr(worker_class, "concurrent_methods", ()))
+        actor = self._warm.pop((role, device), None) or self._process(device, worker_class, environment or {})
+        # A GPU's processes need threads beside the one that computes; a core's must not take another device's core.
+        core = place.slot if self._accelerator == "cpu" else None
+        started = actor.start.remote(core, worker_class, args, kwargs)
+        worker = Worker(role, device, actor, started, _concurrent(worker_class), self._logs)
+        self._workers.append(worker)
+        return worker
+
+    def warm(self, role: str, device: int, worker_class: type, *imported: object) -> None:
+        """Start the process of a device's next worker of this role and class; it imports what defines `imported`."""
+        actor = self._warm[role, device] = self._process(device, worker_class, {})
+        actor.warm.remote(worker_class, *imported)
+
+    def _process(self, device: int, worker_class: type, environment: Mapping[str, str]) -> Any:
+        """A new process on a device, without a worker."""
+        assert self._group is not None, "processes start inside the cluster's with block"
         # Any: Ray's types know neither concurrency groups nor options of a class chosen at run time.
         remote: Any = ray.remote
-        actor_class = remote(concurrency_groups={"beside": 1})(_ConcurrentProcess) if concurrent else remote(_Process)
-        actor = actor_class.options(
+        is_concurrent = bool(_concurrent(worker_class))
+        actor_class = (
+            remote(concurrency_groups={"beside": 1})(_ConcurrentProcess) if is_concurrent else remote(_Process)
+        )
+        return actor_class.options(
             num_cpus=_SHARE_OF_DEVICE,
             num_gpus=_SHARE_OF_DEVICE if self._accelerator == "cuda" else 0,
             max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, place.bundle),
-            runtime_env={"env_vars": {**_ENVIRONMENT, **(environment or {})}},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self.devices[device].bundle),
+            **_runtime_env(environment),
         ).remote()
-        # A GPU's processes need threads beside the one that computes; a core's must not take another device's core.
-        core = place.slot if self._accelerator == "cpu" else None
-        worker = Worker(
-            role, device, actor, actor.start.remote(core, worker_class, args, kwargs), concurrent, self._logs
-        )
-        self._workers.append(worker)
-        return worker
 
     def kill(self, worker: Worker) -> None:
         """End one worker, which makes room on its device for another."""
         self._workers.remove(worker)
         worker.kill()
+
+
+def _concurrent(worker_class: type) -> frozenset[str]:
+    return frozenset(getattr(worker_class, "concurrent_methods", ()))
+
+
+def _runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Of a process with these variables beside the usual ones, which those of a local cluster are born with."""
+    is_needed = environment or local_directory() is None
+    return {"runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **environment}}} if is_needed else {}
 
 
 def _bundle(accelerator: Accelerator) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,11 +12,11 @@ from fuse.engines.engine import GenerationEngine
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine
 from fuse.engines.vllm_setup import require_vllm
-from fuse.state_dict import load_state_dict
+from fuse.state_dict import adopt_state_dict
 from fuse.workers.model_spec import ModelSpec
 from fuse.workers.weights import WeightsRef, get_state_dict
 
-EngineFactory = Callable[[ModelSpec, WeightsRef, str], GenerationEngine]
+EngineFactory = Callable[[ModelSpec, Sequence[WeightsRef], str], GenerationEngine]
 """(model, its weights, torch device) -> an engine; runs inside the generation worker."""
 
 
@@ -37,17 +37,17 @@ def choose_engine(config: PPOConfig, autocast: torch.dtype | None) -> EngineFact
 
 
 def transformers_engine(
-    spec: ModelSpec, weights: WeightsRef, device: str, *, max_batch: int, autocast: torch.dtype | None
+    spec: ModelSpec, weights: Sequence[WeightsRef], device: str, *, max_batch: int, autocast: torch.dtype | None
 ) -> GenerationEngine:
     """The embedded engine."""
     model = spec.build(torch.device(device), autocast)
-    load_state_dict(model, get_state_dict([weights]))
+    adopt_state_dict(model, get_state_dict(weights))
     return TransformersEngine(model, max_batch=max_batch)
 
 
 def vllm_engine(
     spec: ModelSpec,
-    weights: WeightsRef,
+    weights: Sequence[WeightsRef],
     device: str,
     *,
     max_batch: int,
@@ -56,5 +56,5 @@ def vllm_engine(
 ) -> GenerationEngine:
     """vLLM in this process. The model that it copies the weights from stays in host memory, and not for long."""
     model = spec.build(torch.device("cpu"), autocast)
-    load_state_dict(model, get_state_dict([weights]))
+    adopt_state_dict(model, get_state_dict(weights))
     return VllmEngine(model, device=device, max_batch=max_batch, kv_cache_bytes=kv_cache_bytes)

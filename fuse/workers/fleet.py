@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from transformers import PreTrainedModel
 
+from fuse.activity import silent
 from fuse.engines.engine import SamplingParams
 from fuse.experience import Experience
 from fuse.interstage import controller
@@ -19,10 +20,9 @@ from fuse.interstage.costs import CostModel
 from fuse.interstage.live import LiveRollout, RolloutReport
 from fuse.interstage.migration import Policy
 from fuse.interstage.planner import RolloutPlanner
-from fuse.intrastage.cut import Parts, choose_placement
-from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
+from fuse.intrastage.placement import ModelName, replica_micro_batches
 from fuse.intrastage.planner import Planner
-from fuse.intrastage.profile import Profile, Shape, merge
+from fuse.intrastage.profile import Shape
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.steps import OptimizerStep
@@ -32,16 +32,18 @@ from fuse.workers.errors import WorkerError
 from fuse.workers.fleet_settings import FleetSettings
 from fuse.workers.generation_worker import GenerationWorker
 from fuse.workers.model_spec import ModelSpec
-from fuse.workers.model_worker import ModelWorker, Role
+from fuse.workers.model_start import ModelStart
+from fuse.workers.model_worker import Role
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 _logger = logging.getLogger(__name__)
 
-_TICK_S = 1e-5
-
 
 class Fleet:
     """The workers of a run. A context manager: they start on entry and are gone on exit, whatever happened.
+
+    cluster: where they run, and end when it does; by default one of their own.
+    tell: hears what is being done.
 
     Raises:
         WorkerError: from every method, when a worker died or raised.
@@ -55,12 +57,16 @@ class Fleet:
         critic: PreTrainedModel,
         reference: PreTrainedModel,
         reward: PreTrainedModel | None,
+        cluster: Cluster | None = None,
+        tell: Callable[[str], None] = silent,
     ) -> None:
         self.settings = settings
+        self._early = cluster
         self._trained: dict[ModelName, PreTrainedModel] = {"actor": actor, "critic": critic}
         self._scoring: dict[Role, PreTrainedModel] = {"reference": reference, "critic": critic}
         if reward is not None:
             self._scoring["reward"] = reward
+        self._tell = tell
         self._tensor_parallel_size = settings.training.tensor_parallel_size
         self._resources = ExitStack()
 
@@ -74,56 +80,43 @@ class Fleet:
         self._resources.close()
 
     def _start(self, resources: ExitStack) -> None:
+        """Start the engines, and the model workers behind them: samples are generated while models load."""
         settings = self.settings
-        cluster = resources.enter_context(
+        self._tell("starting: engines" if self._early else "starting: Ray")
+        self._cluster = self._early or resources.enter_context(
             Cluster(settings.num_devices, ray_address=settings.ray_address, accelerator=settings.accelerator)
         )
-        trained = {name: ModelSpec.of(model) for name, model in self._trained.items()}
-        scoring = {role: ModelSpec.of(model) for role, model in self._scoring.items()}
-        weights = {name: put_state_dict(model.state_dict()) for name, model in self._trained.items()}
-        torch_device = settings.accelerator
+        actor = put_state_dict(self._trained["actor"].state_dict())
         devices = range(settings.num_devices)
-        self._cluster, self._weights = cluster, weights
-        self._model_workers = [
-            cluster.spawn(
-                "model worker",
-                device,
-                ModelWorker,
-                device,
-                torch_device,
-                trained,
-                scoring,
-                settings.training,
-                settings.inference,
-            )
-            for device in devices
-        ]
-        self._generation_workers = [self._spawn_engine(device) for device in devices]
-        host = cluster.host(0)
-        (port,) = gather([self._model_workers[0].call("serve_store", host)])
-        self._on_models("connect", host, port, settings.num_devices)
-        placement = self._balanced(trained) if settings.balance is not None else settings.placement
-        self._planner = Planner(placement, settings.plan)
+        self._generation_workers = [self._spawn_engine(device, [actor]) for device in devices]
         self._rollouts = RolloutPlanner(settings.rollout)
-        self._on_models("place", placement)
-        for name in self._trained:
-            self._on_models("load_training_weights", name, [weights[name]])
-        for role, model in self._scoring.items():
-            known = weights.get(role) if role == "critic" else None
-            self._on_models("load_scoring_weights", role, [known or put_state_dict(model.state_dict())])
+        self._models = ModelStart(
+            self._cluster, settings, self._trained, self._scoring, actor, after=self._generation_workers
+        )
+        resources.callback(self._models.abandon)
+        for worker in self._generation_workers:
+            self._tell(f"starting: the engine of device {worker.device}")
+            worker.wait_started()
 
-    def _spawn_engine(self, device: int) -> Worker:
-        """A generation worker with the weights that the run started from."""
+    @property
+    def _model_workers(self) -> list[Worker]:
+        """Once they are ready."""
+        return self._models.wait(self._tell).workers
+
+    @property
+    def _planner(self) -> Planner:
+        return self._models.wait(self._tell).planner
+
+    def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> Worker:
         settings = self.settings
         spec = ModelSpec.of(self._trained["actor"])
-        make_engine = partial(settings.engine, spec, self._weights["actor"], settings.accelerator)
+        make_engine = partial(settings.engine, spec, weights, settings.accelerator)
         return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine, settings.kv_transfer)
 
     def _replace_engine(self, device: int) -> Worker:
         """Another generation worker in place of one that died, with the actor's weights as they are now."""
         self._cluster.kill(self._generation_workers[device])
-        worker = self._generation_workers[device] = self._spawn_engine(device)
-        gather([worker.call("load_weights", self._exported("actor"))])
+        worker = self._generation_workers[device] = self._spawn_engine(device, self._exported("actor"))
         return worker
 
     # One iteration
@@ -146,7 +139,7 @@ class Fleet:
         settings = self.settings
         report = LiveRollout(
             self._generation_workers,
-            self._model_workers,
+            lambda: self._model_workers,
             samples,
             params,
             policy=policy or self._rollouts.policy(samples),
@@ -155,6 +148,7 @@ class Fleet:
             costs=self._rollouts.costs(),
             on_generated=on_generated,
             max_new_tokens=max_new_tokens,
+            tell=self._tell,
         ).run()
         self._rollouts.observe(samples)
         for device in report.lost_engines:
@@ -168,22 +162,25 @@ class Fleet:
 
     def generate(self, samples: Sequence[Sample], params: SamplingParams) -> None:
         """Fill in the samples' responses."""
-        controller.generate(self._generation_workers, samples, params, self.settings.pad_token_id)
+        controller.generate(self._generation_workers, samples, params, self.settings.pad_token_id, self._tell)
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in the samples' reference log-probabilities, values and, from a reward model, scores."""
-        controller.infer(self._model_workers, samples)
+        workers = self._model_workers
+        self._tell("scoring")
+        controller.infer(workers, samples)
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
     ) -> list[list[dict[str, float]]]:
         """Take the steps; returns the statistics of every micro-batch, [steps][micro-batches]."""
-        kept, micro_batches = ray.put(experience), [one for step in steps for one in step.micro_batches]
-        plans = self._planner.plans(
-            {len(step.micro_batches) for step in steps},
-            [self._shape(experience, samples) for samples in micro_batches],
-            lambda indices: self._profile(kept, [micro_batches[index] for index in indices]),
-        )
+        counts = {len(step.micro_batches) for step in steps}
+        shapes = [self._shape(experience, samples) for step in steps for samples in step.micro_batches]
+        if self._planner.will_solve(counts):
+            self._tell("solving: the fused schedule")
+        plans = self._planner.plans(counts, shapes, self._free_bytes)
+        self._tell("training")
+        kept = ray.put(experience)
         results = self._on_models("train", kept, ray.put(steps), learning_rate, ray.put(plans))
         return [
             self._merge(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
@@ -209,28 +206,13 @@ class Fleet:
             return Shape(len(samples), max(map(len, experience.prompts)) + experience.width)
         return Shape(len(samples), max(len(experience.prompts[i]) + experience.lengths[i] for i in samples))
 
-    def _profile(
-        self, experience: ray.ObjectRef[Experience], micro_batches: Sequence[Sequence[int]]
-    ) -> tuple[Profile, int | None]:
-        """What all ranks measure on these micro-batches, and the bytes free on the fullest device, if it tells."""
-        profile = merge(self._on_models("profile", experience, micro_batches)[:: self._tensor_parallel_size])
-        return profile, min((free for free in self._on_models("free_bytes") if free is not None), default=None)
-
-    def _balanced(self, trained: Mapping[ModelName, ModelSpec]) -> tuple[Replica, ...]:
-        """The placement asked for, cut where measured times favour it."""
-        settings = self.settings
-        profiles = self._on_models("measure_parts", settings.balance, _TICK_S)
-        return choose_placement(
-            {model: Parts.of(profiles, model) for model in trained},
-            settings.placement,
-            {model: spec.num_layers for model, spec in trained.items()},
-            settings.micro_batches_per_step,
-            is_fused=settings.plan.fused,
-            tick_s=_TICK_S,
-        )
+    def _free_bytes(self) -> int | None:
+        """On the fullest device, if it tells."""
+        return min((free for free in self._on_models("free_bytes") if free is not None), default=None)
 
     def synchronise(self) -> None:
         """Give the trained weights to the engines and to the critic's inference copies."""
+        self._tell("weights: to engines and inference")
         self._on_engines("load_weights", self._exported("actor"))
         self._on_models("load_scoring_weights", "critic", self._exported("critic"))
 
@@ -238,15 +220,18 @@ class Fleet:
 
     def fetch_weights(self, policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
         """Copy the trained weights into the caller's models."""
+        self._tell("weights: to the driver")
         load_state_dict(policy, get_state_dict(self._exported("actor")))
         load_state_dict(value_model, get_state_dict(self._exported("critic")))
 
     def save(self, directory: Path) -> None:
         """Write the training state of both models."""
+        self._tell("saving: the training state")
         self._on_models("save", directory)
 
     def load(self, directory: Path) -> None:
         """Read a training state, and give its weights to whoever holds copies."""
+        self._tell("loading: the checkpoint")
         self._on_models("load", directory)
         self.synchronise()
 

@@ -60,11 +60,11 @@ class FleetSettings:
             ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
                 not installed.
         """
-        num_devices = config.num_devices or _default_num_devices(config.accelerator)
-        num_ranks, rest = divmod(num_devices, config.tensor_parallel_size)
+        count = num_devices(config)
+        num_ranks, rest = divmod(count, config.tensor_parallel_size)
         if rest:
             raise ValueError(
-                f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={num_devices}: "
+                f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={count}: "
                 f"choose a divisor"
             )
         is_fused = config.intra_stage_fusion and num_ranks > 1
@@ -92,12 +92,14 @@ class FleetSettings:
             pad_token_id=pad_token_id if config.trl_quirks else None,
             timeout_s=config.worker_timeout_s,
         )
+        # On CPUs products of few rows are no faster in bfloat16, and attention over the cache is native in float32.
+        generation_type = training.autocast if config.accelerator == "cuda" else None
         return cls(
-            num_devices=num_devices,
+            num_devices=count,
             accelerator=config.accelerator,
             ray_address=config.ray_address,
             pad_token_id=pad_token_id,
-            engine=choose_engine(config, training.autocast),
+            engine=choose_engine(config, generation_type),
             kv_transfer=choose_kv_transfer(config),
             inference=MicroBatchLimit(
                 max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
@@ -119,9 +121,9 @@ class FleetSettings:
             ),
             rollout=RolloutSettings(
                 policy=config.migration_policy,
-                num_devices=num_devices,
+                num_devices=count,
                 limits=_engine_limits(config, actor),
-                kv_bytes_per_token=_kv_bytes_per_token(actor, training.autocast),
+                kv_bytes_per_token=_kv_bytes_per_token(actor, generation_type),
                 inference_batch_tokens=inference_batch_tokens,
             ),
         )
@@ -131,9 +133,11 @@ class FleetSettings:
         serial_schedule(self.placement, num_micro_batches)
 
 
-def _default_num_devices(accelerator: Literal["cpu", "cuda"]) -> int:
-    """Every GPU, or two cores."""
-    return torch.cuda.device_count() if accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
+def num_devices(config: PPOConfig) -> int:
+    """As many as asked for; by default every GPU, or two cores."""
+    if config.num_devices is not None:
+        return config.num_devices
+    return torch.cuda.device_count() if config.accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
 
 
 def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
@@ -146,9 +150,9 @@ def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
     )
 
 
-def _kv_bytes_per_token(actor: PretrainedConfig, autocast: torch.dtype | None) -> int:
-    """Keys and values of all layers."""
+def _kv_bytes_per_token(actor: PretrainedConfig, dtype: torch.dtype | None) -> int:
+    """Keys and values of all layers, in float32 by default."""
     config: Any = actor.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (autocast or torch.float32).itemsize
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (dtype or torch.float32).itemsize

@@ -9,6 +9,7 @@ from fuse import ppo
 from fuse.intrastage.megatron_head import VocabularyHead, vocab_parallel_logprobs
 from fuse.intrastage.stage import MicroBatch
 from fuse.ops.logprob import token_logprobs
+from fuse.steps import SAMPLER_STATISTICS
 from fuse.workers.micro_batches import PolicyTargets, ValueTargets
 
 
@@ -36,7 +37,7 @@ class ActorLoss:
         self.cliprange = cliprange
         self.accumulation = 1
         names = ("policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "val/ratio")
-        self.statistics = _Statistics(names)
+        self.statistics = _Statistics((*names, *SAMPLER_STATISTICS))
 
     def __call__(self, hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
         targets = micro_batch.targets
@@ -47,8 +48,18 @@ class ActorLoss:
             logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, self.temperature)
         logprobs = logprobs.masked_fill(~targets.mask, ppo.INVALID_LOGPROB)
         result = ppo.policy_loss(logprobs, targets.old_logprobs, targets.advantages, targets.mask, self.cliprange)
-        self.statistics.add(result.approximate_kl, result.clip_fraction, entropy.mean(), result.loss, result.ratio)
+        self.statistics.add(
+            *(result.approximate_kl, result.clip_fraction, entropy.mean(), result.loss, result.ratio),
+            *_sampler_differences(logprobs.detach(), targets),
+        )
         return result.loss / self.accumulation
+
+
+def _sampler_differences(logprobs: Tensor, targets: PolicyTargets) -> tuple[Tensor, Tensor, Tensor]:
+    """SAMPLER_STATISTICS: of the tokens that count, how far the sampler's log-probabilities are from these."""
+    differences = (logprobs - targets.old_logprobs).abs().masked_fill(~targets.mask, 0.0)
+    largest = differences.amax() if differences.numel() else differences.sum()
+    return differences.sum(), largest, targets.mask.sum()
 
 
 class CriticLoss:

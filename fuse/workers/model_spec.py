@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """How to build a model without its weights."""
+    """How to build a model without its weights, and with the original's ties.
+
+    config: `tie_word_embeddings` says whether embedding and head are one tensor, for copies of every kind follow it.
+    """
 
     model_class: type[PreTrainedModel]
     config: PretrainedConfig
@@ -21,7 +25,17 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSpec:
-        return cls(model_class=type(model), config=model.config, dtype=model.dtype)
+        """How to build `model` again.
+
+        Raises:
+            ValueError: it shares other tensors than those of embedding and head, which copies would not.
+        """
+        config = copy.deepcopy(model.config)
+        head: nn.Module | None = model.get_output_embeddings()
+        if head is not None:
+            config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+        _check_ties(model, head)
+        return cls(model_class=type(model), config=config, dtype=model.dtype)
 
     @property
     def num_layers(self) -> int:
@@ -29,8 +43,27 @@ class ModelSpec:
         return num_layers
 
     def build(self, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model in evaluation mode, its parameters yet to be loaded; `dtype` in place of its own."""
-        with no_init_weights():
+        """The whole model in evaluation mode, its parameters yet to be loaded; `dtype` in place of its own.
+
+        Buffers keep the type that they are computed in: rotary frequencies rounded to bfloat16 are off by more than a
+        radian a thousand tokens on.
+        """
+        with no_init_weights():  # which leaves weights untied as well
             model: Any = self.model_class(copy.deepcopy(self.config))
-        built: PreTrainedModel = model.to(device=device, dtype=dtype or self.dtype).eval().requires_grad_(False)
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.data = torch.empty_like(parameter.data, dtype=dtype or self.dtype, device=device)
+        built: PreTrainedModel = model.to(device=device).eval().requires_grad_(False)
         return built
+
+
+def _check_ties(model: PreTrainedModel, head: nn.Module | None) -> None:
+    shared = [] if head is None else [head.weight, model.get_input_embeddings().weight]
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(parameter, name)
+        if known != name and not any(parameter is one for one in shared):
+            raise ValueError(
+                f"{type(model).__name__} shares one tensor between {known} and {name}, and only embedding and head may "
+                f"share theirs: give one of them a copy"
+            )

@@ -16,7 +16,7 @@ from fuse.intrastage.placement import ModelName, Replica
 from fuse.intrastage.plan import Plan
 from fuse.intrastage.profile import Profile
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.state_dict import load_state_dict
+from fuse.state_dict import adopt_state_dict
 from fuse.steps import OptimizerStep
 from fuse.trace import Span, SpanRecorder
 from fuse.workers import inference
@@ -95,10 +95,6 @@ class ModelWorker:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         return self._training.train(experience, steps, learning_rate, plans)
 
-    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
-        """Measure this rank's operations; all ranks call this at once. See `TrainingRank.profile`."""
-        return self._training.profile(experience, micro_batches)
-
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
         if self._device.type != "cuda":
@@ -134,11 +130,11 @@ class ModelWorker:
         self._training.load_weights(model, get_state_dict(weights))
 
     def load_scoring_weights(self, role: Role, weights: Sequence[WeightsRef]) -> None:
-        """Copy weights into a scoring model; names that tied parameters share may be left out."""
+        """Have a scoring model compute with these weights; names that tied parameters share may be left out."""
         if role == "critic" and self._whole_critic() is not None:
             return
         with self._recorder.span(f"load {role}", "weights"):
-            load_state_dict(self._scoring[role], get_state_dict(weights))
+            adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
     def export_weights(self, model: ModelName) -> WeightsRef | None:
         """Put this rank's part of a model into the object store; None where another replica's does."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from fuse.workers.model_spec import ModelSpec
 from fuse.workers.training_rank import MODELS, TrainingSettings
 
 _NUM_PARTS = 3
-_REPEATS = 5
+_REPEATS = 1
+_MOST_TOKENS = 512
+"""On more than so many, a layer and a head cost what they cost on these in proportion; one sequence is the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class TypicalBatch:
     prompt_tokens: int
     response_tokens: int
 
+    def at_most(self, num_tokens: int) -> TypicalBatch:
+        """As many of the sequences as have so many tokens together, and at least one."""
+        fitting = num_tokens // (self.prompt_tokens + self.response_tokens)
+        return replace(self, num_sequences=min(self.num_sequences, max(1, fitting)))
+
 
 def measure_parts(
     rank: int,
@@ -45,10 +53,12 @@ def measure_parts(
 ) -> Profile:
     """Stages 0, 1 and 2 of pipelines "actor" and "critic", of one layer each; the first embeds, the last has the head.
 
-    All devices call this at once, so that they contend as in training. Weights are random.
+    All devices call this at once. They are timed by what the process computes, on CPUs, whose cores may be generating
+    meanwhile. Weights are made up, and memory is not measured.
 
     rank: of the schedules. tensor_group: the devices that share this one's stages; None for itself alone.
     """
+    batch = batch.at_most(_MOST_TOKENS)
     vocabulary_size = min(spec.config.get_text_config().vocab_size for spec in specs.values())
     made = settings.micro_batches(_experience(batch, vocabulary_size), range(batch.num_sequences))
     losses = settings.losses()
@@ -65,7 +75,7 @@ def measure_parts(
                 tensor_group=tensor_group,
             )
             for _, parameter in stage.named_parameters():
-                torch.nn.init.normal_(parameter, std=0.02)
+                torch.nn.init.constant_(parameter, 0.02)
             stages[pipeline, part] = stage
     return measure(
         rank,
@@ -75,6 +85,8 @@ def measure_parts(
         (),  # everything is on one rank
         repeats=_REPEATS,
         tick_s=tick_s,
+        times_only=True,
+        clock=time.process_time if device.type == "cpu" else time.perf_counter,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,22 +16,26 @@ from torch import Tensor
 from fuse.experience import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.executor import execute
-from fuse.intrastage.measure import measure, shape_of
+from fuse.intrastage.measure import measure, measure_messages, shape_of
+from fuse.intrastage.memory_probe import MemoryProbe
+from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
-from fuse.intrastage.plan import Plan, serial_schedule
+from fuse.intrastage.plan import Plan
 from fuse.intrastage.planned import planned_times
 from fuse.intrastage.profile import Profile
 from fuse.intrastage.stage import MicroBatch, TrainedStage
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.steps import OptimizerStep
-from fuse.trace import SpanRecorder
+from fuse.trace import Span, SpanRecorder
 from fuse.workers import state
 from fuse.workers.losses import ActorLoss, CriticLoss
 from fuse.workers.micro_batches import padded, ragged
 from fuse.workers.model_spec import ModelSpec
+from schedules import Schedule
 
 MODELS: tuple[ModelName, ...] = ("actor", "critic")
+_MESSAGES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,7 @@ class TrainingRank:
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._losses = settings.losses()
+        self._is_observed = False
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 specs[replica.model],
@@ -188,23 +194,61 @@ class TrainingRank:
             for replica in self._placement
         ]
         planned = None
+        probes: dict[tuple[int, int], MemoryProbe] = {}
         if plan.profile is not None:
             shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
             planned = planned_times(plan.schedule, plan.profile, [name for name, _ in self._pipelines], shapes)
+        elif self._settings.split_backward and not self._is_observed:
+            self._is_observed = True
+            self._observe_messages(plan.schedule, per_pipeline)
+            probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in self._stages.items()}
         execute(
             plan.schedule,
             self._rank,
-            self._stages,
+            probes or self._stages,
             per_pipeline,
             self._communicators,
             self._recorder,
             planned=planned,
         )
+        for (pipeline, stage), probe in probes.items():
+            largest = per_pipeline[pipeline][_largest(per_pipeline[pipeline])]
+            sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
+            self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
         for model in MODELS:
             norm = self._optimizers[model].reduce()  # not in the span: a rank that is done earlier waits in here
             with self._recorder.span(f"step {model}", "optimizer"):
                 self._optimizers[model].apply(norm, learning_rate)
         return {model: loss.statistics.drain() for model, loss in self._losses.items()}
+
+    def _observe_messages(self, schedule: Schedule, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
+        """Record what a message to the next stage takes, for each pipeline's smallest and largest micro-batch."""
+        numbers = {name: number for number, (name, _) in enumerate(self._pipelines)}
+        ends = [sorted(own, key=lambda one: one.input_ids.numel()) for own in micro_batches]
+        by_shape = [list({shape_of(one): one for one in (own[0], own[-1])}.values()) for own in ends]
+        messages = measure_messages(
+            self._rank, self._pipelines, self._stages, by_shape, self._communicators, repeats=_MESSAGES
+        )
+        for name, stage, shape, seconds in messages:
+            number = numbers[name]
+            micro_batch = next(one for one in by_shape[number] if shape_of(one) == shape)
+            self._observe(MESSAGE, schedule, number, stage, micro_batch, seconds, {})
+
+    def _observe(
+        self,
+        category: str,
+        schedule: Schedule,
+        pipeline: int,
+        stage: int,
+        micro_batch: MicroBatch,
+        seconds: float,
+        sizes: Mapping[str, object],
+    ) -> None:
+        """Record a span that tells what a micro-batch costs; see `fuse.intrastage.observed`."""
+        name = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0"
+        end_s = time.time()
+        arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
+        self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
 
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
         """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
@@ -242,10 +286,6 @@ class TrainingRank:
         state.load_state(directory, self._optimizers)
 
 
-def serial_plans(placement: tuple[Replica, ...], steps: Sequence[OptimizerStep]) -> dict[int, Plan]:
-    """For each number of micro-batches in `steps`, one model after the other.
-
-    Raises: ValueError when that many micro-batches cannot be scheduled.
-    """
-    counts = {len(step.micro_batches) for step in steps}
-    return {count: Plan(serial_schedule(placement, count)) for count in counts}
+def _largest(micro_batches: Sequence[MicroBatch]) -> int:
+    """Index of the one with most tokens; of several the last, which finds memory warm."""
+    return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))

@@ -42,8 +42,8 @@ def put_state_dict(state_dict: Mapping[str, Tensor]) -> WeightsRef:
 def get_state_dict(refs: Sequence[WeightsRef]) -> dict[str, Tensor]:
     """Read one state dict, or merge several partial ones of different names (pipeline stages).
 
-    The tensors are views of the object store: do not write to them, and drop them once copied, for they keep the
-    object alive.
+    The tensors are views of the object store, which keep the object alive: models that only compute use them as they
+    are. Do not write to them.
     """
     state_dict: dict[str, Tensor] = {}
     for entries in ray.get([ref.reference for ref in refs]):

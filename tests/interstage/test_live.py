@@ -79,7 +79,7 @@ def roll_out(
     untyped: Any = LiveRollout
     rollout = untyped(
         engines,
-        scorers,
+        lambda: scorers,
         samples,
         SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS),
         policy=policy,

@@ -1,56 +1,47 @@
-"""The planner measures once, plans every count of micro-batches, keeps both on disk, and starts over after drift."""
+"""The planner watches an update, plans by what it showed, keeps both on disk, and plans again after drift."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.planner import PROFILE_NAME, Planner, PlanSettings
-from fuse.intrastage.profile import Profile, Shape, StageCosts, profile_from_json
+from fuse.intrastage.plan import fused_schedule
+from fuse.intrastage.planner import DRIFT_UPDATES, Planner, PlanSettings
+from fuse.intrastage.profile import Shape
+from fuse.intrastage.profile_store import ProfileStore
 from fuse.trace import Span
-from schedules import evaluate, violations
+from schedules import Kind, evaluate, violations
 
 PLACEMENT = (Replica("actor", 0, (0, 1)), Replica("critic", 0, (1, 0)))
 SHAPES = [Shape(2, 64), Shape(2, 16), Shape(2, 64), Shape(2, 32)]
 
 
-class Measurement:
-    """Stands in for the ranks: counts how often it is asked, and for which micro-batches."""
-
-    def __init__(self, free_bytes: int | None = None) -> None:
-        self.asked: list[list[Shape]] = []
-        self.free_bytes = free_bytes
-
-    def __call__(self, indices: Sequence[int]) -> tuple[Profile, int | None]:
-        shapes = [SHAPES[index] for index in indices]
-        self.asked.append(shapes)
-        stages = tuple(
-            StageCosts(
-                pipeline=replica.name,
-                stage=stage,
-                shape=shape,
-                forward_ticks=shape.size,
-                backward_ticks=2 * shape.size,
-                input_grad_ticks=shape.size,
-                weight_grad_ticks=shape.size,
-                activation_bytes=shape.size,
-                weight_grad_bytes=shape.size // 2,
-            )
-            for replica in PLACEMENT
-            for stage in range(2)
-            for shape in shapes
-        )
-        return Profile(tick_s=1e-4, stages=stages, transfers=()), self.free_bytes
+def watched(shapes: Sequence[Shape], *, num_bytes: int = 1) -> list[Span]:
+    """What ranks tell of an update that trained these micro-batches: seconds in proportion to tokens, 1 : 1 : 1."""
+    spans = []
+    for pipeline in ("actor", "critic"):
+        for stage in range(2):
+            for index, shape in enumerate(shapes):
+                arguments = {"tokens": shape.size, "sequences": shape.num_sequences}
+                for kind in "FIW":
+                    name = f"{kind} {pipeline}.{stage}.{index}"
+                    spans.append(Span(name, "train", 0.0, 1e-4 * shape.size, arguments))
+            sizes = {"activation_bytes": num_bytes * shape.size, "weight_grad_bytes": num_bytes * shape.size // 2}
+            spans.append(Span(f"memory {pipeline}.{stage}.0", "memory", 0.0, 0.0, arguments | sizes))
+    return spans
 
 
-def settings(directory: Path, *, fused: bool = True, memory_limit_bytes: int | None = None) -> PlanSettings:
+def settings(
+    directory: Path, *, fused: bool = True, memory_limit_bytes: int | None = None, time_limit_s: float = 1.0
+) -> PlanSettings:
     return PlanSettings(
         fused=fused,
-        time_limit_s=1.0,
+        time_limit_s=time_limit_s,
         num_workers=1,
         num_steps=10,
         memory_limit_bytes=memory_limit_bytes,
@@ -59,64 +50,122 @@ def settings(directory: Path, *, fused: bool = True, memory_limit_bytes: int | N
     )
 
 
-def test_measures_once_and_plans_every_count(tmp_path: Path) -> None:
-    measure, planner = Measurement(), Planner(PLACEMENT, settings(tmp_path))
-    plans = planner.plans({2, 4}, SHAPES, measure)
-    assert measure.asked == [[Shape(2, 16), Shape(2, 64)]], "one of each of the smallest, the median and the largest"
+def planner_in(directory: Path, **options: Any) -> Planner:
+    return Planner(PLACEMENT, settings(directory, **options), ProfileStore(directory, {}))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_the_first_update_trains_serially_and_the_next_by_what_it_showed(tmp_path: Path) -> None:
+    planner = planner_in(tmp_path)
+    assert not planner.will_solve({2, 4})
+    for count, plan in planner.plans({2, 4}, SHAPES).items():
+        assert plan.profile is None
+        assert plan.serial_bubble_ratio is None
+        assert violations(plan.schedule) == []
+        kinds = [[op.kind for op in ops] for ops in plan.schedule.ranks]
+        assert all(Kind.B not in ops and ops.count(Kind.I) == ops.count(Kind.W) == 2 * count for ops in kinds)
+        assert all(ops[index + 1] is Kind.W for ops in kinds for index, kind in enumerate(ops) if kind is Kind.I)
+
+    planner.observe(watched(SHAPES))
+    assert planner.will_solve({2, 4})
+    plans = planner.plans({2, 4}, SHAPES)
     for count, plan in plans.items():
         assert violations(plan.schedule) == []
         assert [pipeline.num_micro_batches for pipeline in plan.schedule.problem.pipelines] == [count, count]
         assert plan.serial_bubble_ratio is not None
         assert evaluate(plan.schedule).bubble_ratio < plan.serial_bubble_ratio
-    assert planner.plans({4}, SHAPES, measure) == {4: plans[4]}
-    assert len(measure.asked) == 1
+    assert not planner.will_solve({2, 4})
+    assert planner.plans({4}, SHAPES) == {4: plans[4]}
     assert planner.serial_bubble_ratio is not None
-    assert profile_from_json(json.loads((tmp_path / PROFILE_NAME).read_text())) == plans[2].profile
     assert len(list(tmp_path.glob("*.schedule"))) == 2
 
 
-def test_without_fusion_nothing_is_measured_nor_written(tmp_path: Path) -> None:
-    measure, planner = Measurement(), Planner(PLACEMENT, settings(tmp_path, fused=False))
-    (plan,) = planner.plans({3}, SHAPES, measure).values()
+def test_what_an_earlier_run_measured_plans_the_first_update(tmp_path: Path) -> None:
+    first = planner_in(tmp_path)
+    first.plans({4}, SHAPES)
+    first.observe(watched(SHAPES))
+    expected = first.plans({4}, SHAPES)
+    assert planner_in(tmp_path).plans({4}, SHAPES) == expected
+    elsewhere = replace(PLACEMENT[0], layer_ranges=((0, 1), (1, 4)))
+    other = Planner((elsewhere, PLACEMENT[1]), settings(tmp_path), ProfileStore(tmp_path, {}))
+    assert other.plans({4}, SHAPES)[4].profile is None, "its stages are others"
+
+
+def test_without_fusion_nothing_is_learnt_nor_written(tmp_path: Path) -> None:
+    planner = planner_in(tmp_path, fused=False)
+    planner.observe(watched(SHAPES))
+    (plan,) = planner.plans({3}, SHAPES).values()
     assert plan.profile is None
     assert plan.serial_bubble_ratio is None
     assert planner.serial_bubble_ratio is None
-    assert measure.asked == []
     assert not list(tmp_path.iterdir())
     assert [op.pipeline for op in plan.schedule.ranks[0]] == [0] * 6 + [1] * 6
 
 
 @pytest.mark.parametrize(("option", "free"), [(300, None), (None, 300), (300, 10_000)])
 def test_memory_must_suffice_for_the_largest(tmp_path: Path, option: int | None, free: int | None) -> None:
-    planner = Planner(PLACEMENT, settings(tmp_path, memory_limit_bytes=option))
-    (plan,) = planner.plans({4}, SHAPES, Measurement(free)).values()
+    planner = planner_in(tmp_path, memory_limit_bytes=option)
+    planner.observe(watched(SHAPES))
+    (plan,) = planner.plans({4}, SHAPES, lambda: free).values()
     assert max(evaluate(plan.schedule).peak_bytes) <= 300  # two micro-batches of 2 x 64 tokens
+    tight = planner_in(tmp_path, memory_limit_bytes=100)
     with pytest.raises(ValueError, match="rank"):
-        Planner(PLACEMENT, settings(tmp_path, memory_limit_bytes=100)).plans({4}, SHAPES, Measurement(free))
+        tight.plans({4}, SHAPES, lambda: free)
+
+
+def test_solving_takes_no_longer_than_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def solve(*args: Any, time_limit_s: float, **options: Any) -> Any:
+        limits.append(time_limit_s)
+        return fused_schedule(*args, time_limit_s=time_limit_s, **options)
+
+    monkeypatch.setattr("fuse.intrastage.planner.fused_schedule", solve)
+    planner = planner_in(tmp_path, time_limit_s=100.0)
+    planner.observe(watched(SHAPES))  # its longest operation takes 12.8 ms, and all start at once
+    planner.plans({2, 4}, SHAPES)
+    assert limits == [pytest.approx(0.0064)] * 2
+    planner_in(tmp_path, time_limit_s=100.0).plans({2, 4}, SHAPES)
+    assert limits[2] == pytest.approx(2 * 12 * 0.0128 / 2), "before an update: a step of two, on one rank"
 
 
 def spans(slowdown: float, *, of_one_stage: float = 1.0) -> list[Span]:
     """What four stages executed, planned at 10 ms each."""
-    factors = {"F actor.0.0": of_one_stage, "F actor.1.0": 1.0, "B actor.0.0": 1.0, "F critic.0.0": 1.0}
+    factors = {"actor.0": of_one_stage, "actor.1": 1.0, "critic.0": 1.0, "critic.1": 1.0}
+    planned = {"planned_start_s": 0.0, "planned_end_s": 0.01, "tokens": 128, "sequences": 2}
     return [
-        Span(name, "train", 0.0, 0.01 * slowdown * factor, {"planned_start_s": 0.0, "planned_end_s": 0.01})
-        for name, factor in factors.items()
+        Span(f"{kind} {stage}.0", "train", 0.0, 0.01 * slowdown * factor, planned)
+        for stage, factor in factors.items()
+        for kind in "FIW"
     ]
 
 
 def test_only_lasting_drift_of_a_stage_against_the_others_plans_again(tmp_path: Path) -> None:
-    measure, planner = Measurement(), Planner(PLACEMENT, settings(tmp_path))
+    planner = planner_in(tmp_path)
+    planner.observe(watched(SHAPES))
+    planner.plans({4}, SHAPES)
 
-    def times_measured_after(updates: list[list[Span]]) -> int:
+    def plans_again_after(updates: list[list[Span]]) -> bool:
         for update in updates:
             planner.observe(update)
-        planner.plans({4}, SHAPES, measure)
-        return len(measure.asked)
+        again = planner.will_solve({4})
+        planner.plans({4}, SHAPES)
+        return again
 
-    assert times_measured_after([]) == 1
-    assert times_measured_after([spans(5.0)] * 20) == 1, "a machine that is slower all over changes no schedule"
-    assert times_measured_after([spans(1.0, of_one_stage=2.0)] * 9) == 1
-    assert times_measured_after([spans(1.0)]) == 1
-    assert times_measured_after([spans(1.0, of_one_stage=2.0)] * 9) == 1, "not ten in a row"
-    assert times_measured_after([spans(1.0, of_one_stage=0.5)]) == 2
-    assert times_measured_after([[Span("F actor.0.0", "train", 0.0, 1.0)]] * 5) == 2, "nothing was planned"
+    drifted = spans(1.0, of_one_stage=2.0)
+    assert not plans_again_after([])
+    assert not plans_again_after([spans(5.0)] * 20), "a machine that is slower all over changes no schedule"
+    assert not plans_again_after([[Span("F actor.0.0", "train", 0.0, 1.0, {"tokens": 8, "sequences": 1})]] * 5)
+    assert plans_again_after([drifted]), "what one update alone has shown is corrected by one"
+    profile = planner.plans({4}, SHAPES)[4].profile
+    assert profile is not None
+    costs = {(one.pipeline, one.stage): one.forward_ticks for one in profile.stages if one.shape.size == 128}
+    assert costs["actor.0", 0] == 2 * costs["actor.0", 1] == 2000, "and from what has drifted alone"
+    assert not plans_again_after([drifted] * (DRIFT_UPDATES - 1))
+    assert not plans_again_after([spans(1.0)])
+    assert not plans_again_after([drifted] * (DRIFT_UPDATES - 1)), "not in a row"
+    assert plans_again_after([spans(1.0, of_one_stage=0.5)])

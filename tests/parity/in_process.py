@@ -10,7 +10,7 @@ import ray
 
 from fuse.interstage import controller, live
 from fuse.intrastage import communication
-from fuse.workers import fleet
+from fuse.workers import fleet, model_start
 
 _LOOPBACK = "127.0.0.1"
 
@@ -28,6 +28,9 @@ class _Worker:
 
     def __init__(self, role: str, device: int, held: Any) -> None:
         self.role, self.device, self.held = role, device, held
+
+    def wait_started(self) -> None:
+        pass
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> _Future:
         resolved = [ray.get(arg) if isinstance(arg, ray.ObjectRef) else arg for arg in args]
@@ -69,6 +72,7 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("GLOO_SOCKET_IFNAME", "lo")
     patch.setattr(fleet, "Cluster", _Cluster)
     patch.setattr(fleet, "gather", _gather)
+    patch.setattr(model_start, "gather", _gather)
     patch.setattr(controller, "gather", _gather)
     patch.setattr(controller, "wait_any", _wait_any)
     patch.setattr(live, "wait_ended", list)

@@ -113,6 +113,16 @@ def test_calls_run_in_order_and_a_blocking_one_does_not_hold_them_up(spawn: Spaw
     assert wait_any([blocked, quick]) == (quick, ("yes", 2))
 
 
+def test_a_process_that_was_warmed_up_is_the_next_worker_of_its_role_and_device(cluster: Cluster, spawn: Spawn) -> None:
+    cluster.warm("model worker", 1, Echo)
+    warmed = cluster._warm["model worker", 1]
+    elsewhere, there = spawn("model worker", 0), spawn("model worker", 1)
+    assert not cluster._warm
+    assert there._actor is warmed is not elsewhere._actor
+    assert there.call("echo", 1).result()
+    assert there.process_id != elsewhere.process_id
+
+
 def test_an_exception_names_device_role_and_cause_and_keeps_its_traceback(spawn: Spawn) -> None:
     worker = spawn("model worker", 1)
     with pytest.raises(WorkerError, match=r"^model worker on device 1 failed: KeyError: 'no such thing'$") as caught:

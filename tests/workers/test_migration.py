@@ -81,7 +81,7 @@ def make_workers(
     def make(engine: str, carrier: str) -> tuple[Worker, Worker]:
         options: dict[str, Any] = {"engine": engine, "kv_transfer": carrier, "generation_batch_size": MAX_BATCH}
         config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
-        make_engine = partial(choose_engine(config, None), ModelSpec.of(model), weights, "cpu")
+        make_engine = partial(choose_engine(config, None), ModelSpec.of(model), [weights], "cpu")
         arguments = GenerationWorker, make_engine, choose_kv_transfer(config)
         started.extend(cluster.spawn("generation worker", device, *arguments) for device in (0, 1))
         return started[0], started[1]

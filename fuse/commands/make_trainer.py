@@ -1,0 +1,66 @@
+"""The trainer that the options of `fuse train` ask for."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
+from fuse.commands.train_inputs import Inputs
+from fuse.data import prompt_rows
+from fuse.trainer import PPOTrainer
+from fuse.workers.cluster import Cluster
+
+
+def make_trainer(
+    arguments: argparse.Namespace, inputs: Inputs, tell: Callable[[str], None], cluster: Cluster
+) -> PPOTrainer:
+    """Everything the options name, loaded and checked; `tell` hears what is being loaded.
+
+    Raises:
+        ValueError: models or data that cannot be trained.
+    """
+    config, reward = inputs.config, inputs.reward
+    disable_progress_bar()  # of loading and saving
+    tell("loading: the tokenizer")
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.pad_token)
+    tell(f"loading: the policy at {arguments.model}")
+    policy = load_policy(arguments.model)
+    tell("loading: prompts and the other models")
+
+    def tokenised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return prompt_rows(
+            rows,
+            tokenizer,
+            prompt_column=arguments.prompt_column,
+            response_length=config.response_length,
+            context=getattr(policy.config.get_text_config(), "max_position_embeddings", None),
+        )
+
+    train_dataset = tokenised(inputs.rows)
+    eval_dataset = None if inputs.eval_rows is None else tokenised(inputs.eval_rows)
+    if arguments.reward_model:
+        reward = load_classifier(arguments.reward_model)
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=load_policy(arguments.ref_model) if arguments.ref_model else None,
+        reward_model=reward,
+        train_dataset=train_dataset,
+        value_model=_critic(arguments.value_model, reward, policy, tokenizer.pad_token_id),
+        eval_dataset=eval_dataset,
+    )
+    trainer.cluster = cluster
+    return trainer
+
+
+def _critic(path: str | None, reward: object, policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
+    if path is not None:
+        return load_classifier(path)
+    return copy.deepcopy(reward) if isinstance(reward, PreTrainedModel) else critic_from_policy(policy, pad_token_id)

@@ -1,0 +1,43 @@
+"""What `fuse train` can read and check before it loads a model or starts a process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fuse.commands.model_path import check_model_path
+from fuse.commands.reward_function import load_reward_function
+from fuse.config import PPOConfig
+from fuse.data import read_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """reward: the function, if one scores. rows, eval_rows: of the datasets, not tokenised."""
+
+    config: PPOConfig
+    reward: Any
+    rows: Sequence[Mapping[str, Any]]
+    eval_rows: Sequence[Mapping[str, Any]] | None
+
+
+def read_inputs(arguments: argparse.Namespace) -> Inputs:
+    """The inputs that the options name.
+
+    Raises:
+        ValueError: options or data that cannot be trained with.
+    """
+    if (arguments.reward_function is None) == (arguments.reward_model is None):
+        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
+    config = PPOConfig(**{field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init})
+    for path in (arguments.model, arguments.ref_model, arguments.reward_model, arguments.value_model):
+        if path is not None:
+            check_model_path(path)
+    return Inputs(
+        config=config,
+        reward=load_reward_function(arguments.reward_function) if arguments.reward_function else None,
+        rows=read_rows(arguments.dataset),
+        eval_rows=read_rows(arguments.eval_dataset) if arguments.eval_dataset else None,
+    )
