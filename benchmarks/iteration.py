@@ -2,8 +2,9 @@
 
 Variants iterate in turn: off (stage by stage, one model after the other), inter (scoring while others are generated),
 intra (actor and critic trained at once), both, and with --peer trl TRL's PPOTrainer. Lengths of responses are forced,
-and every variant generates and trains on the same tokens, which is checked.
+or natural; every variant generates and trains on the same tokens, which is checked.
 
+  fuse bench iteration --model smollm2 --batch 32 --max-new-tokens 128 --peer trl
   fuse bench iteration --model PATH --prompts prompts.jsonl --prompt-column question --peer trl --json out.json
 """
 
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fuse.benchmarks import smollm2
 from fuse.benchmarks.iteration_rows import SERIAL, TRL, bound, check_same_tokens, markdown, row_of, tables
 from fuse.benchmarks.measure import describe_machine, write_json
 from fuse.commands.results import output_file
@@ -39,6 +41,7 @@ FUSION: Mapping[str, Mapping[str, bool]] = MappingProxyType(
         "both": {"inter_stage_fusion": True, "intra_stage_fusion": True},
     }
 )
+NATURAL, SYNTHETIC = "natural", "synthetic"
 _OPTIONS = (
     "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch", "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
@@ -50,14 +53,19 @@ _SMOKE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench iteration`."""
-    parser.add_argument("--model", metavar="PATH", help="the policy (default: a random Llama of 4 layers x 256)")
+    parser.add_argument(
+        "--model", metavar="PATH",
+        help="the policy (default: a random Llama of 4 layers x 256); smollm2, where there is no directory of this "
+        "name: SmolLM2-135M-Instruct, asked word problems unless --prompts says otherwise (make setup-smollm2)",
+    )  # fmt: skip
     parser.add_argument("--pad-token", metavar="TOKEN", help="padding token, where the tokenizer names none")
     parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="prompts (default: 32 random tokens each)")
     parser.add_argument("--prompt-column", metavar="NAME", help="their column: strings or lists of chat messages")
     parser.add_argument(
-        "--lengths", type=Path, metavar="FILE.csv",
-        help="response lengths: column output_tokens, scaled so that the longest has --max-new-tokens "
-        "(default: a synthetic long-tailed mix)",
+        "--lengths", metavar="FILE.csv",
+        help="response lengths: column output_tokens, scaled so that the longest has --max-new-tokens; synthetic: a "
+        f"long-tailed mix; {NATURAL}: up to the end-of-sequence token or --max-new-tokens (default: synthetic; with "
+        f"--model smollm2 {NATURAL})",
     )  # fmt: skip
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="GPUs, or cores without one (default: 2)")
     parser.add_argument(
@@ -84,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", choices=(TRL,), help="compare with TRL's PPOTrainer (trl 1.12.0), in one process")
     parser.add_argument(
         "--one-at-a-time", action="store_true",
-        help="end each variant before the next starts, for models of which memory holds no more; as always on GPUs",
+        help="end each variant before the next starts; as always on GPUs, and where memory does not hold them all",
     )  # fmt: skip
     parser.add_argument("--traces", type=Path, metavar="DIR", help="keep traces and plans of each variant in DIR")
     parser.add_argument("--smoke", action="store_true", help=f"a tiny model, {SERIAL} and both, once, in a minute")
@@ -104,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name, value in _SMOKE.items():
             setattr(arguments, name, value)
     _check(arguments)
+    if arguments.lengths is None and smollm2.is_meant_by(arguments.model):
+        arguments.lengths = NATURAL
     turns = _measure(arguments)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
     results = {
@@ -170,13 +180,13 @@ def _measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
     workload = _workload(arguments)
     with ExitStack() as stack:
         variants = _variants(arguments, workload, _directory(arguments, stack))
-        together = not on_gpus and not arguments.one_at_a_time
+        together = not on_gpus and not arguments.one_at_a_time and _fit(variants, workload, arguments.devices)
         groups = [list(variants)] if together else [[name] for name in variants]
-        # Side by side they take turns on the same cores, which the cluster counts once for each.
-        stack.enter_context(local_cluster(arguments.devices * max(map(len, groups))))
         rounds = _Rounds(workload, arguments.warmup)
         for names in groups:
             with ExitStack() as living:
+                # Side by side they take turns on the same cores, which the cluster counts once for each.
+                living.enter_context(local_cluster(arguments.devices * len(names)))
                 started = {}
                 for name in names:
                     print(f"{name}: starting ...", file=sys.stderr, flush=True)
@@ -185,6 +195,21 @@ def _measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
                     for name, variant in started.items():
                         rounds.take(name, variant, round_index)
     return rounds.turns
+
+
+def _fit(names: Collection[str], workload: Workload, num_devices: int) -> bool:
+    """Whether memory holds all these variants at once; says so where it does not."""
+    from fuse.benchmarks.iteration_memory import available_bytes, fuse_bytes, trl_bytes
+
+    own = [fuse_bytes(workload.models, num_devices) for name in names if name != TRL]
+    needed, available = sum(own) + (trl_bytes(workload) if TRL in names else 0), available_bytes()
+    if needed > available:
+        print(
+            f"side by side the variants take about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are available: "
+            "one at a time",
+            file=sys.stderr,
+        )
+    return needed <= available
 
 
 class _Rounds:
@@ -203,8 +228,9 @@ class _Rounds:
         """
         turn = variant.turn(self._same.get(round_index))
         expected = self._same.setdefault(round_index, turn.responses)
-        lengths = [len(response.response_ids) for response in turn.responses]
-        assert lengths == list(self._workload.round_lengths(round_index)), f"{name} does not keep to the lengths"
+        lengths = tuple(len(response.response_ids) for response in turn.responses)
+        forced = self._workload.round_lengths(round_index)
+        assert forced in (None, lengths), f"{name} does not keep to the lengths"
         check_same_tokens(name, turn.responses, expected)
         own = self.turns.setdefault(name, [])
         if round_index >= self._num_warmup:
@@ -235,15 +261,20 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     size = made.SMOKE_SIZE if arguments.smoke else made.DEFAULT_SIZE
     batch, longest = arguments.batch, arguments.max_new_tokens
     num_prompts = (arguments.warmup + arguments.repeats) * batch
-    lengths = made.forced_lengths(arguments.lengths, num_prompts, batch, longest)
+    lengths = None
+    if arguments.lengths != NATURAL:
+        path = None if arguments.lengths in (None, SYNTHETIC) else Path(arguments.lengths)
+        lengths = made.forced_lengths(path, num_prompts, batch, longest)
     if arguments.model:
-        models = made.load_models(arguments.model, arguments.pad_token)
+        models = made.load_models(smollm2.resolve(arguments.model), arguments.pad_token)
     else:
         models = made.embedded_models(size, longest)
-    if arguments.prompts is None:
-        prompts = made.random_prompts(models, num_prompts, size.prompt_tokens)
-    else:
+    if arguments.prompts is not None:
         prompts = made.read_prompts(arguments.prompts, arguments.prompt_column, models, num_prompts, longest)
+    elif smollm2.is_meant_by(arguments.model):
+        prompts = made.word_problem_prompts(models, num_prompts, longest)
+    else:
+        prompts = made.random_prompts(models, num_prompts, size.prompt_tokens)
     return made.Workload(
         models=models,
         prompts=prompts,

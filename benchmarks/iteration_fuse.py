@@ -1,4 +1,4 @@
-"""This project's trainer in `fuse bench iteration`: with forced lengths, one iteration at a time."""
+"""This project's trainer in `fuse bench iteration`: one iteration at a time, with forced lengths if there are any."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class TurnTrainer(PPOTrainer):
             value_model=models.critic,
         )
         self.remove_callback(PrinterCallback)
-        self._settings = replace(self._settings, engine=partial(forced_engine, self._settings.engine, workload.lengths))
+        if workload.lengths is not None:
+            engine = partial(forced_engine, self._settings.engine, workload.lengths)
+            self._settings = replace(self._settings, engine=engine)
         self._workload, self._turnstile = workload, turnstile
         self.samples: Sequence[Sample] = ()
         self.tracks: Tracks = {}

@@ -164,7 +164,7 @@ def _speed_titles(rows: Sequence[Row]) -> list[str]:
 def _speed_cells(row: Row) -> list[str]:
     cells = [
         row["variant"],
-        _with_range(row["samples_per_s"], row["samples_per_s_range"], 1),
+        _with_range(row["samples_per_s"], row["samples_per_s_range"], 1 if row["samples_per_s"] >= 1 else 2),
         f"{row['tokens_per_s']:.0f}",
         _with_range(row["ratio_to_serial"], row["ratio_to_serial_range"], 2),
     ]

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -36,7 +36,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from fuse.benchmarks.iteration_turns import PeakMemory, Response, Stopped, Turn
 from fuse.benchmarks.iteration_workload import Workload
-from fuse.state_dict import load_state_dict
+from fuse.state_dict import adopt_state_dict, load_state_dict
 from fuse.workers.model_spec import ModelSpec
 
 VERSION = "1.12.0"
@@ -153,7 +153,8 @@ def _train(connection: Connection, workload: Workload, directory: str) -> None:
     ppo: Any = import_module("trl.experimental.ppo")
     ppo_trainer: Any = import_module("trl.experimental.ppo.ppo_trainer")
     models = workload.models
-    policy, reference, reward, critic = map(_rebuilt, (models.policy, models.reference, models.reward, models.critic))
+    policy, critic = (_rebuilt(model, load_state_dict) for model in (models.policy, models.critic))
+    reference, reward = (_rebuilt(model, adopt_state_dict) for model in (models.reference, models.reward))
     trainer = ppo.PPOTrainer(
         args=ppo.PPOConfig(output_dir=directory, **workload.options()),
         processing_class=models.tokenizer,
@@ -170,10 +171,10 @@ def _train(connection: Connection, workload: Workload, directory: str) -> None:
         trainer.train()
 
 
-def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy: weights came as shared memory, and a model that was only unpickled does not return hidden states."""
+def _rebuilt(model: PreTrainedModel, load: Callable[[PreTrainedModel, Mapping[str, Tensor]], None]) -> PreTrainedModel:
+    """As the model was: weights came as shared memory, and what was only unpickled does not return hidden states."""
     built = ModelSpec.of(model).build(torch.device("cpu"))
-    load_state_dict(built, model.state_dict())
+    load(built, model.state_dict())
     return built.requires_grad_(True)
 
 

@@ -1,11 +1,11 @@
-"""What `fuse bench iteration` iterates on: models, prompts, and how long each response is to be."""
+"""What `fuse bench iteration` iterates on: models, prompts, and how long each response is to be, if that is forced."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
 
 from fuse.benchmarks.rollout import scale
 from fuse.benchmarks.training_batches import response_lengths
+from fuse.benchmarks.word_problems import messages, word_problems
 from fuse.commands.models import critic_from_policy, load_policy, load_tokenizer
 from fuse.data import prompt_rows, read_rows
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
@@ -71,11 +72,12 @@ class Workload:
     """One batch per round: prompt i and the number of tokens of its response, `lengths[i]`, belong to round i // batch.
 
     Every round has prompts and lengths of its own, for what is learnt of a prompt's response must not pay here.
+    lengths: None for responses that end where the model ends them, or at `max_new_tokens`.
     """
 
     models: Models
     prompts: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
     batch: int
     mini_batches: int
     micro_batch: int
@@ -90,9 +92,9 @@ class Workload:
         """The dataset's rows of a round."""
         return [{"input_ids": list(prompt)} for prompt in self.prompts[self._slice(round_index)]]
 
-    def round_lengths(self, round_index: int) -> tuple[int, ...]:
-        """Response tokens of a round's prompts."""
-        return self.lengths[self._slice(round_index)]
+    def round_lengths(self, round_index: int) -> tuple[int, ...] | None:
+        """Response tokens of a round's prompts, where they are forced."""
+        return None if self.lengths is None else self.lengths[self._slice(round_index)]
 
     def _slice(self, round_index: int) -> slice:
         return slice(round_index * self.batch, (round_index + 1) * self.batch)
@@ -109,6 +111,7 @@ class Workload:
             "num_mini_batches": self.mini_batches,
             "num_ppo_epochs": self.epochs,
             "response_length": self.max_new_tokens,
+            "stop_token": "eos" if self.lengths is None else None,
             # Of a long run: planning is allowed what it is worth there.
             "total_episodes": 1000 * self.batch,
             "learning_rate": 0.0,
@@ -194,12 +197,27 @@ def read_prompts(
     Raises:
         ValueError: the file holds no prompts, or one that leaves no room for a response.
     """
-    rows = itertools.islice(read_rows(path), num_prompts)
+    prompts = _prompt_tokens(itertools.islice(read_rows(path), num_prompts), column, models, max_new_tokens)
+    return tuple(itertools.islice(itertools.cycle(prompts), num_prompts))
+
+
+def word_problem_prompts(models: Models, num_prompts: int, max_new_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Word problems through the tokenizer's chat template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    rows = [{"problem": messages(row["question"])} for row in word_problems(num_prompts)]
+    return _prompt_tokens(rows, "problem", models, max_new_tokens)
+
+
+def _prompt_tokens(
+    rows: Iterable[Mapping[str, Any]], column: str | None, models: Models, max_new_tokens: int
+) -> tuple[tuple[int, ...], ...]:
     tokenised = prompt_rows(
         rows, models.tokenizer, prompt_column=column, response_length=max_new_tokens, context=models.context
     )
-    repeated = itertools.islice(itertools.cycle(tokenised), num_prompts)
-    return tuple(tuple(row["input_ids"]) for row in repeated)
+    return tuple(tuple(row["input_ids"]) for row in tokenised)
 
 
 def forced_lengths(path: Path | None, num_samples: int, batch: int, longest: int) -> tuple[int, ...]:
@@ -247,7 +265,7 @@ class ForcedLengths:
 
 
 def forced_engine(
-    make_engine: EngineFactory, lengths: Sequence[int], spec: ModelSpec, weights: WeightsRef, device: str
+    make_engine: EngineFactory, lengths: Sequence[int], spec: ModelSpec, weights: Sequence[WeightsRef], device: str
 ) -> GenerationEngine:
     """What `make_engine` makes, with forced lengths: those of sample 0, 1, ... of a run."""
     return ForcedLengths(make_engine(spec, weights, device), dict(enumerate(lengths)))

@@ -135,7 +135,7 @@ class PPOConfig(TrainingArguments):
     )
     schedule_time_limit_s: float = _option(10.0, "Most seconds to search for a fused schedule; few are needed anew.")
     replan_drift: float = _option(
-        0.3, "Measure and plan again once a stage's share of the time is off the plan by so much, 3 updates in a row."
+        0.3, "Plan again once a stage's share of the time is off the plan by so much, 3 updates in a row."
     )
     activation_memory_bytes: int | None = _option(
         None, "Most bytes of activations on a device in fused training. Default: what a GPU has free; no limit on CPUs."

@@ -100,6 +100,7 @@ class PPOTrainer:
 
         self.dataloader = prompts.prompt_loader(train_dataset, _known(args.local_batch_size), args.seed, data_collator)
         self.activity = Activity()
+        self.activity.listen(self._show_activity)
         self.cluster: Cluster | None = None
         self._fleet: Fleet | None = None
         self._settings = FleetSettings.from_config(  # refuses what cannot be placed
@@ -376,6 +377,13 @@ class PPOTrainer:
         logs["epoch"] = self.state.epoch
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _show_activity(self, text: str) -> None:
+        """Say behind transformers' progress bar what is being done, if there is one."""
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.set_postfix_str(text)
 
     def is_local_process_zero(self) -> bool:
         return True

@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples every time, however busy the machine: a change fails for what it changes.
@@ -41,3 +44,25 @@ def _use(package: ModuleType, directory: str) -> None:
 for _variable, _package in (("FUSE_SCHEDULES_NATIVE", "schedules"), ("FUSE_TENSOR_NATIVE", "fuse")):
     if _variable in os.environ:
         _use(importlib.import_module(_package), os.environ[_variable])
+
+
+# What runs keep in the user's cache is this session's alone.
+_CACHE = tempfile.TemporaryDirectory(prefix="fuse-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known_of_earlier_runs() -> None:
+    """What one test's training has measured plans no other's."""
+    shutil.rmtree(Path(_CACHE.name) / "fuse" / "profiles", ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory() -> Path:
+    """A real model; tests of it are skipped where it cannot be made."""
+    from fuse.benchmarks.smollm2 import model_directory
+
+    try:
+        return model_directory()
+    except ValueError as error:
+        pytest.skip(str(error))

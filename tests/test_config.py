@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl.experimental.ppo import PPOConfig as OraclePPOConfig
 
@@ -26,6 +27,14 @@ def test_every_option_of_trl_exists_with_its_default(tmp_path: Path) -> None:
         if not name.startswith("_") and getattr(ours, name) != getattr(theirs, name)
     }
     assert different <= {"gradient_checkpointing", "logging_dir"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to compute in bfloat16 on")
+def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = PPOConfig(output_dir=str(tmp_path), bf16=True)
+    assert (config.bf16, config.accelerator) == (True, "cpu")
+    slow = not any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    assert any("slower than float32" in message for message in caplog.messages) == slow
 
 
 @pytest.mark.parametrize(

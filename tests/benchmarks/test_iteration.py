@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -17,8 +18,6 @@ from fuse.benchmarks import iteration, iteration_trl, iteration_workload
 from fuse.benchmarks.iteration_fuse import idle_shares, outside_share
 from fuse.benchmarks.iteration_rows import check_same_tokens, markdown, row_of, tables
 from fuse.benchmarks.iteration_turns import Response, Stopped, TrainingThread, Turn, Turnstile, loader
-from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
-from fuse.engines.replay import ReplayEngine
 from fuse.trace import Span
 
 FIELDS = {"variant", "samples_per_s", "tokens_per_s", "ratio_to_serial", "ratio_to_trl", "phases", "idle_share"} | {
@@ -68,6 +67,23 @@ def test_all_variants_compute_the_same(smoke: tuple[Mapping[str, Any], Path]) ->
     for name, value in off["metrics"].items():
         assert both["metrics"][name] == pytest.approx(value, rel=1e-5)
         assert trl["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_responses_end_where_the_model_ends_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(iteration._SMOKE, "variants", ["off"])
+    path = tmp_path / "out.json"
+    options = ["--smoke", "--lengths", "natural", "--peer", "trl", "--json", str(path)]
+    assert cli.main(["bench", "iteration", *options]) == 0
+    tokens = [int(number) for number in re.findall(r"off: (\d+) tokens", capsys.readouterr().err)]
+    assert len(tokens) == 2
+    assert min(tokens) < 8 * 16, "no response has ended before the longest possible"
+    results = json.loads(path.read_text())
+    assert results["options"]["lengths"] == "natural"
+    off, trl = results["rows"]
+    assert trl["metrics"] == pytest.approx(off["metrics"], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -205,6 +221,14 @@ def test_a_run_ends_at_the_first_other_token() -> None:
         rounds.take("trl", Fixed(replace(ONE, response_ids=(3, 4))), 1)
 
 
+def test_natural_lengths_may_be_any_but_are_the_same_for_all() -> None:
+    rounds = iteration._Rounds(made_workload(lengths=None), num_warmup=1)
+    rounds.take("off", Fixed(replace(ONE, response_ids=(3,))), 0)
+    rounds.take("off", Fixed(ONE), 1)
+    with pytest.raises(AssertionError, match="both generated other tokens"):
+        rounds.take("both", Fixed(ONE), 0)
+
+
 # Rows
 
 
@@ -290,52 +314,31 @@ def test_after_the_last_batch_the_loop_is_stopped() -> None:
     assert not issubclass(Stopped, Exception)
 
 
-# Forced lengths
+# Options
 
 
-def request(sample_id: int, **options: Any) -> GenerationRequest:
-    params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=9)
-    return GenerationRequest(sample_id=sample_id, prompt_ids=(1,), params=params, **options)
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ([], None),
+        (["--model", "smollm2"], "natural"),
+        (["--model", "smollm2", "--lengths", "synthetic"], "synthetic"),
+        (["--lengths", "natural"], "natural"),
+    ],
+)
+def test_a_real_model_ends_its_responses_itself(
+    options: Sequence[str], lengths: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
 
+    def measure(arguments: argparse.Namespace) -> Any:
+        seen.append(arguments.lengths)
+        raise ValueError("nothing is measured")
 
-def test_the_engine_alone_knows_where_responses_end() -> None:
-    recordings = {0: ((5, 6), (-1.0, -1.0)), 1: ((7,), (-1.0,))}
-    engine = iteration_workload.ForcedLengths(ReplayEngine(recordings), {0: 2, 1: 1})
-    engine.submit(request(0))
-    engine.admit(Evicted(request(1)))
-    assert [(token.sample_id, token.finished) for token in engine.step()] == [(0, False), (1, True)]
-    assert engine.evict(0).request.params.max_new_tokens == 2
-    engine.admit(Evicted(request(0, response_ids=(5,), logprobs=(-1.0,))))
-    assert [token.token_id for token in engine.step()] == [6]
-    engine.close()
-    with pytest.raises(KeyError):
-        engine.submit(request(2))
-
-
-def test_lengths_are_scaled_and_start_again(tmp_path: Path) -> None:
-    path = tmp_path / "lengths.csv"
-    path.write_text("prompt_tokens,output_tokens\n" + "".join(f"7,{length}\n" for length in (10, 40, 20)))
-    assert iteration_workload.forced_lengths(path, 5, batch=2, longest=8) == (2, 8, 4, 2, 8)
-    with pytest.raises(ValueError, match="has 3 rows, and 4 samples are needed"):
-        iteration_workload.forced_lengths(path, 8, batch=4, longest=8)
-    synthetic = iteration_workload.forced_lengths(None, 128, batch=64, longest=256)
-    assert (len(synthetic), max(synthetic)) == (128, 256)
-
-
-def test_every_round_has_prompts_of_its_own() -> None:
-    workload = made_workload(prompts=((1,), (2,), (3,), (4,)), lengths=(1, 2, 3, 1), batch=2)
-    assert workload.num_rounds == 2
-    assert workload.rows(1) == [{"input_ids": [3]}, {"input_ids": [4]}]
-    assert workload.round_lengths(1) == (3, 1)
-
-
-def test_a_file_with_few_prompts_is_read_again(tmp_path: Path) -> None:
-    models = iteration_workload.embedded_models(iteration_workload.SMOKE_SIZE, 16)
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"input_ids": [5, 6]}\n{"input_ids": [7]}\n')
-    assert iteration_workload.read_prompts(path, None, models, 3, 16) == ((5, 6), (7,), (5, 6))
-    with pytest.raises(ValueError, match="no column 'question'"):
-        iteration_workload.read_prompts(path, "question", models, 3, 16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(iteration, "_measure", measure)
+    assert cli.main(["bench", "iteration", *options]) == 2
+    assert seen == [lengths]
 
 
 def test_help_names_every_option() -> None:

@@ -1,0 +1,37 @@
+"""Which variants of `fuse bench iteration` fit into memory side by side."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fuse.benchmarks import iteration, iteration_memory, iteration_workload
+
+
+def test_variants_that_do_not_fit_are_taken_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = iteration_workload.embedded_models(iteration_workload.SMOKE_SIZE, 16)
+    figures = {"batch": 1, "mini_batches": 1, "micro_batch": 1, "epochs": 1, "max_new_tokens": 16}
+    workload = iteration_workload.Workload(models=models, prompts=((2,),), lengths=None, **figures)
+    one = iteration_memory.fuse_bytes(models, num_devices=2)
+    trl = iteration_memory.trl_bytes(workload)
+    assert 0.5e9 < trl < one < 3e9, "processes, and little else"
+
+    def fit(available_bytes: int, *names: str) -> bool:
+        monkeypatch.setattr(iteration_memory, "available_bytes", lambda: available_bytes)
+        return iteration._fit(names, workload, num_devices=2)
+
+    assert fit(2 * one, "off", "both")
+    assert fit(one + trl, "off", "trl")
+    assert capsys.readouterr().err == ""
+    assert not fit(2 * one - 1, "off", "both")
+    message = capsys.readouterr().err
+    assert f"about {2 * one / 1e9:.0f} GB" in message
+    assert message.endswith("one at a time\n")
+    assert message.count("\n") == 1
+
+
+def test_available_memory_is_that_of_this_machine() -> None:
+    assert 0 < iteration_memory.available_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
