@@ -201,7 +201,7 @@ def _fit(names: Collection[str], workload: Workload, num_devices: int) -> bool:
     """Whether memory holds all these variants at once; says so where it does not."""
     from fuse.benchmarks.iteration_memory import available_bytes, fuse_bytes, trl_bytes
 
-    own = [fuse_bytes(workload.models, num_devices) for name in names if name != TRL]
+    own = [fuse_bytes(workload, num_devices) for name in names if name != TRL]
     needed, available = sum(own) + (trl_bytes(workload) if TRL in names else 0), available_bytes()
     if needed > available:
         print(

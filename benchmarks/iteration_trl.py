@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -65,9 +66,8 @@ def trl_variant(workload: Workload, num_threads: int) -> Iterator[TrlVariant]:
     process.start()
     theirs.close()
     try:
-        _receive(connection)
-        assert process.pid is not None
-        yield TrlVariant(connection, process.pid)
+        _receive(connection, process)
+        yield TrlVariant(connection, process)
     finally:
         connection.close()  # which the process takes for its end
         process.join(timeout=10)
@@ -77,15 +77,16 @@ def trl_variant(workload: Workload, num_threads: int) -> Iterator[TrlVariant]:
 class TrlVariant:
     """A `Variant` of TRL's trainer."""
 
-    def __init__(self, connection: Connection, process_id: int) -> None:
-        self._connection = connection
-        self._memory = PeakMemory({"trainer": [process_id]})
+    def __init__(self, connection: Connection, process: SpawnProcess) -> None:
+        assert process.pid is not None
+        self._connection, self._process = connection, process
+        self._memory = PeakMemory({"trainer": [process.pid]})
 
     def turn(self, same: tuple[Response, ...] | None) -> Turn:
         assert same is not None, "TRL's trainer is given tokens that another one generated"
         self._memory.reset()
         self._connection.send(same)
-        ended: _Ended = _receive(self._connection)
+        ended: _Ended = _receive(self._connection, self._process)
         return Turn(
             seconds=ended.seconds,
             responses=ended.responses,
@@ -98,11 +99,12 @@ class TrlVariant:
         )
 
 
-def _receive(connection: Connection) -> Any:
+def _receive(connection: Connection, process: SpawnProcess) -> Any:
     try:
         answer = connection.recv()
     except EOFError:
-        raise RuntimeError("the process of TRL's trainer has ended") from None
+        process.join()
+        raise RuntimeError(f"the process of TRL's trainer has ended with exit code {process.exitcode}") from None
     if isinstance(answer, tuple):
         error, trace = answer
         error.add_note(trace)

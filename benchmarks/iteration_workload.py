@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from fuse.benchmarks.rollout import scale
 from fuse.benchmarks.training_batches import response_lengths
@@ -158,6 +159,7 @@ def load_models(path: str, pad_token: str | None) -> Models:
     Raises:
         ValueError: no such model or tokenizer, or a tokenizer that pads with nothing.
     """
+    disable_progress_bar()  # of loading
     tokenizer = load_tokenizer(path, pad_token)
     tokenizer.padding_side = "left"
     return _with_classifiers(load_policy(path), tokenizer)

@@ -15,9 +15,9 @@ def test_variants_that_do_not_fit_are_taken_one_at_a_time(
     models = iteration_workload.embedded_models(iteration_workload.SMOKE_SIZE, 16)
     figures = {"batch": 1, "mini_batches": 1, "micro_batch": 1, "epochs": 1, "max_new_tokens": 16}
     workload = iteration_workload.Workload(models=models, prompts=((2,),), lengths=None, **figures)
-    one = iteration_memory.fuse_bytes(models, num_devices=2)
+    one = iteration_memory.fuse_bytes(workload, num_devices=2)
     trl = iteration_memory.trl_bytes(workload)
-    assert 0.5e9 < trl < one < 3e9, "processes, and little else"
+    assert 0.4e9 < trl < one < 3e9, "processes, and little else"
 
     def fit(available_bytes: int, *names: str) -> bool:
         monkeypatch.setattr(iteration_memory, "available_bytes", lambda: available_bytes)
