@@ -63,7 +63,7 @@ class PPOConfig(TrainingArguments):
     bf16: bool | None = _option(  # type: ignore[assignment]  # None is replaced on construction
         None,
         "Compute in bfloat16 with fp32 weights. Default: on a GPU that supports it, not on a CPU. On CPUs it is for "
-        "training and scoring; samples are generated in float32, which is faster for few rows.",
+        "training and scoring; samples are generated in float32, for which alone there is native attention.",
     )
 
     num_ppo_epochs: int = _option(4, "Passes over each rollout batch.")

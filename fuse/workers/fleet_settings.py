@@ -92,7 +92,7 @@ class FleetSettings:
             pad_token_id=pad_token_id if config.trl_quirks else None,
             timeout_s=config.worker_timeout_s,
         )
-        # On CPUs products of few rows are no faster in bfloat16, and attention over the cache is native in float32.
+        # On CPUs attention over the cache is native in float32 alone.
         generation_type = training.autocast if config.accelerator == "cuda" else None
         return cls(
             num_devices=count,
