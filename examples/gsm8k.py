@@ -26,7 +26,7 @@ from fuse.benchmarks.measure import write_json
 from fuse.benchmarks.smollm2 import resolve
 from fuse.benchmarks.word_problems import messages, word_problems
 from fuse.commands.models import critic_from_policy
-from fuse.commands.results import RunResults, output_file
+from fuse.commands.results import output_file, run_json
 from fuse.data import read_rows
 
 EXACT, WELL_FORMED = 1.0, 0.2
@@ -120,17 +120,7 @@ def main() -> None:
     show(transcript, arguments.batch)
     print(f"\npolicy written to {arguments.output_dir}")
     if arguments.json:
-        results = RunResults.from_log(trainer.state.log_history)
-        write_json(
-            arguments.json,
-            {
-                "rewards": results.rewards,
-                "seconds": time.monotonic() - start_s,
-                "phases": results.phases_s,
-                "idle": results.idle,
-                "log_history": trainer.state.log_history,
-            },
-        )
+        write_json(arguments.json, run_json(trainer.state.log_history, time.monotonic() - start_s))
 
 
 def dataset(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:

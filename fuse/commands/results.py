@@ -39,6 +39,18 @@ class RunResults:
         )
 
 
+def run_json(log_history: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """What `--json` of a whole run writes: its results, the seconds that it took, and all that the trainer logged."""
+    results = RunResults.from_log(log_history)
+    return {
+        "rewards": results.rewards,
+        "seconds": seconds,
+        "phases": results.phases_s,
+        "idle": results.idle,
+        "log_history": log_history,
+    }
+
+
 def output_file(text: str) -> Path:
     """Type of an option that names a file to write: its directory must exist before hours are spent on the contents."""
     path = Path(text)

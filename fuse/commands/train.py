@@ -23,7 +23,7 @@ from transformers.hf_argparser import DataClassType
 
 from fuse.benchmarks.measure import write_json
 from fuse.commands.progress import run_progress
-from fuse.commands.results import RunResults, output_file
+from fuse.commands.results import output_file, run_json
 from fuse.commands.train_inputs import read_inputs
 from fuse.config import PPOConfig
 
@@ -102,17 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         trainer.save_model()
     console.print(f"policy written to {trainer.args.output_dir}", highlight=False, soft_wrap=True)
     if arguments.json:
-        results = RunResults.from_log(trainer.state.log_history)
-        write_json(
-            arguments.json,
-            {
-                "rewards": results.rewards,
-                "seconds": time.monotonic() - start_s,
-                "phases": results.phases_s,
-                "idle": results.idle,
-                "log_history": trainer.state.log_history,
-            },
-        )
+        write_json(arguments.json, run_json(trainer.state.log_history, time.monotonic() - start_s))
     return 0
 
 

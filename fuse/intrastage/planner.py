@@ -89,8 +89,8 @@ class Planner:
                 return {count: Plan(halved_serial_schedule(self.placement, count)) for count in counts}
             self._store.save(Measured(self.placement, self._profile))
         missing = sorted(set(counts) - self._plans.keys())
+        memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
         for count in missing:
-            memory_limit = self._settings.memory_limit_bytes or free_bytes()
             limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
             self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s)
         ratios = [plan.serial_bubble_ratio for plan in self._plans.values()]

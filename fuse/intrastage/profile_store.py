@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fuse.intrastage.placement import Replica, replica_from_json
 from fuse.intrastage.profile import Profile, profile_from_json, profile_to_json
+from schedules.fused.cache import user_cache, write_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -69,13 +68,13 @@ class ProfileStore:
         )
         for path in self._paths():
             try:
-                _write(path, text + "\n")
+                write_whole(path, text + "\n")
             except OSError as error:
                 _logger.warning("measurements are not kept in %s: %s", path, error)
 
     def _paths(self) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
-        return self.directory / NAME, _cache_directory() / f"{digest}.json"
+        return self.directory / NAME, user_cache() / "profiles" / f"{digest}.json"
 
 
 def machine() -> dict[str, object]:
@@ -86,20 +85,3 @@ def machine() -> dict[str, object]:
     except OSError:
         models = {platform.processor()}
     return {"processor": sorted(models), "machine": platform.machine()}
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse" / "profiles"
-
-
-def _write(path: Path, text: str) -> None:
-    """Files appear whole, for any number of runs may write at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise

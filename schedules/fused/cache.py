@@ -55,20 +55,33 @@ class ScheduleCache:
         kept = self.load(schedule.problem)
         if kept is not None and _quality(kept) <= _quality(schedule):
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=self.directory, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(schedule_to_text(schedule))
-            os.replace(temporary, self.path(schedule.problem))
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(self.path(schedule.problem), schedule_to_text(schedule))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole, however many processes write it at once; makes its directory.
+
+    Raises: OSError when it cannot be written; then nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def user_cache() -> Path:
+    """`fuse` under `$XDG_CACHE_HOME`, or under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse"
 
 
 def default_directory() -> Path:
-    """`fuse/schedules` under `$XDG_CACHE_HOME`, or under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse" / "schedules"
+    """`schedules` in the user's cache."""
+    return user_cache() / "schedules"
 
 
 def _quality(schedule: Schedule) -> tuple[int, int]:
