@@ -75,7 +75,7 @@ demo-real: setup setup-smollm2
 
 # The schedule visualizer, in the browser.
 notebook: setup $(VENV)/.notebook
-	$(BIN)/jupyter lab schedules/visualizer.ipynb
+	$(BIN)/jupyter lab notebooks/visualizer.ipynb
 
 $(VENV)/.notebook: $(VENV)/.dependencies
 	$(BIN)/python -c "$$NOTEBOOK_REQUIREMENTS" > $(VENV)/notebook-requirements.txt

@@ -26,8 +26,8 @@ from rich.console import Console
 
 from fuse.benchmarks import smollm2
 from fuse.benchmarks.iteration_rows import SERIAL, TRL, bound, check_same_tokens, markdown, row_of, tables
-from fuse.benchmarks.measure import describe_machine, write_json
-from fuse.commands.results import output_file
+from fuse.benchmarks.measure import describe_machine
+from fuse.commands.output import output_file, write_json
 
 if TYPE_CHECKING:  # takes seconds to import, and tables of earlier runs do without
     from fuse.benchmarks.iteration_turns import Turn, Variant

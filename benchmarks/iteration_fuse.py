@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers.trainer_callback import PrinterCallback
 
+from fuse.algorithms.experience import Experience
 from fuse.benchmarks.iteration_turns import PeakMemory, Response, TrainingThread, Turn, Turnstile, loader
 from fuse.benchmarks.iteration_workload import Workload, forced_engine
-from fuse.config import PPOConfig
-from fuse.experience import Experience
-from fuse.report import iteration_report
+from fuse.config.ppo import PPOConfig
+from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
 from fuse.trace import PhaseClock, Span, busy_s, write_chrome_trace
-from fuse.trainer import PPOTrainer
-from fuse.workers.fleet import Fleet
+from fuse.trainers.ppo import PPOTrainer
+from fuse.trainers.report import iteration_report
 
 COMPUTING = frozenset({"generate", "infer", "train", "optimizer"})
 """Categories of spans: engine steps, inference, operations of pipelines, optimizer steps."""

@@ -38,7 +38,7 @@ from transformers.utils.logging import set_verbosity_error
 from fuse.benchmarks.iteration_turns import PeakMemory, Response, Stopped, Turn
 from fuse.benchmarks.iteration_workload import Workload
 from fuse.state_dict import adopt_state_dict, load_state_dict
-from fuse.workers.model_spec import ModelSpec
+from fuse.training.model_spec import ModelSpec
 
 VERSION = "1.12.0"
 """The last one with PPO."""

@@ -28,11 +28,11 @@ from fuse.benchmarks.rollout import scale
 from fuse.benchmarks.training_batches import response_lengths
 from fuse.benchmarks.word_problems import messages, word_problems
 from fuse.commands.models import critic_from_policy, load_policy, load_tokenizer
-from fuse.data import prompt_rows, read_rows
+from fuse.driver.engine_choice import EngineFactory
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.engines.kv_memory import Allocate
-from fuse.workers.engine_choice import EngineFactory
-from fuse.workers.model_spec import ModelSpec
+from fuse.trainers.data import prompt_rows, read_rows
+from fuse.training.model_spec import ModelSpec
 from fuse.workers.weights import WeightsRef
 
 _HEAD_STD = 0.02

@@ -18,8 +18,9 @@ from fuse.benchmarks.kernel_cases import (
     shaped_gae_rows,
 )
 from fuse.benchmarks.kernel_rows import Rates, Row, format_row, measure_rates
-from fuse.benchmarks.measure import describe_machine, write_json
+from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.schedule_rows import schedule_rows
+from fuse.commands.output import write_json
 
 Benchmark = Callable[[int, Rates], list[Row]]
 

@@ -1,10 +1,9 @@
-"""What every benchmark needs: paired timing, peak memory, a description of the machine, and results as JSON."""
+"""What every benchmark needs: paired timing, peak memory, and a description of the machine."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import platform
 import statistics
@@ -84,17 +83,6 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": packages,
     }
-
-
-def write_json(path: str | Path, results: object) -> None:
-    """Write `results` as JSON: the whole file or none of it."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(results, indent=2) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _synchronize() -> None:

@@ -11,27 +11,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from fuse.benchmarks.measure import describe_machine, write_json
+from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.rollout import load_model
-from fuse.config import PPOConfig
+from fuse.commands.output import write_json
+from fuse.driver.engine_choice import EngineFactory, choose_engine
+from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.training.model_spec import ModelSpec
 from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.engine_choice import choose_engine
 from fuse.workers.generation_worker import Departure, GenerationWorker
-from fuse.workers.kv_transfer import choose_kv_transfer
-from fuse.workers.model_spec import ModelSpec
+from fuse.workers.kv.transfer import MakeKVTransfer
 from fuse.workers.weights import put_state_dict
-
-KVCarrier = Literal["object_store", "nixl"]
 
 _CONTEXTS = (64, 256, 1024, 2048)
 _NEW_TOKENS = 256  # room to go on in until the evict arrives
@@ -85,14 +84,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
     rows = []
     carriers: list[KVCarrier] = list(dict.fromkeys(arguments.kv_transfer))
-    configs = [_config(arguments.engine, carrier) for carrier in carriers]
-    for config in configs:  # all of them, before anything starts
-        choose_kv_transfer(config)
-    for config in configs:
-        with _engines(model, config) as (source, target):
+    transfers = [choose_kv_transfer(carrier, "cpu", is_local=True) for carrier in carriers]  # before anything starts
+    engine = choose_engine(arguments.engine, max_batch=2, kv_cache_bytes=None, autocast=None)
+    for carrier, transfer in zip(carriers, transfers, strict=True):
+        labels = {"engine": arguments.engine, "kv_transfer": carrier}
+        with _engines(model, engine, transfer) as (source, target):
             sample_ids = count()
             for context_tokens in arguments.context_tokens:
-                row = _measure(model, source, target, sample_ids, context_tokens, config, arguments.repeats)
+                row = _measure(model, source, target, sample_ids, context_tokens, labels, arguments.repeats)
                 rows.append(row)
                 print(format_row(row), flush=True)
     if len(carriers) > 1:
@@ -103,26 +102,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _config(engine: Literal["transformers", "vllm"], carrier: KVCarrier) -> PPOConfig:
-    return PPOConfig(
-        output_dir="unused",
-        engine=engine,
-        kv_transfer=carrier,
-        generation_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-    )
-
-
 @contextmanager
-def _engines(model: PreTrainedModel, config: PPOConfig) -> Iterator[tuple[Worker, Worker]]:
-    make_engine = partial(choose_engine(config, None), ModelSpec.of(model))
+def _engines(
+    model: PreTrainedModel, engine: EngineFactory, transfer: MakeKVTransfer
+) -> Iterator[tuple[Worker, Worker]]:
     print("starting two engines ...", file=sys.stderr, flush=True)
     with Cluster(2) as cluster:
-        make = partial(make_engine, [put_state_dict(model.state_dict())], "cpu")
+        make = partial(engine, ModelSpec.of(model), [put_state_dict(model.state_dict())], "cpu")
         source, target = (
-            cluster.spawn("generation worker", device, GenerationWorker, make, choose_kv_transfer(config))
-            for device in (0, 1)
+            cluster.spawn("generation worker", device, GenerationWorker, make, transfer) for device in (0, 1)
         )
         yield source, target
 
@@ -133,7 +121,7 @@ def _measure(
     target: Worker,
     sample_ids: Iterator[int],
     context_tokens: int,
-    config: PPOConfig,
+    labels: Mapping[str, str],
     repeats: int,
 ) -> Row:
     requests = _requests(model.config.get_text_config().vocab_size, context_tokens, sample_ids)
@@ -147,8 +135,7 @@ def _measure(
                 pauses[with_kv].append(pause_s)
     recompute_ms, transfer_ms = (1e3 * statistics.median(pauses[with_kv]) for with_kv in (False, True))
     return {
-        "engine": config.engine,
-        "kv_transfer": config.kv_transfer,
+        **labels,
         "context_tokens": context_tokens,
         "recompute_ms": recompute_ms,
         "transfer_ms": transfer_ms,

@@ -21,8 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fuse.benchmarks.engine_process import EngineProcess
-from fuse.benchmarks.measure import describe_machine, interleave, write_json
+from fuse.benchmarks.measure import describe_machine, interleave
 from fuse.benchmarks.rollout_policies import PolicyRow, run_policies
+from fuse.commands.output import write_json
 from fuse.engines.engine import GenerationEngine, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine

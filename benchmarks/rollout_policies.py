@@ -19,20 +19,20 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from fuse.commands.models import critic_from_policy
-from fuse.config import PPOConfig
+from fuse.config.ppo import PPOConfig
+from fuse.config.settings import fleet_settings
+from fuse.driver.fleet import Fleet
+from fuse.driver.live import RolloutReport
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import CostModel
 from fuse.interstage.lengths import KnownLengths, Observation, learn
-from fuse.interstage.live import RolloutReport
 from fuse.interstage.migration import Policy, StageByStage, Threshold
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from fuse.sample import Sample
 from fuse.trace import busy_s
-from fuse.workers.fleet import Fleet
-from fuse.workers.fleet_settings import FleetSettings
 
 POLICIES = ("none", "threshold", "adaptive")
 _CALIBRATION_ROUNDS = 3
@@ -91,7 +91,7 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
         use_cpu=True,
     )
     classifier = critic_from_policy(model, pad_token_id=0)
-    settings = FleetSettings.from_config(config, _NO_TOKEN, arguments.prompt_tokens, model.config)
+    settings = fleet_settings(config, _NO_TOKEN, arguments.prompt_tokens, model.config)
     return Fleet(settings, actor=model, critic=classifier, reference=model, reward=classifier)
 
 

@@ -19,8 +19,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from fuse.benchmarks.measure import describe_machine, write_json
+from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.solver_figure import draw
+from fuse.commands.output import write_json
 from schedules import Problem, _native, evaluate
 from schedules.baselines import serial
 from schedules.formats import schedule_to_text

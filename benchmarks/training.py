@@ -21,8 +21,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from fuse.benchmarks.measure import describe_machine, write_json
-from fuse.commands.results import output_file
+from fuse.benchmarks.measure import describe_machine
+from fuse.commands.output import output_file, write_json
 
 if TYPE_CHECKING:  # what workers are made of takes seconds to import, and emulation does without
     from fuse.benchmarks.training_batches import Workload

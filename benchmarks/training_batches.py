@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fuse import ppo
+from fuse.algorithms import ppo
+from fuse.algorithms.experience import Experience
 from fuse.benchmarks.rollout import synthetic_lengths
-from fuse.experience import Experience
 from fuse.intrastage.profile import Shape
 
 

@@ -17,9 +17,9 @@ from typing import Any, TypedDict
 import torch
 import torch.distributed as dist
 
+from fuse.benchmarks.comparison import Comparison, compare
+from fuse.benchmarks.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store
-from fuse.intrastage.comparison import Comparison, compare
-from fuse.intrastage.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.executor import execute
 from fuse.intrastage.planned import times_of
 from fuse.intrastage.stage import MicroBatch, Stage

@@ -11,18 +11,18 @@ from typing import Any, TypedDict
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from fuse.benchmarks.comparison import compare
 from fuse.benchmarks.training_batches import Task, Workload
 from fuse.benchmarks.training_worker import TimedStep, TrainingWorker
-from fuse.intrastage.comparison import compare
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import ModelName, place
 from fuse.intrastage.plan import Plan, fused_schedule, serial_schedule
 from fuse.intrastage.planned import PlannedTimes, planned_times
 from fuse.intrastage.profile import Profile, merge
-from fuse.steps import OptimizerStep
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingSettings
+from fuse.training.steps import OptimizerStep
 from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.model_spec import ModelSpec
-from fuse.workers.training_rank import TrainingSettings
 from schedules import Schedule
 
 _WARMUP = 1
@@ -51,7 +51,7 @@ class Side(TypedDict):
     optimizer_ms: after it. planned_ms: of the operations. bubble_*: idle shares while operations are executed.
     slowdown: seconds of all operations over those planned. overhead_share: of the step, on neither operations, waiting
     nor the optimizer. transfer_share: waiting for messages already made. The rest: where `executed_ms - planned_ms`
-    went, see `fuse.intrastage.comparison.Comparison`.
+    went, see `fuse.benchmarks.comparison.Comparison`.
     """
 
     step_ms: float

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fuse.experience import Experience
+from fuse.algorithms.experience import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.placement import ModelName, Replica
 from fuse.intrastage.plan import Plan
 from fuse.intrastage.profile import Profile
-from fuse.steps import OptimizerStep
 from fuse.trace import Span, SpanRecorder
-from fuse.workers.model_spec import ModelSpec
-from fuse.workers.training_rank import TrainingRank, TrainingSettings
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.steps import OptimizerStep
 
 _LEARNING_RATE = 1e-6
 

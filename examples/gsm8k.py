@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils.logging import disable_progress_bar
 
 from fuse import PPOConfig, PPOTrainer
-from fuse.benchmarks.measure import write_json
 from fuse.benchmarks.smollm2 import resolve
 from fuse.benchmarks.word_problems import messages, word_problems
 from fuse.commands.models import critic_from_policy
-from fuse.commands.results import output_file, run_json
-from fuse.data import read_rows
+from fuse.commands.output import output_file, write_json
+from fuse.commands.results import run_json
+from fuse.trainers.data import read_rows
 
 EXACT, WELL_FORMED = 1.0, 0.2
 FINAL_NUMBER = re.compile(r"#### (-?\d[\d,]*(?:\.\d+)?)\s*$")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
     from fuse import ops as ops
-    from fuse.config import PPOConfig as PPOConfig
-    from fuse.trainer import PPOTrainer as PPOTrainer
+    from fuse.config.ppo import PPOConfig as PPOConfig
+    from fuse.trainers.ppo import PPOTrainer as PPOTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer", "__version__", "ops"]
 
 # Loaded on first use: `import fuse` needs neither torch nor ray.
-_HOMES = {"PPOConfig": "fuse.config", "PPOTrainer": "fuse.trainer"}
+_HOMES = {"PPOConfig": "fuse.config.ppo", "PPOTrainer": "fuse.trainers.ppo"}
 
 
 def __getattr__(name: str) -> object:

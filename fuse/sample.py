@@ -37,7 +37,7 @@ class Sample:
 
     `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
-    `fuse.ppo.response_length`), known once it is generated; a response may hold more.
+    `fuse.algorithms.ppo.response_length`), known once it is generated; a response may hold more.
     """
 
     id: int

@@ -12,7 +12,7 @@ import fuse
 def test_the_trainer_and_its_configuration_come_from_the_package():
     from fuse import PPOConfig, PPOTrainer
 
-    assert (PPOConfig.__module__, PPOTrainer.__module__) == ("fuse.config", "fuse.trainer")
+    assert (PPOConfig.__module__, PPOTrainer.__module__) == ("fuse.config.ppo", "fuse.trainers.ppo")
     assert set(fuse.__all__) <= set(dir(fuse))
 
 

@@ -3,20 +3,29 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A module may import its own layer and those above it in this list. A package stands for all that is in it.
-LAYERS = (
+# A package may import those of earlier tiers, and its own tier's, in no circle. What only `fuse` names is in its tier.
+TIERS = (
     ("schedules",),
-    ("fuse",),  # config, sample, ppo, ops: whatever the later layers do not name
-    ("fuse.engines", "fuse.interstage", "fuse.intrastage", "fuse.workers"),
-    ("fuse.checkpoint", "fuse.trainer"),
-    ("fuse.benchmarks", "fuse.cli", "fuse.commands", "fuse.demo"),
+    ("fuse",),  # roles, sample, trace, ops: whatever the later tiers do not name
+    ("fuse.algorithms",),
+    ("fuse.engines", "fuse.interstage", "fuse.intrastage"),
+    ("fuse.training",),
+    ("fuse.workers",),
+    ("fuse.driver",),
+    ("fuse.checkpoint", "fuse.config", "fuse.trainers"),
+    ("fuse.cli", "fuse.commands", "fuse.demo"),
+    ("fuse.benchmarks",),
 )
+PACKAGES = {package for tier in TIERS for package in tier}
+# Within a tier these do not know each other at all.
+STRANGERS = {"fuse.engines", "fuse.interstage", "fuse.intrastage"}
 # The facade `from fuse import PPOTrainer` reaches up, lazily.
 FACADE = "fuse"
 ADAPTERS = {
@@ -55,11 +64,19 @@ def imports(path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def layer(module):
-    """Index of the last layer that names the module or a package around it."""
+def package(module):
+    """The longest of PACKAGES that the module is in."""
     parts = module.split(".")
-    names = {".".join(parts[: index + 1]) for index in range(len(parts))}
-    return max(index for index, members in enumerate(LAYERS) if names & set(members))
+    return max(PACKAGES & {".".join(parts[: index + 1]) for index in range(len(parts))}, key=len)
+
+
+def tier(module):
+    return next(index for index, packages in enumerate(TIERS) if package(module) in packages)
+
+
+def imported_modules(module):
+    """Modules of ours that it imports. `from package import module` imports the package too, which must be empty."""
+    return {imported for imported in imports(MODULES[module]) if imported in MODULES} - {module, FACADE}
 
 
 def test_every_folder_of_modules_is_a_package():
@@ -68,15 +85,33 @@ def test_every_folder_of_modules_is_a_package():
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != FACADE])
 def test_imports_run_one_way(module):
-    upward = {
-        imported
-        for imported in imports(MODULES[module])
-        if imported in MODULES and imported != FACADE and layer(imported) > layer(module)
-    }
-    assert not upward, f"{module} imports {sorted(upward)} from a later layer"
+    upward = {imported for imported in imported_modules(module) if tier(imported) > tier(module)}
+    assert not upward, f"{module} imports {sorted(upward)} from a later tier"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if layer(module) == 0])
+@pytest.mark.parametrize("module", [module for module in MODULES if package(module) in STRANGERS])
+def test_engines_and_the_two_fusions_are_strangers(module):
+    others = STRANGERS - {package(module)}
+    assert not {imported for imported in imported_modules(module) if package(imported) in others}
+
+
+def test_there_is_no_circle():
+    graph = {module: imported_modules(module) for module in MODULES if module != FACADE}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_packages_of_one_tier_are_in_no_circle():
+    graph = {name: set() for name in PACKAGES}
+    for module in MODULES:
+        if module != FACADE:
+            graph[package(module)] |= {package(imported) for imported in imported_modules(module)}
+    TopologicalSorter({name: others - {name} for name, others in graph.items()}).prepare()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if tier(module) == 0])
 def test_schedules_knows_of_no_runtime(module):
     assert not {imported.split(".")[0] for imported in imports(MODULES[module])} & BARRED_FROM_SCHEDULES
 
@@ -93,7 +128,7 @@ def test_heavy_packages_are_imported_only_in_their_adapters(package):
 
 
 def test_schedules_works_where_there_is_no_torch():
-    modules = sorted(module for module in MODULES if layer(module) == 0)
+    modules = sorted(module for module in MODULES if tier(module) == 0)
     program = "import sys\nfor name in ('torch', 'ray', 'fuse'): sys.modules[name] = None\n"
     program += "".join(f"import {module}\n" for module in modules)
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")

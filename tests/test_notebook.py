@@ -15,7 +15,7 @@ from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
 from traitlets import Type
 
-NOTEBOOK = Path(__file__).parents[1] / "schedules" / "visualizer.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "visualizer.ipynb"
 
 
 class _ShellChannel(AsyncZMQSocketChannel):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import ray
 
+from fuse.driver import fleet
 from fuse.intrastage import communication
-from fuse.workers import fleet
 from fuse.workers.cluster import Cluster, Worker, gather
 
 

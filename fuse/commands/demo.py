@@ -20,16 +20,16 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from fuse.benchmarks.measure import write_json
 from fuse.commands.models import critic_from_policy
+from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
-from fuse.commands.results import RunResults, output_file
-from fuse.config import PPOConfig
+from fuse.commands.results import RunResults
+from fuse.config.ppo import PPOConfig
 from fuse.demo.plot import save_curve, tenth_means, terminal_curve
 from fuse.demo.task import SumTask, exact_match, prompt_text
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import WarmupProgress, small_llama, warm_up
-from fuse.trainer import PPOTrainer
+from fuse.trainers.ppo import PPOTrainer
 
 BATCH_SIZE = 64
 MICRO_BATCH_SIZE = 8

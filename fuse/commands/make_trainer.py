@@ -12,8 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
 from fuse.commands.train_inputs import Inputs
-from fuse.data import prompt_rows
-from fuse.trainer import PPOTrainer
+from fuse.trainers.data import prompt_rows
+from fuse.trainers.ppo import PPOTrainer
 from fuse.workers.cluster import Cluster
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from fuse.activity import SILENCE_S, Activity
 
 if TYPE_CHECKING:  # takes seconds to import, of which there is something to tell
-    from fuse.trainer import PPOTrainer
+    from fuse.trainers.ppo import PPOTrainer
 
 
 class UpdateProgress(TrainerCallback):

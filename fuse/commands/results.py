@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -49,13 +47,3 @@ def run_json(log_history: Sequence[Mapping[str, Any]], seconds: float) -> dict[s
         "idle": results.idle,
         "log_history": log_history,
     }
-
-
-def output_file(text: str) -> Path:
-    """Type of an option that names a file to write: its directory must exist before hours are spent on the contents."""
-    path = Path(text)
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"directory {path.parent} does not exist: create it first")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a directory: name a file")
-    return path

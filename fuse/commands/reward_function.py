@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from fuse.rewards import RewardFunction
+from fuse.trainers.rewards import RewardFunction
 
 
 def load_reward_function(name: str) -> RewardFunction:

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fuse.commands.results import output_file
+from fuse.commands.output import output_file
 from schedules.bounds import makespan_lower_bound
 from schedules.critical_path import critical_path
 from schedules.export import chrome, html, svg

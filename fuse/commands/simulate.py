@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from fuse.commands.results import output_file
+from fuse.commands.output import output_file
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.drawing import picture

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fuse.commands.results import output_file
+from fuse.commands.output import output_file
 from schedules.export.terminal import gantt
 from schedules.formats import problem_from_json
 from schedules.fused.incumbent import Improvement

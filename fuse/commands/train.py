@@ -21,11 +21,11 @@ from rich.console import Console
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import DataClassType
 
-from fuse.benchmarks.measure import write_json
+from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
-from fuse.commands.results import output_file, run_json
+from fuse.commands.results import run_json
 from fuse.commands.train_inputs import read_inputs
-from fuse.config import PPOConfig
+from fuse.config.ppo import PPOConfig
 
 # What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
 _COMMON = frozenset(
@@ -90,9 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
         tell("starting: Ray")
         making = Thread(target=import_module, args=("fuse.commands.make_trainer",))  # takes seconds
         making.start()
-        from fuse.workers.early_start import early_start
+        from fuse.config.settings import engine, num_devices
+        from fuse.driver.early_start import early_start
 
-        with early_start(inputs.config) as cluster:
+        config = inputs.config
+        with early_start(num_devices(config), config.ray_address, config.accelerator, engine(config)) as cluster:
             making.join()
             from fuse.commands.make_trainer import make_trainer
 

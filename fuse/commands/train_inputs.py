@@ -9,8 +9,8 @@ from typing import Any
 
 from fuse.commands.model_path import check_model_path
 from fuse.commands.reward_function import load_reward_function
-from fuse.config import PPOConfig
-from fuse.data import read_rows
+from fuse.config.ppo import PPOConfig
+from fuse.trainers.data import read_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.trace import Span, SpanRecorder
-from fuse.workers.kv_transfer import KVRef, KVTransfer, ObjectStoreTransfer
+from fuse.workers.kv.transfer import KVRef, KVTransfer, ObjectStoreTransfer
 from fuse.workers.weights import WeightsRef, get_state_dict
 
 _logger = logging.getLogger(__name__)

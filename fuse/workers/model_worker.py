@@ -10,19 +10,19 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from fuse.experience import Experience
+from fuse.algorithms.experience import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.placement import ModelName, Replica
 from fuse.intrastage.plan import Plan
 from fuse.intrastage.profile import Profile
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.state_dict import adopt_state_dict
-from fuse.steps import OptimizerStep
 from fuse.trace import Span, SpanRecorder
-from fuse.workers import inference
-from fuse.workers.model_spec import ModelSpec
-from fuse.workers.parts import TypicalBatch, measure_parts
-from fuse.workers.training_rank import TrainingRank, TrainingSettings
+from fuse.training import scoring as inference
+from fuse.training.layer_costs import TypicalBatch, measure_parts
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.steps import OptimizerStep
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 Role = Literal["reference", "reward", "critic"]

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from fuse.benchmarks.measure import describe_machine, interleave, peak_bytes, write_json
+from fuse.benchmarks.measure import describe_machine, interleave, peak_bytes
+from fuse.commands.output import write_json
 
 
 def test_interleave_alternates_and_leaves_the_warm_up_out():

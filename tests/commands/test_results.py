@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fuse.commands.results import RunResults, output_file
+from fuse.commands.output import output_file
+from fuse.commands.results import RunResults
 
 LOG = [
     {"objective/scores": 0.25, "time/total": 4.0, "time/generation": 1.0, "time/training": 2.0, "idle/device0": 0.5},

@@ -38,7 +38,7 @@ from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.ops.logprob import token_logprobs
 from fuse.trace import SpanRecorder
-from fuse.workers.state import load_state, save_state
+from fuse.training.state import load_state, save_state
 from schedules import Pipeline, Problem, random_problems
 
 ADAMW = AdamWConfig(weight_decay=0.1, max_grad_norm=0.05, eps=1e-6)

@@ -53,7 +53,7 @@ from fuse.intrastage.profile import profile_to_json
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.trace import SpanRecorder
-from fuse.workers.state import load_state, save_state
+from fuse.training.state import load_state, save_state
 from schedules import Kind, Op, Pipeline, Problem, Schedule, random_problems, violations
 from schedules.baselines import gpipe, one_f_one_b, serial
 from schedules.formats import schedule_to_text

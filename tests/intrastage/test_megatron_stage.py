@@ -27,7 +27,7 @@ from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.workers.state import load_state, save_state
+from fuse.training.state import load_state, save_state
 
 SIZES = {
     "vocab_size": 96,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuse import ppo
+from fuse.algorithms import ppo
 from fuse.ops import describe
 from fuse.ops.gae import gae, gae_reference
 from fuse.ops.shaped_gae import kl_penalty, shape_rewards, shaped_gae, shaped_gae_reference

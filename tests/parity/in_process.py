@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ray
 
-from fuse.interstage import controller, live
+from fuse.driver import fleet, live, model_start
+from fuse.driver import stage_by_stage as controller
 from fuse.intrastage import communication
-from fuse.workers import fleet, model_start
 
 _LOOPBACK = "127.0.0.1"
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse import experience, ppo, steps, trainer
-from fuse.interstage import controller
+from fuse.algorithms import experience, ppo
+from fuse.driver import stage_by_stage as controller
 from fuse.ops import shaped_gae
-from fuse.workers import inference
+from fuse.trainers import ppo as trainer
+from fuse.training import scoring as inference
+from fuse.training import steps
 
 from .cases import BASELINE, EARLY_STOPS, MINI_BATCHES, PAST_STOP, Case
 from .oracle import Recording

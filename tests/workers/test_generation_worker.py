@@ -19,7 +19,7 @@ from fuse.engines.replay import ReplayEngine
 from fuse.workers.cluster import Cluster, gather, wait_any
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_worker import GenerationWorker, Progress
-from fuse.workers.kv_transfer import ObjectStoreTransfer
+from fuse.workers.kv.transfer import ObjectStoreTransfer
 from fuse.workers.weights import put_state_dict
 
 PATIENCE_S = 60.0

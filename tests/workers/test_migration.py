@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,13 +13,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fuse.config import PPOConfig
+from fuse.driver.engine_choice import EngineKind, choose_engine
+from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.training.model_spec import ModelSpec
 from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.engine_choice import choose_engine
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
-from fuse.workers.kv_transfer import choose_kv_transfer
-from fuse.workers.model_spec import ModelSpec
 from fuse.workers.weights import WeightsRef, put_state_dict
 
 PATIENCE_S = 60.0
@@ -73,16 +71,13 @@ def weights(cluster: Cluster, model: LlamaForCausalLM) -> WeightsRef:
 
 
 @pytest.fixture
-def make_workers(
-    cluster: Cluster, model: LlamaForCausalLM, weights: WeightsRef, tmp_path: Path
-) -> Iterator[MakeWorkers]:
+def make_workers(cluster: Cluster, model: LlamaForCausalLM, weights: WeightsRef) -> Iterator[MakeWorkers]:
     started: list[Worker] = []
 
-    def make(engine: str, carrier: str) -> tuple[Worker, Worker]:
-        options: dict[str, Any] = {"engine": engine, "kv_transfer": carrier, "generation_batch_size": MAX_BATCH}
-        config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
-        make_engine = partial(choose_engine(config, None), ModelSpec.of(model), [weights], "cpu")
-        arguments = GenerationWorker, make_engine, choose_kv_transfer(config)
+    def make(engine: EngineKind, carrier: KVCarrier) -> tuple[Worker, Worker]:
+        chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
+        make_engine = partial(chosen, ModelSpec.of(model), [weights], "cpu")
+        arguments = GenerationWorker, make_engine, choose_kv_transfer(carrier, "cpu", is_local=True)
         started.extend(cluster.spawn("generation worker", device, *arguments) for device in (0, 1))
         return started[0], started[1]
 

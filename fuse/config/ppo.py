@@ -1,0 +1,104 @@
+"""PPOConfig: every option of a PPO run, with TRL's names and defaults where TRL has the option."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fuse.config.run import RunConfig, option
+
+
+@dataclass
+class PPOConfig(RunConfig):
+    """Arguments of `PPOTrainer`: those of `RunConfig` plus PPO's own.
+
+    The names and defaults are those of TRL's PPOConfig (trl 1.12), with two exceptions that TRL sets but never
+    applies: `gradient_checkpointing` is off by default, and `bf16` defaults to true on a GPU that has it and to
+    false on a CPU. Both take effect here.
+
+    The batch is a property of this configuration, never of the number of devices: one update consumes
+    `per_device_train_batch_size * gradient_accumulation_steps` prompts wherever it runs, so results do not
+    change with `num_devices`.
+
+    Raises:
+        ValueError: an option out of range, with the value, the rule and the remedy.
+    """
+
+    AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
+        *RunConfig.AT_LEAST_ONE,
+        *("num_ppo_epochs", "num_mini_batches", "total_episodes", "response_length"),
+        *("local_rollout_forward_batch_size", "critic_stages"),
+    )
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        *RunConfig.NOT_NEGATIVE,
+        *("num_sample_generations", "kl_coef", "vf_coef"),
+    )
+    POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "temperature", "cliprange", "cliprange_value")
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {**RunConfig.CHOICES, "kl_estimator": ("k1", "k3")}
+
+    learning_rate: float = option(3e-6, "The initial learning rate for AdamW.")
+    logging_steps: float = option(10, "Updates between two logs for callbacks that ask.")
+    num_ppo_epochs: int = option(4, "Passes over each rollout batch.")
+    num_mini_batches: int = option(1, "Optimizer steps per pass.")
+    total_episodes: int | None = option(
+        None, "Prompts to train on, in all. Default: num_train_epochs passes over the dataset."
+    )
+    response_length: int = option(53, "Most tokens of a response.")
+    stop_token: Literal["eos"] | None = option(None, "'eos' ends a response at the tokenizer's end-of-sequence token.")
+    stop_token_id: int | None = option(None, "Token that ends a response; excludes stop_token.")
+    temperature: float = option(0.7, "Sampling temperature.")
+    missing_eos_penalty: float | None = option(
+        None, "Subtracted from the score of a response without end-of-sequence token."
+    )
+    whiten_rewards: bool = option(False, "Scale rewards to unit variance over the batch.")
+    kl_coef: float = option(0.05, "Weight of the KL penalty per token.")
+    kl_estimator: Literal["k1", "k3"] = option("k1", "KL estimator.")
+    cliprange: float = option(0.2, "Clip range of the probability ratio.")
+    vf_coef: float = option(0.1, "Weight of the value loss.")
+    cliprange_value: float = option(0.2, "Clip range of the value's change.")
+    gamma: float = option(1.0, "Discount factor.")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation.")
+    local_rollout_forward_batch_size: int = option(64, "Most samples in one inference micro-batch.")
+    num_sample_generations: int = option(
+        10, "Times completions of the evaluation prompts are shown during training; 0 for never."
+    )
+    sft_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the policy's path.")
+    reward_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the reward model's path.")
+    dataset_num_proc: int | None = option(None, "For scripts: processes that tokenise the dataset.")
+    model_adapter_name: str | None = option(None, "Accepted for compatibility; must stay unset.")
+    ref_adapter_name: str | None = option(None, "Accepted for compatibility; must stay unset.")
+    ds3_gather_for_generation: bool = option(True, "Accepted for compatibility; no effect.")
+
+    world_size: int | None = option(None, "Filled in by the trainer: always 1.")
+    num_total_batches: int | None = option(None, "Filled in by the trainer.")
+    micro_batch_size: int | None = option(None, "Filled in by the trainer.")
+    local_batch_size: int | None = option(None, "Filled in by the trainer.")
+    batch_size: int | None = option(None, "Filled in by the trainer.")
+    local_mini_batch_size: int | None = option(None, "Filled in by the trainer.")
+    mini_batch_size: int | None = option(None, "Filled in by the trainer.")
+
+    critic_stages: int | None = option(None, "Pipeline stages of the critic, as of the actor.")
+    trl_quirks: bool = option(
+        False, "Reproduce TRL's quirks (accumulation, ignored clipping, padded metrics) for comparisons."
+    )
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must lie between 0 and 1")
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("stop_token and stop_token_id are both set: set one of them")
+        if self.stop_token not in (None, "eos"):
+            raise ValueError(
+                f"stop_token={self.stop_token!r} is unknown: use 'eos', or stop_token_id for another token"
+            )
+        if self.model_adapter_name is not None or self.ref_adapter_name is not None:
+            raise ValueError(
+                "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"
+            )

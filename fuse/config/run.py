@@ -1,0 +1,171 @@
+"""RunConfig: where a run takes place and how its stages are fused, whatever the algorithm."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+_logger = logging.getLogger(__name__)
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True  # not known to be slow
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+@dataclass
+class RunConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
+
+    Raises:
+        ValueError: an option out of range, with the value, the rule and the remedy.
+    """
+
+    AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_devices", "actor_stages"),
+        *("generation_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
+        "generation_cache_bytes",
+    )
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "max_grad_norm")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("worker_timeout_s", "schedule_time_limit_s", "replan_drift")
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "migration_policy": ("adaptive", "threshold", "none"),
+        "train_backend": ("transformers", "megatron"),
+        "engine": ("transformers", "vllm"),
+        "kv_transfer": ("object_store", "nixl"),
+    }
+
+    bf16: bool | None = option(  # type: ignore[assignment]  # None is replaced on construction
+        None,
+        "Compute in bfloat16 with fp32 weights. Default: on a GPU that supports it, not on a CPU. On CPUs it is for "
+        "training and scoring; samples are generated in float32, for which alone there is native attention.",
+    )
+
+    num_devices: int | None = option(
+        None, "GPUs, or CPU cores without one, to run on. Default: every GPU, or two cores."
+    )
+    ray_address: str | None = option(None, "Join this Ray cluster instead of starting a local one.")
+    actor_stages: int | None = option(
+        None,
+        "Pipeline stages of the actor: a divisor of the devices, for data parallelism over the rest, or a multiple, "
+        "for several stages per device. Default: as many as devices.",
+    )
+    train_backend: Literal["transformers", "megatron"] = option(
+        "transformers", "What stages are made of: the Hugging Face model's own layers, or megatron-core's."
+    )
+    tensor_parallel_size: int = option(1, "Devices that share each stage's matrices; needs train_backend='megatron'.")
+    balance_stages: bool = option(
+        True, "Cut models into stages, and run the critic in the direction, that measured times favour; else evenly."
+    )
+    inter_stage_fusion: bool = option(
+        True, "Score samples while others are generated, and move long ones together; else stage by stage."
+    )
+    migration_policy: Literal["adaptive", "threshold", "none"] = option(
+        "adaptive",
+        "Which samples move between engines: adaptive plans at every finish; threshold is RLHFuse's rule; none moves "
+        "and scores nothing before all are generated.",
+    )
+    intra_stage_fusion: bool = option(
+        True, "Train actor and critic at once in one fused schedule; else one after the other (1F1B)."
+    )
+    schedule_time_limit_s: float = option(10.0, "Most seconds to search for a fused schedule; few are needed anew.")
+    replan_drift: float = option(
+        0.3, "Plan again once a stage's share of the time is off the plan by so much, 3 updates in a row."
+    )
+    activation_memory_bytes: int | None = option(
+        None, "Most bytes of activations on a device in fused training. Default: what a GPU has free; no limit on CPUs."
+    )
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "What generates: transformers, or vLLM where it is installed. Tokens are the same."
+    )
+    generation_batch_size: int = option(64, "Samples that one engine decodes at once.")
+    generation_cache_bytes: int | None = option(
+        None,
+        "Bytes of KV cache of each vLLM engine. Default: generation_batch_size samples of the model's full context, "
+        "but at most a quarter of the device's memory.",
+    )
+    kv_transfer: Literal["object_store", "nixl"] = option(
+        "object_store",
+        "How the KV of samples that move goes from engine to engine: through Ray's object store in host memory, or by "
+        "NIXL, where it is installed, from device to device.",
+    )
+    inference_batch_tokens: int | None = option(
+        None,
+        "Most tokens, padding included, in one inference micro-batch. Default: 16384 on GPUs, 2048 on CPUs, where more "
+        "would leave the caches.",
+    )
+    worker_timeout_s: float = option(1800.0, "Seconds without an answer after which a worker counts as lost.")
+    trace_steps: int = option(1, "Updates between two traces written to output_dir/traces; 0 for none.")
+
+    def __post_init__(self) -> None:
+        if self.fp16:
+            raise ValueError("fp16=True is not supported (it needs loss scaling): set bf16=True or neither")
+        has_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = has_gpu and torch.cuda.is_bf16_supported()
+        if self.bf16 and not has_gpu:
+            self.use_cpu = True  # transformers allows bfloat16 on CPUs where they are asked for by name
+            if not _multiplies_bfloat16():
+                _logger.warning(
+                    "bf16=True on a CPU without bfloat16 arithmetic (AVX-512 BF16 or AMX), slower than float32 "
+                    "there: leave it out"
+                )
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_ranges()
+        self._check_choices()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name in self.AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in self.NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        for name in self.POSITIVE:
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+
+    def _check_choices(self) -> None:
+        for name, choices in self.CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                *others, last = map(repr, choices)
+                raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}")
+
+    def _check_combinations(self) -> None:
+        if self.tensor_parallel_size > 1 and self.train_backend != "megatron":
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "
+                f"share no matrices: set train_backend='megatron', or leave it at 1"
+            )
+        if self.generation_cache_bytes is not None and self.engine != "vllm":
+            raise ValueError(
+                f"generation_cache_bytes={self.generation_cache_bytes} with engine={self.engine!r}, whose cache grows "
+                "as needed: set engine='vllm', or leave it out"
+            )
+        if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise ValueError(f"optim={self.optim} is not supported: use adamw_torch")
+
+    @property
+    def accelerator(self) -> Literal["cpu", "cuda"]:
+        """What a device is: a GPU where there is one and `use_cpu` is not set, else a CPU core."""
+        return "cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu"

@@ -1,0 +1,138 @@
+"""From what users set to the frozen settings of each component."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from fuse.config.ppo import PPOConfig
+from fuse.config.run import RunConfig
+from fuse.driver.engine_choice import EngineFactory, choose_engine
+from fuse.driver.fleet_settings import FleetSettings
+from fuse.driver.kv_choice import choose_kv_transfer
+from fuse.interstage.migration import EngineLimits
+from fuse.interstage.planner import RolloutSettings
+from fuse.intrastage.optimizer import AdamWConfig
+from fuse.intrastage.placement import place
+from fuse.intrastage.planner import PlanSettings
+from fuse.training.layer_costs import TypicalBatch
+from fuse.training.rank import TrainingSettings
+from fuse.training.scoring import MicroBatchLimit
+
+_UNBOUNDED = 1 << 30
+_INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def fleet_settings(config: PPOConfig, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig) -> FleetSettings:
+    """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
+
+    Raises:
+        ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
+            not installed.
+    """
+    count = num_devices(config)
+    num_ranks, rest = divmod(count, config.tensor_parallel_size)
+    if rest:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={count}: choose a divisor"
+        )
+    is_fused = config.intra_stage_fusion and num_ranks > 1
+    inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
+    placement = (
+        *place("actor", num_ranks, config.actor_stages or num_ranks),
+        *place("critic", num_ranks, config.critic_stages or num_ranks, reverse=True),
+    )
+    training = TrainingSettings(
+        backend=config.train_backend,
+        split_backward=is_fused,
+        tensor_parallel_size=config.tensor_parallel_size,
+        temperature=config.temperature + 1e-7,
+        cliprange=config.cliprange,
+        vf_coef=config.vf_coef,
+        cliprange_value=config.cliprange_value,
+        adamw=AdamWConfig(
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=0.0 if config.trl_quirks else config.max_grad_norm,
+        ),
+        autocast=torch.bfloat16 if config.bf16 and not config.trl_quirks else None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        pad_token_id=pad_token_id if config.trl_quirks else None,
+        timeout_s=config.worker_timeout_s,
+    )
+    # On CPUs attention over the cache is native in float32 alone.
+    generation_type = training.autocast if config.accelerator == "cuda" else None
+    return FleetSettings(
+        num_devices=count,
+        accelerator=config.accelerator,
+        ray_address=config.ray_address,
+        pad_token_id=pad_token_id,
+        engine=engine(config, generation_type),
+        kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
+        inference=MicroBatchLimit(
+            max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
+        ),
+        training=training,
+        placement=placement,
+        micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
+        balance=TypicalBatch(config.per_device_train_batch_size, prompt_tokens, config.response_length)
+        if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
+        else None,
+        plan=PlanSettings(
+            fused=is_fused,
+            time_limit_s=config.schedule_time_limit_s,
+            num_workers=min(8, len(os.sched_getaffinity(0))),
+            num_steps=(config.num_total_batches or 1) * config.num_ppo_epochs * config.num_mini_batches,
+            memory_limit_bytes=config.activation_memory_bytes,
+            replan_drift=config.replan_drift,
+            directory=Path(config.output_dir or "trainer_output") / "plan",
+        ),
+        rollout=RolloutSettings(
+            policy=config.migration_policy,
+            num_devices=count,
+            limits=_engine_limits(config, actor),
+            kv_bytes_per_token=_kv_bytes_per_token(actor, generation_type),
+            inference_batch_tokens=inference_batch_tokens,
+        ),
+    )
+
+
+def engine(config: RunConfig, autocast: torch.dtype | None = None) -> EngineFactory:
+    """The engine that `config` asks for. Raises: ValueError when its package is not installed."""
+    return choose_engine(
+        config.engine,
+        max_batch=config.generation_batch_size,
+        kv_cache_bytes=config.generation_cache_bytes,
+        autocast=autocast,
+    )
+
+
+def num_devices(config: RunConfig) -> int:
+    """As many as asked for; by default every GPU, or two cores."""
+    if config.num_devices is not None:
+        return config.num_devices
+    return torch.cuda.device_count() if config.accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
+
+
+def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
+    """An engine has room for a full batch of samples as long as the model allows."""
+    context = getattr(actor.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
+    return EngineLimits(
+        max_batch=config.generation_batch_size,
+        kv_capacity_tokens=config.generation_batch_size * context,
+        max_new_tokens=config.response_length,
+    )
+
+
+def _kv_bytes_per_token(actor: PretrainedConfig, dtype: torch.dtype | None) -> int:
+    """Keys and values of all layers, in float32 by default."""
+    config: Any = actor.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (dtype or torch.float32).itemsize

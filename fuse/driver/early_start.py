@@ -1,0 +1,21 @@
+"""A run's processes, started while its models are still being loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fuse.driver.engine_choice import EngineFactory
+from fuse.workers.cluster import Accelerator, Cluster
+from fuse.workers.generation_worker import GenerationWorker
+
+
+@contextmanager
+def early_start(
+    num_devices: int, ray_address: str | None, accelerator: Accelerator, engine: EngineFactory
+) -> Iterator[Cluster]:
+    """The cluster of a run on these devices, whose generation workers' processes import what the engine needs."""
+    with Cluster(num_devices, ray_address=ray_address, accelerator=accelerator) as cluster:
+        for device in range(num_devices):
+            cluster.warm("generation worker", device, GenerationWorker, engine)
+        yield cluster

@@ -1,0 +1,43 @@
+"""Which workers a run has and how they work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fuse.driver.engine_choice import EngineFactory
+from fuse.interstage.planner import RolloutSettings
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.plan import serial_schedule
+from fuse.intrastage.planner import PlanSettings
+from fuse.training.layer_costs import TypicalBatch
+from fuse.training.rank import TrainingSettings
+from fuse.training.scoring import MicroBatchLimit
+from fuse.workers.kv.transfer import MakeKVTransfer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """Which workers a run has, and how they work.
+
+    placement: every replica of actor and critic, in the order of the schedules' pipelines.
+    balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
+    """
+
+    num_devices: int
+    accelerator: Literal["cpu", "cuda"]
+    ray_address: str | None
+    pad_token_id: int
+    engine: EngineFactory
+    kv_transfer: MakeKVTransfer
+    inference: MicroBatchLimit
+    training: TrainingSettings
+    placement: tuple[Replica, ...]
+    micro_batches_per_step: int
+    balance: TypicalBatch | None
+    plan: PlanSettings
+    rollout: RolloutSettings
+
+    def check(self, num_micro_batches: int) -> None:
+        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
+        serial_schedule(self.placement, num_micro_batches)

@@ -1,0 +1,149 @@
+"""The model workers' start, beside the first rollout: processes, weights, and where models are cut."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fuse.driver.fleet_settings import FleetSettings
+from fuse.driver.identity import identity
+from fuse.intrastage.placement import ModelName, Replica
+from fuse.intrastage.planner import Planner
+from fuse.intrastage.profile_store import Measured, ProfileStore
+from fuse.intrastage.stage_balance import Parts, choose_placement
+from fuse.training.model_spec import ModelSpec
+from fuse.workers.cluster import Cluster, Worker, gather
+from fuse.workers.model_worker import ModelWorker, Role
+from fuse.workers.weights import WeightsRef, put_state_dict
+
+_logger = logging.getLogger(__name__)
+
+_TICK_S = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The model workers, one per device, ready for every call; and who plans their training."""
+
+    workers: list[Worker]
+    planner: Planner
+
+
+class ModelStart:
+    """Starts a model worker per device in a thread, once the workers `after` are there: samples come first.
+
+    actor: its weights, which are in the object store already.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        settings: FleetSettings,
+        trained: Mapping[ModelName, PreTrainedModel],
+        scoring: Mapping[Role, PreTrainedModel],
+        actor: WeightsRef,
+        *,
+        after: Sequence[Worker],
+    ) -> None:
+        self._cluster, self._settings = cluster, settings
+        self._trained, self._scoring = trained, scoring
+        self._specs = {name: ModelSpec.of(model) for name, model in trained.items()}
+        self._workers: list[Worker] = []
+        self._doing = "model workers"
+        self._is_abandoned = False
+        self._ready: Future[Models] = Future()
+        self._thread = threading.Thread(target=self._run, args=(actor, after), name="model workers", daemon=True)
+        self._thread.start()
+
+    def wait(self, tell: Callable[[str], None]) -> Models:
+        """The workers, once they are ready; `tell` hears what is waited for.
+
+        Raises:
+            WorkerError: one died or raised.
+        """
+        while not self._ready.done():
+            tell(f"loading: {self._doing}")
+            self._thread.join(timeout=0.5)
+        return self._ready.result()
+
+    def abandon(self) -> None:
+        """End a start that goes on, with its workers."""
+        self._is_abandoned = True
+        while not self._ready.done():
+            for worker in self._workers:
+                worker.kill()
+            self._thread.join(timeout=0.1)
+
+    def _run(self, actor: WeightsRef, after: Sequence[Worker]) -> None:
+        try:
+            for worker in after:
+                worker.wait_started()
+            if self._is_abandoned:
+                raise RuntimeError("the run has ended")
+            self._ready.set_result(self._start(actor))
+        except BaseException as error:  # noqa: BLE001  (the end of a thread: whoever waits raises it)
+            self._ready.set_exception(error)
+
+    def _start(self, actor: WeightsRef) -> Models:
+        settings = self._settings
+        scoring = {role: ModelSpec.of(model) for role, model in self._scoring.items()}
+        self._workers += [
+            self._cluster.spawn(
+                "model worker",
+                device,
+                ModelWorker,
+                device,
+                settings.accelerator,
+                self._specs,
+                scoring,
+                settings.training,
+                settings.inference,
+            )
+            for device in range(settings.num_devices)
+        ]
+        host = self._cluster.host(0)
+        (port,) = gather([self._workers[0].call("serve_store", host)])
+        self._on_all("connect", host, port, settings.num_devices)
+        store = ProfileStore(settings.plan.directory, identity(settings, self._specs))
+        placement = self._placement(store)
+        self._doing = "stages"
+        self._on_all("place", placement)
+        critic = put_state_dict(self._trained["critic"].state_dict())
+        self._doing = "weights"
+        self._on_all("load_training_weights", "actor", [actor])
+        self._on_all("load_training_weights", "critic", [critic])
+        for role, model in self._scoring.items():
+            weights = critic if role == "critic" else put_state_dict(model.state_dict())
+            self._on_all("load_scoring_weights", role, [weights])
+        return Models(self._workers, Planner(placement, settings.plan, store))
+
+    def _placement(self, store: ProfileStore) -> tuple[Replica, ...]:
+        """The placement asked for, cut where measured times favour it, now or in an earlier run."""
+        settings = self._settings
+        if settings.balance is None:
+            return settings.placement
+        known = store.load()
+        if known is not None:
+            _logger.info("stages are cut as measured in an earlier run")
+            return known.placement
+        self._doing = "measuring a layer and a head of each model"
+        profiles = self._on_all("measure_parts", settings.balance, _TICK_S)
+        placement = choose_placement(
+            {model: Parts.of(profiles, model) for model in self._specs},
+            settings.placement,
+            {model: spec.num_layers for model, spec in self._specs.items()},
+            settings.micro_batches_per_step,
+            is_fused=settings.plan.fused,
+            tick_s=_TICK_S,
+        )
+        store.save(Measured(placement, None))
+        return placement
+
+    def _on_all(self, method: str, *arguments: object) -> list[Any]:
+        return gather([worker.call(method, *arguments) for worker in self._workers])

@@ -1,0 +1,107 @@
+"""Stage by stage: all samples are generated, then all are scored. The baseline that fused policies must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fuse.activity import silent
+from fuse.algorithms.ppo import response_length
+from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.interstage.migration import balance
+from fuse.sample import Sample, SampleState
+from fuse.training.scoring import Inference, TokenSequence
+from fuse.workers.cluster import Worker, gather, wait_any
+from fuse.workers.generation_worker import Progress
+
+_POLL_TIMEOUT_S = 1.0
+
+
+def generate(
+    engines: Sequence[Worker],
+    samples: Sequence[Sample],
+    params: SamplingParams,
+    pad_token_id: int,
+    tell: Callable[[str], None] = silent,
+) -> None:
+    """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
+
+    tell: hears how far it is.
+
+    Raises:
+        WorkerError: an engine died or raised.
+    """
+    by_id = {sample.id: sample for sample in samples}
+    shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
+    gather([engine.call("submit", [_request(sample, params) for sample in share]) for engine, share in shares.items()])
+    for sample in samples:
+        sample.advance(SampleState.GENERATING)
+
+    remaining = {engine: len(share) for engine, share in shares.items()}
+    polls = {engine.call("poll", _POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count}
+    while polls:
+        future, reports = wait_any(list(polls))
+        engine = polls.pop(future)
+        for progress in reports:
+            remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
+        tell(progress_text(samples))
+        if remaining[engine]:
+            polls[engine.call("poll", _POLL_TIMEOUT_S)] = engine
+
+
+def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
+    """Fill in every sample's reference log-probabilities, values and score; devices get equal shares of the tokens.
+
+    Raises:
+        WorkerError: a model worker died or raised.
+    """
+    tokens = [len(sample.prompt_ids) + sample.length for sample in samples]
+    shares = [[samples[index] for index in share] for share in balance(tokens, len(scorers)) if share]
+    for sample in samples:
+        sample.advance(SampleState.INFERRING)
+    futures = [
+        scorer.call("infer", [sequence_of(sample) for sample in share])
+        for scorer, share in zip(scorers, shares, strict=False)
+    ]
+    for share, results in zip(shares, gather(futures), strict=True):
+        apply_inference(share, results)
+
+
+def progress_text(samples: Sequence[Sample]) -> str:
+    """How far a rollout is, for people."""
+    states = [sample.state for sample in samples]
+    num_live = sum(state in _LIVE for state in states)
+    if not num_live:
+        return f"scoring: {states.count(SampleState.SCORED)} of {len(samples)} samples"
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    return f"generating: {len(samples) - num_live} of {len(samples)} samples, {num_tokens:,} tokens"
+
+
+_LIVE = frozenset({SampleState.QUEUED, SampleState.GENERATING, SampleState.MIGRATING})
+
+
+def _request(sample: Sample, params: SamplingParams) -> GenerationRequest:
+    return GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=params)
+
+
+def sequence_of(sample: Sample) -> TokenSequence:
+    """What models score: the prompt, and the response as far as it counts."""
+    return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]))
+
+
+def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int) -> bool:
+    """Write down a live sample's new tokens; returns whether it is finished."""
+    sample.response_ids[progress.position :] = progress.token_ids
+    sample.logprobs[progress.position :] = progress.logprobs
+    if progress.finished:
+        sample.length = response_length(sample.response_ids, params.stop_token_id, pad_token_id)
+        sample.advance(SampleState.GENERATED)
+    return progress.finished
+
+
+def apply_inference(samples: Sequence[Sample], results: Sequence[Inference]) -> None:
+    """Write down what the models say; a score from elsewhere stays where there is no reward model."""
+    for sample, result in zip(samples, results, strict=True):
+        sample.reference_logprobs, sample.values = result.reference_logprobs, result.values
+        if result.score is not None:
+            sample.score = result.score
+        sample.advance(SampleState.SCORED)

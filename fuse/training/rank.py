@@ -1,0 +1,291 @@
+"""One rank of training: its stages of actor and critic, what they communicate through, and their optimizers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fuse.algorithms.experience import Experience
+from fuse.intrastage import communication
+from fuse.intrastage.executor import execute
+from fuse.intrastage.measure import measure, measure_messages, shape_of
+from fuse.intrastage.memory_probe import MemoryProbe
+from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
+from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
+from fuse.intrastage.plan import Plan
+from fuse.intrastage.planned import planned_times
+from fuse.intrastage.profile import Profile
+from fuse.intrastage.stage import MicroBatch, TrainedStage
+from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.trace import Span, SpanRecorder
+from fuse.training import state
+from fuse.training.losses import ActorLoss, CriticLoss
+from fuse.training.micro_batches import padded, ragged
+from fuse.training.model_spec import ModelSpec
+from fuse.training.steps import OptimizerStep
+from schedules import Schedule
+
+MODELS: tuple[ModelName, ...] = ("actor", "critic")
+_MESSAGES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings:
+    """How to train, the same on every rank.
+
+    backend: what stages are made of. split_backward: whether they can defer weight gradients.
+    tensor_parallel_size: devices that share each stage: rank r of the schedules is devices r * size and those after it.
+    autocast: the type to compute in; None for float32.
+    pad_token_id: lays micro-batches out padded, as TRL does; None for ragged ones.
+    timeout_s: a peer that does not answer for so long counts as lost.
+    """
+
+    backend: Literal["transformers", "megatron"]
+    split_backward: bool
+    temperature: float
+    cliprange: float
+    vf_coef: float
+    cliprange_value: float
+    adamw: AdamWConfig
+    autocast: torch.dtype | None
+    gradient_checkpointing: bool
+    pad_token_id: int | None
+    timeout_s: float
+    tensor_parallel_size: int = 1
+
+    def losses(self) -> dict[ModelName, ActorLoss | CriticLoss]:
+        return {
+            "actor": ActorLoss(temperature=self.temperature, cliprange=self.cliprange),
+            "critic": CriticLoss(vf_coef=self.vf_coef, cliprange_value=self.cliprange_value),
+        }
+
+    def build_stage(
+        self,
+        spec: ModelSpec,
+        *,
+        stage: int,
+        num_stages: int,
+        layer_range: tuple[int, int] | None,
+        loss: ActorLoss | CriticLoss,
+        device: torch.device,
+        tensor_group: dist.ProcessGroup | None,
+    ) -> TrainedStage:
+        """A stage whose parameters are yet to be loaded."""
+        stage_class: Any = TransformersStage
+        if self.backend == "megatron":
+            from fuse.intrastage.megatron_stage import MegatronStage  # imports megatron-core
+
+            stage_class = partial(MegatronStage, tensor_group=tensor_group)
+        made: TrainedStage = stage_class(
+            spec.model_class,
+            spec.config,
+            stage=stage,
+            num_stages=num_stages,
+            layer_range=layer_range,
+            loss=loss,
+            device=device,
+            autocast=self.autocast,
+            gradient_checkpointing=self.gradient_checkpointing,
+            split_backward=self.split_backward,
+        )
+        return made
+
+    def micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[ModelName, MicroBatch]:
+        """What actor and critic train on for these samples."""
+        if self.pad_token_id is None:
+            return dict(zip(MODELS, ragged(experience, samples), strict=True))
+        return dict(zip(MODELS, padded(experience, samples, self.pad_token_id), strict=True))
+
+
+class TrainingRank:
+    """What one device trains; all devices of the world build it at once, and call its methods at once.
+
+    device_index: of the world. tensor_group: the devices that share this one's stages; None for itself alone.
+    placement: every replica of actor and critic, in the order of the schedules' pipelines.
+    """
+
+    def __init__(
+        self,
+        device_index: int,
+        device: torch.device,
+        specs: Mapping[ModelName, ModelSpec],
+        placement: tuple[Replica, ...],
+        settings: TrainingSettings,
+        recorder: SpanRecorder,
+        tensor_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._rank, lane = divmod(device_index, settings.tensor_parallel_size)
+        self._is_first_of_group = lane == 0
+        self._device, self._recorder = device, recorder
+        self._placement, self._settings = placement, settings
+        self._losses = settings.losses()
+        self._is_observed = False
+        self._stages: dict[tuple[int, int], TrainedStage] = {
+            (pipeline, stage): settings.build_stage(
+                specs[replica.model],
+                stage=stage,
+                num_stages=len(replica.ranks),
+                layer_range=None if replica.layer_ranges is None else replica.layer_ranges[stage],
+                loss=self._losses[replica.model],
+                device=device,
+                tensor_group=tensor_group,
+            )
+            for pipeline, replica in enumerate(placement)
+            for stage, owner in enumerate(replica.ranks)
+            if owner == self._rank
+        }
+        self._pipelines = [(replica.name, replica.ranks) for replica in placement]
+        self._communicators = communication.open_pipelines(
+            self._pipelines, settings.timeout_s, settings.tensor_parallel_size
+        )
+        self._optimizers: dict[str, ModelOptimizer] = {
+            model: ModelOptimizer(
+                model,
+                self.stages_of(model),
+                communication.open_model(
+                    [replica.ranks for replica in placement if replica.model == model],
+                    settings.timeout_s,
+                    settings.tensor_parallel_size,
+                ),
+                settings.adamw,
+            )
+            for model in MODELS
+        }
+
+    def stages_of(self, model: ModelName) -> dict[tuple[int, int], TrainedStage]:
+        """This rank's stages of a model by (replica, stage)."""
+        return {
+            (self._placement[pipeline].index, stage): held
+            for (pipeline, stage), held in self._stages.items()
+            if self._placement[pipeline].model == model
+        }
+
+    def train(
+        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
+    ) -> list[dict[ModelName, list[dict[str, float]]]]:
+        """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has.
+
+        Returns, per step, the statistics of the micro-batches whose loss was computed here, in the order of the
+        replica's micro-batches.
+        """
+        return [self._step(experience, step, learning_rate, plans[len(step.micro_batches)]) for step in steps]
+
+    def _step(
+        self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan
+    ) -> dict[ModelName, list[dict[str, float]]]:
+        for loss in self._losses.values():
+            loss.accumulation = step.accumulation
+        micro_batches = [self._micro_batches(experience, samples) for samples in step.micro_batches]
+        num_replicas = {model: sum(replica.model == model for replica in self._placement) for model in MODELS}
+        per_pipeline = [
+            [
+                micro_batches[index][replica.model]
+                for index in replica_micro_batches(len(micro_batches), num_replicas[replica.model], replica.index)
+            ]
+            for replica in self._placement
+        ]
+        planned = None
+        probes: dict[tuple[int, int], MemoryProbe] = {}
+        if plan.profile is not None:
+            shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
+            planned = planned_times(plan.schedule, plan.profile, [name for name, _ in self._pipelines], shapes)
+        elif self._settings.split_backward and not self._is_observed:
+            self._is_observed = True
+            self._observe_messages(plan.schedule, per_pipeline)
+            probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in self._stages.items()}
+        execute(
+            plan.schedule,
+            self._rank,
+            probes or self._stages,
+            per_pipeline,
+            self._communicators,
+            self._recorder,
+            planned=planned,
+        )
+        for (pipeline, stage), probe in probes.items():
+            largest = per_pipeline[pipeline][_largest(per_pipeline[pipeline])]
+            sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
+            self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
+        for model in MODELS:
+            norm = self._optimizers[model].reduce()  # not in the span: a rank that is done earlier waits in here
+            with self._recorder.span(f"step {model}", "optimizer"):
+                self._optimizers[model].apply(norm, learning_rate)
+        return {model: loss.statistics.drain() for model, loss in self._losses.items()}
+
+    def _observe_messages(self, schedule: Schedule, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
+        """Record what a message to the next stage takes, for each pipeline's smallest and largest micro-batch."""
+        numbers = {name: number for number, (name, _) in enumerate(self._pipelines)}
+        ends = [sorted(own, key=lambda one: one.input_ids.numel()) for own in micro_batches]
+        by_shape = [list({shape_of(one): one for one in (own[0], own[-1])}.values()) for own in ends]
+        messages = measure_messages(
+            self._rank, self._pipelines, self._stages, by_shape, self._communicators, repeats=_MESSAGES
+        )
+        for name, stage, shape, seconds in messages:
+            number = numbers[name]
+            micro_batch = next(one for one in by_shape[number] if shape_of(one) == shape)
+            self._observe(MESSAGE, schedule, number, stage, micro_batch, seconds, {})
+
+    def _observe(
+        self,
+        category: str,
+        schedule: Schedule,
+        pipeline: int,
+        stage: int,
+        micro_batch: MicroBatch,
+        seconds: float,
+        sizes: Mapping[str, object],
+    ) -> None:
+        """Record a span that tells what a micro-batch costs; see `fuse.intrastage.observed`."""
+        name = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0"
+        end_s = time.time()
+        arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
+        self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
+
+    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
+        """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
+        pairs = [self._micro_batches(experience, samples) for samples in micro_batches]
+        per_pipeline = [[pair[replica.model] for pair in pairs] for replica in self._placement]
+        with self._recorder.span("profile", "train"):
+            profile = measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
+        for loss in self._losses.values():
+            loss.statistics.drain()
+        return profile
+
+    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[ModelName, MicroBatch]:
+        made = self._settings.micro_batches(experience, samples)
+        return {model: micro_batch.to(self._device) for model, micro_batch in made.items()}
+
+    def load_weights(self, model: ModelName, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy a whole model's weights into the stages held here."""
+        for stage in self.stages_of(model).values():
+            stage.load_state_dict(state_dict)
+
+    def export_weights(self, model: ModelName) -> dict[str, Tensor]:
+        """What this device tells of a model, under Hugging Face names; each weight is told by one device alone."""
+        state_dict: dict[str, Tensor] = {}
+        for (replica, _), stage in self.stages_of(model).items():
+            if replica == 0:
+                state_dict |= stage.export_state_dict()
+        return state_dict if self._is_first_of_group else {}
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's part of the training state."""
+        state.save_state(directory, self._optimizers)
+
+    def load(self, directory: Path) -> None:
+        """Read this rank's part of a training state, whatever ranks wrote it."""
+        state.load_state(directory, self._optimizers)
+
+
+def _largest(micro_batches: Sequence[MicroBatch]) -> int:
+    """Index of the one with most tokens; of several the last, which finds memory warm."""
+    return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))

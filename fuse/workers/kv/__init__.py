@@ -1,0 +1,1 @@
+"""How a migrating sample's KV goes from one engine's process to another's."""

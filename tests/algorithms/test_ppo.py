@@ -1,0 +1,56 @@
+"""PPO's ragged functions against hand-derived values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fuse.algorithms import ppo
+
+PAD, STOP = 0, 1
+
+
+@pytest.mark.parametrize(
+    ("response", "stop", "length"),
+    [
+        ([5, 6, STOP], STOP, 3),  # the stop token counts
+        ([5, STOP, 7, STOP], STOP, 2),  # nothing after the first one does
+        ([5, 6, 7], STOP, 3),
+        ([5, PAD, 6, STOP], STOP, 1),  # a generated padding token ends what counts
+        ([PAD, 5], STOP, 0),
+        ([5, STOP, 6], None, 3),
+        ([5, 6, PAD], PAD, 2),  # stop and padding are one token: it does not count
+    ],
+)
+def test_response_length(response: list[int], stop: int | None, length: int) -> None:
+    assert ppo.response_length(response, stop, PAD) == length
+
+
+def test_segments_give_one_value_more_than_tokens_unless_the_response_is_as_wide_as_the_batch() -> None:
+    segments = ppo.Segments.from_lengths([2, 0, 3], width=3)
+    assert segments.token_offsets.tolist() == [0, 2, 2, 5]
+    assert segments.value_offsets.tolist() == [0, 3, 4, 7]
+    assert segments.token_rows.tolist() == [0, 1, 4, 5, 6]
+    assert [segments.num_values(sample) for sample in range(3)] == [3, 1, 3]
+
+
+def test_policy_loss_clips_in_the_direction_of_the_advantage() -> None:
+    advantages = torch.tensor([1.0, -1.0])
+    mask = torch.ones(2, dtype=torch.bool)
+    far = torch.tensor([2.0, 2.0]).log()  # ratio 2, clip range 0.2
+    result = ppo.policy_loss(far, torch.zeros(2), advantages, mask, 0.2)
+    assert result.loss.item() == pytest.approx((-1.2 + 2.0) / 2)
+    assert result.clip_fraction.item() == 0.5
+    assert result.ratio.item() == pytest.approx(2.0)
+
+
+def test_value_loss_takes_the_larger_of_clipped_and_unclipped() -> None:
+    values, old_values, returns = torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([2.0])
+    loss, clip_fraction = ppo.value_loss(values, old_values, returns, torch.ones(1, dtype=torch.bool), 0.2)
+    assert loss.item() == pytest.approx(0.5 * 0.8**2)
+    assert clip_fraction.item() == 1.0
+
+
+def test_a_micro_batch_of_empty_responses_has_no_loss() -> None:
+    empty, mask = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
+    assert ppo.policy_loss(empty, empty, empty, mask, 0.2).loss.item() == 0.0

@@ -1,0 +1,155 @@
+"""Workers whose calls end in an order drawn at random, and whose engines may die: what a live rollout must survive."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fuse.engines.engine import GenerationRequest
+from fuse.training.scoring import Inference, TokenSequence
+from fuse.workers.errors import WorkerError
+from fuse.workers.generation_worker import Departure, Progress
+
+
+def token(sample_id: int, position: int) -> int:
+    return 10 + (7 * sample_id + 3 * position) % 50
+
+
+class FakeFuture:
+    def __init__(self, worker: FakeWorker, method: str, args: tuple[Any, ...]) -> None:
+        self.worker, self.method, self.args = worker, method, args
+        self.error: WorkerError | None = None
+        self.value: Any = None
+
+    def result(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class FakeWorker:
+    """Calls but polls run in order, when `Chance` says so; those of a dead worker fail."""
+
+    def __init__(self, role: str, device: int) -> None:
+        self.role, self.device = role, device
+        self.queue: deque[FakeFuture] = deque()
+        self.is_dead = False
+
+    def call(self, method: str, *args: Any) -> FakeFuture:
+        future = FakeFuture(self, method, args)
+        if method != "poll":
+            self.queue.append(future)
+        return future
+
+    def run(self, future: FakeFuture, random: np.random.Generator) -> None:
+        if future.method != "poll":
+            assert self.queue.popleft() is future
+        if self.is_dead:
+            future.error = WorkerError(self.device, self.role, "its process died", is_death=True)
+        elif future.method == "poll":
+            future.value = self.poll(random)
+        else:
+            future.value = getattr(self, future.method)(*future.args)
+
+    def poll(self, random: np.random.Generator) -> Any:
+        raise AssertionError("only engines are polled")
+
+
+class FakeEngine(FakeWorker):
+    """A sample has `lengths[id]` tokens; between two polls the engine takes some steps."""
+
+    def __init__(self, device: int, lengths: Mapping[int, int], max_batch: int) -> None:
+        super().__init__("generation worker", device)
+        self.lengths, self.max_batch = lengths, max_batch
+        self.samples: dict[int, GenerationRequest] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.reported: dict[int, int] = {}
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        for request in requests:
+            assert request.sample_id not in self.samples, "a sample is on an engine twice"
+            known = list(request.response_ids)
+            assert known == [token(request.sample_id, position) for position in range(len(known))]
+            assert len(known) < self.lengths[request.sample_id], "a finished sample was submitted"
+            self.samples[request.sample_id], self.tokens[request.sample_id] = request, known
+            self.reported[request.sample_id] = len(known)
+
+    def admit(self, departures: Sequence[Departure]) -> None:
+        self.submit([departure.request for departure in departures])
+
+    def evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Departure]:
+        departures = []
+        for sample_id in sample_ids:
+            if sample_id in self.samples and len(self.tokens[sample_id]) < self.lengths[sample_id]:
+                request = self.samples.pop(sample_id)
+                ids = tuple(self.tokens.pop(sample_id))
+                departures.append(Departure(_with_response(request, ids)))
+        return departures
+
+    def poll(self, random: np.random.Generator) -> list[Progress]:
+        for _ in range(int(random.integers(0, 4))):
+            running = [one for one in self.samples if len(self.tokens[one]) < self.lengths[one]][: self.max_batch]
+            for one in running:
+                self.tokens[one].append(token(one, len(self.tokens[one])))
+        progress = []
+        for one in list(self.samples):
+            start, tokens = self.reported[one], self.tokens[one]
+            if len(tokens) > start:
+                finished = len(tokens) == self.lengths[one]
+                ids = tuple(tokens[start:])
+                progress.append(Progress(one, start, ids, tuple(-float(each) for each in ids), finished))
+                self.reported[one] = len(tokens)
+                if finished:
+                    del self.samples[one], self.tokens[one]
+        return progress
+
+
+class FakeScorer(FakeWorker):
+    """Scores a sequence with its number of tokens; asserts that its device's engine is empty meanwhile."""
+
+    def __init__(self, device: int, engine: FakeEngine) -> None:
+        super().__init__("model worker", device)
+        self.engine = engine
+
+    def infer(self, sequences: Sequence[TokenSequence]) -> list[Inference]:
+        assert self.engine.is_dead or not self.engine.samples, "the device decodes while it scores"
+        return [
+            Inference(np.zeros(len(one.response_ids), np.float32), np.zeros(1, np.float32), float(len(one)))
+            for one in sequences
+        ]
+
+
+class Chance:
+    """Stands in for `wait_ended`: some calls end, and now and then an engine dies."""
+
+    def __init__(self, seed: int, engines: Sequence[FakeEngine], num_deaths: int, death_rate: float) -> None:
+        self.random = np.random.default_rng(seed)
+        self.engines, self.num_deaths, self.death_rate = engines, num_deaths, death_rate
+
+    def __call__(self, futures: Sequence[FakeFuture]) -> list[FakeFuture]:
+        assert futures, "the rollout waits for nothing"
+        if self.num_deaths and self.random.random() < self.death_rate:
+            self.num_deaths -= 1
+            self.engines[int(self.random.integers(len(self.engines)))].is_dead = True
+        ended: list[FakeFuture] = []
+        while not ended:
+            for index in self.random.permutation(len(futures)):
+                future = futures[index]
+                is_next = future not in ended and (future.method == "poll" or future.worker.queue[0] is future)
+                if is_next and self.random.random() < 0.4:
+                    future.worker.run(future, self.random)
+                    ended.append(future)
+        return [future for future in futures if future in ended]  # Ray does not tell which ended first
+
+
+def _with_response(request: GenerationRequest, ids: tuple[int, ...]) -> GenerationRequest:
+    return GenerationRequest(
+        sample_id=request.sample_id,
+        prompt_ids=request.prompt_ids,
+        params=request.params,
+        response_ids=ids,
+        logprobs=tuple(-float(each) for each in ids),
+    )

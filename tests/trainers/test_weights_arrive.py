@@ -1,0 +1,255 @@
+"""What an update trains arrives in every copy of the models: engines, scoring, checkpoint, the caller's own.
+
+Nothing is replayed: engines sample by the weights they were given, and the trainer's first pass over their tokens, in
+every update, must find the log-probabilities that they told.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    TrainerCallback,
+)
+
+from fuse import PPOTrainer
+from fuse.sample import Sample, SampleState
+from fuse.training import scoring as inference
+from fuse.training.model_spec import ModelSpec
+
+from ..worker_pool import WorkerPool
+from . import tiny
+
+ROUNDING = 1e-5
+"""Of log-probabilities and values computed elsewhere; stale weights are off by 1e-2 after a step of 1e-2."""
+PROBE = ((2, 5, 3), (7, 4, 9, 2))
+
+
+@pytest.fixture(autouse=True)
+def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
+    with worker_pool.in_use():
+        yield
+
+
+def models(kind: str, *, tied: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A policy and a critic of 2 layers."""
+    if kind == "llama":
+        return tiny.policy(tie_word_embeddings=tied), tiny.scorer(1)
+    sizes = {**tiny.llama_config().to_dict(), "tie_word_embeddings": tied, "num_labels": 1}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    options = {name: sizes[name] for name in (*names, "max_position_embeddings", "pad_token_id", "num_labels")}
+    options |= {"tie_word_embeddings": tied, "eos_token_id": 1, "bos_token_id": None}
+    torch.manual_seed(0)
+    if kind == "qwen2":
+        config = Qwen2Config(**options, num_key_value_heads=1)
+        return Qwen2ForCausalLM(config), Qwen2ForSequenceClassification(config)
+    neox = GPTNeoXConfig(**options)
+    return GPTNeoXForCausalLM(neox), GPTNeoXForSequenceClassification(neox)
+
+
+class Scores(TrainerCallback):
+    """After every update, what the workers' scoring copies say of a probe, and what the trained weights say."""
+
+    def __init__(self) -> None:
+        self.trainer: PPOTrainer | None = None
+        self.differences: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        assert trainer._fleet is not None
+        samples = [Sample(index, ids[:2]) for index, ids in enumerate(PROBE)]
+        for sample, ids in zip(samples, PROBE, strict=True):
+            sample.response_ids[:], sample.length, sample.state = ids[2:], len(ids) - 2, SampleState.GENERATED
+        trainer._fleet.infer(samples)
+        trainer._fleet.fetch_weights(trainer.policy_model, trainer.value_model)
+        sequences = [inference.TokenSequence(ids[:2], ids[2:]) for ids in PROBE]
+        values = inference.values(trainer.value_model.eval(), sequences, 100)
+        logprobs = inference.reference_logprobs(trainer.ref_model.eval(), sequences, trainer.args.temperature + 1e-7)
+        for sample, own_values, own_logprobs in zip(samples, values, logprobs, strict=True):
+            self.differences.append(float(abs(sample.values - own_values).max()))
+            self.differences.append(float(abs(sample.reference_logprobs - own_logprobs).max()))
+
+
+def keep_engine_weights(trainer: PPOTrainer, directory: Path) -> None:
+    """Have every engine write down what it holds after each load."""
+    make_engine = trainer._settings.engine
+
+    def make(spec: Any, weights: Any, device: str) -> Any:  # local, so that it travels to the workers by value
+        import os
+
+        engine = make_engine(spec, weights, device)
+        load = engine.load_weights
+
+        def load_and_keep(state_dict: Any) -> None:
+            load(state_dict)
+            if hasattr(engine, "_model"):
+                held = engine._model.state_dict()
+            else:
+                runner = engine._core._llm.model_executor.driver_worker.worker.model_runner
+                held = dict(runner.model.named_parameters())
+            copies = {name: tensor.detach().float().clone() for name, tensor in held.items()}
+            torch.save(copies, directory / f"{os.getpid()}.pt")
+
+        engine.load_weights = load_and_keep
+        return engine
+
+    trainer._settings = replace(trainer._settings, engine=make)
+
+
+def trained(output_dir: Path, policy: PreTrainedModel, critic: PreTrainedModel, **options: Any) -> PPOTrainer:
+    """Three updates of one step each, so that every token was sampled by the weights that score it first."""
+    output_dir.mkdir()
+    scores = Scores()
+    config = tiny.config(
+        output_dir,
+        **{"total_episodes": 24, "num_ppo_epochs": 1, "num_sample_generations": 0, "save_steps": 3, **options},
+        save_strategy="steps",
+    )
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tiny.tokenizer(),
+        model=policy,
+        ref_model=None,
+        reward_model=tiny.count_a,
+        train_dataset=tiny.rows(),
+        value_model=critic,
+        callbacks=[scores],
+    )
+    scores.trainer = trainer
+    keep_engine_weights(trainer, output_dir)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    trainer.train()
+
+    log = [row for row in trainer.state.log_history if "objective/scores" in row]
+    assert [row["val/sampler_logprob_diff"] < ROUNDING for row in log] == [True] * 3
+    assert all(row["val/sampler_logprob_diff_max"] < 10 * ROUNDING for row in log)
+    assert all(row["policy/approxkl_avg"] < 1e-8 for row in log)
+    assert max(scores.differences) < 10 * ROUNDING
+    after = policy.state_dict()
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-3, "training moved nothing"
+    saved = AutoModelForCausalLM.from_pretrained(output_dir / "checkpoint-3")
+    assert tiny.difference(saved, policy) == 0.0
+    return trainer
+
+
+def check_engines(output_dir: Path, policy: PreTrainedModel, num_devices: int) -> None:
+    """What the engines of the last update hold is what was trained, to the bit."""
+    files = list(output_dir.glob("*.pt"))
+    assert len(files) == num_devices
+    expected: dict[str, Tensor] = {name: tensor.float() for name, tensor in policy.state_dict().items()}
+    for file in files:
+        held = {name: tensor for name, tensor in torch.load(file).items() if tensor.numel()}
+        assert any("embed" in name for name in held)  # vLLM packs others, and keeps no plain copy of them
+        for name, tensor in held.items():
+            parts = [expected[part] for part in _parts(name) if part in expected]
+            assert parts, f"{name} is no weight of the policy"
+            assert torch.equal(tensor[: sum(map(len, parts))], torch.cat(parts)), name
+
+
+def _parts(name: str) -> list[str]:
+    """The Hugging Face weights that vLLM's are made of; of transformers' each is its own."""
+    for fused, parts in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.items():
+        if fused in name:
+            return [name.replace(fused, part) for part in parts]
+    return [name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "num_devices"),
+    [
+        ("llama", True, 1),
+        ("llama", True, 2),
+        ("llama", False, 2),
+        ("qwen2", True, 2),
+        ("gpt_neox", False, 1),
+    ],
+)
+def test_every_copy_has_what_an_update_trained(tmp_path: Path, kind: str, tied: bool, num_devices: int) -> None:
+    policy, critic = models(kind, tied=tied)
+    trained(tmp_path / "run", policy, critic, num_devices=num_devices)
+    check_engines(tmp_path / "run", policy, num_devices)
+    assert (policy.get_output_embeddings().weight is policy.get_input_embeddings().weight) == tied
+
+
+def test_a_tied_model_trains_on_megatron_stages(tmp_path: Path) -> None:
+    policy, critic = tiny.policy(tie_word_embeddings=True, num_key_value_heads=2), tiny.scorer(1, num_key_value_heads=2)
+    trained(tmp_path / "run", policy, critic, num_devices=2, train_backend="megatron")
+    check_engines(tmp_path / "run", policy, 2)
+
+
+def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    whole, _ = models("llama", tied=True)
+    trained(tmp_path / "whole", whole, tiny.scorer(1), num_devices=2, save_steps=1)
+    resumed = tiny.trainer(
+        tmp_path / "whole",
+        models={"tie_word_embeddings": True},
+        num_devices=1,
+        total_episodes=24,
+        num_ppo_epochs=1,
+        num_sample_generations=0,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    log = resumed.state.log_history
+    assert all(row["val/sampler_logprob_diff"] < ROUNDING for row in log if "val/sampler_logprob_diff" in row)
+    assert tiny.difference(resumed.policy_model, whole) < tiny.ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize(("tied", "num_devices"), [(True, 2), (False, 1)])
+def test_every_copy_has_it_with_vllm(
+    tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, tied: bool, num_devices: int
+) -> None:
+    from fuse.workers import fleet
+    from fuse.workers.cluster import Cluster
+
+    monkeypatch.setattr(fleet, "Cluster", Cluster)  # vLLM takes its process over: no pool's
+    policy = tiny.policy(tie_word_embeddings=tied, head_dim=32)
+    trained(
+        tmp_path / "run",
+        policy,
+        tiny.scorer(1, head_dim=32),
+        num_devices=num_devices,
+        engine="vllm",
+        generation_cache_bytes=1 << 22,
+    )
+    check_engines(tmp_path / "run", policy, num_devices)
+
+
+def test_what_copies_could_not_share_is_refused() -> None:
+    policy = tiny.policy()
+    policy.model.layers[1].mlp.up_proj.weight = policy.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"shares one tensor between model\.layers\.0\.mlp\.up_proj\.weight and"):
+        ModelSpec.of(policy)
+
+
+def test_a_copy_is_tied_as_the_original_is_whatever_its_configuration_says() -> None:
+    for tied in (True, False):
+        policy = tiny.policy(tie_word_embeddings=True)
+        if not tied:
+            policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach() + 1)
+        built: Any = ModelSpec.of(policy).build(torch.device("cpu"))
+        assert (built.lm_head.weight is built.model.embed_tokens.weight) == tied
+
+
+def test_rotary_frequencies_of_a_rounded_copy_are_not_rounded() -> None:
+    policy = tiny.policy()
+    built: Any = ModelSpec.of(policy).build(torch.device("cpu"), torch.bfloat16)
+    assert built.dtype == torch.bfloat16
+    assert torch.equal(built.model.rotary_emb.inv_freq, policy.model.rotary_emb.inv_freq)

@@ -1,0 +1,379 @@
+"""KV from one process to another: the same bytes, memory used again, and processes that die or do not answer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from ray.exceptions import OwnerDiedError
+from torch import Tensor
+
+from fuse.driver.kv_choice import choose_kv_transfer
+from fuse.engines import kv_memory
+from fuse.workers.cluster import Cluster, Worker
+from fuse.workers.kv.transfer import KVRef, KVTransfer, NixlRef, ObjectStoreTransfer
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+
+PATIENCE_S = 60.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float64)
+needs_nixl = pytest.mark.skipif(
+    importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: make setup-vllm-cpu"
+)
+CARRIERS = ["object_store", pytest.param("nixl", marks=needs_nixl)]
+
+
+def make_transfer(name: str) -> KVTransfer:
+    if name == "object_store":
+        return ObjectStoreTransfer()
+    from fuse.workers.kv.nixl import NixlTransfer
+
+    return NixlTransfer(torch.device("cpu"), is_local=True)
+
+
+def kv(seed: int, num_values: int = 60) -> list[Tensor]:
+    """A tensor of each dtype, of random bits, NaNs included; and one without values."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [num_values * dtype.itemsize for dtype in DTYPES]
+    bits = [torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8) for size in sizes]
+    tensors = [one.view(dtype).view(2, -1, 3) for one, dtype in zip(bits, DTYPES, strict=True)]
+    return [*tensors, torch.empty(2, 0, 3)]
+
+
+def same(tensors: tuple[Tensor, ...], seed: int, num_values: int = 60) -> bool:
+    expected = kv(seed, num_values)
+    return len(tensors) == len(expected) and all(
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
+        for one, other in zip(tensors, expected, strict=True)
+    )
+
+
+class Peer:
+    """A process with a carrier, and what it fetched."""
+
+    def __init__(self) -> None:
+        self.before = self._listening()
+        self.transfer: Any = ObjectStoreTransfer()
+
+    def renew(self, name: str) -> None:
+        self.close()
+        self.transfer = make_transfer(name)
+        self.fetched: dict[int, tuple[Tensor, ...]] = {}
+
+    def offer(self, seed: int, num_values: int = 60, in_place: bool = False) -> KVRef:
+        tensors = kv(seed, num_values)
+        if in_place:
+            layout = kv_memory.layout_of(tensors)
+            places = kv_memory.views(self.transfer.allocate(kv_memory.num_bytes(layout)), layout)
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor)
+            tensors = list(places)
+        return self.transfer.offer(tensors)
+
+    def offer_on(self, seed: int) -> KVRef:
+        return self.transfer.offer(self.fetched.pop(seed))
+
+    def fetch(self, ref: KVRef, seed: int) -> int | None:
+        """Where it is now."""
+        fetched = self.transfer.fetch(ref)
+        if fetched is None:
+            return None
+        self.fetched[seed] = fetched
+        return fetched[0].data_ptr()
+
+    def holds(self, seed: int, num_values: int = 60) -> bool:
+        return same(self.fetched[seed], seed, num_values)
+
+    def release(self, seed: int) -> None:
+        self.transfer.release(self.fetched.pop(seed))
+
+    def recall(self) -> None:
+        self.transfer.recall()
+
+    def wait_for(self, num_offered: int) -> bool:
+        give_up_s = time.monotonic() + PATIENCE_S
+        while self.transfer.num_offered != num_offered and time.monotonic() < give_up_s:
+            time.sleep(0.001)
+        return bool(self.transfer.num_offered == num_offered)
+
+    def set_patience(self, seconds: float) -> float:
+        """Returns what it was, which the next carriers of this process need again."""
+        from fuse.workers import nixl_transfer
+
+        before, nixl_transfer._PATIENCE_S = nixl_transfer._PATIENCE_S, seconds
+        return before
+
+    def fill_device(self) -> None:
+        def register(num_bytes: int) -> None:
+            raise torch.OutOfMemoryError("the device is full")
+
+        self.transfer._register = register
+
+    def busy_s(self, seconds: float) -> float:
+        """Processor time of all threads while this one sleeps."""
+        start = psutil.Process().cpu_times()
+        time.sleep(seconds)
+        end = psutil.Process().cpu_times()
+        return end.user + end.system - start.user - start.system
+
+    def opened(self) -> list[str]:
+        """Where it listens since it has the carrier, and what UCX's thread is called."""
+        return [ip for ip, _ in self._listening() - self.before] + [name for name in self._threads() if name == "async"]
+
+    def close(self) -> None:
+        self.transfer.close()
+        self.transfer.close()
+
+    def _listening(self) -> set[tuple[str, int]]:
+        connections = psutil.Process().net_connections("inet")
+        return {tuple(one.laddr) for one in connections if one.status == psutil.CONN_LISTEN}
+
+    def _threads(self) -> list[str]:
+        names = []
+        for path in Path("/proc/self/task").glob("*/comm"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                names.append(path.read_text().strip())
+        return names
+
+
+def ask(worker: Worker, method: str, *arguments: Any) -> Any:
+    return worker.call(method, *arguments).result()
+
+
+def open_files(worker: Worker) -> list[str]:
+    files = []
+    for fd in Path(f"/proc/{worker.process_id}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it is closed again
+            files.append(os.readlink(fd))
+    return files
+
+
+class Pair:
+    """Two processes that outlive a test, unless it kills one."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._workers = [self._spawn(device) for device in (0, 1)]
+
+    def start(self, name: str) -> tuple[Worker, Worker]:
+        """Both with a new carrier."""
+        for worker in self._workers:
+            ask(worker, "renew", name)
+        return self._workers[0], self._workers[1]
+
+    def kill_first(self) -> None:
+        process = psutil.Process(self._workers[0].process_id)
+        process.kill()
+        process.wait(PATIENCE_S)
+
+    def replace_first(self, name: str) -> Worker:
+        self._cluster.kill(self._workers[0])
+        self._workers[0] = self._spawn(0)
+        ask(self._workers[0], "renew", name)
+        return self._workers[0]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            self._cluster.kill(worker)
+
+    def _spawn(self, device: int) -> Worker:
+        return self._cluster.spawn("peer", device, Peer)
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: Cluster) -> Iterator[Pair]:
+    started = Pair(cluster)
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_the_bytes_arrive_in_every_dtype(pair: Pair, carrier: str) -> None:
+    source, target = pair.start(carrier)
+    for seed, num_values in enumerate((6, 600, 300_000, 0)):
+        ref = ask(source, "offer", seed, num_values)
+        assert ref.num_bytes == num_values * sum(dtype.itemsize for dtype in DTYPES)
+        assert ask(target, "fetch", ref, seed) is not None
+        assert ask(target, "holds", seed, num_values)
+
+
+@needs_nixl
+def test_what_is_read_and_what_is_given_back_is_used_again(pair: Pair) -> None:
+    source, target = pair.start("nixl")
+    first, second = (ask(source, "offer", seed, 60, True) for seed in (1, 2))
+    assert first.address != second.address
+    first_at = ask(target, "fetch", first, 1)
+    assert ask(source, "wait_for", 1)
+    third = ask(source, "offer", 3)
+    assert third.address == first.address, "it was read"
+    assert ask(target, "fetch", second, 2) != first_at
+    assert all(ask(target, "holds", seed) for seed in (1, 2))
+    ask(target, "release", 1)
+    assert ask(target, "fetch", third, 3) == first_at, "it was given back"
+    assert all(ask(target, "holds", seed) for seed in (2, 3))
+
+    again = ask(target, "offer_on", 3)
+    assert again.address == first_at, "what is offered on stays where it is"
+    ask(target, "recall")
+    assert ask(target, "wait_for", 0)
+
+    on = ask(target, "offer", 4)
+    assert ask(source, "fetch", on, 4) is not None
+    assert ask(source, "holds", 4)
+
+
+@needs_nixl
+def test_memory_grows_while_offers_wait(pair: Pair) -> None:
+    """The first ones are read last, by a process that knows the offering one already."""
+    source, target = pair.start("nixl")
+    sizes = {seed: 60 << (4 * seed) for seed in range(4)}
+    refs = {seed: ask(source, "offer", seed, num_values, seed % 2 == 0) for seed, num_values in sizes.items()}
+    assert len({ref.address for ref in refs.values()}) == len(refs)
+    for seed in reversed(refs):
+        ask(target, "fetch", refs[seed], seed)
+    assert all(ask(target, "holds", seed, num_values) for seed, num_values in sizes.items())
+    assert ask(source, "wait_for", 0)
+
+
+@needs_nixl
+def test_what_nobody_fetches_is_taken_back(pair: Pair) -> None:
+    source, _ = pair.start("nixl")
+    lost = ask(source, "offer", 1)
+    ask(source, "recall")
+    assert ask(source, "wait_for", 0)
+    assert ask(source, "offer", 2).address == lost.address
+
+
+@needs_nixl
+def test_kv_that_finds_no_room_is_lost_and_no_more(pair: Pair) -> None:
+    source, target = pair.start("nixl")
+    small, large = (ask(source, "offer", seed, num_values) for seed, num_values in ((1, 60), (2, 300_000)))
+    assert ask(target, "fetch", small, 1) is not None
+    ask(target, "release", 1)
+    ask(target, "fill_device")
+    assert ask(target, "fetch", large, 2) is None
+    assert ask(target, "fetch", ask(source, "offer", 3), 3) is not None, "there is a piece of this size"
+    assert ask(target, "holds", 3)
+
+
+@needs_nixl
+def test_a_reference_is_plain_data(pair: Pair) -> None:
+    source, _ = pair.start("nixl")
+    ref = ask(source, "offer", 1, 300_000)
+    assert isinstance(ref, NixlRef)
+    assert ref.layout[1] == ("torch.bfloat16", (2, 50_000, 3))
+    assert len(cloudpickle.dumps(ref)) < 4096
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_kv_of_a_killed_process_is_lost_and_no_more(pair: Pair, carrier: str, num_before: int) -> None:
+    """Whether or not it was read from before; and the other one goes on with the next.
+
+    The object store on the same host may still have it.
+    """
+    source, target = pair.start(carrier)
+    for seed in range(num_before):
+        assert ask(target, "fetch", ask(source, "offer", seed), seed) is not None
+    ref = ask(source, "offer", 7, 300_000)
+    pair.kill_first()
+    where = ask(target, "fetch", ref, 7)
+    assert where is None or (carrier == "object_store" and ask(target, "holds", 7, 300_000))
+    source = pair.replace_first(carrier)
+    assert ask(target, "fetch", ask(source, "offer", 8), 8) is not None
+    assert ask(target, "holds", 8)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_the_object_store_has_lost_is_lost_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is on another host than the process that died."""
+
+    def get(references: object) -> None:
+        raise OwnerDiedError("00", b"", "")
+
+    transfer = ObjectStoreTransfer()
+    ref = transfer.offer(kv(0))
+    monkeypatch.setattr(ray, "get", get)
+    assert transfer.fetch(ref) is None
+
+
+@needs_nixl
+def test_a_process_that_does_not_answer_is_given_up_and_may_come_back(pair: Pair) -> None:
+    source, target = pair.start("nixl")
+    assert ask(target, "fetch", ask(source, "offer", 0), 0) is not None
+    patience_s = ask(target, "set_patience", 3.0)
+    refs = [ask(source, "offer", seed, 300_000) for seed in range(4)]
+    os.kill(source.process_id, signal.SIGSTOP)
+    try:
+        waits_s = []
+        for seed in range(3):
+            start_s = time.monotonic()
+            assert ask(target, "fetch", refs[seed], seed) is None
+            waits_s.append(time.monotonic() - start_s)
+        assert waits_s[0] > 3.0 > max(waits_s[1:]), "it is not waited for as long again"
+    finally:
+        os.kill(source.process_id, signal.SIGCONT)
+        ask(target, "set_patience", patience_s)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while ask(target, "fetch", refs[3], 3) is None:
+        assert time.monotonic() < deadline_s
+    assert ask(target, "holds", 3, 300_000)
+
+
+@needs_nixl
+def test_a_carrier_listens_on_loopback_idles_and_leaves_nothing(pair: Pair) -> None:
+    source, target = pair.start("nixl")
+    assert ask(target, "fetch", ask(source, "offer", 0), 0) is not None
+    for peer in (source, target):
+        assert set(ask(peer, "opened")) == {"127.0.0.1", "async"}
+        assert ask(peer, "busy_s", 1.0) < 0.5, "a thread that spins takes all of it"
+    shared = [name for peer in (source, target) for name in open_files(peer) if "shm/ucx" in name]
+    assert all(name.endswith("(deleted)") for name in shared), "a killed process would leave it"
+    for peer in (target, source):
+        ask(peer, "close")
+        assert ask(peer, "opened") == []
+
+
+def test_nixl_is_loaded_by_those_that_use_it_only() -> None:
+    program = "import sys, fuse.driver.fleet; sys.exit(any(name.startswith('nixl') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("versions", "state"),
+    [
+        ({}, "nixl 1.5.1, which is not installed"),
+        ({"nixl": "0.9.0"}, "nixl 1.5.1, which is installed as 0.9.0"),
+        ({"nixl": "1.5.1"}, "nixl-cu12 1.5.1, which is not installed"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], state: str
+) -> None:
+    def version(package: str) -> str:
+        if package in versions:
+            return versions[package]
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ValueError, match=f"needs {state}: pip install --no-deps nixl==1.5.1 nixl-cu12==1") as error:
+        choose_kv_transfer("nixl", "cpu", is_local=True)
+    assert "\n" not in str(error.value)
+    assert isinstance(choose_kv_transfer("object_store", "cpu", is_local=True)(), ObjectStoreTransfer)
