@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fuse.intrastage.stage import MicroBatch
+from fuse.micro_batch import MicroBatch
 from schedules import Kind
 
 

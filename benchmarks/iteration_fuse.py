@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_callback import PrinterCallback
 
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience
 from fuse.benchmarks.iteration_turns import PeakMemory, Response, TrainingThread, Turn, Turnstile, loader
 from fuse.benchmarks.iteration_workload import Workload, forced_engine
 from fuse.config.ppo import PPOConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -38,11 +38,16 @@ _POLL_S = 0.01
 _OPTIONS = ("engine", "kv_transfer", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
 
 
-class Row(TypedDict):
-    """One context length and carrier; milliseconds are medians. ratio: how many times as long computing anew takes."""
+class Labels(TypedDict):
+    """Which engine, and what carries KV."""
 
     engine: str
     kv_transfer: str
+
+
+class Row(Labels):
+    """One context length and carrier; milliseconds are medians. ratio: how many times as long computing anew takes."""
+
     context_tokens: int
     recompute_ms: float
     transfer_ms: float
@@ -87,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     transfers = [choose_kv_transfer(carrier, "cpu", is_local=True) for carrier in carriers]  # before anything starts
     engine = choose_engine(arguments.engine, max_batch=2, kv_cache_bytes=None, autocast=None)
     for carrier, transfer in zip(carriers, transfers, strict=True):
-        labels = {"engine": arguments.engine, "kv_transfer": carrier}
+        labels: Labels = {"engine": arguments.engine, "kv_transfer": carrier}
         with _engines(model, engine, transfer) as (source, target):
             sample_ids = count()
             for context_tokens in arguments.context_tokens:
@@ -121,7 +126,7 @@ def _measure(
     target: Worker,
     sample_ids: Iterator[int],
     context_tokens: int,
-    labels: Mapping[str, str],
+    labels: Labels,
     repeats: int,
 ) -> Row:
     requests = _requests(model.config.get_text_config().vocab_size, context_tokens, sample_ids)

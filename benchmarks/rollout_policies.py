@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
-from fuse.config.settings import fleet_settings
+from fuse.config.settings import algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.driver.live import RolloutReport
 from fuse.engines.engine import SamplingParams
@@ -31,7 +31,7 @@ from fuse.interstage.migration import Policy, StageByStage, Threshold
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
-from fuse.sample import Sample
+from fuse.sample import Sample, SpecialTokens
 from fuse.trace import busy_s
 
 POLICIES = ("none", "threshold", "adaptive")
@@ -91,8 +91,10 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
         use_cpu=True,
     )
     classifier = critic_from_policy(model, pad_token_id=0)
-    settings = fleet_settings(config, _NO_TOKEN, arguments.prompt_tokens, model.config)
-    return Fleet(settings, actor=model, critic=classifier, reference=model, reward=classifier)
+    algorithm = algorithm_of(config, SpecialTokens(pad=_NO_TOKEN, eos=None, stop=None))
+    settings = fleet_settings(config, algorithm, _NO_TOKEN, arguments.prompt_tokens, model.config)
+    models = {"actor": model, "critic": classifier, "reference": model, "reward": classifier}
+    return Fleet(settings, models)
 
 
 class _Mix:

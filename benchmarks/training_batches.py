@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fuse.algorithms import ppo
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience, Segments
+from fuse.algorithms.gae import ppo_targets
 from fuse.benchmarks.rollout import synthetic_lengths
 from fuse.intrastage.profile import Shape
 
@@ -51,18 +51,23 @@ def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int)
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, vocab_size, (count,), generator=generator).tolist())
 
-    segments = ppo.Segments.from_lengths(lengths, max(lengths))
+    segments = Segments.from_lengths(lengths, max(lengths))
     num_tokens, num_values = int(segments.token_offsets[-1]), int(segments.value_offsets[-1])
+    prompts, responses = tuple(tokens(prompt_tokens) for _ in lengths), tuple(map(tokens, lengths))
     return Experience(
-        prompts=tuple(tokens(prompt_tokens) for _ in lengths),
-        responses=tuple(map(tokens, lengths)),
+        prompts=prompts,
+        responses=responses,
         lengths=tuple(lengths),
         width=max(lengths),
         segments=segments,
-        logprobs=torch.full((num_tokens,), -float(torch.tensor(vocab_size).log())),
-        advantages=torch.randn(num_tokens, generator=generator),
-        values=torch.zeros(num_values),
-        returns=torch.randn(num_values, generator=generator),
+        targets=ppo_targets(
+            responses,
+            lengths,
+            logprobs=torch.full((num_tokens,), -float(torch.tensor(vocab_size).log())),
+            advantages=torch.randn(num_tokens, generator=generator),
+            values=torch.zeros(num_values),
+            returns=torch.randn(num_values, generator=generator),
+        ),
     )
 
 

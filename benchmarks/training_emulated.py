@@ -22,7 +22,8 @@ from fuse.benchmarks.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store
 from fuse.intrastage.executor import execute
 from fuse.intrastage.planned import times_of
-from fuse.intrastage.stage import MicroBatch, Stage
+from fuse.intrastage.stage import Stage
+from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder
 from fuse.workers.errors import WorkerError
 from schedules import Kind, Pipeline, Problem, Schedule, evaluate

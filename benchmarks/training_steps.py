@@ -6,11 +6,14 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from fuse.algorithms.policy_loss import clipped_policy_loss
+from fuse.algorithms.value_loss import clipped_value_loss
 from fuse.benchmarks.comparison import compare
 from fuse.benchmarks.training_batches import Task, Workload
 from fuse.benchmarks.training_worker import TimedStep, TrainingWorker
@@ -19,6 +22,7 @@ from fuse.intrastage.placement import ModelName, place
 from fuse.intrastage.plan import Plan, fused_schedule, serial_schedule
 from fuse.intrastage.planned import PlannedTimes, planned_times
 from fuse.intrastage.profile import Profile, merge
+from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
 from fuse.training.steps import OptimizerStep
@@ -32,14 +36,14 @@ _CAUSES = ("contention", "imbalance", "overhead", "transfer")
 SETTINGS = TrainingSettings(
     backend="transformers",
     split_backward=True,
-    temperature=1.0,
-    cliprange=0.2,
-    vf_coef=0.1,
-    cliprange_value=0.2,
+    losses={
+        "actor": partial(clipped_policy_loss, temperature=1.0, cliprange=0.2),
+        "critic": partial(clipped_value_loss, vf_coef=0.1, cliprange=0.2),
+    },
+    layout=RaggedLayout(),
     adamw=AdamWConfig(max_grad_norm=1.0),
     autocast=None,
     gradient_checkpointing=False,
-    pad_token_id=None,
     timeout_s=120.0,
 )
 
@@ -170,9 +174,7 @@ class Trainers:
             "fused": fused_schedule(profile, self._placement, count, middle, time_limit_s=solve_s),
         }
         plans = {side: Plan(schedule, profile) for side, schedule in schedules.items()}
-        step = OptimizerStep(
-            micro_batches=task.micro_batches, slots=tuple((0, 0, index) for index in range(count)), accumulation=count
-        )
+        step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
         by_rank = self._on_all("alternate", load.experience, step, plans, repeats, _WARMUP)
         names = [replica.name for replica in self._placement]
         sides = {}

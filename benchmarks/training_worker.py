@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.placement import ModelName, Replica
 from fuse.intrastage.plan import Plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -37,7 +37,7 @@ class Sample:
 
     `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
-    `fuse.algorithms.ppo.response_length`), known once it is generated; a response may hold more.
+    `response_length`), known once it is generated; a response may hold more.
     """
 
     id: int
@@ -55,3 +55,25 @@ class Sample:
         """Move to the next state; a step the life cycle does not have is a bug."""
         assert state in _NEXT_STATES[self.state], f"sample {self.id} cannot go from {self.state} to {state}"
         self.state = state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """Ids of the tokens that end responses and fill up batches. stop: ends a response; None where none does."""
+
+    pad: int
+    eos: int | None
+    stop: int | None
+
+
+def length_to_stop(response_ids: Sequence[int], stop_token_id: int | None) -> int:
+    """Number of tokens up to and including the first stop token, all of them without one."""
+    if stop_token_id is None or stop_token_id not in response_ids:
+        return len(response_ids)
+    return response_ids.index(stop_token_id) + 1
+
+
+def response_length(response_ids: Sequence[int], stop_token_id: int | None, pad_token_id: int) -> int:
+    """Number of tokens that count: up to and including the first stop token, and before the first padding token."""
+    end = length_to_stop(response_ids, stop_token_id)
+    return next((index for index in range(end) if response_ids[index] == pad_token_id), end)

@@ -83,6 +83,11 @@ class PPOConfig(RunConfig):
         False, "Reproduce TRL's quirks (accumulation, ignored clipping, padded metrics) for comparisons."
     )
 
+    @property
+    def sampling_temperature(self) -> float:
+        """What logits are divided by, in sampling and in every log-probability: never zero."""
+        return self.temperature + 1e-7
+
     def _check_ranges(self) -> None:
         super()._check_ranges()
         for name in ("gamma", "lam"):

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from fuse.algorithms.algorithm import Algorithm
+from fuse.algorithms.gae import GAESettings
+from fuse.algorithms.ppo import PPOSettings, ppo
 from fuse.config.ppo import PPOConfig
 from fuse.config.run import RunConfig
 from fuse.driver.engine_choice import EngineFactory, choose_engine
@@ -20,15 +23,44 @@ from fuse.interstage.planner import RolloutSettings
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import place
 from fuse.intrastage.planner import PlanSettings
+from fuse.sample import SpecialTokens
 from fuse.training.layer_costs import TypicalBatch
+from fuse.training.layout import Layout, RaggedLayout, TRLLayout
 from fuse.training.rank import TrainingSettings
-from fuse.training.scoring import MicroBatchLimit
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 
 _UNBOUNDED = 1 << 30
 _INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def fleet_settings(config: PPOConfig, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig) -> FleetSettings:
+def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
+    """The algorithm that `config` asks for."""
+    gae = GAESettings(
+        kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
+        whiten_rewards=config.whiten_rewards,
+        gamma=config.gamma,
+        lam=config.lam,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )
+    settings = PPOSettings(
+        gae=gae,
+        temperature=config.sampling_temperature,
+        cliprange=config.cliprange,
+        vf_coef=config.vf_coef,
+        cliprange_value=config.cliprange_value,
+    )
+    return ppo(settings, special)
+
+
+def layout_of(config: PPOConfig, pad_token_id: int) -> Layout:
+    """The layout that `config` asks for."""
+    return TRLLayout(pad_token_id) if config.trl_quirks else RaggedLayout()
+
+
+def fleet_settings(
+    config: PPOConfig, algorithm: Algorithm, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
+) -> FleetSettings:
     """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
 
     Raises:
@@ -43,27 +75,27 @@ def fleet_settings(config: PPOConfig, pad_token_id: int, prompt_tokens: int, act
         )
     is_fused = config.intra_stage_fusion and num_ranks > 1
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
-    placement = (
-        *place("actor", num_ranks, config.actor_stages or num_ranks),
-        *place("critic", num_ranks, config.critic_stages or num_ranks, reverse=True),
+    layout = layout_of(config, pad_token_id)
+    stages = {"actor": config.actor_stages, "critic": config.critic_stages}
+    placement = tuple(
+        replica
+        for index, role in enumerate(algorithm.losses)
+        for replica in place(role, num_ranks, stages[role] or num_ranks, reverse=index % 2 == 1)
     )
     training = TrainingSettings(
         backend=config.train_backend,
         split_backward=is_fused,
         tensor_parallel_size=config.tensor_parallel_size,
-        temperature=config.temperature + 1e-7,
-        cliprange=config.cliprange,
-        vf_coef=config.vf_coef,
-        cliprange_value=config.cliprange_value,
+        losses=algorithm.losses,
+        layout=layout,
         adamw=AdamWConfig(
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            max_grad_norm=0.0 if config.trl_quirks else config.max_grad_norm,
+            max_grad_norm=config.max_grad_norm if layout.clips_gradients else 0.0,
         ),
-        autocast=torch.bfloat16 if config.bf16 and not config.trl_quirks else None,
+        autocast=torch.bfloat16 if config.bf16 and layout.autocasts else None,
         gradient_checkpointing=config.gradient_checkpointing,
-        pad_token_id=pad_token_id if config.trl_quirks else None,
         timeout_s=config.worker_timeout_s,
     )
     # On CPUs attention over the cache is native in float32 alone.
@@ -75,8 +107,12 @@ def fleet_settings(config: PPOConfig, pad_token_id: int, prompt_tokens: int, act
         pad_token_id=pad_token_id,
         engine=engine(config, generation_type),
         kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
-        inference=MicroBatchLimit(
-            max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
+        scoring=ScoringSettings(
+            temperature=config.sampling_temperature,
+            limit=MicroBatchLimit(
+                max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
+            ),
+            autocast=training.autocast,
         ),
         training=training,
         placement=placement,

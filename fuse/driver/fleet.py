@@ -12,8 +12,9 @@ from typing import Any
 import ray
 from transformers import PreTrainedModel
 
+from fuse import roles
 from fuse.activity import silent
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage as controller
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout, RolloutReport
@@ -22,9 +23,10 @@ from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.planner import RolloutPlanner
-from fuse.intrastage.placement import ModelName, replica_micro_batches
+from fuse.intrastage.placement import replica_micro_batches
 from fuse.intrastage.planner import Planner
-from fuse.intrastage.profile import Shape
+from fuse.micro_batch import Metric
+from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
@@ -33,7 +35,6 @@ from fuse.training.steps import OptimizerStep
 from fuse.workers.cluster import Cluster, Worker, gather
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_worker import GenerationWorker
-from fuse.workers.model_worker import Role
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ _logger = logging.getLogger(__name__)
 class Fleet:
     """The workers of a run. A context manager: they start on entry and are gone on exit, whatever happened.
 
+    models: by role; see `fuse.roles`.
     cluster: where they run, and end when it does; by default one of their own.
     tell: hears what is being done.
 
@@ -52,20 +54,15 @@ class Fleet:
     def __init__(
         self,
         settings: FleetSettings,
+        models: Mapping[str, PreTrainedModel],
         *,
-        actor: PreTrainedModel,
-        critic: PreTrainedModel,
-        reference: PreTrainedModel,
-        reward: PreTrainedModel | None,
         cluster: Cluster | None = None,
         tell: Callable[[str], None] = silent,
     ) -> None:
         self.settings = settings
         self._early = cluster
-        self._trained: dict[ModelName, PreTrainedModel] = {"actor": actor, "critic": critic}
-        self._scoring: dict[Role, PreTrainedModel] = {"reference": reference, "critic": critic}
-        if reward is not None:
-            self._scoring["reward"] = reward
+        self._trained = {role: models[role] for role in roles.training(models)}
+        self._scoring = {role: models[role] for role in roles.scoring(models)}
         self._tell = tell
         self._tensor_parallel_size = settings.training.tensor_parallel_size
         self._resources = ExitStack()
@@ -86,7 +83,7 @@ class Fleet:
         self._cluster = self._early or resources.enter_context(
             Cluster(settings.num_devices, ray_address=settings.ray_address, accelerator=settings.accelerator)
         )
-        actor = put_state_dict(self._trained["actor"].state_dict())
+        actor = put_state_dict(self._trained[GENERATING].state_dict())
         devices = range(settings.num_devices)
         self._generation_workers = [self._spawn_engine(device, [actor]) for device in devices]
         self._rollouts = RolloutPlanner(settings.rollout)
@@ -109,14 +106,14 @@ class Fleet:
 
     def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> Worker:
         settings = self.settings
-        spec = ModelSpec.of(self._trained["actor"])
+        spec = ModelSpec.of(self._trained[GENERATING])
         make_engine = partial(settings.engine, spec, weights, settings.accelerator)
         return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine, settings.kv_transfer)
 
     def _replace_engine(self, device: int) -> Worker:
         """Another generation worker in place of one that died, with the actor's weights as they are now."""
         self._cluster.kill(self._generation_workers[device])
-        worker = self._generation_workers[device] = self._spawn_engine(device, self._exported("actor"))
+        worker = self._generation_workers[device] = self._spawn_engine(device, self._exported(GENERATING))
         return worker
 
     # One iteration
@@ -165,17 +162,18 @@ class Fleet:
         controller.generate(self._generation_workers, samples, params, self.settings.pad_token_id, self._tell)
 
     def infer(self, samples: Sequence[Sample]) -> None:
-        """Fill in the samples' reference log-probabilities, values and, from a reward model, scores."""
+        """Fill in what models say of the samples."""
         workers = self._model_workers
         self._tell("scoring")
         controller.infer(workers, samples)
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
-    ) -> list[list[dict[str, float]]]:
-        """Take the steps; returns the statistics of every micro-batch, [steps][micro-batches]."""
+    ) -> list[list[dict[Metric, float]]]:
+        """Take the steps; returns the metrics of every micro-batch, [steps][micro-batches]."""
         counts = {len(step.micro_batches) for step in steps}
-        shapes = [self._shape(experience, samples) for step in steps for samples in step.micro_batches]
+        shape_of = self.settings.training.layout.shape
+        shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
         plans = self._planner.plans(counts, shapes, self._free_bytes)
@@ -188,10 +186,10 @@ class Fleet:
         ]
 
     def _merge(
-        self, num_micro_batches: int, by_rank: Sequence[Mapping[ModelName, Sequence[dict[str, float]]]]
-    ) -> list[dict[str, float]]:
+        self, num_micro_batches: int, by_rank: Sequence[Mapping[str, Sequence[dict[Metric, float]]]]
+    ) -> list[dict[Metric, float]]:
         """One row per micro-batch: a replica's last rank has those of the replica's micro-batches."""
-        merged: list[dict[str, float]] = [{} for _ in range(num_micro_batches)]
+        merged: list[dict[Metric, float]] = [{} for _ in range(num_micro_batches)]
         placement = self._planner.placement
         for replica in placement:
             num_replicas = sum(other.model == replica.model for other in placement)
@@ -200,32 +198,27 @@ class Fleet:
                 merged[index] |= row
         return merged
 
-    def _shape(self, experience: Experience, samples: Sequence[int]) -> Shape:
-        """Of the micro-batch that these samples make."""
-        if self.settings.training.pad_token_id is not None:
-            return Shape(len(samples), max(map(len, experience.prompts)) + experience.width)
-        return Shape(len(samples), max(len(experience.prompts[i]) + experience.lengths[i] for i in samples))
-
     def _free_bytes(self) -> int | None:
         """On the fullest device, if it tells."""
         return min((free for free in self._on_models("free_bytes") if free is not None), default=None)
 
     def synchronise(self) -> None:
-        """Give the trained weights to the engines and to the critic's inference copies."""
+        """Give the trained weights to the engines, and to what scores with a copy of a model that trains."""
         self._tell("weights: to engines and inference")
-        self._on_engines("load_weights", self._exported("actor"))
-        self._on_models("load_scoring_weights", "critic", self._exported("critic"))
+        self._on_engines("load_weights", self._exported(GENERATING))
+        for role in self._trained.keys() & self._scoring.keys():
+            self._on_models("load_scoring_weights", role, self._exported(role))
 
     # Weights, checkpoints, traces
 
-    def fetch_weights(self, policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
-        """Copy the trained weights into the caller's models."""
+    def fetch_weights(self) -> None:
+        """Copy the trained weights into the models that the run was started with."""
         self._tell("weights: to the driver")
-        load_state_dict(policy, get_state_dict(self._exported("actor")))
-        load_state_dict(value_model, get_state_dict(self._exported("critic")))
+        for role, model in self._trained.items():
+            load_state_dict(model, get_state_dict(self._exported(role)))
 
     def save(self, directory: Path) -> None:
-        """Write the training state of both models."""
+        """Write the training state of all models that train."""
         self._tell("saving: the training state")
         self._on_models("save", directory)
 
@@ -252,8 +245,8 @@ class Fleet:
         """Idle share that the last update's training would have had without fusion; None where it is not known."""
         return self._planner.serial_bubble_ratio
 
-    def _exported(self, model: ModelName) -> list[WeightsRef]:
-        return [ref for ref in self._on_models("export_weights", model) if ref is not None]
+    def _exported(self, role: str) -> list[WeightsRef]:
+        return [ref for ref in self._on_models("export_weights", role) if ref is not None]
 
     def _on_models(self, method: str, *arguments: object) -> list[Any]:
         return gather([worker.call(method, *arguments) for worker in self._model_workers])

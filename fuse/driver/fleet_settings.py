@@ -12,7 +12,7 @@ from fuse.intrastage.plan import serial_schedule
 from fuse.intrastage.planner import PlanSettings
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.rank import TrainingSettings
-from fuse.training.scoring import MicroBatchLimit
+from fuse.training.scoring import ScoringSettings
 from fuse.workers.kv.transfer import MakeKVTransfer
 
 
@@ -30,7 +30,7 @@ class FleetSettings:
     pad_token_id: int
     engine: EngineFactory
     kv_transfer: MakeKVTransfer
-    inference: MicroBatchLimit
+    scoring: ScoringSettings
     training: TrainingSettings
     placement: tuple[Replica, ...]
     micro_batches_per_step: int

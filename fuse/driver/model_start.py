@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
-from fuse.intrastage.placement import ModelName, Replica
+from fuse.intrastage.placement import Replica
 from fuse.intrastage.planner import Planner
 from fuse.intrastage.profile_store import Measured, ProfileStore
 from fuse.intrastage.stage_balance import Parts, choose_placement
+from fuse.roles import GENERATING
 from fuse.training.model_spec import ModelSpec
 from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.model_worker import ModelWorker, Role
+from fuse.workers.model_worker import ModelWorker
 from fuse.workers.weights import WeightsRef, put_state_dict
 
 _logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class ModelStart:
         self,
         cluster: Cluster,
         settings: FleetSettings,
-        trained: Mapping[ModelName, PreTrainedModel],
-        scoring: Mapping[Role, PreTrainedModel],
+        trained: Mapping[str, PreTrainedModel],
+        scoring: Mapping[str, PreTrainedModel],
         actor: WeightsRef,
         *,
         after: Sequence[Worker],
@@ -103,7 +104,7 @@ class ModelStart:
                 self._specs,
                 scoring,
                 settings.training,
-                settings.inference,
+                settings.scoring,
             )
             for device in range(settings.num_devices)
         ]
@@ -114,13 +115,14 @@ class ModelStart:
         placement = self._placement(store)
         self._doing = "stages"
         self._on_all("place", placement)
-        critic = put_state_dict(self._trained["critic"].state_dict())
         self._doing = "weights"
-        self._on_all("load_training_weights", "actor", [actor])
-        self._on_all("load_training_weights", "critic", [critic])
-        for role, model in self._scoring.items():
-            weights = critic if role == "critic" else put_state_dict(model.state_dict())
-            self._on_all("load_scoring_weights", role, [weights])
+        models = {**self._trained, **self._scoring}
+        for role, model in models.items():
+            weights = actor if role == GENERATING else put_state_dict(model.state_dict())
+            if role in self._trained:
+                self._on_all("load_training_weights", role, [weights])
+            if role in self._scoring:
+                self._on_all("load_scoring_weights", role, [weights])
         return Models(self._workers, Planner(placement, settings.plan, store))
 
     def _placement(self, store: ProfileStore) -> tuple[Replica, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from fuse.activity import silent
-from fuse.algorithms.ppo import response_length
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.migration import balance
-from fuse.sample import Sample, SampleState
+from fuse.sample import Sample, SampleState, response_length
 from fuse.training.scoring import Inference, TokenSequence
 from fuse.workers.cluster import Worker, gather, wait_any
 from fuse.workers.generation_worker import Progress
@@ -49,7 +49,7 @@ def generate(
 
 
 def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
-    """Fill in every sample's reference log-probabilities, values and score; devices get equal shares of the tokens.
+    """Fill in what models say of every sample; devices get equal shares of the tokens.
 
     Raises:
         WorkerError: a model worker died or raised.
@@ -101,7 +101,7 @@ def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, p
 def apply_inference(samples: Sequence[Sample], results: Sequence[Inference]) -> None:
     """Write down what the models say; a score from elsewhere stays where there is no reward model."""
     for sample, result in zip(samples, results, strict=True):
-        sample.reference_logprobs, sample.values = result.reference_logprobs, result.values
-        if result.score is not None:
-            sample.score = result.score
+        for field in fields(result):
+            if (said := getattr(result, field.name)) is not None:
+                setattr(sample, field.name, said)
         sample.advance(SampleState.SCORED)

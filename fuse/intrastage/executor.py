@@ -16,7 +16,8 @@ from torch import Tensor
 import schedules
 from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
 from fuse.intrastage.planned import PlannedTimes, operation_name
-from fuse.intrastage.stage import MicroBatch, Stage
+from fuse.intrastage.stage import Stage
+from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder
 from schedules import Kind, Op, Schedule
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from fuse.intrastage.communication import PipelineCommunicators
 from fuse.intrastage.live_memory import LiveMemory
 from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
-from fuse.intrastage.stage import MicroBatch, Stage
+from fuse.intrastage.stage import Stage
+from fuse.micro_batch import MicroBatch
 from schedules import Kind
 
 

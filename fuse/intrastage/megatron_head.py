@@ -19,7 +19,7 @@ class VocabularyHead(nn.Module):
     tied_embedding: the module whose weight it uses; None for its own.
     tensor_group: the tensor-parallel ranks, which call this at once.
 
-    A loss that knows of shards communicates less: see `vocab_parallel_logprobs`.
+    Log-probabilities of tokens take less communication than logits: see `token_logprobs`.
     """
 
     def __init__(
@@ -50,29 +50,23 @@ class VocabularyHead(nn.Module):
         bias: Tensor | None = getattr(self.output_layer, "bias", None)
         return owner.weight, bias
 
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `fuse.ops.logprob.token_logprobs`, without any rank ever holding rows of logits.
 
-def vocab_parallel_logprobs(
-    hidden: Tensor, head: VocabularyHead, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy in nats under softmax(head(hidden) / temperature), each [n] float32.
+        All tensor-parallel ranks call this at once and get the same.
 
-    As `fuse.ops.logprob.token_logprobs`, without any rank ever holding rows of logits; all ranks of the head's group
-    call this at once and get the same. Differentiable in hidden and the head's weights.
-
-    hidden: [n, hidden]. targets: [n] int64 in [0, vocab).
-
-    Raises: CommunicationError when a peer died or did not answer in time.
-    """
-    weight, bias = head.parameters_of_shard
-    group = head.tensor_group
-    shard = None
-    if group.size() > 1:
-        shard = VocabularyShard(
-            first_token=group.rank() * len(weight),
-            take_maximum=lambda tensor: _take_maximum(tensor, group),
-            take_sum=lambda tensor: all_reduce_sum(tensor, group, "partition functions over the vocabulary"),
-        )
-    return linear_logprob(hidden, weight, bias, targets, temperature, shard=shard)
+        Raises: CommunicationError when a peer died or did not answer in time.
+        """
+        weight, bias = self.parameters_of_shard
+        group = self.tensor_group
+        shard = None
+        if group.size() > 1:
+            shard = VocabularyShard(
+                first_token=group.rank() * len(weight),
+                take_maximum=lambda tensor: _take_maximum(tensor, group),
+                take_sum=lambda tensor: all_reduce_sum(tensor, group, "partition functions over the vocabulary"),
+            )
+        return linear_logprob(hidden, weight, bias, targets, temperature, shard=shard)
 
 
 def _take_maximum(values: Tensor, group: dist.ProcessGroup) -> None:

@@ -25,8 +25,8 @@ from fuse.intrastage.megatron_parallel import take_over_parallel_layers
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
 from fuse.intrastage.partition import check_state_dict, checked_layer_range, global_name, recompute_in_backward
 from fuse.intrastage.split_backward import SplitBackward
-from fuse.intrastage.stage import Loss, MicroBatch
 from fuse.intrastage.transformers_stage import head_of
+from fuse.micro_batch import Loss, Metrics, MicroBatch
 
 
 class MegatronStage:
@@ -64,6 +64,7 @@ class MegatronStage:
         check_supported(config)
         self.stage, self.num_stages = stage, num_stages
         self._loss = loss
+        self.metrics: dict[int, Metrics] = {}
         self._device = torch.device(device)
         self._autocast = autocast
         self._group = lone_group() if tensor_group is None else tensor_group
@@ -144,7 +145,7 @@ class MegatronStage:
             decoder.set_input_tensor(None)
             if self.is_last:
                 selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
-                output = self._loss(selected, self._head, micro_batch)
+                output, self.metrics[index] = self._loss(selected, self._head, micro_batch)
         self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fuse.intrastage.live_memory import LiveMemory
-from fuse.intrastage.stage import MicroBatch, Stage
+from fuse.intrastage.stage import Stage
+from fuse.micro_batch import MicroBatch
 
 
 class MemoryProbe:

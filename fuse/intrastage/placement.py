@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-ModelName = Literal["actor", "critic"]
+ModelName = str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Right-padded sequences that pass through a pipeline together.
-
-    input_ids: [batch, tokens] int64; every rank of the pipeline has them, as they tell the shape of what it receives.
-    head_index: [selected] int64 into the flattened [batch * tokens]: the rows of the final hidden state the head sees.
-    targets: what the loss needs; stages do not look inside.
-    attention_mask, position_ids: [batch, tokens], only for layouts padded inside; plain causal attention without them.
-    """
-
-    input_ids: Tensor
-    head_index: Tensor
-    targets: Any
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on a device, with the targets' tensors if those are one, or a dataclass of some."""
-        moved: MicroBatch = _moved(self, device)
-        return moved
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
-    return value
-
-
-Loss = Callable[[Tensor, nn.Module, MicroBatch], Tensor]
-"""(hidden [selected, hidden], head, micro-batch) -> scalar to minimise; micro-batches add up."""
+from fuse.micro_batch import Metrics, MicroBatch
 
 
 class Stage(Protocol):
@@ -89,7 +56,12 @@ class Stage(Protocol):
 
 
 class TrainedStage(Stage, Protocol):
-    """A stage of a Hugging Face model, as optimizer and training state see it."""
+    """A stage of a Hugging Face model, as optimizer and training state see it.
+
+    metrics: of a last stage, by index, what the loss gave of each micro-batch when it last went forward.
+    """
+
+    metrics: dict[int, Metrics]
 
     @property
     def tied_names(self) -> frozenset[str]:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.partition import check_state_dict, checked_layer_range, global_name, recompute_in_backward
 from fuse.intrastage.split_backward import SplitBackward
-from fuse.intrastage.stage import Loss, MicroBatch
+from fuse.micro_batch import Loss, Metrics, MicroBatch
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
@@ -92,6 +92,7 @@ class TransformersStage:
     ) -> None:
         self.stage, self.num_stages = stage, num_stages
         self._loss = loss
+        self.metrics: dict[int, Metrics] = {}
         self._device = torch.device(device)
         self._autocast = autocast
 
@@ -151,7 +152,7 @@ class TransformersStage:
             ).last_hidden_state
             if self.is_last:
                 selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
-                output = self._loss(selected, self._head, micro_batch)
+                output, self.metrics[index] = self._loss(selected, self._head, micro_batch)
         self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
 

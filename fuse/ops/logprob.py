@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuse.ops import linear_logprob as linear
+
+
+@runtime_checkable
+class SharedHead(Protocol):
+    """A head that several processes hold parts of, and that makes log-probabilities by itself."""
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """As the function of this name, in all of the processes at once."""
+        ...
 
 
 def token_logprobs(
@@ -18,7 +27,7 @@ def token_logprobs(
 
     hidden: [n, hidden] of the head's dtype.
     head: maps [n, hidden] to logits [n, vocab]. Of a plain nn.Linear only the parameters are used: its logits are
-        never held side by side, see `fuse.ops.linear_logprob`.
+        never held side by side, see `fuse.ops.linear_logprob`. Or a `SharedHead`.
     targets: [n] int64 in [0, vocab).
     chunk_tokens: rows of any other head's logits held at once; the backward pass then computes each chunk's logits
         again. None: all rows, once.
@@ -36,6 +45,8 @@ def token_logprobs(
         raise ValueError(f"temperature is {temperature}: it must be positive; add 1e-7 to allow for 0")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: it must be at least 1, or None for no chunks")
+    if isinstance(head, SharedHead):
+        return head.token_logprobs(hidden, targets, temperature)
     if _is_plain(head):
         return linear.linear_logprob(hidden, head.weight, head.bias, targets, temperature)
     if chunk_tokens is None or len(targets) <= chunk_tokens:

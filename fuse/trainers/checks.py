@@ -9,6 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fuse.config.ppo import PPOConfig
+from fuse.roles import GENERATING
+from fuse.training.model_spec import ModelSpec
 
 
 def check_arguments(
@@ -48,31 +50,34 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, needs_eos: bool) -> N
         raise ValueError("stop_token='eos' but the tokenizer has no end-of-sequence token: set stop_token_id instead")
 
 
-def check_vocabularies(policy: PreTrainedModel, others: Mapping[str, PreTrainedModel]) -> None:
-    """Every token the policy can generate must exist in the models that read it.
+def check_models(models: Mapping[str, PreTrainedModel]) -> None:
+    """Every token the policy can generate must exist in the models that read it. models: by role.
 
     Raises:
-        ValueError: a vocabulary that is smaller than the policy's, or for the reference not of its size.
+        ValueError: a vocabulary that is smaller than the policy's, or for the reference not of its size; a model that
+            workers cannot build again.
     """
-    size = policy.config.get_text_config().vocab_size
-    for role, model in others.items():
+    size = models[GENERATING].config.get_text_config().vocab_size
+    for role, model in models.items():
         other = model.config.get_text_config().vocab_size
-        if other < size or (role == "ref_model" and other != size):
+        if other < size or (role == "reference" and other != size):
             raise ValueError(
-                f"vocabulary mismatch: the policy has {size} tokens, {role} has {other}: "
+                f"vocabulary mismatch: the policy has {size} tokens, {_ARGUMENTS[role]} has {other}: "
                 f"use models of one tokenizer, or resize_token_embeddings"
             )
+        ModelSpec.of(model)
+
+
+_ARGUMENTS = {"actor": "model", "critic": "value_model", "reference": "ref_model", "reward": "reward_model"}
+"""The trainer's, by role."""
 
 
 def check_prompts(
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    context: int | None,
-    response_length: int,
-    vocabulary_size: int,
-    pad_token_id: int,
+    rows: Iterable[Mapping[str, Any]], policy: PreTrainedModel, response_length: int, pad_token_id: int
 ) -> None:
     """Raises: ValueError naming the first row whose prompt is empty, too long or outside the vocabulary."""
+    config = policy.config.get_text_config()
+    context, vocabulary_size = getattr(config, "max_position_embeddings", None), config.vocab_size
     for index, row in enumerate(rows):
         if "input_ids" not in row:
             names = ", ".join(row) or "none"

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from fuse.algorithms import ppo
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience, Segments
+from fuse.algorithms.gae import ppo_targets
 from fuse.intrastage.measure import measure
 from fuse.intrastage.placement import ModelName
 from fuse.intrastage.profile import Profile
 from fuse.intrastage.stage import Stage
 from fuse.training.model_spec import ModelSpec
-from fuse.training.rank import MODELS, TrainingSettings
+from fuse.training.rank import TrainingSettings
 
 _NUM_PARTS = 3
 _REPEATS = 1
@@ -51,7 +51,7 @@ def measure_parts(
     batch: TypicalBatch,
     tick_s: float,
 ) -> Profile:
-    """Stages 0, 1 and 2 of pipelines "actor" and "critic", of one layer each; the first embeds, the last has the head.
+    """Stages 0, 1 and 2 of a pipeline per role, of one layer each; the first embeds, the last has the head.
 
     All devices call this at once. They are timed by what the process computes, on CPUs, whose cores may be generating
     meanwhile. Weights are made up, and memory is not measured.
@@ -60,17 +60,16 @@ def measure_parts(
     """
     batch = batch.at_most(_MOST_TOKENS)
     vocabulary_size = min(spec.config.get_text_config().vocab_size for spec in specs.values())
-    made = settings.micro_batches(_experience(batch, vocabulary_size), range(batch.num_sequences))
-    losses = settings.losses()
+    made = settings.layout.micro_batches(_experience(batch, vocabulary_size), range(batch.num_sequences), 1.0)
     stages: dict[tuple[int, int], Stage] = {}
-    for pipeline, model in enumerate(MODELS):
+    for pipeline, (role, spec) in enumerate(specs.items()):
         for part in range(_NUM_PARTS):
             stage = settings.build_stage(
-                specs[model],
+                role,
+                spec,
                 stage=part,
                 num_stages=_NUM_PARTS,
                 layer_range=(0, 1),
-                loss=losses[model],
                 device=device,
                 tensor_group=tensor_group,
             )
@@ -79,9 +78,9 @@ def measure_parts(
             stages[pipeline, part] = stage
     return measure(
         rank,
-        [(model, (rank,) * _NUM_PARTS) for model in MODELS],
+        [(role, (rank,) * _NUM_PARTS) for role in specs],
         stages,
-        [[made[model].to(device)] for model in MODELS],
+        [[made[role].to(device)] for role in specs],
         (),  # everything is on one rank
         repeats=_REPEATS,
         tick_s=tick_s,
@@ -94,16 +93,21 @@ def _experience(batch: TypicalBatch, vocabulary_size: int) -> Experience:
     tokens = tuple(token % vocabulary_size for token in range(batch.prompt_tokens + batch.response_tokens))
     count = batch.num_sequences
     lengths = tuple(math.ceil(batch.response_tokens * (index + 1) / count) for index in range(count))
-    segments = ppo.Segments.from_lengths(lengths, batch.response_tokens)
+    segments = Segments.from_lengths(lengths, batch.response_tokens)
     num_tokens, num_values = int(segments.token_offsets[-1]), int(segments.value_offsets[-1])
+    responses = tuple(tokens[batch.prompt_tokens :][:length] for length in lengths)
     return Experience(
         prompts=(tokens[: batch.prompt_tokens],) * count,
-        responses=tuple(tokens[batch.prompt_tokens :][:length] for length in lengths),
+        responses=responses,
         lengths=lengths,
         width=batch.response_tokens,
         segments=segments,
-        logprobs=torch.zeros(num_tokens),
-        advantages=torch.ones(num_tokens),
-        values=torch.zeros(num_values),
-        returns=torch.ones(num_values),
+        targets=ppo_targets(
+            responses,
+            lengths,
+            logprobs=torch.zeros(num_tokens),
+            advantages=torch.ones(num_tokens),
+            values=torch.zeros(num_values),
+            returns=torch.ones(num_values),
+        ),
     )

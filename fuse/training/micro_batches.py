@@ -1,39 +1,21 @@
-"""Micro-batches of an experience: token tensors for the stages, targets for the losses."""
+"""Micro-batches of an experience: token tensors for the stages, targets for the losses, by role that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse.algorithms.experience import Experience
-from fuse.algorithms.ppo import INVALID_LOGPROB
-from fuse.intrastage.stage import MicroBatch
+from fuse.algorithms.batch import TOKEN_IDS, Experience, Targets
+from fuse.micro_batch import MicroBatch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyTargets:
-    """What the policy loss compares with, all [positions]; see `fuse.algorithms.ppo.policy_loss`."""
-
-    token_ids: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueTargets:
-    """What the value loss compares with, all [positions]; see `fuse.algorithms.ppo.value_loss`."""
-
-    old_values: Tensor
-    returns: Tensor
-    mask: Tensor
-
-
-def ragged(experience: Experience, indices: Sequence[int]) -> tuple[MicroBatch, MicroBatch]:
-    """The actor's and the critic's micro-batch of samples `indices`, right-padded; heads see only what counts."""
+def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dict[str, MicroBatch]:
+    """Samples `indices`, right-padded; heads see only what counts."""
     sequences = [
         (*experience.prompts[index], *experience.responses[index][: experience.lengths[index]]) for index in indices
     ]
@@ -44,32 +26,20 @@ def ragged(experience: Experience, indices: Sequence[int]) -> tuple[MicroBatch, 
 
     # The hidden state at token prompt + t - 1 predicts response token t and its value.
     first = [row * num_tokens + len(experience.prompts[index]) - 1 for row, index in enumerate(indices)]
-    segments = experience.segments
-    token_rows = _rows(segments.token_offsets, indices)
-    value_rows = _rows(segments.value_offsets, indices)
-    policy = PolicyTargets(
-        token_ids=torch.tensor(
-            [token for index in indices for token in experience.responses[index][: experience.lengths[index]]],
-            dtype=torch.int64,
-        ),
-        old_logprobs=experience.logprobs[token_rows],
-        advantages=experience.advantages[token_rows],
-        mask=torch.ones(len(token_rows), dtype=torch.bool),
-    )
-    value = ValueTargets(
-        old_values=experience.values[value_rows],
-        returns=experience.returns[value_rows],
-        mask=torch.ones(len(value_rows), dtype=torch.bool),
-    )
-    token_counts = [experience.lengths[index] for index in indices]
-    value_counts = [segments.num_values(index) for index in indices]
-    return (
-        MicroBatch(input_ids=input_ids, head_index=_ranges(first, token_counts), targets=policy),
-        MicroBatch(input_ids=input_ids, head_index=_ranges(first, value_counts), targets=value),
-    )
+    made = {}
+    for role, targets in experience.targets.items():
+        offsets = experience.segments.offsets(targets.positions)
+        rows, counts = _rows(offsets, indices), [int(offsets[index + 1] - offsets[index]) for index in indices]
+        made[role] = MicroBatch(
+            input_ids=input_ids,
+            head_index=_ranges(first, counts),
+            targets=_map_columns(targets, partial(_take, rows=rows)),
+            weight=weight,
+        )
+    return made
 
 
-def padded(experience: Experience, indices: Sequence[int], pad_token_id: int) -> tuple[MicroBatch, MicroBatch]:
+def padded(experience: Experience, indices: Sequence[int], weight: float, pad_token_id: int) -> dict[str, MicroBatch]:
     """The same samples as TRL lays them out: prompts left-padded, every response `width` positions wide.
 
     Losses are unchanged (masked); what is averaged over padding, as TRL's entropy is, becomes comparable.
@@ -77,45 +47,54 @@ def padded(experience: Experience, indices: Sequence[int], pad_token_id: int) ->
     context = max(len(prompt) for prompt in experience.prompts)
     width = experience.width
     token_ids = torch.full((len(indices), context + width), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros(len(indices), width, dtype=torch.bool)
-    value_mask = torch.zeros(len(indices), width, dtype=torch.bool)
     for row, index in enumerate(indices):
         prompt, response = experience.prompts[index], experience.responses[index]
         token_ids[row, context - len(prompt) : context] = torch.tensor(prompt)
         token_ids[row, context : context + len(response)] = torch.tensor(response, dtype=torch.int64)
-        mask[row, : experience.lengths[index]] = True
-        value_mask[row, : experience.segments.num_values(index)] = True
-    mask, value_mask = mask.flatten(), value_mask.flatten()
-
-    token_rows = _rows(experience.segments.token_offsets, indices)
-    value_rows = _rows(experience.segments.value_offsets, indices)
-    policy = PolicyTargets(
-        token_ids=token_ids[:, context:].flatten(),
-        old_logprobs=_scatter(experience.logprobs[token_rows], mask, INVALID_LOGPROB),
-        advantages=_scatter(experience.advantages[token_rows], mask, 0.0),
-        mask=mask,
-    )
-    value = ValueTargets(
-        old_values=_scatter(experience.values[value_rows], value_mask, 0.0),
-        returns=_scatter(experience.returns[value_rows], value_mask, 0.0),
-        mask=value_mask,
-    )
     attention_mask = token_ids != pad_token_id
     position_ids = attention_mask.cumsum(1) - attention_mask.long()
     input_ids = token_ids.masked_fill(~attention_mask, 0)
     first = [row * (context + width) + context - 1 for row in range(len(indices))]
     head_index = _ranges(first, [width] * len(indices))
 
-    def micro_batch(targets: PolicyTargets | ValueTargets) -> MicroBatch:
-        return MicroBatch(
+    made = {}
+    for role, targets in experience.targets.items():
+        offsets = experience.segments.offsets(targets.positions)
+        rows = _rows(offsets, indices)
+        counts = torch.tensor([int(offsets[index + 1] - offsets[index]) for index in indices])
+        mask = (torch.arange(width) < counts[:, None]).flatten()
+
+        laid_out: Any = _map_columns(targets, partial(_scatter, rows=rows, mask=mask, fill=targets.fill))
+        if hasattr(laid_out, TOKEN_IDS):
+            laid_out = replace(laid_out, **{TOKEN_IDS: token_ids[:, context:].flatten()})
+        made[role] = MicroBatch(
             input_ids=input_ids,
             head_index=head_index,
-            targets=targets,
+            targets=laid_out,
+            weight=weight,
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
+    return made
 
-    return micro_batch(policy), micro_batch(value)
+
+def _map_columns(targets: Targets, function: Callable[[str, Tensor], Tensor]) -> Targets:
+    """Targets of the same kind with function(name, tensor) in place of every tensor."""
+    untyped: Any = targets
+    changed: Targets = replace(
+        untyped, **{field.name: function(field.name, getattr(untyped, field.name)) for field in fields(untyped)}
+    )
+    return changed
+
+
+def _take(name: str, values: Tensor, *, rows: Tensor) -> Tensor:
+    return values[rows]
+
+
+def _scatter(name: str, values: Tensor, *, rows: Tensor, mask: Tensor, fill: Mapping[str, float]) -> Tensor:
+    result = values.new_full(mask.shape, fill.get(name, 0.0))
+    result[mask] = values[rows]
+    return result
 
 
 def _rows(offsets: Tensor, indices: Sequence[int]) -> Tensor:
@@ -125,9 +104,3 @@ def _rows(offsets: Tensor, indices: Sequence[int]) -> Tensor:
 
 def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
-
-
-def _scatter(values: Tensor, mask: Tensor, fill: float) -> Tensor:
-    result = values.new_full(mask.shape, fill)
-    result[mask] = values
-    return result

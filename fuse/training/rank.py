@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure, measure_messages, shape_of
@@ -24,17 +25,16 @@ from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
 from fuse.intrastage.plan import Plan
 from fuse.intrastage.planned import planned_times
 from fuse.intrastage.profile import Profile
-from fuse.intrastage.stage import MicroBatch, TrainedStage
+from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch
 from fuse.trace import Span, SpanRecorder
 from fuse.training import state
-from fuse.training.losses import ActorLoss, CriticLoss
-from fuse.training.micro_batches import padded, ragged
+from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.steps import OptimizerStep
 from schedules import Schedule
 
-MODELS: tuple[ModelName, ...] = ("actor", "critic")
 _MESSAGES = 3
 
 
@@ -44,42 +44,33 @@ class TrainingSettings:
 
     backend: what stages are made of. split_backward: whether they can defer weight gradients.
     tensor_parallel_size: devices that share each stage: rank r of the schedules is devices r * size and those after it.
+    losses: by role that trains. layout: what micro-batches are made like.
     autocast: the type to compute in; None for float32.
-    pad_token_id: lays micro-batches out padded, as TRL does; None for ragged ones.
     timeout_s: a peer that does not answer for so long counts as lost.
     """
 
     backend: Literal["transformers", "megatron"]
     split_backward: bool
-    temperature: float
-    cliprange: float
-    vf_coef: float
-    cliprange_value: float
+    losses: Mapping[str, Loss]
+    layout: Layout
     adamw: AdamWConfig
     autocast: torch.dtype | None
     gradient_checkpointing: bool
-    pad_token_id: int | None
     timeout_s: float
     tensor_parallel_size: int = 1
 
-    def losses(self) -> dict[ModelName, ActorLoss | CriticLoss]:
-        return {
-            "actor": ActorLoss(temperature=self.temperature, cliprange=self.cliprange),
-            "critic": CriticLoss(vf_coef=self.vf_coef, cliprange_value=self.cliprange_value),
-        }
-
     def build_stage(
         self,
+        role: str,
         spec: ModelSpec,
         *,
         stage: int,
         num_stages: int,
         layer_range: tuple[int, int] | None,
-        loss: ActorLoss | CriticLoss,
         device: torch.device,
         tensor_group: dist.ProcessGroup | None,
     ) -> TrainedStage:
-        """A stage whose parameters are yet to be loaded."""
+        """A stage of this role's model, whose parameters are yet to be loaded."""
         stage_class: Any = TransformersStage
         if self.backend == "megatron":
             from fuse.intrastage.megatron_stage import MegatronStage  # imports megatron-core
@@ -91,19 +82,13 @@ class TrainingSettings:
             stage=stage,
             num_stages=num_stages,
             layer_range=layer_range,
-            loss=loss,
+            loss=self.losses[role],
             device=device,
             autocast=self.autocast,
             gradient_checkpointing=self.gradient_checkpointing,
             split_backward=self.split_backward,
         )
         return made
-
-    def micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[ModelName, MicroBatch]:
-        """What actor and critic train on for these samples."""
-        if self.pad_token_id is None:
-            return dict(zip(MODELS, ragged(experience, samples), strict=True))
-        return dict(zip(MODELS, padded(experience, samples, self.pad_token_id), strict=True))
 
 
 class TrainingRank:
@@ -127,15 +112,14 @@ class TrainingRank:
         self._is_first_of_group = lane == 0
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
-        self._losses = settings.losses()
         self._is_observed = False
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
+                replica.model,
                 specs[replica.model],
                 stage=stage,
                 num_stages=len(replica.ranks),
                 layer_range=None if replica.layer_ranges is None else replica.layer_ranges[stage],
-                loss=self._losses[replica.model],
                 device=device,
                 tensor_group=tensor_group,
             )
@@ -158,7 +142,7 @@ class TrainingRank:
                 ),
                 settings.adamw,
             )
-            for model in MODELS
+            for model in specs
         }
 
     def stages_of(self, model: ModelName) -> dict[tuple[int, int], TrainedStage]:
@@ -171,21 +155,19 @@ class TrainingRank:
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[ModelName, list[dict[str, float]]]]:
+    ) -> list[dict[ModelName, list[dict[Metric, float]]]]:
         """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has.
 
-        Returns, per step, the statistics of the micro-batches whose loss was computed here, in the order of the
+        Returns, per step and role, the metrics of the micro-batches whose loss was computed here, in the order of the
         replica's micro-batches.
         """
         return [self._step(experience, step, learning_rate, plans[len(step.micro_batches)]) for step in steps]
 
     def _step(
         self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan
-    ) -> dict[ModelName, list[dict[str, float]]]:
-        for loss in self._losses.values():
-            loss.accumulation = step.accumulation
-        micro_batches = [self._micro_batches(experience, samples) for samples in step.micro_batches]
-        num_replicas = {model: sum(replica.model == model for replica in self._placement) for model in MODELS}
+    ) -> dict[ModelName, list[dict[Metric, float]]]:
+        micro_batches = [self._micro_batches(experience, samples, step.weight) for samples in step.micro_batches]
+        num_replicas = Counter(replica.model for replica in self._placement)
         per_pipeline = [
             [
                 micro_batches[index][replica.model]
@@ -215,11 +197,19 @@ class TrainingRank:
             largest = per_pipeline[pipeline][_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
             self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
-        for model in MODELS:
-            norm = self._optimizers[model].reduce()  # not in the span: a rank that is done earlier waits in here
+        for model, optimizer in self._optimizers.items():
+            norm = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
             with self._recorder.span(f"step {model}", "optimizer"):
-                self._optimizers[model].apply(norm, learning_rate)
-        return {model: loss.statistics.drain() for model, loss in self._losses.items()}
+                optimizer.apply(norm, learning_rate)
+        return self._metrics([len(own) for own in per_pipeline])
+
+    def _metrics(self, num_micro_batches: Sequence[int]) -> dict[ModelName, list[dict[Metric, float]]]:
+        """What the losses computed here gave of the step's micro-batches, by role. num_micro_batches: by pipeline."""
+        return {
+            replica.model: _numbers([held.metrics[index] for index in range(num_micro_batches[pipeline])])
+            for (pipeline, stage), held in self._stages.items()
+            if stage == len((replica := self._placement[pipeline]).ranks) - 1
+        }
 
     def _observe_messages(self, schedule: Schedule, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
         """Record what a message to the next stage takes, for each pipeline's smallest and largest micro-batch."""
@@ -252,16 +242,15 @@ class TrainingRank:
 
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
         """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
-        pairs = [self._micro_batches(experience, samples) for samples in micro_batches]
-        per_pipeline = [[pair[replica.model] for pair in pairs] for replica in self._placement]
+        made = [self._micro_batches(experience, samples, 1.0) for samples in micro_batches]
+        per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
-            profile = measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
-        for loss in self._losses.values():
-            loss.statistics.drain()
-        return profile
+            return measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
 
-    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[ModelName, MicroBatch]:
-        made = self._settings.micro_batches(experience, samples)
+    def _micro_batches(
+        self, experience: Experience, samples: Sequence[int], weight: float
+    ) -> dict[ModelName, MicroBatch]:
+        made = self._settings.layout.micro_batches(experience, samples, weight)
         return {model: micro_batch.to(self._device) for model, micro_batch in made.items()}
 
     def load_weights(self, model: ModelName, state_dict: Mapping[str, Tensor]) -> None:
@@ -289,3 +278,9 @@ class TrainingRank:
 def _largest(micro_batches: Sequence[MicroBatch]) -> int:
     """Index of the one with most tokens; of several the last, which finds memory warm."""
     return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))
+
+
+def _numbers(metrics: Sequence[Metrics]) -> list[dict[Metric, float]]:
+    """On the host, by one wait for the device."""
+    rows = torch.stack([torch.stack([value.float() for value in row.values()]) for row in metrics]).tolist()
+    return [dict(zip(of_one, row, strict=True)) for of_one, row in zip(metrics, rows, strict=True)]

@@ -7,6 +7,7 @@ then needs no mask. Heads are applied only to the positions asked for.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fuse.intrastage.transformers_stage import head_of
 from fuse.ops.logprob import token_logprobs
+from fuse.roles import ScoreKind
 
 _LOGIT_ROWS = 1024
 """Rows of logits held at once."""
@@ -48,16 +50,37 @@ class MicroBatchLimit:
     max_tokens: int = 16384
 
 
-@dataclass(frozen=True, slots=True)
-class Inference:
-    """What the scoring models say of a sequence of n response tokens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringSettings:
+    """How models score. temperature: of the sampling. autocast: the type to compute in; None for the model's own."""
 
-    reference_logprobs: [n]. values: [n + 1], before each token and after the last. score: None without a reward model.
+    temperature: float
+    limit: MicroBatchLimit
+    autocast: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inference:
+    """What the scoring models say of a sequence of n response tokens; None for what no model of the run says.
+
+    reference_logprobs: [n]. values: [n + 1], before each token and after the last.
     """
 
-    reference_logprobs: NDArray[np.float32]
-    values: NDArray[np.float32]
-    score: float | None
+    reference_logprobs: NDArray[np.float32] | None = None
+    values: NDArray[np.float32] | None = None
+    score: float | None = None
+
+
+def score(
+    kind: ScoreKind, model: PreTrainedModel, sequences: Sequence[TokenSequence], settings: ScoringSettings
+) -> Sequence[NDArray[np.float32] | float]:
+    """What a model says of each sequence, of this kind."""
+    limit, autocast = settings.limit, settings.autocast
+    if kind == "reference_logprobs":
+        return reference_logprobs(model, sequences, settings.temperature, limit=limit, autocast=autocast)
+    if kind == "values":
+        return values(model, sequences, sys.maxsize, limit=limit, autocast=autocast)
+    return scores(model, sequences, limit=limit, autocast=autocast)
 
 
 def reference_logprobs(

@@ -1,36 +1,36 @@
-"""The model worker: a device's training stages of actor and critic, and its copies of the models that score."""
+"""The model worker: a device's training stages, and its copies of the models that score."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from fuse.algorithms.experience import Experience
+from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
-from fuse.intrastage.placement import ModelName, Replica
+from fuse.intrastage.placement import Replica
 from fuse.intrastage.plan import Plan
 from fuse.intrastage.profile import Profile
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metric
+from fuse.roles import ROLES, ScoreKind
 from fuse.state_dict import adopt_state_dict
 from fuse.trace import Span, SpanRecorder
-from fuse.training import scoring as inference
+from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_parts
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.steps import OptimizerStep
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
-Role = Literal["reference", "reward", "critic"]
-"""The models that score: the critic's inference copy follows its training stages."""
-
 
 class ModelWorker:
     """Runs on one device, as rank `rank` of the model workers' world.
+
+    trained, scoring: by role; a model that does both scores by a copy, which follows its training stages.
 
     Call `serve_store` on rank 0, then `connect` and `place` on all ranks at once, then `load_training_weights`.
     """
@@ -39,14 +39,14 @@ class ModelWorker:
         self,
         rank: int,
         device: str,
-        trained: Mapping[ModelName, ModelSpec],
-        scoring: Mapping[Role, ModelSpec],
+        trained: Mapping[str, ModelSpec],
+        scoring: Mapping[str, ModelSpec],
         settings: TrainingSettings,
-        limit: inference.MicroBatchLimit,
+        scoring_settings: scoring.ScoringSettings,
     ) -> None:
         self._rank, self._device = rank, torch.device(device)
         self._trained, self._scoring_specs = trained, scoring
-        self._settings, self._limit = settings, limit
+        self._settings, self._scoring_settings = settings, scoring_settings
         self._recorder = SpanRecorder()
         self._num_inferences = 0
 
@@ -74,16 +74,14 @@ class ModelWorker:
         self._training = TrainingRank(
             self._rank, self._device, self._trained, placement, self._settings, self._recorder, self._tensor_group
         )
-        self._scoring: dict[Role, PreTrainedModel] = {
-            role: self._whole_critic() or spec.build(self._device, torch.float32)
-            if role == "critic"
-            else spec.build(self._device)
+        self._scoring: dict[str, PreTrainedModel] = {
+            role: self._trained_here(role) or spec.build(self._device, torch.float32 if role in self._trained else None)
             for role, spec in self._scoring_specs.items()
         }
 
-    def _whole_critic(self) -> PreTrainedModel | None:
-        """The critic itself, where this rank trains all of it in one stage: then it needs no copy to score with."""
-        stages = list(self._training.stages_of("critic").values())
+    def _trained_here(self, role: str) -> PreTrainedModel | None:
+        """The model itself, where this rank trains all of it in one stage: then it needs no copy to score with."""
+        stages = list(self._training.stages_of(role).values())
         stage = stages[0] if len(stages) == 1 else None
         return stage.model if isinstance(stage, TransformersStage) and stage.num_stages == 1 else None
 
@@ -91,7 +89,7 @@ class ModelWorker:
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[ModelName, list[dict[str, float]]]]:
+    ) -> list[dict[str, list[dict[Metric, float]]]]:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         return self._training.train(experience, steps, learning_rate, plans)
 
@@ -105,38 +103,35 @@ class ModelWorker:
 
     # Inference
 
-    def infer(self, sequences: Sequence[inference.TokenSequence]) -> list[inference.Inference]:
+    def infer(self, sequences: Sequence[scoring.TokenSequence]) -> list[scoring.Inference]:
         """Score sequences by every model that scores."""
-        limit, autocast = self._limit, self._settings.autocast
-        recorder, scoring = self._recorder, self._scoring
         self._num_inferences += 1
         sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
-        with recorder.span("reference", "infer", **sizes):
-            logprobs = inference.reference_logprobs(
-                scoring["reference"], sequences, self._settings.temperature, limit=limit, autocast=autocast
-            )
-        with recorder.span("critic", "infer", **sizes):
-            values = inference.values(scoring["critic"], sequences, sys.maxsize, limit=limit, autocast=autocast)
-        scores: Sequence[float | None] = [None] * len(sequences)
-        if "reward" in scoring:
-            with recorder.span("reward", "infer", **sizes):
-                scores = inference.scores(scoring["reward"], sequences, limit=limit, autocast=autocast)
-        return [inference.Inference(*results) for results in zip(logprobs, values, scores, strict=True)]
+        results: dict[ScoreKind, Sequence[Any]] = {}
+        for role, model in self._scoring.items():
+            kind = ROLES[role].scores
+            assert kind is not None
+            with self._recorder.span(role, "infer", **sizes):
+                results[kind] = scoring.score(kind, model, sequences, self._scoring_settings)
+        return [
+            scoring.Inference(**dict(zip(results, of_one, strict=True)))
+            for of_one in zip(*results.values(), strict=True)
+        ]
 
     # Weights and checkpoints
 
-    def load_training_weights(self, model: ModelName, weights: Sequence[WeightsRef]) -> None:
+    def load_training_weights(self, model: str, weights: Sequence[WeightsRef]) -> None:
         """Copy a model's initial weights into the stages held here."""
         self._training.load_weights(model, get_state_dict(weights))
 
-    def load_scoring_weights(self, role: Role, weights: Sequence[WeightsRef]) -> None:
+    def load_scoring_weights(self, role: str, weights: Sequence[WeightsRef]) -> None:
         """Have a scoring model compute with these weights; names that tied parameters share may be left out."""
-        if role == "critic" and self._whole_critic() is not None:
+        if self._trained_here(role) is not None:
             return
         with self._recorder.span(f"load {role}", "weights"):
             adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
-    def export_weights(self, model: ModelName) -> WeightsRef | None:
+    def export_weights(self, model: str) -> WeightsRef | None:
         """Put this rank's part of a model into the object store; None where another replica's does."""
         with self._recorder.span(f"export {model}", "weights"):
             state_dict = self._training.export_weights(model)

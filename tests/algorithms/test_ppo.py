@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fuse.algorithms import ppo
+from fuse.algorithms.batch import Segments
+from fuse.algorithms.policy_loss import CLIP_FRACTION, RATIO, clipped_surrogate
+from fuse.algorithms.value_loss import clipped_error
+from fuse.sample import response_length
 
 PAD, STOP = 0, 1
 
@@ -23,11 +26,11 @@ PAD, STOP = 0, 1
     ],
 )
 def test_response_length(response: list[int], stop: int | None, length: int) -> None:
-    assert ppo.response_length(response, stop, PAD) == length
+    assert response_length(response, stop, PAD) == length
 
 
 def test_segments_give_one_value_more_than_tokens_unless_the_response_is_as_wide_as_the_batch() -> None:
-    segments = ppo.Segments.from_lengths([2, 0, 3], width=3)
+    segments = Segments.from_lengths([2, 0, 3], width=3)
     assert segments.token_offsets.tolist() == [0, 2, 2, 5]
     assert segments.value_offsets.tolist() == [0, 3, 4, 7]
     assert segments.token_rows.tolist() == [0, 1, 4, 5, 6]
@@ -38,19 +41,20 @@ def test_policy_loss_clips_in_the_direction_of_the_advantage() -> None:
     advantages = torch.tensor([1.0, -1.0])
     mask = torch.ones(2, dtype=torch.bool)
     far = torch.tensor([2.0, 2.0]).log()  # ratio 2, clip range 0.2
-    result = ppo.policy_loss(far, torch.zeros(2), advantages, mask, 0.2)
-    assert result.loss.item() == pytest.approx((-1.2 + 2.0) / 2)
-    assert result.clip_fraction.item() == 0.5
-    assert result.ratio.item() == pytest.approx(2.0)
+    loss, metrics = clipped_surrogate(far, torch.zeros(2), advantages, mask, 0.2)
+    assert loss.item() == pytest.approx((-1.2 + 2.0) / 2)
+    assert metrics[CLIP_FRACTION].item() == 0.5
+    assert metrics[RATIO].item() == pytest.approx(2.0)
 
 
 def test_value_loss_takes_the_larger_of_clipped_and_unclipped() -> None:
     values, old_values, returns = torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([2.0])
-    loss, clip_fraction = ppo.value_loss(values, old_values, returns, torch.ones(1, dtype=torch.bool), 0.2)
+    loss, clip_fraction = clipped_error(values, old_values, returns, torch.ones(1, dtype=torch.bool), 0.2)
     assert loss.item() == pytest.approx(0.5 * 0.8**2)
     assert clip_fraction.item() == 1.0
 
 
 def test_a_micro_batch_of_empty_responses_has_no_loss() -> None:
     empty, mask = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
-    assert ppo.policy_loss(empty, empty, empty, mask, 0.2).loss.item() == 0.0
+    loss, _ = clipped_surrogate(empty, empty, empty, mask, 0.2)
+    assert loss.item() == 0.0

@@ -8,7 +8,8 @@ import torch
 from fuse.benchmarks import emulated_stage
 from fuse.benchmarks.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.executor import execute
-from fuse.intrastage.stage import MicroBatch, Stage
+from fuse.intrastage.stage import Stage
+from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Kind, Op, Pipeline, Problem, Schedule
 

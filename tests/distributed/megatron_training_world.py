@@ -34,8 +34,8 @@ from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
 from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
@@ -76,9 +76,9 @@ LAYOUTS = {
 }
 
 
-def logprob_loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+def logprob_loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
     logprobs, _ = token_logprobs(hidden, head, torch.arange(len(hidden)) * 7 % 64, 0.7)
-    return -(logprobs * micro_batch.targets.squeeze(-1)).mean()
+    return -(logprobs * micro_batch.targets.squeeze(-1)).mean(), {}
 
 
 class Training:

@@ -31,10 +31,9 @@ from world import ADAMW, LAYERS, TIMEOUT_S, Ports, Run, batches_of, full_model, 
 
 from fuse.intrastage.communication import CommunicationError, connect, serve_store
 from fuse.intrastage.executor import execute
-from fuse.intrastage.megatron_head import VocabularyHead, vocab_parallel_logprobs
 from fuse.intrastage.megatron_stage import MegatronStage
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
 from fuse.trace import SpanRecorder
 from schedules.baselines import serial
@@ -101,14 +100,12 @@ def check_pipelines(rank: int) -> dict[str, float]:
     return found
 
 
-def logprob_loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+def logprob_loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
     """Weighted log-probabilities, whose entropy is measured on the side."""
     targets = torch.arange(len(hidden)) * 7 % 64
-    logprobs, entropy = (vocab_parallel_logprobs if isinstance(head, VocabularyHead) else token_logprobs)(
-        hidden, head, targets, 0.7
-    )
+    logprobs, entropy = token_logprobs(hidden, head, targets, 0.7)
     ENTROPIES.append(entropy.detach())
-    return -(logprobs * micro_batch.targets.squeeze(-1)).mean()
+    return -(logprobs * micro_batch.targets.squeeze(-1)).mean(), {}
 
 
 ENTROPIES: list[Tensor] = []

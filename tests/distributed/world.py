@@ -50,8 +50,8 @@ from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.planned import PlannedTimes, times_of
 from fuse.intrastage.profile import profile_to_json
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
 from schedules import Kind, Op, Pipeline, Problem, Schedule, random_problems, violations
@@ -72,8 +72,8 @@ LAYERS = {1: ((0, 5),), 2: ((0, 1), (1, 5)), 4: ((0, 1), (1, 3), (3, 4), (4, 5))
 ADAMW = AdamWConfig(weight_decay=0.1, max_grad_norm=0.05)
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return (head(hidden) * micro_batch.targets).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return (head(hidden) * micro_batch.targets).square().mean(), {}
 
 
 def full_model(name: str) -> PreTrainedModel:
@@ -105,7 +105,7 @@ def add_gradients(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> None
     head = model.get_output_embeddings() or model.score
     for batch in batches:
         hidden = model.base_model(batch.input_ids).last_hidden_state.flatten(0, 1)[batch.head_index]
-        loss(hidden, head, batch).backward()
+        loss(hidden, head, batch)[0].backward()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fuse.intrastage.executor import execute
 from fuse.intrastage.planned import PlannedTimes
-from fuse.intrastage.stage import MicroBatch
+from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Op, Pipeline, Problem, Schedule
 

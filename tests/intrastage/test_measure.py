@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fuse.intrastage.measure import measure
 from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.profile import Shape
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -27,9 +27,9 @@ CONFIG = LlamaConfig(
 WAIT_S = 0.05
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
     time.sleep(WAIT_S)
-    return head(hidden).square().mean()
+    return head(hidden).square().mean(), {}
 
 
 def stages_of(kind: type[Any], *, split: bool) -> dict[tuple[int, int], Any]:

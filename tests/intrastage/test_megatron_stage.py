@@ -25,8 +25,8 @@ from transformers import (
 
 from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 from fuse.training.state import load_state, save_state
 
 SIZES = {
@@ -58,8 +58,8 @@ UNEVEN = ((0, 1), (1, 4), (4, 5))
 Chain = Sequence[MegatronStage | TransformersStage]
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return (head(hidden).float() * micro_batch.targets).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return (head(hidden).float() * micro_batch.targets).square().mean(), {}
 
 
 def model_of(name: str) -> PreTrainedModel:
@@ -134,10 +134,10 @@ def test_losses_logits_and_gradients_are_those_of_transformers_stages(name: str,
     model = model_of(name)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def recording(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        value = loss(hidden, head, micro_batch)
+    def recording(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        value, metrics = loss(hidden, head, micro_batch)
         seen.append((head(hidden).detach(), value.detach()))
-        return value
+        return value, metrics
 
     megatron = chain_of(MegatronStage, model, layer_ranges, loss=recording)
     run(megatron, BATCHES)

@@ -11,14 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.intrastage.measure import measure
 from fuse.intrastage.memory_probe import MemoryProbe
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return head(hidden).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return head(hidden).square().mean(), {}
 
 
 def stage_of(number: int, *, split: bool = True) -> Any:

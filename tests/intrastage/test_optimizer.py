@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 
 CONFIG = Qwen2Config(
     vocab_size=32,
@@ -25,8 +25,8 @@ CONFIG = Qwen2Config(
 BATCH = MicroBatch(input_ids=torch.tensor([[3, 1, 4, 1, 5]]), head_index=torch.arange(5), targets=None)
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return head(hidden).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return head(hidden).square().mean(), {}
 
 
 def model_and_stages(num_stages: int) -> tuple[PreTrainedModel, dict[tuple[int, int], TransformersStage]]:
@@ -57,7 +57,7 @@ def weights(stages: dict[tuple[int, int], TransformersStage]) -> dict[str, Tenso
 def test_the_norm_is_the_whole_models_and_clips_only_above_the_limit(num_stages: int, max_grad_norm: float) -> None:
     model, stages = model_and_stages(num_stages)
     reference = torch.optim.AdamW(model.parameters(), weight_decay=0.0, eps=1e-3)
-    loss(model.model(BATCH.input_ids).last_hidden_state.flatten(0, 1), model.lm_head, BATCH).backward()
+    loss(model.model(BATCH.input_ids).last_hidden_state.flatten(0, 1), model.lm_head, BATCH)[0].backward()
     expected = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
     reference.param_groups[0]["lr"] = 0.01
     reference.step()

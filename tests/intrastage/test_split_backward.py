@@ -26,8 +26,8 @@ from transformers import (
 
 from fuse.intrastage.live_memory import LiveMemory
 from fuse.intrastage.megatron_stage import MegatronStage
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -49,8 +49,8 @@ OPTIONS: dict[str, Mapping[str, object]] = {
 KINDS = {"transformers": TransformersStage, "megatron": MegatronStage}
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return (head(hidden).float() * micro_batch.targets).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return (head(hidden).float() * micro_batch.targets).square().mean(), {}
 
 
 def stages_of(name: str, *, split: bool, num_stages: int = 3, kind: str = "transformers", **options: Any) -> list[Any]:
@@ -157,9 +157,9 @@ def test_a_tied_head_on_one_stage_gets_both_of_its_gradients(options: str, kind:
 
 
 def test_a_head_in_recomputed_chunks_can_be_split() -> None:
-    def chunked(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    def chunked(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
         chunks = [checkpoint(head, rows, use_reentrant=False) for rows in hidden.split(3)]
-        return (torch.cat(chunks) * micro_batch.targets).square().mean()
+        return (torch.cat(chunks) * micro_batch.targets).square().mean(), {}
 
     expected = whole(stages_of("llama", split=False))
     split = halves(stages_of("llama", split=True, loss=chunked))

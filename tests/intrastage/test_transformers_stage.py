@@ -28,8 +28,8 @@ from transformers import (
     Trainer,
 )
 
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -47,8 +47,8 @@ MODELS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
 UNEVEN = ((0, 1), (1, 4), (4, 5))
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return (head(hidden).float() * micro_batch.targets).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return (head(hidden).float() * micro_batch.targets).square().mean(), {}
 
 
 def model_of(name: str) -> PreTrainedModel:
@@ -114,7 +114,7 @@ def reference_gradients(model: PreTrainedModel, micro_batches: Sequence[MicroBat
             attention_mask=micro_batch.attention_mask,
             position_ids=micro_batch.position_ids,
         ).last_hidden_state
-        loss(hidden.flatten(0, 1)[micro_batch.head_index], head, micro_batch).backward()
+        loss(hidden.flatten(0, 1)[micro_batch.head_index], head, micro_batch)[0].backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

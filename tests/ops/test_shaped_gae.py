@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuse.algorithms import ppo
+from fuse.algorithms.batch import Segments
 from fuse.ops import describe
 from fuse.ops.gae import gae, gae_reference
 from fuse.ops.shaped_gae import kl_penalty, shape_rewards, shaped_gae, shaped_gae_reference
@@ -17,7 +17,7 @@ SETTINGS = {"kl_coef": 0.05, "estimator": "k1", "whiten_rewards": False, "gamma"
 
 
 def batch(lengths: list[int], width: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
-    segments = ppo.Segments.from_lengths(lengths, width)
+    segments = Segments.from_lengths(lengths, width)
     generator = torch.Generator().manual_seed(seed)
     sizes = (sum(lengths), sum(lengths), len(lengths), int(segments.value_offsets[-1]))
     rows = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
@@ -96,7 +96,7 @@ def test_equals_the_padded_formulation(
         logprobs, reference, values, scores, counts, kl_coef=0.1, gamma=gamma, lam=0.95, whiten_rewards=whiten_rewards
     )
 
-    segments = ppo.Segments.from_lengths(lengths, width)
+    segments = Segments.from_lengths(lengths, width)
     for implementation in (shaped_gae, shaped_gae_reference):
         _, advantages, returns = implementation(
             logprobs[is_token], reference[is_token], scores, values[has_value],

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fuse import PPOConfig, PPOTrainer
@@ -55,7 +53,6 @@ class ReplayingTrainer(PPOTrainer):
 
     def __init__(self, case: Case, recording: Recording, config: PPOConfig) -> None:
         models = build_models(case)
-        self._recording = recording
         self._prompts = RecordedPrompts(recording.queries, case.num_prompts // case.batch_size)
         super().__init__(
             args=config,
@@ -71,12 +68,10 @@ class ReplayingTrainer(PPOTrainer):
         }
         # A lambda, for workers do not know this module: it travels to them by value.
         self._settings = replace(self._settings, engine=lambda *_: ReplayEngine(recordings))
+        self._permutation = lambda update, epoch: recording.permutations[(update - 1) * config.num_ppo_epochs + epoch]
 
     def get_train_dataloader(self) -> Any:
         return self._prompts
-
-    def _permutation(self, update: int, epoch: int) -> NDArray[np.int64]:
-        return self._recording.permutations[(update - 1) * self.args.num_ppo_epochs + epoch]
 
 
 def replay(case: Case, recording: Recording, output_dir: Path, **options: Any) -> Outcome:

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse.algorithms import experience, ppo
-from fuse.driver import stage_by_stage as controller
+from fuse import sample
+from fuse.algorithms import gae
+from fuse.driver import stage_by_stage
 from fuse.ops import shaped_gae
-from fuse.trainers import ppo as trainer
-from fuse.training import scoring as inference
-from fuse.training import steps
+from fuse.training import layout, scoring, steps
 
 from .cases import BASELINE, EARLY_STOPS, MINI_BATCHES, PAST_STOP, Case
 from .oracle import Recording
@@ -33,7 +32,7 @@ def score_on_the_last_token(patch: pytest.MonkeyPatch) -> None:
         return rewards
 
     patch.setattr(shaped_gae, "shape_rewards", shape_rewards)
-    patch.setattr(experience, "shaped_gae", shaped_gae.shaped_gae_reference)
+    patch.setattr(gae, "shaped_gae", shaped_gae.shaped_gae_reference)
 
 
 def advantages_whitened_over_value_positions(patch: pytest.MonkeyPatch) -> None:
@@ -44,7 +43,7 @@ def advantages_whitened_over_value_positions(patch: pytest.MonkeyPatch) -> None:
         shift = torch.repeat_interleave(offsets[1][:-1] - offsets[0][:-1], offsets[0].diff())
         return kl, shaped_gae.whiten(returns - values)[torch.arange(len(kl)) + shift], returns
 
-    patch.setattr(experience, "shaped_gae", whitened_too_soon)
+    patch.setattr(gae, "shaped_gae", whitened_too_soon)
 
 
 def biased_variance(patch: pytest.MonkeyPatch) -> None:
@@ -54,32 +53,32 @@ def biased_variance(patch: pytest.MonkeyPatch) -> None:
         return whitened if shift_mean else whitened + mean
 
     patch.setattr(shaped_gae, "whiten", whiten)
-    patch.setattr(experience, "shaped_gae", shaped_gae.shaped_gae_reference)
+    patch.setattr(gae, "shaped_gae", shaped_gae.shaped_gae_reference)
 
 
 def reference_without_temperature(patch: pytest.MonkeyPatch) -> None:
-    right = inference.reference_logprobs
+    right = scoring.reference_logprobs
 
     def reference_logprobs(model: Any, sequences: Any, temperature: float, **options: Any) -> Any:
         return right(model, sequences, 1.0, **options)
 
-    patch.setattr(inference, "reference_logprobs", reference_logprobs)
+    patch.setattr(scoring, "reference_logprobs", reference_logprobs)
 
 
 def responses_not_cut_after_their_stop_token(patch: pytest.MonkeyPatch) -> None:
-    right = ppo.response_length
+    right = sample.response_length
 
     def response_length(response_ids: Any, stop_token_id: int | None, pad_token_id: int) -> int:
         return right(response_ids, None, pad_token_id)
 
-    patch.setattr(controller, "response_length", response_length)
+    patch.setattr(stage_by_stage, "response_length", response_length)
 
 
 def a_step_per_mini_batch(patch: pytest.MonkeyPatch) -> None:
     def trl_optimizer_steps(permutations: Any, *, accumulation: int, last_of_pass: bool, **options: Any) -> Any:
         return steps.optimizer_steps(permutations, **options)
 
-    patch.setattr(trainer, "trl_optimizer_steps", trl_optimizer_steps)
+    patch.setattr(layout, "trl_optimizer_steps", trl_optimizer_steps)
 
 
 def unchanged(patch: pytest.MonkeyPatch) -> None:

@@ -77,10 +77,10 @@ class Scores(TrainerCallback):
         for sample, ids in zip(samples, PROBE, strict=True):
             sample.response_ids[:], sample.length, sample.state = ids[2:], len(ids) - 2, SampleState.GENERATED
         trainer._fleet.infer(samples)
-        trainer._fleet.fetch_weights(trainer.policy_model, trainer.value_model)
+        trainer._fleet.fetch_weights()
         sequences = [inference.TokenSequence(ids[:2], ids[2:]) for ids in PROBE]
         values = inference.values(trainer.value_model.eval(), sequences, 100)
-        logprobs = inference.reference_logprobs(trainer.ref_model.eval(), sequences, trainer.args.temperature + 1e-7)
+        logprobs = inference.reference_logprobs(trainer.ref_model.eval(), sequences, trainer.args.sampling_temperature)
         for sample, own_values, own_logprobs in zip(samples, values, logprobs, strict=True):
             self.differences.append(float(abs(sample.values - own_values).max()))
             self.differences.append(float(abs(sample.reference_logprobs - own_logprobs).max()))

@@ -14,7 +14,8 @@ def test_layers_see_padding_and_heads_do_not() -> None:
         TypicalBatch(num_sequences=4, prompt_tokens=3, response_tokens=8), vocabulary_size=50
     )
     assert experience.lengths == (2, 4, 6, 8)
-    actor, critic = ragged(experience, range(4))
+    made = ragged(experience, range(4), 1.0)
+    actor, critic = made["actor"], made["critic"]
     assert actor.input_ids.shape == critic.input_ids.shape == (4, 3 + 8)
     assert len(actor.targets.token_ids) == 2 + 4 + 6 + 8
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.stage import MicroBatch
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import Metrics, MicroBatch
 from fuse.training.state import load_state, save_state
 
 BATCH = MicroBatch(input_ids=torch.tensor([[3, 1, 4, 1, 5]]), head_index=torch.arange(5), targets=None)
 
 
-def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    return head(hidden).square().mean()
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    return head(hidden).square().mean(), {}
 
 
 def optimizer_of(num_stages: int = 2, num_layers: int = 3, seed: int = 0, hidden_size: int = 16) -> ModelOptimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fuse.training.steps import average_statistics, optimizer_steps, sampler_differences, trl_optimizer_steps
+from fuse.training.steps import optimizer_steps, trl_optimizer_steps
 
 ORDER = [np.array([3, 1, 0, 2, 5, 4, 7, 6]), np.arange(8)]
 
@@ -18,8 +18,7 @@ def test_every_mini_batch_of_every_epoch_is_one_step() -> None:
         ((0, 1), (2, 3)),
         ((4, 5), (6, 7)),
     ]
-    assert steps[1].slots == ((0, 1, 0), (0, 1, 1))
-    assert all(step.accumulation == 2 for step in steps)
+    assert all(step.weight == 1 / 2 for step in steps)
 
 
 def test_a_mini_batch_that_micro_batches_do_not_divide_ends_in_a_smaller_one() -> None:
@@ -33,22 +32,9 @@ def test_trl_steps_by_accumulation_whatever_the_mini_batches() -> None:
     assert [len(step.micro_batches) for step in steps] == [4, 4]
     steps = trl_optimizer_steps(ORDER, **options, last_of_pass=True)  # type: ignore[arg-type]
     assert [len(step.micro_batches) for step in steps] == [1] * 8
-    assert all(step.accumulation == 4 for step in steps)
+    assert all(step.weight == 1 / 4 for step in steps)
 
 
 def test_trl_gradients_left_over_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple of gradient_accumulation_steps=3"):
         trl_optimizer_steps([np.arange(8)], num_mini_batches=1, micro_batch_size=2, accumulation=3, last_of_pass=False)
-
-
-def test_the_sampler_is_compared_on_the_tokens_of_the_first_step_alone() -> None:
-    rows = [
-        {"loss": 1.0, "sampler/sum": 0.3, "sampler/max": 0.2, "sampler/tokens": 2.0},
-        {"loss": 3.0, "sampler/sum": 0.1, "sampler/max": 0.1, "sampler/tokens": 6.0},
-    ]
-    differences = sampler_differences(rows)
-    assert differences == {"val/sampler_logprob_diff": pytest.approx(0.05), "val/sampler_logprob_diff_max": 0.2}
-    steps = optimizer_steps([np.arange(4)], num_mini_batches=1, micro_batch_size=2)
-    assert average_statistics(steps, [rows]) == {"loss": 2.0}, "the table of averages does without"
-    empty = {"sampler/sum": 0.0, "sampler/max": 0.0, "sampler/tokens": 0.0}
-    assert sampler_differences([empty])["val/sampler_logprob_diff"] == 0.0

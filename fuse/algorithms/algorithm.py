@@ -1,0 +1,24 @@
+"""What an algorithm is: the models it needs, and pure functions from samples to experience and from there to losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fuse.algorithms.batch import Experience
+from fuse.micro_batch import Loss
+from fuse.sample import Sample
+
+Estimate = Callable[[Sequence[Sample]], tuple[Experience, dict[str, float]]]
+"""Scored samples -> what is trained on, and what is reported of the rollout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """What a run trains for.
+
+    estimate: called once per update, on all of its samples. losses: by role that trains; pure, and pickled to workers.
+    """
+
+    estimate: Estimate
+    losses: Mapping[str, Loss]

@@ -1,0 +1,101 @@
+"""A scored rollout batch as training consumes it, ragged: what each sample is, and what a loss compares with.
+
+Nothing here is padded. A response of n tokens owns n *token positions* (log-probabilities, advantages) and
+min(n + 1, width) *value positions*, `width` being the longest response of the batch: the state after the last
+token has a value too, unless the response is as wide as the batch. Segments of one batch lie end to end in flat
+tensors; `Segments` says where. All masks of the padded formulation become plain segment boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Positions = Literal["tokens", "values"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where each response's positions lie in the flat tensors of a batch.
+
+    token_offsets, value_offsets: int64 [num_samples + 1]; sample i owns rows offsets[i]:offsets[i + 1].
+    token_rows: int64 [tokens], the value position at which each token was chosen.
+    """
+
+    token_offsets: Tensor
+    value_offsets: Tensor
+    token_rows: Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], width: int) -> Segments:
+        """Lay out responses of `lengths` tokens in a batch whose longest generated response has `width` tokens."""
+        tokens = torch.tensor(lengths, dtype=torch.int64)
+        assert int(tokens.max()) <= width
+        token_offsets = _offsets(tokens)
+        value_offsets = _offsets((tokens + 1).clamp(max=width))
+        shift = torch.repeat_interleave(value_offsets[:-1] - token_offsets[:-1], tokens)
+        return cls(token_offsets, value_offsets, torch.arange(int(token_offsets[-1])) + shift)
+
+    def offsets(self, positions: Positions) -> Tensor:
+        return self.token_offsets if positions == "tokens" else self.value_offsets
+
+    def num_values(self, sample: int) -> int:
+        return int(self.value_offsets[sample + 1] - self.value_offsets[sample])
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+class Targets(Protocol):
+    """A dataclass of tensors [positions], which a loss compares with: of a whole batch, or of a micro-batch.
+
+    positions: whether there is one for every token, or for every value.
+    fill: what tensors hold, by their names, at positions that do not count; the others hold zero.
+    mask: where a position counts. A layout without padding has it true everywhere.
+    """
+
+    positions: ClassVar[Positions]
+    fill: ClassVar[Mapping[str, float]]
+
+    @property
+    def mask(self) -> Tensor: ...
+
+
+TOKEN_IDS = "token_ids"
+"""The tensor of targets that padded layouts fill with what stands there: padding, or tokens that do not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """One rollout batch, ragged: flat tensors laid out by `segments`.
+
+    prompts, responses: token ids per sample; a response is as generated and may run past `lengths[i]`,
+        the number of its tokens that count.
+    width: the longest generated response of the batch, in tokens.
+    targets: by role that trains.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    responses: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+    width: int
+    segments: Segments
+    targets: Mapping[str, Targets]
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The tokens that count, flat, int64 [tokens]."""
+        return counted_tokens(self.responses, self.lengths)
+
+
+def counted_tokens(responses: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+    """The tokens of all responses that count, flat, int64 [tokens]."""
+    return torch.tensor(
+        [token for response, length in zip(responses, lengths, strict=True) for token in response[:length]],
+        dtype=torch.int64,
+    )

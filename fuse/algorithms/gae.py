@@ -1,0 +1,139 @@
+"""From scored samples to experience: KL-shaped rewards and generalised advantage estimation over a critic's values.
+
+Source: Schulman et al. 2017 (arXiv 1707.06347), equation 11; where scores go, what is whitened and the metrics
+`objective/*` are as in TRL's PPOTrainer (trl 1.12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuse.algorithms.batch import Experience, Segments, Targets, counted_tokens
+from fuse.algorithms.policy_loss import PolicyTargets
+from fuse.algorithms.value_loss import ValueTargets
+from fuse.ops.shaped_gae import shaped_gae
+from fuse.sample import Sample, SampleState, SpecialTokens, length_to_stop
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GAESettings:
+    """How rewards are shaped and advantages estimated; see `fuse.ops.shaped_gae`.
+
+    missing_eos_penalty: subtracted from the score of a response without end-of-sequence token.
+    """
+
+    kl_coef: float
+    kl_estimator: Literal["k1", "k3"]
+    whiten_rewards: bool
+    gamma: float
+    lam: float
+    missing_eos_penalty: float | None
+
+
+def estimate(
+    samples: Sequence[Sample], *, settings: GAESettings, special: SpecialTokens
+) -> tuple[Experience, dict[str, float]]:
+    """Shape rewards and estimate advantages over a whole batch of scored samples.
+
+    Each sample holds `length` reference log-probabilities and length + 1 values.
+
+    Returns:
+        The experience, and TRL's `objective/*` and `val/num_eos_tokens` metrics.
+    """
+    assert all(sample.state is SampleState.SCORED for sample in samples)
+    responses = tuple(tuple(sample.response_ids) for sample in samples)
+    lengths = tuple(sample.length for sample in samples)
+    width = max(len(response) for response in responses)
+    segments = Segments.from_lengths(lengths, width)
+
+    logprobs = _flat([sample.logprobs[:length] for sample, length in zip(samples, lengths, strict=True)])
+    reference = _flat([sample.reference_logprobs for sample in samples])
+    values = _flat([_present(sample.values)[: segments.num_values(index)] for index, sample in enumerate(samples)])
+    scores = torch.tensor([_present(sample.score) for sample in samples])
+    if settings.missing_eos_penalty is not None:
+        finished = [_ends(response, special, width) for response in responses]
+        scores = scores - settings.missing_eos_penalty * ~torch.tensor(finished)
+
+    kl, advantages, returns = shaped_gae(
+        logprobs,
+        reference,
+        scores,
+        values,
+        segments.token_offsets,
+        segments.value_offsets,
+        kl_coef=settings.kl_coef,
+        estimator=settings.kl_estimator,
+        whiten_rewards=settings.whiten_rewards,
+        gamma=settings.gamma,
+        lam=settings.lam,
+    )
+    experience = Experience(
+        prompts=tuple(sample.prompt_ids for sample in samples),
+        responses=responses,
+        lengths=lengths,
+        width=width,
+        segments=segments,
+        targets=ppo_targets(responses, lengths, logprobs, advantages, values, returns),
+    )
+    num_samples = len(samples)
+    mean_kl, mean_score = float(kl.sum()) / num_samples, float(scores.mean())
+    return experience, {
+        "objective/kl": mean_kl,
+        "objective/entropy": -float(logprobs.sum()) / num_samples,
+        "objective/non_score_reward": -settings.kl_coef * mean_kl,
+        "objective/rlhf_reward": mean_score - settings.kl_coef * mean_kl,
+        "objective/scores": mean_score,
+        "val/num_eos_tokens": _num_eos_tokens(responses, special, width),
+    }
+
+
+def ppo_targets(
+    responses: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    logprobs: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    returns: Tensor,
+) -> dict[str, Targets]:
+    """What actor and critic compare with; log-probabilities and advantages [tokens], values and returns [values]."""
+    return {
+        "actor": PolicyTargets(
+            token_ids=counted_tokens(responses, lengths),
+            old_logprobs=logprobs,
+            advantages=advantages,
+            mask=torch.ones(len(logprobs), dtype=torch.bool),
+        ),
+        "critic": ValueTargets(old_values=values, returns=returns, mask=torch.ones(len(values), dtype=torch.bool)),
+    }
+
+
+def _num_eos_tokens(responses: Sequence[Sequence[int]], special: SpecialTokens, width: int) -> int:
+    """In the padded batch that TRL counts in, which may be filled with this token."""
+    count = sum(response.count(special.eos) for response in responses if special.eos is not None)
+    if special.pad == special.eos:
+        count += sum(width - len(response) for response in responses)
+    return count
+
+
+def _ends(response: Sequence[int], special: SpecialTokens, width: int) -> bool:
+    """Whether the response, cut after its stop token and padded to `width`, holds the end-of-sequence token."""
+    cut = length_to_stop(response, special.stop)
+    padded = cut < width and special.pad == special.eos
+    return padded or special.eos in response[:cut]
+
+
+def _flat(rows: Sequence[object]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.float32) for row in rows]))
+
+
+def _present(value: _T | None) -> _T:
+    assert value is not None, "a scored sample has values and a score"
+    return value

@@ -1,0 +1,47 @@
+"""The loop of a run: generate, score, train, over and over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fuse.algorithms.algorithm import Algorithm
+from fuse.driver.fleet import Fleet
+from fuse.engines.engine import SamplingParams
+from fuse.sample import Sample
+from fuse.trace import PhaseClock
+from fuse.trainers.metrics import reduce_metrics
+from fuse.trainers.rollouts import Rollouts
+from fuse.trainers.run import Run
+from fuse.training.steps import OptimizerStep
+
+
+def train(
+    run: Run,
+    fleet: Fleet,
+    algorithm: Algorithm,
+    rollouts: Rollouts,
+    params: SamplingParams,
+    *,
+    batches: Iterator[Any],
+    samples_of: Callable[[Any], Sequence[Sample]],
+    steps_of: Callable[[int], Sequence[OptimizerStep]],
+    num_places: int | None,
+    after_update: Callable[[], None],
+) -> None:
+    """Take all updates that are left.
+
+    samples_of: a batch of prompts -> its samples. steps_of: an update's number -> its optimizer steps.
+    num_places: see `fuse.training.layout.Layout`.
+    """
+    for update in run.updates():
+        clock = PhaseClock()
+        samples = samples_of(next(batches))
+        rollouts.roll_out(fleet, samples, params, clock)
+        experience, metrics = algorithm.estimate(samples)
+        with clock.phase("training"):
+            rows = fleet.train(experience, steps_of(update), run.learning_rate)
+        with clock.phase("weights"):
+            fleet.synchronise()
+        run.finish_update(fleet, metrics | reduce_metrics(rows, num_places), clock)
+        after_update()

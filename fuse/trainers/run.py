@@ -1,0 +1,174 @@
+"""Where a run is: its state, its log, its learning rate, its checkpoints, and the callbacks that hear of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
+
+from fuse import checkpoint
+from fuse.config.ppo import PPOConfig
+from fuse.driver.fleet import Fleet
+from fuse.trace import PhaseClock, Span, write_chrome_trace
+from fuse.trainers.callbacks import PolicyAndValue, PPOState, callback_handler, initial_state, learning_rate_schedule
+from fuse.trainers.publish import write_policy
+from fuse.trainers.report import iteration_report, summary_line
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A run's state, from one update to the next.
+
+    num_rows: of the dataset. tell: hears what is being done.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        model: PolicyAndValue,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None,
+        *,
+        num_rows: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.output_dir = Path(args.output_dir or "trainer_output")
+        self._num_rows, self._tell = num_rows, tell
+        self.optimizer, self.lr_scheduler = learning_rate_schedule(args, model)
+        self.callback_handler = callback_handler(
+            args,
+            callbacks,
+            model=model,
+            processing_class=tokenizer,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+        )
+        self.control = TrainerControl()
+        self.state = initial_state(self.callback_handler, self.control)
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        return self.model.policy
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.lr_scheduler.get_last_lr()[0])
+
+    # Updates
+
+    def begin(self, resumed: Path | None) -> None:
+        """Start afresh, or where a checkpoint was written.
+
+        Raises:
+            ValueError: the checkpoint is another run's.
+        """
+        args = self.args
+        if resumed is None:
+            self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
+        else:
+            self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
+            run_state = checkpoint.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
+            self.lr_scheduler.load_state_dict(run_state.lr_scheduler)
+            checkpoint.restore_random_generators(run_state.random_generators)
+        num_updates, num_episodes = args.num_total_batches, args.total_episodes
+        assert num_updates is not None
+        assert num_episodes is not None
+        self.state.max_steps = num_updates
+        self.state.num_train_epochs = math.ceil(num_episodes / self._num_rows)
+        untyped: Any = self.state
+        untyped.compute_steps(args, self.state.max_steps)
+
+    def updates(self) -> Iterator[int]:
+        """The updates that are left, counted from 1; ends early where a callback asks for it."""
+        self._start_s, self._start_episode = time.time(), self.state.episode
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        for update in range(self.state.global_step + 1, self.state.max_steps + 1):
+            yield update
+            if self.control.should_training_stop:
+                break
+
+    def finish_update(self, fleet: Fleet, metrics: Mapping[str, float], clock: PhaseClock) -> None:
+        """Count the update, report it, and save what is due."""
+        state = self.state
+        state.global_step += 1
+        state.epoch = state.episode / self._num_rows
+        eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
+        times = self._report_time(fleet.drain_spans(), clock, fleet.serial_bubble_ratio)
+        self.log({"eps": eps, **metrics, "lr": self.learning_rate, "episode": state.episode, **times})
+        self.optimizer.step()  # holds no gradients: tells the schedule that the workers stepped
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(self.args, state, self.control)
+        if self.control.should_save:
+            self.save_checkpoint(fleet)
+
+    def end(self, fleet: Fleet) -> None:
+        """All updates are done, and the trained weights are with the caller's models."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if self.control.should_save:
+            self.save_checkpoint(fleet)
+
+    @property
+    def shows_completions(self) -> bool:
+        """Whether completions of the evaluation prompts are due after this update."""
+        wanted = self.args.num_sample_generations
+        return wanted > 0 and (self.state.global_step - 1) % max(1, self.state.max_steps // wanted) == 0
+
+    # The log
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Add the epoch, remember and report to the callbacks."""
+        logs["epoch"] = self.state.epoch
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def show_activity(self, text: str) -> None:
+        """Say behind transformers' progress bar what is being done, if there is one."""
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.set_postfix_str(text)
+
+    def _report_time(
+        self,
+        tracks: Mapping[str, Mapping[str, Sequence[Span]]],
+        clock: PhaseClock,
+        serial_bubble_ratio: float | None,
+    ) -> dict[str, float]:
+        """Write the iteration's trace, log its summary line, and return where its time went as metrics."""
+        step = self.state.global_step
+        if self.args.trace_steps and step % self.args.trace_steps == 0:
+            write_chrome_trace(self.output_dir / "traces" / f"iteration-{step:05d}.json", tracks)
+        report = iteration_report(tracks, clock, serial_bubble_ratio)
+        logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
+        return report
+
+    # Checkpoints
+
+    def save_checkpoint(self, fleet: Fleet) -> None:
+        self._tell("saving: a checkpoint")
+        with checkpoint.writing(self.output_dir, self.state.global_step) as directory:
+            fleet.fetch_weights()
+            write_policy(directory, self.policy, self.tokenizer)
+            if not self.args.save_only_model:
+                fleet.save(directory / checkpoint.WORKER_STATE_NAME)
+                checkpoint.RunState(
+                    run=self._identity(),
+                    lr_scheduler=self.lr_scheduler.state_dict(),
+                    random_generators=checkpoint.random_generators(),
+                ).save(directory / checkpoint.RUN_STATE_NAME)
+            self.state.save_to_json(str(directory / "trainer_state.json"))
+        checkpoint.rotate(self.output_dir, self.args.save_total_limit)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _identity(self) -> dict[str, int]:
+        """What must not change on resumption."""
+        batch_size = self.args.batch_size
+        assert batch_size is not None
+        return {"batch_size": batch_size, "seed": self.args.seed, "dataset_rows": self._num_rows}
