@@ -21,10 +21,10 @@ from fuse.driver.model_start import ModelStart
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
-from fuse.interstage.planner import RolloutPlanner
-from fuse.intrastage.placement import ModelName, replica_micro_batches
-from fuse.intrastage.planner import Planner
-from fuse.intrastage.profile import Shape
+from fuse.interstage.rollout_planner import RolloutPlanner
+from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.placement import replica_micro_batches
+from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
@@ -62,7 +62,7 @@ class Fleet:
     ) -> None:
         self.settings = settings
         self._early = cluster
-        self._trained: dict[ModelName, PreTrainedModel] = {"actor": actor, "critic": critic}
+        self._trained: dict[str, PreTrainedModel] = {"actor": actor, "critic": critic}
         self._scoring: dict[Role, PreTrainedModel] = {"reference": reference, "critic": critic}
         if reward is not None:
             self._scoring["reward"] = reward
@@ -104,7 +104,7 @@ class Fleet:
         return self._models.wait(self._tell).workers
 
     @property
-    def _planner(self) -> Planner:
+    def _planner(self) -> TrainingPlanner:
         return self._models.wait(self._tell).planner
 
     def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> Worker:
@@ -188,7 +188,7 @@ class Fleet:
         ]
 
     def _merge(
-        self, num_micro_batches: int, by_rank: Sequence[Mapping[ModelName, Sequence[dict[str, float]]]]
+        self, num_micro_batches: int, by_rank: Sequence[Mapping[str, Sequence[dict[str, float]]]]
     ) -> list[dict[str, float]]:
         """One row per micro-batch: a replica's last rank has those of the replica's micro-batches."""
         merged: list[dict[str, float]] = [{} for _ in range(num_micro_batches)]
@@ -252,7 +252,7 @@ class Fleet:
         """Idle share that the last update's training would have had without fusion; None where it is not known."""
         return self._planner.serial_bubble_ratio
 
-    def _exported(self, model: ModelName) -> list[WeightsRef]:
+    def _exported(self, model: str) -> list[WeightsRef]:
         return [ref for ref in self._on_models("export_weights", model) if ref is not None]
 
     def _on_models(self, method: str, *arguments: object) -> list[Any]:

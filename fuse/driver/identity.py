@@ -10,15 +10,14 @@ from dataclasses import asdict
 import torch
 
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.intrastage.placement import ModelName
-from fuse.intrastage.profile_store import machine
+from fuse.intrastage.measurement_store import machine
 from fuse.training.model_spec import ModelSpec
 
 _FORMAT = 1
 _NO_MATTER = ("architectures", "transformers_version", "_name_or_path", "torch_dtype")
 
 
-def identity(settings: FleetSettings, trained: Mapping[ModelName, ModelSpec]) -> dict[str, object]:
+def identity(settings: FleetSettings, trained: Mapping[str, ModelSpec]) -> dict[str, object]:
     """Models, how they train, on what, and micro-batches of which size."""
     training = settings.training
     return {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import schedules
 from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
-from fuse.intrastage.planned import PlannedTimes, operation_name
+from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.intrastage.stage import MicroBatch, Stage
 from fuse.trace import Span, SpanRecorder
 from schedules import Kind, Op, Schedule

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fuse.intrastage.communication import PipelineCommunicators
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.live_memory import LiveMemory
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.stage import MicroBatch, Stage
 from schedules import Kind
 

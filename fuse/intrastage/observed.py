@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.trace import Span
 from schedules import Kind
 

@@ -1,4 +1,4 @@
-"""Measures what a model's embedding, a layer and its head cost, before it is decided where to cut it."""
+"""Measures what a model's embedding, a layer and its head cost, before its layers are shared out among stages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch.distributed as dist
 
 from fuse.algorithms import ppo
 from fuse.algorithms.experience import Experience
+from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.measure import measure
-from fuse.intrastage.placement import ModelName
-from fuse.intrastage.profile import Profile
 from fuse.intrastage.stage import Stage
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import MODELS, TrainingSettings
 
-_NUM_PARTS = 3
+_NUM_STAGES = 3
 _REPEATS = 1
 _MOST_TOKENS = 512
 """On more than so many, a layer and a head cost what they cost on these in proportion; one sequence is the least."""
@@ -42,11 +41,11 @@ class TypicalBatch:
         return replace(self, num_sequences=min(self.num_sequences, max(1, fitting)))
 
 
-def measure_parts(
+def measure_layer_costs(
     rank: int,
     device: torch.device,
     tensor_group: dist.ProcessGroup | None,
-    specs: Mapping[ModelName, ModelSpec],
+    specs: Mapping[str, ModelSpec],
     settings: TrainingSettings,
     batch: TypicalBatch,
     tick_s: float,
@@ -64,22 +63,22 @@ def measure_parts(
     losses = settings.losses()
     stages: dict[tuple[int, int], Stage] = {}
     for pipeline, model in enumerate(MODELS):
-        for part in range(_NUM_PARTS):
-            stage = settings.build_stage(
+        for stage in range(_NUM_STAGES):
+            built = settings.build_stage(
                 specs[model],
-                stage=part,
-                num_stages=_NUM_PARTS,
+                stage=stage,
+                num_stages=_NUM_STAGES,
                 layer_range=(0, 1),
                 loss=losses[model],
                 device=device,
                 tensor_group=tensor_group,
             )
-            for _, parameter in stage.named_parameters():
+            for _, parameter in built.named_parameters():
                 torch.nn.init.constant_(parameter, 0.02)
-            stages[pipeline, part] = stage
+            stages[pipeline, stage] = built
     return measure(
         rank,
-        [(model, (rank,) * _NUM_PARTS) for model in MODELS],
+        [(model, (rank,) * _NUM_STAGES) for model in MODELS],
         stages,
         [[made[model].to(device)] for model in MODELS],
         (),  # everything is on one rank

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fuse.algorithms.experience import Experience
 from fuse.intrastage import communication
+from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure, measure_messages, shape_of
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
-from fuse.intrastage.plan import Plan
-from fuse.intrastage.planned import planned_times
-from fuse.intrastage.profile import Profile
+from fuse.intrastage.placement import Replica, replica_micro_batches
+from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.stage import MicroBatch, TrainedStage
+from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.trace import Span, SpanRecorder
 from fuse.training import state
@@ -34,7 +34,7 @@ from fuse.training.model_spec import ModelSpec
 from fuse.training.steps import OptimizerStep
 from schedules import Schedule
 
-MODELS: tuple[ModelName, ...] = ("actor", "critic")
+MODELS: tuple[str, ...] = ("actor", "critic")
 _MESSAGES = 3
 
 
@@ -62,7 +62,7 @@ class TrainingSettings:
     timeout_s: float
     tensor_parallel_size: int = 1
 
-    def losses(self) -> dict[ModelName, ActorLoss | CriticLoss]:
+    def losses(self) -> dict[str, ActorLoss | CriticLoss]:
         return {
             "actor": ActorLoss(temperature=self.temperature, cliprange=self.cliprange),
             "critic": CriticLoss(vf_coef=self.vf_coef, cliprange_value=self.cliprange_value),
@@ -99,7 +99,7 @@ class TrainingSettings:
         )
         return made
 
-    def micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[ModelName, MicroBatch]:
+    def micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[str, MicroBatch]:
         """What actor and critic train on for these samples."""
         if self.pad_token_id is None:
             return dict(zip(MODELS, ragged(experience, samples), strict=True))
@@ -117,7 +117,7 @@ class TrainingRank:
         self,
         device_index: int,
         device: torch.device,
-        specs: Mapping[ModelName, ModelSpec],
+        specs: Mapping[str, ModelSpec],
         placement: tuple[Replica, ...],
         settings: TrainingSettings,
         recorder: SpanRecorder,
@@ -161,7 +161,7 @@ class TrainingRank:
             for model in MODELS
         }
 
-    def stages_of(self, model: ModelName) -> dict[tuple[int, int], TrainedStage]:
+    def stages_of(self, model: str) -> dict[tuple[int, int], TrainedStage]:
         """This rank's stages of a model by (replica, stage)."""
         return {
             (self._placement[pipeline].index, stage): held
@@ -171,7 +171,7 @@ class TrainingRank:
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[ModelName, list[dict[str, float]]]]:
+    ) -> list[dict[str, list[dict[str, float]]]]:
         """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has.
 
         Returns, per step, the statistics of the micro-batches whose loss was computed here, in the order of the
@@ -181,7 +181,7 @@ class TrainingRank:
 
     def _step(
         self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan
-    ) -> dict[ModelName, list[dict[str, float]]]:
+    ) -> dict[str, list[dict[str, float]]]:
         for loss in self._losses.values():
             loss.accumulation = step.accumulation
         micro_batches = [self._micro_batches(experience, samples) for samples in step.micro_batches]
@@ -260,16 +260,16 @@ class TrainingRank:
             loss.statistics.drain()
         return profile
 
-    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[ModelName, MicroBatch]:
+    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[str, MicroBatch]:
         made = self._settings.micro_batches(experience, samples)
         return {model: micro_batch.to(self._device) for model, micro_batch in made.items()}
 
-    def load_weights(self, model: ModelName, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copy a whole model's weights into the stages held here."""
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
-    def export_weights(self, model: ModelName) -> dict[str, Tensor]:
+    def export_weights(self, model: str) -> dict[str, Tensor]:
         """What this device tells of a model, under Hugging Face names; each weight is told by one device alone."""
         state_dict: dict[str, Tensor] = {}
         for (replica, _), stage in self.stages_of(model).items():

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from fuse.algorithms.experience import Experience
 from fuse.intrastage import communication
-from fuse.intrastage.placement import ModelName, Replica
-from fuse.intrastage.plan import Plan
-from fuse.intrastage.profile import Profile
+from fuse.intrastage.cost_profile import Profile
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.state_dict import adopt_state_dict
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring as inference
-from fuse.training.layer_costs import TypicalBatch, measure_parts
+from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.steps import OptimizerStep
@@ -39,7 +39,7 @@ class ModelWorker:
         self,
         rank: int,
         device: str,
-        trained: Mapping[ModelName, ModelSpec],
+        trained: Mapping[str, ModelSpec],
         scoring: Mapping[Role, ModelSpec],
         settings: TrainingSettings,
         limit: inference.MicroBatchLimit,
@@ -64,10 +64,10 @@ class ModelWorker:
         communication.connect(self._rank, world_size, host, port, backend, settings.timeout_s)
         self._tensor_group = communication.open_tensor_group(settings.tensor_parallel_size, settings.timeout_s)
 
-    def measure_parts(self, batch: TypicalBatch, tick_s: float) -> Profile:
-        """What parts of the trained models cost here; all ranks call this at once."""
+    def measure_layer_costs(self, batch: TypicalBatch, tick_s: float) -> Profile:
+        """What layers of the trained models cost here; all ranks call this at once."""
         rank = self._rank // self._settings.tensor_parallel_size
-        return measure_parts(rank, self._device, self._tensor_group, self._trained, self._settings, batch, tick_s)
+        return measure_layer_costs(rank, self._device, self._tensor_group, self._trained, self._settings, batch, tick_s)
 
     def place(self, placement: tuple[Replica, ...]) -> None:
         """Build the stages and the scoring models that belong here; all ranks call this at once."""
@@ -91,7 +91,7 @@ class ModelWorker:
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[ModelName, list[dict[str, float]]]]:
+    ) -> list[dict[str, list[dict[str, float]]]]:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         return self._training.train(experience, steps, learning_rate, plans)
 
@@ -125,7 +125,7 @@ class ModelWorker:
 
     # Weights and checkpoints
 
-    def load_training_weights(self, model: ModelName, weights: Sequence[WeightsRef]) -> None:
+    def load_training_weights(self, model: str, weights: Sequence[WeightsRef]) -> None:
         """Copy a model's initial weights into the stages held here."""
         self._training.load_weights(model, get_state_dict(weights))
 
@@ -136,7 +136,7 @@ class ModelWorker:
         with self._recorder.span(f"load {role}", "weights"):
             adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
-    def export_weights(self, model: ModelName) -> WeightsRef | None:
+    def export_weights(self, model: str) -> WeightsRef | None:
         """Put this rank's part of a model into the object store; None where another replica's does."""
         with self._recorder.span(f"export {model}", "weights"):
             state_dict = self._training.export_weights(model)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fuse.intrastage.cost_profile import Profile, profile_from_json, profile_to_json
 from fuse.intrastage.placement import Replica, replica_from_json
-from fuse.intrastage.profile import Profile, profile_from_json, profile_to_json
 from schedules.fused.cache import user_cache, write_whole
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileStore:
+class MeasurementStore:
     """What was measured for `identity`: in the run's own directory, else in the user's cache.
 
     identity: all that the measurements depend on, as JSON; what was measured for another is passed over.
