@@ -176,14 +176,13 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Forecast:
-    """Per live sample [live]: mean tokens left; tokens left if it were the longest; seconds from now to its score, were
-    it that and alone; seconds that it adds to steps, to all of its own and to those of one like it beside it.
+    """Seconds of each live sample, [live].
+
+    alone_s: from now to its score, if it were the longest of all and alone on its engine.
+    shared_s: what it adds to the steps that it shares with one like it.
     """
 
-    remaining: Floats
-    far: Floats
     alone_s: Floats
-    sample_s: Floats
     shared_s: Floats
 
 
@@ -194,22 +193,14 @@ def _is_due(live: LiveSamples) -> bool:
 
 def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) -> _Forecast:
     live = state.live
-    remaining = lengths.expected(live.ids, live.response_tokens)
     # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
     far = lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
     context = live.context_tokens
     prefill_s = np.where(live.started, 0.0, costs.prefill_token_s * context)
     # The median of the shorter of two alike.
     shared = lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
-    far_s, sample_s, shared_s = (
-        tokens * (costs.sample_s + costs.context_s * (context + tokens / 2)) + prefill_s
-        for tokens in (far, remaining, shared)
+    far_s, shared_s = (
+        tokens * (costs.sample_s + costs.context_s * (context + tokens / 2)) + prefill_s for tokens in (far, shared)
     )
     inference_s = costs.inference_s + costs.inference_token_s * (context + far)
-    return _Forecast(
-        remaining=remaining,
-        far=far,
-        alone_s=far * costs.step_s + far_s + inference_s,
-        sample_s=sample_s,
-        shared_s=shared_s,
-    )
+    return _Forecast(alone_s=far * costs.step_s + far_s + inference_s, shared_s=shared_s)

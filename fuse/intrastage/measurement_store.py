@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fuse.intrastage.cost_profile import Profile, profile_from_json, profile_to_json
 from fuse.intrastage.placement import Replica, replica_from_json
-from schedules.fused.cache import user_cache, write_whole
+from schedules.files import user_cache, write_whole
 
 _logger = logging.getLogger(__name__)
 

@@ -95,7 +95,6 @@ def fused_schedule(
     time_limit_s: float = 30.0,
     num_steps: int | None = None,
     num_workers: int = 2,
-    seed: int = 0,
 ) -> Schedule:
     """All replicas' training at once in the shortest schedule found, or kept in `cache` from an earlier search.
 
@@ -119,9 +118,7 @@ def fused_schedule(
         if num_steps is not None:
             saved_ticks = evaluate(greedy(problem)).makespan - makespan_lower_bound(problem)
             time_limit_s = min(time_limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
-        solution = solve(
-            problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=seed, objective=Objective.MAKESPAN
-        )
+        solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, objective=Objective.MAKESPAN)
         schedule = solution.schedule
         found = f"{solution.makespan_gap:.1%} above the lower bound at most, found in {solution.seconds:.1f} s"
         if cache is not None:

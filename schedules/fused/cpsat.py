@@ -75,7 +75,6 @@ def shortest(
     makespan: int,
     hint: Schedule | None = None,
     time_limit_s: float,
-    num_workers: int = 1,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -92,7 +91,7 @@ def shortest(
     for op, start in model.start.items():
         model.cp.add(end >= start + problem.ticks(op))
     model.cp.minimize(end)
-    return _solve(model, hint, makespan + 1, time_limit_s, num_workers, seed, should_stop)
+    return _solve(model, hint, makespan + 1, time_limit_s, seed, should_stop)
 
 
 def lowest_peak(
@@ -101,9 +100,7 @@ def lowest_peak(
     split: bool,
     makespan: int,
     below_bytes: int,
-    hint: Schedule | None = None,
     time_limit_s: float,
-    num_workers: int = 1,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -120,7 +117,7 @@ def lowest_peak(
     for rank in range(problem.num_ranks):
         _hold_memory(model, rank, peak)
     model.cp.minimize(peak)
-    return _solve(model, hint, below_bytes, time_limit_s, num_workers, seed, should_stop)
+    return _solve(model, None, below_bytes, time_limit_s, seed, should_stop)
 
 
 def _build(problem: Problem, split: bool, makespan: int, caps: tuple[int, ...] | None) -> _Model | None:
@@ -239,7 +236,6 @@ def _solve(
     hint: Schedule | None,
     bound_if_infeasible: int,
     time_limit_s: float,
-    num_workers: int,
     seed: int,
     should_stop: Callable[[], bool],
 ) -> Result:
@@ -250,7 +246,7 @@ def _solve(
                 model.cp.add_hint(model.start[op], start)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = time_limit_s
-    solver.parameters.num_workers = num_workers
+    solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
     with Watch(solver, should_stop):
         status = solver.solve(model.cp)

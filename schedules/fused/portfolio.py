@@ -335,5 +335,5 @@ class Portfolio:
     def _form(self, turn: int) -> Compiled:
         return self.forms[turn % len(self.forms)]
 
-    def _offer(self, schedule: Schedule, found_by: str) -> bool:
-        return self.incumbent.offer(join_halves(schedule), found_by)
+    def _offer(self, schedule: Schedule, found_by: str) -> None:
+        self.incumbent.offer(join_halves(schedule), found_by)

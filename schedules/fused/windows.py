@@ -65,7 +65,6 @@ class _Frozen:
 @dataclass(slots=True)
 class _Model:
     frozen: _Frozen
-    window: Window
     free: list[range]  # per rank: places in its order
     cp: cp_model.CpModel
     start: dict[Op, cp_model.IntVar]
@@ -159,7 +158,7 @@ def _build(frozen: _Frozen, window: Window) -> _Model:
         free.append(range(bisect_left(starts, window.begin), bisect_left(starts, window.end)))
     cp = cp_model.CpModel()
     horizon = frozen.timing.makespan
-    model = _Model(frozen, window, free, cp, {}, cp.new_int_var(0, horizon, "makespan"))
+    model = _Model(frozen, free, cp, {}, cp.new_int_var(0, horizon, "makespan"))
     _start_variables(model)  # W2, W3
     _data_dependencies(model)  # W1
     _kept_order(model)  # W4
