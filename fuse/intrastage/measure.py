@@ -36,7 +36,7 @@ def measure(
     stages: this rank's, by (pipeline, stage); between two optimizer steps, with no micro-batch on its way.
     micro_batches: by pipeline, one of each shape; a last stage computes its loss on it.
     repeats: times are medians over so many, after one that warms up.
-    times_only: memory is left out, and a backward that can be split runs only so, and counts as both halves.
+    times_only: memory is left out; a backward that can be split runs in halves only, whose sum is then its time.
     clock: seconds that stages are timed in; `time.process_time` where others use the core meanwhile.
 
     Parameters stay as they are, and have no gradients afterwards.

@@ -21,7 +21,7 @@ NAME = "profile.json"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Where models are cut, and what their stages cost; None before training has shown it."""
+    """The stages that models are cut into, and what these cost; no profile before training has shown it."""
 
     placement: tuple[Replica, ...]
     profile: Profile | None
@@ -29,16 +29,16 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class MeasurementStore:
-    """What was measured for `identity`: in the run's own directory, else in the user's cache.
+    """Keeps what was measured for `identity`, in the run's own directory and in the user's cache.
 
-    identity: all that the measurements depend on, as JSON; what was measured for another is passed over.
+    identity: all that the measurements depend on, as JSON; what was measured for another one is passed over.
     """
 
     directory: Path
     identity: Mapping[str, object]
 
     def load(self) -> Measured | None:
-        """The last measurement; a file that is damaged or of another version is passed over, with a warning."""
+        """The run's own measurement, else the user's; a damaged or outdated file is passed over, with a warning."""
         for path in self._paths():
             try:
                 found = json.loads(path.read_text())

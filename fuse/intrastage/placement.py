@@ -28,7 +28,10 @@ class Replica:
 
 
 def replica_from_json(value: Mapping[str, Any]) -> Replica:
-    """Read back what `dataclasses.asdict` made of a replica. Raises: KeyError or TypeError for anything else."""
+    """Read back what `dataclasses.asdict` made of a replica.
+
+    Raises: KeyError or TypeError for anything else.
+    """
     ranges = value["layer_ranges"]
     return Replica(
         model=value["model"],

@@ -102,7 +102,7 @@ class TrainingPlanner:
         return {count: self._plans[count] for count in counts}
 
     def will_solve(self, counts: Iterable[int]) -> bool:
-        """Whether `plans` of these counts will search for schedules."""
+        """Whether `plans` will search for schedules, asked for these counts."""
         is_known = self._profile is not None or self._observed.is_complete
         return self._is_fused and is_known and not set(counts) <= self._plans.keys()
 
@@ -132,7 +132,7 @@ class TrainingPlanner:
             self._plans, self._profile = {}, None
 
     def _training_s(self, count: int, shapes: Sequence[Shape]) -> float:
-        """Of the last update; before there is one, of a step of so many micro-batches on one rank after the other."""
+        """Seconds that the last update trained; before there is one, of a step if one rank worked at a time."""
         if self._update_s is not None:
             return self._update_s
         assert self._profile is not None

@@ -124,8 +124,10 @@ class _Head:
     def statistics(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """float64 [4, n] of the whole vocabulary, as kernels/tensor/linear_logprob.h has them; the logits if one chunk
-        held them all."""
+        """Statistics of the whole vocabulary, float64 [4, n], as `fuse.ops.logit_chunk` has them.
+
+        And the logits, where one chunk held them all.
+        """
         hidden = hidden.to(self.dtype)
         statistics = torch.zeros(4, len(hidden), dtype=torch.float64, device=hidden.device)
         statistics[0] = LOWEST

@@ -21,8 +21,8 @@ from schedules.walk import channel_from
 def pipelining_csv(schedule: Schedule) -> str:
     """The schedule's rows.
 
-    Both ends of a message stand where the sender has made it, in the order of the schedule's times, so that two ranks
-    list what they exchange in one order.
+    A message enters the rows of both its ranks at the time when the sender has made it. So two ranks list what they
+    exchange in one order.
 
     Raises:
         ValueError: the schedule is illegal, or its pipelines differ in their number of micro-batches, for which torch

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScheduleCache:
-    """One text file per problem in `directory`. Any number of processes may read and write: files appear whole."""
+    """One text file per problem in `directory`; any number of processes may read and write them at once."""
 
     directory: Path
 

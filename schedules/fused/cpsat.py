@@ -13,14 +13,14 @@ Constraints:
       weight gradient's inputs over [start(I_j), start(W_j))
   C5  messages of one channel are received in the order sent: for channels that several stages share, the operations at
       both ends come in the same order
-  C6  start(F_{j+K}) >= end(B_j) where the cap holds K micro-batches of the stage (implied by C4; it makes windows
-  tight)
+  C6  start(F_{j+K}) >= end(B_j)                                       where the cap holds K micro-batches of the stage;
+      C4 implies it, but it makes the windows tight
 
-Objective: the makespan; or, at a fixed makespan T, the largest cap-relevant peak of all ranks. Fixing both proves that
-no schedule has them, when it has no solution.
+Objective: the makespan; or, within a given makespan T, the largest peak of all ranks. A program without a solution
+proves that no schedule keeps to both T and the caps.
 
-C2 loses no optimum (see `schedules.bounds`); with it, and only full or only split backwards, the program is exact for
-that choice. Memory changes at starts, as in `schedules.ir`.
+C2 loses no optimum (see `schedules.bounds`). A program splits every backward that can be split, or none, and is exact
+for schedules that do the same. Memory changes at starts, as in `schedules.ir`.
 """
 
 from __future__ import annotations

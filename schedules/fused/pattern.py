@@ -188,9 +188,9 @@ def shortest_unrolling(
 ) -> Schedule | None:
     """The shortest unrolled schedule of a search over how far each model runs ahead; None when all block under caps.
 
-    One model at a time ahead in coarse steps; then, from the best of these, each model's lead a step more or less, the
-    step halved until it is one tick. Replicas (pipelines alike but for their ranks) run ahead together. Ends early at
-    `target` ticks. `compiled` and `caps` are those of `unroll`.
+    First one model at a time runs ahead, in coarse steps. Then, from the best of these, each model's lead grows or
+    shrinks by a step; where neither helps, the step is halved, down to one tick. Replicas (pipelines that differ in
+    ranks alone) run ahead together. Ends early at `target` ticks. `compiled` and `caps` are those of `unroll`.
     """
     shapes = [replace(p, name="-", ranks=(0,) * p.num_stages) for p in pattern.problem.pipelines]
     models = list(dict.fromkeys(shapes))
