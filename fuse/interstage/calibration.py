@@ -46,7 +46,7 @@ class Calibration:
                     self._decode.append(row)
             elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
-            elif span.category == "infer":  # reference, critic and reward in turn score the same sequences
+            elif span.category == "infer":  # the models that score take turns on the same sequences
                 key = sizes["call"], sizes["tokens"]
                 inference[key] = inference.get(key, 0.0) + span.duration_s
         self._inference.extend((_number(tokens), seconds) for (_, tokens), seconds in inference.items())

@@ -2,7 +2,7 @@
 
     decode step   = step_s + sample_s * batch + context_s * (tokens of context in the batch)
     prefill       = prefill_s + prefill_token_s * tokens
-    inference     = inference_s + inference_token_s * tokens      (reference, reward and critic together)
+    inference     = inference_s + inference_token_s * tokens      (all models that score together)
     KV transfer   = transfer_s + bytes / (bytes per second)
 
 A device is whatever runs one engine: a CPU core, a GPU, or the GPUs of a tensor-parallel group.

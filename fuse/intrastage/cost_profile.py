@@ -77,7 +77,7 @@ class Profile:
                     )
 
     def stage_costs(self, pipeline: str, stage: int, shape: Shape) -> StageCosts:
-        """Costs on the bucket for micro-batches of this shape: the smallest with as many tokens or more, else the largest.
+        """Costs on the bucket for micro-batches of this shape: the smallest with no fewer tokens, else the largest.
 
         Raises:
             ValueError: the stage was not measured.

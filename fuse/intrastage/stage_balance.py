@@ -68,10 +68,10 @@ def balance_stages(
 ) -> tuple[Replica, ...]:
     """`placement` with those layers of every stage, and those directions of the models, that train soonest.
 
-    The first model of the placement keeps its direction; each other one runs as placed, or the other way. For either
-    choice, stages start with equal numbers of layers; then layers move one by one to the stage next to theirs while
-    that shortens the greedy schedule. At last the results of all choices are solved and compared. Transfers are left
-    out: they are as many wherever the stages begin.
+    Stages start with equal numbers of layers; then layers move one by one to the stage next to theirs while that
+    shortens the schedule. With fusion this is the greedy one, and it is done for every choice of directions: the first
+    model of the placement keeps its own, each other one runs as placed, or the other way. What all choices lead to is
+    then solved and compared. Transfers are left out: they are as many wherever the stages begin.
 
     costs: by role, measured with ticks of `tick_s`, on micro-batches of one shape. num_layers: by role.
     """
