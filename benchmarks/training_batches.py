@@ -13,7 +13,7 @@ import torch
 from fuse.algorithms.batch import Experience, Segments
 from fuse.algorithms.gae import ppo_targets
 from fuse.benchmarks.rollout import synthetic_lengths
-from fuse.intrastage.profile import Shape
+from fuse.intrastage.cost_profile import Shape
 
 
 def response_lengths(path: Path | None, num_samples: int) -> list[int]:

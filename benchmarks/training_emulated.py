@@ -21,7 +21,7 @@ from fuse.benchmarks.comparison import Comparison, compare
 from fuse.benchmarks.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store
 from fuse.intrastage.executor import execute
-from fuse.intrastage.planned import times_of
+from fuse.intrastage.planned_times import times_of
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder

@@ -17,11 +17,11 @@ from fuse.algorithms.value_loss import clipped_value_loss
 from fuse.benchmarks.comparison import compare
 from fuse.benchmarks.training_batches import Task, Workload
 from fuse.benchmarks.training_worker import TimedStep, TrainingWorker
+from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.optimizer import AdamWConfig
-from fuse.intrastage.placement import ModelName, place
-from fuse.intrastage.plan import Plan, fused_schedule, serial_schedule
-from fuse.intrastage.planned import PlannedTimes, planned_times
-from fuse.intrastage.profile import Profile, merge
+from fuse.intrastage.placement import place
+from fuse.intrastage.planned_times import PlannedTimes, planned_times
+from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
 from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
@@ -105,11 +105,11 @@ class Row(TypedDict):
 class Models:
     """Random Llamas whose layers are spread evenly over the devices."""
 
-    layers: Mapping[ModelName, int]
+    layers: Mapping[str, int]
     hidden_size: int
     vocab_size: int
 
-    def specs(self) -> dict[ModelName, ModelSpec]:
+    def specs(self) -> dict[str, ModelSpec]:
         classes = {"actor": LlamaForCausalLM, "critic": LlamaForSequenceClassification}
         return {
             model: ModelSpec(model_class=classes[model], config=self._config(num_layers), dtype=torch.float32)

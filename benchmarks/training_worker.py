@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
-from fuse.intrastage.placement import ModelName, Replica
-from fuse.intrastage.plan import Plan
-from fuse.intrastage.profile import Profile
+from fuse.intrastage.cost_profile import Profile
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.training_schedule import Plan
 from fuse.trace import Span, SpanRecorder
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
@@ -49,7 +49,7 @@ class TrainingWorker:
         """Join the world."""
         communication.connect(self._rank, world_size, host, port, "gloo", self._settings.timeout_s)
 
-    def place(self, specs: Mapping[ModelName, ModelSpec], placement: tuple[Replica, ...]) -> None:
+    def place(self, specs: Mapping[str, ModelSpec], placement: tuple[Replica, ...]) -> None:
         """Build the stages that belong here, with random weights, in place of those before."""
         cpu = torch.device("cpu")
         self._training = TrainingRank(self._rank, cpu, specs, placement, self._settings, self._recorder)

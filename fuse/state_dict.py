@@ -1,12 +1,66 @@
-"""Giving weights to a model that is in use."""
+"""Weights by name: whether they fit a model, and giving them to one that is in use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+_REMEDY = "load weights of the same architecture and configuration"
+
+
+def check_fit(
+    found: Mapping[str, str],
+    expected: Mapping[str, str],
+    what: str,
+    remedy: str,
+    *,
+    optional: Collection[str] = (),
+    may_have_more: bool = False,
+) -> None:
+    """Compare tensors by name, each given as a description of what must agree, such as "[2, 3]".
+
+    what: the subject of the error, such as "weights". remedy: what the user can do. optional: names that may be absent.
+    may_have_more: names that are not expected are passed over.
+
+    Raises: ValueError for names that are unknown or missing, and for tensors that differ.
+    """
+    problems = (
+        [] if may_have_more else [f"{name} is not part of the model" for name in sorted(found.keys() - expected.keys())]
+    )
+    problems += [f"{name} is missing" for name in expected if name not in found and name not in optional]
+    problems += [
+        f"{name} is {found[name]}, the model has {description}"
+        for name, description in expected.items()
+        if name in found and found[name] != description
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{what} does not fit: {'; '.join(problems[:3])}{more}: {remedy}")
+
+
+def check_state_dict(
+    state_dict: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    model: str,
+    *,
+    optional: Collection[str] = (),
+    may_have_more: bool = False,
+) -> None:
+    """`check_fit` of weights by their shapes. model: names it in errors.
+
+    Raises: ValueError for names that are unknown or missing, and for shapes that differ.
+    """
+    check_fit(
+        {name: str(list(tensor.shape)) for name, tensor in state_dict.items()},
+        {name: str(list(shape)) for name, shape in shapes.items()},
+        f"state dict for {model}",
+        _REMEDY,
+        optional=optional,
+        may_have_more=may_have_more,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +89,8 @@ class WeightLayout:
     def check(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raises: ValueError for names or shapes that do not match. A tied tensor may come under any of its names."""
         given = {self.tensors[name] for name in state_dict.keys() & self.tensors.keys()}
-        problems = [f"{name} is unknown" for name in sorted(state_dict.keys() - self.shapes.keys())]
-        problems += [
-            f"{name} is missing"
-            for name in sorted(self.required - state_dict.keys())
-            if self.tensors[name] not in given
-        ]
-        problems += [
-            f"{name} is {list(tensor.shape)}, the model has {list(self.shapes[name])}"
-            for name, tensor in state_dict.items()
-            if name in self.shapes and self.shapes[name] != tensor.shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(
-                f"weights do not fit {self.model_name}: {'; '.join(problems[:3])}{more}: "
-                f"load weights of the same architecture and configuration"
-            )
+        optional = {name for name, tensor in self.tensors.items() if name not in self.required or tensor in given}
+        check_state_dict(state_dict, self.shapes, self.model_name, optional=optional)
 
     def under_all_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state_dict`, in which a tied tensor may come under any of its names, with it under all of them."""

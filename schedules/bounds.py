@@ -108,10 +108,10 @@ def peak_memory_lower_bound(problem: Problem, makespan: int) -> int:
 
 
 def smallest_limits(problem: Problem) -> tuple[int, ...]:
-    """Per rank, the memory (bytes) without which the problem has no schedule, and with which it has one.
+    """Per rank, the smallest memory limit (bytes) under which the problem has a schedule.
 
-    After a micro-batch's last forward and before its first backward, a rank holds its activations of all stages it has.
-    That is enough, too: run one micro-batch after the other with full backwards.
+    No less will do: after a micro-batch's last forward and before its first backward, a rank holds its activations of
+    all its stages. No more is needed: run one micro-batch after the other with full backwards.
     """
     return tuple(
         initial + max(sum(p.activation_bytes[s] for s in _stages(p, rank)) for p in problem.pipelines)

@@ -28,7 +28,7 @@ class Row:
 
 
 def compare(problem: Problem, found: Mapping[str, Schedule] | None = None) -> tuple[Row, ...]:
-    """The problem in the order of each baseline, of the greedy rule, and of schedules `found` otherwise, by name.
+    """A row for each baseline, one for the greedy rule, and one for each schedule in `found`, under its name.
 
     Baselines for one model run the models one after the other. The interleaved one cuts each stage in two, which is
     another problem with the same work on every rank. Baselines know of no memory limit.

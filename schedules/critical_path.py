@@ -14,7 +14,8 @@ def critical_path(schedule: Schedule, timing: Timing | None = None) -> tuple[Op,
     before it on its rank, or one whose result it needs. Of equals it stays on the rank. Shortening an operation that is
     not on a critical path does not shorten the schedule; a schedule may have several such paths, of which this is one.
 
-    timing: when the operations ran, if not as early as they could: then gaps between them are what else held them up.
+    timing: when the operations ran; by default, as early as they could. In recorded times, operations of the path may
+        have gaps between them: something that the schedule does not know of held them up.
 
     O(operations).
 

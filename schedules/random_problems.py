@@ -1,4 +1,4 @@
-"""Random problems and random legal schedules, reproducible from a seed: for tests, benchmarks and search restarts."""
+"""Random problems and random legal schedules, reproducible from a seed: to test whatever works on schedules."""
 
 from __future__ import annotations
 

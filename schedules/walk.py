@@ -51,6 +51,16 @@ def needs(schedule_ops: Container[Op], op: Op, num_stages: int) -> tuple[Op, ...
     return (own, split if split in schedule_ops else replace(split, kind=Kind.B))
 
 
+def feeds(op: Op, num_stages: int) -> Op | None:
+    """The operation that uses the result of a forward or a whole backward; None at the pipeline's end.
+
+    A forward feeds the next stage's, at the last stage its own backward; a backward feeds the stage before.
+    """
+    if op.kind is Kind.F:
+        return replace(op, stage=op.stage + 1) if op.stage < num_stages - 1 else replace(op, kind=Kind.B)
+    return replace(op, stage=op.stage - 1) if op.stage else None
+
+
 def channel_into(problem: Problem, op: Op) -> Channel | None:
     """The stream of messages from which `op` receives; None where its input is on its own rank."""
     ranks = problem.pipelines[op.pipeline].ranks

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from schedules.fused.cache import write_whole
+from schedules.files import write_whole
 
 
 def output_file(text: str) -> Path:

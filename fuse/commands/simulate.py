@@ -10,38 +10,32 @@ maxima of tokens make a table of gains, a line each.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
 
 from fuse.commands.output import output_file
+from fuse.commands.simulation_tables import show_gains, show_policies
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.drawing import picture
+from fuse.interstage.length_trace import LengthTrace, read_trace
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
 from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate import simulate
-from fuse.interstage.timeline import chart
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from schedules.export.svg import document
 
-Ints = NDArray[np.int64]
-
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
-_BOUNDS = {"blind": "blind_bound_seconds", "bound": "oracle_seconds"}
 _TITLES = {NONE: "Stage by stage", THRESHOLD: "Fused, one migration", ADAPTIVE: "Fused"}
 _OPTIONS = ("devices", "batch", "iterations", "max_tokens", "prompt_tokens", "costs", "max_batch", "kv_tokens")
 
@@ -79,6 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("devices", "batch", "iterations", "prompt_tokens", "max_batch"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be at least 1")
+    for max_tokens in arguments.max_tokens or ():
+        if max_tokens < 1:
+            raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
     costs = _costs(arguments.costs)
     settings = [
         _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
@@ -90,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [row for outcome in outcomes for row in outcome.rows]
     first = outcomes[0].results
     if len(outcomes) == 1:
-        _show(console, rows, first)
+        show_policies(console, rows, first)
     else:
-        _show_gains(console, [outcome.rows for outcome in outcomes])
+        show_gains(console, [outcome.rows for outcome in outcomes])
     if arguments.json:
         options = {name: getattr(arguments, name) for name in _OPTIONS} | {"can_transfer": not arguments.no_transfer}
         written = {"options": options, "costs": costs_to_json(costs), "rows": rows, "timelines": _timelines(first)}
@@ -104,55 +101,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Trace:
-    """Recorded lengths [rows], and a key per row that is equal for equal prompts, or None."""
-
-    prompt_tokens: Ints
-    response_tokens: Ints
-    prompts: tuple[Hashable, ...]
-
-    def __len__(self) -> int:
-        return len(self.response_tokens)
-
-    def cut(self, max_tokens: int) -> Trace:
-        """With responses of at most `max_tokens`."""
-        if max_tokens < 1:
-            raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
-        return Trace(self.prompt_tokens, np.minimum(self.response_tokens, max_tokens), self.prompts)
-
-
-def read_trace(path: Path, prompt_tokens: int) -> Trace:
-    """Read a CSV trace; rows without prompt_tokens get the ones given, and no length is below one token.
-
-    Raises:
-        ValueError: no column output_tokens, no rows, or a length that is no number.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "output_tokens" not in columns:
-            raise ValueError(f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}")
-        prompts, responses, keys = [], [], []
-        for row in reader:
-            responses.append(_length(path, reader.line_num, "output_tokens", row["output_tokens"]))
-            prompts.append(
-                _length(path, reader.line_num, "prompt_tokens", row["prompt_tokens"])
-                if "prompt_tokens" in columns
-                else prompt_tokens
-            )
-            keys.append(row.get("prompt_id"))
-    if not responses:
-        raise ValueError(f"{path} has no rows: a trace has one per response")
-    return Trace(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64), tuple(keys))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Setting:
     """A trace, cut at `max_tokens` if that is given."""
 
     lengths: str
     max_tokens: int | None
-    trace: Trace
+    trace: LengthTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +117,7 @@ class _Outcome:
     results: dict[str, list[SimulationResult]]
 
 
-def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> Trace:
+def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> LengthTrace:
     trace = read_trace(path, arguments.prompt_tokens)
     if len(trace) < arguments.batch * arguments.iterations:
         raise ValueError(
@@ -197,7 +151,7 @@ class _Case:
     """One batch of the trace, and what the other rows teach."""
 
     def __init__(
-        self, arguments: argparse.Namespace, trace: Trace, costs: CostModel, limits: EngineLimits, start: int
+        self, arguments: argparse.Namespace, trace: LengthTrace, costs: CostModel, limits: EngineLimits, start: int
     ) -> None:
         batch = slice(start, start + arguments.batch)
         self._costs, self._limits, self._can_transfer = costs, limits, not arguments.no_transfer
@@ -281,61 +235,6 @@ def _row(
     }
 
 
-def _show(console: Console, rows: Sequence[dict[str, object]], results: dict[str, list[SimulationResult]]) -> None:
-    """Timelines and a table of one setting."""
-    titles = ("policy", "seconds", "decoding", "gain", "of known", "of blind", "idle", "moves", "GB")
-    table = Table(*titles, box=SIMPLE, padding=(0, 0, 0, 1))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(str(row["policy"]), *_cells(row))
-    none_s = _number(rows[0]["simulated_seconds"])
-    for name, field in _BOUNDS.items():
-        bound_s = _number(rows[0][field])
-        table.add_row(name, f"{bound_s:.4g}", "", f"{none_s / bound_s:.3f}x")
-    end_s = max(those[0].makespan_s for those in results.values())
-    for name, those in results.items():
-        console.print(f"\n{name}", markup=False)
-        console.print(chart(those[0], width=max(20, console.width - 8), end_s=end_s), soft_wrap=True, markup=False)
-    console.print()
-    console.print(table)
-
-
-def _show_gains(console: Console, settings: Sequence[Sequence[dict[str, object]]]) -> None:
-    """A line per setting: seconds of none, and the others' gains over it."""
-    policies = [str(row["policy"]) for row in settings[0][1:]]
-    table = Table(Column("lengths", overflow="fold"), "max tokens", NONE, *policies, *_BOUNDS)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for rows in settings:
-        none_s = _number(rows[0]["simulated_seconds"])
-        bounds_s = (_number(rows[0][field]) for field in _BOUNDS.values())
-        gains = (*(_number(row["gain"]) for row in rows[1:]), *(none_s / bound_s for bound_s in bounds_s))
-        table.add_row(
-            str(rows[0]["lengths"]),
-            str(rows[0]["max_tokens"] or "-"),
-            f"{none_s:.4g} s",
-            *(f"{gain:.3f}x" for gain in gains),
-        )
-    console.print(table)
-
-
-def _cells(row: dict[str, object]) -> Iterator[str]:
-    yield f"{row['simulated_seconds']:.4g}"
-    yield f"{row['generation_seconds']:.4g}"
-    yield f"{row['gain']:.3f}x"
-    for name in ("known_share", "blind_share"):
-        yield "-" if row[name] is None else f"{row[name]:.0%}"
-    yield f"{row['idle_share']:.1%}"
-    yield f"{row['migrations']:.0f}"
-    yield f"{_number(row['moved_bytes']) / 1e9:.3g}"
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, float | int)
-    return float(value)
-
-
 def _timelines(results: dict[str, list[SimulationResult]]) -> dict[str, list[list[tuple[str, float, float]]]]:
     """Per policy and device, (kind, start, end) in seconds of the first iteration."""
     return {
@@ -353,13 +252,6 @@ def _policies(text: str) -> tuple[str, ...]:
     return names
 
 
-def _length(path: Path, line: int, column: str, text: str | None) -> int:
-    try:
-        return max(1, int(text or ""))
-    except ValueError:
-        raise ValueError(f"{path} line {line}: {column} is {text!r}, not a whole number") from None
-
-
 def _costs(name: str) -> CostModel:
     if name in PROFILES:
         return PROFILES[name]
@@ -372,7 +264,7 @@ def _costs(name: str) -> CostModel:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _limits(arguments: argparse.Namespace, trace: Trace) -> EngineLimits:
+def _limits(arguments: argparse.Namespace, trace: LengthTrace) -> EngineLimits:
     """Responses may reach the longest of the trace, or --max-tokens where that cuts some."""
     max_new_tokens = int(trace.response_tokens.max())
     enough = (int(trace.prompt_tokens.max()) + max_new_tokens) * max(arguments.max_batch, arguments.batch)

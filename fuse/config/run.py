@@ -86,7 +86,9 @@ class RunConfig(TrainingArguments):
     )
     schedule_time_limit_s: float = option(10.0, "Most seconds to search for a fused schedule; few are needed anew.")
     replan_drift: float = option(
-        0.3, "Plan again once a stage's share of the time is off the plan by so much, 3 updates in a row."
+        0.3,
+        "Plan again once a stage's share of the time is off the plan by more than this, 3 updates in a row (1 after "
+        "the first plan, which rests on one update).",
     )
     activation_memory_bytes: int | None = option(
         None, "Most bytes of activations on a device in fused training. Default: what a GPU has free; no limit on CPUs."

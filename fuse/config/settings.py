@@ -19,10 +19,10 @@ from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.kv_choice import choose_kv_transfer
 from fuse.interstage.migration import EngineLimits
-from fuse.interstage.planner import RolloutSettings
+from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import place
-from fuse.intrastage.planner import PlanSettings
+from fuse.intrastage.training_planner import PlanSettings
 from fuse.sample import SpecialTokens
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.layout import Layout, RaggedLayout, TRLLayout

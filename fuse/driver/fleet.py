@@ -22,9 +22,9 @@ from fuse.driver.model_start import ModelStart
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
-from fuse.interstage.planner import RolloutPlanner
+from fuse.interstage.rollout_planner import RolloutPlanner
 from fuse.intrastage.placement import replica_micro_batches
-from fuse.intrastage.planner import Planner
+from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.micro_batch import Metric
 from fuse.roles import GENERATING
 from fuse.sample import Sample
@@ -101,7 +101,7 @@ class Fleet:
         return self._models.wait(self._tell).workers
 
     @property
-    def _planner(self) -> Planner:
+    def _planner(self) -> TrainingPlanner:
         return self._models.wait(self._tell).planner
 
     def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> Worker:

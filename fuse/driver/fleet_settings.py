@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fuse.driver.engine_choice import EngineFactory
-from fuse.interstage.planner import RolloutSettings
+from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.plan import serial_schedule
-from fuse.intrastage.planner import PlanSettings
+from fuse.intrastage.training_planner import PlanSettings
+from fuse.intrastage.training_schedule import serial_schedule
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import ScoringSettings

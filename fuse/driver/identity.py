@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.intrastage.profile_store import machine
+from fuse.intrastage.measurement_store import machine
 from fuse.training.model_spec import ModelSpec
 
 _FORMAT = 1

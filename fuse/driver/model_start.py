@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
+from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.planner import Planner
-from fuse.intrastage.profile_store import Measured, ProfileStore
-from fuse.intrastage.stage_balance import Parts, choose_placement
+from fuse.intrastage.stage_balance import LayerCosts, balance_stages
+from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
 from fuse.training.model_spec import ModelSpec
 from fuse.workers.cluster import Cluster, Worker, gather
@@ -33,7 +33,7 @@ class Models:
     """The model workers, one per device, ready for every call; and who plans their training."""
 
     workers: list[Worker]
-    planner: Planner
+    planner: TrainingPlanner
 
 
 class ModelStart:
@@ -111,7 +111,7 @@ class ModelStart:
         host = self._cluster.host(0)
         (port,) = gather([self._workers[0].call("serve_store", host)])
         self._on_all("connect", host, port, settings.num_devices)
-        store = ProfileStore(settings.plan.directory, identity(settings, self._specs))
+        store = MeasurementStore(settings.plan.directory, identity(settings, self._specs))
         placement = self._placement(store)
         self._doing = "stages"
         self._on_all("place", placement)
@@ -123,9 +123,9 @@ class ModelStart:
                 self._on_all("load_training_weights", role, [weights])
             if role in self._scoring:
                 self._on_all("load_scoring_weights", role, [weights])
-        return Models(self._workers, Planner(placement, settings.plan, store))
+        return Models(self._workers, TrainingPlanner(placement, settings.plan, store))
 
-    def _placement(self, store: ProfileStore) -> tuple[Replica, ...]:
+    def _placement(self, store: MeasurementStore) -> tuple[Replica, ...]:
         """The placement asked for, cut where measured times favour it, now or in an earlier run."""
         settings = self._settings
         if settings.balance is None:
@@ -135,9 +135,9 @@ class ModelStart:
             _logger.info("stages are cut as measured in an earlier run")
             return known.placement
         self._doing = "measuring a layer and a head of each model"
-        profiles = self._on_all("measure_parts", settings.balance, _TICK_S)
-        placement = choose_placement(
-            {model: Parts.of(profiles, model) for model in self._specs},
+        profiles = self._on_all("measure_layer_costs", settings.balance, _TICK_S)
+        placement = balance_stages(
+            {model: LayerCosts.of(profiles, model) for model in self._specs},
             settings.placement,
             {model: spec.num_layers for model, spec in self._specs.items()},
             settings.micro_batches_per_step,

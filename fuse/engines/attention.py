@@ -49,7 +49,10 @@ def slot_attention(
 
 
 def use_slot_attention(model: PreTrainedModel) -> bool:
-    """Make a model that uses sdpa call `slot_attention`; a model with attention of its own keeps it. Whether it did."""
+    """Make a model that uses sdpa call `slot_attention`; returns whether it does.
+
+    A model with attention of its own keeps it.
+    """
     if not model._supports_attention_backend or model.config._attn_implementation not in ("sdpa", SLOT_ATTENTION):
         return False
     ALL_ATTENTION_FUNCTIONS.register(SLOT_ATTENTION, slot_attention)

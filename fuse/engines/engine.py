@@ -116,7 +116,7 @@ class GenerationEngine(Protocol):
         ...
 
     def step(self) -> list[GeneratedToken]:
-        """Generate one token for every running sample, in the order they entered or any other.
+        """Generate one token for every running sample, in any order.
 
         Post: finished samples have left the engine, and their places are free for the next step. [] when idle; not
         idle means at least one token.

@@ -87,8 +87,10 @@ class SlotCache(Cache):
             layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
 
     def read(self, row: int, tokens: int, allocate: Allocate | None = None) -> tuple[Tensor, ...]:
-        """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim], copied to the host, or into
-        the memory that `allocate` gives."""
+        """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim].
+
+        They are copied to the host, or into the memory that `allocate` gives.
+        """
         return kv_blocks.gather(
             [entries for layer in self._layers for entries in (layer.keys, layer.values)], row, tokens, allocate
         )

@@ -107,8 +107,11 @@ class TransformersEngine:
         return Evicted(request, kv)
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take new weights over: those of the model's type and device as they are, which nobody may write to until the
-        next ones come; copies of the others. A tied tensor may come under either of its names."""
+        """Take new weights; a tied tensor may come under either of its names.
+
+        Those of the model's type and device are taken as they are: nobody may write to them until the next ones come.
+        Others are copied.
+        """
         num_live = len(self._rows) + len(self._queue)
         if num_live:
             raise still_live(num_live)

@@ -73,7 +73,7 @@ class VllmCore:
             self._resources = resources.pop_all()
 
     def add(self, evicted: Evicted) -> str:
-        """Queue a request, with the KV it brings; returns vLLM's name of it, which does not mind one that it has.
+        """Queue a request, with the KV it brings; returns vLLM's name of it, a new one each time.
 
         Raises: ValueError for KV of other layers, or of another number of tokens than all but the last.
         """

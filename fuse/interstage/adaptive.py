@@ -2,9 +2,9 @@
 
 Each plan answers three questions. How many engines are to decode: as many as end the rollout soonest by a fluid model
 of what is ahead, on the mean of a few draws of it; some are given up now only if no later change would do better. Which
-samples go where: while an engine, and not the work that is left, would hold up the end, samples move one by one as long
-as the expected end gains by it. How much is scored at once: half of what a free device has yet to do, so that all
-devices end together.
+samples go where: while one engine holds up the end, rather than all the work that is left, samples move one by one as
+long as the expected end comes earlier by it. How much is scored at once: half of what a free device has yet to do, so
+that all devices end together.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ Floats = NDArray[np.float64]
 _LEAST_MOVE_GAIN = 1e-4
 """Part of the time to come that the move of one sample must save."""
 _CAUTION = 2
-"""Times that a move must save the delay of the sample that moves: more moves of it may follow."""
+"""A move must save its sample this many times the delay that it brings, for more moves may follow."""
 _SHARPNESS = 16
-"""Power of a sample's predicted end, relative to the last, that says how likely it is to be the last itself."""
+"""A sample's predicted end, as a part of the last one, to this power: in proportion to the chance that it ends last."""
 _MAX_MOVES = 64
 """Moves in one plan that only even out engines; the next finish plans again."""
 _LEAST_TOKEN_S = 1e-12
 _NUM_DRAWS = 4
 """Draws of what is ahead that a plan is made for: how long the longest sample is matters, and varies the most."""
 _FINISHES = 64
-"""Finishes that are planned for while the live samples become half as many, about; with fewer live, all are."""
+"""About so many finishes are planned for until half of the live samples are left; with fewer live, every one is."""
 _PIECE = 0.5
-"""Part of what a device has yet to score that it is given at once."""
+"""A device is given this part of what it has yet to score at once."""
 _LEAST_PIECE = 2.0
-"""Times the cost of a micro-batch that a piece takes at least."""
+"""A piece takes at least this many times what a micro-batch costs."""
 _HOLDS_UP = 0.85
-"""Part of the time to come after which an engine's end is what holds up the rollout's."""
+"""An engine holds up the rollout if it ends after this part of the time to come."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +101,8 @@ class Adaptive:
     def _ends(self, state: RolloutState) -> tuple[Floats, float]:
         """Seconds until each device is done with what it has now, [devices], and until all are done with everything.
 
-        The latter fills up the former: what finishes is scored by whichever device is done.
+        Devices that are done score what the others finish. The second figure is the level to which that work fills up
+        the devices' ends.
         """
         costs, live = self.costs, state.live
         ends_s = costs.inference_token_s * state.inferring_tokens / 2
@@ -130,8 +131,8 @@ class Adaptive:
     def _even_out(self, state: RolloutState, forecast: _Forecast, fresh: list[int]) -> list[Migrate]:
         """Move samples from engines whose samples are likely to end last to those, or `fresh` devices, that are not.
 
-        A sample that moves relieves those that it leaves of its share of their steps, and burdens those that it joins
-        and, by the move, itself. Each counts by how near its predicted end is to the last one.
+        A move relieves the samples on the source of the moved one's share of their steps. It burdens the samples on the
+        target, and delays the moved one. Each sample counts by how near its predicted end is to the last one.
         """
         live, costs, counts = state.live, self.costs, state.num_live()
         devices = np.array(sorted({*np.flatnonzero(counts).tolist(), *fresh}))
@@ -176,14 +177,13 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Forecast:
-    """Per live sample [live]: mean tokens left; tokens left if it were the longest; seconds from now to its score, were
-    it that and alone; seconds that it adds to steps, to all of its own and to those of one like it beside it.
+    """Seconds of each live sample, [live].
+
+    alone_s: from now to its score, if it were the longest of all and alone on its engine.
+    shared_s: what it adds to the steps that it shares with one like it.
     """
 
-    remaining: Floats
-    far: Floats
     alone_s: Floats
-    sample_s: Floats
     shared_s: Floats
 
 
@@ -194,22 +194,14 @@ def _is_due(live: LiveSamples) -> bool:
 
 def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) -> _Forecast:
     live = state.live
-    remaining = lengths.expected(live.ids, live.response_tokens)
     # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
     far = lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
     context = live.context_tokens
     prefill_s = np.where(live.started, 0.0, costs.prefill_token_s * context)
     # The median of the shorter of two alike.
     shared = lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
-    far_s, sample_s, shared_s = (
-        tokens * (costs.sample_s + costs.context_s * (context + tokens / 2)) + prefill_s
-        for tokens in (far, remaining, shared)
+    far_s, shared_s = (
+        tokens * (costs.sample_s + costs.context_s * (context + tokens / 2)) + prefill_s for tokens in (far, shared)
     )
     inference_s = costs.inference_s + costs.inference_token_s * (context + far)
-    return _Forecast(
-        remaining=remaining,
-        far=far,
-        alone_s=far * costs.step_s + far_s + inference_s,
-        sample_s=sample_s,
-        shared_s=shared_s,
-    )
+    return _Forecast(alone_s=far * costs.step_s + far_s + inference_s, shared_s=shared_s)

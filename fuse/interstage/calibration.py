@@ -1,9 +1,9 @@
 """What a run's own operations cost, learnt from their spans: the cost model of the live policies.
 
 A decode step is timed with its batch and context; steps that computed prompts anew tell what prefill adds; inference is
-timed with its tokens; KV transfers are timed at both ends, but not those that lost some. Where prefill was hardly seen
-it counts as a third of inference, which runs three models; transfers that were hardly seen, as copies through a host's
-memory.
+timed with its tokens; KV transfers are timed at both ends, but for those that lost some. Until enough has been seen of
+prefill, it counts as a third of inference, which runs three models; until enough has been seen of transfers, they count
+as copies through a host's memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRANSFER_BYTE_S = 1 / 2e9
 
 
 class Calibration:
-    """Collects measurements over iterations; `costs` is the model they amount to."""
+    """Collects measurements over iterations; `costs` is the model fitted to them."""
 
     def __init__(self, kv_bytes_per_token: int, inference_batch_tokens: int) -> None:
         self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
@@ -46,7 +46,7 @@ class Calibration:
                     self._decode.append(row)
             elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
-            elif span.category == "infer":  # reference, critic and reward in turn score the same sequences
+            elif span.category == "infer":  # the models that score take turns on the same sequences
                 key = sizes["call"], sizes["tokens"]
                 inference[key] = inference.get(key, 0.0) + span.duration_s
         self._inference.extend((_number(tokens), seconds) for (_, tokens), seconds in inference.items())

@@ -2,7 +2,7 @@
 
     decode step   = step_s + sample_s * batch + context_s * (tokens of context in the batch)
     prefill       = prefill_s + prefill_token_s * tokens
-    inference     = inference_s + inference_token_s * tokens      (reference, reward and critic together)
+    inference     = inference_s + inference_token_s * tokens      (all models that score together)
     KV transfer   = transfer_s + bytes / (bytes per second)
 
 A device is whatever runs one engine: a CPU core, a GPU, or the GPUs of a tensor-parallel group.
@@ -206,11 +206,11 @@ PROFILES: Mapping[str, CostModel] = MappingProxyType(
 
 
 def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
-    """Intercept and slopes of the last column by the others, such that they add up to it over all rows.
+    """Intercept and slopes of the affine function that gives each row's last number, seconds, from the others.
 
-    Relative errors are made least, so that small operations count as large ones do, with no coefficient below zero.
-    That alone would fall short of the mean where times scatter. Columns are scaled, since bytes and seconds lie far
-    apart.
+    It has the least relative errors, so that small operations count as large ones do, and no coefficient below zero.
+    Where times scatter, such a function falls short of their mean; so it is scaled to give the right sum over all rows.
+    Columns are scaled, since bytes and seconds lie far apart.
 
     Raises:
         ValueError: fewer rows than coefficients, or a time that is not positive.

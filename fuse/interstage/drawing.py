@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _STAYED, _MIGRATED, _INFERENCE = "#9cc4ea", "#1f5c99", "#f7a65a"
 _INFERENCE_LINE = "#c05a10"
 _SLOT_INCHES = 0.035
+_WIDTH_INCHES = 11.0
 _TOP, _BOTTOM = 0.08, 0.92  # of a device's band, y growing downwards
 
 
@@ -102,7 +103,7 @@ def rollout_chart(result: SimulationResult) -> RolloutChart:
     )
 
 
-def picture(results: Mapping[str, SimulationResult], *, width_inches: float = 11.0) -> Picture:
+def picture(results: Mapping[str, SimulationResult]) -> Picture:
     """Draw rollouts above one another, to one scale of time, each under its name; `schedules.export.svg` writes it.
 
     Raises:
@@ -115,7 +116,7 @@ def picture(results: Mapping[str, SimulationResult], *, width_inches: float = 11
     charts = {name: rollout_chart(result) for name, result in results.items()}
     inches = sum(chart.num_devices * min(0.6, max(0.28, _SLOT_INCHES * chart.num_slots)) for chart in charts.values())
     with mpl.rc_context(SETTINGS):
-        drawing = Figure(figsize=(width_inches, 0.8 + 0.45 * len(charts) + inches), layout="constrained")
+        drawing = Figure(figsize=(_WIDTH_INCHES, 0.8 + 0.45 * len(charts) + inches), layout="constrained")
         panels = drawing.subplots(
             len(charts), 1, sharex=True, squeeze=False, height_ratios=[chart.num_devices for chart in charts.values()]
         )[:, 0]

@@ -1,15 +1,17 @@
 """How a rollout would go on with so many engines: a fluid model, evaluated for many plans at once.
 
-Samples advance in step, so those with more than s tokens left are live s steps later: n(s), a share l(s) = n(s) / n of
-those now, and any as likely as another. Of an engine that has c samples now,
+All samples advance in step, so those with more than s tokens left are live s steps later. They are a share l(s) of the
+samples live now, and each sample is among them with the same probability. For an engine that has c samples now,
 
     step(s)  = step_s + (1 + (c - 1) * l(s)) * (sample_s + context_s * context(s))     while it has the last of all
     busy(s)  = 1 - (1 - l(s)) ** c                                                     the chance that it has any
 
-and what others finish is scored by the devices that are not busy. A plan keeps the engines that decode now, loaded as
-they are, until few enough samples are left, and goes on with another number of them, loaded evenly. Its makespan is the
-time to the last token and then that to score what is left, on all devices, but the last sample on one; or, if that is
-later, the end of the sample with the longest context, which takes the longest to score.
+and devices that are not busy score what the others finish. A plan keeps the engines that decode now, loaded as they
+are, until a certain number of samples is left; then it goes on with another number of engines, loaded evenly.
+
+Its makespan is the time to the last token, and then the time to score what is left: all devices share that, but one of
+them scores the last sample alone. Or it is the end of the sample with the longest context, which takes the longest to
+score, if that comes later.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _NUM_POINTS = 14
 _LEAST_GAIN = 0.005
 """Part of the time to come that a change of the number of engines must save: estimates are no better than that."""
 _PATIENCE = 0.97
-"""Part of the gain of the best later change for which it is not waited: when the next sample finishes is uncertain."""
+"""A change is made now if it gains at least this part of what the best later one would, for the future is uncertain."""
 _FEWER = 0.75
 """Ratio of the numbers of engines that are tried."""
 _PIECE_TOKENS = 4096
@@ -39,9 +41,13 @@ _PIECE_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outlook:
-    """What may be ahead. remaining [draws, live]: draws of the tokens left; live, context_tokens [engines]: samples on
-    each engine that decodes, and tokens of their context; widest: the one of the live with most context, and its tokens
-    of that; backlog_tokens: finished and not scored; max_batch: samples that an engine runs at once.
+    """What may be ahead of a rollout.
+
+    remaining: [draws, live], draws of the tokens that each live sample has left.
+    live, context_tokens: [engines], of each engine that decodes, its samples and the tokens of their context.
+    widest: index of the live sample with most context, and the tokens of that.
+    backlog_tokens: of samples that are finished and not scored.
+    max_batch: samples that an engine runs at once.
     """
 
     costs: CostModel
@@ -56,7 +62,7 @@ class Outlook:
 
 
 def best_num_engines(outlook: Outlook, most: int) -> int:
-    """How many engines, up to `most`, are to decode: other than now if that is better than any later change."""
+    """How many engines, up to `most`, are to decode; not as many as now only if no later change would do better."""
     num_now = len(outlook.live)
     fewer = np.append(num_now * _FEWER ** np.arange(24), num_now - 1)
     more = np.linspace(num_now, max(num_now, most), 4)

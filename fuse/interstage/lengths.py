@@ -20,6 +20,8 @@ _MAX_POINTS = 1024
 """Points of a curve: it is exact up to this many tokens, and interpolated between points beyond."""
 _ROUNDING = 1e-12
 """Probabilities are told apart no better than this."""
+_POOLED_SAMPLES = 4.0
+"""Samples of the pooled curve that a prompt's own curve counts beside its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,8 @@ class LengthModel:
         return SurvivalLengths(self.limit, self.grid, point_of, curves, _tails(self.grid, curves), row_of)
 
 
-def learn(observations: Iterable[Observation], limit: int, *, prior_strength: float = 4.0) -> LengthModel:
-    """Learn the pooled curve, and each seen prompt's, which counts `prior_strength` pooled samples beside its own.
+def learn(observations: Iterable[Observation], limit: int) -> LengthModel:
+    """Learn the pooled curve, and each seen prompt's, which counts some pooled samples beside its own.
 
     Observations cut at or beyond `limit` count as ended there, for generation ends there too.
 
@@ -106,7 +108,7 @@ def learn(observations: Iterable[Observation], limit: int, *, prior_strength: fl
     pooled = _curve(observed, limit)[points]
     by_prompt = {}
     for prompt, group in groups.items():
-        weight = len(group) / (len(group) + prior_strength)
+        weight = len(group) / (len(group) + _POOLED_SAMPLES)
         by_prompt[prompt] = weight * _curve(group, limit, prior=0.0)[points] + (1 - weight) * pooled
     return LengthModel(limit, grid, pooled, by_prompt, len(observed))
 

@@ -18,9 +18,9 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _PIECES = 4
-"""Inference is given out in this many pieces per device, so that devices end about together."""
+"""Each device gets its inference in about this many pieces, so that devices end about together."""
 _LEAST_PIECE_TOKENS = 1024
-"""Pieces are no smaller than this while there is more to score than devices: each has a cost of its own."""
+"""Pieces are no smaller than this while there is enough for all devices: each piece has a cost of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ class Policy(Protocol):
     def __call__(self, state: RolloutState) -> list[Action]:
         """Decide what to do now.
 
-        Post: a device that infers is released before or has been; it has no live samples but those that it was told
-        before to give up, and infers when they are gone. Targets stay within limits.
+        Post: only a device that is released, by these actions or earlier ones, is told to infer. It has no live samples
+        but those that it has been told to give up, and infers when they are gone. Targets stay within limits.
         """
         ...
 

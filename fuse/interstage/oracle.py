@@ -15,11 +15,11 @@ from fuse.interstage.rollout import Rollout
 def lower_bound_s(rollout: Rollout) -> float:
     """The greater of two bounds on the makespan, in seconds, whatever moves where and for free.
 
-    Path: a sample is prefilled, takes one step per token, in each of which it is alone at best, and then is scored,
-    with nothing else in its micro-batches. Work: devices do one thing at a time, so the makespan is at least the mean
-    of their busy times. All prefill, each sample's part of its steps and all inference are done somewhere; `step_s` is
-    paid once per step of an engine, of which there are as many as the longest sample has tokens, and as many as it
-    takes when no step serves more samples than an engine can hold; `inference_s` once per micro-batch, were all full.
+    Path: a sample is prefilled, takes one step per token, alone at best, and is then scored, with nothing else in its
+    micro-batches. Work: devices do one thing at a time, so the makespan is at least the mean of their busy times. All
+    prefill, each sample's part of its steps and all inference are done somewhere. `step_s` is paid once per step of an
+    engine: there are at least as many steps as the longest sample has tokens, and as many as all tokens take in steps
+    of the largest batch. `inference_s` is paid once per micro-batch, of which there are fewest if all are full.
     """
     costs, prompts, responses = rollout.costs, rollout.prompt_tokens, rollout.response_tokens
     totals = prompts + responses
@@ -46,9 +46,9 @@ def lower_bound_s(rollout: Rollout) -> float:
 def blind_bound_s(rollout: Rollout) -> float:
     """The same for policies to which all samples of an age look alike, and which keep them at about one age.
 
-    Whoever is the longest then has as many others beside it, in each step, as an engine has on average while all
-    decode: with fewer beside some, others have more. So this bounds the mean over rollouts, and not each of them: who
-    happens to leave the longest with few others may do better.
+    The longest sample then shares each step with as many others as an engine has on average while all decode: where
+    some samples share with fewer, others share with more. So this bounds the mean over rollouts, and not each of them:
+    a policy that happens to leave the longest sample with few others may do better.
     """
     costs, lengths = rollout.costs, rollout.response_tokens
     longest_first = np.argsort(-lengths, kind="stable")

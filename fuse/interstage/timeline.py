@@ -8,17 +8,18 @@ from fuse.interstage.rollout import BusySpan, SimulationResult, SpanKind
 
 _LETTERS = {SpanKind.GENERATE: "G", SpanKind.INFER: "i"}
 _IDLE = "."
+_MAX_LINES = 16
 
 
-def chart(result: SimulationResult, *, width: int = 80, max_lines: int = 16, end_s: float | None = None) -> str:
+def chart(result: SimulationResult, *, width: int = 80, end_s: float | None = None) -> str:
     """Each column shows what the device does in its middle: G generates, i infers, a dot is idle.
 
-    `end_s` is the time at the right edge (default: the makespan), for charts to compare. Of many devices `max_lines`
+    `end_s` is the time at the right edge (default: the makespan), for charts to compare. Of many devices some
     are shown, evenly chosen by when they are done with generation, those that generate longest first.
     """
     end_s = end_s or result.makespan_s
     order = sorted(range(len(result.timeline)), key=lambda device: (-_generated_s(result.timeline[device]), device))
-    num_lines = min(max_lines, len(order))
+    num_lines = min(_MAX_LINES, len(order))
     shown = [order[line * len(order) // num_lines] for line in range(num_lines)]
     lines = []
     for device in shown:

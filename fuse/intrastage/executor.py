@@ -15,7 +15,7 @@ from torch import Tensor
 
 import schedules
 from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
-from fuse.intrastage.planned import PlannedTimes, operation_name
+from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder

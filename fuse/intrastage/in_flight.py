@@ -18,7 +18,7 @@ class _Forwarded:
 
 
 class InFlight:
-    """A stage's micro-batches by index; backwards as `fuse.intrastage.stage.Stage` has them.
+    """A stage's micro-batches by index, and their backwards, as `fuse.intrastage.stage.Stage` has them.
 
     split: what the stage's linear layers defer to; None when backwards cannot be split.
     """

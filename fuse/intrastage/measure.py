@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fuse.intrastage.communication import PipelineCommunicators
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.live_memory import LiveMemory
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
 from schedules import Kind
@@ -37,7 +37,7 @@ def measure(
     stages: this rank's, by (pipeline, stage); between two optimizer steps, with no micro-batch on its way.
     micro_batches: by pipeline, one of each shape; a last stage computes its loss on it.
     repeats: times are medians over so many, after one that warms up.
-    times_only: memory is left out, and a backward that can be split runs only so, and counts as both halves.
+    times_only: memory is left out; a backward that can be split runs in halves only, whose sum is then its time.
     clock: seconds that stages are timed in; `time.process_time` where others use the core meanwhile.
 
     Parameters stay as they are, and have no gradients afterwards.

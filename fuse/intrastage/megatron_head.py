@@ -75,8 +75,10 @@ def _take_maximum(values: Tensor, group: dist.ProcessGroup) -> None:
 
 
 class _GatheredVocabulary(torch.autograd.Function):
-    """All ranks' logits side by side; megatron-core's own needs CUDA. Every rank goes on with the same, so its own
-    part of the gradient is the whole one."""
+    """All ranks' logits side by side; megatron-core's own needs CUDA.
+
+    Every rank goes on with the same logits, so it has the whole gradient of its own part.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:

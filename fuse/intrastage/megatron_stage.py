@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fuse.intrastage import communication
+from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
+from fuse.intrastage.layer_range import checked_layer_range, global_name
 from fuse.intrastage.megatron_head import VocabularyHead
 from fuse.intrastage.megatron_model import RotaryAngles, attention_mask, build_model, check_supported, lone_group
 from fuse.intrastage.megatron_parallel import take_over_parallel_layers
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
-from fuse.intrastage.partition import check_state_dict, checked_layer_range, global_name, recompute_in_backward
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.transformers_stage import head_of
 from fuse.micro_batch import Loss, Metrics, MicroBatch
+from fuse.state_dict import check_state_dict
 
 
 class MegatronStage:
@@ -180,7 +182,7 @@ class MegatronStage:
 
         Raises: ValueError when one is missing or has another shape; then nothing was copied.
         """
-        check_state_dict(state_dict, self.stage_shapes, f"stage {self.stage} of {self._name}")
+        check_state_dict(state_dict, self.stage_shapes, f"stage {self.stage} of {self._name}", may_have_more=True)
         own = dict(self.named_parameters())
         with torch.no_grad():
             for name, tensor in self.from_hugging_face(state_dict):

@@ -47,7 +47,8 @@ class FusedWeight:
 
     sources: their names, in the order in which they are stacked.
     shapes: of each source.
-    num_blocks: every source is cut into this many blocks of rows, and the first blocks of all sources come first.
+    num_blocks: every source is cut into this many blocks of rows; the first blocks of all sources come first, then
+        the second ones, and so on.
     shard_dim: the dimension that tensor-parallel ranks share out; None where each has the whole.
     num_shards: tensor-parallel ranks.
     """

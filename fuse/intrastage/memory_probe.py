@@ -12,7 +12,7 @@ from fuse.micro_batch import MicroBatch
 
 
 class MemoryProbe:
-    """`stage` as it is; afterwards the bytes of micro-batch `index` are known.
+    """Runs `stage` as it is, and counts the bytes that its micro-batch `index` holds.
 
     activation_bytes: held from F to B or I, with what the previous stage sent.
     weight_grad_bytes: held from I to W, with what the next stage sent; 0 for a whole backward.

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.trace import Span
 from schedules import Kind
 
@@ -14,7 +14,7 @@ TRAIN, MEMORY, MESSAGE = "train", "memory", "message"
 """Categories of the spans that tell costs: an operation; the bytes of a micro-batch; a message to the next stage."""
 
 _REMEMBERED = 64
-"""Operations of each kind and stage; of these, costs are fitted to the last so many."""
+"""Costs are fitted to the last so many operations of each kind and stage."""
 _FEWEST_FOR_A_LINE = 6
 _TICK_S = 1e-5
 
@@ -53,7 +53,7 @@ class ObservedCosts:
                 self._memory[stage] = (shape.size, _bytes(span, "activation"), _bytes(span, "weight_grad"))
 
     def forget(self) -> None:
-        """Forget the operations, but for how a backward splits: a schedule may leave none in halves."""
+        """Forget the operations, but remember I's share of a backward: the next schedule may run none in halves."""
         for stage in self._stages:
             if {(stage, Kind.I), (stage, Kind.W)} <= self._operations.keys():
                 seconds = self._seconds(stage, Shape(1, 1024))
@@ -126,7 +126,7 @@ def fit(points: Iterable[tuple[int, float]]) -> tuple[float, float]:
     """Seconds of an operation on no tokens, and per token, from (tokens, seconds) in the order they were measured.
 
     The median proportion where points are few or alike; else the line of least squares, with neither part negative.
-    The first point warms up what the others find warm, and counts only where there are no two more.
+    The first operation warms up what the others find warm, so its point counts only where there are no two others.
     """
     points = list(points)
     points = points[1:] if len(points) > 2 else points
@@ -141,7 +141,7 @@ def fit(points: Iterable[tuple[int, float]]) -> tuple[float, float]:
 
 
 def shape_arguments(shape: Shape) -> dict[str, object]:
-    """Of a span that tells what a micro-batch of this shape costs."""
+    """The arguments of a span that tells what a micro-batch of this shape costs."""
     return {"tokens": shape.size, "sequences": shape.num_sequences}
 
 

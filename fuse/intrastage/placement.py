@@ -1,4 +1,4 @@
-"""Where the actor's and the critic's stages run: replicas of each model, their ranks, and the layers of every stage."""
+"""Where the stages of trained models run: replicas of each model, their ranks, and the layers of every stage."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ModelName = str
-
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One copy of a model, cut into stages: stage s runs on `ranks[s]`, with layers [start, stop) `layer_ranges[s]`.
 
+    model: its role, such as "actor". index: of this copy among the model's.
+
     A rank that repeats holds several stages (virtual stages). Without `layer_ranges` layers are spread evenly.
     """
 
-    model: ModelName
+    model: str
     index: int
     ranks: tuple[int, ...]
     layer_ranges: tuple[tuple[int, int], ...] | None = None
@@ -28,7 +28,10 @@ class Replica:
 
 
 def replica_from_json(value: Mapping[str, Any]) -> Replica:
-    """Read back what `dataclasses.asdict` made of a replica. Raises: KeyError or TypeError for anything else."""
+    """Read back what `dataclasses.asdict` made of a replica.
+
+    Raises: KeyError or TypeError for anything else.
+    """
     ranges = value["layer_ranges"]
     return Replica(
         model=value["model"],
@@ -38,23 +41,24 @@ def replica_from_json(value: Mapping[str, Any]) -> Replica:
     )
 
 
-def place(model: ModelName, num_ranks: int, num_stages: int, *, reverse: bool = False) -> tuple[Replica, ...]:
-    """Tile the ranks with replicas of `num_stages` consecutive ones; `reverse` puts stage 0 on the highest rank.
+def place(role: str, num_ranks: int, num_stages: int, *, reverse: bool = False) -> tuple[Replica, ...]:
+    """Tile the ranks with replicas of a role's model, each on `num_stages` consecutive ranks.
 
-    With a multiple of `num_ranks` as stages there is one replica, which passes over all ranks several times.
+    With a multiple of `num_ranks` as stages there is one replica, which passes over all ranks several times. `reverse`
+    puts stage 0 on the highest rank of each replica.
 
     Raises:
         ValueError: the ranks are no multiple of the stages, nor the stages of the ranks.
     """
     if num_ranks % num_stages and num_stages % num_ranks:
         raise ValueError(
-            f"{model}_stages={num_stages} neither divides the {num_ranks} pipeline ranks nor is a multiple of them: "
+            f"{role}_stages={num_stages} neither divides the {num_ranks} pipeline ranks nor is a multiple of them: "
             f"choose a divisor, for data parallelism over the quotient, or a multiple, for several stages on each"
         )
     order = -1 if reverse else 1
     span = min(num_stages, num_ranks)
     return tuple(
-        Replica(model, index, tuple(range(index * span, (index + 1) * span))[::order] * (num_stages // span))
+        Replica(role, index, tuple(range(index * span, (index + 1) * span))[::order] * (num_stages // span))
         for index in range(num_ranks // span)
     )
 

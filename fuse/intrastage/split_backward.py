@@ -3,10 +3,10 @@
 A linear layer of a model prepared by `SplitBackward` computes what nn.Linear does, with the same operations in the
 same order, so a whole backward has the same bits. Inside `deferred` its backward returns the gradient of its input
 alone, and keeps layer input and output gradient for the product that is the weight's gradient. Other parameters
-(norms, embeddings, layers of other kinds) get their gradients in I; they cost next to nothing, but for a vocabulary
-head whose logits `fuse.ops.linear_logprob` reduces: they would have to be held, or computed once more. Where
-tensor-parallel ranks add up input gradients, they do so in I. Under gradient checkpointing I recomputes and W does not;
-each layer's last linear is recomputed too, where autograd would stop short.
+(norms, embeddings, layers of other kinds) get their gradients in I, which costs next to nothing. So does a vocabulary
+head whose logits `fuse.ops.linear_logprob` reduces, at some cost: to defer its gradient, logits would have to be held,
+or computed once more. Where tensor-parallel ranks add up input gradients, they do so in I. Under gradient checkpointing
+I recomputes and W does not; each layer's last linear is recomputed too, where autograd would stop short.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Where to cut models into stages, and which way the critic runs: by measured time, with embedding and head included.
+"""Balances stages by measured time: the layers of each stage, embedding and head included, and the models' directions.
 
-Three short stages of a model are measured: embedding and one layer, one layer, one layer and head. Their differences
-give the costs of every stage that could be cut, on the ground that a model's layers cost the same. A cut is judged by
-the schedule that it allows.
+Three short stages of each model are measured: embedding and one layer, one layer, one layer and head. A model's layers
+cost the same, so these three give the costs of every stage that it may be divided into. A division is judged by the
+schedule that it allows.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import median
 
-from fuse.intrastage.placement import ModelName, Replica
-from fuse.intrastage.plan import fused_problem, serial_schedule
-from fuse.intrastage.profile import Profile, StageCosts
+from fuse.intrastage.cost_profile import Profile, StageCosts
+from fuse.intrastage.layer_range import even_layer_range
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.training_schedule import fused_problem, serial_schedule
 from schedules import Problem, evaluate
 from schedules.fused.greedy import greedy
-
-LayerRanges = tuple[tuple[int, int], ...]
 
 _SOLVE_S = 1.0
 """For each direction; most problems of a run are solved sooner, or compared well enough by then."""
@@ -29,17 +28,17 @@ _COSTS = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """A model's measured stages of one layer each: the first has the embedding, too, the last the head."""
+class LayerCosts:
+    """What one layer of a model costs: the first with the embedding, one between, and the last with the head."""
 
     first: StageCosts
     layer: StageCosts
     last: StageCosts
 
     @classmethod
-    def of(cls, profiles: Sequence[Profile], model: ModelName) -> Parts:
-        """Medians over the ranks, which have all measured stages 0, 1 and 2 of a pipeline named as the model."""
-        measured = [[one for one in profile.stages if one.pipeline == model] for profile in profiles]
+    def of(cls, profiles: Sequence[Profile], role: str) -> LayerCosts:
+        """Medians over the ranks, which have all measured stages 0, 1 and 2 of a pipeline named as the model's role."""
+        measured = [[one for one in profile.stages if one.pipeline == role] for profile in profiles]
         first, layer, last = (_median(stages) for stages in zip(*measured, strict=True))
         return cls(first, layer, last)
 
@@ -58,31 +57,33 @@ class Parts:
         return replace(self.layer, pipeline=pipeline, stage=stage, **costs)  # type: ignore[arg-type]
 
 
-def choose_placement(
-    parts: Mapping[ModelName, Parts],
+def balance_stages(
+    costs: Mapping[str, LayerCosts],
     placement: Sequence[Replica],
-    num_layers: Mapping[ModelName, int],
+    num_layers: Mapping[str, int],
     num_micro_batches: int,
     *,
     is_fused: bool,
     tick_s: float,
 ) -> tuple[Replica, ...]:
-    """`placement` with the layers of every stage, and the direction of the critic, that train soonest.
+    """`placement` with those layers of every stage, and those directions of the models, that train soonest.
 
-    For either direction of the critic, starts from even cuts and moves a layer over the boundary next to it while that
-    shortens the greedy schedule; then solves what both came to. Transfers are left out: all cuts have as many.
+    Stages start with equal numbers of layers; then layers move one by one to the stage next to theirs while that
+    shortens the schedule. With fusion this is the greedy one, and it is done for every choice of directions: the first
+    model of the placement keeps its own, each other one runs as placed, or the other way. What all choices lead to is
+    then solved and compared. Transfers are left out: they are as many wherever the stages begin.
 
-    parts: measured with ticks of `tick_s`, on micro-batches of one shape.
+    costs: by role, measured with ticks of `tick_s`, on micro-batches of one shape. num_layers: by role.
     """
+    shape = costs[placement[0].model].layer.shape
 
     def problem(candidate: tuple[Replica, ...]) -> Problem:
-        shape = parts["actor"].layer.shape
-        return fused_problem(_predicted(parts, candidate, tick_s), candidate, num_micro_batches, shape)
+        return fused_problem(_predicted(costs, candidate, tick_s), candidate, num_micro_batches, shape)
 
     def unfused(candidate: tuple[Replica, ...]) -> int:
         return evaluate(replace(serial_schedule(candidate, num_micro_batches), problem=problem(candidate))).makespan
 
-    even = _even(tuple(placement), num_layers)
+    even = _even(placement, num_layers)
     if not is_fused:
         return _descend(even, unfused)
     from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
@@ -108,37 +109,39 @@ def _neighbours(placement: tuple[Replica, ...]) -> Iterator[tuple[Replica, ...]]
     """All placements with one layer of one model on the other side of a boundary between stages."""
     for model, ranges in {replica.model: replica.layer_ranges for replica in placement}.items():
         assert ranges is not None
-        for boundary, step in itertools.product(range(1, len(ranges)), (-1, 1)):
-            (start, cut), (_, stop) = ranges[boundary - 1 : boundary + 1]
-            moved = cut + step
+        for right, step in itertools.product(range(1, len(ranges)), (-1, 1)):
+            (start, boundary), (_, stop) = ranges[right - 1 : right + 1]
+            moved = boundary + step
             if min(moved - start, stop - moved) >= 1:
-                cuts = (*ranges[: boundary - 1], (start, moved), (moved, stop), *ranges[boundary + 1 :])
-                yield tuple(replace(one, layer_ranges=cuts) if one.model == model else one for one in placement)
+                found = (*ranges[: right - 1], (start, moved), (moved, stop), *ranges[right + 1 :])
+                yield tuple(replace(one, layer_ranges=found) if one.model == model else one for one in placement)
 
 
-def _even(placement: tuple[Replica, ...], num_layers: Mapping[ModelName, int]) -> tuple[Replica, ...]:
-    def ranges(replica: Replica) -> LayerRanges:
-        count, layers = len(replica.ranks), num_layers[replica.model]
-        return tuple((layers * stage // count, layers * (stage + 1) // count) for stage in range(count))
+def _even(placement: Sequence[Replica], num_layers: Mapping[str, int]) -> tuple[Replica, ...]:
+    def ranges(replica: Replica) -> tuple[tuple[int, int], ...]:
+        num_stages = len(replica.ranks)
+        return tuple(even_layer_range(num_layers[replica.model], stage, num_stages) for stage in range(num_stages))
 
     return tuple(replace(replica, layer_ranges=ranges(replica)) for replica in placement)
 
 
 def _directions(placement: tuple[Replica, ...]) -> Iterator[tuple[Replica, ...]]:
-    """Critic as placed, which is against the actor, then the other way."""
-    yield placement
-    yield tuple(
-        replace(replica, ranks=replica.ranks[::-1]) if replica.model == "critic" else replica for replica in placement
-    )
+    """Every model but the first as placed, or the other way; all as placed come first."""
+    _, *others = dict.fromkeys(replica.model for replica in placement)
+    for choice in itertools.product((False, True), repeat=len(others)):
+        turned = {model for model, is_turned in zip(others, choice, strict=True) if is_turned}
+        yield tuple(
+            replace(replica, ranks=replica.ranks[::-1]) if replica.model in turned else replica for replica in placement
+        )
 
 
-def _predicted(parts: Mapping[ModelName, Parts], placement: Sequence[Replica], tick_s: float) -> Profile:
+def _predicted(costs: Mapping[str, LayerCosts], placement: Sequence[Replica], tick_s: float) -> Profile:
     stages = []
     for replica in placement:
         assert replica.layer_ranges is not None
         count = len(replica.ranks)
         stages += [
-            parts[replica.model].stage(replica.name, stage, count, stop - start)
+            costs[replica.model].stage(replica.name, stage, count, stop - start)
             for stage, (start, stop) in enumerate(replica.layer_ranges)
         ]
     return Profile(tick_s=tick_s, stages=tuple(stages), transfers=())

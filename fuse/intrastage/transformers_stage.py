@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
-from fuse.intrastage.partition import check_state_dict, checked_layer_range, global_name, recompute_in_backward
+from fuse.intrastage.layer_range import checked_layer_range, global_name
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.micro_batch import Loss, Metrics, MicroBatch
+from fuse.state_dict import check_state_dict
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
@@ -211,7 +213,7 @@ class TransformersStage:
         """
         own = {self._global_name(name): tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
         shapes = {name: tensor.shape for name, tensor in own.items()}
-        check_state_dict(state_dict, shapes, f"stage {self.stage} of {type(self.model).__name__}")
+        check_state_dict(state_dict, shapes, f"stage {self.stage} of {type(self.model).__name__}", may_have_more=True)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])

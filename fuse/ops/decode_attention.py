@@ -46,7 +46,7 @@ def additive_mask(lengths: Tensor, context: int, dtype: torch.dtype) -> Tensor:
 
 
 def masked_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The same with the mask given, [rows, 1, 1, context].
+    """`decode_attention_reference` with its additive mask, [rows, 1, 1, context].
 
     With one token per row, the heads that share a key head are as good as tokens that share it: the groups become the
     query axis. Repeating every key and value instead, as is usual, takes ten times as long at a context of 512.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,12 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
-
-NATIVE_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16),
-}
+from fuse.ops.logit_chunk import LOWEST, accumulate, accumulation_dtype, choose_for, differentiate, rescale
+from fuse.ops.native import NOT_BUILT, extension, log_choice
 
 CHUNK_TOKENS = 1024
 """The most tokens of a chunk: enough for matrix products at full speed."""
@@ -34,9 +29,6 @@ CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Logits of a chunk: on CPU it stays in cache between product and pass; a GPU wants launches to be worth it."""
 
 _COLUMN_STEP = 1024  # kLogprobBlock of the native code: other multiples give the same bits
-
-# Below every logit; finite, so that no arithmetic on it is undefined.
-_LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +70,7 @@ def linear_logprob(
     _check(hidden, weight, bias, targets, temperature, shard)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    log_choice("linear_logprob", _choose(hidden.device, dtype)[1])
+    log_choice("linear_logprob", choose_for(hidden.device, dtype)[1])
     targets = targets.contiguous()
     head = _Head(dtype, temperature, shard, chunk or _chunk_shape(len(hidden), device))
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (hidden, weight, bias)):
@@ -98,7 +90,7 @@ def linear_logprob_reference(
 
 def of_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets and entropies under softmax(logits / temperature), [n]; logits: [n, vocab]."""
-    logprobs = (logits.to(_accumulation_dtype(logits.dtype)) / temperature).log_softmax(dim=-1)
+    logprobs = (logits.to(accumulation_dtype(logits.dtype)) / temperature).log_softmax(dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
@@ -117,7 +109,7 @@ def describe() -> str:
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return _choose(example.device, example.dtype)[1]
+    return choose_for(example.device, example.dtype)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +124,19 @@ class _Head:
     def statistics(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """float64 [4, n] of the whole vocabulary, as kernels/tensor/linear_logprob.h has them; the logits if one chunk
-        held them all."""
+        """Statistics of the whole vocabulary, float64 [4, n], as `fuse.ops.logit_chunk` has them.
+
+        And the logits, where one chunk held them all.
+        """
         hidden = hidden.to(self.dtype)
         statistics = torch.zeros(4, len(hidden), dtype=torch.float64, device=hidden.device)
-        statistics[0] = _LOWEST
+        statistics[0] = LOWEST
         logits = None
         buffer = self.buffer(hidden, len(weight))
         for columns, weight_chunk, bias_chunk in self.vocabulary_chunks(weight, bias):
             for rows in _slices(len(hidden), self.chunk[0]):
                 logits = _logits(hidden[rows], weight_chunk, bias_chunk, buffer)
-                _accumulate(
+                accumulate(
                     logits, targets[rows], self.first_token + columns.start, self.temperature, statistics[:, rows]
                 )
         if self.shard is not None:
@@ -154,7 +148,7 @@ class _Head:
         maximum, total, moment, target = statistics
         log_total = total.log()
         logprobs = (target - maximum) / self.temperature - log_total
-        dtype = _accumulation_dtype(self.dtype)
+        dtype = accumulation_dtype(self.dtype)
         return logprobs.to(dtype), (log_total - moment / total).to(dtype)
 
     def vocabulary_chunks(self, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -209,7 +203,7 @@ def _gradients(
     """Of hidden, weight and bias, where they are wanted. kept: all logits, if there is but one chunk of them."""
     head: _Head = ctx.head
     wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    dtype = _accumulation_dtype(head.dtype)
+    dtype = accumulation_dtype(head.dtype)
     hidden_grad = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
     weight_grad = torch.empty_like(weight) if wants_weight else None
     bias_grad = torch.zeros_like(bias, dtype=dtype) if wants_bias and bias is not None else None
@@ -221,7 +215,7 @@ def _gradients(
             logits = kept if buffer is None else _logits(inputs[rows], weight_chunk, bias_chunk, buffer)
             assert logits is not None
             first_token = head.first_token + columns.start
-            _differentiate(logits, targets[rows], first_token, head.temperature, statistics[:, rows], grads[:, rows])
+            differentiate(logits, targets[rows], first_token, head.temperature, statistics[:, rows], grads[:, rows])
             if hidden_grad is not None:
                 _add_product(hidden_grad[rows], logits, weight_chunk)
             if chunk_grad is not None:
@@ -244,7 +238,7 @@ class _ProductSum:
 
     def __init__(self, out: Tensor, dtype: torch.dtype) -> None:
         self._out = out
-        self._is_exact = out.dtype == dtype == _accumulation_dtype(dtype)
+        self._is_exact = out.dtype == dtype == accumulation_dtype(dtype)
         self._sum: Tensor | None = None
 
     def add(self, left: Tensor, right: Tensor) -> None:
@@ -253,7 +247,7 @@ class _ProductSum:
         elif self._is_exact:
             self._sum = torch.mm(left, right, out=self._out)
         else:
-            self._sum = torch.mm(left, right).to(_accumulation_dtype(left.dtype))
+            self._sum = torch.mm(left, right).to(accumulation_dtype(left.dtype))
 
     def finish(self) -> None:
         if self._sum is None:
@@ -277,93 +271,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor)
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
-    return choose(device, dtype, NATIVE_DTYPES.get(device.type, ()), has_cuda=True)
-
-
-def _accumulate(logits: Tensor, targets: Tensor, first_token: int, temperature: float, statistics: Tensor) -> None:
-    """Add a chunk [rows, columns] to the statistics [4, rows]."""
-    native, _ = _choose(logits.device, logits.dtype)
-    if native is not None:
-        with current(logits.device):
-            native.accumulate_logprob(logits, targets, first_token, temperature, statistics, *queue(logits.device))
-    else:
-        accumulate_reference(logits, targets, first_token, temperature, statistics)
-
-
-def _differentiate(
-    logits: Tensor, targets: Tensor, first_token: int, temperature: float, statistics: Tensor, grads: Tensor
-) -> None:
-    """Turn a chunk [rows, columns] into its gradient; grads [2, rows] are those of log-probabilities and entropies."""
-    native, _ = _choose(logits.device, logits.dtype)
-    if native is not None:
-        with current(logits.device):
-            native.logprob_gradient(logits, targets, first_token, temperature, statistics, grads, *queue(logits.device))
-    else:
-        differentiate_reference(logits, targets, first_token, temperature, statistics, grads)
-
-
-def accumulate_reference(
-    logits: Tensor, targets: Tensor, first_token: int, temperature: float, statistics: Tensor
-) -> None:
-    """What the native code does with a chunk [rows, columns] and the statistics float64 [4, rows], in place."""
-    maximum, total, moment, target = statistics
-    highest = torch.maximum(maximum, logits.amax(1))
-    _rescale(total, moment, (maximum - highest) / temperature)
-    shift = _shift(logits, highest, temperature)
-    weights = shift.exp()
-    total += weights.sum(1)
-    moment += weights.mul_(shift).sum(1)
-    maximum.copy_(highest)
-    column = targets - first_token
-    is_here = (column >= 0) & (column < logits.shape[1])
-    found = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-    target.copy_(torch.where(is_here, found.double(), target))
-
-
-def differentiate_reference(
-    logits: Tensor, targets: Tensor, first_token: int, temperature: float, statistics: Tensor, grads: Tensor
-) -> None:
-    """What the native code does with a chunk [rows, columns] in place, given statistics [4, rows] and grads [2, rows].
-
-    dx[v] = (g ([v = target] - p[v]) - h p[v] (log p[v] + entropy)) / temperature
-    """
-    maximum, total, moment, _ = statistics
-    shift = _shift(logits, maximum, temperature)
-    logprob_grad, entropy_grad = grads / temperature
-    slope = -entropy_grad / total
-    constant = -logprob_grad / total - slope * moment / total
-    result = (shift * slope[:, None].to(shift.dtype)).add_(constant[:, None].to(shift.dtype)).mul_(shift.exp())
-    column = targets - first_token
-    is_here = (column >= 0) & (column < logits.shape[1])
-    index = column.clamp(0, logits.shape[1] - 1)[:, None]
-    result.scatter_add_(1, index, (logprob_grad * is_here)[:, None].to(result.dtype))
-    logits.copy_(result)
-
-
-def _shift(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:
-    """(logits - maximum) / temperature, no lower than where exp is next to nothing: -inf would become a NaN."""
-    dtype = _accumulation_dtype(logits.dtype)
-    shift = (logits.to(dtype) - maximum[:, None].to(dtype)).div_(temperature)
-    return shift.clamp_(min=-700.0 if dtype == torch.float64 else -87.0)
-
-
-def _rescale(total: Tensor, moment: Tensor, shift: Tensor) -> None:
-    """Make sums relative to a maximum that is `shift` higher, in units of the temperature; shift <= 0."""
-    moment.add_(shift * total).mul_(shift.exp())
-    total.mul_(shift.exp())
-
-
 def _merge(statistics: Tensor, temperature: float, shard: VocabularyShard) -> None:
     """Statistics of this rank's part of the vocabulary become those of the whole."""
     maximum = statistics[0].clone()
     shard.take_maximum(statistics[0])
-    _rescale(statistics[1], statistics[2], (maximum - statistics[0]) / temperature)
+    rescale(statistics[1], statistics[2], (maximum - statistics[0]) / temperature)
     shard.take_sum(statistics[1:])
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -30,9 +30,10 @@ def choose(
     *,
     has_cuda: bool = False,
 ) -> tuple[ModuleType | None, str]:
-    """The extension if it serves inputs of `dtype`, one of `dtypes`, and in words what serves; no dtype is any.
+    """The extension where it serves such inputs, else None; and in words what serves.
 
-    has_cuda: there is CUDA code beside that for CPUs; whether it was built is another matter.
+    dtypes: those that the operation's native code knows; without a `dtype` it serves any.
+    has_cuda: the operation has CUDA code beside that for CPUs; whether it was built is another matter.
     """
     native, reason = extension()
     if native is None:

@@ -1,4 +1,4 @@
-"""Measures what a model's embedding, a layer and its head cost, before it is decided where to cut it."""
+"""Measures what a model's embedding, a layer and its head cost, before its layers are shared out among stages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch.distributed as dist
 
 from fuse.algorithms.batch import Experience, Segments
 from fuse.algorithms.gae import ppo_targets
+from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.measure import measure
-from fuse.intrastage.placement import ModelName
-from fuse.intrastage.profile import Profile
 from fuse.intrastage.stage import Stage
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
 
-_NUM_PARTS = 3
+_NUM_STAGES = 3
 _REPEATS = 1
 _MOST_TOKENS = 512
 """On more than so many, a layer and a head cost what they cost on these in proportion; one sequence is the least."""
@@ -42,11 +41,11 @@ class TypicalBatch:
         return replace(self, num_sequences=min(self.num_sequences, max(1, fitting)))
 
 
-def measure_parts(
+def measure_layer_costs(
     rank: int,
     device: torch.device,
     tensor_group: dist.ProcessGroup | None,
-    specs: Mapping[ModelName, ModelSpec],
+    specs: Mapping[str, ModelSpec],
     settings: TrainingSettings,
     batch: TypicalBatch,
     tick_s: float,
@@ -63,22 +62,22 @@ def measure_parts(
     made = settings.layout.micro_batches(_experience(batch, vocabulary_size), range(batch.num_sequences), 1.0)
     stages: dict[tuple[int, int], Stage] = {}
     for pipeline, (role, spec) in enumerate(specs.items()):
-        for part in range(_NUM_PARTS):
-            stage = settings.build_stage(
+        for stage in range(_NUM_STAGES):
+            built = settings.build_stage(
                 role,
                 spec,
-                stage=part,
-                num_stages=_NUM_PARTS,
+                stage=stage,
+                num_stages=_NUM_STAGES,
                 layer_range=(0, 1),
                 device=device,
                 tensor_group=tensor_group,
             )
-            for _, parameter in stage.named_parameters():
+            for _, parameter in built.named_parameters():
                 torch.nn.init.constant_(parameter, 0.02)
-            stages[pipeline, part] = stage
+            stages[pipeline, stage] = built
     return measure(
         rank,
-        [(role, (rank,) * _NUM_PARTS) for role in specs],
+        [(role, (rank,) * _NUM_STAGES) for role in specs],
         stages,
         [[made[role].to(device)] for role in specs],
         (),  # everything is on one rank

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuse.algorithms.batch import Experience
-from fuse.intrastage.profile import Shape
+from fuse.intrastage.cost_profile import Shape
 from fuse.micro_batch import MicroBatch
 from fuse.training.micro_batches import padded, ragged
 from fuse.training.steps import OptimizerStep, optimizer_steps, trl_optimizer_steps

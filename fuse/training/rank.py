@@ -16,16 +16,16 @@ from torch import Tensor
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
+from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure, measure_messages, shape_of
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.placement import ModelName, Replica, replica_micro_batches
-from fuse.intrastage.plan import Plan
-from fuse.intrastage.planned import planned_times
-from fuse.intrastage.profile import Profile
+from fuse.intrastage.placement import Replica, replica_micro_batches
+from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.stage import TrainedStage
+from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch
 from fuse.trace import Span, SpanRecorder
@@ -102,7 +102,7 @@ class TrainingRank:
         self,
         device_index: int,
         device: torch.device,
-        specs: Mapping[ModelName, ModelSpec],
+        specs: Mapping[str, ModelSpec],
         placement: tuple[Replica, ...],
         settings: TrainingSettings,
         recorder: SpanRecorder,
@@ -145,7 +145,7 @@ class TrainingRank:
             for model in specs
         }
 
-    def stages_of(self, model: ModelName) -> dict[tuple[int, int], TrainedStage]:
+    def stages_of(self, model: str) -> dict[tuple[int, int], TrainedStage]:
         """This rank's stages of a model by (replica, stage)."""
         return {
             (self._placement[pipeline].index, stage): held
@@ -155,7 +155,7 @@ class TrainingRank:
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[ModelName, list[dict[Metric, float]]]]:
+    ) -> list[dict[str, list[dict[Metric, float]]]]:
         """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has.
 
         Returns, per step and role, the metrics of the micro-batches whose loss was computed here, in the order of the
@@ -165,7 +165,7 @@ class TrainingRank:
 
     def _step(
         self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan
-    ) -> dict[ModelName, list[dict[Metric, float]]]:
+    ) -> dict[str, list[dict[Metric, float]]]:
         micro_batches = [self._micro_batches(experience, samples, step.weight) for samples in step.micro_batches]
         num_replicas = Counter(replica.model for replica in self._placement)
         per_pipeline = [
@@ -203,7 +203,7 @@ class TrainingRank:
                 optimizer.apply(norm, learning_rate)
         return self._metrics([len(own) for own in per_pipeline])
 
-    def _metrics(self, num_micro_batches: Sequence[int]) -> dict[ModelName, list[dict[Metric, float]]]:
+    def _metrics(self, num_micro_batches: Sequence[int]) -> dict[str, list[dict[Metric, float]]]:
         """What the losses computed here gave of the step's micro-batches, by role. num_micro_batches: by pipeline."""
         return {
             replica.model: _numbers([held.metrics[index] for index in range(num_micro_batches[pipeline])])
@@ -247,18 +247,16 @@ class TrainingRank:
         with self._recorder.span("profile", "train"):
             return measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
 
-    def _micro_batches(
-        self, experience: Experience, samples: Sequence[int], weight: float
-    ) -> dict[ModelName, MicroBatch]:
+    def _micro_batches(self, experience: Experience, samples: Sequence[int], weight: float) -> dict[str, MicroBatch]:
         made = self._settings.layout.micro_batches(experience, samples, weight)
         return {model: micro_batch.to(self._device) for model, micro_batch in made.items()}
 
-    def load_weights(self, model: ModelName, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copy a whole model's weights into the stages held here."""
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
-    def export_weights(self, model: ModelName) -> dict[str, Tensor]:
+    def export_weights(self, model: str) -> dict[str, Tensor]:
         """What this device tells of a model, under Hugging Face names; each weight is told by one device alone."""
         state_dict: dict[str, Tensor] = {}
         for (replica, _), stage in self.stages_of(model).items():

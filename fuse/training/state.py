@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fuse.intrastage.optimizer import ModelOptimizer
+from fuse.state_dict import check_fit
 
 
 def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> None:
@@ -101,24 +102,14 @@ def _expected(optimizers: Mapping[str, ModelOptimizer]) -> Iterator[tuple[str, t
 
 
 def _check(directory: Path, saved: Mapping[str, object], optimizers: Mapping[str, ModelOptimizer]) -> None:
-    expected = {key: (shape, dtype) for key, shape, dtype in _expected(optimizers)}
-    problems = []
-    for key, (shape, dtype) in expected.items():
-        found = saved.get(key)
-        if found is None:
-            problems.append(f"{key} is missing")
-            continue
-        assert isinstance(found, TensorStorageMetadata)
-        if (found.size, found.properties.dtype) != (shape, dtype):
-            problems.append(
-                f"{key} is {found.properties.dtype} {list(found.size)}, the model has {dtype} {list(shape)}"
-            )
-    for key in saved:
-        if key.partition(".")[0] in optimizers and key not in expected:
-            problems.append(f"{key} is not part of the model")
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"training state in {directory} does not fit: {'; '.join(problems[:3])}{more}: "
-            f"resume with the models and configuration of the run that wrote it"
-        )
+    found = {}
+    for key, tensor in saved.items():
+        if key.partition(".")[0] in optimizers:
+            assert isinstance(tensor, TensorStorageMetadata)
+            found[key] = f"{tensor.properties.dtype} {list(tensor.size)}"
+    check_fit(
+        found,
+        {key: f"{dtype} {list(shape)}" for key, shape, dtype in _expected(optimizers)},
+        f"training state in {directory}",
+        "resume with the models and configuration of the run that wrote it",
+    )

@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
+from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.plan import Plan
-from fuse.intrastage.profile import Profile
+from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metric
 from fuse.roles import ROLES, ScoreKind
 from fuse.state_dict import adopt_state_dict
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
-from fuse.training.layer_costs import TypicalBatch, measure_parts
+from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.steps import OptimizerStep
@@ -64,10 +64,10 @@ class ModelWorker:
         communication.connect(self._rank, world_size, host, port, backend, settings.timeout_s)
         self._tensor_group = communication.open_tensor_group(settings.tensor_parallel_size, settings.timeout_s)
 
-    def measure_parts(self, batch: TypicalBatch, tick_s: float) -> Profile:
-        """What parts of the trained models cost here; all ranks call this at once."""
+    def measure_layer_costs(self, batch: TypicalBatch, tick_s: float) -> Profile:
+        """What layers of the trained models cost here; all ranks call this at once."""
         rank = self._rank // self._settings.tensor_parallel_size
-        return measure_parts(rank, self._device, self._tensor_group, self._trained, self._settings, batch, tick_s)
+        return measure_layer_costs(rank, self._device, self._tensor_group, self._trained, self._settings, batch, tick_s)
 
     def place(self, placement: tuple[Replica, ...]) -> None:
         """Build the stages and the scoring models that belong here; all ranks call this at once."""

@@ -15,9 +15,8 @@ def chimera(problem: Problem) -> Schedule:
     min(P / 2, P - r) + min(P / 2, r + 1) activations, of both models together.
 
     Raises:
-        ValueError: the problem does not have two pipelines of equal shape, an even number of stages on as many ranks,
-        in
-            opposite directions, and a multiple of P / 2 micro-batches.
+        ValueError: the problem does not have two equal pipelines in opposite directions, of an even number of stages on
+            as many ranks, with a multiple of P / 2 micro-batches.
 
     Source: Li and Hoefler, Chimera, SC 2021, section 3.1; several units are concatenated directly (section 3.5).
     """

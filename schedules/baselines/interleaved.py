@@ -1,4 +1,4 @@
-"""Interleaved 1F1B: each rank has several stages, a lap of the ranks apart, and so smaller bubbles."""
+"""Interleaved 1F1B: each rank has several stages, one lap of the ranks apart, which makes bubbles smaller."""
 
 from __future__ import annotations
 

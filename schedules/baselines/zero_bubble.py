@@ -40,10 +40,9 @@ def zero_bubble_h1(problem: Problem) -> Schedule:
 def zero_bubble_v(problem: Problem) -> Schedule:
     """ZB-V: two stages per rank in a V (0, 1, ..., P-1, P-1, ..., 1, 0), so that gradients soon reach every rank.
 
-    An idle rank runs an input gradient, else a forward (of the second stage first), else a weight gradient; it holds at
-    most 2 P micro-batches of its two stages, which is what 1F1B's first rank does. With equal stages and f = i = w = t
-    and M >= P the makespan is M 6 t + (P - 1) t, the work and the way to the last rank, or at most
-    (P - 2) t more.
+    An idle rank runs an input gradient, else a forward (of the second stage first), else a weight gradient. It holds at
+    most 2 P micro-batches of its two stages, as 1F1B's first rank does. With equal stages, f = i = w = t and M >= P,
+    the makespan is at least 6 M t + (P - 1) t, a rank's work and the way to the last rank, and at most (P - 2) t more.
 
     Raises:
         ValueError: the problem has several pipelines, another placement, or backwards that cannot be split.
@@ -95,7 +94,7 @@ def _take(ops: Iterator[Op], count: int) -> list[Op]:
 def _candidates(pipeline: Pipeline, rank: int, order: list[Op], max_held: int) -> Iterator[Op]:
     """The next operation of each chain of the rank; no forward beyond the number of micro-batches it may hold.
 
-    The first stage leaves room for one of the second, whose gradients are what sets memory free.
+    The first stage leaves room for one micro-batch of the second, for only the second's gradients set memory free.
     """
     counts = {(op.stage, op.kind): op.micro_batch + 1 for op in order}
     held = sum(op.kind is Kind.F for op in order) - sum(op.kind is Kind.W for op in order)

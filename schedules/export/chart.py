@@ -23,7 +23,7 @@ _BARS_WITH_FULL_EDGES = 60  # per rank
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """What a tick and a byte of the problem are for the reader: `time_per_tick` of `time`, and likewise memory."""
+    """Units for the reader: a tick is `time_per_tick` of the unit `time`, a byte `memory_per_byte` of `memory`."""
 
     time_per_tick: float = 1.0
     time: str = "ticks"
@@ -84,7 +84,7 @@ class MemoryCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Everything to draw. `lanes`: (middle, name) of each; `planned` are bars too where something else was executed."""
+    """Everything to draw. `lanes`: (middle, name) of each. `planned`: bars of the plan, beside executed `bars`."""
 
     problem: Problem
     units: Units
@@ -97,7 +97,7 @@ class Chart:
     summary: str
 
     def every_bar(self) -> Iterator[tuple[bool, Bar]]:
-        """(was it only planned, bar)."""
+        """Every (whether it was only planned, bar)."""
         yield from ((True, bar) for bar in self.planned)
         yield from ((False, bar) for bar in self.bars)
 

@@ -2,8 +2,8 @@
 
 `_PipelineScheduleRuntime._load_csv(file, format="compute_comms")` reads it: compute actions such as `2F0` (stage,
 kind, micro-batch) with the messages between them (`2SEND_F0`, `3RECV_F0`). Stages are numbered through: those of the
-second pipeline follow those of the first, and so on. The form without messages serves one pipeline only, since torch
-would connect the last stage of one model with the first of the next.
+second pipeline follow those of the first, and so on. Torch's form without messages (`compute_only`) is not written: it
+would have torch connect the last stage of one model with the first of the next.
 
 Source: torch/distributed/pipelining/schedules.py of torch 2.13 (`_Action.from_str`, `_add_send_recv`).
 """
@@ -18,15 +18,15 @@ from schedules.validate import check
 from schedules.walk import channel_from
 
 
-def pipelining_csv(schedule: Schedule, *, messages: bool = True) -> str:
-    """The schedule's rows; `messages=False` leaves sends and receives for torch to add (format="compute_only").
+def pipelining_csv(schedule: Schedule) -> str:
+    """The schedule's rows.
 
-    Both ends of a message stand where the sender has made it, in the order of the schedule's times, so that two ranks
-    list what they exchange in one order.
+    A message enters the rows of both its ranks at the time when the sender has made it. So two ranks list what they
+    exchange in one order.
 
     Raises:
-        ValueError: the schedule is illegal, its pipelines differ in their number of micro-batches, which torch does not
-            know, or there are several and messages are left out.
+        ValueError: the schedule is illegal, or its pipelines differ in their number of micro-batches, for which torch
+            has one number.
     """
     check(schedule)
     problem = schedule.problem
@@ -36,14 +36,7 @@ def pipelining_csv(schedule: Schedule, *, messages: bool = True) -> str:
             f"pipelines have {' and '.join(map(str, counts))} micro-batches, but torch.distributed.pipelining has one "
             "number for all stages; export one model alone"
         )
-    if not messages and len(problem.pipelines) > 1:
-        raise ValueError(
-            f"without messages torch would join {len(problem.pipelines)} pipelines into one; leave messages in"
-        )
-    rows = (
-        _with_messages(schedule) if messages else [[_action(problem, op) for op in order] for order in schedule.ranks]
-    )
-    return "".join(",".join(row) + "\r\n" for row in rows)
+    return "".join(",".join(row) + "\r\n" for row in _with_messages(schedule))
 
 
 def _with_messages(schedule: Schedule) -> list[list[str]]:

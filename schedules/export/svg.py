@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HATCHES = ("", "////", "xxxx", "----")
 _BAND_INCHES, _BAND_INCHES_OVER_MEMORY, _FRAME_INCHES = 0.42, 0.72, 1.3
 _MAX_INCHES = 40.0
+_WIDTH_INCHES = 11.0
 _LINES = ("memory", "memory limit", "critical path")
 _LABEL_POINTS = 8.0
 _DIGIT_WIDTH = 0.72  # of a label's digit and its share of the margins, in font sizes
@@ -43,7 +44,6 @@ def figure(
     executed: Timing | None = None,
     planned: Timing | None = None,
     units: Units = TICKS,
-    width_inches: float = 11.0,
 ) -> Figure:
     """Draw a schedule; `executed` and `planned` as `chart` takes them.
 
@@ -59,12 +59,12 @@ def figure(
     band = _BAND_INCHES_OVER_MEMORY if drawn.memory or drawn.planned else _BAND_INCHES
     with mpl.rc_context(SETTINGS):
         drawing = Figure(
-            figsize=(width_inches, min(_MAX_INCHES, _FRAME_INCHES + band * num_ranks)), layout="constrained"
+            figsize=(_WIDTH_INCHES, min(_MAX_INCHES, _FRAME_INCHES + band * num_ranks)), layout="constrained"
         )
         axes = drawing.subplots()
         axes.set_xlim(0, max(1, drawn.makespan) * units.time_per_tick)
         axes.set_ylim(num_ranks, 0)
-        _draw_bars(axes, drawn, points_per_x=0.88 * 72 * width_inches / (max(1, drawn.makespan) * units.time_per_tick))
+        _draw_bars(axes, drawn, points_per_x=0.88 * 72 * _WIDTH_INCHES / (max(1, drawn.makespan) * units.time_per_tick))
         _draw_memory(axes, drawn)
         _draw_critical_path(axes, drawn)
         axes.set_yticks([middle for middle, _ in drawn.lanes], [name for _, name in drawn.lanes])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from schedules.files import write_whole
 from schedules.formats import problem_to_text, schedule_from_text, schedule_to_text
 from schedules.ir import Problem, Schedule
 from schedules.timing import evaluate
@@ -19,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScheduleCache:
-    """One text file per problem in `directory`. Any number of processes may read and write: files appear whole."""
+    """One text file per problem in `directory`; any number of processes may read and write them at once."""
 
     directory: Path
 
@@ -56,32 +55,6 @@ class ScheduleCache:
         if kept is not None and _quality(kept) <= _quality(schedule):
             return
         write_whole(self.path(schedule.problem), schedule_to_text(schedule))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole, however many processes write it at once; makes its directory.
-
-    Raises: OSError when it cannot be written; then nothing is left of it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def user_cache() -> Path:
-    """`fuse` under `$XDG_CACHE_HOME`, or under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse"
-
-
-def default_directory() -> Path:
-    """`schedules` in the user's cache."""
-    return user_cache() / "schedules"
 
 
 def _quality(schedule: Schedule) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def compile_operations(problem: Problem, ops: set[Op]) -> Compiled:
 
 
 def _source(op: Op, known: dict[Op, int], num_stages: int) -> Op | None:
-    """The one operation an operation waits for last: its own forward lies before the gradient a backward needs."""
+    """What an operation waits for last: in a backward it is the gradient, which comes after its own forward."""
     if op.kind is Kind.W:
         return replace(op, kind=Kind.I)
     if op.kind is Kind.F:

@@ -13,14 +13,14 @@ Constraints:
       weight gradient's inputs over [start(I_j), start(W_j))
   C5  messages of one channel are received in the order sent: for channels that several stages share, the operations at
       both ends come in the same order
-  C6  start(F_{j+K}) >= end(B_j) where the cap holds K micro-batches of the stage (implied by C4; it makes windows
-  tight)
+  C6  start(F_{j+K}) >= end(B_j)                                       where the cap holds K micro-batches of the stage;
+      C4 implies it, but it makes the windows tight
 
-Objective: the makespan; or, at a fixed makespan T, the largest cap-relevant peak of all ranks. Fixing both proves that
-no schedule has them, when it has no solution.
+Objective: the makespan; or, within a given makespan T, the largest peak of all ranks. A program without a solution
+proves that no schedule keeps to both T and the caps.
 
-C2 loses no optimum (see `schedules.bounds`); with it, and only full or only split backwards, the program is exact for
-that choice. Memory changes at starts, as in `schedules.ir`.
+C2 loses no optimum (see `schedules.bounds`). A program splits every backward that can be split, or none, and is exact
+for schedules that do the same. Memory changes at starts, as in `schedules.ir`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ def shortest(
     makespan: int,
     hint: Schedule | None = None,
     time_limit_s: float,
-    num_workers: int = 1,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -92,7 +91,7 @@ def shortest(
     for op, start in model.start.items():
         model.cp.add(end >= start + problem.ticks(op))
     model.cp.minimize(end)
-    return _solve(model, hint, makespan + 1, time_limit_s, num_workers, seed, should_stop)
+    return _solve(model, hint, makespan + 1, time_limit_s, seed, should_stop)
 
 
 def lowest_peak(
@@ -101,9 +100,7 @@ def lowest_peak(
     split: bool,
     makespan: int,
     below_bytes: int,
-    hint: Schedule | None = None,
     time_limit_s: float,
-    num_workers: int = 1,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -120,7 +117,7 @@ def lowest_peak(
     for rank in range(problem.num_ranks):
         _hold_memory(model, rank, peak)
     model.cp.minimize(peak)
-    return _solve(model, hint, below_bytes, time_limit_s, num_workers, seed, should_stop)
+    return _solve(model, None, below_bytes, time_limit_s, seed, should_stop)
 
 
 def _build(problem: Problem, split: bool, makespan: int, caps: tuple[int, ...] | None) -> _Model | None:
@@ -239,7 +236,6 @@ def _solve(
     hint: Schedule | None,
     bound_if_infeasible: int,
     time_limit_s: float,
-    num_workers: int,
     seed: int,
     should_stop: Callable[[], bool],
 ) -> Result:
@@ -250,7 +246,7 @@ def _solve(
                 model.cp.add_hint(model.start[op], start)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = time_limit_s
-    solver.parameters.num_workers = num_workers
+    solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
     with Watch(solver, should_stop):
         status = solver.solve(model.cp)

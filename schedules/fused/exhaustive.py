@@ -28,8 +28,9 @@ class _Search:
 def optimum(problem: Problem) -> Schedule:
     """The schedule with the smallest makespan, and of those one with the smallest peak, by trying all orders.
 
-    Operations are appended in the order of their starts (then ranks), which meets every schedule without needless waits
-    once. Micro-batches of a chain stay in order (see `schedules.bounds` for why nothing is lost). Exponential.
+    Operations are appended in the order of their starts, then of their ranks, so that every schedule without needless
+    waits is met once. Micro-batches of a chain stay in order, by which nothing is lost (see `schedules.bounds`).
+    Exponential.
 
     Raises:
         ValueError: the problem is infeasible, or has more than `MAX_OPERATIONS` operations.

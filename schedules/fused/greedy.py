@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from schedules.bounds import check_feasible, heads_and_tails
 from schedules.ir import Kind, Op, Problem, Schedule
-from schedules.walk import Channel, channel_from, channel_into
+from schedules.walk import Channel, channel_from, channel_into, feeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
         incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
         if incoming is not None:
             under_way[incoming].popleft()
-        fed = _fed(op, pipeline.num_stages)
+        fed = feeds(op, pipeline.num_stages)
         if fed is not None:
             if outgoing is not None:
                 under_way[outgoing].append(fed)
@@ -130,10 +130,3 @@ def _bytes_per_micro_batch(problem: Problem, number: int) -> dict[int, int]:
     for stage, rank in enumerate(pipeline.ranks):
         needed[rank] = needed.get(rank, 0) + pipeline.activation_bytes[stage]
     return needed
-
-
-def _fed(op: Op, num_stages: int) -> Op | None:
-    """The operation that this one's result goes to: the next stage's, or at the last stage the backward."""
-    if op.kind is Kind.F:
-        return replace(op, stage=op.stage + 1) if op.stage < num_stages - 1 else replace(op, kind=Kind.B)
-    return replace(op, stage=op.stage - 1) if op.stage else None

@@ -20,11 +20,10 @@ def splitting_is_free(problem: Problem) -> bool:
 
 
 def halves_lose_nothing(problem: Problem) -> bool:
-    """Whether a best schedule exists in the form the solver searches: all backwards in halves where they can be, else
-    whole.
+    """Whether some best schedule has the form that the solver searches: every backward that can be split is split.
 
-    True where nothing can be split, and where halves are free in time and hold no more than the activation did: then
-    I followed by W can stand for any B.
+    True where nothing can be split. Also true where halves take no longer than the whole and hold no more than the
+    activation did: then I followed by W can stand for any B.
     """
     splittable = [p for p in problem.pipelines if p.can_split]
     holds_no_more = all(

@@ -75,17 +75,16 @@ class Incumbent:
     def peak_bytes(self) -> int:
         return self.history[-1].peak_bytes
 
-    def offer(self, schedule: Schedule, found_by: str) -> bool:
+    def offer(self, schedule: Schedule, found_by: str) -> None:
         """Keep the schedule if it is the best so far; a part of the solver that offers an illegal one has a bug."""
         schedule = Schedule(self._problem, schedule.ranks)
         timing = evaluate(schedule)
         key = (timing.makespan, max(timing.peak_bytes))
         with self._lock:
             if self.history and key >= (self.makespan, self.peak_bytes):
-                return False
+                return
             check(schedule)
             self._schedule = schedule
             self.history.append(Improvement(self._deadline.elapsed_s, *key, found_by))
             if self._progress is not None:
                 self._progress(self.history[-1])
-            return True

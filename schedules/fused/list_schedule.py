@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from schedules import _native
 from schedules.fused.compiled import Compiled
 from schedules.ir import Kind, Op, Problem, Schedule
-from schedules.walk import Channel, channel_from, channel_into
+from schedules.walk import Channel, channel_from, channel_into, feeds
 
 
 def list_schedule(
@@ -74,7 +73,7 @@ def list_schedule_reference(
         incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
         if incoming is not None:
             under_way[incoming].popleft()
-        fed = _fed(op, problem.pipelines[op.pipeline].num_stages)
+        fed = feeds(op, problem.pipelines[op.pipeline].num_stages)
         if fed is not None:
             if outgoing is not None:
                 under_way[outgoing].append(fed)
@@ -88,10 +87,3 @@ def list_schedule_reference(
             if op is not None:
                 run(op, rank, now)
     return Schedule(problem, tuple(map(tuple, orders))) if sum(map(len, orders)) == len(priority) else None
-
-
-def _fed(op: Op, num_stages: int) -> Op | None:
-    """The operation that this one's result goes to."""
-    if op.kind is Kind.F:
-        return replace(op, stage=op.stage + 1) if op.stage < num_stages - 1 else replace(op, kind=Kind.B)
-    return replace(op, stage=op.stage - 1) if op.stage else None

@@ -87,11 +87,11 @@ def anneal(
     is_stale: Callable[[], bool] = lambda: False,
     tighten: Callable[[Schedule], Caps | None] = lambda _: None,
 ) -> Schedule | None:
-    """The last schedule that met the target within the caps, else the shortest within them; None when a run met none.
+    """The last schedule that met the target within the caps, else the shortest within them; None when none was found.
 
     Cooling is laid out for `num_steps`, or for what fits into the time left; `regime` counts through ways to cool.
     `is_stale` is asked now and then whether the run has become pointless. A schedule that meets the target is given to
-    `tighten`; the run goes on from it under the caps returned, or ends.
+    `tighten`, which returns lower caps, under which the run goes on from there, or None, which ends it.
     """
     num_steps = max(1000, min(num_steps, int(deadline.left_s * speed.steps_per_s)))
     options = _native.AnnealingOptions()

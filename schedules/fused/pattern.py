@@ -65,7 +65,6 @@ def find_pattern(
     *,
     time_limit_s: float,
     work_limit: float = math.inf,
-    factor: float = 1.0,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Pattern | None:
@@ -73,7 +72,6 @@ def find_pattern(
 
     Args:
         work_limit: in the constraint solver's deterministic time, which gives the same pattern on every machine.
-        factor: the period as a multiple of the bottleneck rank's work per period, rounded up.
     """
     divisor = math.gcd(*(pipeline.num_micro_batches for pipeline in problem.pipelines))
     copies = tuple(pipeline.num_micro_batches // divisor for pipeline in problem.pipelines)
@@ -89,7 +87,7 @@ def find_pattern(
     work = [0] * problem.num_ranks
     for op in ops:
         work[problem.rank_of(op)] += problem.ticks(op)
-    period = math.ceil(factor * max(work))
+    period = max(work)
     cp = cp_model.CpModel()
     # Two periods per stage, and the transfers, are far more than any useful lag.
     horizon = 2 * max(p.num_stages * (period + p.transfer_ticks) for p in problem.pipelines)
@@ -190,9 +188,9 @@ def shortest_unrolling(
 ) -> Schedule | None:
     """The shortest unrolled schedule of a search over how far each model runs ahead; None when all block under caps.
 
-    One model at a time ahead in coarse steps; then, from the best of these, each model's lead a step more or less, the
-    step halved until it is one tick. Replicas (pipelines alike but for their ranks) run ahead together. Ends early at
-    `target` ticks. `compiled` and `caps` are those of `unroll`.
+    First one model at a time runs ahead, in coarse steps. Then, from the best of these, each model's lead grows or
+    shrinks by a step; where neither helps, the step is halved, down to one tick. Replicas (pipelines that differ in
+    ranks alone) run ahead together. Ends early at `target` ticks. `compiled` and `caps` are those of `unroll`.
     """
     shapes = [replace(p, name="-", ranks=(0,) * p.num_stages) for p in pattern.problem.pipelines]
     models = list(dict.fromkeys(shapes))

@@ -282,7 +282,7 @@ class Portfolio:
         return out_of_time or self.deadline.is_over or self.incumbent.makespan <= self.makespan_bound
 
     def _reservation_start(self, form: Compiled, caps: Caps, target: int, seed: int) -> Schedule | None:
-        """The best reservation schedule of a short search; offered as it is a schedule in its own right."""
+        """The best reservation schedule of a short search, which is offered, too."""
         wanted_s = max(_RESERVATION_S, _RESERVATION_S_PER_OPERATION * self.num_operations)
         slice_s = min(wanted_s, 0.1 * self.deadline.time_limit_s)
         start = reservation_start(form, caps, target, seed, slice_s, self.deadline)
@@ -318,7 +318,7 @@ class Portfolio:
         return _FIRST_STEPS + _STEPS_PER_OPERATION * self.num_operations
 
     def _moderate_bytes(self) -> int:
-        """A third more than one model after the other needs, and enough for any schedule."""
+        """A third more than one model after the other needs, but no less than some schedule needs."""
         return max(self.moderate_bytes, max(smallest_limits(self.problem)))
 
     def memory_bound(self, makespan: int) -> int:
@@ -335,5 +335,5 @@ class Portfolio:
     def _form(self, turn: int) -> Compiled:
         return self.forms[turn % len(self.forms)]
 
-    def _offer(self, schedule: Schedule, found_by: str) -> bool:
-        return self.incumbent.offer(join_halves(schedule), found_by)
+    def _offer(self, schedule: Schedule, found_by: str) -> None:
+        self.incumbent.offer(join_halves(schedule), found_by)

@@ -19,12 +19,11 @@ from enum import StrEnum
 
 from schedules.bounds import check_feasible
 from schedules.formats import schedule_to_json
-from schedules.fused.cache import ScheduleCache
 from schedules.fused.incumbent import Deadline, Improvement
 from schedules.fused.portfolio import Objective, Portfolio
 from schedules.ir import Problem, Schedule
 
-__all__ = ["Improvement", "Objective", "Solution", "Status", "solution_to_json", "solve", "solve_cached"]
+__all__ = ["Improvement", "Objective", "Solution", "Status", "solution_to_json", "solve"]
 
 
 class Status(StrEnum):
@@ -96,22 +95,6 @@ def solve(
         finally:
             deadline.end_now()  # on an error too, or the other workers would keep the pool open
     return _solution(portfolio)
-
-
-def solve_cached(
-    problem: Problem, cache: ScheduleCache, *, time_limit_s: float = 30.0, num_workers: int = 2, seed: int = 0
-) -> Schedule:
-    """The schedule the cache keeps for this problem, or else the solver's, which is then kept.
-
-    Raises:
-        ValueError: as `solve`.
-    """
-    kept = cache.load(problem)
-    if kept is not None:
-        return kept
-    solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=seed)
-    cache.store(solution.schedule)
-    return solution.schedule
 
 
 def _solution(portfolio: Portfolio) -> Solution:

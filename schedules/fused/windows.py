@@ -1,21 +1,21 @@
 """A large schedule improved window by window: a slice of time is solved as a constraint program, the rest is fixed.
 
-Sets: W, the operations that start in a window [begin, end) of the schedule; before it everything keeps its start,
-behind it every rank keeps its order.
+Sets: W, the operations that start in a window [begin, end) of the schedule. Before the window everything keeps its
+start; behind it every rank keeps its order.
 
 Variables: start(x) for x in W; the makespan, or the peak.
 
 Constraints:
   W1  start(x) >= end(p) + transfer(p, x)                      x needs the result of p; constant where p is before W
   W2  start(x) >= when its rank is done with what lies before
-  W3  makespan >= end(x) + after(x)                            the longest path from x through what lies behind, W left
+  W3  makespan >= end(x) + after(x)                            after: the longest path through what lies behind W
   W4  operations of one chain, and messages of one channel, keep their order
   W5  no two operations of a rank overlap
   W6  on every rank, what is held at entry and not given back in W, and each activation over [start(F_j), start(B_j)),
       each weight gradient's inputs over [start(I_j), start(W_j)), cut at the window's ends, fit together
 
-Objective: the makespan; or, with the makespan no longer than now, the peak within the window of those ranks that reach
-the schedule's peak there, the others staying below that.
+Objective: the makespan; or the peak, within the window, of those ranks that reach the schedule's peak there. In the
+second case the makespan does not grow, and the other ranks stay below the schedule's peak.
 
 The schedule itself is the hint, so the result is never worse. Levels outside of W depend on the order there alone.
 
@@ -65,7 +65,6 @@ class _Frozen:
 @dataclass(slots=True)
 class _Model:
     frozen: _Frozen
-    window: Window
     free: list[range]  # per rank: places in its order
     cp: cp_model.CpModel
     start: dict[Op, cp_model.IntVar]
@@ -97,7 +96,7 @@ def lower_peak(
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Schedule:
-    """The schedule, no longer than it is, with less memory in the window on the ranks that reach the peak in it."""
+    """The schedule, made no longer, with a lower peak on the ranks that reach the schedule's peak in the window."""
     frozen = _freeze(schedule)
     model = _build(frozen, window)
     model.cp.add(model.makespan <= frozen.timing.makespan)
@@ -159,7 +158,7 @@ def _build(frozen: _Frozen, window: Window) -> _Model:
         free.append(range(bisect_left(starts, window.begin), bisect_left(starts, window.end)))
     cp = cp_model.CpModel()
     horizon = frozen.timing.makespan
-    model = _Model(frozen, window, free, cp, {}, cp.new_int_var(0, horizon, "makespan"))
+    model = _Model(frozen, free, cp, {}, cp.new_int_var(0, horizon, "makespan"))
     _start_variables(model)  # W2, W3
     _data_dependencies(model)  # W1
     _kept_order(model)  # W4

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.benchmarks.comparison import Comparison, compare
-from fuse.intrastage.planned import PlannedTimes, evaluate_seconds, operation_name, times_of
+from fuse.intrastage.planned_times import PlannedTimes, evaluate_seconds, operation_name, times_of
 from fuse.trace import Span
 from schedules import Op, Pipeline, Problem, Schedule
 from schedules.baselines import one_f_one_b

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fuse.benchmarks import training, training_emulated, training_steps
-from fuse.intrastage.profile import profile_from_json
+from fuse.intrastage.cost_profile import profile_from_json
 
 INSTANCE = {
     "name": "tiny",

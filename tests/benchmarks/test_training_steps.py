@@ -7,8 +7,8 @@ import pytest
 from fuse.benchmarks.training_batches import Task, scaled, workload
 from fuse.benchmarks.training_steps import Models, Row, Side, row_of, side_of
 from fuse.benchmarks.training_worker import TimedStep
-from fuse.intrastage.planned import times_of
-from fuse.intrastage.profile import Shape
+from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.planned_times import times_of
 from fuse.trace import Span
 from schedules import Pipeline, Problem
 from schedules.baselines import one_f_one_b

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from fuse.benchmarks.comparison import compare
-from fuse.intrastage.planned import PlannedTimes, times_of
-from fuse.intrastage.profile import Shape, merge, profile_from_json
+from fuse.intrastage.cost_profile import Shape, merge, profile_from_json
+from fuse.intrastage.planned_times import PlannedTimes, times_of
 from fuse.trace import Span
 from schedules import Schedule, evaluate
 from schedules.formats import schedule_from_text

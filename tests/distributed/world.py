@@ -45,11 +45,11 @@ from fuse.intrastage.communication import (
     open_pipelines,
     serve_store,
 )
+from fuse.intrastage.cost_profile import profile_to_json
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.planned import PlannedTimes, times_of
-from fuse.intrastage.profile import profile_to_json
+from fuse.intrastage.planned_times import PlannedTimes, times_of
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.trace import SpanRecorder

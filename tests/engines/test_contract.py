@@ -246,7 +246,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
     with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
         engine.load_weights(missing)
-    with pytest.raises(ValueError, match=r"extra is unknown"):
+    with pytest.raises(ValueError, match=r"extra is not part of the model"):
         engine.load_weights({**weights, "extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
         engine.load_weights({**weights, "model.norm.weight": torch.zeros(3)})

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fuse.commands.simulate import read_trace
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES
+from fuse.interstage.length_trace import read_trace
 from fuse.interstage.lengths import KnownLengths, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse.intrastage.executor import execute
-from fuse.intrastage.planned import PlannedTimes
+from fuse.intrastage.planned_times import PlannedTimes
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Op, Pipeline, Problem, Schedule

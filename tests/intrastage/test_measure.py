@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.measure import measure
 from fuse.intrastage.megatron_stage import MegatronStage
-from fuse.intrastage.profile import Shape
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.observed import MEMORY, MESSAGE, ObservedCosts, fit, one_of_each
-from fuse.intrastage.profile import Shape
 from fuse.trace import Span
 
 SMALL, LARGE = Shape(2, 16), Shape(2, 64)

@@ -14,7 +14,7 @@ import torch
 
 from fuse.interstage.costs import SMALL_CPU
 from fuse.interstage.migration import Action, Migrate, RolloutState, feed
-from fuse.interstage.planner import RolloutPlanner
+from fuse.interstage.rollout_planner import RolloutPlanner
 
 from ..worker_pool import WorkerPool
 from . import tiny

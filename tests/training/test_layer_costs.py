@@ -1,16 +1,16 @@
-"""What models are cut by: the batch on which their parts are measured."""
+"""The batch on which layers and heads are measured."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from fuse.training import layer_costs as parts
+from fuse.training import layer_costs
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.micro_batches import ragged
 
 
 def test_layers_see_padding_and_heads_do_not() -> None:
-    experience = parts._experience(
+    experience = layer_costs._experience(
         TypicalBatch(num_sequences=4, prompt_tokens=3, response_tokens=8), vocabulary_size=50
     )
     assert experience.lengths == (2, 4, 6, 8)
@@ -21,9 +21,9 @@ def test_layers_see_padding_and_heads_do_not() -> None:
 
 
 def test_short_responses_have_a_token() -> None:
-    lengths = parts._experience(TypicalBatch(8, 3, 1), 50).lengths
+    lengths = layer_costs._experience(TypicalBatch(8, 3, 1), 50).lengths
     assert lengths == (1,) * 8
-    spread = parts._experience(TypicalBatch(5, 3, 7), 50).lengths
+    spread = layer_costs._experience(TypicalBatch(5, 3, 7), 50).lengths
     assert spread[-1] == 7
     assert all(0 < one <= other for one, other in pairwise(spread))
-    assert parts._experience(TypicalBatch(1, 3, 7), 50).lengths == (7,)
+    assert layer_costs._experience(TypicalBatch(1, 3, 7), 50).lengths == (7,)

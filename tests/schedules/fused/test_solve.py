@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import pytest
 
 from schedules import Kind, Pipeline, Problem, Schedule, evaluate, violations
 from schedules.baselines import serial
-from schedules.fused.cache import ScheduleCache
 from schedules.fused.compiled import compile_problem
 from schedules.fused.exhaustive import optimum
 from schedules.fused.greedy import greedy
 from schedules.fused.halves import in_form_of, join_halves
 from schedules.fused.incumbent import Improvement
-from schedules.fused.solve import Objective, Status, solve, solve_cached
+from schedules.fused.solve import Objective, Status, solve
 from schedules.instances import actor_and_critic
 from schedules.random_problems import random_problem, random_schedule
 
@@ -179,10 +177,3 @@ def test_halves_that_cost_time_are_used_where_they_save_more() -> None:
 def test_one_worker_is_enough() -> None:
     solution = solve(SMALL.problem, time_limit_s=10, num_workers=1)
     assert solution.makespan == solution.makespan_lower_bound
-
-
-def test_a_cached_problem_is_solved_once(tmp_path: Path) -> None:
-    cache = ScheduleCache(tmp_path)
-    first = solve_cached(SMALL.problem, cache, time_limit_s=1, seed=1)
-    assert solve_cached(SMALL.problem, cache, time_limit_s=1, seed=2) == first
-    assert cache.load(SMALL.problem) == first

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
+from fuse.intrastage.measurement_store import NAME, Measured, MeasurementStore
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.profile import Profile, Shape, StageCosts
-from fuse.intrastage.profile_store import NAME, Measured, ProfileStore
 
 PLACEMENT = (Replica("actor", 0, (0, 1), ((0, 3), (3, 4))), Replica("critic", 0, (1, 0)))
 COSTS = StageCosts(
@@ -34,20 +34,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_run_and_others_of_the_same_models_find_it(tmp_path: Path) -> None:
-    assert ProfileStore(tmp_path / "a", {"model": 1}).load() is None
-    ProfileStore(tmp_path / "a", {"model": 1}).save(MEASURED)
-    assert ProfileStore(tmp_path / "a", {"model": 1}).load() == MEASURED
-    assert ProfileStore(tmp_path / "b", {"model": 1}).load() == MEASURED, "from the cache"
-    assert ProfileStore(tmp_path / "a", {"model": 2}).load() is None
-    ProfileStore(tmp_path / "a", {"model": 1}).save(Measured(PLACEMENT, None))
-    assert ProfileStore(tmp_path / "b", {"model": 1}).load() == Measured(PLACEMENT, None)
+    assert MeasurementStore(tmp_path / "a", {"model": 1}).load() is None
+    MeasurementStore(tmp_path / "a", {"model": 1}).save(MEASURED)
+    assert MeasurementStore(tmp_path / "a", {"model": 1}).load() == MEASURED
+    assert MeasurementStore(tmp_path / "b", {"model": 1}).load() == MEASURED, "from the cache"
+    assert MeasurementStore(tmp_path / "a", {"model": 2}).load() is None
+    MeasurementStore(tmp_path / "a", {"model": 1}).save(Measured(PLACEMENT, None))
+    assert MeasurementStore(tmp_path / "b", {"model": 1}).load() == Measured(PLACEMENT, None)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"identity": {"model": 1}, "placement": [1], "profile": null}'])
 def test_damaged_files_are_passed_over_with_a_warning(
     tmp_path: Path, cache: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = ProfileStore(tmp_path / "a", {"model": 1})
+    store = MeasurementStore(tmp_path / "a", {"model": 1})
     store.save(MEASURED)
     (tmp_path / "a" / NAME).write_text(text)
     with caplog.at_level(logging.WARNING):
@@ -57,6 +57,6 @@ def test_damaged_files_are_passed_over_with_a_warning(
 
 def test_a_file_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a").write_text("a file, not a folder")
-    ProfileStore(tmp_path / "a", {"model": 1}).save(MEASURED)
+    MeasurementStore(tmp_path / "a", {"model": 1}).save(MEASURED)
     assert "not kept" in caplog.messages[0]
     assert json.loads(next((tmp_path / "cache").rglob("*.json")).read_text())["identity"] == {"model": 1}

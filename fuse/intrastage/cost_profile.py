@@ -1,6 +1,7 @@
 """What a run's operations cost: per stage and shape of micro-batch, merged over ranks, in an exact JSON form.
 
-`fuse.intrastage.measure` fills it, each rank for its own stages; `fuse.intrastage.plan` builds problems from it.
+`measure` fills it, each rank for its own stages, or `observed` does, from the spans of all; `training_schedule` builds
+problems from it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Profile:
                     )
 
     def stage_costs(self, pipeline: str, stage: int, shape: Shape) -> StageCosts:
-        """Costs on the bucket for micro-batches of this shape: the smallest that is no smaller, else the largest.
+        """Costs on the bucket for micro-batches of this shape: the smallest with no fewer tokens, else the largest.
 
         Raises:
             ValueError: the stage was not measured.

@@ -1,14 +1,6 @@
-"""What stages of every kind have in common: which layers are theirs, and how these are named, loaded and recomputed."""
+"""Which layers a stage keeps, and what its parameters are called in the whole model."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def even_layer_range(num_layers: int, stage: int, num_stages: int) -> tuple[int, int]:
@@ -43,32 +35,11 @@ def checked_layer_range(
 
 
 def global_name(name: str, layers_prefix: str, first_layer: int) -> str:
-    """The whole model's name of a parameter of a stage that numbers its layers, from `first_layer` on, from 0."""
+    """The whole model's name of a parameter of a stage.
+
+    The stage numbers its layers from 0; in the whole model its layer 0 is layer `first_layer`.
+    """
     if not name.startswith(layers_prefix):
         return name
     layer, _, rest = name.removeprefix(layers_prefix).partition(".")
     return f"{layers_prefix}{int(layer) + first_layer}.{rest}"
-
-
-def check_state_dict(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str) -> None:
-    """Raises: ValueError when the state dict misses a tensor of `shapes`, or has it in another shape."""
-    problems = [
-        f"{name} is missing"
-        if name not in state_dict
-        else f"{name} is {list(state_dict[name].shape)}, the model has {list(shape)}"
-        for name, shape in shapes.items()
-        if name not in state_dict or state_dict[name].shape != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"state dict does not fit {what}: {'; '.join(problems[:3])}{more}: "
-            f"load weights of the same architecture and configuration"
-        )
-
-
-def recompute_in_backward(layers: Iterable[nn.Module]) -> None:
-    """Let the layers keep nothing but their input from forward to backward."""
-    for layer in layers:
-        untyped: Any = layer
-        untyped.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

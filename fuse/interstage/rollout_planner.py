@@ -1,4 +1,4 @@
-"""Which policy rules the next rollout: what past iterations have taught of lengths and costs, put into one."""
+"""Plans each rollout: makes its policy from the lengths and costs that past iterations have shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ _REMEMBERED_UPDATES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSettings:
-    """policy: which; limits: of each engine; the rest is the models'."""
+    """How samples are generated and scored.
+
+    policy: which one moves samples. limits: of each engine.
+    kv_bytes_per_token: of the actor. inference_batch_tokens: of one micro-batch of scoring.
+    """
 
     policy: PolicyName
     num_devices: int
@@ -40,8 +44,8 @@ class RolloutSettings:
 class RolloutPlanner:
     """Remembers iterations, and makes each rollout's policy.
 
-    Before lengths and costs are known samples stay where they are, and are scored as devices come free. `threshold` is
-    tuned by simulation then, and again when lengths have drifted.
+    Before lengths and costs are known, samples stay where they are, and are scored as devices come free. Once they are
+    known, `threshold` is tuned by simulation; and again when lengths have drifted.
     """
 
     def __init__(self, settings: RolloutSettings) -> None:
@@ -53,11 +57,11 @@ class RolloutPlanner:
         self._tuned_to: LengthModel | None = None
 
     def costs(self) -> CostModel | None:
-        """As measured so far; None before there is enough."""
+        """The costs measured so far; None before there are enough measurements."""
         return self._calibration.costs()
 
     def policy(self, samples: Sequence[Sample]) -> Policy:
-        """For a rollout of these samples."""
+        """The policy for a rollout of these samples."""
         settings = self._settings
         if settings.policy == "none":
             return StageByStage()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fuse.intrastage.profile import Profile, Shape
+from fuse.intrastage.cost_profile import Profile, Shape
 from schedules import Kind, Op, Problem, Schedule, Timing, evaluate
 
 _TICK_S = 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fuse.intrastage.partition import checked_layer_range, even_layer_range, global_name
+from fuse.intrastage.layer_range import checked_layer_range, even_layer_range, global_name
 
 
 def test_even_layer_ranges_tile_the_layers() -> None:

@@ -1,7 +1,7 @@
-"""The schedules of a run: the first update trains serially and is watched, the others by what it showed.
+"""The schedules of a run: the first update trains serially, and the next ones by the stage times that it showed.
 
-A schedule is solved per number of micro-batches, and anew when stages no longer take the share of the time that it was
-made for.
+A schedule is solved per number of micro-batches. It is solved again when a stage's share of the time has drifted from
+the one that the schedule was made for.
 """
 
 from __future__ import annotations
@@ -13,28 +13,32 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuse.intrastage.cost_profile import Profile, Shape
+from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.observed import TRAIN, ObservedCosts, one_of_each
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.plan import Plan, fused_schedule, halved_serial_schedule, serial_schedule
-from fuse.intrastage.profile import Profile, Shape
-from fuse.intrastage.profile_store import Measured, ProfileStore
+from fuse.intrastage.training_schedule import Plan, fused_schedule, halved_serial_schedule, serial_schedule
 from fuse.trace import Span
 from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
 
 DRIFT_UPDATES = 3
-"""Updates in a row that must have drifted, for disturbances pass; one corrects what one alone has shown."""
+"""Updates in a row that must have drifted before training is planned again, for disturbances pass.
+
+A plan that rests on a single update, the run's first, is different: one update that has drifted corrects it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """How training is scheduled.
 
-    fused: actor and critic at once; if not, one after the other.
+    fused: all models at once; if not, one after the other.
     time_limit_s, num_workers: for the solver, per update that needs schedules. num_steps: optimizer steps of the run.
     memory_limit_bytes: for the micro-batches under way on a device; None: what it has free, on CPUs no limit.
-    replan_drift: solve again once a stage's share of the time is off by this much, 0.3 being 30 %.
+    replan_drift: plan again once a stage's share of the time is off the plan by more than this (0.3 is 30 %) for
+        `DRIFT_UPDATES` updates in a row.
     directory: where the run's measurements and schedules are kept.
     """
 
@@ -47,13 +51,13 @@ class PlanSettings:
     directory: Path
 
 
-class Planner:
+class TrainingPlanner:
     """Decides the schedule of every optimizer step.
 
     store: what earlier runs of the same models have measured; it keeps what this one measures.
     """
 
-    def __init__(self, placement: tuple[Replica, ...], settings: PlanSettings, store: ProfileStore) -> None:
+    def __init__(self, placement: tuple[Replica, ...], settings: PlanSettings, store: MeasurementStore) -> None:
         self.placement, self._settings, self._store = placement, settings, store
         self._is_fused = settings.fused and len({rank for replica in placement for rank in replica.ranks}) > 1
         self._plans: dict[int, Plan] = {}
@@ -98,7 +102,7 @@ class Planner:
         return {count: self._plans[count] for count in counts}
 
     def will_solve(self, counts: Iterable[int]) -> bool:
-        """Whether `plans` of these counts will search for schedules."""
+        """Whether `plans` will search for schedules, asked for these counts."""
         is_known = self._profile is not None or self._observed.is_complete
         return self._is_fused and is_known and not set(counts) <= self._plans.keys()
 
@@ -128,7 +132,7 @@ class Planner:
             self._plans, self._profile = {}, None
 
     def _training_s(self, count: int, shapes: Sequence[Shape]) -> float:
-        """Of the last update; before there is one, of a step of so many micro-batches on one rank after the other."""
+        """Seconds that the last update trained; before there is one, of a step if one rank worked at a time."""
         if self._update_s is not None:
             return self._update_s
         assert self._profile is not None

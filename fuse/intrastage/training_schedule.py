@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.placement import Replica, replica_micro_batches
-from fuse.intrastage.profile import Profile, Shape
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.baselines.interleaved import interleaved
 from schedules.baselines.one_f_one_b import one_f_one_b
@@ -37,7 +37,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
-    """1F1B of the actor, then of the critic (interleaved where ranks hold several stages); pipelines are `replicas`.
+    """1F1B of one model after the other (interleaved where ranks hold several stages); pipelines are `replicas`.
 
     Stage times are not measured here: 1F1B's order does not depend on them. A backward counts as two forwards.
 
@@ -49,7 +49,7 @@ def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Sc
 
 @lru_cache(maxsize=64)
 def halved_serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
-    """`serial_schedule` with W right after I in place of every backward: who watches it learns what each half costs.
+    """`serial_schedule` with I, then W, in place of every B, so that a run of it shows what each half costs.
 
     Raises:
         ValueError: a replica would have no micro-batch.
@@ -95,16 +95,16 @@ def fused_schedule(
     time_limit_s: float = 30.0,
     num_steps: int | None = None,
     num_workers: int = 2,
-    seed: int = 0,
 ) -> Schedule:
     """All replicas' training at once in the shortest schedule found, or kept in `cache` from an earlier search.
 
     One process calls this and hands the result to all ranks: how far a search gets depends on the machine.
 
-    profile: with pipelines named as the replicas are.
-    shape: of typical micro-batches, which times are taken for. largest: of those that memory must suffice for.
+    profile: its pipelines have the replicas' names.
+    shape: of a typical micro-batch; stage times are those on it. largest: shape of the micro-batch that takes most
+        memory; by default as `shape`.
     memory_limit_bytes: what activations and outstanding weight gradients of micro-batches may take on any rank.
-    num_steps: optimizer steps the schedule will serve; the search takes no longer than it could save them.
+    num_steps: optimizer steps that the schedule will serve; the search takes no longer than it could save over them.
 
     Raises:
         ValueError: the profile lacks a stage, a replica would have no micro-batch, or the limit is too low for one.
@@ -118,9 +118,7 @@ def fused_schedule(
         if num_steps is not None:
             saved_ticks = evaluate(greedy(problem)).makespan - makespan_lower_bound(problem)
             time_limit_s = min(time_limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
-        solution = solve(
-            problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=seed, objective=Objective.MAKESPAN
-        )
+        solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, objective=Objective.MAKESPAN)
         schedule = solution.schedule
         found = f"{solution.makespan_gap:.1%} above the lower bound at most, found in {solution.seconds:.1f} s"
         if cache is not None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.measurement_store import MeasurementStore
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.plan import fused_schedule
-from fuse.intrastage.planner import DRIFT_UPDATES, Planner, PlanSettings
-from fuse.intrastage.profile import Shape
-from fuse.intrastage.profile_store import ProfileStore
+from fuse.intrastage.training_planner import DRIFT_UPDATES, PlanSettings, TrainingPlanner
+from fuse.intrastage.training_schedule import fused_schedule
 from fuse.trace import Span
 from schedules import Kind, evaluate, violations
 
@@ -50,8 +50,8 @@ def settings(
     )
 
 
-def planner_in(directory: Path, **options: Any) -> Planner:
-    return Planner(PLACEMENT, settings(directory, **options), ProfileStore(directory, {}))
+def planner_in(directory: Path, **options: Any) -> TrainingPlanner:
+    return TrainingPlanner(PLACEMENT, settings(directory, **options), MeasurementStore(directory, {}))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_what_an_earlier_run_measured_plans_the_first_update(tmp_path: Path) -> 
     expected = first.plans({4}, SHAPES)
     assert planner_in(tmp_path).plans({4}, SHAPES) == expected
     elsewhere = replace(PLACEMENT[0], layer_ranges=((0, 1), (1, 4)))
-    other = Planner((elsewhere, PLACEMENT[1]), settings(tmp_path), ProfileStore(tmp_path, {}))
+    other = TrainingPlanner((elsewhere, PLACEMENT[1]), settings(tmp_path), MeasurementStore(tmp_path, {}))
     assert other.plans({4}, SHAPES)[4].profile is None, "its stages are others"
 
 
@@ -124,7 +124,7 @@ def test_solving_takes_no_longer_than_an_update(tmp_path: Path, monkeypatch: pyt
         limits.append(time_limit_s)
         return fused_schedule(*args, time_limit_s=time_limit_s, **options)
 
-    monkeypatch.setattr("fuse.intrastage.planner.fused_schedule", solve)
+    monkeypatch.setattr("fuse.intrastage.training_planner.fused_schedule", solve)
     planner = planner_in(tmp_path, time_limit_s=100.0)
     planner.observe(watched(SHAPES))  # its longest operation takes 12.8 ms, and all start at once
     planner.plans({2, 4}, SHAPES)

@@ -12,7 +12,7 @@ from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.calibration import TRANSFER_S, Calibration
 from fuse.interstage.costs import SMALL_CPU, CostModel
 from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
-from fuse.interstage.planner import PolicyName, RolloutPlanner, RolloutSettings
+from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
 from fuse.sample import Sample
 from fuse.trace import Span
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.plan import fused_problem, fused_schedule
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.training_schedule import fused_problem, fused_schedule
 from schedules import evaluate, violations
 from schedules.baselines import serial
 from schedules.fused.cache import ScheduleCache
@@ -78,7 +78,7 @@ def test_the_fused_schedule_is_legal_shorter_than_serial_and_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ScheduleCache(tmp_path)
-    with caplog.at_level(logging.INFO, "fuse.intrastage.plan"):
+    with caplog.at_level(logging.INFO, "fuse.intrastage.training_schedule"):
         schedule = fused_schedule(PROFILE, REPLICAS, 2, SHAPE, cache=cache, time_limit_s=1.0, num_workers=1)
         again = fused_schedule(PROFILE, REPLICAS, 2, SHAPE, cache=cache, time_limit_s=1.0, num_workers=1)
     assert violations(schedule) == []

@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts, merge, profile_from_json, profile_to_json
+from fuse.intrastage.cost_profile import (
+    Profile,
+    Shape,
+    StageCosts,
+    TransferCosts,
+    merge,
+    profile_from_json,
+    profile_to_json,
+)
 
 SHORT, LONG = Shape(2, 64), Shape(2, 256)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fuse.intrastage.cost_profile import Profile, profile_from_json, profile_to_json
 from fuse.intrastage.placement import Replica, replica_from_json
-from fuse.intrastage.profile import Profile, profile_from_json, profile_to_json
-from schedules.fused.cache import user_cache, write_whole
+from schedules.files import user_cache, write_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -21,24 +21,24 @@ NAME = "profile.json"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Where models are cut, and what their stages cost; None before training has shown it."""
+    """The stages that models are cut into, and what these cost; no profile before training has shown it."""
 
     placement: tuple[Replica, ...]
     profile: Profile | None
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileStore:
-    """What was measured for `identity`: in the run's own directory, else in the user's cache.
+class MeasurementStore:
+    """Keeps what was measured for `identity`, in the run's own directory and in the user's cache.
 
-    identity: all that the measurements depend on, as JSON; what was measured for another is passed over.
+    identity: all that the measurements depend on, as JSON; what was measured for another one is passed over.
     """
 
     directory: Path
     identity: Mapping[str, object]
 
     def load(self) -> Measured | None:
-        """The last measurement; a file that is damaged or of another version is passed over, with a warning."""
+        """The run's own measurement, else the user's; a damaged or outdated file is passed over, with a warning."""
         for path in self._paths():
             try:
                 found = json.loads(path.read_text())

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuse.intrastage.planned import operation_s, planned_times
-from fuse.intrastage.profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.planned_times import operation_s, planned_times
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.random_problems import random_problem, random_schedule
 

@@ -1,0 +1,57 @@
+"""Weights that do not fit a model are refused by name; tied tensors may come under any of theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fuse.state_dict import WeightLayout, check_fit, check_state_dict, load_state_dict
+
+EXPECTED = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
+
+
+def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def test_weights_that_fit_are_accepted() -> None:
+    check_state_dict(weights(a=(2, 3), b=(4,)), EXPECTED, "a model")
+    check_state_dict(weights(a=(2, 3)), EXPECTED, "a model", optional={"b"})
+    check_state_dict(weights(a=(2, 3), b=(4,), c=(1,)), EXPECTED, "a stage", may_have_more=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (weights(a=(2, 3)), "state dict for a model does not fit: b is missing: load weights of the same"),
+        (weights(a=(2, 3), b=(4,), c=(1,)), "c is not part of the model"),
+        (weights(a=(3, 2), b=(4,)), r"a is \[3, 2\], the model has \[2, 3\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(given: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_state_dict(given, EXPECTED, "a model")
+
+
+def test_three_problems_are_named_and_the_rest_counted() -> None:
+    with pytest.raises(ValueError, match=r"^state does not fit: 0 is missing; 1 is missing; 2 is missing and 2 more: "):
+        check_fit({}, {str(number): "[1]" for number in range(5)}, "state", "give some")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 2)
+        self.head = nn.Linear(2, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("positions", torch.arange(3))
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
+def test_a_tied_tensor_may_come_under_any_of_its_names(name: str) -> None:
+    model = Tied()
+    load_state_dict(model, {name: torch.ones(5, 2)})
+    assert torch.equal(model.head.weight, torch.ones(5, 2))
+    with pytest.raises(ValueError, match=r"embedding.weight is missing; head.weight is missing"):
+        WeightLayout.of(model).check({"positions": torch.arange(3)})
