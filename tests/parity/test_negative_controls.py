@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuse.algorithms import experience, ppo
-from fuse.driver import stage_by_stage as controller
+from fuse.driver import stage_by_stage
 from fuse.ops import shaped_gae
 from fuse.trainers import ppo as trainer
 from fuse.training import scoring as inference
@@ -72,7 +72,7 @@ def responses_not_cut_after_their_stop_token(patch: pytest.MonkeyPatch) -> None:
     def response_length(response_ids: Any, stop_token_id: int | None, pad_token_id: int) -> int:
         return right(response_ids, None, pad_token_id)
 
-    patch.setattr(controller, "response_length", response_length)
+    patch.setattr(stage_by_stage, "response_length", response_length)
 
 
 def a_step_per_mini_batch(patch: pytest.MonkeyPatch) -> None:
