@@ -109,8 +109,8 @@ class FuseVariant:
         trainer, turnstile = self._trainer, self._turnstile
         memory = PeakMemory(
             {
-                "generation": [worker.process_id for worker in trainer.fleet._generation_workers],
-                "model": [worker.process_id for worker in trainer.fleet._model_workers],
+                "generation": [one.worker.process_id for one in trainer.fleet._generation_workers],
+                "model": [one.worker.process_id for one in trainer.fleet._model_workers],
                 "driver": [os.getpid()],
             }
         )

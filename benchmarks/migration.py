@@ -27,8 +27,10 @@ from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.training.model_spec import ModelSpec
-from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.generation_worker import Departure, GenerationWorker
+from fuse.workers.calls import gather
+from fuse.workers.cluster import Cluster
+from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.generation_worker import Departure
 from fuse.workers.kv.transfer import MakeKVTransfer
 from fuse.workers.weights import put_state_dict
 
@@ -110,20 +112,18 @@ def run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _engines(
     model: PreTrainedModel, engine: EngineFactory, transfer: MakeKVTransfer
-) -> Iterator[tuple[Worker, Worker]]:
+) -> Iterator[tuple[GenerationHandle, GenerationHandle]]:
     print("starting two engines ...", file=sys.stderr, flush=True)
     with Cluster(2) as cluster:
         make = partial(engine, ModelSpec.of(model), [put_state_dict(model.state_dict())], "cpu")
-        source, target = (
-            cluster.spawn("generation worker", device, GenerationWorker, make, transfer) for device in (0, 1)
-        )
+        source, target = (GenerationHandle.spawn(cluster, device, make, transfer) for device in (0, 1))
         yield source, target
 
 
 def _measure(
     model: PreTrainedModel,
-    source: Worker,
-    target: Worker,
+    source: GenerationHandle,
+    target: GenerationHandle,
     sample_ids: Iterator[int],
     context_tokens: int,
     labels: Labels,
@@ -156,18 +156,20 @@ def _requests(vocab_size: int, context_tokens: int, sample_ids: Iterator[int]) -
         yield GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params)
 
 
-def _move(source: Worker, target: Worker, requests: Iterator[GenerationRequest], with_kv: bool) -> tuple[float, int]:
+def _move(
+    source: GenerationHandle, target: GenerationHandle, requests: Iterator[GenerationRequest], with_kv: bool
+) -> tuple[float, int]:
     """Seconds that the sample paused, and the bytes of its KV that moved."""
     departures: list[Departure] = []
     while not departures:  # the sample before ended sooner than it could be taken out
         sample_id = (request := next(requests)).sample_id
-        gather([source.call("submit", [request])])
+        gather([source.submit([request])])
         _wait_for_tokens(source, sample_id)
-        departures = gather([source.call("evict", [sample_id], with_kv)])[0]
-    gather([target.call("admit", departures)])
+        departures = gather([source.evict([sample_id], with_kv)])[0]
+    gather([target.admit(departures)])
     _wait_for_tokens(target, sample_id)
-    gather([target.call("evict", [sample_id])])
-    before, after = gather([worker.call("drain_spans") for worker in (source, target)])
+    gather([target.evict([sample_id])])
+    before, after = gather([worker.drain_spans() for worker in (source, target)])
     asked_s = max(span.start_s for span in before if span.name == "evict")
     went_on_s = next(span.end_s for span in after if span.name == "decode")
     kv = departures[0].kv
@@ -175,8 +177,8 @@ def _move(source: Worker, target: Worker, requests: Iterator[GenerationRequest],
     return went_on_s - asked_s, 0 if kv is None else kv.num_bytes
 
 
-def _wait_for_tokens(worker: Worker, sample_id: int) -> None:
-    while all(progress.sample_id != sample_id for progress in gather([worker.call("poll", _POLL_S)])[0]):
+def _wait_for_tokens(worker: GenerationHandle, sample_id: int) -> None:
+    while all(progress.sample_id != sample_id for progress in gather([worker.poll(_POLL_S)])[0]):
         pass
 
 

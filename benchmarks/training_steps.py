@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -26,8 +26,12 @@ from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
 from fuse.training.steps import OptimizerStep
-from fuse.workers.cluster import Cluster, Worker, gather
+from fuse.workers.calls import Worker, gather
+from fuse.workers.cluster import Cluster
 from schedules import Schedule
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _WARMUP = 1
 _GAIN_WANTED = 0.9
@@ -133,7 +137,7 @@ class Models:
 class Trainers:
     """Training workers on all devices, which build one pair of models after the other."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
+    def __init__(self, workers: Sequence[Worker[TrainingWorker]]) -> None:
         count = len(workers)
         self._workers = workers
         self._placement = (*place("actor", count, count), *place("critic", count, count, reverse=True))
@@ -150,17 +154,17 @@ class Trainers:
             devices = range(num_devices)
             workers = [cluster.spawn("training worker", one, TrainingWorker, one, SETTINGS) for one in devices]
             trainers = cls(workers)
-            port = workers[0].call("serve_store", cluster.host(0)).result()
-            trainers._on_all("connect", cluster.host(0), port, num_devices)
+            port = workers[0].call(TrainingWorker.serve_store, cluster.host(0)).result()
+            trainers._on_all(TrainingWorker.connect, cluster.host(0), port, num_devices)
             yield trainers
 
     def build(self, models: Models) -> None:
         """Models of these sizes in place of those before."""
-        self._on_all("place", models.specs(), self._placement)
+        self._on_all(TrainingWorker.place, models.specs(), self._placement)
 
     def profile(self, load: Workload) -> Profile:
         """What every stage costs on micro-batches of all kinds."""
-        return merge(self._on_all("profile", load.experience, load.buckets()))
+        return merge(self._on_all(TrainingWorker.profile, load.experience, load.buckets()))
 
     def compare(
         self, load: Workload, task: Task, profile: Profile, *, repeats: int, solve_s: float
@@ -175,7 +179,7 @@ class Trainers:
         }
         plans = {side: Plan(schedule, profile) for side, schedule in schedules.items()}
         step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
-        by_rank = self._on_all("alternate", load.experience, step, plans, repeats, _WARMUP)
+        by_rank = self._on_all(TrainingWorker.alternate, load.experience, step, plans, repeats, _WARMUP)
         names = [replica.name for replica in self._placement]
         sides = {}
         for side, schedule in schedules.items():
@@ -184,8 +188,10 @@ class Trainers:
             sides[side] = _medians([side_of(schedule, planned, step) for step in by_repeat])
         return sides["serial"], sides["fused"]
 
-    def _on_all(self, method: str, *arguments: object) -> list[Any]:
-        return gather([worker.call(method, *arguments) for worker in self._workers])
+    def _on_all(
+        self, method: Callable[Concatenate[TrainingWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> list[_T]:
+        return gather([worker.call(method, *args, **kwargs) for worker in self._workers])
 
 
 def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep]) -> Side:

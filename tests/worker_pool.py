@@ -12,7 +12,8 @@ import ray
 
 from fuse.driver import fleet
 from fuse.intrastage import communication
-from fuse.workers.cluster import Cluster, Worker, gather
+from fuse.workers.calls import Worker, gather
+from fuse.workers.cluster import Cluster
 
 
 class WorkerPool:
@@ -20,7 +21,7 @@ class WorkerPool:
 
     def __init__(self, num_devices: int) -> None:
         self.cluster = Cluster(num_devices)
-        self.processes: dict[tuple[str, int], Worker] = {}
+        self.processes: dict[tuple[str, int], Worker[Any]] = {}
 
     def __enter__(self) -> WorkerPool:
         self.cluster.__enter__()
@@ -46,7 +47,7 @@ class _Lease:
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
-        self._workers: dict[tuple[str, int], type] = {}
+        self._workers: dict[tuple[str, int], Any] = {}  # their classes
 
     def __enter__(self) -> _Lease:
         return self
@@ -57,17 +58,17 @@ class _Lease:
             for key in self._workers:
                 self._pool.cluster.kill(processes.pop(key))
             return
-        gather([processes[key].call("close") for key, held in self._workers.items() if hasattr(held, "close")])
+        gather([processes[key].call(held.close) for key, held in self._workers.items() if hasattr(held, "close")])
         ray.get([processes[key]._actor.start.remote(None, communication.disconnect, (), {}) for key in self._workers])
 
     def host(self, device: int) -> str:
         return self._pool.cluster.host(device)
 
-    def kill(self, worker: Worker) -> None:
+    def kill(self, worker: Worker[Any]) -> None:
         del self._pool.processes[worker.role, worker.device]
         self._pool.cluster.kill(worker)
 
-    def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> Worker:
+    def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> Worker[Any]:
         key = (role, device)
         self._workers[key] = worker_class
         worker = self._pool.processes.get(key)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from fuse.driver.engine_choice import EngineFactory
 from fuse.workers.cluster import Accelerator, Cluster
-from fuse.workers.generation_worker import GenerationWorker
+from fuse.workers.generation_handle import GenerationHandle
 
 
 @contextmanager
@@ -17,5 +17,5 @@ def early_start(
     """The cluster of a run on these devices, whose generation workers' processes import what the engine needs."""
     with Cluster(num_devices, ray_address=ray_address, accelerator=accelerator) as cluster:
         for device in range(num_devices):
-            cluster.warm("generation worker", device, GenerationWorker, engine)
+            GenerationHandle.warm(cluster, device, engine)
         yield cluster

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import ray
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
-from fuse.driver import stage_by_stage as controller
+from fuse.driver import stage_by_stage
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout, RolloutReport
 from fuse.driver.model_start import ModelStart
@@ -25,6 +25,7 @@ from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
 from fuse.intrastage.placement import replica_micro_batches
 from fuse.intrastage.training_planner import TrainingPlanner
+from fuse.intrastage.training_schedule import Plan
 from fuse.micro_batch import Metric
 from fuse.roles import GENERATING
 from fuse.sample import Sample
@@ -32,10 +33,14 @@ from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
 from fuse.training.steps import OptimizerStep
-from fuse.workers.cluster import Cluster, Worker, gather
+from fuse.workers.calls import Future, gather
+from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
-from fuse.workers.generation_worker import GenerationWorker
+from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.model_handle import ModelHandle
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
@@ -91,12 +96,12 @@ class Fleet:
             self._cluster, settings, self._trained, self._scoring, actor, after=self._generation_workers
         )
         resources.callback(self._models.abandon)
-        for worker in self._generation_workers:
-            self._tell(f"starting: the engine of device {worker.device}")
-            worker.wait_started()
+        for device, engine in enumerate(self._generation_workers):
+            self._tell(f"starting: the engine of device {device}")
+            engine.worker.wait_started()
 
     @property
-    def _model_workers(self) -> list[Worker]:
+    def _model_workers(self) -> list[ModelHandle]:
         """Once they are ready."""
         return self._models.wait(self._tell).workers
 
@@ -104,17 +109,17 @@ class Fleet:
     def _planner(self) -> TrainingPlanner:
         return self._models.wait(self._tell).planner
 
-    def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> Worker:
+    def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> GenerationHandle:
         settings = self.settings
         spec = ModelSpec.of(self._trained[GENERATING])
         make_engine = partial(settings.engine, spec, weights, settings.accelerator)
-        return self._cluster.spawn("generation worker", device, GenerationWorker, make_engine, settings.kv_transfer)
+        return GenerationHandle.spawn(self._cluster, device, make_engine, settings.kv_transfer)
 
-    def _replace_engine(self, device: int) -> Worker:
+    def _replace_engine(self, device: int) -> GenerationHandle:
         """Another generation worker in place of one that died, with the actor's weights as they are now."""
-        self._cluster.kill(self._generation_workers[device])
-        worker = self._generation_workers[device] = self._spawn_engine(device, self._exported(GENERATING))
-        return worker
+        self._cluster.kill(self._generation_workers[device].worker)
+        engine = self._generation_workers[device] = self._spawn_engine(device, self._exported(GENERATING))
+        return engine
 
     # One iteration
 
@@ -159,13 +164,13 @@ class Fleet:
 
     def generate(self, samples: Sequence[Sample], params: SamplingParams) -> None:
         """Fill in the samples' responses."""
-        controller.generate(self._generation_workers, samples, params, self.settings.pad_token_id, self._tell)
+        stage_by_stage.generate(self._generation_workers, samples, params, self.settings.pad_token_id, self._tell)
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of the samples."""
         workers = self._model_workers
         self._tell("scoring")
-        controller.infer(workers, samples)
+        stage_by_stage.infer(workers, samples)
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
@@ -176,10 +181,10 @@ class Fleet:
         shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
-        plans = self._planner.plans(counts, shapes, self._free_bytes)
+        plans: Mapping[int, Plan] = self._planner.plans(counts, shapes, self._free_bytes)
         self._tell("training")
-        kept = ray.put(experience)
-        results = self._on_models("train", kept, ray.put(steps), learning_rate, ray.put(plans))
+        shared = ray.put(experience), ray.put(steps), learning_rate, ray.put(plans)
+        results = gather([worker.train(*shared) for worker in self._model_workers])
         return [
             self._merge(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
             for index, step in enumerate(steps)
@@ -200,14 +205,17 @@ class Fleet:
 
     def _free_bytes(self) -> int | None:
         """On the fullest device, if it tells."""
-        return min((free for free in self._on_models("free_bytes") if free is not None), default=None)
+        on_devices = gather([worker.free_bytes() for worker in self._model_workers])
+        return min((free for free in on_devices if free is not None), default=None)
 
     def synchronise(self) -> None:
         """Give the trained weights to the engines, and to what scores with a copy of a model that trains."""
         self._tell("weights: to engines and inference")
-        self._on_engines("load_weights", self._exported(GENERATING))
+        weights = self._exported(GENERATING)
+        self._on_engines(lambda engine: engine.load_weights(weights))
         for role in self._trained.keys() & self._scoring.keys():
-            self._on_models("load_scoring_weights", role, self._exported(role))
+            exported = self._exported(role)
+            gather([worker.load_scoring_weights(role, exported) for worker in self._model_workers])
 
     # Weights, checkpoints, traces
 
@@ -220,19 +228,19 @@ class Fleet:
     def save(self, directory: Path) -> None:
         """Write the training state of all models that train."""
         self._tell("saving: the training state")
-        self._on_models("save", directory)
+        gather([worker.save(directory) for worker in self._model_workers])
 
     def load(self, directory: Path) -> None:
         """Read a training state, and give its weights to whoever holds copies."""
         self._tell("loading: the checkpoint")
-        self._on_models("load", directory)
+        gather([worker.load(directory) for worker in self._model_workers])
         self.synchronise()
 
     def drain_spans(self) -> dict[str, dict[str, list[Span]]]:
         """Spans since the last call, by device and worker."""
-        models = self._on_models("drain_spans")
+        models = gather([worker.drain_spans() for worker in self._model_workers])
         self._planner.observe(span for spans in models for span in spans)
-        engines = self._on_engines("drain_spans")
+        engines = self._on_engines(GenerationHandle.drain_spans)
         for spans in (*models, *engines):
             self._rollouts.observe_spans(spans)
         return {
@@ -246,21 +254,19 @@ class Fleet:
         return self._planner.serial_bubble_ratio
 
     def _exported(self, role: str) -> list[WeightsRef]:
-        return [ref for ref in self._on_models("export_weights", role) if ref is not None]
+        parts = gather([worker.export_weights(role) for worker in self._model_workers])
+        return [part for part in parts if part is not None]
 
-    def _on_models(self, method: str, *arguments: object) -> list[Any]:
-        return gather([worker.call(method, *arguments) for worker in self._model_workers])
-
-    def _on_engines(self, method: str, *arguments: object) -> list[Any]:
+    def _on_engines(self, call: Callable[[GenerationHandle], Future[_T]]) -> list[_T]:
         """Call all engines; one that has died is replaced, and the new one called."""
-        calls = [worker.call(method, *arguments) for worker in self._generation_workers]
+        futures = [call(engine) for engine in self._generation_workers]
         results = []
-        for device, call in enumerate(calls):
+        for device, future in enumerate(futures):
             try:
-                results.append(call.result())
+                results.append(future.result())
             except WorkerError as error:
                 if not error.is_death:
                     raise
                 _logger.warning("%s; another takes its place", error)
-                results += gather([self._replace_engine(device).call(method, *arguments)])
+                results.append(call(self._replace_engine(device)).result())
         return results

@@ -12,20 +12,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fuse.activity import silent
+from fuse.driver.rollout_state import RolloutDevice, visible_state
 from fuse.driver.stage_by_stage import apply_inference, apply_progress, progress_text, sequence_of
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
-from fuse.interstage.migration import Action, EngineLimits, Infer, LiveSamples, Migrate, Policy, RolloutState
+from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy
 from fuse.sample import Sample, SampleState
 from fuse.training.scoring import Inference
-from fuse.workers.cluster import Future, Worker, wait_ended
+from fuse.workers.calls import Future, wait_ended
 from fuse.workers.errors import WorkerError
+from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure, Progress
+from fuse.workers.model_handle import ModelHandle
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
@@ -49,21 +55,6 @@ class RolloutReport:
     lost_engines: tuple[int, ...]
 
 
-@dataclass(slots=True, eq=False)
-class _Device:
-    """A device's workers and what they are at. held: live samples that its engine has been given."""
-
-    index: int
-    engine: Worker | None
-    held: dict[int, None] = field(default_factory=dict)
-    is_polled: bool = False
-    num_evictions: int = 0
-    released: bool = False
-    job: Infer | None = None
-    is_scoring: bool = False
-    arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
-
-
 class LiveRollout:
     """One batch on its way from prompts to scores; `run` it once.
 
@@ -78,8 +69,8 @@ class LiveRollout:
 
     def __init__(
         self,
-        engines: Sequence[Worker | None],
-        scorers: Callable[[], Sequence[Worker]],
+        engines: Sequence[GenerationHandle | None],
+        scorers: Callable[[], Sequence[ModelHandle]],
         samples: Sequence[Sample],
         params: SamplingParams,
         *,
@@ -91,7 +82,7 @@ class LiveRollout:
         max_new_tokens: Mapping[int, int] | None = None,
         tell: Callable[[str], None] = silent,
     ) -> None:
-        self._devices = [_Device(index, engine) for index, engine in enumerate(engines)]
+        self._devices = [RolloutDevice(index, engine) for index, engine in enumerate(engines)]
         self._scorers = scorers
         self._batch = tuple(samples)  # policies know a sample by its index here
         self._samples: Mapping[int, Sample] = {sample.id: sample for sample in samples}
@@ -100,7 +91,7 @@ class LiveRollout:
         self._max_new_tokens = max_new_tokens or {}
         self._tell = tell
         self._home: dict[int, int] = {}  # live samples: where each is, or is going to
-        self._pending: dict[Future, Callable[[Future], None]] = {}
+        self._pending: dict[Future[Any], Callable[[], None]] = {}
         self._num_scored = self._num_migrations = self._moved_bytes = 0
         self._lost_engines: list[int] = []
         self._has_news = False
@@ -122,7 +113,7 @@ class LiveRollout:
                 news_s = time.perf_counter()
                 self._has_news = False
                 generated_s = news_s if self._home else generated_s
-                self._act(self._policy(self._state()))
+                self._act(self._policy(visible_state(self._batch, self._home, self._devices, self._limits)))
                 decision_s.append(time.perf_counter() - news_s)
         while self._pending:  # polls of engines that are empty now; left alone, they would eat the next reports
             self._take_answers()
@@ -139,7 +130,7 @@ class LiveRollout:
 
     def _take_answers(self) -> None:
         for future in wait_ended(list(self._pending)):
-            self._pending.pop(future)(future)
+            self._pending.pop(future)()
         self._tell(progress_text(self._batch))
 
     # Generation
@@ -154,24 +145,24 @@ class LiveRollout:
         for device, share in zip(alive, shares, strict=True):
             self._submit(device, share)
 
-    def _submit(self, device: _Device, samples: Sequence[Sample]) -> None:
-        self._give(device, "submit", [self._request(sample) for sample in samples], samples)
+    def _submit(self, device: RolloutDevice, samples: Sequence[Sample]) -> None:
+        if samples:
+            assert device.engine is not None
+            self._given(device, samples, device.engine.submit([self._request(sample) for sample in samples]))
 
-    def _give(self, device: _Device, method: str, arguments: Sequence[object], samples: Iterable[Sample]) -> None:
-        """Hand samples to a device's engine; the call only queues them, so its end says no more than its error."""
-        if not arguments:
-            return
-        assert device.engine is not None
+    def _given(self, device: RolloutDevice, samples: Sequence[Sample], queued: Future[None]) -> None:
+        """A device's engine has been handed samples: the end of that call says no more than its error."""
         device.held |= dict.fromkeys(sample.id for sample in samples)
-        self._call(device, device.engine, method, lambda _: None, arguments)
+        self._expect(device, queued, lambda _: None)
         self._poll(device)
 
-    def _poll(self, device: _Device) -> None:
+    def _poll(self, device: RolloutDevice) -> None:
         if device.engine is not None and device.held and not device.is_polled:
             device.is_polled = True
-            self._call(device, device.engine, "poll", lambda reports: self._progress(device, reports), _POLL_TIMEOUT_S)
+            polled = device.engine.poll(_POLL_TIMEOUT_S)
+            self._expect(device, polled, lambda reports: self._progress(device, reports))
 
-    def _progress(self, device: _Device, reports: Sequence[Progress]) -> None:
+    def _progress(self, device: RolloutDevice, reports: Sequence[Progress]) -> None:
         device.is_polled = False
         finished = []
         for progress in reports:
@@ -192,7 +183,7 @@ class LiveRollout:
     # Migration
 
     def _migrate(self, moves: Sequence[Migrate]) -> None:
-        groups: dict[tuple[int, bool], dict[int, int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for move in moves:
             sample = self._batch[move.sample]
             assert self._home[sample.id] == move.source != move.target
@@ -202,17 +193,19 @@ class LiveRollout:
             sample.advance(SampleState.MIGRATING)
             self._home[sample.id] = move.target
             self._devices[move.target].released = False
-            groups.setdefault((move.source, self._moves_kv(sample)), {})[sample.id] = move.target
-        for (source, with_kv), targets in groups.items():
-            device = self._devices[source]
-            assert device.engine is not None
-            device.num_evictions += 1
+            groups.setdefault((move.source, self._moves_kv(sample)), []).append(sample.id)
+        for (source, with_kv), sample_ids in groups.items():
+            self._evict(self._devices[source], sample_ids, with_kv)
 
-            def evicted(departures: Sequence[Departure], device: _Device = device) -> None:
-                device.num_evictions -= 1
-                self._depart(device, departures)
+    def _evict(self, device: RolloutDevice, sample_ids: Sequence[int], with_kv: bool) -> None:
+        assert device.engine is not None
+        device.num_evictions += 1
 
-            self._call(device, device.engine, "evict", evicted, list(targets), with_kv)
+        def evicted(departures: Sequence[Departure]) -> None:
+            device.num_evictions -= 1
+            self._depart(device, departures)
+
+        self._expect(device, device.engine.evict(sample_ids, with_kv), evicted)
 
     def _moves_kv(self, sample: Sample) -> bool:
         if self._costs is None or not sample.response_ids:
@@ -220,7 +213,7 @@ class LiveRollout:
         context_tokens = len(sample.prompt_ids) + len(sample.response_ids)
         return cheaper_migration(self._costs, context_tokens).kind is MigrationKind.TRANSFER
 
-    def _depart(self, device: _Device, departures: Sequence[Departure]) -> None:
+    def _depart(self, device: RolloutDevice, departures: Sequence[Departure]) -> None:
         for departure in departures:
             sample = self._samples[departure.request.sample_id]
             sample.response_ids[:] = departure.request.response_ids
@@ -250,19 +243,20 @@ class LiveRollout:
             home.released = False
         return home.index
 
-    def _admit(self, device: _Device) -> None:
+    def _admit(self, device: RolloutDevice) -> None:
         """Let arrived samples into the engine, unless the device is scoring."""
-        if device.is_scoring:
+        if device.is_scoring or not device.arrivals:
             return
+        assert device.engine is not None
         arrivals, device.arrivals = device.arrivals, []
         samples = [self._samples[departure.request.sample_id] for departure in arrivals]
         for sample in samples:
             sample.advance(SampleState.GENERATING)
-        self._give(device, "admit", arrivals, samples)
+        self._given(device, samples, device.engine.admit(arrivals))
 
     # Inference
 
-    def _start_job(self, device: _Device) -> None:
+    def _start_job(self, device: RolloutDevice) -> None:
         """Score what the device was given, once its engine is empty."""
         if device.job is None or device.is_scoring or device.held or device.num_evictions:
             return
@@ -276,39 +270,10 @@ class LiveRollout:
             self._has_news = True
             self._admit(device)
 
-        scorer = self._scorers()[device.index]
-        self._call(device, scorer, "infer", scored, [sequence_of(sample) for sample in samples])
+        future = self._scorers()[device.index].infer([sequence_of(sample) for sample in samples])
+        self._pending[future] = lambda: scored(future.result())
 
     # The policy
-
-    def _state(self) -> RolloutState:
-        ids = [index for index, sample in enumerate(self._batch) if sample.id in self._home]
-        live = [self._batch[index] for index in ids]
-        backlog = [index for index, sample in enumerate(self._batch) if sample.state is SampleState.GENERATED]
-        response_tokens = np.array([len(sample.response_ids) for sample in live], dtype=np.int64)
-        return RolloutState(
-            limits=self._limits,
-            live=LiveSamples(
-                ids=np.array(ids, dtype=np.int64),
-                devices=np.array([self._home[sample.id] for sample in live], dtype=np.int64),
-                prompt_tokens=np.array([len(sample.prompt_ids) for sample in live], dtype=np.int64),
-                response_tokens=response_tokens,
-                started=response_tokens > 0,
-                movable=np.array([sample.state is SampleState.GENERATING for sample in live], dtype=np.bool_),
-            ),
-            finished_ids=np.array(backlog, dtype=np.int64),
-            finished_tokens=np.array([self._num_tokens(index) for index in backlog], dtype=np.int64),
-            released=np.array([device.released for device in self._devices], dtype=np.bool_),
-            inferring_tokens=np.array([self._job_tokens(device) for device in self._devices], dtype=np.int64),
-        )
-
-    def _job_tokens(self, device: _Device) -> int:
-        return 0 if device.job is None else sum(map(self._num_tokens, device.job.samples))
-
-    def _num_tokens(self, index: int) -> int:
-        """Of a finished sample, as far as it counts: the length of its `sequence_of`, without the copy."""
-        sample = self._batch[index]
-        return len(sample.prompt_ids) + sample.length
 
     def _act(self, actions: Sequence[Action]) -> None:
         self._migrate([action for action in actions if isinstance(action, Migrate)])
@@ -326,26 +291,26 @@ class LiveRollout:
 
     # Calls, and engines that die
 
-    def _call(
-        self, device: _Device, worker: Worker, method: str, then: Callable[..., None], *arguments: object
-    ) -> None:
-        def ended(future: Future) -> None:
+    def _expect(self, device: RolloutDevice, future: Future[_T], then: Callable[[_T], None]) -> None:
+        """Hear the answer of a device's engine, unless that is lost by then."""
+        engine = device.engine
+
+        def ended() -> None:
             try:
-                result = future.result()
+                answer = future.result()
             except WorkerError as error:
-                if method == "infer" or not error.is_death:
+                if not error.is_death:
                     raise
-                self._lose_engine(device, worker, error)
+                if engine is device.engine:  # no earlier call has told
+                    self._lose_engine(device, error)
                 return
-            if method == "infer" or worker is device.engine:
-                then(result)
+            if engine is device.engine:
+                then(answer)
 
-        self._pending[worker.call(method, *arguments)] = ended
+        self._pending[future] = ended
 
-    def _lose_engine(self, device: _Device, worker: Worker, error: WorkerError) -> None:
+    def _lose_engine(self, device: RolloutDevice, error: WorkerError) -> None:
         """Go on without an engine: its samples continue elsewhere from the tokens known here."""
-        if device.engine is not worker:
-            return  # an earlier call has told
         _logger.warning("%s; its samples go on elsewhere", error)
         self._lost_engines.append(device.index)
         device.engine, device.num_evictions, device.is_polled = None, 0, False
@@ -362,7 +327,7 @@ class LiveRollout:
         self._has_news = True
         self._start_job(device)
 
-    def _with_engines(self) -> list[_Device]:
+    def _with_engines(self) -> list[RolloutDevice]:
         return [device for device in self._devices if device.engine is not None]
 
     def _request(self, sample: Sample) -> GenerationRequest:

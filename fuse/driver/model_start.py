@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,8 +18,10 @@ from fuse.intrastage.stage_balance import LayerCosts, balance_stages
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
 from fuse.training.model_spec import ModelSpec
-from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.model_worker import ModelWorker
+from fuse.workers.calls import gather
+from fuse.workers.cluster import Cluster
+from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.model_handle import ModelHandle
 from fuse.workers.weights import WeightsRef, put_state_dict
 
 _logger = logging.getLogger(__name__)
@@ -32,12 +33,12 @@ _TICK_S = 1e-5
 class Models:
     """The model workers, one per device, ready for every call; and who plans their training."""
 
-    workers: list[Worker]
+    workers: list[ModelHandle]
     planner: TrainingPlanner
 
 
 class ModelStart:
-    """Starts a model worker per device in a thread, once the workers `after` are there: samples come first.
+    """Starts a model worker per device in a thread, once the engines `after` are there: samples come first.
 
     actor: its weights, which are in the object store already.
     """
@@ -50,12 +51,12 @@ class ModelStart:
         scoring: Mapping[str, PreTrainedModel],
         actor: WeightsRef,
         *,
-        after: Sequence[Worker],
+        after: Sequence[GenerationHandle],
     ) -> None:
         self._cluster, self._settings = cluster, settings
         self._trained, self._scoring = trained, scoring
         self._specs = {name: ModelSpec.of(model) for name, model in trained.items()}
-        self._workers: list[Worker] = []
+        self._workers: list[ModelHandle] = []
         self._doing = "model workers"
         self._is_abandoned = False
         self._ready: Future[Models] = Future()
@@ -77,14 +78,14 @@ class ModelStart:
         """End a start that goes on, with its workers."""
         self._is_abandoned = True
         while not self._ready.done():
-            for worker in self._workers:
-                worker.kill()
+            for model in self._workers:
+                model.worker.kill()
             self._thread.join(timeout=0.1)
 
-    def _run(self, actor: WeightsRef, after: Sequence[Worker]) -> None:
+    def _run(self, actor: WeightsRef, after: Sequence[GenerationHandle]) -> None:
         try:
-            for worker in after:
-                worker.wait_started()
+            for engine in after:
+                engine.worker.wait_started()
             if self._is_abandoned:
                 raise RuntimeError("the run has ended")
             self._ready.set_result(self._start(actor))
@@ -95,10 +96,8 @@ class ModelStart:
         settings = self._settings
         scoring = {role: ModelSpec.of(model) for role, model in self._scoring.items()}
         self._workers += [
-            self._cluster.spawn(
-                "model worker",
-                device,
-                ModelWorker,
+            ModelHandle.spawn(
+                self._cluster,
                 device,
                 settings.accelerator,
                 self._specs,
@@ -109,20 +108,20 @@ class ModelStart:
             for device in range(settings.num_devices)
         ]
         host = self._cluster.host(0)
-        (port,) = gather([self._workers[0].call("serve_store", host)])
-        self._on_all("connect", host, port, settings.num_devices)
+        (port,) = gather([self._workers[0].serve_store(host)])
+        gather([worker.connect(host, port, settings.num_devices) for worker in self._workers])
         store = MeasurementStore(settings.plan.directory, identity(settings, self._specs))
         placement = self._placement(store)
         self._doing = "stages"
-        self._on_all("place", placement)
+        gather([worker.place(placement) for worker in self._workers])
         self._doing = "weights"
         models = {**self._trained, **self._scoring}
         for role, model in models.items():
             weights = actor if role == GENERATING else put_state_dict(model.state_dict())
             if role in self._trained:
-                self._on_all("load_training_weights", role, [weights])
+                gather([worker.load_training_weights(role, [weights]) for worker in self._workers])
             if role in self._scoring:
-                self._on_all("load_scoring_weights", role, [weights])
+                gather([worker.load_scoring_weights(role, [weights]) for worker in self._workers])
         return Models(self._workers, TrainingPlanner(placement, settings.plan, store))
 
     def _placement(self, store: MeasurementStore) -> tuple[Replica, ...]:
@@ -135,7 +134,7 @@ class ModelStart:
             _logger.info("stages are cut as measured in an earlier run")
             return known.placement
         self._doing = "measuring a layer and a head of each model"
-        profiles = self._on_all("measure_layer_costs", settings.balance, _TICK_S)
+        profiles = gather([worker.measure_layer_costs(settings.balance, _TICK_S) for worker in self._workers])
         placement = balance_stages(
             {model: LayerCosts.of(profiles, model) for model in self._specs},
             settings.placement,
@@ -146,6 +145,3 @@ class ModelStart:
         )
         store.save(Measured(placement, None))
         return placement
-
-    def _on_all(self, method: str, *arguments: object) -> list[Any]:
-        return gather([worker.call(method, *arguments) for worker in self._workers])

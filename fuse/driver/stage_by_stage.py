@@ -10,14 +10,16 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.migration import balance
 from fuse.sample import Sample, SampleState, response_length
 from fuse.training.scoring import Inference, TokenSequence
-from fuse.workers.cluster import Worker, gather, wait_any
+from fuse.workers.calls import gather, wait_any
+from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Progress
+from fuse.workers.model_handle import ModelHandle
 
 _POLL_TIMEOUT_S = 1.0
 
 
 def generate(
-    engines: Sequence[Worker],
+    engines: Sequence[GenerationHandle],
     samples: Sequence[Sample],
     params: SamplingParams,
     pad_token_id: int,
@@ -32,12 +34,12 @@ def generate(
     """
     by_id = {sample.id: sample for sample in samples}
     shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
-    gather([engine.call("submit", [_request(sample, params) for sample in share]) for engine, share in shares.items()])
+    gather([engine.submit([_request(sample, params) for sample in share]) for engine, share in shares.items()])
     for sample in samples:
         sample.advance(SampleState.GENERATING)
 
     remaining = {engine: len(share) for engine, share in shares.items()}
-    polls = {engine.call("poll", _POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count}
+    polls = {engine.poll(_POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count}
     while polls:
         future, reports = wait_any(list(polls))
         engine = polls.pop(future)
@@ -45,10 +47,10 @@ def generate(
             remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
         tell(progress_text(samples))
         if remaining[engine]:
-            polls[engine.call("poll", _POLL_TIMEOUT_S)] = engine
+            polls[engine.poll(_POLL_TIMEOUT_S)] = engine
 
 
-def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
+def infer(scorers: Sequence[ModelHandle], samples: Sequence[Sample]) -> None:
     """Fill in what models say of every sample; devices get equal shares of the tokens.
 
     Raises:
@@ -59,8 +61,7 @@ def infer(scorers: Sequence[Worker], samples: Sequence[Sample]) -> None:
     for sample in samples:
         sample.advance(SampleState.INFERRING)
     futures = [
-        scorer.call("infer", [sequence_of(sample) for sample in share])
-        for scorer, share in zip(scorers, shares, strict=False)
+        scorer.infer([sequence_of(sample) for sample in share]) for scorer, share in zip(scorers, shares, strict=False)
     ]
     for share, results in zip(shares, gather(futures), strict=True):
         apply_inference(share, results)

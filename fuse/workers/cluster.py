@@ -1,4 +1,4 @@
-"""Devices and the workers on them: plain Python objects in processes of their own, called through Ray.
+"""Devices and the workers on them: plain Python objects in processes of their own.
 
 A device is one core, or one GPU with a core beside it: one bundle of a Ray placement group, which its workers share.
 """
@@ -6,27 +6,28 @@ A device is one core, or one GPU with a core beside it: one bundle of a Ray plac
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fuse.workers.errors import WorkerError, cause_of, dead_process_id
+from fuse.workers.calls import Worker
+from fuse.workers.process import actor_class, concurrent_methods
 from fuse.workers.ray_session import WORKER_ENVIRONMENT, joined_cluster, local_cluster, local_directory
 
 Accelerator = Literal["cpu", "cuda"]
 
 _SHARE_OF_DEVICE = 0.5
 _PLACEMENT_TIMEOUT_S = 60.0
-_NUM_LAST_LINES = 40
+
+_W = TypeVar("_W")  # a worker's class
+_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,177 +38,6 @@ class Device:
     host: str
     slot: int
     bundle: int
-
-
-class _Process:
-    """A worker's process: makes the worker and passes calls on to it."""
-
-    def warm(self, *imported: object) -> None:
-        """Does nothing but that arguments are unpickled, and so the modules imported that define them."""
-
-    def start(self, core: int | None, worker_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Pin the process, make the worker, return the process id. `core` counts the cores available, and wraps."""
-        if core is not None:
-            available = sorted(os.sched_getaffinity(0))
-            _pin(available[core % len(available)])
-        self._worker = worker_class(*args, **kwargs)
-        return os.getpid()
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._worker, method)(*args, **kwargs)
-
-
-def _pin(core: int) -> None:
-    """Keep this process to a core: all its threads, and those that they start meanwhile."""
-    pinned: set[str] = set()
-    while unpinned := {*os.listdir("/proc/self/task")} - pinned:
-        for thread in unpinned:
-            with suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(int(thread), {core})
-        pinned |= unpinned
-
-
-class _ConcurrentProcess(_Process):
-    """A worker's process in which one more call may run beside the others."""
-
-    def __init__(self) -> None:
-        self._ended_start = threading.Event()
-
-    def start(self, core: int | None, worker_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        try:
-            return super().start(core, worker_class, args, kwargs)
-        finally:
-            self._ended_start.set()
-
-    @ray.method(concurrency_group="beside")
-    def call_beside(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        self._ended_start.wait()
-        return getattr(self._worker, method)(*args, **kwargs)
-
-
-class Worker:
-    """An object living in a process on a device.
-
-    Calls run one at a time in order. Methods that the class names in `concurrent_methods` may block: they run, one at
-    a time, beside the others.
-    """
-
-    def __init__(
-        self,
-        role: str,
-        device: int,
-        actor: Any,
-        started: ray.ObjectRef[int],
-        concurrent: frozenset[str],
-        logs: Path | None,
-    ) -> None:
-        self.role = role
-        self.device = device
-        self._actor = actor
-        self._started = started
-        self._concurrent = concurrent
-        self._logs = logs
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Future:
-        """Call a method of the object; arguments and result are pickled, `ray.ObjectRef` arguments are resolved."""
-        entry = self._actor.call_beside if method in self._concurrent else self._actor.call
-        return Future(self, entry.remote(method, *args, **kwargs))
-
-    def wait_started(self) -> None:
-        """Wait until the worker is made. Raises: WorkerError when it could not be."""
-        self._get(self._started)
-
-    @property
-    def process_id(self) -> int:
-        """The worker's process id on its host; waits until the worker is made."""
-        return int(self._get(self._started))
-
-    def kill(self) -> None:
-        """End the process at once; its pending calls fail. A second time does nothing."""
-        ray.kill(self._actor)
-
-    def _get(self, reference: ray.ObjectRef[Any]) -> Any:
-        try:
-            return ray.get(reference)
-        except RayError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: RayError) -> WorkerError:
-        """Say why a call failed; when the worker could not be made, that is the reason for all that follows."""
-        reason = error
-        try:
-            ray.get(self._started)
-        except RayError as first:
-            reason = first
-        if self._logs is not None:
-            for line in _last_lines(self._logs, dead_process_id(reason)):
-                error.add_note(line)
-        return WorkerError(self.device, self.role, cause_of(reason), is_death=isinstance(reason, RayActorError))
-
-
-def _last_lines(logs: Path, process_id: int | None) -> list[str]:
-    """The end of what a process wrote to stderr, which is where a crash of native code reports itself."""
-    lines = [line for log in logs.glob(f"session_latest/logs/worker-*-{process_id}.err") for line in _lines(log)]
-    return [line for line in lines if not line.startswith(":")][-_NUM_LAST_LINES:]  # ":" marks Ray's own lines
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines()
-
-
-class Future:
-    """The result of a call that may not have ended."""
-
-    __slots__ = ("_reference", "worker")
-
-    def __init__(self, worker: Worker, reference: ray.ObjectRef[Any]) -> None:
-        self.worker = worker
-        self._reference = reference
-
-    def result(self) -> Any:
-        """Wait for the call to end. Raises: WorkerError when it raised or its process died."""
-        return self.worker._get(self._reference)
-
-
-def wait_any(futures: Sequence[Future], timeout_s: float | None = None) -> tuple[Future, Any]:
-    """Wait until one of the calls ends; returns it and its result.
-
-    Raises:
-        WorkerError: that call raised or its process died.
-        TimeoutError: none ended in time.
-    """
-    by_reference = {future._reference: future for future in futures}
-    ended, _ = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s)
-    if not ended:
-        raise TimeoutError(f"none of {len(futures)} calls ended within {timeout_s} s")
-    return by_reference[ended[0]], by_reference[ended[0]].result()
-
-
-def wait_ended(futures: Sequence[Future]) -> list[Future]:
-    """Wait until at least one of the calls has ended, by whatever end; returns all that have, in order of the calls."""
-    by_reference = {future._reference: future for future in futures}
-    ray.wait(list(by_reference), num_returns=1)
-    ended, _ = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
-    done = set(ended)
-    return [future for reference, future in by_reference.items() if reference in done]
-
-
-def gather(futures: Sequence[Future]) -> list[Any]:
-    """Wait for all calls and return their results in order.
-
-    Raises:
-        WorkerError: at the first call that raised or whose process died, without waiting for the others, which may
-            be stuck waiting for it.
-    """
-    pending = {future._reference: index for index, future in enumerate(futures)}
-    results: list[Any] = [None] * len(futures)
-    while pending:
-        ray.wait(list(pending), num_returns=1)
-        ended, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
-        for reference in ended:
-            index = pending.pop(reference)
-            results[index] = futures[index].result()
-    return results
 
 
 class Cluster:
@@ -230,7 +60,7 @@ class Cluster:
         self.devices: tuple[Device, ...] = ()
         self._ray_address = ray_address
         self._accelerator = accelerator
-        self._workers: list[Worker] = []
+        self._workers: list[Worker[Any]] = []
         self._warm: dict[tuple[str, int], Any] = {}  # actors that have no worker yet
         self._logs: Path | None = None
         self._group: PlacementGroup | None = None
@@ -279,66 +109,52 @@ class Cluster:
         return self.devices[device].host
 
     def spawn(
-        self,
-        role: str,
-        device: int,
-        worker_class: type,
-        *args: Any,
-        environment: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> Worker:
+        self, role: str, device: int, worker_class: Callable[_P, _W], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Worker[_W]:
         """Make a `worker_class(*args, **kwargs)` in a new process on a device; returns before it is made.
 
-        A device has room for two workers. `environment` is set before the process imports anything. What the
-        constructor raises is raised by the results of calls.
+        A device has room for two workers. What the constructor raises is raised by the results of calls.
         """
         place = self.devices[device]
         live = Counter(worker.device for worker in self._workers)
         assert live[device] < 1 / _SHARE_OF_DEVICE, f"device {device} already has {live[device]} workers"
-        actor = self._warm.pop((role, device), None) or self._process(device, worker_class, environment or {})
+        actor = self._warm.pop((role, device), None) or self._process(device, worker_class)
         # A GPU's processes need threads beside the one that computes; a core's must not take another device's core.
         core = place.slot if self._accelerator == "cpu" else None
         started = actor.start.remote(core, worker_class, args, kwargs)
-        worker = Worker(role, device, actor, started, _concurrent(worker_class), self._logs)
+        worker: Worker[_W] = Worker(role, device, actor, started, concurrent_methods(worker_class), self._logs)
         self._workers.append(worker)
         return worker
 
     def warm(self, role: str, device: int, worker_class: type, *imported: object) -> None:
         """Start the process of a device's next worker of this role and class; it imports what defines `imported`."""
-        actor = self._warm[role, device] = self._process(device, worker_class, {})
+        actor = self._warm[role, device] = self._process(device, worker_class)
         actor.warm.remote(worker_class, *imported)
 
-    def _process(self, device: int, worker_class: type, environment: Mapping[str, str]) -> Any:
+    def _process(self, device: int, worker_class: Callable[..., object]) -> Any:
         """A new process on a device, without a worker."""
         assert self._group is not None, "processes start inside the cluster's with block"
-        # Any: Ray's types know neither concurrency groups nor options of a class chosen at run time.
-        remote: Any = ray.remote
-        is_concurrent = bool(_concurrent(worker_class))
-        actor_class = (
-            remote(concurrency_groups={"beside": 1})(_ConcurrentProcess) if is_concurrent else remote(_Process)
+        return (
+            actor_class(worker_class)
+            .options(
+                num_cpus=_SHARE_OF_DEVICE,
+                num_gpus=_SHARE_OF_DEVICE if self._accelerator == "cuda" else 0,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self.devices[device].bundle),
+                **_runtime_env(),
+            )
+            .remote()
         )
-        return actor_class.options(
-            num_cpus=_SHARE_OF_DEVICE,
-            num_gpus=_SHARE_OF_DEVICE if self._accelerator == "cuda" else 0,
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self.devices[device].bundle),
-            **_runtime_env(environment),
-        ).remote()
 
-    def kill(self, worker: Worker) -> None:
+    def kill(self, worker: Worker[Any]) -> None:
         """End one worker, which makes room on its device for another."""
         self._workers.remove(worker)
         worker.kill()
 
 
-def _concurrent(worker_class: type) -> frozenset[str]:
-    return frozenset(getattr(worker_class, "concurrent_methods", ()))
-
-
-def _runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Of a process with these variables beside the usual ones, which those of a local cluster are born with."""
-    is_needed = environment or local_directory() is None
-    return {"runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **environment}}} if is_needed else {}
+def _runtime_env() -> dict[str, Any]:
+    """The environment of processes that compute; those of a local cluster are born with it."""
+    return {"runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)}} if local_directory() is None else {}
 
 
 def _bundle(accelerator: Accelerator) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from fuse.engines.engine import GenerationRequest
 from fuse.training.scoring import Inference, TokenSequence
 from fuse.workers.errors import WorkerError
+from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure, Progress
+from fuse.workers.model_handle import ModelHandle
 
 
 def token(sample_id: int, position: int) -> int:
@@ -19,6 +21,8 @@ def token(sample_id: int, position: int) -> int:
 
 
 class FakeFuture:
+    """method: the name."""
+
     def __init__(self, worker: FakeWorker, method: str, args: tuple[Any, ...]) -> None:
         self.worker, self.method, self.args = worker, method, args
         self.error: WorkerError | None = None
@@ -31,16 +35,16 @@ class FakeFuture:
 
 
 class FakeWorker:
-    """Calls but polls run in order, when `Chance` says so; those of a dead worker fail."""
+    """What handles call: calls but polls run in order, when `Chance` says so; those of a dead worker fail."""
 
     def __init__(self, role: str, device: int) -> None:
         self.role, self.device = role, device
         self.queue: deque[FakeFuture] = deque()
         self.is_dead = False
 
-    def call(self, method: str, *args: Any) -> FakeFuture:
-        future = FakeFuture(self, method, args)
-        if method != "poll":
+    def call(self, method: Callable[..., Any], *args: Any) -> FakeFuture:
+        future = FakeFuture(self, method.__name__, args)
+        if future.method != "poll":
             self.queue.append(future)
         return future
 
@@ -67,6 +71,11 @@ class FakeEngine(FakeWorker):
         self.samples: dict[int, GenerationRequest] = {}
         self.tokens: dict[int, list[int]] = {}
         self.reported: dict[int, int] = {}
+
+    @property
+    def handle(self) -> GenerationHandle:
+        worker: Any = self
+        return GenerationHandle(worker)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
@@ -113,6 +122,11 @@ class FakeScorer(FakeWorker):
     def __init__(self, device: int, engine: FakeEngine) -> None:
         super().__init__("model worker", device)
         self.engine = engine
+
+    @property
+    def handle(self) -> ModelHandle:
+        worker: Any = self
+        return ModelHandle(worker)
 
     def infer(self, sequences: Sequence[TokenSequence]) -> list[Inference]:
         assert self.engine.is_dead or not self.engine.samples, "the device decodes while it scores"

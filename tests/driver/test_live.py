@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
@@ -73,12 +72,11 @@ def roll_out(
 ) -> tuple[RolloutReport, list[Sample], list[int]]:
     by_id = {FIRST_ID + index: length for index, length in enumerate(lengths)}
     engines = [FakeEngine(device, by_id, LIMITS.max_batch) for device in range(num_devices)]
-    scorers = [FakeScorer(device, engine) for device, engine in enumerate(engines)]
+    scorers = [FakeScorer(device, engine).handle for device, engine in enumerate(engines)]
     samples = [Sample(FIRST_ID + index, (1, 2, 3)) for index in range(len(lengths))]
     announced: list[int] = []
-    untyped: Any = LiveRollout
-    rollout = untyped(
-        engines,
+    rollout = LiveRollout(
+        [engine.handle for engine in engines],
         lambda: scorers,
         samples,
         SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS),
@@ -90,7 +88,7 @@ def roll_out(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "wait_ended", Chance(seed, engines, num_deaths, death_rate))
-        report: RolloutReport = rollout.run()
+        report = rollout.run()
     return report, samples, announced
 
 

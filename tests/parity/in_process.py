@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import ray
 
-from fuse.driver import fleet, live, model_start
-from fuse.driver import stage_by_stage as controller
+from fuse.driver import fleet, live, model_start, stage_by_stage
 from fuse.intrastage import communication
 
 _LOOPBACK = "127.0.0.1"
@@ -24,7 +23,7 @@ class _Future:
 
 
 class _Worker:
-    """Calls end before they return."""
+    """What handles call; calls end before they return."""
 
     def __init__(self, role: str, device: int, held: Any) -> None:
         self.role, self.device, self.held = role, device, held
@@ -32,9 +31,9 @@ class _Worker:
     def wait_started(self) -> None:
         pass
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> _Future:
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> _Future:
         resolved = [ray.get(arg) if isinstance(arg, ray.ObjectRef) else arg for arg in args]
-        return _Future(getattr(self.held, method)(*resolved, **kwargs))
+        return _Future(getattr(self.held, method.__name__)(*resolved, **kwargs))
 
 
 class _Cluster:
@@ -73,6 +72,6 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fleet, "Cluster", _Cluster)
     patch.setattr(fleet, "gather", _gather)
     patch.setattr(model_start, "gather", _gather)
-    patch.setattr(controller, "gather", _gather)
-    patch.setattr(controller, "wait_any", _wait_any)
+    patch.setattr(stage_by_stage, "gather", _gather)
+    patch.setattr(stage_by_stage, "wait_any", _wait_any)
     patch.setattr(live, "wait_ended", list)

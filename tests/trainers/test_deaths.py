@@ -47,7 +47,7 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
     class ChooseAnEngine(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert disturbed._fleet is not None
-            engines.append(disturbed._fleet._generation_workers[1].process_id)
+            engines.append(disturbed._fleet._generation_workers[1].worker.process_id)
 
     disturbed.add_callback(ChooseAnEngine())
     with caplog.at_level(logging.WARNING):
@@ -77,7 +77,7 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     def kill_an_engine_first(*arguments: Any, **keywords: Any) -> Any:
         if disturbed.state.global_step == 1:
             assert disturbed._fleet is not None
-            os.kill(disturbed._fleet._generation_workers[1].process_id, signal.SIGKILL)
+            os.kill(disturbed._fleet._generation_workers[1].worker.process_id, signal.SIGKILL)
         return method(*arguments, **keywords)
 
     monkeypatch.setattr(disturbed, followed_by, kill_an_engine_first)
@@ -125,7 +125,7 @@ def test_a_dead_worker_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) ->
     class KillAWorker(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert trainer._fleet is not None
-            os.kill(trainer._fleet._model_workers[0].process_id, signal.SIGKILL)
+            os.kill(trainer._fleet._model_workers[0].worker.process_id, signal.SIGKILL)
 
     trainer.add_callback(KillAWorker())
     with pytest.raises(WorkerError, match=r"model worker on device \d failed: its process died"):

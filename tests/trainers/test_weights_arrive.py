@@ -216,7 +216,7 @@ def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_every_copy_has_it_with_vllm(
     tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, tied: bool, num_devices: int
 ) -> None:
-    from fuse.workers import fleet
+    from fuse.driver import fleet
     from fuse.workers.cluster import Cluster
 
     monkeypatch.setattr(fleet, "Cluster", Cluster)  # vLLM takes its process over: no pool's

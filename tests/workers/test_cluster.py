@@ -16,7 +16,8 @@ import psutil
 import pytest
 import ray
 
-from fuse.workers.cluster import Cluster, Worker, gather, wait_any
+from fuse.workers.calls import Worker, as_received, gather, wait_any
+from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import tests
@@ -58,18 +59,17 @@ class Echo:
         return {
             "threads": torch.get_num_threads(),
             "cores": cores,
-            "mode": os.environ.get("MODE"),
         }
 
 
-Spawn = Callable[..., Worker]
+Spawn = Callable[..., Worker[Echo]]
 
 
 @pytest.fixture
 def spawn(cluster: Cluster) -> Iterator[Spawn]:
     spawned = []
 
-    def spawn(role: str, device: int, *args: Any, **kwargs: Any) -> Worker:
+    def spawn(role: str, device: int, *args: Any, **kwargs: Any) -> Worker[Echo]:
         spawned.append(cluster.spawn(role, device, Echo, *args, **kwargs))
         return spawned[-1]
 
@@ -80,7 +80,7 @@ def spawn(cluster: Cluster) -> Iterator[Spawn]:
 
 def test_two_workers_share_each_device_and_nothing_with_the_other(cluster: Cluster, spawn: Spawn) -> None:
     workers = [spawn(role, device) for device in (0, 1) for role in ("generation worker", "model worker")]
-    found = gather([worker.call("surroundings") for worker in workers])
+    found = gather([worker.call(Echo.surroundings) for worker in workers])
     assert len({worker.process_id for worker in workers}) == 4
     assert [one["threads"] for one in found] == [1] * 4
     pinned = [one["cores"] for one in found]
@@ -90,7 +90,7 @@ def test_two_workers_share_each_device_and_nothing_with_the_other(cluster: Clust
 
 
 def test_only_this_machine_can_reach_the_cluster(cluster: Cluster, spawn: Spawn) -> None:
-    spawn("model worker", 0).call("echo", 1).result()
+    spawn("model worker", 0).call(Echo.echo, 1).result()
     listening: dict[str, set[str]] = defaultdict(set)
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # it has ended
@@ -102,14 +102,13 @@ def test_only_this_machine_can_reach_the_cluster(cluster: Cluster, spawn: Spawn)
 
 
 def test_calls_run_in_order_and_a_blocking_one_does_not_hold_them_up(spawn: Spawn) -> None:
-    worker = spawn("generation worker", 0, answer="yes", environment={"MODE": "test"})
-    blocked = worker.call("sleep", 1000.0)
-    assert gather([worker.call("note", value) for value in range(20)])[-1] == list(range(20))
-    assert worker.call("echo", ray.put(3)).result() == ("yes", 3)
-    assert worker.call("surroundings").result()["mode"] == "test"
+    worker = spawn("generation worker", 0, answer="yes")
+    blocked = worker.call(Echo.sleep, 1000.0)
+    assert gather([worker.call(Echo.note, value) for value in range(20)])[-1] == list(range(20))
+    assert worker.call(Echo.echo, as_received(ray.put(3))).result() == ("yes", 3)
     with pytest.raises(TimeoutError):
         wait_any([blocked], timeout_s=0.0)
-    quick = worker.call("echo", 2)
+    quick = worker.call(Echo.echo, 2)
     assert wait_any([blocked, quick]) == (quick, ("yes", 2))
 
 
@@ -119,34 +118,34 @@ def test_a_process_that_was_warmed_up_is_the_next_worker_of_its_role_and_device(
     elsewhere, there = spawn("model worker", 0), spawn("model worker", 1)
     assert not cluster._warm
     assert there._actor is warmed is not elsewhere._actor
-    assert there.call("echo", 1).result()
+    assert there.call(Echo.echo, 1).result()
     assert there.process_id != elsewhere.process_id
 
 
 def test_an_exception_names_device_role_and_cause_and_keeps_its_traceback(spawn: Spawn) -> None:
     worker = spawn("model worker", 1)
     with pytest.raises(WorkerError, match=r"^model worker on device 1 failed: KeyError: 'no such thing'$") as caught:
-        gather([worker.call("echo", 1), worker.call("fail")])
+        gather([worker.call(Echo.echo, 1), worker.call(Echo.fail)])
     assert (caught.value.device, caught.value.role) == (1, "model worker")
     assert 'raise KeyError("no such thing")' in str(caught.value.__cause__)
-    assert worker.call("echo", 1).result() == ("here", 1)
+    assert worker.call(Echo.echo, 1).result() == ("here", 1)
 
 
 def test_a_constructor_that_raises_is_the_cause_of_every_call(spawn: Spawn) -> None:
     worker = spawn("model worker", 0, answer="")
     for _ in range(2):
         with pytest.raises(WorkerError, match=r"model worker on device 0 failed: ValueError: an answer is needed$"):
-            worker.call("echo", 1).result()
+            worker.call(Echo.echo, 1).result()
 
 
 def test_a_killed_process_is_noticed_while_others_hang(spawn: Spawn, capfd: pytest.CaptureFixture[str]) -> None:
     stuck, doomed = spawn("model worker", 0), spawn("model worker", 1)
-    futures = [stuck.call("hang"), doomed.call("hang")]
+    futures = [stuck.call(Echo.hang), doomed.call(Echo.hang)]
     os.kill(doomed.process_id, signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"^model worker on device 1 failed: its process died"):
         gather(futures)
     with pytest.raises(WorkerError, match="device 1"):
-        doomed.call("echo", 1).result()
+        doomed.call(Echo.echo, 1).result()
     printed = "".join(capfd.readouterr())
     assert "(raylet" not in printed, "one error is enough"
     assert "pid=" not in printed
@@ -167,7 +166,7 @@ def test_a_crash_of_native_code_brings_its_last_words(cluster: Cluster) -> None:
         worker = cluster.spawn("model worker", 0, Crashing, at_once)
         try:
             with pytest.raises(WorkerError, match="its process died") as caught:
-                worker.call("crash").result()
+                worker.call(Crashing.crash).result()
             assert any("invariant broken" in note for note in caught.value.__cause__.__notes__)
         finally:
             cluster.kill(worker)
@@ -182,7 +181,7 @@ def test_last_words_are_found_when_ray_is_late_to_tell_of_a_death(cluster: Clust
     resume.start()
     try:
         with pytest.raises(WorkerError, match="its process died") as caught:
-            worker.call("crash").result()
+            worker.call(Crashing.crash).result()
         assert any("invariant broken" in note for note in caught.value.__cause__.__notes__)
     finally:
         resume.join()

@@ -16,8 +16,10 @@ from torch import Tensor
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationRequest, SamplingParams
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.replay import ReplayEngine
-from fuse.workers.cluster import Cluster, gather, wait_any
+from fuse.workers.calls import gather, wait_any
+from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
+from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import GenerationWorker, Progress
 from fuse.workers.kv.transfer import ObjectStoreTransfer
 from fuse.workers.weights import put_state_dict
@@ -229,36 +231,36 @@ def test_closing_drops_what_is_live_and_can_be_repeated() -> None:
 
 
 def test_one_driver_follows_many_workers(cluster: Cluster) -> None:
-    workers = [
-        cluster.spawn("generation worker", device, GenerationWorker, partial(ReplayEngine, recordings(30, 4, 11)))
+    engines = [
+        GenerationHandle.spawn(cluster, device, partial(ReplayEngine, recordings(30, 4, 11)), ObjectStoreTransfer)
         for device in (0, 1)
     ]
-    gather([worker.call("submit", [request(0), request(1), request(2)]) for worker in workers])
-    polls = {worker.call("poll", 1000.0): worker for worker in workers}
+    gather([engine.submit([request(0), request(1), request(2)]) for engine in engines])
+    polls = {engine.poll(1000.0): engine for engine in engines}
     finished: list[tuple[int, int]] = []
     while len(finished) < 6:
         future, progress = wait_any(list(polls))
-        worker = polls.pop(future)
-        finished += [(worker.device, one.sample_id) for one in progress if one.finished]
-        polls[worker.call("poll", 1000.0)] = worker  # comes back at once when the engine is empty
+        engine = polls.pop(future)
+        finished += [(engine.worker.device, one.sample_id) for one in progress if one.finished]
+        polls[engine.poll(1000.0)] = engine  # comes back at once when the engine is empty
     assert sorted(finished) == [(device, sample_id) for device in (0, 1) for sample_id in (0, 1, 2)]
 
-    gather([workers[0].call("submit", [request(3)])])  # polls do not wait for it: they run beside other calls
+    gather([engines[0].submit([request(3)])])  # polls do not wait for it: they run beside other calls
     with pytest.raises(WorkerError, match=r"^generation worker on device 0 failed: ValueError: sample 3 was not rec"):
-        gather([workers[0].call("poll", 1000.0)])
-    for worker in workers:
-        cluster.kill(worker)
+        gather([engines[0].poll(1000.0)])
+    for engine in engines:
+        cluster.kill(engine.worker)
 
 
 def test_weights_are_loaded_into_an_empty_engine_only(cluster: Cluster) -> None:
-    worker = cluster.spawn("generation worker", 0, GenerationWorker, partial(ReplayEngine, recordings(1, 1_000_000)))
+    engine = GenerationHandle.spawn(cluster, 0, partial(ReplayEngine, recordings(1, 1_000_000)), ObjectStoreTransfer)
     weights = [put_state_dict({"weight": torch.ones(3)})]
-    gather([worker.call("load_weights", weights), worker.call("submit", [request(0)])])
-    assert [one.finished for one in worker.call("poll", 1000.0).result()] == [True]
-    worker.call("load_weights", weights).result()
-    spans = worker.call("drain_spans").result()
+    gather([engine.load_weights(weights), engine.submit([request(0)])])
+    assert [one.finished for one in engine.poll(1000.0).result()] == [True]
+    engine.load_weights(weights).result()
+    spans = engine.drain_spans().result()
     assert [span.category for span in spans] == ["weights", "generate", "weights"]
-    worker.call("submit", [request(1)])
+    engine.submit([request(1)])
     with pytest.raises(WorkerError, match="ValueError: cannot load weights while 1 samples are in the engine"):
-        worker.call("load_weights", weights).result()
-    cluster.kill(worker)
+        engine.load_weights(weights).result()
+    cluster.kill(engine.worker)

@@ -15,7 +15,8 @@ import ray
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster as RayNodes
 
-from fuse.workers.cluster import Cluster, gather
+from fuse.workers.calls import gather
+from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -48,7 +49,7 @@ def test_devices_spread_over_the_nodes_and_the_cluster_outlives_the_run(nodes: R
     for _ in range(2):  # the second run finds the devices free again
         with Cluster(2, ray_address=nodes.address) as cluster:
             workers = [cluster.spawn(role, device, Where) for device in (0, 1) for role in ("generation", "model")]
-            found = gather([worker.call("where") for worker in workers])
+            found = gather([worker.call(Where.where) for worker in workers])
             processes = [psutil.Process(worker.process_id) for worker in workers]
         assert [node for node, _ in found] == [found[0][0]] * 2 + [found[2][0]] * 2
         assert len({node for node, _ in found}) == 2
@@ -70,7 +71,7 @@ def test_a_connection_of_the_user_is_used_and_left_open(nodes: RayNodes) -> None
     ray.init(nodes.address, log_to_driver=False)
     try:
         with Cluster(1) as cluster:
-            cluster.spawn("model", 0, Where).call("where").result()
+            cluster.spawn("model", 0, Where).call(Where.where).result()
         with pytest.raises(ValueError, match="already uses the Ray cluster at"):
             Cluster(1, ray_address="10.0.0.1:6379").__enter__()
         assert ray.is_initialized()
@@ -82,8 +83,8 @@ def test_a_lost_node_is_named_as_the_cause(nodes: RayNodes) -> None:
     extra = nodes.add_node(num_cpus=1)
     with Cluster(3, ray_address=nodes.address) as cluster:
         workers = [cluster.spawn("model worker", device, Where) for device in range(3)]
-        lost = [node for node, _ in gather([worker.call("where") for worker in workers])].index(extra.node_id)
-        calls = [worker.call("hang") for worker in workers]
+        lost = [node for node, _ in gather([worker.call(Where.where) for worker in workers])].index(extra.node_id)
+        calls = [worker.call(Where.hang) for worker in workers]
         for raylet in extra.all_processes[PROCESS_TYPE_RAYLET]:
             raylet.process.terminate()
             raylet.process.wait(PATIENCE_S)  # `remove_node` does for a second, and then the node's end is not told

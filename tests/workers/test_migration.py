@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import psutil
 import pytest
@@ -17,8 +16,10 @@ from fuse.driver.engine_choice import EngineKind, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.training.model_spec import ModelSpec
-from fuse.workers.cluster import Cluster, Worker, gather
-from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
+from fuse.workers.calls import gather
+from fuse.workers.cluster import Cluster
+from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.generation_worker import Departure, Progress
 from fuse.workers.weights import WeightsRef, put_state_dict
 
 PATIENCE_S = 60.0
@@ -37,7 +38,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 ENGINES = ["transformers", pytest.param("vllm", marks=[needs("vllm"), pytest.mark.slow])]
 CARRIERS = ["object_store", pytest.param("nixl", marks=needs("nixl"))]
 Response = tuple[list[int], list[float]]
-MakeWorkers = Callable[[str, str], tuple[Worker, Worker]]
+MakeWorkers = Callable[[str, str], tuple[GenerationHandle, GenerationHandle]]
 
 
 def request(sample_id: int, context_tokens: int = 20) -> GenerationRequest:
@@ -72,22 +73,18 @@ def weights(cluster: Cluster, model: LlamaForCausalLM) -> WeightsRef:
 
 @pytest.fixture
 def make_workers(cluster: Cluster, model: LlamaForCausalLM, weights: WeightsRef) -> Iterator[MakeWorkers]:
-    started: list[Worker] = []
+    started: list[GenerationHandle] = []
 
-    def make(engine: EngineKind, carrier: KVCarrier) -> tuple[Worker, Worker]:
+    def make(engine: EngineKind, carrier: KVCarrier) -> tuple[GenerationHandle, GenerationHandle]:
         chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
         make_engine = partial(chosen, ModelSpec.of(model), [weights], "cpu")
-        arguments = GenerationWorker, make_engine, choose_kv_transfer(carrier, "cpu", is_local=True)
-        started.extend(cluster.spawn("generation worker", device, *arguments) for device in (0, 1))
+        make_kv_transfer = choose_kv_transfer(carrier, "cpu", is_local=True)
+        started.extend(GenerationHandle.spawn(cluster, device, make_engine, make_kv_transfer) for device in (0, 1))
         return started[0], started[1]
 
     yield make
-    for worker in started:
-        cluster.kill(worker)
-
-
-def ask(worker: Worker, method: str, *arguments: Any) -> Any:
-    return worker.call(method, *arguments).result()
+    for engine in started:
+        cluster.kill(engine.worker)
 
 
 def take(responses: dict[int, Response], reports: Sequence[Progress]) -> int:
@@ -100,22 +97,22 @@ def take(responses: dict[int, Response], reports: Sequence[Progress]) -> int:
     return sum(one.finished for one in reports)
 
 
-def evict(worker: Worker, responses: dict[int, Response], sample_ids: Sequence[int]) -> list[Departure]:
-    departures: list[Departure] = ask(worker, "evict", sample_ids, True)
+def evict(engine: GenerationHandle, responses: dict[int, Response], sample_ids: Sequence[int]) -> list[Departure]:
+    departures = engine.evict(sample_ids, True).result()
     for one in departures:
         responses[one.request.sample_id] = list(one.request.response_ids), list(one.request.logprobs)
     assert [one.request.sample_id for one in departures] == list(sample_ids), "a sample has finished too early"
     return departures
 
 
-def wait_for_tokens(worker: Worker, responses: dict[int, Response], sample_id: int) -> None:
+def wait_for_tokens(engine: GenerationHandle, responses: dict[int, Response], sample_id: int) -> None:
     while not responses.get(sample_id, ([], []))[0]:
-        take(responses, ask(worker, "poll", 0.001))
+        take(responses, engine.poll(0.001).result())
 
 
-def finish(worker: Worker, responses: dict[int, Response], num_samples: int) -> None:
+def finish(engine: GenerationHandle, responses: dict[int, Response], num_samples: int) -> None:
     while num_samples:
-        num_samples -= take(responses, ask(worker, "poll", PATIENCE_S))
+        num_samples -= take(responses, engine.poll(PATIENCE_S).result())
 
 
 def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> None:
@@ -135,20 +132,20 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
     moved: dict[int, Response] = {}
     departures = []
     for one in requests:
-        ask(source, "submit", [one])
+        source.submit([one]).result()
         wait_for_tokens(source, moved, one.sample_id)
         departures += evict(source, moved, [one.sample_id])
     assert all(one.kv is not None for one in departures)
-    admits = [target.call("admit", some) for some in (departures[:2], departures[2:3], departures[3:])]
+    admits = [target.admit(some) for some in (departures[:2], departures[2:3], departures[3:])]
     back = evict(target, moved, [2, 3])  # next, for calls run in order
     gather(admits)
     assert all(one.kv is not None for one in back)
     assert [one.request for one in back] == [one.request for one in departures[2:]], "they left before they ran"
-    ask(source, "admit", back)
+    source.admit(back).result()
     finish(target, moved, 2)
     finish(source, moved, 2)
     num_bytes = sum(one.kv.num_bytes for one in (*departures, *back) if one.kv is not None)
-    all_spans = [ask(worker, "drain_spans") for worker in (source, target)]
+    all_spans = [engine.drain_spans().result() for engine in (source, target)]
     admitted = [span.arguments for one in all_spans for span in one if span.name == "admit"]
     assert sum(sizes["bytes"] for sizes in admitted) == num_bytes
     assert sum(sizes["lost"] for sizes in admitted) == 0
@@ -156,7 +153,7 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
     assert computed == 0, "KV spares the prefill"
 
     stayed: dict[int, Response] = {}
-    ask(source, "submit", requests)
+    source.submit(requests).result()
     finish(source, stayed, len(requests))
     assert_same(moved, stayed)
 
@@ -166,16 +163,16 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
     source, target = make_workers("transformers", carrier)
     requests = [request(index, context) for index, context in enumerate(CONTEXTS[:2])]
     moved: dict[int, Response] = {}
-    ask(source, "submit", requests)
+    source.submit(requests).result()
     for one in requests:
         wait_for_tokens(source, moved, one.sample_id)
     departures = evict(source, moved, [0, 1])
-    process = psutil.Process(source.process_id)
+    process = psutil.Process(source.worker.process_id)
     process.kill()
     process.wait(PATIENCE_S)
-    ask(target, "admit", departures)
+    target.admit(departures).result()
     finish(target, moved, 2)
-    recorded = ask(target, "drain_spans")
+    recorded = target.drain_spans().result()
     (admit,) = (span.arguments for span in recorded if span.name == "admit")
     assert admit["lost"] == 2 or carrier == "object_store"  # which may have it still, or one of the two
     assert (admit["bytes"] == 0) == (admit["lost"] == 2)
@@ -184,7 +181,7 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
     assert computed in ([0], contexts, [sum(contexts)])[admit["lost"]]
 
     stayed: dict[int, Response] = {}
-    ask(target, "submit", requests)
+    target.submit(requests).result()
     finish(target, stayed, 2)
     assert_same(moved, stayed)
 
@@ -197,17 +194,17 @@ def test_what_was_never_fetched_is_taken_back_with_the_next_weights(
     addresses = []
     for sample_id in (0, 1, 2):
         responses: dict[int, Response] = {}
-        ask(source, "submit", [request(sample_id)])
+        source.submit([request(sample_id)]).result()
         wait_for_tokens(source, responses, sample_id)
         (departure,) = evict(source, responses, [sample_id])
         assert departure.kv is not None
         addresses.append(departure.kv.address)
         if sample_id == 1:
-            ask(source, "load_weights", [weights])
+            source.load_weights([weights]).result()
     assert addresses[0] != addresses[1]
     assert addresses[2] in addresses[:2]
-    ask(target, "admit", [departure])
+    target.admit([departure]).result()
     finish(target, responses, 1)
     assert len(responses[2][0]) == NEW_TOKENS
-    ask(source, "close")
-    ask(target, "close")
+    source.close().result()
+    target.close().result()

@@ -31,7 +31,7 @@ with Cluster(1) as cluster:
     print(*[worker.process_id for worker in workers], flush=True)
     if "raise" in sys.argv:
         raise RuntimeError("the run failed")
-    workers[0].call("sleep").result()
+    workers[0].call(Sleeper.sleep).result()
 """
 PATIENCE_S = 60.0
 # what begins a line that Ray has for the user: from its start, of its processes, of its workers
@@ -82,7 +82,7 @@ def main_ones_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     found = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            if process.name().startswith(("gcs_server", "raylet", "ray::_Process")):
+            if process.name().startswith(("gcs_server", "raylet", "ray::Process")):
                 found.append(process)
     return found
 

@@ -14,7 +14,8 @@ import torch
 from ray._private.internal_api import memory_summary
 from torch import Tensor
 
-from fuse.workers.cluster import Cluster, gather
+from fuse.workers.calls import gather
+from fuse.workers.cluster import Cluster
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -111,8 +112,8 @@ def test_workers_exchange_weights_and_keep_none(cluster: Cluster) -> None:
     wait_for_stored_bytes(1 << 20)
     workers = [cluster.spawn("model worker", device, Holder) for device in (0, 1)]
     for size in (4 << 20, 2 << 20):
-        refs = gather([worker.call("export", f"stage {worker.device}", size) for worker in workers])
-        sums = gather([worker.call("sums", refs) for worker in workers])
+        refs = gather([worker.call(Holder.export, f"stage {worker.device}", size) for worker in workers])
+        sums = gather([worker.call(Holder.sums, refs) for worker in workers])
         assert sums == [{"stage 0": 2.0 * size, "stage 1": 2.0 * size}] * 2
         assert get_state_dict(refs)["stage 1"].sum().item() == 2.0 * size
     del refs

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psutil
 import pytest
@@ -24,10 +24,14 @@ from torch import Tensor
 
 from fuse.driver.kv_choice import choose_kv_transfer
 from fuse.engines import kv_memory
-from fuse.workers.cluster import Cluster, Worker
+from fuse.workers.calls import Worker
+from fuse.workers.cluster import Cluster
 from fuse.workers.kv.transfer import KVRef, KVTransfer, NixlRef, ObjectStoreTransfer
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PATIENCE_S = 60.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float64)
@@ -114,9 +118,9 @@ class Peer:
 
     def set_patience(self, seconds: float) -> float:
         """Returns what it was, which the next carriers of this process need again."""
-        from fuse.workers import nixl_transfer
+        from fuse.workers.kv import nixl
 
-        before, nixl_transfer._PATIENCE_S = nixl_transfer._PATIENCE_S, seconds
+        before, nixl._PATIENCE_S = nixl._PATIENCE_S, seconds
         return before
 
     def fill_device(self) -> None:
@@ -152,11 +156,11 @@ class Peer:
         return names
 
 
-def ask(worker: Worker, method: str, *arguments: Any) -> Any:
-    return worker.call(method, *arguments).result()
+def ask(worker: Worker[Peer], method: Callable[Concatenate[Peer, P], T], *arguments: P.args, **options: P.kwargs) -> T:
+    return worker.call(method, *arguments, **options).result()
 
 
-def open_files(worker: Worker) -> list[str]:
+def open_files(worker: Worker[Peer]) -> list[str]:
     files = []
     for fd in Path(f"/proc/{worker.process_id}/fd").iterdir():
         with suppress(FileNotFoundError):  # it is closed again
@@ -171,10 +175,10 @@ class Pair:
         self._cluster = cluster
         self._workers = [self._spawn(device) for device in (0, 1)]
 
-    def start(self, name: str) -> tuple[Worker, Worker]:
+    def start(self, name: str) -> tuple[Worker[Peer], Worker[Peer]]:
         """Both with a new carrier."""
         for worker in self._workers:
-            ask(worker, "renew", name)
+            ask(worker, Peer.renew, name)
         return self._workers[0], self._workers[1]
 
     def kill_first(self) -> None:
@@ -182,17 +186,17 @@ class Pair:
         process.kill()
         process.wait(PATIENCE_S)
 
-    def replace_first(self, name: str) -> Worker:
+    def replace_first(self, name: str) -> Worker[Peer]:
         self._cluster.kill(self._workers[0])
         self._workers[0] = self._spawn(0)
-        ask(self._workers[0], "renew", name)
+        ask(self._workers[0], Peer.renew, name)
         return self._workers[0]
 
     def close(self) -> None:
         for worker in self._workers:
             self._cluster.kill(worker)
 
-    def _spawn(self, device: int) -> Worker:
+    def _spawn(self, device: int) -> Worker[Peer]:
         return self._cluster.spawn("peer", device, Peer)
 
 
@@ -207,35 +211,35 @@ def pair(cluster: Cluster) -> Iterator[Pair]:
 def test_the_bytes_arrive_in_every_dtype(pair: Pair, carrier: str) -> None:
     source, target = pair.start(carrier)
     for seed, num_values in enumerate((6, 600, 300_000, 0)):
-        ref = ask(source, "offer", seed, num_values)
+        ref = ask(source, Peer.offer, seed, num_values)
         assert ref.num_bytes == num_values * sum(dtype.itemsize for dtype in DTYPES)
-        assert ask(target, "fetch", ref, seed) is not None
-        assert ask(target, "holds", seed, num_values)
+        assert ask(target, Peer.fetch, ref, seed) is not None
+        assert ask(target, Peer.holds, seed, num_values)
 
 
 @needs_nixl
 def test_what_is_read_and_what_is_given_back_is_used_again(pair: Pair) -> None:
     source, target = pair.start("nixl")
-    first, second = (ask(source, "offer", seed, 60, True) for seed in (1, 2))
+    first, second = (ask(source, Peer.offer, seed, 60, True) for seed in (1, 2))
     assert first.address != second.address
-    first_at = ask(target, "fetch", first, 1)
-    assert ask(source, "wait_for", 1)
-    third = ask(source, "offer", 3)
+    first_at = ask(target, Peer.fetch, first, 1)
+    assert ask(source, Peer.wait_for, 1)
+    third = ask(source, Peer.offer, 3)
     assert third.address == first.address, "it was read"
-    assert ask(target, "fetch", second, 2) != first_at
-    assert all(ask(target, "holds", seed) for seed in (1, 2))
-    ask(target, "release", 1)
-    assert ask(target, "fetch", third, 3) == first_at, "it was given back"
-    assert all(ask(target, "holds", seed) for seed in (2, 3))
+    assert ask(target, Peer.fetch, second, 2) != first_at
+    assert all(ask(target, Peer.holds, seed) for seed in (1, 2))
+    ask(target, Peer.release, 1)
+    assert ask(target, Peer.fetch, third, 3) == first_at, "it was given back"
+    assert all(ask(target, Peer.holds, seed) for seed in (2, 3))
 
-    again = ask(target, "offer_on", 3)
+    again = ask(target, Peer.offer_on, 3)
     assert again.address == first_at, "what is offered on stays where it is"
-    ask(target, "recall")
-    assert ask(target, "wait_for", 0)
+    ask(target, Peer.recall)
+    assert ask(target, Peer.wait_for, 0)
 
-    on = ask(target, "offer", 4)
-    assert ask(source, "fetch", on, 4) is not None
-    assert ask(source, "holds", 4)
+    on = ask(target, Peer.offer, 4)
+    assert ask(source, Peer.fetch, on, 4) is not None
+    assert ask(source, Peer.holds, 4)
 
 
 @needs_nixl
@@ -243,39 +247,39 @@ def test_memory_grows_while_offers_wait(pair: Pair) -> None:
     """The first ones are read last, by a process that knows the offering one already."""
     source, target = pair.start("nixl")
     sizes = {seed: 60 << (4 * seed) for seed in range(4)}
-    refs = {seed: ask(source, "offer", seed, num_values, seed % 2 == 0) for seed, num_values in sizes.items()}
+    refs = {seed: ask(source, Peer.offer, seed, num_values, seed % 2 == 0) for seed, num_values in sizes.items()}
     assert len({ref.address for ref in refs.values()}) == len(refs)
     for seed in reversed(refs):
-        ask(target, "fetch", refs[seed], seed)
-    assert all(ask(target, "holds", seed, num_values) for seed, num_values in sizes.items())
-    assert ask(source, "wait_for", 0)
+        ask(target, Peer.fetch, refs[seed], seed)
+    assert all(ask(target, Peer.holds, seed, num_values) for seed, num_values in sizes.items())
+    assert ask(source, Peer.wait_for, 0)
 
 
 @needs_nixl
 def test_what_nobody_fetches_is_taken_back(pair: Pair) -> None:
     source, _ = pair.start("nixl")
-    lost = ask(source, "offer", 1)
-    ask(source, "recall")
-    assert ask(source, "wait_for", 0)
-    assert ask(source, "offer", 2).address == lost.address
+    lost = ask(source, Peer.offer, 1)
+    ask(source, Peer.recall)
+    assert ask(source, Peer.wait_for, 0)
+    assert ask(source, Peer.offer, 2).address == lost.address
 
 
 @needs_nixl
 def test_kv_that_finds_no_room_is_lost_and_no_more(pair: Pair) -> None:
     source, target = pair.start("nixl")
-    small, large = (ask(source, "offer", seed, num_values) for seed, num_values in ((1, 60), (2, 300_000)))
-    assert ask(target, "fetch", small, 1) is not None
-    ask(target, "release", 1)
-    ask(target, "fill_device")
-    assert ask(target, "fetch", large, 2) is None
-    assert ask(target, "fetch", ask(source, "offer", 3), 3) is not None, "there is a piece of this size"
-    assert ask(target, "holds", 3)
+    small, large = (ask(source, Peer.offer, seed, num_values) for seed, num_values in ((1, 60), (2, 300_000)))
+    assert ask(target, Peer.fetch, small, 1) is not None
+    ask(target, Peer.release, 1)
+    ask(target, Peer.fill_device)
+    assert ask(target, Peer.fetch, large, 2) is None
+    assert ask(target, Peer.fetch, ask(source, Peer.offer, 3), 3) is not None, "there is a piece of this size"
+    assert ask(target, Peer.holds, 3)
 
 
 @needs_nixl
 def test_a_reference_is_plain_data(pair: Pair) -> None:
     source, _ = pair.start("nixl")
-    ref = ask(source, "offer", 1, 300_000)
+    ref = ask(source, Peer.offer, 1, 300_000)
     assert isinstance(ref, NixlRef)
     assert ref.layout[1] == ("torch.bfloat16", (2, 50_000, 3))
     assert len(cloudpickle.dumps(ref)) < 4096
@@ -290,14 +294,14 @@ def test_kv_of_a_killed_process_is_lost_and_no_more(pair: Pair, carrier: str, nu
     """
     source, target = pair.start(carrier)
     for seed in range(num_before):
-        assert ask(target, "fetch", ask(source, "offer", seed), seed) is not None
-    ref = ask(source, "offer", 7, 300_000)
+        assert ask(target, Peer.fetch, ask(source, Peer.offer, seed), seed) is not None
+    ref = ask(source, Peer.offer, 7, 300_000)
     pair.kill_first()
-    where = ask(target, "fetch", ref, 7)
-    assert where is None or (carrier == "object_store" and ask(target, "holds", 7, 300_000))
+    where = ask(target, Peer.fetch, ref, 7)
+    assert where is None or (carrier == "object_store" and ask(target, Peer.holds, 7, 300_000))
     source = pair.replace_first(carrier)
-    assert ask(target, "fetch", ask(source, "offer", 8), 8) is not None
-    assert ask(target, "holds", 8)
+    assert ask(target, Peer.fetch, ask(source, Peer.offer, 8), 8) is not None
+    assert ask(target, Peer.holds, 8)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -316,38 +320,38 @@ def test_what_the_object_store_has_lost_is_lost_and_no_more(monkeypatch: pytest.
 @needs_nixl
 def test_a_process_that_does_not_answer_is_given_up_and_may_come_back(pair: Pair) -> None:
     source, target = pair.start("nixl")
-    assert ask(target, "fetch", ask(source, "offer", 0), 0) is not None
-    patience_s = ask(target, "set_patience", 3.0)
-    refs = [ask(source, "offer", seed, 300_000) for seed in range(4)]
+    assert ask(target, Peer.fetch, ask(source, Peer.offer, 0), 0) is not None
+    patience_s = ask(target, Peer.set_patience, 3.0)
+    refs = [ask(source, Peer.offer, seed, 300_000) for seed in range(4)]
     os.kill(source.process_id, signal.SIGSTOP)
     try:
         waits_s = []
         for seed in range(3):
             start_s = time.monotonic()
-            assert ask(target, "fetch", refs[seed], seed) is None
+            assert ask(target, Peer.fetch, refs[seed], seed) is None
             waits_s.append(time.monotonic() - start_s)
         assert waits_s[0] > 3.0 > max(waits_s[1:]), "it is not waited for as long again"
     finally:
         os.kill(source.process_id, signal.SIGCONT)
-        ask(target, "set_patience", patience_s)
+        ask(target, Peer.set_patience, patience_s)
     deadline_s = time.monotonic() + PATIENCE_S
-    while ask(target, "fetch", refs[3], 3) is None:
+    while ask(target, Peer.fetch, refs[3], 3) is None:
         assert time.monotonic() < deadline_s
-    assert ask(target, "holds", 3, 300_000)
+    assert ask(target, Peer.holds, 3, 300_000)
 
 
 @needs_nixl
 def test_a_carrier_listens_on_loopback_idles_and_leaves_nothing(pair: Pair) -> None:
     source, target = pair.start("nixl")
-    assert ask(target, "fetch", ask(source, "offer", 0), 0) is not None
+    assert ask(target, Peer.fetch, ask(source, Peer.offer, 0), 0) is not None
     for peer in (source, target):
-        assert set(ask(peer, "opened")) == {"127.0.0.1", "async"}
-        assert ask(peer, "busy_s", 1.0) < 0.5, "a thread that spins takes all of it"
+        assert set(ask(peer, Peer.opened)) == {"127.0.0.1", "async"}
+        assert ask(peer, Peer.busy_s, 1.0) < 0.5, "a thread that spins takes all of it"
     shared = [name for peer in (source, target) for name in open_files(peer) if "shm/ucx" in name]
     assert all(name.endswith("(deleted)") for name in shared), "a killed process would leave it"
     for peer in (target, source):
-        ask(peer, "close")
-        assert ask(peer, "opened") == []
+        ask(peer, Peer.close)
+        assert ask(peer, Peer.opened) == []
 
 
 def test_nixl_is_loaded_by_those_that_use_it_only() -> None:

@@ -1,0 +1,62 @@
+"""Where a live rollout's samples are, and what a policy sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fuse.interstage.migration import EngineLimits, Infer, LiveSamples, RolloutState
+from fuse.sample import Sample, SampleState
+from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.generation_worker import Departure
+
+
+@dataclass(slots=True, eq=False)
+class RolloutDevice:
+    """What a device's workers are at. held: live samples that its engine has been given."""
+
+    index: int
+    engine: GenerationHandle | None
+    held: dict[int, None] = field(default_factory=dict)
+    is_polled: bool = False
+    num_evictions: int = 0
+    released: bool = False
+    job: Infer | None = None
+    is_scoring: bool = False
+    arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
+
+
+def visible_state(
+    samples: Sequence[Sample], home: Mapping[int, int], devices: Sequence[RolloutDevice], limits: EngineLimits
+) -> RolloutState:
+    """What a policy sees. It knows a sample by its index in `samples`; `home` has each live one's device, by its id."""
+    ids = [index for index, sample in enumerate(samples) if sample.id in home]
+    live = [samples[index] for index in ids]
+    backlog = [index for index, sample in enumerate(samples) if sample.state is SampleState.GENERATED]
+    response_tokens = np.array([len(sample.response_ids) for sample in live], dtype=np.int64)
+    return RolloutState(
+        limits=limits,
+        live=LiveSamples(
+            ids=np.array(ids, dtype=np.int64),
+            devices=np.array([home[sample.id] for sample in live], dtype=np.int64),
+            prompt_tokens=np.array([len(sample.prompt_ids) for sample in live], dtype=np.int64),
+            response_tokens=response_tokens,
+            started=response_tokens > 0,
+            movable=np.array([sample.state is SampleState.GENERATING for sample in live], dtype=np.bool_),
+        ),
+        finished_ids=np.array(backlog, dtype=np.int64),
+        finished_tokens=np.array([_num_tokens(samples[index]) for index in backlog], dtype=np.int64),
+        released=np.array([device.released for device in devices], dtype=np.bool_),
+        inferring_tokens=np.array([_job_tokens(samples, device) for device in devices], dtype=np.int64),
+    )
+
+
+def _job_tokens(samples: Sequence[Sample], device: RolloutDevice) -> int:
+    return 0 if device.job is None else sum(_num_tokens(samples[index]) for index in device.job.samples)
+
+
+def _num_tokens(sample: Sample) -> int:
+    """Of a finished sample, as far as it counts: the length of its `sequence_of`, without the copy."""
+    return len(sample.prompt_ids) + sample.length

@@ -1,0 +1,67 @@
+"""What the driver holds of a generation worker: the worker's methods, each of which returns at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fuse.engines.engine import GenerationEngine, GenerationRequest
+from fuse.trace import Span
+from fuse.workers.calls import Future, Worker
+from fuse.workers.cluster import Cluster
+from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
+from fuse.workers.kv.transfer import MakeKVTransfer
+from fuse.workers.weights import WeightsRef
+
+_ROLE = "generation worker"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationHandle:
+    """A `GenerationWorker` in a process of its own, which has these methods under the same names."""
+
+    worker: Worker[GenerationWorker]
+
+    @classmethod
+    def spawn(
+        cls,
+        cluster: Cluster,
+        device: int,
+        make_engine: Callable[[], GenerationEngine],
+        make_kv_transfer: MakeKVTransfer,
+    ) -> GenerationHandle:
+        """Make a worker on a device; returns before it is made."""
+        return cls(cluster.spawn(_ROLE, device, GenerationWorker, make_engine, make_kv_transfer))
+
+    @staticmethod
+    def warm(cluster: Cluster, device: int, *imported: object) -> None:
+        """Start the process of a device's next worker; it imports what defines `imported`."""
+        cluster.warm(_ROLE, device, GenerationWorker, *imported)
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> Future[None]:
+        """Queue samples; what the engine objects to is raised by a later call."""
+        return self.worker.call(GenerationWorker.submit, requests)
+
+    def admit(self, departures: Sequence[Departure]) -> Future[None]:
+        """Continue samples that left another engine, as `submit` does."""
+        return self.worker.call(GenerationWorker.admit, departures)
+
+    def evict(self, sample_ids: Sequence[int], with_kv: bool = False) -> Future[list[Departure]]:
+        """Take samples out, with all their tokens; those that have finished meanwhile are left out."""
+        return self.worker.call(GenerationWorker.evict, sample_ids, with_kv)
+
+    def poll(self, timeout_s: float) -> Future[list[Progress]]:
+        """The tokens since the last poll, once a sample has finished or after `timeout_s`; runs beside other calls."""
+        return self.worker.call(GenerationWorker.poll, timeout_s)
+
+    def load_weights(self, weights: Sequence[WeightsRef]) -> Future[None]:
+        """Copy weights into the engine, which must be empty."""
+        return self.worker.call(GenerationWorker.load_weights, weights)
+
+    def drain_spans(self) -> Future[list[Span]]:
+        """Spans since the last call."""
+        return self.worker.call(GenerationWorker.drain_spans)
+
+    def close(self) -> Future[None]:
+        """Stop stepping and close the engine; live samples are dropped."""
+        return self.worker.call(GenerationWorker.close)

@@ -1,0 +1,109 @@
+"""What the driver holds of a model worker: the worker's methods, each of which returns at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuse.algorithms.batch import Experience
+from fuse.intrastage.cost_profile import Profile
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.training_schedule import Plan
+from fuse.micro_batch import Metric
+from fuse.trace import Span
+from fuse.training.layer_costs import TypicalBatch
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingSettings
+from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
+from fuse.training.steps import OptimizerStep
+from fuse.workers.calls import Future, Remote, Worker, as_received
+from fuse.workers.cluster import Accelerator, Cluster
+from fuse.workers.model_worker import ModelWorker
+from fuse.workers.weights import WeightsRef
+
+_ROLE = "model worker"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelHandle:
+    """A `ModelWorker` in a process of its own, which has these methods under the same names."""
+
+    worker: Worker[ModelWorker]
+
+    @classmethod
+    def spawn(
+        cls,
+        cluster: Cluster,
+        device: int,
+        accelerator: Accelerator,
+        trained: Mapping[str, ModelSpec],
+        scoring: Mapping[str, ModelSpec],
+        settings: TrainingSettings,
+        scoring_settings: ScoringSettings,
+    ) -> ModelHandle:
+        """Make the worker of a device, whose rank is the device's index; returns before it is made."""
+        worker = cluster.spawn(
+            _ROLE, device, ModelWorker, device, accelerator, trained, scoring, settings, scoring_settings
+        )
+        return cls(worker)
+
+    def serve_store(self, host: str) -> Future[int]:
+        """Open the store at which the ranks meet; returns its port."""
+        return self.worker.call(ModelWorker.serve_store, host)
+
+    def connect(self, host: str, port: int, world_size: int) -> Future[None]:
+        """Join the world."""
+        return self.worker.call(ModelWorker.connect, host, port, world_size)
+
+    def measure_layer_costs(self, batch: TypicalBatch, tick_s: float) -> Future[Profile]:
+        """What parts of the trained models cost there; all ranks are called at once."""
+        return self.worker.call(ModelWorker.measure_layer_costs, batch, tick_s)
+
+    def place(self, placement: tuple[Replica, ...]) -> Future[None]:
+        """Build the stages and the scoring models that belong there; all ranks are called at once."""
+        return self.worker.call(ModelWorker.place, placement)
+
+    def train(
+        self,
+        experience: Remote[Experience],
+        steps: Remote[Sequence[OptimizerStep]],
+        learning_rate: float,
+        plans: Remote[Mapping[int, Plan]],
+    ) -> Future[list[dict[str, list[dict[Metric, float]]]]]:
+        """Take all optimizer steps of an update; all ranks are called at once."""
+        return self.worker.call(
+            ModelWorker.train, as_received(experience), as_received(steps), learning_rate, as_received(plans)
+        )
+
+    def free_bytes(self) -> Future[int | None]:
+        """Memory that training could still take on the device; None on a CPU."""
+        return self.worker.call(ModelWorker.free_bytes)
+
+    def infer(self, sequences: Sequence[TokenSequence]) -> Future[list[Inference]]:
+        """Score sequences by every model that scores."""
+        return self.worker.call(ModelWorker.infer, sequences)
+
+    def load_training_weights(self, model: str, weights: Sequence[WeightsRef]) -> Future[None]:
+        """Copy a model's initial weights into the stages held there."""
+        return self.worker.call(ModelWorker.load_training_weights, model, weights)
+
+    def load_scoring_weights(self, role: str, weights: Sequence[WeightsRef]) -> Future[None]:
+        """Have a scoring model compute with these weights."""
+        return self.worker.call(ModelWorker.load_scoring_weights, role, weights)
+
+    def export_weights(self, model: str) -> Future[WeightsRef | None]:
+        """Put the rank's part of a model into the object store; None where another replica's does."""
+        return self.worker.call(ModelWorker.export_weights, model)
+
+    def save(self, directory: Path) -> Future[None]:
+        """Write the rank's part of the training state; all ranks are called at once."""
+        return self.worker.call(ModelWorker.save, directory)
+
+    def load(self, directory: Path) -> Future[None]:
+        """Read the rank's part of a training state."""
+        return self.worker.call(ModelWorker.load, directory)
+
+    def drain_spans(self) -> Future[list[Span]]:
+        """Spans since the last call."""
+        return self.worker.call(ModelWorker.drain_spans)
