@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fuse.algorithms.algorithm import Algorithm
@@ -10,13 +10,14 @@ from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample
 from fuse.trace import PhaseClock
+from fuse.trainers.iteration import Iteration
 from fuse.trainers.metrics import reduce_metrics
 from fuse.trainers.rollouts import Rollouts
 from fuse.trainers.run import Run
 from fuse.training.steps import OptimizerStep
 
 
-def train(
+def updates(
     run: Run,
     fleet: Fleet,
     algorithm: Algorithm,
@@ -25,23 +26,22 @@ def train(
     *,
     batches: Iterator[Any],
     samples_of: Callable[[Any], Sequence[Sample]],
+    max_new_tokens: Mapping[int, int],
     steps_of: Callable[[int], Sequence[OptimizerStep]],
     num_places: int | None,
-    after_update: Callable[[], None],
-) -> None:
-    """Take all updates that are left.
+) -> Iterator[Iteration]:
+    """Take the updates that are left; gives each when it is over.
 
-    samples_of: a batch of prompts -> its samples. steps_of: an update's number -> its optimizer steps.
-    num_places: see `fuse.training.layout.Layout`.
+    samples_of: a batch of prompts -> its samples. max_new_tokens: by sample id, in place of that of `params`.
+    steps_of: an update's number -> its optimizer steps. num_places: see `fuse.training.layout.Layout`.
     """
     for update in run.updates():
         clock = PhaseClock()
         samples = samples_of(next(batches))
-        rollouts.roll_out(fleet, samples, params, clock)
+        rollouts.roll_out(fleet, samples, params, clock, max_new_tokens)
         experience, metrics = algorithm.estimate(samples)
         with clock.phase("training"):
             rows = fleet.train(experience, steps_of(update), run.learning_rate)
         with clock.phase("weights"):
             fleet.synchronise()
-        run.finish_update(fleet, metrics | reduce_metrics(rows, num_places), clock)
-        after_update()
+        yield run.finish_update(fleet, samples, metrics | reduce_metrics(rows, num_places), clock)

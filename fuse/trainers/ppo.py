@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
 from fuse.trainers.callbacks import PolicyAndValue, PPOState
 from fuse.trainers.completions import print_completions
+from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import Rollouts
@@ -53,6 +54,9 @@ class PPOTrainer:
     data_collator, eval_dataset, callbacks: as in TRL. optimizers and peft_config must stay unset.
 
     After `train()` the trained weights are in `model` and `value_model`.
+
+    max_new_tokens: an attribute, by the number of a sample in the run: at most so many tokens of its response, in place
+        of `args.response_length`. Without a stop token it forces lengths.
 
     Raises:
         ValueError: arguments that cannot be trained, with what, why and the remedy; nothing has been started then.
@@ -84,6 +88,7 @@ class PPOTrainer:
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.data_collator = data_collator
+        self.max_new_tokens: Mapping[int, int] = {}
         stop = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
         self._special = SpecialTokens(pad=processing_class.pad_token_id, eos=processing_class.eos_token_id, stop=stop)
         self.model = PolicyAndValue(model, value_model)
@@ -123,25 +128,48 @@ class PPOTrainer:
             WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
         """
+        with self.updates(resume_from_checkpoint) as updates:
+            for _ in updates:
+                pass
+
+    @contextmanager
+    def updates(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[Iterator[Iteration]]:
+        """What `train` does, update by update: workers run within, and each `next` of what this gives is an update.
+
+        Asked for all of them, it ends as `train` does; left before, it stops the workers.
+
+        Raises: as `train`.
+        """
         run = self._run
         resumed = checkpoint.find(run.output_dir, resume_from_checkpoint) if resume_from_checkpoint else None
         run.begin(resumed)
-        batches = prompts.batches(self.get_train_dataloader(), start=run.state.global_step)
         with self._workers(resumed) as fleet:
-            loop.train(
-                run,
-                fleet,
-                self._algorithm,
-                self._rollouts,
-                self._sampling_params(self.args.sampling_temperature),
-                batches=batches,
-                samples_of=self._samples,
-                steps_of=self._optimizer_steps,
-                num_places=self._steps.num_places,
-                after_update=self._show_completions,
-            )
-            fleet.fetch_weights()
-            run.end(fleet)
+            yield self._updates(fleet)
+
+    def _updates(self, fleet: Fleet) -> Iterator[Iteration]:
+        run = self._run
+        for iteration in loop.updates(
+            run,
+            fleet,
+            self._algorithm,
+            self._rollouts,
+            self._sampling_params(self.args.sampling_temperature),
+            batches=prompts.batches(self.get_train_dataloader(), start=run.state.global_step),
+            samples_of=self._samples,
+            max_new_tokens=self.max_new_tokens,
+            steps_of=self._optimizer_steps,
+            num_places=self._steps.num_places,
+        ):
+            if run.shows_completions:
+                self.generate_completions(sampling=True)
+            yield iteration
+        fleet.fetch_weights()
+        run.end(fleet)
+
+    @property
+    def process_ids(self) -> dict[str, list[int]]:
+        """Of the workers that run, by their kind: generation and model."""
+        return {} if self._fleet is None else self._fleet.process_ids
 
     @contextmanager
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
@@ -239,10 +267,6 @@ class PPOTrainer:
                 break
         self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock())
         print_completions(self.processing_class, samples[:5])
-
-    def _show_completions(self) -> None:
-        if self._run.shows_completions:
-            self.generate_completions(sampling=True)
 
     # What TRL's trainer offers to callbacks and scripts
 

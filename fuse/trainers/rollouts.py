@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,16 +28,26 @@ class Rollouts:
     fused: bool
     tell: Callable[[str], None]
 
-    def roll_out(self, fleet: Fleet, samples: Sequence[Sample], params: SamplingParams, clock: PhaseClock) -> None:
-        """Generate responses, and score them by models and by the reward function, where there is one."""
+    def roll_out(
+        self,
+        fleet: Fleet,
+        samples: Sequence[Sample],
+        params: SamplingParams,
+        clock: PhaseClock,
+        max_new_tokens: Mapping[int, int] | None = None,
+    ) -> None:
+        """Generate responses, and score them by models and by the reward function, where there is one.
+
+        max_new_tokens: by sample id, in place of that of `params`.
+        """
         decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True)
         with RewardCalls(self.reward, decode) as rewards:
             if self.fused:
                 with clock.phase("rollout"):
-                    fleet.roll_out(samples, params, rewards.submit)
+                    fleet.roll_out(samples, params, rewards.submit, max_new_tokens=max_new_tokens)
             else:
                 with clock.phase("generation"):
-                    fleet.generate(samples, params)
+                    fleet.generate(samples, params, max_new_tokens=max_new_tokens)
                 with clock.phase("inference"):
                     fleet.infer(samples)
                 rewards.submit(samples)

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from fuse import checkpoint
 from fuse.config.ppo import PPOConfig
 from fuse.driver.fleet import Fleet
+from fuse.sample import Sample
 from fuse.trace import PhaseClock, Span, write_chrome_trace
 from fuse.trainers.callbacks import PolicyAndValue, PPOState, callback_handler, initial_state, learning_rate_schedule
+from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
 
@@ -94,19 +96,30 @@ class Run:
             if self.control.should_training_stop:
                 break
 
-    def finish_update(self, fleet: Fleet, metrics: Mapping[str, float], clock: PhaseClock) -> None:
+    def finish_update(
+        self, fleet: Fleet, samples: Sequence[Sample], metrics: Mapping[str, float], clock: PhaseClock
+    ) -> Iteration:
         """Count the update, report it, and save what is due."""
         state = self.state
         state.global_step += 1
         state.epoch = state.episode / self._num_rows
         eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
-        times = self._report_time(fleet.drain_spans(), clock, fleet.serial_bubble_ratio)
+        tracks = fleet.drain_spans()
+        times = self._report_time(tracks, clock, fleet.serial_bubble_ratio)
         self.log({"eps": eps, **metrics, "lr": self.learning_rate, "episode": state.episode, **times})
+        logged = state.log_history[-1]
         self.optimizer.step()  # holds no gradients: tells the schedule that the workers stepped
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:
             self.save_checkpoint(fleet)
+        return Iteration(
+            update=state.global_step,
+            samples=samples,
+            metrics=logged,
+            phases=dict(clock.seconds),
+            tracks=tracks,
+        )
 
     def end(self, fleet: Fleet) -> None:
         """All updates are done, and the trained weights are with the caller's models."""
