@@ -265,8 +265,10 @@ class Fleet:
     @property
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers, by their kind."""
-        handles = {"generation": self._generation_workers, "model": self._model_workers}
-        return {kind: [handle.worker.process_id for handle in those] for kind, those in handles.items()}
+        return {
+            "generation": [engine.worker.process_id for engine in self._generation_workers],
+            "model": [handle.worker.process_id for handle in self._model_workers],
+        }
 
     def _exported(self, role: str) -> list[WeightsRef]:
         parts = gather([worker.export_weights(role) for worker in self._model_workers])
