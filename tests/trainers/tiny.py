@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 
 from fuse import PPOConfig, PPOTrainer
 
@@ -119,6 +119,13 @@ def difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
     return max(float((one - other).abs().max()) for one, other in pairs)
 
 
+class Announce(TrainerCallback):
+    """Prints the number of every update that was saved."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        print(f"saved {state.global_step}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir", type=Path)
@@ -133,5 +140,6 @@ if __name__ == "__main__":
         save_strategy="steps",
         save_steps=1,
         num_sample_generations=0,
+        callbacks=[Announce()],
     )
     run.train(resume_from_checkpoint=arguments.resume)
