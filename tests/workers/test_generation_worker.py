@@ -186,7 +186,7 @@ def test_an_evicted_sample_carries_its_tokens_and_continues_elsewhere(make: Make
     engine.allow(1)
     finished = first.poll(PATIENCE_S)
     assert [one.sample_id for one in finished if one.finished] == [1]
-    first._commands = commands = ToldQueue()  # the loop is in its second step, and looks there next
+    first._commands = commands = ToldQueue()  # the loop looks there between any two steps
     with ThreadPoolExecutor() as threads:
         eviction = threads.submit(first.evict, [0, 1])
         assert commands.told.wait(PATIENCE_S)
