@@ -31,6 +31,7 @@ def test_two_stores_never_share_a_port() -> None:
     assert first.port != second.port
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("call", "message"),
     [

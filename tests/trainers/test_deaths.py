@@ -100,9 +100,14 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_
     whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
 
     output_dir = tmp_path / "killed"
-    command = [sys.executable, tiny.__file__, str(output_dir), "--devices", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", tiny.__name__, str(output_dir), "--devices", "2"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     children: list[psutil.Process] = []
     assert process.stdout is not None
     try:

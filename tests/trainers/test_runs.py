@@ -19,7 +19,6 @@ from fuse import PPOTrainer
 from ..worker_pool import WorkerPool
 from . import tiny
 
-
 pytestmark = pytest.mark.usefixtures("pooled_workers")
 
 

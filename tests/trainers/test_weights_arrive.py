@@ -14,17 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GPTNeoXForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from fuse import PPOTrainer
 from fuse.driver import fleet
@@ -44,18 +34,7 @@ pooled = pytest.mark.usefixtures("pooled_workers")
 
 def models(kind: str, *, tied: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A policy and a critic of 2 layers."""
-    if kind == "llama":
-        return tiny.policy(tie_word_embeddings=tied), tiny.scorer(1)
-    sizes = {**tiny.llama_config().to_dict(), "tie_word_embeddings": tied, "num_labels": 1}
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    options = {name: sizes[name] for name in (*names, "max_position_embeddings", "pad_token_id", "num_labels")}
-    options |= {"tie_word_embeddings": tied, "eos_token_id": 1, "bos_token_id": None}
-    torch.manual_seed(0)
-    if kind == "qwen2":
-        config = Qwen2Config(**options, num_key_value_heads=1)
-        return Qwen2ForCausalLM(config), Qwen2ForSequenceClassification(config)
-    neox = GPTNeoXConfig(**options)
-    return GPTNeoXForCausalLM(neox), GPTNeoXForSequenceClassification(neox)
+    return tiny.policy(kind, tie_word_embeddings=tied), tiny.scorer(1, kind)
 
 
 class Scores(TrainerCallback):

@@ -4,14 +4,15 @@ got where they were, and when their KV dies on the way, too."""
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import ray
+from transformers import LlamaForCausalLM
 
 from fuse.driver.engine_choice import EngineKind, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
@@ -19,7 +20,12 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.training.model_spec import ModelSpec
 from fuse.workers.cluster import Cluster, Worker, gather
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
-from fuse.workers.weights import WeightsRef, put_state_dict
+from fuse.workers.kv.transfer import KVTransfer
+from fuse.workers.weights import put_state_dict
+
+from ..tiny_models import build, language_model
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
 PATIENCE_S = 60.0
 NEW_TOKENS = 600  # more than an engine makes while the driver is held up between two calls
@@ -37,7 +43,6 @@ def needs(package: str) -> pytest.MarkDecorator:
 ENGINES = ["transformers", pytest.param("vllm", marks=[needs("vllm"), pytest.mark.slow])]
 CARRIERS = ["object_store", pytest.param("nixl", marks=needs("nixl"))]
 Response = tuple[list[int], list[float]]
-MakeWorkers = Callable[[str, str], tuple[Worker, Worker]]
 
 
 def request(sample_id: int, context_tokens: int = 20) -> GenerationRequest:
@@ -48,42 +53,63 @@ def request(sample_id: int, context_tokens: int = 20) -> GenerationRequest:
     )
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=128,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            initializer_range=0.1,
+class CarryingWorker(GenerationWorker):
+    """Takes another carrier while it has no sample."""
+
+    def carry_by(self, make_kv_transfer: Callable[[], KVTransfer]) -> None:
+        self._kv_transfer.close()
+        self._kv_transfer = make_kv_transfer()
+
+
+class Workers:
+    """Two workers with each engine, which outlive a test unless it ends them: an engine takes long to start."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._workers: dict[tuple[str, int], Worker] = {}
+        self._model: LlamaForCausalLM = build(
+            language_model(
+                vocab_size=97,
+                hidden_size=128,
+                intermediate_size=64,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                initializer_range=0.1,
+            )
         )
-    )
+        self.weights = put_state_dict(self._model.state_dict())
+
+    def take(self, engine: EngineKind, carrier: KVCarrier) -> tuple[Worker, Worker]:
+        """Source and target, whose engines are empty."""
+        pair = self._take(engine, 0), self._take(engine, 1)
+        transfer = choose_kv_transfer(carrier, "cpu", is_local=True)
+        gather([worker.call("carry_by", transfer) for worker in pair])
+        gather([worker.call("drain_spans") for worker in pair])
+        return pair
+
+    def _take(self, engine: EngineKind, device: int) -> Worker:
+        if (engine, device) not in self._workers:
+            chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
+            make_engine = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu")
+            worker = self._cluster.spawn("generation worker", device, CarryingWorker, make_engine)
+            self._workers[engine, device] = worker
+        return self._workers[engine, device]
+
+    def end(self, *workers: Worker) -> None:
+        for key, worker in list(self._workers.items()):
+            if worker in workers:
+                self._cluster.kill(self._workers.pop(key))
+
+    def close(self) -> None:
+        self.end(*self._workers.values())
 
 
 @pytest.fixture(scope="module")
-def weights(cluster: Cluster, model: LlamaForCausalLM) -> WeightsRef:
-    return put_state_dict(model.state_dict())
-
-
-@pytest.fixture
-def make_workers(cluster: Cluster, model: LlamaForCausalLM, weights: WeightsRef) -> Iterator[MakeWorkers]:
-    started: list[Worker] = []
-
-    def make(engine: EngineKind, carrier: KVCarrier) -> tuple[Worker, Worker]:
-        chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
-        make_engine = partial(chosen, ModelSpec.of(model), [weights], "cpu")
-        arguments = GenerationWorker, make_engine, choose_kv_transfer(carrier, "cpu", is_local=True)
-        started.extend(cluster.spawn("generation worker", device, *arguments) for device in (0, 1))
-        return started[0], started[1]
-
-    yield make
-    for worker in started:
-        cluster.kill(worker)
+def workers(cluster: Cluster) -> Iterator[Workers]:
+    started = Workers(cluster)
+    yield started
+    started.close()
 
 
 def ask(worker: Worker, method: str, *arguments: Any) -> Any:
@@ -127,10 +153,10 @@ def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> N
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
-    make_workers: MakeWorkers, engine: str, carrier: str
+    workers: Workers, engine: EngineKind, carrier: KVCarrier
 ) -> None:
     """Into an engine that runs the first, and that is full and sends the others back before it could."""
-    source, target = make_workers(engine, carrier)
+    source, target = workers.take(engine, carrier)
     requests = [request(index, context) for index, context in enumerate(CONTEXTS)]
     moved: dict[int, Response] = {}
     departures = []
@@ -162,8 +188,8 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: MakeWorkers, carrier: str) -> None:
-    source, target = make_workers("transformers", carrier)
+def test_samples_whose_kv_dies_with_its_worker_are_computed_again(workers: Workers, carrier: KVCarrier) -> None:
+    source, target = workers.take("transformers", carrier)
     requests = [request(index, context) for index, context in enumerate(CONTEXTS[:2])]
     moved: dict[int, Response] = {}
     ask(source, "submit", requests)
@@ -173,6 +199,7 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
     process = psutil.Process(source.process_id)
     process.kill()
     process.wait(PATIENCE_S)
+    workers.end(source)
     ask(target, "admit", departures)
     finish(target, moved, 2)
     recorded = ask(target, "drain_spans")
@@ -190,10 +217,8 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
 
 
 @needs("nixl")
-def test_what_was_never_fetched_is_taken_back_with_the_next_weights(
-    make_workers: MakeWorkers, weights: WeightsRef
-) -> None:
-    source, target = make_workers("transformers", "nixl")
+def test_what_was_never_fetched_is_taken_back_with_the_next_weights(workers: Workers) -> None:
+    source, target = workers.take("transformers", "nixl")
     addresses = []
     for sample_id in (0, 1, 2):
         responses: dict[int, Response] = {}
@@ -203,7 +228,7 @@ def test_what_was_never_fetched_is_taken_back_with_the_next_weights(
         assert departure.kv is not None
         addresses.append(departure.kv.address)
         if sample_id == 1:
-            ask(source, "load_weights", [weights])
+            ask(source, "load_weights", [workers.weights])
     assert addresses[0] != addresses[1]
     assert addresses[2] in addresses[:2]
     ask(target, "admit", [departure])
@@ -211,3 +236,4 @@ def test_what_was_never_fetched_is_taken_back_with_the_next_weights(
     assert len(responses[2][0]) == NEW_TOKENS
     ask(source, "close")
     ask(target, "close")
+    workers.end(source, target)
