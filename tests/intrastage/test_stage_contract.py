@@ -113,11 +113,11 @@ def test_a_pipeline_may_mix_kinds_of_stages(kinds: tuple[str, str]) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("second_half", [(1, 1), (0, 0)], ids=["left", "both sides"])
-def test_rows_padded_inside_use_their_mask_and_positions(second_half: tuple[int, int], kind: str) -> None:
+@pytest.mark.parametrize(("end", "last"), [((1, 1), 6), ((0, 0), 4)], ids=["left", "both sides"])
+def test_rows_padded_inside_use_their_mask_and_positions(end: tuple[int, int], last: int, kind: str) -> None:
     model = model_of("llama")
-    mask = torch.tensor([[0, 0, 1, 1, 1, *second_half], [1, 1, 1, 1, 1, 1, 1]])
-    plain = replace(micro_batch_of(7), head_index=torch.tensor([3, 6, 8, 12]))
+    mask = torch.tensor([[0, 0, 1, 1, 1, *end], [1, 1, 1, 1, 1, 1, 1]])
+    plain = replace(micro_batch_of(7), head_index=torch.tensor([3, last, 8, 12]))
     padded = replace(plain, attention_mask=mask, position_ids=mask.cumsum(1) - mask)
     expected, _ = whole_models(model, [padded])
     assert_equal(trained(chain_of(kind, model), [padded]), expected, ATOL[kind])
