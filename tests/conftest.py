@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from . import process_guard
+from . import marked, process_guard
 
 if TYPE_CHECKING:
     from .worker_pool import WorkerPool
@@ -74,6 +74,9 @@ PROCESS_FIXTURES = {"ray_cluster", "vllm_pool"}
 def pytest_itemcollected(item: pytest.Item) -> None:
     if PROCESS_FIXTURES & {*getattr(item, "fixturenames", ())}:
         item.add_marker("processes")
+    for marker, names in marked.MARKED.items():
+        if item.nodeid.startswith(names):
+            item.add_marker(marker)
 
 
 @pytest.hookimpl(trylast=True)
