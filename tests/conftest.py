@@ -1,4 +1,5 @@
-"""For all tests: the same generated examples every time, and native code of another build where it is asked for.
+"""For all tests: the same generated examples every time, one Ray cluster, processes only where a test says so, and
+native code of another build where it is asked for.
 
 FUSE_SCHEDULES_NATIVE=DIR, FUSE_TENSOR_NATIVE=DIR: where the `_native` module of `schedules`, of `fuse`, is taken from,
 as `make test-debug` and `make test-native-sanitized` have it.
@@ -12,11 +13,18 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from . import marked, process_guard
+
+if TYPE_CHECKING:
+    from .worker_pool import WorkerPool
 
 # The same examples every time, however busy the machine: a change fails for what it changes.
 settings.register_profile(
@@ -55,6 +63,60 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 def _nothing_is_known_of_earlier_runs() -> None:
     """What one test's training has measured plans no other's."""
     shutil.rmtree(Path(_CACHE.name) / "fuse" / "profiles", ignore_errors=True)
+
+
+# Processes
+
+PROCESS_FIXTURES = {"ray_cluster", "vllm_pool"}
+"""Fixtures that start processes: a test of theirs, or of fixtures built on them, needs no marker."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if PROCESS_FIXTURES & {*getattr(item, "fixturenames", ())}:
+        item.add_marker("processes")
+    for marker, names in marked.MARKED.items():
+        if item.nodeid.startswith(names):
+            item.add_marker(marker)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray itself goes first: later on, this process uses the cluster that tests share."""
+    items.sort(key=lambda item: item.get_closest_marker("own_ray") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    with process_guard.guarded(None if item.get_closest_marker("processes") else item.nodeid):
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster that runs and clusters in this process join.
+
+    Its CPUs are devices to hand out, more than there are cores: the pool's, and for a cluster and a run beside it.
+    """
+    from fuse.workers.ray_session import local_cluster
+
+    with local_cluster(num_cpus=8):
+        yield
+
+
+@pytest.fixture(scope="session")
+def worker_pool(ray_cluster: None) -> Iterator[WorkerPool]:
+    """Processes of four devices, which outlast the runs that are given them; started when first needed."""
+    from .worker_pool import WorkerPool
+
+    with WorkerPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture
+def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
+    """Runs have their workers in the pool's processes."""
+    with worker_pool.in_use():
+        yield
 
 
 @pytest.fixture(scope="session")

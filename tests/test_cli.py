@@ -48,6 +48,7 @@ def exit_status(argv: Sequence[str]) -> int:
         return int(error.code or 0)
 
 
+@pytest.mark.processes
 def test_help_loads_neither_torch_nor_ray() -> None:
     script = (
         "import sys\n"

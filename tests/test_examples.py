@@ -49,6 +49,7 @@ def test_a_reward_is_for_the_number_and_less_for_the_form(gsm8k: ModuleType) -> 
         gsm8k.score("#### 7", "seven")
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2_directory")
 def test_a_real_model_is_trained(tmp_path: Path) -> None:

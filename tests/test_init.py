@@ -25,6 +25,7 @@ def test_version_is_that_of_the_distribution():
     assert fuse.__version__ == version("fuse-rlhf")
 
 
+@pytest.mark.processes
 def test_ops_can_be_asked_without_importing_them_first():
     program = "import fuse; print(fuse.ops.describe()['gae'])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

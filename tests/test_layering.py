@@ -128,6 +128,7 @@ def test_heavy_packages_are_imported_only_in_their_adapters(package):
     assert not importers
 
 
+@pytest.mark.processes
 def test_schedules_works_where_there_is_no_torch():
     modules = sorted(module for module in MODULES if tier(module) == 0)
     program = "import sys\nfor name in ('torch', 'ray', 'fuse'): sys.modules[name] = None\n"
@@ -135,6 +136,7 @@ def test_schedules_works_where_there_is_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 
 
+@pytest.mark.processes
 def test_import_fuse_loads_neither_torch_nor_ray():
     program = "import sys, fuse; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], cwd="/").returncode == 0
@@ -144,6 +146,7 @@ def test_kernels_holds_native_sources_only():
     assert not list((ROOT / "kernels").rglob("*.py"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("folder", [ROOT, Path("/")])
 def test_transformers_does_not_take_our_kernels_for_its_own(folder):
     """Run beside kernels/ as `python -c`, which puts the folder on sys.path."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
-from ray._private import node, parameter, ray_constants, worker
+from ray._private import node, parameter, ray_constants, services, worker
 
 from fuse.workers import reaper
 from fuse.workers.reaper import MARK, end_processes_of
@@ -27,6 +28,7 @@ from fuse.workers.reaper import MARK, end_processes_of
 _LOOPBACK = "127.0.0.1"
 # An AF_UNIX path holds 107 bytes, of which Ray's "/session_<date>_<pid>/sockets/plasma_store" needs up to 66.
 _LONGEST_TEMPORARY_DIRECTORY = 40
+_START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -69,7 +71,7 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
         stack.callback(_stop, directory)
         # SPT_NOENV: processes that set their title leave the memory of their environment, and so the mark, as it is.
         marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        with _loopback(), _lean(), _environment({**WORKER_ENVIRONMENT, **marked}):
+        with _loopback(), _lean(), _patient(), _environment({**WORKER_ENVIRONMENT, **marked}):
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -259,6 +261,29 @@ def _lean() -> Iterator[None]:
         yield
     finally:
         ray_parameter.RayParams, ray_node.Node.start_api_server = params, start_api_server
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Have Ray wait for the node that it starts, for which it has 30 s and a busy machine takes longer."""
+    untyped: Any = services
+    get_node = untyped.get_node
+
+    def get_node_in_time(gcs_address: str, node_id: str) -> Any:
+        give_up_s = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:  # it is not known yet
+                if time.monotonic() > give_up_s:
+                    raise
+            time.sleep(0.1)
+
+    untyped.get_node = get_node_in_time
+    try:
+        yield
+    finally:
+        untyped.get_node = get_node
 
 
 def _stop(directory: Path) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from fuse import cli
 from fuse.commands.models import critic_from_policy
 from fuse.commands.reward_function import load_reward_function
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
+
+from ..tiny_models import build, classifier
 
 REWARDS = """
 seen = []
@@ -40,17 +42,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy.save_pretrained(directory / "unpadded")
     unpadded.save_pretrained(directory / "unpadded")
     for name, size, labels in (("small_vocabulary", 8, 1), ("two_labels", 17, 2), ("scorer", 17, 1)):
-        config = LlamaConfig(
-            vocab_size=size,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            num_labels=labels,
-        )
-        LlamaForSequenceClassification(config).save_pretrained(directory / name)
+        options = {"hidden_size": 32, "max_position_embeddings": 256, "pad_token_id": 0}
+        build(classifier(vocab_size=size, num_labels=labels, **options)).save_pretrained(directory / name)
     return directory
 
 
@@ -127,6 +120,7 @@ def test_bad_input_is_one_line_and_exit_2_and_writes_nothing(
     assert sorted(project.rglob("*.json*")) == before
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_it_trains_on_prompts_with_a_reward_function(
     models: Path, project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,15 +1,13 @@
 """Optimizer steps and training states of Megatron stages in several layouts, against one process of transformers
-stages. Run as a script: `megatron_training_world.py DIRECTORY LAYOUT...`.
+stages. A program: its argument is a directory.
 
-Forks one world per layout, one after the other; devices write what they measured to DIRECTORY/{layout}-{device}.json.
+One world per layout, one after the other; devices write what they measured to DIRECTORY/{layout}-{device}.json.
 Every world loads the training states that the worlds before it saved. The tests assert on what was measured.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import multiprocessing
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,19 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron_world import LEARNING_RATE, SHARED, shared_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from world import TIMEOUT_S, Ports, Run, batches_of, loss
 
-from fuse.intrastage.communication import (
-    connect,
-    disconnect,
-    open_model,
-    open_pipelines,
-    open_tensor_group,
-    serve_store,
-)
+from fuse.intrastage.communication import open_model, open_pipelines, open_tensor_group
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.megatron_stage import MegatronStage
@@ -40,6 +29,10 @@ from fuse.ops.logprob import token_logprobs
 from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
 from schedules import Pipeline, Problem, random_problems
+
+from .forked import TIMEOUT_S, run_world
+from .megatron_world import LEARNING_RATE, SHARED, shared_model
+from .pipelines import Run, batches_of, loss
 
 ADAMW = AdamWConfig(weight_decay=0.1, max_grad_norm=0.05, eps=1e-6)
 """AdamW divides by the gradient's own size: with the default eps it makes much of rounding where that is tiny."""
@@ -68,9 +61,9 @@ class Layout:
 
 
 LAYOUTS = {
-    "one": Layout(1, 1),
     "pipeline": Layout(2, 1),
     "tensor": Layout(1, 2),
+    "one": Layout(1, 1),
     "both": Layout(2, 2),
     "replicas": Layout(1, 2, 2),
 }
@@ -242,34 +235,14 @@ def check(device: int, layout_name: str, directory: Path) -> dict[str, float | s
     return found
 
 
-def run_device(device: int, layout_name: str, num_devices: int, ports: Ports, directory: Path) -> None:
-    torch.set_num_threads(1)
-    if device == 0:
-        store = serve_store("127.0.0.1", TIMEOUT_S)
-        for _ in range(num_devices):
-            ports.put(store.port)
-    connect(device, num_devices, "127.0.0.1", ports.get(), "gloo", TIMEOUT_S)
-    found = check(device, layout_name, directory)
-    (directory / f"{layout_name}-{device}.json").write_text(json.dumps(found))
-    disconnect()
+def main(directory: Path) -> None:
+    for name, layout in LAYOUTS.items():
 
+        def found(device: int, name: str = name) -> dict[str, float | str]:
+            return check(device, name, directory)
 
-def main(directory: Path, layout_names: list[str]) -> None:
-    context = multiprocessing.get_context("fork")
-    for layout_name in layout_names:
-        layout = LAYOUTS[layout_name]
-        num_devices = layout.num_ranks * layout.tensor_parallel_size
-        ports: Ports = context.SimpleQueue()
-        devices = [
-            context.Process(target=run_device, args=(device, layout_name, num_devices, ports, directory))
-            for device in range(num_devices)
-        ]
-        for process in devices:
-            process.start()
-        for process in devices:
-            process.join(120)
-            process.kill()
+        run_world(name, layout.num_ranks * layout.tensor_parallel_size, found, directory)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

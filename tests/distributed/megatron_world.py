@@ -1,35 +1,23 @@
-"""megatron-core stages on a world of two processes. Run as a script: `megatron_world.py DIRECTORY`.
+"""megatron-core stages on worlds of two processes. A program: its argument is a directory.
 
-Each rank writes what it measured to DIRECTORY/{rank}.json, by name of the check. The tests assert on those.
+Each rank writes what it measured to DIRECTORY/{world}-{rank}.json, by name of the check. The tests assert on those.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from world import ADAMW, LAYERS, TIMEOUT_S, Ports, Run, batches_of, full_model, loss, random_schedule
+from transformers import PreTrainedModel
 
-from fuse.intrastage.communication import CommunicationError, connect, serve_store
+from fuse.intrastage.communication import CommunicationError
 from fuse.intrastage.executor import execute
 from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -38,19 +26,17 @@ from fuse.ops.logprob import token_logprobs
 from fuse.trace import SpanRecorder
 from schedules.baselines import serial
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-SHARED = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
-    "llama classifier": (LlamaForSequenceClassification, LlamaConfig(**SIZES, num_labels=1)),
+from ..tiny_models import ModelKind, build, classifier, language_model, spread
+from .forked import CONTEXT, TIMEOUT_S, run_world
+from .pipelines import ADAMW, LAYERS, Run, batches_of, full_model, loss
+from .world import drawn
+
+SIZES: Mapping[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHARED: dict[str, ModelKind] = {
+    "llama": language_model(**SIZES),
+    "qwen2 tied": language_model("qwen2", **SIZES, tie_word_embeddings=True),
+    "qwen3": language_model("qwen3", **SIZES),
+    "llama classifier": classifier(**SIZES),
 }
 LEARNING_RATE = 1e-3
 
@@ -77,7 +63,7 @@ def check_pipelines(rank: int) -> dict[str, float]:
     communicators = run.communicators()
     optimizers = [run.optimizers(megatron), run.optimizers(transformers)]
     for step in range(3):
-        schedule = serial(run.problem) if step == 0 else random_schedule(run.problem, step)
+        schedule = serial(run.problem) if step == 0 else drawn(run.problem, step)
         for stages in (megatron, transformers):
             execute(schedule, rank, stages, run.batches(), communicators, SpanRecorder())
         for key, stage in megatron.items():
@@ -156,11 +142,7 @@ def check_bfloat16(rank: int) -> dict[str, float]:
 
 
 def shared_model(name: str, seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    model_class, config = SHARED[name]
-    model = model_class(config).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+    model: PreTrainedModel = spread(build(SHARED[name], seed=seed))
     return model
 
 
@@ -278,46 +260,32 @@ def tie_gradients(stages: list[MegatronStage]) -> None:
             copy.grad = total.clone()
 
 
+IS_PAST_THE_BARRIER = CONTEXT.Event()
+
+
 def check_lost_peer(rank: int) -> dict[str, str]:
     """Rank 1 dies after the forward of a stage it shares. Afterwards the world is useless."""
     found = {}
     stage = MegatronStage(*SHARED["llama"], stage=0, num_stages=1, loss=loss, tensor_group=dist.group.WORLD)
     stage.load_state_dict(shared_model("llama", 3).state_dict())
     stage.forward(0, batches_of(1)[0], None)
-    dist.barrier()  # rank 1 dies after it
+    dist.barrier()
+    if rank == 1:
+        IS_PAST_THE_BARRIER.wait(TIMEOUT_S)
+        os._exit(3)
+    IS_PAST_THE_BARRIER.set()
     for name in ("backward", "forward"):
         try:
-            if rank == 0:
-                stage.backward(0, None) if name == "backward" else stage.forward(1, batches_of(1)[0], None)
+            stage.backward(0, None) if name == "backward" else stage.forward(1, batches_of(1)[0], None)
         except CommunicationError as error:
             found[name] = str(error)
     return found
 
 
-def run_rank(rank: int, ports: Ports, directory: Path) -> None:
-    torch.set_num_threads(1)
-    if rank == 0:
-        store = serve_store("127.0.0.1", TIMEOUT_S)
-        ports.put(store.port)
-        ports.put(store.port)
-    connect(rank, 2, "127.0.0.1", ports.get(), "gloo", TIMEOUT_S)
-    found = {check.__name__: check(rank) for check in (check_pipelines, check_tensor_parallel, check_bfloat16)}
-    found["check_lost_peer"] = check_lost_peer(rank)
-    (directory / f"{rank}.json").write_text(json.dumps(found))
-    if rank == 1:
-        time.sleep(1)  # until rank 0 waits for it
-        os._exit(0)
-
-
 def main(directory: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    ports: Ports = context.SimpleQueue()
-    ranks = [context.Process(target=run_rank, args=(rank, ports, directory)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
+    checks = (check_pipelines, check_tensor_parallel, check_bfloat16)
+    run_world("two", 2, lambda rank: {check.__name__: check(rank) for check in checks}, directory)
+    run_world("lost", 2, check_lost_peer, directory, num_survivors=1)
 
 
 if __name__ == "__main__":

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from .programs import run_program
+
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Mapping[str, float]]]:
-    """What each rank found, by check."""
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
-    script = Path(__file__).with_name("megatron_world.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(directory)],
-        cwd=script.parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    paths = [directory / f"{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in paths), finished.stdout + finished.stderr
-    return [json.loads(path.read_text()) for path in paths]
+    printed = run_program("megatron_world", directory)
+    assert (directory / "lost-0.json").exists(), printed
+    return directory
+
+
+@pytest.fixture(scope="module")
+def measured(directory: Path) -> list[Mapping[str, Mapping[str, float]]]:
+    """What each rank found, by check."""
+    return [json.loads((directory / f"two-{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_pipelines_in_both_directions_train_as_transformers_stages_do(
@@ -62,8 +56,8 @@ def test_shared_bfloat16_matrices_come_close_to_whole_float32_ones(
         assert min(found.values()) > 0.99, found
 
 
-def test_a_lost_peer_ends_in_an_error_that_names_rank_and_stage(measured: list[Mapping[str, Any]]) -> None:
-    errors = measured[0]["check_lost_peer"]
+def test_a_lost_peer_ends_in_an_error_that_names_rank_and_stage(directory: Path) -> None:
+    errors = json.loads((directory / "lost-0.json").read_text())
     assert "rank 0: summing input gradients of a layer that ranks share failed" in errors["backward"]
     assert (
         "rank 0: summing hidden states over the ranks that share stage 0 of LlamaForCausalLM failed"

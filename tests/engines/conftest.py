@@ -7,18 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
+from .. import tiny_models
 from .vllm_pool import VllmPool
 
 
@@ -31,26 +22,23 @@ def build(
     hidden_size: int = 32,
 ) -> PreTrainedModel:
     """97 tokens, 256 positions, 4 heads; grouped-query attention, but for GPT-NeoX."""
-    torch.manual_seed(seed)
     shape = {
         "vocab_size": 97,
         "hidden_size": hidden_size,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
     }
-    model: PreTrainedModel
-    match architecture:
-        case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
-        case "qwen2":
-            model = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2))
-        case "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=1, head_dim=hidden_size // 2))
-        case "gpt_neox":
-            model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    own: dict[str, dict[str, int]] = {
+        "llama": {"num_key_value_heads": 2},
+        "qwen2": {"num_key_value_heads": 2},
+        "qwen3": {"num_key_value_heads": 1, "head_dim": hidden_size // 2},
+        "gpt_neox": {},
+    }
+    model: PreTrainedModel = tiny_models.build(
+        tiny_models.language_model(architecture, **shape, **own[architecture]), seed=seed
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -68,7 +56,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def vllm_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmPool]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")

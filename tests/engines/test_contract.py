@@ -56,7 +56,10 @@ def record(recorded: GenerationRequest) -> tuple[list[int], list[float]]:
     return response_ids, [-0.1 * (1 + token_id) for token_id in response_ids]
 
 
-@pytest.fixture(params=["replay", "transformers", "vllm"])
+VLLM = pytest.param("vllm", marks=pytest.mark.processes)
+
+
+@pytest.fixture(params=["replay", "transformers", VLLM])
 def make_engine(request: pytest.FixtureRequest, build_model: Callable[..., PreTrainedModel]) -> MakeEngine:
     limits = {"max_context": MAX_CONTEXT, "max_prefill_tokens": 40}
 
@@ -236,7 +239,7 @@ def test_weights_are_refused_while_samples_are_present(
     engine.load_weights(weights)
 
 
-@pytest.mark.parametrize("make_engine", ["transformers", "vllm"], indirect=True)
+@pytest.mark.parametrize("make_engine", ["transformers", VLLM], indirect=True)
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     make_engine: MakeEngine, build_model: Callable[..., PreTrainedModel]
 ) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 
+from ..tiny_models import config
 from .driving import run
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt_neox")
@@ -187,9 +188,8 @@ def test_a_model_that_slots_cannot_serve_is_refused() -> None:
             output.logits = output.logits + output.logits.mean(dim=0).flip(-1)
             return output
 
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ValueError, match="Odd does not decode from slots"):
-        TransformersEngine(Odd(LlamaConfig(vocab_size=97, max_position_embeddings=64, **shape)))
+        TransformersEngine(Odd(config(max_position_embeddings=64)))
 
 
 def test_a_window_shorter_than_the_context_is_refused() -> None:

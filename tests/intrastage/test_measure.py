@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.measure import measure
@@ -16,14 +15,9 @@ from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    tie_word_embeddings=False,
-)
+from ..tiny_models import language_model, spread
+
+MODEL = language_model(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_key_value_heads=2)
 WAIT_S = 0.05
 
 
@@ -35,9 +29,8 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
 def stages_of(kind: type[Any], *, split: bool) -> dict[tuple[int, int], Any]:
     stages = {}
     for stage in range(3):
-        stages[0, stage] = kind(LlamaForCausalLM, CONFIG, stage=stage, num_stages=3, loss=loss, split_backward=split)
-        for parameter in stages[0, stage].model.parameters():
-            nn.init.normal_(parameter, std=0.1)
+        stages[0, stage] = kind(*MODEL, stage=stage, num_stages=3, loss=loss, split_backward=split)
+        spread(stages[0, stage].model, std=0.1)
     return stages
 
 

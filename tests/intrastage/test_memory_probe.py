@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.intrastage.measure import measure
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 
-CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+from ..tiny_models import language_model, spread
+
+MODEL = language_model(hidden_size=32, intermediate_size=64, num_hidden_layers=3)
 
 
 def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -23,9 +24,8 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
 
 def stage_of(number: int, *, split: bool = True) -> Any:
     torch.manual_seed(0)
-    stage = TransformersStage(LlamaForCausalLM, CONFIG, stage=number, num_stages=3, loss=loss, split_backward=split)
-    for parameter in stage.model.parameters():
-        nn.init.normal_(parameter, std=0.1)
+    stage = TransformersStage(*MODEL, stage=number, num_stages=3, loss=loss, split_backward=split)
+    spread(stage.model, std=0.1)
     return stage
 
 

@@ -7,21 +7,15 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 
-CONFIG = Qwen2Config(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    tie_word_embeddings=True,
-)
+from ..tiny_models import build, language_model
+
+MODEL = language_model("qwen2", tie_word_embeddings=True)
 BATCH = MicroBatch(input_ids=torch.tensor([[3, 1, 4, 1, 5]]), head_index=torch.arange(5), targets=None)
 
 
@@ -30,11 +24,10 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
 
 
 def model_and_stages(num_stages: int) -> tuple[PreTrainedModel, dict[tuple[int, int], TransformersStage]]:
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(CONFIG).eval()
+    model = build(MODEL).eval()
     stages = {}
     for number in range(num_stages):
-        stage = TransformersStage(Qwen2ForCausalLM, CONFIG, stage=number, num_stages=num_stages, loss=loss)
+        stage = TransformersStage(*MODEL, stage=number, num_stages=num_stages, loss=loss)
         stage.load_state_dict(model.state_dict())
         stages[0, number] = stage
     return model, stages

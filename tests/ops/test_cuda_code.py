@@ -13,7 +13,7 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitizers in compilers
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")]
 
 
 def compiled(source: Path, target: Path) -> Path:

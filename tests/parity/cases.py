@@ -9,17 +9,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from .. import tiny_models
 
 VOCABULARY_SIZE = 24
 PAD, EOS = 3, 5
@@ -149,7 +146,7 @@ def build_models(case: Case) -> Models:
     """The same weights at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = _model_config(case)
+        config = tiny_models.config(case.architecture, **_model_options(case))
         policy = AutoModelForCausalLM.from_config(config)
         reference = AutoModelForCausalLM.from_config(config)
         reward = AutoModelForSequenceClassification.from_config(config)
@@ -164,20 +161,22 @@ def build_models(case: Case) -> Models:
     return Models(policy=policy, reference=reference if case.own_reference else None, reward=reward, value=value)
 
 
-def _model_config(case: Case) -> PreTrainedConfig:
-    tokens = {
+def _model_options(case: Case) -> dict[str, Any]:
+    options = {
         "vocab_size": VOCABULARY_SIZE,
         "pad_token_id": case.pad_token_id,
         "eos_token_id": EOS,
         "bos_token_id": None,
+        "intermediate_size": 32,
+        "num_hidden_layers": case.num_layers,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "num_labels": 1,
+        "tie_word_embeddings": case.tie_word_embeddings,
     }
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": case.num_layers, "num_attention_heads": 2}
-    common = {**tokens, **sizes, "max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 1}
-    if case.architecture == "gpt_neox":
-        return GPTNeoXConfig(**common, tie_word_embeddings=case.tie_word_embeddings)
-    return LlamaConfig(
-        **common, num_key_value_heads=case.num_key_value_heads, tie_word_embeddings=case.tie_word_embeddings
-    )
+    if case.architecture == "llama":
+        options["num_key_value_heads"] = case.num_key_value_heads
+    return options
 
 
 def _set_token_biases(model: PreTrainedModel, case: Case) -> None:
@@ -195,9 +194,9 @@ def _set_token_biases(model: PreTrainedModel, case: Case) -> None:
 
 def build_tokenizer(case: Case) -> PreTrainedTokenizerFast:
     words = {f"w{index}": index for index in range(VOCABULARY_SIZE) if index not in (PAD, EOS)}
-    model = WordLevel({**words, "[PAD]": PAD, "[EOS]": EOS}, unk_token="w0")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(model),
+    return tiny_models.word_tokenizer(
+        {**words, "[PAD]": PAD, "[EOS]": EOS},
+        unknown="w0",
         pad_token="[EOS]" if case.pad_is_eos else "[PAD]",
         eos_token="[EOS]",
         padding_side="left",

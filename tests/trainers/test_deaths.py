@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,26 @@ import psutil
 import pytest
 from transformers import TrainerCallback
 
+from fuse import PPOTrainer
 from fuse.workers.errors import WorkerError
 
-from ..worker_pool import WorkerPool
 from . import tiny
 
-pytestmark = pytest.mark.usefixtures("cluster")
+DEATH = "generation worker on device 1 failed: its process died"
 
 
 def test_an_engine_killed_while_it_generates_costs_no_sample(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, worker_pool: WorkerPool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pooled_workers: None
 ) -> None:
     """Killed when the first sample is finished; all others last for a second and more."""
     options: dict[str, Any] = {
         "models": {"vocab_size": 512, "max_position_embeddings": 1024},
         "num_devices": 2,
-        "response_length": 600,
+        "total_episodes": 8,
+        "response_length": 400,
         "num_sample_generations": 0,
     }
-    with worker_pool.in_use():
-        undisturbed = tiny.train(tmp_path / "undisturbed", **options)
+    undisturbed = tiny.train(tmp_path / "undisturbed", **options)
     engines: list[int] = []
 
     def kill_an_engine(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
@@ -46,79 +45,90 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
 
     class ChooseAnEngine(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            assert disturbed._fleet is not None
-            engines.append(disturbed._fleet._generation_workers[1].worker.process_id)
+            engines.append(engine_of_device_1(disturbed))
 
     disturbed.add_callback(ChooseAnEngine())
     with caplog.at_level(logging.WARNING):
         disturbed.train()
-    assert "generation worker on device 1 failed: its process died" in caplog.text
+    assert DEATH in caplog.text
     assert "its samples go on elsewhere" in caplog.text
-    assert tiny.difference(disturbed.policy_model, undisturbed.policy_model) < tiny.ROUNDING
-    assert tiny.difference(disturbed.value_model, undisturbed.value_model) < tiny.ROUNDING
+    assert_same_models(disturbed, undisturbed)
 
 
-@pytest.mark.parametrize("followed_by", ["_prepare", "generate_completions"])
 def test_an_engine_that_dies_between_rollouts_is_replaced(
-    tmp_path: Path,
-    followed_by: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    worker_pool: WorkerPool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pooled_workers: None
 ) -> None:
-    """Training follows, and then new weights; or another rollout, by the weights that the engine had."""
+    """Twice: when another rollout follows, by the weights that it had; when training follows, and then new weights."""
     options: dict[str, Any] = {"num_devices": 2, "total_episodes": 24, "num_sample_generations": 1}
-    with worker_pool.in_use():
-        undisturbed = tiny.train(tmp_path / "undisturbed", **options)
+    undisturbed = tiny.train(tmp_path / "undisturbed", **options)
     disturbed = tiny.trainer(tmp_path / "disturbed", per_device_eval_batch_size=2, **options)
     disturbed.eval_dataset = tiny.rows(4)
-    method = getattr(disturbed, followed_by)
+    killed: list[str] = []
 
-    def kill_an_engine_first(*arguments: Any, **keywords: Any) -> Any:
-        if disturbed.state.global_step == 1:
-            assert disturbed._fleet is not None
-            os.kill(disturbed._fleet._generation_workers[1].worker.process_id, signal.SIGKILL)
-        return method(*arguments, **keywords)
+    def kill_an_engine_before(name: str) -> None:
+        method = getattr(disturbed, name)
 
-    monkeypatch.setattr(disturbed, followed_by, kill_an_engine_first)
+        def kill_first(*arguments: Any, **keywords: Any) -> Any:
+            if disturbed.state.global_step == 1:
+                os.kill(engine_of_device_1(disturbed), signal.SIGKILL)
+                killed.append(name)
+            return method(*arguments, **keywords)
+
+        monkeypatch.setattr(disturbed, name, kill_first)
+
+    kill_an_engine_before("generate_completions")
+    kill_an_engine_before("_prepare")
     with caplog.at_level(logging.WARNING):
         disturbed.train()
-    assert "generation worker on device 1 failed: its process died" in caplog.text
-    assert tiny.difference(disturbed.policy_model, undisturbed.policy_model) < tiny.ROUNDING
-    assert tiny.difference(disturbed.value_model, undisturbed.value_model) < tiny.ROUNDING
+    assert killed == ["generate_completions", "_prepare"]
+    assert caplog.text.count(DEATH) == 2
+    assert_same_models(disturbed, undisturbed)
 
 
-def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, worker_pool: WorkerPool) -> None:
-    with worker_pool.in_use():
-        whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
+def engine_of_device_1(trainer: PPOTrainer) -> int:
+    """Its process id."""
+    assert trainer._fleet is not None
+    return trainer._fleet._generation_workers[1].worker.process_id
+
+
+def assert_same_models(one: PPOTrainer, other: PPOTrainer) -> None:
+    assert tiny.difference(one.policy_model, other.policy_model) < tiny.ROUNDING
+    assert tiny.difference(one.value_model, other.value_model) < tiny.ROUNDING
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
+    whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
 
     output_dir = tmp_path / "killed"
-    command = [sys.executable, tiny.__file__, str(output_dir), "--devices", "2"]
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", tiny.__name__, str(output_dir), "--devices", "2"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     children: list[psutil.Process] = []
+    assert process.stdout is not None
     try:
-        deadline = time.monotonic() + 240
-        while not (output_dir / "checkpoint-2").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        assert "saved 2\n" in iter(process.stdout.readline, ""), "the run ended before it could be killed"
         children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        process.stdout.close()
     _, orphans = psutil.wait_procs(children, timeout=60)  # Ray's agents look for their parent every few seconds
     # Those that lost their parent wait for init to take note of their end.
     assert not [process for process in orphans if process.status() != psutil.STATUS_ZOMBIE]
 
     resumed = tiny.trainer(output_dir, total_episodes=32, num_sample_generations=0)
-    with worker_pool.in_use():
-        resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=True)
     assert len(resumed.state.log_history) == 4
-    assert tiny.difference(whole.policy_model, resumed.policy_model) < tiny.ROUNDING  # two devices, then one
-    assert tiny.difference(whole.value_model, resumed.value_model) < tiny.ROUNDING
+    assert_same_models(whole, resumed)  # two devices, then one
     assert not [path.name for path in output_dir.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_dead_worker_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, num_devices=2, save_strategy="steps", save_steps=1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 from dataclasses import replace
@@ -16,7 +15,6 @@ from fuse.interstage.costs import SMALL_CPU
 from fuse.interstage.migration import Action, Migrate, RolloutState, feed
 from fuse.interstage.rollout_planner import RolloutPlanner
 
-from ..worker_pool import WorkerPool
 from . import tiny
 
 
@@ -45,7 +43,7 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
         models={"vocab_size": 512, "max_position_embeddings": 1024},  # ends are rare: samples last for seconds
         num_devices=2,
         total_episodes=8,
-        response_length=900,
+        response_length=500,
         num_sample_generations=0,
         **options,
     )
@@ -55,10 +53,9 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: make setup-vllm-cpu")
 def test_a_run_whose_samples_move_ends_where_the_run_does_in_which_they_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_pool: WorkerPool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooled_workers: None
 ) -> None:
-    with worker_pool.in_use():
-        weights, responses = _train(tmp_path / "stay", inter_stage_fusion=False)
+    weights, responses = _train(tmp_path / "stay", inter_stage_fusion=False)
     computing_is_dear = replace(SMALL_CPU, prefill_s=1e3)
     monkeypatch.setattr(RolloutPlanner, "policy", lambda planner, samples: _gather_on_the_first)
     monkeypatch.setattr(RolloutPlanner, "costs", lambda planner: computing_is_dear)
@@ -70,12 +67,3 @@ def test_a_run_whose_samples_move_ends_where_the_run_does_in_which_they_stay(
     admits = [event["args"] for trace in traces for event in trace["traceEvents"] if event["name"] == "admit"]
     assert any(sizes["bytes"] for sizes in admits)
     assert not any(sizes["lost"] for sizes in admits)
-
-
-def test_a_missing_package_is_reported_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(package: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(package)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ValueError, match=r"kv_transfer='nixl' needs nixl 1\.5\.1, which is not installed"):
-        tiny.trainer(tmp_path, kv_transfer="nixl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def test_refused_with_one_line_and_nothing_written(change: Change, message: str,
         PPOTrainer(**arguments)
     assert "\n" not in str(refusal.value)
     assert not output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"engine": "vllm"}, r"needs vLLM 0\.32, which is not installed"),
+        ({"kv_transfer": "nixl"}, r"kv_transfer='nixl' needs nixl 1\.5\.1, which is not installed"),
+    ],
+)
+def test_a_missing_package_is_reported_before_anything_starts(
+    option: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, **option)
 
 
 def test_there_must_be_something_to_resume_from(tmp_path: Path) -> None:

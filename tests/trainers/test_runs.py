@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from fuse import PPOTrainer
 from ..worker_pool import WorkerPool
 from . import tiny
 
-
-@pytest.fixture(autouse=True)
-def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
-    with worker_pool.in_use():
-        yield
+pytestmark = pytest.mark.usefixtures("pooled_workers")
 
 
 @pytest.fixture(scope="module")

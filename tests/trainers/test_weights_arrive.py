@@ -7,7 +7,6 @@ every update, must find the log-probabilities that they told.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,51 +14,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GPTNeoXForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from fuse import PPOTrainer
+from fuse.driver import fleet
 from fuse.sample import Sample, SampleState
 from fuse.training import scoring as inference
 from fuse.training.model_spec import ModelSpec
+from fuse.workers.cluster import Cluster
 
-from ..worker_pool import WorkerPool
 from . import tiny
 
 ROUNDING = 1e-5
 """Of log-probabilities and values computed elsewhere; stale weights are off by 1e-2 after a step of 1e-2."""
 PROBE = ((2, 5, 3), (7, 4, 9, 2))
 
-
-@pytest.fixture(autouse=True)
-def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
-    with worker_pool.in_use():
-        yield
+pooled = pytest.mark.usefixtures("pooled_workers")
 
 
 def models(kind: str, *, tied: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A policy and a critic of 2 layers."""
-    if kind == "llama":
-        return tiny.policy(tie_word_embeddings=tied), tiny.scorer(1)
-    sizes = {**tiny.llama_config().to_dict(), "tie_word_embeddings": tied, "num_labels": 1}
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    options = {name: sizes[name] for name in (*names, "max_position_embeddings", "pad_token_id", "num_labels")}
-    options |= {"tie_word_embeddings": tied, "eos_token_id": 1, "bos_token_id": None}
-    torch.manual_seed(0)
-    if kind == "qwen2":
-        config = Qwen2Config(**options, num_key_value_heads=1)
-        return Qwen2ForCausalLM(config), Qwen2ForSequenceClassification(config)
-    neox = GPTNeoXConfig(**options)
-    return GPTNeoXForCausalLM(neox), GPTNeoXForSequenceClassification(neox)
+    return tiny.policy(kind, tie_word_embeddings=tied), tiny.scorer(1, kind)
 
 
 class Scores(TrainerCallback):
@@ -112,7 +87,9 @@ def keep_engine_weights(trainer: PPOTrainer, directory: Path) -> None:
     trainer._settings = replace(trainer._settings, engine=make)
 
 
-def trained(output_dir: Path, policy: PreTrainedModel, critic: PreTrainedModel, **options: Any) -> PPOTrainer:
+def trained(
+    output_dir: Path, policy: PreTrainedModel, critic: PreTrainedModel, *, reward: Any = tiny.count_a, **options: Any
+) -> PPOTrainer:
     """Three updates of one step each, so that every token was sampled by the weights that score it first."""
     output_dir.mkdir()
     scores = Scores()
@@ -126,7 +103,7 @@ def trained(output_dir: Path, policy: PreTrainedModel, critic: PreTrainedModel, 
         processing_class=tiny.tokenizer(),
         model=policy,
         ref_model=None,
-        reward_model=tiny.count_a,
+        reward_model=reward,
         train_dataset=tiny.rows(),
         value_model=critic,
         callbacks=[scores],
@@ -170,11 +147,11 @@ def _parts(name: str) -> list[str]:
     return [name]
 
 
+@pooled
 @pytest.mark.parametrize(
     ("kind", "tied", "num_devices"),
     [
         ("llama", True, 1),
-        ("llama", True, 2),
         ("llama", False, 2),
         ("qwen2", True, 2),
         ("gpt_neox", False, 1),
@@ -187,15 +164,19 @@ def test_every_copy_has_what_an_update_trained(tmp_path: Path, kind: str, tied: 
     assert (policy.get_output_embeddings().weight is policy.get_input_embeddings().weight) == tied
 
 
+@pooled
 def test_a_tied_model_trains_on_megatron_stages(tmp_path: Path) -> None:
     policy, critic = tiny.policy(tie_word_embeddings=True, num_key_value_heads=2), tiny.scorer(1, num_key_value_heads=2)
     trained(tmp_path / "run", policy, critic, num_devices=2, train_backend="megatron")
     check_engines(tmp_path / "run", policy, 2)
 
 
+@pooled
 def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    whole, _ = models("llama", tied=True)
-    trained(tmp_path / "whole", whole, tiny.scorer(1), num_devices=2, save_steps=1)
+    whole, critic = models("llama", tied=True)
+    trained(tmp_path / "whole", whole, critic, num_devices=2, save_steps=1)
+    check_engines(tmp_path / "whole", whole, 2)
+    assert whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
     resumed = tiny.trainer(
         tmp_path / "whole",
         models={"tie_word_embeddings": True},
@@ -210,26 +191,42 @@ def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert tiny.difference(resumed.policy_model, whole) < tiny.ROUNDING
 
 
+@pooled
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize(("tied", "num_devices"), [(True, 2), (False, 1)])
-def test_every_copy_has_it_with_vllm(
-    tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, tied: bool, num_devices: int
+@pytest.mark.parametrize(("tied", "num_devices", "rounding"), [(True, 2, tiny.ROUNDING), (False, 1, 1e-5)])
+def test_a_run_with_vllm_is_the_run_with_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, num_devices: int, rounding: float
 ) -> None:
-    from fuse.driver import fleet
-    from fuse.workers.cluster import Cluster
+    """With either engine, every copy has what was trained; and responses, scores and weights are the same."""
 
+    def train(engine: str, **options: Any) -> tuple[PPOTrainer, list[str]]:
+        responses: list[str] = []
+
+        def reward(prompts: list[str], completions: list[str], target: list[int]) -> list[float]:
+            responses.extend(completions)
+            return tiny.count_a(prompts, completions, target)
+
+        policy = tiny.policy(tie_word_embeddings=tied, head_dim=32)
+        trainer = trained(
+            tmp_path / engine,
+            policy,
+            tiny.scorer(1, head_dim=32),
+            reward=reward,
+            num_devices=num_devices,
+            engine=engine,
+            **options,
+        )
+        check_engines(tmp_path / engine, policy, num_devices)
+        return trainer, sorted(responses)
+
+    expected, expected_responses = train("transformers")
     monkeypatch.setattr(fleet, "Cluster", Cluster)  # vLLM takes its process over: no pool's
-    policy = tiny.policy(tie_word_embeddings=tied, head_dim=32)
-    trained(
-        tmp_path / "run",
-        policy,
-        tiny.scorer(1, head_dim=32),
-        num_devices=num_devices,
-        engine="vllm",
-        generation_cache_bytes=1 << 22,
-    )
-    check_engines(tmp_path / "run", policy, num_devices)
+    trainer, responses = train("vllm", generation_cache_bytes=1 << 22)
+    assert responses == expected_responses
+    assert tiny.difference(trainer.policy_model, expected.policy_model) < rounding
+    kl, expected_kl = ([row["objective/kl"] for row in one.state.log_history] for one in (trainer, expected))
+    assert kl == pytest.approx(expected_kl, abs=1e-4)
 
 
 def test_what_copies_could_not_share_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""A PPO run of seconds: a tiny Llama, a letter tokenizer, a reward one can compute by hand. Also runs as a script."""
+"""A PPO run of seconds: a tiny Llama, a letter tokenizer, a reward one can compute by hand. Also a program."""
 
 from __future__ import annotations
 
@@ -10,46 +10,36 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from fuse import PPOConfig, PPOTrainer
+
+from ..tiny_models import build, classifier, language_model, word_tokenizer
 
 VOCABULARY = ["<pad>", "<eos>", *string.ascii_lowercase[:14]]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per letter a..n."""
-    inner = Tokenizer(WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
-    inner.pre_tokenizer = Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer(VOCABULARY, unknown="<pad>", splits=True, pad_token="<pad>", eos_token="<eos>")
 
 
-def llama_config(**overrides: Any) -> LlamaConfig:
-    options = {
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return LlamaConfig(**(options | overrides))
+OPTIONS: Mapping[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
 
 
-def policy(**overrides: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(llama_config(**overrides))
+def policy(architecture: str = "llama", **overrides: Any) -> Any:
+    return build(language_model(architecture, **{**OPTIONS, **overrides}))
 
 
-def scorer(seed: int, **overrides: Any) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
-    return LlamaForSequenceClassification(llama_config(num_labels=1, **overrides))
+def scorer(seed: int, architecture: str = "llama", **overrides: Any) -> Any:
+    return build(classifier(architecture, **{**OPTIONS, **overrides}), seed=seed)
 
 
 def rows(count: int = 16) -> list[dict[str, Any]]:
@@ -119,6 +109,13 @@ def difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
     return max(float((one - other).abs().max()) for one, other in pairs)
 
 
+class Announce(TrainerCallback):
+    """Prints the number of every update that was saved."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        print(f"saved {state.global_step}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir", type=Path)
@@ -133,5 +130,6 @@ if __name__ == "__main__":
         save_strategy="steps",
         save_steps=1,
         num_sample_generations=0,
+        callbacks=[Announce()],
     )
     run.train(resume_from_checkpoint=arguments.resume)

@@ -7,17 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from fuse.training.scoring import (
     MicroBatchLimit,
@@ -28,15 +18,14 @@ from fuse.training.scoring import (
     values,
 )
 
-SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+from ..tiny_models import ModelKind, build, classifier, language_model, spread
+
 SMALL = MicroBatchLimit(max_samples=3, max_tokens=40)
 
 
-def ready(model: PreTrainedModel) -> PreTrainedModel:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.eval()
+def ready(kind: ModelKind) -> PreTrainedModel:
+    model: PreTrainedModel = spread(build(kind), std=0.3, generator=torch.Generator().manual_seed(1))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +39,18 @@ def sequences() -> list[TokenSequence]:
 
 
 @pytest.mark.parametrize(
-    "model",
+    "kind",
     [
-        LlamaForCausalLM(LlamaConfig(**SIZES)),
-        Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1, tie_word_embeddings=True)),
+        language_model(),
+        language_model("qwen2", tie_word_embeddings=True),
     ],
     ids=["llama", "qwen2"],
 )
 @pytest.mark.parametrize("limit", [SMALL, MicroBatchLimit()], ids=["small", "default"])
 def test_logprobs_are_those_of_each_sequence_alone(
-    model: PreTrainedModel, limit: MicroBatchLimit, sequences: list[TokenSequence]
+    kind: ModelKind, limit: MicroBatchLimit, sequences: list[TokenSequence]
 ) -> None:
-    model = ready(model)
+    model = ready(kind)
     for got, sequence in zip(reference_logprobs(model, sequences, 0.7, limit=limit), sequences, strict=True):
         ids = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
         logits = model(ids).logits[0] / 0.7
@@ -72,17 +61,15 @@ def test_logprobs_are_those_of_each_sequence_alone(
 
 
 @pytest.mark.parametrize(
-    "model",
+    "kind",
     [
-        LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)),
-        GPTNeoXForSequenceClassification(GPTNeoXConfig(**SIZES, num_labels=1)),
+        classifier(),
+        classifier("gpt_neox"),
     ],
     ids=["llama", "neox"],
 )
-def test_values_and_scores_are_those_of_each_sequence_alone(
-    model: PreTrainedModel, sequences: list[TokenSequence]
-) -> None:
-    model = ready(model)
+def test_values_and_scores_are_those_of_each_sequence_alone(kind: ModelKind, sequences: list[TokenSequence]) -> None:
+    model = ready(kind)
     got_values = values(model, sequences, 9, limit=SMALL)
     got_scores = scores(model, sequences, limit=SMALL)
     for value, score, sequence in zip(got_values, got_scores, sequences, strict=True):
@@ -95,7 +82,7 @@ def test_values_and_scores_are_those_of_each_sequence_alone(
 
 
 def test_bfloat16_is_near_and_not_equal(sequences: list[TokenSequence]) -> None:
-    model = ready(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    model = ready(language_model())
     exact = np.concatenate(reference_logprobs(model, sequences, 1.0))
     rounded = np.concatenate(reference_logprobs(model, sequences, 1.0, autocast=torch.bfloat16))
     assert 0 < np.abs(exact - rounded).max() < 0.5
@@ -103,12 +90,12 @@ def test_bfloat16_is_near_and_not_equal(sequences: list[TokenSequence]) -> None:
 
 
 def test_no_sequences_give_no_results() -> None:
-    model = ready(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    model = ready(language_model())
     assert reference_logprobs(model, [], 1.0) == []
 
 
 def test_a_reward_model_with_several_outputs_is_refused(sequences: list[TokenSequence]) -> None:
-    model = ready(LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=2)))
+    model = ready(classifier(num_labels=2))
     with pytest.raises(ValueError, match=r"gives 2 scores per token .*num_labels=1"):
         scores(model, sequences)
 

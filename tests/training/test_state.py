@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.training.state import load_state, save_state
+
+from ..tiny_models import build, language_model
 
 BATCH = MicroBatch(input_ids=torch.tensor([[3, 1, 4, 1, 5]]), head_index=torch.arange(5), targets=None)
 
@@ -25,17 +26,10 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
 
 def optimizer_of(num_stages: int = 2, num_layers: int = 3, seed: int = 0, hidden_size: int = 16) -> ModelOptimizer:
     """A model with random weights that has taken one step, so that no moment is zero by accident."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=hidden_size,
-        intermediate_size=24,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-    )
-    state = LlamaForCausalLM(config).state_dict()
+    model = language_model(vocab_size=32, hidden_size=hidden_size, num_hidden_layers=num_layers)
+    state = build(model, seed=seed).state_dict()
     stages = {
-        (0, number): TransformersStage(LlamaForCausalLM, config, stage=number, num_stages=num_stages, loss=loss)
+        (0, number): TransformersStage(*model, stage=number, num_stages=num_stages, loss=loss)
         for number in range(num_stages)
     }
     hidden = grad = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ class SteppedEngine(ReplayEngine):
 
     def allow(self, num_steps: int) -> None:
         self.permits.release(num_steps)
+
+
+class CountingEngine(ReplayEngine):
+    """Tells when it has taken so many steps."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__(recordings(num_steps))
+        self.left, self.done = num_steps, threading.Event()
+
+    def step(self) -> list[GeneratedToken]:
+        tokens = super().step()
+        self.left -= 1
+        if not self.left:
+            self.done.set()
+        return tokens
 
 
 class BrokenEngine(ReplayEngine):
@@ -146,15 +162,23 @@ def test_unfinished_samples_are_reported_when_the_time_is_up(make: Make) -> None
 
 
 def test_the_loop_decodes_while_nobody_polls(make: Make) -> None:
-    worker = make(ReplayEngine(recordings(500)))
+    engine = CountingEngine(500)
+    worker = make(engine)
     worker.submit([request(0)])
-    deadline_s = time.monotonic() + PATIENCE_S
-    num_steps = 0
-    while num_steps < 500 and time.monotonic() < deadline_s:
-        num_steps += len(worker.drain_spans())
-        time.sleep(0.001)
+    assert engine.done.wait(PATIENCE_S)
     (only,) = worker.poll(PATIENCE_S)
     assert (len(only.token_ids), only.finished) == (500, True)
+
+
+class ToldQueue(queue.SimpleQueue[Any]):
+    """Tells when something was put in."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item)
+        self.told.set()
 
 
 def test_an_evicted_sample_carries_its_tokens_and_continues_elsewhere(make: Make) -> None:
@@ -164,11 +188,11 @@ def test_an_evicted_sample_carries_its_tokens_and_continues_elsewhere(make: Make
     engine.allow(1)
     finished = first.poll(PATIENCE_S)
     assert [one.sample_id for one in finished if one.finished] == [1]
+    first._commands = commands = ToldQueue()  # the loop looks there between any two steps
     with ThreadPoolExecutor() as threads:
         eviction = threads.submit(first.evict, [0, 1])
-        while first._commands.empty() and not eviction.done():
-            time.sleep(0.001)
-        engine.allow(1)  # the loop may be waiting in its second step
+        assert commands.told.wait(PATIENCE_S)
+        engine.allow(1)
         evicted = eviction.result()
     assert [one.request.sample_id for one in evicted] == [0], "sample 1 has finished"
     num_tokens = len(evicted[0].request.response_ids)

@@ -21,6 +21,8 @@ from fuse.workers.errors import WorkerError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
+pytestmark = [pytest.mark.own_ray, pytest.mark.processes]
+
 PATIENCE_S = 60.0
 
 

@@ -4,23 +4,29 @@ got where they were, and when their KV dies on the way, too."""
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import psutil
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import ray
+from transformers import LlamaForCausalLM
 
 from fuse.driver.engine_choice import EngineKind, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.training.model_spec import ModelSpec
-from fuse.workers.calls import gather
+from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster
-from fuse.workers.generation_handle import GenerationHandle
-from fuse.workers.generation_worker import Departure, Progress
-from fuse.workers.weights import WeightsRef, put_state_dict
+from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
+from fuse.workers.kv.transfer import KVTransfer
+from fuse.workers.weights import put_state_dict
+
+from ..tiny_models import build, language_model
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
 PATIENCE_S = 60.0
 NEW_TOKENS = 600  # more than an engine makes while the driver is held up between two calls
@@ -38,7 +44,6 @@ def needs(package: str) -> pytest.MarkDecorator:
 ENGINES = ["transformers", pytest.param("vllm", marks=[needs("vllm"), pytest.mark.slow])]
 CARRIERS = ["object_store", pytest.param("nixl", marks=needs("nixl"))]
 Response = tuple[list[int], list[float]]
-MakeWorkers = Callable[[str, str], tuple[GenerationHandle, GenerationHandle]]
 
 
 def request(sample_id: int, context_tokens: int = 20) -> GenerationRequest:
@@ -49,42 +54,67 @@ def request(sample_id: int, context_tokens: int = 20) -> GenerationRequest:
     )
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=128,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            initializer_range=0.1,
+class CarryingWorker(GenerationWorker):
+    """Takes another carrier while it has no sample."""
+
+    def carry_by(self, make_kv_transfer: Callable[[], KVTransfer]) -> None:
+        self._kv_transfer.close()
+        self._kv_transfer = make_kv_transfer()
+
+
+class Workers:
+    """Two workers with each engine, which outlive a test unless it ends them: an engine takes long to start."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._workers: dict[tuple[str, int], Worker] = {}
+        self._model: LlamaForCausalLM = build(
+            language_model(
+                vocab_size=97,
+                hidden_size=128,
+                intermediate_size=64,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                initializer_range=0.1,
+            )
         )
-    )
+        self.weights = put_state_dict(self._model.state_dict())
+
+    def take(self, engine: EngineKind, carrier: KVCarrier) -> tuple[Worker, Worker]:
+        """Source and target, whose engines are empty."""
+        pair = self._take(engine, 0), self._take(engine, 1)
+        transfer = choose_kv_transfer(carrier, "cpu", is_local=True)
+        gather([worker.call(CarryingWorker.carry_by, transfer) for worker in pair])
+        gather([worker.call(CarryingWorker.drain_spans) for worker in pair])
+        return pair
+
+    def _take(self, engine: EngineKind, device: int) -> Worker:
+        if (engine, device) not in self._workers:
+            chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
+            make_engine = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu")
+            worker = self._cluster.spawn("generation worker", device, CarryingWorker, make_engine)
+            self._workers[engine, device] = worker
+        return self._workers[engine, device]
+
+    def end(self, *workers: Worker) -> None:
+        for key, worker in list(self._workers.items()):
+            if worker in workers:
+                self._cluster.kill(self._workers.pop(key))
+
+    def close(self) -> None:
+        self.end(*self._workers.values())
 
 
 @pytest.fixture(scope="module")
-def weights(cluster: Cluster, model: LlamaForCausalLM) -> WeightsRef:
-    return put_state_dict(model.state_dict())
+def workers(cluster: Cluster) -> Iterator[Workers]:
+    started = Workers(cluster)
+    yield started
+    started.close()
 
 
-@pytest.fixture
-def make_workers(cluster: Cluster, model: LlamaForCausalLM, weights: WeightsRef) -> Iterator[MakeWorkers]:
-    started: list[GenerationHandle] = []
-
-    def make(engine: EngineKind, carrier: KVCarrier) -> tuple[GenerationHandle, GenerationHandle]:
-        chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
-        make_engine = partial(chosen, ModelSpec.of(model), [weights], "cpu")
-        make_kv_transfer = choose_kv_transfer(carrier, "cpu", is_local=True)
-        started.extend(GenerationHandle.spawn(cluster, device, make_engine, make_kv_transfer) for device in (0, 1))
-        return started[0], started[1]
-
-    yield make
-    for engine in started:
-        cluster.kill(engine.worker)
+def ask(worker: Worker, method: Callable[..., Any], *arguments: Any) -> Any:
+    return worker.call(method, *arguments).result()
 
 
 def take(responses: dict[int, Response], reports: Sequence[Progress]) -> int:
@@ -97,22 +127,22 @@ def take(responses: dict[int, Response], reports: Sequence[Progress]) -> int:
     return sum(one.finished for one in reports)
 
 
-def evict(engine: GenerationHandle, responses: dict[int, Response], sample_ids: Sequence[int]) -> list[Departure]:
-    departures = engine.evict(sample_ids, True).result()
+def evict(worker: Worker, responses: dict[int, Response], sample_ids: Sequence[int]) -> list[Departure]:
+    departures: list[Departure] = ask(worker, CarryingWorker.evict, sample_ids, True)
     for one in departures:
         responses[one.request.sample_id] = list(one.request.response_ids), list(one.request.logprobs)
     assert [one.request.sample_id for one in departures] == list(sample_ids), "a sample has finished too early"
     return departures
 
 
-def wait_for_tokens(engine: GenerationHandle, responses: dict[int, Response], sample_id: int) -> None:
+def wait_for_tokens(worker: Worker, responses: dict[int, Response], sample_id: int) -> None:
     while not responses.get(sample_id, ([], []))[0]:
-        take(responses, engine.poll(0.001).result())
+        take(responses, ask(worker, CarryingWorker.poll, 0.001))
 
 
-def finish(engine: GenerationHandle, responses: dict[int, Response], num_samples: int) -> None:
+def finish(worker: Worker, responses: dict[int, Response], num_samples: int) -> None:
     while num_samples:
-        num_samples -= take(responses, engine.poll(PATIENCE_S).result())
+        num_samples -= take(responses, ask(worker, CarryingWorker.poll, PATIENCE_S))
 
 
 def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> None:
@@ -124,28 +154,28 @@ def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> N
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
-    make_workers: MakeWorkers, engine: str, carrier: str
+    workers: Workers, engine: EngineKind, carrier: KVCarrier
 ) -> None:
     """Into an engine that runs the first, and that is full and sends the others back before it could."""
-    source, target = make_workers(engine, carrier)
+    source, target = workers.take(engine, carrier)
     requests = [request(index, context) for index, context in enumerate(CONTEXTS)]
     moved: dict[int, Response] = {}
     departures = []
     for one in requests:
-        source.submit([one]).result()
+        ask(source, CarryingWorker.submit, [one])
         wait_for_tokens(source, moved, one.sample_id)
         departures += evict(source, moved, [one.sample_id])
     assert all(one.kv is not None for one in departures)
-    admits = [target.admit(some) for some in (departures[:2], departures[2:3], departures[3:])]
+    admits = [target.call(CarryingWorker.admit, some) for some in (departures[:2], departures[2:3], departures[3:])]
     back = evict(target, moved, [2, 3])  # next, for calls run in order
     gather(admits)
     assert all(one.kv is not None for one in back)
     assert [one.request for one in back] == [one.request for one in departures[2:]], "they left before they ran"
-    source.admit(back).result()
+    ask(source, CarryingWorker.admit, back)
     finish(target, moved, 2)
     finish(source, moved, 2)
     num_bytes = sum(one.kv.num_bytes for one in (*departures, *back) if one.kv is not None)
-    all_spans = [engine.drain_spans().result() for engine in (source, target)]
+    all_spans = [ask(worker, CarryingWorker.drain_spans) for worker in (source, target)]
     admitted = [span.arguments for one in all_spans for span in one if span.name == "admit"]
     assert sum(sizes["bytes"] for sizes in admitted) == num_bytes
     assert sum(sizes["lost"] for sizes in admitted) == 0
@@ -153,26 +183,27 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
     assert computed == 0, "KV spares the prefill"
 
     stayed: dict[int, Response] = {}
-    source.submit(requests).result()
+    ask(source, CarryingWorker.submit, requests)
     finish(source, stayed, len(requests))
     assert_same(moved, stayed)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: MakeWorkers, carrier: str) -> None:
-    source, target = make_workers("transformers", carrier)
+def test_samples_whose_kv_dies_with_its_worker_are_computed_again(workers: Workers, carrier: KVCarrier) -> None:
+    source, target = workers.take("transformers", carrier)
     requests = [request(index, context) for index, context in enumerate(CONTEXTS[:2])]
     moved: dict[int, Response] = {}
-    source.submit(requests).result()
+    ask(source, CarryingWorker.submit, requests)
     for one in requests:
         wait_for_tokens(source, moved, one.sample_id)
     departures = evict(source, moved, [0, 1])
-    process = psutil.Process(source.worker.process_id)
+    process = psutil.Process(source.process_id)
     process.kill()
     process.wait(PATIENCE_S)
-    target.admit(departures).result()
+    workers.end(source)
+    ask(target, CarryingWorker.admit, departures)
     finish(target, moved, 2)
-    recorded = target.drain_spans().result()
+    recorded = ask(target, CarryingWorker.drain_spans)
     (admit,) = (span.arguments for span in recorded if span.name == "admit")
     assert admit["lost"] == 2 or carrier == "object_store"  # which may have it still, or one of the two
     assert (admit["bytes"] == 0) == (admit["lost"] == 2)
@@ -181,30 +212,29 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(make_workers: 
     assert computed in ([0], contexts, [sum(contexts)])[admit["lost"]]
 
     stayed: dict[int, Response] = {}
-    target.submit(requests).result()
+    ask(target, CarryingWorker.submit, requests)
     finish(target, stayed, 2)
     assert_same(moved, stayed)
 
 
 @needs("nixl")
-def test_what_was_never_fetched_is_taken_back_with_the_next_weights(
-    make_workers: MakeWorkers, weights: WeightsRef
-) -> None:
-    source, target = make_workers("transformers", "nixl")
+def test_what_was_never_fetched_is_taken_back_with_the_next_weights(workers: Workers) -> None:
+    source, target = workers.take("transformers", "nixl")
     addresses = []
     for sample_id in (0, 1, 2):
         responses: dict[int, Response] = {}
-        source.submit([request(sample_id)]).result()
+        ask(source, CarryingWorker.submit, [request(sample_id)])
         wait_for_tokens(source, responses, sample_id)
         (departure,) = evict(source, responses, [sample_id])
         assert departure.kv is not None
         addresses.append(departure.kv.address)
         if sample_id == 1:
-            source.load_weights([weights]).result()
+            ask(source, CarryingWorker.load_weights, [workers.weights])
     assert addresses[0] != addresses[1]
     assert addresses[2] in addresses[:2]
-    target.admit([departure]).result()
+    ask(target, CarryingWorker.admit, [departure])
     finish(target, responses, 1)
     assert len(responses[2][0]) == NEW_TOKENS
-    source.close().result()
-    target.close().result()
+    ask(source, CarryingWorker.close)
+    ask(target, CarryingWorker.close)
+    workers.end(source, target)

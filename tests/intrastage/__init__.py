@@ -1,0 +1,1 @@
+"""Stages, what schedules them and what measures them."""

@@ -1,0 +1,1 @@
+"""What model workers do with models."""

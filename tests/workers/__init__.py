@@ -1,0 +1,1 @@
+"""Workers, what they carry, and the Ray clusters that they live in."""
