@@ -22,7 +22,7 @@ _NUM_LAST_LINES = 40
 
 
 def as_received(argument: Remote[_T]) -> _T:
-    """An argument as the type that the worker gets; a reference, which Ray resolves on the way, stays one here."""
+    """The argument itself, with the type that it has where it arrives: Ray resolves references on the way."""
     return cast(_T, argument)
 
 
@@ -50,9 +50,9 @@ class Worker(Generic[_W]):
         self._logs = logs
 
     def call(self, method: Callable[Concatenate[_W, _P], _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """Call the object's method of the name of this one of its class; arguments and result are pickled.
+        """Call a method of the object, named by its class's own: `worker.call(GenerationWorker.poll, 1.0)`.
 
-        An argument `as_received` is resolved.
+        Arguments and result are pickled; references among the arguments arrive as what they refer to.
         """
         name = method.__name__
         entry = self._actor.call_beside if name in self._concurrent else self._actor.call
