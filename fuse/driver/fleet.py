@@ -160,9 +160,18 @@ class Fleet:
         """What operations of rollouts cost here, as measured so far; None before there is enough."""
         return self._rollouts.costs()
 
-    def generate(self, samples: Sequence[Sample], params: SamplingParams) -> None:
-        """Fill in the samples' responses."""
-        controller.generate(self._generation_workers, samples, params, self.settings.pad_token_id, self._tell)
+    def generate(
+        self, samples: Sequence[Sample], params: SamplingParams, *, max_new_tokens: Mapping[int, int] | None = None
+    ) -> None:
+        """Fill in the samples' responses. max_new_tokens: as of `roll_out`."""
+        controller.generate(
+            self._generation_workers,
+            samples,
+            params,
+            self.settings.pad_token_id,
+            self._tell,
+            max_new_tokens=max_new_tokens,
+        )
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in the samples' reference log-probabilities, values and, from a reward model, scores."""
@@ -251,6 +260,12 @@ class Fleet:
     def serial_bubble_ratio(self) -> float | None:
         """Idle share that the last update's training would have had without fusion; None where it is not known."""
         return self._planner.serial_bubble_ratio
+
+    @property
+    def process_ids(self) -> dict[str, list[int]]:
+        """Of the workers, by their kind."""
+        workers = {"generation": self._generation_workers, "model": self._model_workers}
+        return {kind: [worker.process_id for worker in those] for kind, those in workers.items()}
 
     def _exported(self, model: ModelName) -> list[WeightsRef]:
         return [ref for ref in self._on_models("export_weights", model) if ref is not None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from fuse.activity import silent
 from fuse.algorithms.ppo import response_length
@@ -22,17 +23,24 @@ def generate(
     params: SamplingParams,
     pad_token_id: int,
     tell: Callable[[str], None] = silent,
+    *,
+    max_new_tokens: Mapping[int, int] | None = None,
 ) -> None:
     """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
 
-    tell: hears how far it is.
+    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`.
 
     Raises:
         WorkerError: an engine died or raised.
     """
     by_id = {sample.id: sample for sample in samples}
     shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
-    gather([engine.call("submit", [_request(sample, params) for sample in share]) for engine, share in shares.items()])
+    limits = max_new_tokens or {}
+    submissions = []
+    for engine, share in shares.items():
+        requests = [_request(sample, params, limits.get(sample.id, params.max_new_tokens)) for sample in share]
+        submissions.append(engine.call("submit", requests))
+    gather(submissions)
     for sample in samples:
         sample.advance(SampleState.GENERATING)
 
@@ -79,7 +87,8 @@ def progress_text(samples: Sequence[Sample]) -> str:
 _LIVE = frozenset({SampleState.QUEUED, SampleState.GENERATING, SampleState.MIGRATING})
 
 
-def _request(sample: Sample, params: SamplingParams) -> GenerationRequest:
+def _request(sample: Sample, params: SamplingParams, max_new_tokens: int) -> GenerationRequest:
+    params = replace(params, max_new_tokens=max_new_tokens)
     return GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=params)
 
 

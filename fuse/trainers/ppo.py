@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ from fuse.config.settings import fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample
-from fuse.trace import PhaseClock, write_chrome_trace
+from fuse.trace import PhaseClock, Span, write_chrome_trace
 from fuse.trainers import checks, prompts
 from fuse.trainers.callbacks import PolicyAndValue, PPOState, callback_handler, initial_state, learning_rate_schedule
 from fuse.trainers.completions import print_completions
+from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.report import iteration_report, summary_line
 from fuse.trainers.rewards import RewardCalls, RewardFunction
@@ -63,6 +64,9 @@ class PPOTrainer:
 
     After `train()` the trained weights are in `model` and `value_model`.
 
+    max_new_tokens: an attribute, by the number of a sample in the run: at most so many tokens of its response, in place
+        of `args.response_length`. Without a stop token it forces lengths.
+
     Raises:
         ValueError: arguments that cannot be trained, with what, why and the remedy; nothing has been started then.
     """
@@ -93,6 +97,7 @@ class PPOTrainer:
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.data_collator = data_collator
+        self.max_new_tokens: Mapping[int, int] = {}
         self._output_dir = Path(args.output_dir or "trainer_output")
         self.stop_token_id = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
         self.model = PolicyAndValue(model, value_model)
@@ -130,29 +135,49 @@ class PPOTrainer:
             WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
         """
-        args = self.args
+        with self.updates(resume_from_checkpoint) as updates:
+            for _ in updates:
+                pass
+
+    @contextmanager
+    def updates(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[Iterator[Iteration]]:
+        """What `train` does, update by update: workers run within, and each `next` of what this gives is an update.
+
+        Asked for all of them, it ends as `train` does; left before, it stops the workers.
+
+        Raises: as `train`.
+        """
         resumed = checkpoint.find(self._output_dir, resume_from_checkpoint) if resume_from_checkpoint else None
         self._begin_state(resumed)
-        batches = prompts.batches(self.get_train_dataloader(), start=self.state.global_step)
         with self._workers(resumed) as fleet:
-            self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-            for update in range(self.state.global_step + 1, self.state.max_steps + 1):
-                clock = PhaseClock()
-                samples = self._samples(next(batches))
-                self._roll_out(fleet, samples, self._sampling_params(args.temperature + 1e-7), clock)
-                experience, metrics = self._prepare(samples)
-                with clock.phase("training"):
-                    steps = self._optimizer_steps(update)
-                    statistics = fleet.train(experience, steps, self._learning_rate)
-                with clock.phase("weights"):
-                    fleet.synchronise()
-                self._finish_update(metrics | self._training_metrics(steps, statistics), clock)
-                if self.control.should_training_stop:
-                    break
-            fleet.fetch_weights(self.policy_model, self.value_model)
-            self.control = self.callback_handler.on_train_end(args, self.state, self.control)
-            if self.control.should_save:
-                self._save_checkpoint()
+            yield self._updates(fleet)
+
+    def _updates(self, fleet: Fleet) -> Iterator[Iteration]:
+        args = self.args
+        batches = prompts.batches(self.get_train_dataloader(), start=self.state.global_step)
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        for update in range(self.state.global_step + 1, self.state.max_steps + 1):
+            clock = PhaseClock()
+            samples = self._samples(next(batches))
+            self._roll_out(fleet, samples, self._sampling_params(args.temperature + 1e-7), clock)
+            experience, metrics = self._prepare(samples)
+            with clock.phase("training"):
+                steps = self._optimizer_steps(update)
+                statistics = fleet.train(experience, steps, self._learning_rate)
+            with clock.phase("weights"):
+                fleet.synchronise()
+            yield self._finish_update(samples, metrics | self._training_metrics(steps, statistics), clock)
+            if self.control.should_training_stop:
+                break
+        fleet.fetch_weights(self.policy_model, self.value_model)
+        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+        if self.control.should_save:
+            self._save_checkpoint()
+
+    @property
+    def process_ids(self) -> dict[str, list[int]]:
+        """Of the workers that run, by their kind: generation and model."""
+        return {} if self._fleet is None else self._fleet.process_ids
 
     # What the loop is made of
 
@@ -209,10 +234,10 @@ class PPOTrainer:
         with RewardCalls(function, decode) as rewards:
             if self.args.inter_stage_fusion:
                 with clock.phase("rollout"):
-                    fleet.roll_out(samples, params, rewards.submit)
+                    fleet.roll_out(samples, params, rewards.submit, max_new_tokens=self.max_new_tokens)
             else:
                 with clock.phase("generation"):
-                    fleet.generate(samples, params)
+                    fleet.generate(samples, params, max_new_tokens=self.max_new_tokens)
                 with clock.phase("inference"):
                     fleet.infer(samples)
                 rewards.submit(samples)
@@ -257,14 +282,22 @@ class PPOTrainer:
         averages = average_statistics(steps, statistics, table_shape=shape if args.trl_quirks else None)
         return averages | sampler_differences(statistics[0])
 
-    def _finish_update(self, metrics: dict[str, float], clock: PhaseClock) -> None:
+    def _finish_update(self, samples: Sequence[Sample], metrics: dict[str, float], clock: PhaseClock) -> Iteration:
         """Count the update, report it, and save what is due."""
         args, state = self.args, self.state
+        assert self._fleet is not None
         state.global_step += 1
         state.epoch = state.episode / len(self.train_dataset)
         eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
-        self.log(
-            {"eps": eps, **metrics, "lr": self._learning_rate, "episode": state.episode, **self._report_time(clock)}
+        tracks = self._fleet.drain_spans()
+        report = self._report_time(clock, tracks, self._fleet.serial_bubble_ratio)
+        self.log({"eps": eps, **metrics, "lr": self._learning_rate, "episode": state.episode, **report})
+        iteration = Iteration(
+            update=state.global_step,
+            samples=samples,
+            metrics=state.log_history[-1],
+            phases=dict(clock.seconds),
+            tracks=tracks,
         )
         self.optimizer.step()  # holds no gradients: tells the schedule that the workers stepped
         self.lr_scheduler.step()
@@ -274,14 +307,16 @@ class PPOTrainer:
         every = max(1, state.max_steps // args.num_sample_generations) if args.num_sample_generations else 0
         if every and (state.global_step - 1) % every == 0:
             self.generate_completions(sampling=True)
+        return iteration
 
-    def _report_time(self, clock: PhaseClock) -> dict[str, float]:
+    def _report_time(
+        self, clock: PhaseClock, tracks: Mapping[str, Mapping[str, Sequence[Span]]], serial_bubble_ratio: float | None
+    ) -> dict[str, float]:
         """Write the iteration's trace, log its summary line, and return where its time went as metrics."""
-        assert self._fleet is not None
-        tracks, step = self._fleet.drain_spans(), self.state.global_step
+        step = self.state.global_step
         if self.args.trace_steps and step % self.args.trace_steps == 0:
             write_chrome_trace(self._output_dir / "traces" / f"iteration-{step:05d}.json", tracks)
-        report = iteration_report(tracks, clock, self._fleet.serial_bubble_ratio)
+        report = iteration_report(tracks, clock, serial_bubble_ratio)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
 
