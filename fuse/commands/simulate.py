@@ -10,24 +10,23 @@ maxima of tokens make a table of gains, a line each.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
 from fuse.commands.output import output_file
+from fuse.commands.tables import figures_table
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.drawing import picture
+from fuse.interstage.length_trace import LengthTrace, read_length_trace
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
@@ -36,8 +35,6 @@ from fuse.interstage.simulate import simulate
 from fuse.interstage.timeline import chart
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from schedules.export.svg import document
-
-Ints = NDArray[np.int64]
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
@@ -104,55 +101,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Trace:
-    """Recorded lengths [rows], and a key per row that is equal for equal prompts, or None."""
-
-    prompt_tokens: Ints
-    response_tokens: Ints
-    prompts: tuple[Hashable, ...]
-
-    def __len__(self) -> int:
-        return len(self.response_tokens)
-
-    def cut(self, max_tokens: int) -> Trace:
-        """With responses of at most `max_tokens`."""
-        if max_tokens < 1:
-            raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
-        return Trace(self.prompt_tokens, np.minimum(self.response_tokens, max_tokens), self.prompts)
-
-
-def read_trace(path: Path, prompt_tokens: int) -> Trace:
-    """Read a CSV trace; rows without prompt_tokens get the ones given, and no length is below one token.
-
-    Raises:
-        ValueError: no column output_tokens, no rows, or a length that is no number.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "output_tokens" not in columns:
-            raise ValueError(f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}")
-        prompts, responses, keys = [], [], []
-        for row in reader:
-            responses.append(_length(path, reader.line_num, "output_tokens", row["output_tokens"]))
-            prompts.append(
-                _length(path, reader.line_num, "prompt_tokens", row["prompt_tokens"])
-                if "prompt_tokens" in columns
-                else prompt_tokens
-            )
-            keys.append(row.get("prompt_id"))
-    if not responses:
-        raise ValueError(f"{path} has no rows: a trace has one per response")
-    return Trace(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64), tuple(keys))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Setting:
     """A trace, cut at `max_tokens` if that is given."""
 
     lengths: str
     max_tokens: int | None
-    trace: Trace
+    trace: LengthTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,13 +117,15 @@ class _Outcome:
     results: dict[str, list[SimulationResult]]
 
 
-def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> Trace:
-    trace = read_trace(path, arguments.prompt_tokens)
-    if len(trace) < arguments.batch * arguments.iterations:
-        raise ValueError(
-            f"{path} has {len(trace)} rows, fewer than {arguments.iterations} batches of {arguments.batch}: "
-            "lower --batch or --iterations"
-        )
+def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> LengthTrace:
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
+    trace = read_length_trace(
+        path,
+        at_least=arguments.batch * arguments.iterations,
+        prompt_tokens=arguments.prompt_tokens,
+        remedy="lower --batch or --iterations, or give a longer file",
+    )
     return trace if max_tokens is None else trace.cut(max_tokens)
 
 
@@ -197,7 +153,7 @@ class _Case:
     """One batch of the trace, and what the other rows teach."""
 
     def __init__(
-        self, arguments: argparse.Namespace, trace: Trace, costs: CostModel, limits: EngineLimits, start: int
+        self, arguments: argparse.Namespace, trace: LengthTrace, costs: CostModel, limits: EngineLimits, start: int
     ) -> None:
         batch = slice(start, start + arguments.batch)
         self._costs, self._limits, self._can_transfer = costs, limits, not arguments.no_transfer
@@ -284,9 +240,7 @@ def _row(
 def _show(console: Console, rows: Sequence[dict[str, object]], results: dict[str, list[SimulationResult]]) -> None:
     """Timelines and a table of one setting."""
     titles = ("policy", "seconds", "decoding", "gain", "of known", "of blind", "idle", "moves", "GB")
-    table = Table(*titles, box=SIMPLE, padding=(0, 0, 0, 1))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures_table(titles)
     for row in rows:
         table.add_row(str(row["policy"]), *_cells(row))
     none_s = _number(rows[0]["simulated_seconds"])
@@ -353,13 +307,6 @@ def _policies(text: str) -> tuple[str, ...]:
     return names
 
 
-def _length(path: Path, line: int, column: str, text: str | None) -> int:
-    try:
-        return max(1, int(text or ""))
-    except ValueError:
-        raise ValueError(f"{path} line {line}: {column} is {text!r}, not a whole number") from None
-
-
 def _costs(name: str) -> CostModel:
     if name in PROFILES:
         return PROFILES[name]
@@ -372,7 +319,7 @@ def _costs(name: str) -> CostModel:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _limits(arguments: argparse.Namespace, trace: Trace) -> EngineLimits:
+def _limits(arguments: argparse.Namespace, trace: LengthTrace) -> EngineLimits:
     """Responses may reach the longest of the trace, or --max-tokens where that cuts some."""
     max_new_tokens = int(trace.response_tokens.max())
     enough = (int(trace.prompt_tokens.max()) + max_new_tokens) * max(arguments.max_batch, arguments.batch)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fuse.benchmarks.comparison import compare
+from fuse.benchmarks.training.comparison import compare
 from fuse.intrastage.planned import PlannedTimes, times_of
 from fuse.intrastage.profile import Shape, merge, profile_from_json
 from fuse.trace import Span

@@ -1,0 +1,74 @@
+"""Recorded lengths of responses, as CSV: a row per response, in the order in which they came."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LengthTrace:
+    """Recorded lengths [rows], and a key per row that is equal for equal prompts, or None."""
+
+    prompt_tokens: Ints
+    response_tokens: Ints
+    prompts: tuple[Hashable, ...]
+
+    def __len__(self) -> int:
+        return len(self.response_tokens)
+
+    def cut(self, max_tokens: int) -> LengthTrace:
+        """With responses of at most `max_tokens`."""
+        return LengthTrace(self.prompt_tokens, np.minimum(self.response_tokens, max_tokens), self.prompts)
+
+
+def read_length_trace(
+    path: Path,
+    *,
+    at_least: int = 1,
+    at_most: int | None = None,
+    prompt_tokens: int = 1,
+    remedy: str = "give a longer file",
+) -> LengthTrace:
+    """The first rows of a file's columns output_tokens, prompt_tokens and prompt_id, of which the first must be there.
+
+    No length is below one token. at_least, at_most: rows that are needed, and that are read. prompt_tokens: where the
+    file has none. remedy: against too few rows.
+
+    Raises:
+        ValueError: no column output_tokens, too few rows, or a length that is no whole number.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if "output_tokens" not in columns:
+            raise ValueError(
+                f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}; name the column "
+                "of the responses' lengths so"
+            )
+        prompts, responses, keys = [], [], []
+        for row in islice(reader, at_most):
+            responses.append(_length(path, reader.line_num, "output_tokens", row["output_tokens"]))
+            prompts.append(
+                _length(path, reader.line_num, "prompt_tokens", row["prompt_tokens"])
+                if "prompt_tokens" in columns
+                else prompt_tokens
+            )
+            keys.append(row.get("prompt_id"))
+    if len(responses) < at_least:
+        raise ValueError(f"{path} has {len(responses)} rows, and {at_least} responses are needed: {remedy}")
+    return LengthTrace(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64), tuple(keys))
+
+
+def _length(path: Path, line: int, column: str, text: str | None) -> int:
+    if text is None or not text.strip().isdecimal():
+        raise ValueError(f"{path} line {line}: {column} is {text!r}, not a whole number of tokens: correct the line")
+    return max(1, int(text))
