@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_json(path: Path, fields: Collection[str], description: str) -> dict[str, Any]:
-    """The object in a JSON file. description: what it is to hold. Raises: ValueError when it is none with these fields."""
+    """The object in a JSON file. description: what it holds. Raises: ValueError when it is none with these fields."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fuse.commands.output import output_file, write_json
+
+Row = dict[str, Any]
+"""A setting and its figures, by the names that JSON has."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fuse.benchmarks.iteration.turn import Turn
+from fuse.benchmarks.options import Row
 from fuse.commands.tables import figures_table
 
 SERIAL, TRL = "off", "trl"
@@ -26,10 +27,6 @@ FUSION: Mapping[str, Mapping[str, bool]] = MappingProxyType(
 NATURAL, SYNTHETIC = "natural", "synthetic"
 """Lengths that no file has."""
 _COMPARED_METRICS = ("objective/entropy", "objective/scores")
-
-
-Row = Mapping[str, Any]
-"""One variant, as `row_of` makes it and JSON keeps it."""
 
 
 def row_of(name: str, turns: Mapping[str, Sequence[Turn]]) -> Row:

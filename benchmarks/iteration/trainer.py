@@ -48,7 +48,8 @@ def fuse_variant(
         value_model=models.critic,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.dataloader = DataLoader(dataset, batch_size=workload.batch, collate_fn=list)  # in order, round by round
+    in_order: Any = dataset
+    trainer.dataloader = DataLoader(in_order, batch_size=workload.batch, collate_fn=list)
     trainer.max_new_tokens = dict(enumerate(workload.lengths or ()))
     with trainer.updates() as updates:
         yield FuseVariant(trainer, updates)

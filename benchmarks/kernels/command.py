@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from fuse.benchmarks.kernels.cases import CASES, MakeCases
-from fuse.benchmarks.kernels.rows import Rates, Row, compare, format_row, measure_rates
+from fuse.benchmarks.kernels.rows import Rates, compare, format_row, measure_rates
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option
+from fuse.benchmarks.options import Row, add_json_option
 from fuse.commands.output import write_json
 
 

@@ -5,35 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
 
 import torch
 
 from fuse.benchmarks.measure import interleave, median_ms, peak_bytes
-
-# `pass` is a keyword, hence the functional form.
-Row = TypedDict(
-    "Row",
-    {
-        "kernel": str,
-        "pass": str,  # forward or forward_backward
-        "shape": list[int],
-        "dtype": str,
-        "implementation": str,
-        "reference": str,
-        "ms": float,
-        "reference_ms": float,
-        "peak_bytes": int,
-        "reference_peak_bytes": int,
-        "result_bytes": int,  # the part of both peaks that is the results, gradients included
-        "bytes_moved": int,
-        "flops": int,
-        "roofline_ms": float | None,  # None where nothing says how much must be moved
-        "roofline_share": float | None,
-        "instructions": int | None,  # of one call; None unless counted
-        "instructions_note": str,  # who counted them, or why nobody did
-    },
-)
+from fuse.benchmarks.options import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +33,7 @@ class Case:
     """What is computed, by a kernel and by references.
 
     shape, dtype: as reported. bytes_moved: what must be read and written at least; 0 if unknown. flops: those of matrix
-    products. result_bytes: see Row. implementation, function: the kernel's. references: by name.
+    products. result_bytes: see `compare`. implementation, function: the kernel's. references: by name.
     num_calls: calls of what is reported that each of them makes. is_slow: a first call's set-up is small beside it, so
     memory and time of that one count too, and a quarter of the repeats is enough.
     """
@@ -88,7 +64,11 @@ def measure_rates(num_bytes: int = 1 << 27, width: int = 1024) -> Rates:
 
 
 def compare(case: Case, repeats: int, rates: Rates) -> list[Row]:
-    """A row for each reference; all are called in turn."""
+    """A row for each reference; all are called in turn.
+
+    result_bytes: the part of both peaks that is the results, gradients included. roofline_ms: None where nothing says
+    how much must be moved. instructions: of one call, None unless counted; the note says by whom, or why by nobody.
+    """
     if case.is_slow:
         repeats = max(1, repeats // 4)
     functions = {"": case.function, **case.references}

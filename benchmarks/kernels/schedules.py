@@ -66,15 +66,7 @@ def count_instructions(num_ranks: int, num_micro_batches: int) -> tuple[Instruct
         arguments = map(str, (num_ranks, num_micro_batches, num_evaluations, num_steps))
         command = [valgrind, "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, "-m", _PROGRAM]
         process = subprocess.run(
-            [
-                valgrind,
-                "--tool=callgrind",
-                "--callgrind-out-file=/dev/null",
-                sys.executable,
-                "-m",
-                _PROGRAM,
-                *arguments,
-            ],
+            [*command, *arguments],
             env=os.environ | {"PYTHONHASHSEED": "0"},
             capture_output=True,
             text=True,

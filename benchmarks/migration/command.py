@@ -15,14 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from typing import TypedDict
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from fuse.benchmarks.llama import causal_model
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option, add_model_options, check_counts, write_rows
+from fuse.benchmarks.options import Row, add_json_option, add_model_options, check_counts, write_rows
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
@@ -36,18 +35,6 @@ _CONTEXTS = (64, 256, 1024, 2048)
 _NEW_TOKENS = 256  # room to go on in until the evict arrives
 _POLL_S = 0.01
 _OPTIONS = ("engine", "kv_transfer", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
-
-
-class Row(TypedDict):
-    """One context length and carrier; milliseconds are medians. ratio: how many times as long computing anew takes."""
-
-    engine: str
-    kv_transfer: str
-    context_tokens: int
-    recompute_ms: float
-    transfer_ms: float
-    kv_bytes: int
-    ratio: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +110,7 @@ def _measure(
 
 
 def _row(engine: str, carrier: str, context_tokens: int, moves: Mapping[bool, Sequence[tuple[float, int]]]) -> Row:
+    """Milliseconds are medians. ratio: how many times as long computing anew takes."""
     recompute_ms, transfer_ms = (1e3 * statistics.median(one for one, _ in moves[with_kv]) for with_kv in (False, True))
     return {
         "engine": engine,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -67,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     model = causal_model(
         arguments.model, context=arguments.context, vocab_size=arguments.vocab_size, kv_heads=arguments.kv_heads
     )
-    rows: Sequence[Mapping[str, object]]
     if arguments.against is None:
         rows = policies.run_policies(
             model, {name: (one, pasts.get(name, one)) for name, one in mixes.items()}, arguments

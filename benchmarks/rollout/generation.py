@@ -10,37 +10,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from fuse.benchmarks.engine_process import EngineProcess
 from fuse.benchmarks.measure import interleave
+from fuse.benchmarks.options import Row
 from fuse.engines.engine import GenerationEngine, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine
-
-
-class Row(TypedDict):
-    """One mix of lengths. Seconds are medians; a token counts when it belongs to a response.
-
-    ratio: how many times as fast `engine` is as what it is measured against.
-    """
-
-    lengths: str
-    engine: str
-    against: str
-    batch: int
-    num_samples: int
-    num_tokens: int
-    longest_tokens: int
-    seconds: float
-    against_seconds: float
-    tokens_per_s: float
-    against_tokens_per_s: float
-    ratio: float
-
 
 Side = Callable[[Sequence[int]], None]
 """Generates one response of each length."""
@@ -59,6 +39,7 @@ def run_comparison(
 
 
 def _compare(name: str, lengths: Sequence[int], engine: Side, against: Side, arguments: argparse.Namespace) -> Row:
+    """Seconds are medians; a token counts when it belongs to a response. ratio: how many times as fast `engine` is."""
     num_tokens = sum(lengths)
     print(f"{name}: {num_tokens} tokens, {1 + arguments.repeats} rounds ...", file=sys.stderr, flush=True)
     measured = interleave({"engine": partial(engine, lengths), "against": partial(against, lengths)}, arguments.repeats)

@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from fuse.benchmarks.measure import idle_shares
+from fuse.benchmarks.options import Row
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
 from fuse.config.settings import fleet_settings
@@ -39,36 +40,11 @@ _CALIBRATION_ROUNDS = 3
 _NO_TOKEN = -1
 
 
-class PolicyRow(TypedDict):
-    """One policy on one mix of lengths; seconds and shares are medians over repeats.
-
-    oracle_seconds: simulated, of the best of all policies and of the adaptive one told all lengths.
-    gain: of `none`'s seconds over these.
-    decision_ms: from news to the calls it leads to, median over decisions; workers do not wait for it.
-    """
-
-    lengths: str
-    engine: str
-    policy: str
-    num_samples: int
-    num_tokens: int
-    seconds: float
-    generation_seconds: float
-    idle_share: float
-    migrations: float
-    moved_bytes: float
-    simulated_seconds: float
-    oracle_seconds: float
-    gain: float
-    simulated_gain: float
-    decision_ms: float
-
-
 def run_policies(
     model: PreTrainedModel, mixes: Mapping[str, tuple[Sequence[int], Sequence[int]]], arguments: argparse.Namespace
-) -> list[PolicyRow]:
+) -> list[Row]:
     """A row per mix and policy. mixes: by name, the lengths of the batch and those of the past."""
-    rows: list[PolicyRow] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fuse-bench-") as directory, _fleet(model, directory, arguments) as fleet:
         for name, (lengths, past) in mixes.items():
             for row in _Mix(fleet, model, name, lengths, past, arguments).rows():
@@ -115,7 +91,7 @@ class _Mix:
         self._limits = fleet.settings.rollout.limits
         self._tokens: tuple[tuple[int, ...], ...] | None = None
 
-    def rows(self) -> list[PolicyRow]:
+    def rows(self) -> list[Row]:
         """Calibrate, then time all policies in turn."""
         staying = Threshold(remaining=len(self._lengths), num_kept=self._arguments.devices)
         for shrink in range(1, 1 + _CALIBRATION_ROUNDS):  # other batches and contexts than the one that is timed, too
@@ -138,13 +114,18 @@ class _Mix:
         def simulated_s(policy_with: Callable[[CostModel], Policy]) -> float:
             return statistics.median(self._simulated(each, policy_with(each)) for each in costs_of_rounds)
 
-        simulated = {name: simulated_s(lambda _, policy=policy: policy) for name, policy in policies.items()}
-        told = simulated_s(lambda each: Adaptive(each, KnownLengths(self._lengths)))
+        simulated = {name: simulated_s(partial(_given, policy)) for name, policy in policies.items()}
+        told = simulated_s(lambda costs: Adaptive(costs, KnownLengths(self._lengths)))
         return [self._row(name, runs, simulated, min(told, *simulated.values())) for name in policies]
 
-    def _row(
-        self, name: str, runs: Mapping[str, Sequence[_Run]], simulated: Mapping[str, float], oracle: float
-    ) -> PolicyRow:
+    def _row(self, name: str, runs: Mapping[str, Sequence[_Run]], simulated: Mapping[str, float], oracle: float) -> Row:
+        """One policy; seconds and shares are medians over repeats.
+
+        oracle_seconds: simulated, of the best of all policies and of the adaptive one told all lengths.
+        gain: of `none`'s seconds over these.
+        decision_ms: from news to the calls it leads to, median over decisions; workers do not wait for it.
+        """
+
         def middle(figure: Callable[[_Run], float], policy: str = name) -> float:
             return statistics.median(map(figure, runs[policy]))
 
@@ -214,7 +195,11 @@ class _Run:
     idle_share: float
 
 
-def format_row(row: PolicyRow) -> str:
+def _given(policy: Policy, costs: CostModel) -> Policy:
+    return policy
+
+
+def format_row(row: Row) -> str:
     """One line for people."""
     return (
         f"{row['lengths']}, {row['policy']}: {row['seconds']:.2f} s ({row['gain']:.2f} times as fast as none; "

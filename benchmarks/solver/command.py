@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from fuse.benchmarks.instances import read_instances, read_json
 from fuse.benchmarks.measure import describe_machine, interleave, median_ms
-from fuse.benchmarks.options import add_json_option, check_counts, write_rows
+from fuse.benchmarks.options import Row, add_json_option, check_counts, write_rows
 from fuse.benchmarks.schedule_calls import ScheduleCalls, large_actor
 from fuse.benchmarks.solver.figure import draw
 from schedules import evaluate
@@ -52,29 +52,6 @@ class Case:
     time_limit_s: float
     published: tuple[float, float] | None = None
     target: tuple[float, float] | None = None
-
-
-class Row(TypedDict):
-    """One solved case. Memory is in the instance's units, `seconds` is when the best schedule was found."""
-
-    name: str
-    seed: int
-    makespan: int
-    peak_memory: float
-    makespan_lower_bound: int
-    memory_lower_bound: float
-    seconds: float
-    published: tuple[float, float] | None
-    target: tuple[float, float] | None
-    seconds_to_published: float | None
-    status: str
-    found_by: str
-    makespan_gap: float
-    target_met: bool | None
-    greedy_makespan: int
-    serial_makespan: int
-    peak_process_bytes: int
-    history: list[tuple[float, int, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +172,7 @@ def _pair(value: dict[str, float] | None) -> tuple[float, float] | None:
 
 
 def _row(case: Case, seed: int, solution: Solution) -> Row:
+    """Memory is in the instance's units, `seconds` is when the best schedule was found."""
     units = case.instance.units
     history = [(step.seconds, step.makespan, units(step.peak_bytes)) for step in solution.history]
     reached = None

@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option, check_counts, write_rows
+from fuse.benchmarks.options import Row, add_json_option, check_counts, write_rows
 from fuse.benchmarks.training import tables
+
+if TYPE_CHECKING:
+    from fuse.intrastage.placement import ModelName
 
 LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 """Of actor and critic, by the ratio of their sizes."""
@@ -115,12 +119,13 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
         vocab_size=_VOCAB_SIZE,
     )
     total = len(arguments.sizes) * len(load.tasks)
-    rows, profiles, console = [], {}, Console()
+    rows: list[Row] = []
+    profiles, console = {}, Console()
     with Trainers.start(arguments.devices) as trainers:
         for sizes in arguments.sizes:
             actor, critic = (arguments.devices * layers for layers in LAYERS_PER_DEVICE[sizes])
             print(f"{sizes}: measuring operations ...", file=sys.stderr, flush=True)
-            layers = {"actor": actor, "critic": critic}
+            layers: dict[ModelName, int] = {"actor": actor, "critic": critic}
             trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
             profile = trainers.profile(load)
             profiles[sizes] = profile_to_json(profile)

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fuse.benchmarks.instances import read_instances
+from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.comparison import Comparison, compare
 from fuse.benchmarks.training.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store
@@ -32,30 +33,10 @@ from schedules.instances import actor_and_critic
 _SHAPE = (
     "actor_stages", "critic_stages", "actor_microbatches", "critic_microbatches", "actor_forward", "critic_forward",
 )  # fmt: skip
+_SHARES = ("bubble_planned", "bubble_executed", "slowdown", "overhead_share", "transfer_share")
 _HOST = "127.0.0.1"
 _ROLE = "emulated worker"
 _TIMEOUT_S = 120.0
-
-
-class Row(TypedDict):
-    """One schedule. executed_ms and the shares are of the run with the median makespan; see `Comparison`."""
-
-    setting: str
-    emulated: bool
-    num_ranks: int
-    num_micro_batches: int
-    tick_ms: float
-    makespan_ticks: int
-    makespan_lower_bound_ticks: int
-    serial_planned_ms: float
-    planned_ms: float
-    executed_ms: float
-    beyond_plan: float
-    bubble_planned: float
-    bubble_executed: float
-    slowdown: float
-    overhead_share: float
-    transfer_share: float
 
 
 def emulate_instances(
@@ -63,7 +44,8 @@ def emulate_instances(
 ) -> Iterator[Row]:
     """Solve and execute the instances of `num_ranks` ranks in a file, or one of the same kind.
 
-    operation_s: what the shortest operation takes.
+    operation_s: what the shortest operation takes. executed_ms and the shares are of the run with the median makespan,
+    see `Comparison`.
 
     Raises:
         ValueError: the file has no instance of so many ranks.
@@ -88,11 +70,7 @@ def emulate_instances(
                 "planned_ms": 1e3 * run.makespan_planned_s,
                 "executed_ms": 1e3 * run.makespan_executed_s,
                 "beyond_plan": run.makespan_executed_s / run.makespan_planned_s - 1,
-                "bubble_planned": run.bubble_planned,
-                "bubble_executed": run.bubble_executed,
-                "slowdown": run.slowdown,
-                "overhead_share": run.overhead_share,
-                "transfer_share": run.transfer_share,
+                **{name: getattr(run, name) for name in _SHARES},
             }
 
 
@@ -104,7 +82,7 @@ def _middle(runs: Sequence[Comparison]) -> Comparison:
 def _problems(path: Path | None, num_ranks: int) -> list[tuple[str, Problem]]:
     if path is None:
         sizes = (num_ranks, num_ranks, num_ranks, num_ranks, 2, 1)
-        entries = [{"name": f"{num_ranks} ranks", **dict(zip(_SHAPE, sizes, strict=True))}]
+        entries: list[dict[str, Any]] = [{"name": f"{num_ranks} ranks", **dict(zip(_SHAPE, sizes, strict=True))}]
     else:
         entries = read_instances(path, _SHAPE)
     fitting = [entry for entry in entries if entry["actor_stages"] == num_ranks]

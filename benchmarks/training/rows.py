@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
 
+from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task
 from fuse.benchmarks.training.comparison import compare
 from fuse.benchmarks.training.worker import TimedStep
@@ -17,61 +17,19 @@ _GAIN_WANTED = 0.9
 _CAUSES = ("contention", "imbalance", "overhead", "transfer")
 
 
-class Side(TypedDict):
-    """Steps by one schedule: medians over the repeats.
+Side = dict[str, float]
+"""Steps by one schedule."""
+
+
+def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep]) -> Side:
+    """One step, from what each rank recorded.
 
     step_ms: all of it. executed_ms: from the first operation's start to the last one's end; setup_ms: before that;
     optimizer_ms: after it. planned_ms: of the operations. bubble_*: idle shares while operations are executed.
     slowdown: seconds of all operations over those planned. overhead_share: of the step, on neither operations, waiting
     nor the optimizer. transfer_share: waiting for messages already made. The rest: where `executed_ms - planned_ms`
-    went, see `fuse.benchmarks.training.comparison.Comparison`.
+    went, see `Comparison`.
     """
-
-    step_ms: float
-    setup_ms: float
-    executed_ms: float
-    optimizer_ms: float
-    planned_ms: float
-    bubble_planned: float
-    bubble_executed: float
-    slowdown: float
-    overhead_share: float
-    transfer_share: float
-    contention_ms: float
-    imbalance_ms: float
-    overhead_ms: float
-    transfer_ms: float
-
-
-class Row(TypedDict):
-    """One setting. A gain is a ratio less one; gain_share is the measured one over the predicted one.
-
-    predicted_ratio: of the planned operations, with the optimizer's measured time added to both sides.
-    why: empty where fused was faster and had 90 % of the predicted gain; else what kept it from its plan most.
-    """
-
-    setting: str
-    actor_layers: int
-    critic_layers: int
-    lengths: str
-    num_micro_batches: int
-    micro_batch_tokens: list[int]
-    serial_ms: float
-    fused_ms: float
-    ratio: float
-    predicted_ratio: float
-    gain_share: float
-    bubble_serial: float
-    bubble_fused: float
-    bubble_planned: float
-    overhead_share: float
-    why: str
-    serial: Side
-    fused: Side
-
-
-def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep]) -> Side:
-    """One step, from what each rank recorded."""
     found = compare(schedule, planned, [rank.spans for rank in ranks])
     start_s, end_s = min(rank.start_s for rank in ranks), max(rank.end_s for rank in ranks)
     operations = [[span for span in rank.spans if span.category == "train"] for rank in ranks]
@@ -83,30 +41,26 @@ def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep
         "executed_ms": 1e3 * found.makespan_executed_s,
         "optimizer_ms": 1e3 * (step_s - setup_s - found.makespan_executed_s),
         "planned_ms": 1e3 * found.makespan_planned_s,
-        "bubble_planned": found.bubble_planned,
-        "bubble_executed": found.bubble_executed,
-        "slowdown": found.slowdown,
+        **{name: getattr(found, name) for name in ("bubble_planned", "bubble_executed", "slowdown", "transfer_share")},
         "overhead_share": (setup_s + found.overhead_share * found.makespan_executed_s) / step_s,
-        "transfer_share": found.transfer_share,
-        "contention_ms": 1e3 * found.contention_s,
-        "imbalance_ms": 1e3 * found.imbalance_s,
-        "overhead_ms": 1e3 * found.overhead_s,
-        "transfer_ms": 1e3 * found.transfer_s,
+        **{f"{cause}_ms": 1e3 * getattr(found, f"{cause}_s") for cause in _CAUSES},
     }
 
 
 def medians(sides: Sequence[Side]) -> Side:
     """Of each figure by itself."""
-    figures: Sequence[Any] = sides
-    values: Any = {name: statistics.median(one[name] for one in figures) for name in sides[0]}
-    middle: Side = values
-    return middle
+    return {name: statistics.median(side[name] for side in sides) for name in sides[0]}
 
 
 def row_of(
     sizes: str, layers: Mapping[ModelName, int], task: Task, tokens: list[int], serial: Side, fused: Side
 ) -> Row:
-    """What a setting came to. layers: of each model. tokens: of each micro-batch, padding included."""
+    """What a setting came to. layers: of each model. tokens: of each micro-batch, padding included.
+
+    A gain is a ratio less one; gain_share: the measured one over the predicted one.
+    predicted_ratio: of the planned operations, with the optimizer's measured time added to both sides.
+    why: empty where fused was faster and had 90 % of the predicted gain; else what kept it from its plan most.
+    """
     optimizer_ms = statistics.mean((serial["optimizer_ms"], fused["optimizer_ms"]))
     ratio = serial["step_ms"] / fused["step_ms"]
     predicted = (serial["planned_ms"] + optimizer_ms) / (fused["planned_ms"] + optimizer_ms)
@@ -135,9 +89,7 @@ def row_of(
 
 def _why(serial: Side, fused: Side) -> str:
     """What fused steps lost most on, beyond what serial steps would lose in as much time."""
-    of_serial: Mapping[str, Any] = serial
-    of_fused: Mapping[str, Any] = fused
     scale = fused["planned_ms"] / serial["planned_ms"]
-    lost_ms = {cause: of_fused[f"{cause}_ms"] - scale * of_serial[f"{cause}_ms"] for cause in (*_CAUSES, "setup")}
+    lost_ms = {cause: fused[f"{cause}_ms"] - scale * serial[f"{cause}_ms"] for cause in (*_CAUSES, "setup")}
     cause = max(lost_ms, key=lambda one: lost_ms[one])
     return f"{cause}: {lost_ms[cause]:.1f} ms more than serial steps lose in as much time"

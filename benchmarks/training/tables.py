@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from fuse.benchmarks.options import Row
 from fuse.commands.tables import figures_table
 
 if TYPE_CHECKING:  # what workers are made of takes seconds to import, and emulation does without
-    from fuse.benchmarks.training.emulated import Row as EmulatedRow
-    from fuse.benchmarks.training.rows import Row
     from fuse.intrastage.profile import Profile
 
 
@@ -81,7 +80,7 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
-def emulated_table(rows: Sequence[EmulatedRow]) -> Table:
+def emulated_table(rows: Sequence[Row]) -> Table:
     """One line per emulated problem."""
     titles = ("setting", "serial plan", "plan", "executed", "beyond", "bubbles", "late", "overhead")
     caption = "emulated: operations are waits; bubbles: planned, executed; late: waiting for messages already made"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fuse.benchmarks.training.batches import Task
-from fuse.benchmarks.training.rows import Row, Side, row_of, side_of
+from fuse.benchmarks.training.rows import Side, row_of, side_of
 from fuse.benchmarks.training.worker import TimedStep
 from fuse.intrastage.planned import times_of
 from fuse.trace import Span
@@ -32,7 +34,7 @@ SIDE: Side = {
 FUSED: Side = {**SIDE, "planned_ms": 105.0, "executed_ms": 105.0, "step_ms": 117.0, "bubble_planned": 0.02}
 
 
-def row(serial: Side, fused: Side) -> Row:
+def row(serial: Side, fused: Side) -> dict[str, Any]:
     task = Task(lengths="uniform", micro_batches=((0, 1), (2, 3)))
     return row_of("2:1", LAYERS, task, [16, 16], serial, fused)
 
@@ -49,7 +51,7 @@ def test_the_predicted_gain_includes_the_optimizer_on_both_sides() -> None:
 @pytest.mark.parametrize("cause", ["contention", "imbalance", "overhead", "transfer"])
 def test_a_gain_that_is_missing_is_explained_by_what_was_lost_most(cause: str) -> None:
     slow: Side = {**FUSED, "step_ms": 141.0, "executed_ms": 129.0}
-    slow[f"{cause}_ms"] = 24.0  # type: ignore[literal-required]
+    slow[f"{cause}_ms"] = 24.0
     found = row(SIDE, slow)
     assert found["gain_share"] < 0.5
     assert found["why"] == f"{cause}: 24.0 ms more than serial steps lose in as much time"
