@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fuse.commands.models import load_policy
 
 
 def llama_config(*, context: int, num_layers: int = 4, hidden_size: int = 256, **options: Any) -> LlamaConfig:
@@ -33,6 +35,4 @@ def causal_model(path: str | None, *, context: int, vocab_size: int, kv_heads: i
         return random_llama(
             llama_config(context=max(1024, context), vocab_size=vocab_size, num_key_value_heads=kv_heads)
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.eval()
-    return model
+    return load_policy(path).eval()

@@ -193,10 +193,7 @@ def _forced(ppo_trainer: Any, workload: Workload, turns: _Turns) -> Iterator[Non
         return np.random.default_rng(seeds).permutation(length)
 
     forced_numpy = SimpleNamespace(random=SimpleNamespace(permutation=permutation))
-    with (
-        mock.patch.object(ppo_trainer, "generate", forced),
-        mock.patch.object(ppo_trainer, "np", forced_numpy),
-    ):
+    with mock.patch.object(ppo_trainer, "generate", forced), mock.patch.object(ppo_trainer, "np", forced_numpy):
         yield
 
 

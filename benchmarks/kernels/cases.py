@@ -102,10 +102,7 @@ def decode_attention_cases(rows: int = 64, kv_heads: int = 4, context: int = 512
 
 
 def linear_logprob_cases(
-    num_tokens: int,
-    vocab_size: int,
-    dtype: torch.dtype = torch.float32,
-    hidden_size: int = 1024,
+    num_tokens: int, vocab_size: int, dtype: torch.dtype = torch.float32, hidden_size: int = 1024
 ) -> Iterator[Case]:
     """Forward alone, as for inference, and with the gradients of hidden states and head, each against two references.
 
@@ -155,10 +152,7 @@ def linear_logprob_cases(
 
 
 def kv_blocks_cases(
-    num_layers: int = 24,
-    kv_heads: int = 2,
-    num_tokens: int = 300,
-    head_dim: int = 64,
+    num_layers: int = 24, kv_heads: int = 2, num_tokens: int = 300, head_dim: int = 64
 ) -> Iterator[Case]:
     """A sample's keys and values of all layers out of 16 slots of 1,024 tokens, and back into another slot."""
     generator = torch.Generator().manual_seed(0)

@@ -71,9 +71,7 @@ class Trainers:
         options = {"context": _CONTEXT, "hidden_size": hidden_size, "vocab_size": vocab_size, "num_labels": 1}
         specs = {
             model: ModelSpec(
-                model_class=_CLASSES[model],
-                config=llama_config(num_layers=num_layers, **options),
-                dtype=torch.float32,
+                model_class=_CLASSES[model], config=llama_config(num_layers=num_layers, **options), dtype=torch.float32
             )
             for model, num_layers in layers.items()
         }
