@@ -35,4 +35,6 @@ def causal_model(path: str | None, *, context: int, vocab_size: int, kv_heads: i
         return random_llama(
             llama_config(context=max(1024, context), vocab_size=vocab_size, num_key_value_heads=kv_heads)
         )
-    return load_policy(path).eval()
+    model = load_policy(path)
+    model.eval()
+    return model

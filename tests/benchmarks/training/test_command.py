@@ -132,7 +132,7 @@ def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         (["--emulate", "2", "--profile-only"], "choose one of them"),
         (["--emulate", "1"], "--emulate is 1"),
         (["--emulate", "8", "--instances", "{file}"], r"has no instance of 8 ranks: choose --emulate from \[2\]"),
-        (["--lengths", "{csv}"], "has 2 rows, and 16 responses are needed"),
+        (["--lengths", "{short}"], "has 1 rows, and 16 responses are needed"),
         (["--lengths", "{file}"], "has no column output_tokens"),
         (
             ["--lengths", "{csv}", "--micro-batches", "1", "--sequences", "2"],
@@ -149,7 +149,8 @@ def test_refuses(tmp_path: Path, options: list[str], reason: str) -> None:
     instances, lengths = tmp_path / "instances.json", tmp_path / "lengths.csv"
     instances.write_text(json.dumps({"instances": [INSTANCE]}))
     lengths.write_text("output_tokens\n3\nlong\n")
-    other = tmp_path / "other.json"
+    short, other = tmp_path / "short.csv", tmp_path / "other.json"
+    short.write_text("output_tokens\n3\n")
     other.write_text(json.dumps({"instances": [{"name": "tiny"}]}))
     with pytest.raises(ValueError, match=reason):
-        run(*(option.format(file=instances, csv=lengths, other=other) for option in options))
+        run(*(option.format(file=instances, csv=lengths, short=short, other=other) for option in options))
