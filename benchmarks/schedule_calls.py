@@ -13,23 +13,28 @@ import numpy as np
 from schedules import _native
 from schedules.fused.compiled import compile_problem
 from schedules.fused.greedy import greedy
-from schedules.instances import actor_and_critic
+from schedules.instances import Instance, actor_and_critic
+
+
+def large_actor(num_ranks: int, num_micro_batches: int) -> Instance:
+    """An actor twice as large as its critic, both on all ranks: 4 x ranks x micro-batches operations."""
+    return actor_and_critic(
+        actor_stages=num_ranks,
+        critic_stages=num_ranks,
+        actor_microbatches=num_micro_batches,
+        critic_microbatches=num_micro_batches,
+        actor_forward=2,
+        critic_forward=1,
+        actor_activation=1.64,
+        critic_activation=1,
+    )
 
 
 class ScheduleCalls:
-    """The greedy schedule of an actor and a critic of the same size, 4 x ranks x micro-batches operations."""
+    """The greedy schedule of `large_actor`."""
 
     def __init__(self, num_ranks: int, num_micro_batches: int) -> None:
-        instance = actor_and_critic(
-            actor_stages=num_ranks,
-            critic_stages=num_ranks,
-            actor_microbatches=num_micro_batches,
-            critic_microbatches=num_micro_batches,
-            actor_forward=2,
-            critic_forward=1,
-            actor_activation=1.64,
-            critic_activation=1,
-        )
+        instance = large_actor(num_ranks, num_micro_batches)
         self.schedule = greedy(instance.problem)
         self._compiled = compile_problem(instance.problem, split=False)
         self._orders = self._compiled.orders(self.schedule)

@@ -111,7 +111,7 @@ def _select(argv: list[str]) -> tuple[str, str, list[str]]:
     if command != "bench":
         return command, f"fuse.commands.{command}", rest
     benchmark, rest = _choose("fuse bench", "Measure one part on this machine.", benchmarks, rest)
-    return f"bench {benchmark}", f"fuse.benchmarks.{benchmark}", rest
+    return f"bench {benchmark}", f"fuse.benchmarks.{benchmark}.command", rest
 
 
 def _choose(prog: str, description: str | None, choices: Mapping[str, str], argv: list[str]) -> tuple[str, list[str]]:

@@ -25,7 +25,7 @@ from fuse.commands.simulation_tables import show_gains, show_policies
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.drawing import picture
-from fuse.interstage.length_trace import LengthTrace, read_trace
+from fuse.interstage.length_trace import LengthTrace, read_length_trace
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
@@ -118,12 +118,14 @@ class _Outcome:
 
 
 def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> LengthTrace:
-    trace = read_trace(path, arguments.prompt_tokens)
-    if len(trace) < arguments.batch * arguments.iterations:
-        raise ValueError(
-            f"{path} has {len(trace)} rows, fewer than {arguments.iterations} batches of {arguments.batch}: "
-            "lower --batch or --iterations"
-        )
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
+    trace = read_length_trace(
+        path,
+        at_least=arguments.batch * arguments.iterations,
+        prompt_tokens=arguments.prompt_tokens,
+        remedy="lower --batch or --iterations, or give a longer file",
+    )
     return trace if max_tokens is None else trace.cut(max_tokens)
 
 

@@ -1,10 +1,11 @@
-"""Recorded lengths of prompts and responses, read from a file."""
+"""Recorded lengths of responses, as CSV: a row per response, in the order in which they came."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +26,36 @@ class LengthTrace:
         return len(self.response_tokens)
 
     def cut(self, max_tokens: int) -> LengthTrace:
-        """The trace with responses of at most `max_tokens`.
-
-        Raises:
-            ValueError: max_tokens < 1.
-        """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}: a response has at least one token")
+        """With responses of at most `max_tokens`."""
         return LengthTrace(self.prompt_tokens, np.minimum(self.response_tokens, max_tokens), self.prompts)
 
 
-def read_trace(path: Path, prompt_tokens: int) -> LengthTrace:
-    """Read a CSV trace; rows without prompt_tokens get the ones given, and no length is below one token.
+def read_length_trace(
+    path: Path,
+    *,
+    at_least: int = 1,
+    at_most: int | None = None,
+    prompt_tokens: int = 1,
+    remedy: str = "give a longer file",
+) -> LengthTrace:
+    """The first rows of a file's columns output_tokens, prompt_tokens and prompt_id, of which the first must be there.
+
+    No length is below one token. at_least, at_most: rows that are needed, and that are read. prompt_tokens: where the
+    file has none. remedy: against too few rows.
 
     Raises:
-        ValueError: no column output_tokens, no rows, or a length that is no number.
+        ValueError: no column output_tokens, too few rows, or a length that is no whole number.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if "output_tokens" not in columns:
-            raise ValueError(f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}")
+            raise ValueError(
+                f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}; name the column "
+                "of the responses' lengths so"
+            )
         prompts, responses, keys = [], [], []
-        for row in reader:
+        for row in islice(reader, at_most):
             responses.append(_length(path, reader.line_num, "output_tokens", row["output_tokens"]))
             prompts.append(
                 _length(path, reader.line_num, "prompt_tokens", row["prompt_tokens"])
@@ -55,13 +63,12 @@ def read_trace(path: Path, prompt_tokens: int) -> LengthTrace:
                 else prompt_tokens
             )
             keys.append(row.get("prompt_id"))
-    if not responses:
-        raise ValueError(f"{path} has no rows: a trace has one per response")
+    if len(responses) < at_least:
+        raise ValueError(f"{path} has {len(responses)} rows, and {at_least} responses are needed: {remedy}")
     return LengthTrace(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64), tuple(keys))
 
 
 def _length(path: Path, line: int, column: str, text: str | None) -> int:
-    try:
-        return max(1, int(text or ""))
-    except ValueError:
-        raise ValueError(f"{path} line {line}: {column} is {text!r}, not a whole number") from None
+    if text is None or not text.strip().isdecimal():
+        raise ValueError(f"{path} line {line}: {column} is {text!r}, not a whole number of tokens: correct the line")
+    return max(1, int(text))

@@ -100,9 +100,9 @@ def test_costs_come_from_a_file(trace: Path, tmp_path: Path) -> None:
     [
         ("length\n3\n", [], "has no column output_tokens: its columns are length"),
         ("", [], "has no column output_tokens: its columns are none"),
-        ("output_tokens\n", [], "has no rows"),
+        ("output_tokens\n", [], "has 0 rows, and 512 responses are needed: lower --batch"),
         ("output_tokens\n5\nmany\n", [], "line 3: output_tokens is 'many', not a whole number"),
-        ("output_tokens\n5\n", [], "has 1 rows, fewer than 1 batches of 512: lower --batch"),
+        ("output_tokens\n5\n", [], "has 1 rows, and 512 responses are needed: lower --batch"),
         ("output_tokens\n5\n", ["--batch", "0"], "--batch is 0: it must be at least 1"),
         ("output_tokens\n5\n", ["--batch", "1", "--max-tokens", "0"], "--max-tokens is 0"),
         ("output_tokens\n5\n", ["--batch", "1", "--kv-tokens", "9"], "may need 133 tokens of KV"),

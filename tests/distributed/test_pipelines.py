@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fuse.benchmarks.comparison import compare
+from fuse.benchmarks.training.comparison import compare
 from fuse.intrastage.cost_profile import Shape, merge, profile_from_json
 from fuse.intrastage.planned_times import PlannedTimes, times_of
 from fuse.trace import Span

@@ -8,7 +8,7 @@ import pytest
 
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES
-from fuse.interstage.length_trace import read_trace
+from fuse.interstage.length_trace import read_length_trace
 from fuse.interstage.lengths import KnownLengths, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
@@ -25,7 +25,7 @@ ROUNDING = 1 + 1e-9
 @pytest.mark.skipif(not TRACES, reason="no traces in ../shared/data")
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
 def test_adaptive_keeps_up_with_threshold_on_recorded_lengths(path: Path) -> None:
-    trace = read_trace(path, 128)
+    trace = read_length_trace(path, prompt_tokens=128)
     longest = int(trace.response_tokens.max())
     limits = EngineLimits(max_batch=256, kv_capacity_tokens=10**9, max_new_tokens=longest)
     rest = slice(NUM_BATCHES * NUM_SAMPLES, NUM_BATCHES * NUM_SAMPLES + NUM_PAST)

@@ -1,0 +1,142 @@
+"""`fuse bench iteration`: whole PPO iterations on your model, prompts and devices, with and without fusion.
+
+Variants iterate in turn: off (stage by stage, one model after the other), inter (scoring while others are generated),
+intra (actor and critic trained at once), both, and with --peer trl TRL's PPOTrainer. Lengths of responses are forced,
+or natural; every variant generates and trains on the same tokens, which is checked.
+
+  fuse bench iteration --model smollm2 --batch 32 --max-new-tokens 128 --peer trl
+  fuse bench iteration --model PATH --prompts prompts.jsonl --prompt-column question --peer trl --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fuse.benchmarks import smollm2
+from fuse.benchmarks.instances import read_json
+from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, TRL, bound, markdown, row_of, tables
+from fuse.benchmarks.measure import describe_machine
+from fuse.benchmarks.options import add_json_option, check_counts, plain_options
+from fuse.commands.output import write_json
+
+_OPTIONS = (
+    "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch", "mini_batches", "micro_batch",
+    "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
+)  # fmt: skip
+_SMOKE = {
+    "batch": 8, "micro_batch": 2, "max_new_tokens": 16, "warmup": 1, "repeats": 1, "variants": [SERIAL, "both"],
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse bench iteration`."""
+    parser.add_argument(
+        "--model", metavar="PATH",
+        help="the policy (default: a random Llama of 4 layers x 256); smollm2, where there is no directory of this "
+        "name: SmolLM2-135M-Instruct, asked word problems unless --prompts says otherwise (make setup-smollm2)",
+    )  # fmt: skip
+    parser.add_argument("--pad-token", metavar="TOKEN", help="padding token, where the tokenizer names none")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="prompts (default: 32 random tokens each)")
+    parser.add_argument("--prompt-column", metavar="NAME", help="their column: strings or lists of chat messages")
+    parser.add_argument(
+        "--lengths", metavar="FILE.csv",
+        help="response lengths: column output_tokens, scaled so that the longest has --max-new-tokens; synthetic: a "
+        f"long-tailed mix; {NATURAL}: up to the end-of-sequence token or --max-new-tokens (default: synthetic; with "
+        f"--model smollm2 {NATURAL})",
+    )  # fmt: skip
+    parser.add_argument("--devices", type=int, default=2, metavar="N", help="GPUs, or cores without one (default: 2)")
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="what generates, TRL's trainer apart"
+    )
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="prompts per iteration (default: 64)")
+    parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="samples trained at once (default: 8)")
+    parser.add_argument(
+        "--mini-batches", type=int, default=1, metavar="N", help="optimizer steps per epoch (default: 1)"
+    )
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="PPO epochs per iteration (default: 1)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="of the longest response (default: 256)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed iterations of each (default: 5)")
+    parser.add_argument(
+        "--warmup", type=int, default=2, metavar="N",
+        help="iterations of each before these, in which stages are measured and schedules solved (default: 2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variants", nargs="+", choices=FUSION, default=list(FUSION), metavar="VARIANT",
+        help=f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)",
+    )  # fmt: skip
+    parser.add_argument("--peer", choices=(TRL,), help="compare with TRL's PPOTrainer (trl 1.12.0), in one process")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true",
+        help="end each variant before the next starts; as always on GPUs, and where memory does not hold them all",
+    )  # fmt: skip
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="keep traces and plans of each variant in DIR")
+    parser.add_argument("--smoke", action="store_true", help=f"a tiny model, {SERIAL} and both, once, in a minute")
+    add_json_option(parser, "machine, options and rows")
+    parser.add_argument("--markdown", action="store_true", help="print the table of a README")
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing: print the results of an earlier run"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the tables, and write them to `arguments.json`."""
+    if arguments.from_json is not None:
+        fields = ("machine", "date", "options", "rows")
+        _print(read_json(arguments.from_json, fields, "results of this benchmark"), arguments)
+        return 0
+    if arguments.smoke:
+        for name, value in _SMOKE.items():
+            setattr(arguments, name, value)
+    _check(arguments)
+    if arguments.lengths is None and smollm2.is_meant_by(arguments.model):
+        arguments.lengths = NATURAL
+    from fuse.benchmarks.iteration import rounds  # seconds, which tables of earlier runs do without
+
+    turns = rounds.measure(arguments)
+    results = {
+        "machine": describe_machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "options": plain_options(arguments, _OPTIONS),
+        "rows": [row_of(name, turns) for name in turns],
+    }
+    if arguments.json:
+        write_json(arguments.json, results)
+    _print(results, arguments)
+    return 0
+
+
+def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.markdown:
+        print(markdown(results))
+    else:
+        for table in tables(results["rows"]):
+            Console().print(table)
+        Console().print(bound(results["rows"]), highlight=False)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, before anything heavy is loaded."""
+    check_counts(arguments, "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens", "repeats", "warmup")
+    if arguments.devices < 2:
+        raise ValueError(f"--devices is {arguments.devices}: there is nothing to fuse on fewer than 2")
+    if arguments.batch % (arguments.mini_batches * arguments.micro_batch):
+        raise ValueError(
+            f"--batch is {arguments.batch}, which {arguments.mini_batches} mini-batches of micro-batches of "
+            f"{arguments.micro_batch} do not make: choose them so that their product divides it"
+        )
+    if arguments.prompts is not None and arguments.model is None:
+        raise ValueError("--prompts needs the tokenizer of a model: add --model PATH")
+    if arguments.prompt_column is not None and arguments.prompts is None:
+        raise ValueError("--prompt-column names a column of --prompts: add --prompts FILE.jsonl")
+    if arguments.pad_token is not None and arguments.model is None:
+        raise ValueError("--pad-token names a token of a model's tokenizer: add --model PATH")
+    if arguments.traces is not None and arguments.traces.exists() and not arguments.traces.is_dir():
+        raise ValueError(f"--traces is {arguments.traces}, which is a file: name a directory")

@@ -1,0 +1,167 @@
+"""The rounds of `fuse bench iteration`: every variant iterates once in each, and all on the same tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+import torch
+
+from fuse.benchmarks import smollm2
+from fuse.benchmarks.iteration import memory
+from fuse.benchmarks.iteration import workload as made
+from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SYNTHETIC, TRL
+from fuse.benchmarks.iteration.trainer import fuse_variant
+from fuse.benchmarks.iteration.trl import require_trl, trl_variant
+from fuse.benchmarks.iteration.turn import Response, Turn, Variant
+from fuse.benchmarks.iteration.workload import Workload
+from fuse.workers.ray_session import local_cluster
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
+    """By variant, one turn per repeat."""
+    on_gpus = torch.cuda.is_available()
+    _check_machine(arguments, torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0)), on_gpus)
+    workload = _workload(arguments)
+    with ExitStack() as stack:
+        variants = _variants(arguments, workload, _directory(arguments, stack))
+        together = not on_gpus and not arguments.one_at_a_time and fit(variants, workload, arguments.devices)
+        groups = [list(variants)] if together else [[name] for name in variants]
+        rounds = Rounds(workload, arguments.warmup)
+        for names in groups:
+            with ExitStack() as living:
+                # Side by side they take turns on the same cores, which the cluster counts once for each.
+                living.enter_context(local_cluster(arguments.devices * len(names)))
+                started = {}
+                for name in names:
+                    print(f"{name}: starting ...", file=sys.stderr, flush=True)
+                    started[name] = living.enter_context(variants[name])
+                for round_index in range(workload.num_rounds):
+                    for name, variant in started.items():
+                        rounds.take(name, variant, round_index)
+    return rounds.turns
+
+
+def fit(names: Collection[str], workload: Workload, num_devices: int) -> bool:
+    """Whether memory holds all these variants at once; says so where it does not."""
+    own = [memory.fuse_bytes(workload, num_devices) for name in names if name != TRL]
+    needed, available = sum(own) + (memory.trl_bytes(workload) if TRL in names else 0), memory.available_bytes()
+    if needed > available:
+        print(
+            f"side by side the variants take about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are available: "
+            "one at a time",
+            file=sys.stderr,
+        )
+    return needed <= available
+
+
+class Rounds:
+    """Takes turns, and holds them against each other. turns: by variant, those after the warm-up."""
+
+    def __init__(self, workload: Workload, num_warmup: int) -> None:
+        self._workload, self._num_warmup = workload, num_warmup
+        self._same: dict[int, tuple[Response, ...]] = {}
+        self.turns: dict[str, list[Turn]] = {}
+
+    def take(self, name: str, variant: Variant, round_index: int) -> None:
+        """One iteration of a variant.
+
+        Raises:
+            AssertionError: it generated other tokens than the first variant did in this round.
+        """
+        turn = variant.turn(self._same.get(round_index))
+        expected = self._same.setdefault(round_index, turn.responses)
+        lengths = tuple(len(response.response_ids) for response in turn.responses)
+        forced = self._workload.round_lengths(round_index)
+        assert forced in (None, lengths), f"{name} does not keep to the lengths"
+        check_same_tokens(name, turn.responses, expected)
+        own = self.turns.setdefault(name, [])
+        if round_index >= self._num_warmup:
+            own.append(turn)
+        count = round_index + 1 - self._num_warmup
+        label = f"[{count}/{self._workload.num_rounds - self._num_warmup}]" if count > 0 else "[warm-up]"
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in turn.phases.items())
+        print(f"{label} {name}: {sum(lengths)} tokens in {turn.seconds:.2f} s ({phases})", file=sys.stderr, flush=True)
+
+
+def check_same_tokens(name: str, responses: Sequence[Response], expected: Sequence[Response]) -> None:
+    """Raises: AssertionError where a variant generated anything else than the first one did."""
+    for index, (got, wanted) in enumerate(zip(responses, expected, strict=True)):
+        if got != wanted:
+            same = [one == other for one, other in zip(got.response_ids, wanted.response_ids, strict=False)]
+            position = same.index(False) if False in same else len(same)
+            raise AssertionError(
+                f"{name} generated other tokens than {SERIAL}: response {index} of a round, from position {position} "
+                f"({len(got.response_ids)} tokens, {len(wanted.response_ids)} there)"
+            )
+
+
+def _check_machine(arguments: argparse.Namespace, num_present: int, on_gpus: bool) -> None:
+    if arguments.devices > num_present:
+        raise ValueError(
+            f"--devices is {arguments.devices}, but this machine has {num_present} {'GPUs' if on_gpus else 'cores'}: "
+            "lower it"
+        )
+    if arguments.peer == TRL:
+        require_trl()
+        if on_gpus:
+            raise ValueError("--peer trl runs TRL's trainer in one process, on one of several GPUs: leave it out")
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    size = made.SMOKE_SIZE if arguments.smoke else made.DEFAULT_SIZE
+    batch, longest = arguments.batch, arguments.max_new_tokens
+    num_prompts = (arguments.warmup + arguments.repeats) * batch
+    lengths = None
+    if arguments.lengths != NATURAL:
+        path = None if arguments.lengths in (None, SYNTHETIC) else Path(arguments.lengths)
+        lengths = made.forced_lengths(path, num_prompts, batch, longest)
+    if arguments.model:
+        models = made.load_models(smollm2.resolve(arguments.model), arguments.pad_token)
+    else:
+        models = made.embedded_models(size, longest)
+    if arguments.prompts is not None:
+        prompts = made.read_prompts(arguments.prompts, arguments.prompt_column, models, num_prompts, longest)
+    elif smollm2.is_meant_by(arguments.model):
+        prompts = made.word_problem_prompts(models, num_prompts, longest)
+    else:
+        prompts = made.random_prompts(models, num_prompts, size.prompt_tokens)
+    return Workload(
+        models=models,
+        prompts=prompts,
+        lengths=lengths,
+        batch=batch,
+        mini_batches=arguments.mini_batches,
+        micro_batch=arguments.micro_batch,
+        epochs=arguments.epochs,
+        max_new_tokens=longest,
+    )
+
+
+def _variants(
+    arguments: argparse.Namespace, workload: Workload, directory: Path
+) -> dict[str, AbstractContextManager[Variant]]:
+    """Entered, each starts its trainer. The first one generates the tokens that TRL's is given."""
+    variants: dict[str, AbstractContextManager[Variant]] = {
+        name: fuse_variant(
+            workload, fusion, num_devices=arguments.devices, engine=arguments.engine, output_dir=directory / name
+        )
+        for name, fusion in FUSION.items()
+        if name in {SERIAL, *arguments.variants}
+    }
+    if arguments.peer == TRL:
+        variants[TRL] = trl_variant(workload, num_threads=arguments.devices)
+    return variants
+
+
+def _directory(arguments: argparse.Namespace, stack: ExitStack) -> Path:
+    """Where traces and plans go."""
+    if arguments.traces is not None:
+        directory: Path = arguments.traces
+        return directory
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuse-bench-")))

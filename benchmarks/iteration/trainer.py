@@ -1,0 +1,95 @@
+"""This project's trainer in `fuse bench iteration`: one iteration at a time, with forced lengths if there are any."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers.trainer_callback import PrinterCallback
+
+from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn
+from fuse.benchmarks.iteration.workload import Workload
+from fuse.benchmarks.measure import Tracks, idle_shares
+from fuse.config.ppo import PPOConfig
+from fuse.trace import busy_s
+from fuse.trainers.iteration import Iteration
+from fuse.trainers.ppo import PPOTrainer
+
+COMPUTING = frozenset({"generate", "infer", "train", "optimizer"})
+"""Categories of spans: engine steps, inference, operations of pipelines, optimizer steps."""
+
+
+@contextmanager
+def fuse_variant(
+    workload: Workload, fusion: Mapping[str, Any], *, num_devices: int, engine: Any, output_dir: Path
+) -> Iterator[FuseVariant]:
+    """A trainer with these fusions, and its workers; its traces and plans go to `output_dir`."""
+    models, dataset = workload.models, workload.dataset()
+    config = PPOConfig(
+        output_dir=str(output_dir),
+        num_devices=num_devices,
+        engine=engine,
+        generation_batch_size=workload.batch,
+        **workload.options(),
+        **fusion,
+    )
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=models.tokenizer,
+        model=models.policy,
+        ref_model=models.reference,
+        reward_model=models.reward,
+        train_dataset=dataset,
+        value_model=models.critic,
+    )
+    trainer.remove_callback(PrinterCallback)
+    in_order: Any = dataset
+    trainer.dataloader = DataLoader(in_order, batch_size=workload.batch, collate_fn=list)
+    trainer.max_new_tokens = dict(enumerate(workload.lengths or ()))
+    with trainer.updates() as updates:
+        yield FuseVariant(trainer, updates)
+
+
+class FuseVariant:
+    """A `Variant` of this project's trainer."""
+
+    def __init__(self, trainer: PPOTrainer, updates: Iterator[Iteration]) -> None:
+        self._trainer, self._updates = trainer, updates
+
+    def turn(self, same: tuple[Response, ...] | None) -> Turn:
+        memory = PeakMemory({**self._trainer.process_ids, "driver": [os.getpid()]})
+        start_s = time.time()
+        iteration = next(self._updates)
+        end_s = time.time()
+        bubbles = {
+            name.removeprefix("bubble/"): share
+            for name, share in iteration.metrics.items()
+            if name.startswith("bubble/")
+        }
+        return Turn(
+            seconds=end_s - start_s,
+            responses=tuple(Response(one.prompt_ids, tuple(one.response_ids)) for one in iteration.samples),
+            metrics=iteration.metrics,
+            phases={**iteration.phases, "other": end_s - start_s - sum(iteration.phases.values())},
+            idle_share=idle_shares(iteration.tracks, start_s, end_s),
+            outside_share=outside_share(iteration.tracks, start_s, end_s),
+            bubbles=bubbles,
+            peak_bytes=memory.read(),
+        )
+
+
+def outside_share(tracks: Tracks, start_s: float, end_s: float) -> float:
+    """The share of the time in which no device at all computed anything of `COMPUTING`."""
+    computing = [
+        span
+        for workers in tracks.values()
+        for spans in workers.values()
+        for span in spans
+        if span.category in COMPUTING
+    ]
+    return 1 - busy_s(computing, start_s, end_s) / (end_s - start_s)

@@ -1,0 +1,59 @@
+"""A turn: one iteration of one trainer, of which several live side by side and iterate in turn.
+
+So a machine that slows down does so for all variants alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fuse.benchmarks.measure import peak_memory, reset_peak_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What one sample of a round was: its prompt, and its response without padding."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One iteration of one variant, with everything that belongs to it.
+
+    metrics: as logged. phases: seconds, of which `other` is the rest. idle_share: by device. outside_share: of the
+    iteration, in which no device computed; None where there are no spans to tell. bubbles: idle shares of the devices
+    while they train; peak_bytes: resident memory of the largest process, by role.
+    """
+
+    seconds: float
+    responses: tuple[Response, ...]
+    metrics: Mapping[str, float]
+    phases: Mapping[str, float]
+    idle_share: Mapping[str, float]
+    outside_share: float | None
+    bubbles: Mapping[str, float]
+    peak_bytes: Mapping[str, int]
+
+
+class Variant(Protocol):
+    """A trainer that has started and waits for its turn."""
+
+    def turn(self, same: tuple[Response, ...] | None) -> Turn:
+        """One iteration. same: what other variants generated from these prompts, None for the first."""
+        ...
+
+
+class PeakMemory:
+    """Largest resident memory of processes from here on, by role."""
+
+    def __init__(self, process_ids: Mapping[str, Sequence[int]]) -> None:
+        self._process_ids = process_ids
+        for process_id in (one for those in process_ids.values() for one in those):
+            reset_peak_memory(process_id)
+
+    def read(self) -> dict[str, int]:
+        return {role: max(map(peak_memory, process_ids)) for role, process_ids in self._process_ids.items()}

@@ -1,0 +1,1 @@
+"""`fuse bench kernels`: native kernels against their references and the machine."""

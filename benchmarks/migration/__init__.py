@@ -1,0 +1,1 @@
+"""`fuse bench migration`: the pause of a sample that moves between engines."""

@@ -1,0 +1,1 @@
+"""`fuse bench solver`: schedules against their bounds and published ones."""

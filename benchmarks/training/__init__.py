@@ -1,0 +1,1 @@
+"""`fuse bench training`: fused against serial training steps, real and emulated."""

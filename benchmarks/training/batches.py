@@ -1,0 +1,124 @@
+"""What `fuse bench training` trains on: made-up samples whose lengths alone matter."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fuse.algorithms.batch import Experience, Segments
+from fuse.algorithms.gae import ppo_targets
+from fuse.benchmarks.lengths import response_lengths, scaled
+from fuse.intrastage.cost_profile import Shape
+
+UNIFORM, MIXED = "uniform", "mixed"
+
+
+def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int) -> Experience:
+    """Random samples with prompts of `prompt_tokens` and responses of `lengths` tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, vocab_size, (count,), generator=generator).tolist())
+
+    segments = Segments.from_lengths(lengths, max(lengths))
+    num_tokens, num_values = int(segments.token_offsets[-1]), int(segments.value_offsets[-1])
+    prompts, responses = tuple(tokens(prompt_tokens) for _ in lengths), tuple(map(tokens, lengths))
+    return Experience(
+        prompts=prompts,
+        responses=responses,
+        lengths=tuple(lengths),
+        width=max(lengths),
+        segments=segments,
+        targets=ppo_targets(
+            responses,
+            lengths,
+            logprobs=torch.full((num_tokens,), -float(torch.tensor(vocab_size).log())),
+            advantages=torch.randn(num_tokens, generator=generator),
+            values=torch.zeros(num_values),
+            returns=torch.randn(num_values, generator=generator),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The micro-batches of one optimizer step: sample indices of each. lengths: what their mix is called."""
+
+    lengths: str
+    micro_batches: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Samples with every mix of lengths, and what is trained on them."""
+
+    experience: Experience
+    tasks: tuple[Task, ...]
+
+    def shape(self, samples: Sequence[int]) -> Shape:
+        """The shape of the micro-batch that these samples make."""
+        experience = self.experience
+        return Shape(len(samples), max(len(experience.prompts[one]) + experience.lengths[one] for one in samples))
+
+    def buckets(self) -> list[tuple[int, ...]]:
+        """A micro-batch of each shape to measure on: of each mix the smallest, the middle and the largest."""
+        chosen: dict[Shape, tuple[int, ...]] = {}
+        for lengths in {task.lengths: None for task in self.tasks}:
+            of_mix = {
+                self.shape(samples): samples
+                for task in self.tasks
+                if task.lengths == lengths
+                for samples in task.micro_batches
+            }
+            by_size = sorted(of_mix, key=lambda shape: (shape.size, shape))
+            for shape in (by_size[0], by_size[len(by_size) // 2], by_size[-1]):
+                chosen[shape] = of_mix[shape]
+        return list(chosen.values())
+
+
+def load_of(
+    path: Path | None, counts: Sequence[int], *, num_sequences: int, sequence_tokens: int, vocab_size: int
+) -> Workload:
+    """A uniform mix and that of a trace, or a made-up one, with tasks of so many micro-batches as `counts` has.
+
+    A quarter of a sequence is its prompt; mixed micro-batches are as long as uniform ones on average.
+    """
+    num_samples = num_sequences * max(counts)
+    prompt_tokens = max(1, sequence_tokens // 4)
+    response_tokens = sequence_tokens - prompt_tokens
+    mixes = {
+        UNIFORM: [response_tokens] * num_samples,
+        MIXED: scaled_in_groups(response_lengths(path, num_samples), num_sequences, response_tokens),
+    }
+    return workload(mixes, counts, num_sequences=num_sequences, prompt_tokens=prompt_tokens, vocab_size=vocab_size)
+
+
+def scaled_in_groups(lengths: Sequence[int], num_sequences: int, longest: int) -> list[int]:
+    """Lengths in proportion, each at least one, the longest of each `num_sequences` in a row `longest` on average."""
+    groups = [lengths[start : start + num_sequences] for start in range(0, len(lengths), num_sequences)]
+    return scaled(lengths, longest / statistics.mean(max(group) for group in groups))
+
+
+def workload(
+    mixes: Mapping[str, Sequence[int]],
+    counts: Sequence[int],
+    *,
+    num_sequences: int,
+    prompt_tokens: int,
+    vocab_size: int,
+) -> Workload:
+    """Of each mix of response lengths a task per number of micro-batches in `counts`, all on its first samples."""
+    lengths = [length for mix in mixes.values() for length in mix]
+    tasks = []
+    first = 0
+    for name, mix in mixes.items():
+        for count in counts:
+            starts = range(first, first + count * num_sequences, num_sequences)
+            batches = tuple(tuple(range(start, start + num_sequences)) for start in starts)
+            tasks.append(Task(lengths=name, micro_batches=batches))
+        first += len(mix)
+    return Workload(made_experience(prompt_tokens, lengths, vocab_size), tuple(tasks))

@@ -1,0 +1,158 @@
+"""`fuse bench training`: steps of actor and critic on the same devices, one after the other and fused.
+
+Random Llamas take real PPO steps on the CPU, by the serial and by the fused schedule in turn. Each setting is a pair of
+sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
+plan said, and what explains the difference.
+
+--profile-only stops at what the plan is made of: seconds and memory of every operation. --emulate N executes schedules
+of N ranks with waits in place of computation, and says how far that is from the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from fuse.benchmarks.measure import describe_machine
+from fuse.benchmarks.options import Row, add_json_option, check_counts, write_rows
+from fuse.benchmarks.training import tables
+
+LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
+"""Of actor and critic, by the ratio of their sizes."""
+_VOCAB_SIZE = 512
+_OPTIONS = (
+    "devices", "repeats", "sizes", "micro_batches", "lengths", "tokens", "sequences", "hidden", "solve_seconds",
+    "emulate", "instances", "operation_ms",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse bench training`."""
+    parser.add_argument("--devices", type=int, default=2, metavar="N", help="cores to train on (default: 2)")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="steps by each schedule, in turn (default: 9; emulated: 1)"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=LAYERS_PER_DEVICE, default=list(LAYERS_PER_DEVICE), metavar="A:C",
+        help="sizes of actor and critic: the larger has two layers per device (default: 1:1 2:1 1:2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--micro-batches", nargs="+", type=int, default=[2, 4, 8], metavar="N",
+        help="micro-batches per optimizer step (default: 2 4 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lengths", type=Path, metavar="FILE.csv",
+        help="response lengths of the mixed settings: column output_tokens (default: a synthetic long-tailed mix)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N",
+        help="per micro-batch, padding included; with mixed lengths on average (default: 512)",
+    )  # fmt: skip
+    parser.add_argument("--sequences", type=int, default=2, metavar="N", help="per micro-batch (default: 2)")
+    parser.add_argument("--hidden", type=int, default=256, metavar="N", help="hidden size of both (default: 256)")
+    parser.add_argument(
+        "--solve-seconds", type=float, default=2.0, metavar="S", help="for each fused schedule, at most (default: 2)"
+    )
+    parser.add_argument("--profile-only", action="store_true", help="print and write the measured costs, and stop")
+    parser.add_argument(
+        "--emulate", type=int, metavar="N", help="execute schedules of N ranks with operations replaced by waits"
+    )
+    parser.add_argument(
+        "--instances", type=Path, metavar="FILE", help="problems to emulate, as JSON (default: one of N ranks)"
+    )
+    parser.add_argument(
+        "--operation-ms", type=float, default=20.0, metavar="MS",
+        help="what the shortest emulated operation takes (default: 20)",
+    )  # fmt: skip
+    add_json_option(parser, "machine, options and rows")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every setting, print a line each and a table, and write them to `arguments.json`."""
+    if arguments.repeats is None:
+        arguments.repeats = 9 if arguments.emulate is None else 1
+    _check(arguments)
+    results = _train(arguments) if arguments.emulate is None else _emulate(arguments)
+    write_rows(arguments, describe_machine(), _OPTIONS, **results)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_counts(arguments, "repeats", "sequences", "tokens", "hidden", "micro_batches")
+    if arguments.devices < 2:
+        raise ValueError(f"--devices is {arguments.devices}: fused schedules need at least 2")
+    if arguments.emulate is not None and arguments.emulate < 2:
+        raise ValueError(f"--emulate is {arguments.emulate}: fused schedules need at least 2 ranks")
+    if arguments.hidden % 16:
+        raise ValueError(f"--hidden is {arguments.hidden}: choose a multiple of 16")
+    if arguments.tokens < 4 * arguments.sequences:
+        raise ValueError(
+            f"--tokens is {arguments.tokens} for {arguments.sequences} sequences: give at least 4 tokens to each"
+        )
+    if min(arguments.solve_seconds, arguments.operation_ms) <= 0:
+        raise ValueError("--solve-seconds and --operation-ms must be positive")
+    if arguments.emulate is None and arguments.instances is not None:
+        raise ValueError("--instances names problems to emulate: add --emulate N, their number of ranks")
+    if arguments.emulate is not None and arguments.profile_only:
+        raise ValueError("--profile-only measures and --emulate does not compute: choose one of them")
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, object]:
+    # What workers are made of takes seconds to import, and emulation does without.
+    from fuse.benchmarks.training.batches import load_of
+    from fuse.benchmarks.training.rows import row_of
+    from fuse.benchmarks.training.steps import Trainers
+    from fuse.intrastage.cost_profile import profile_to_json
+
+    load = load_of(
+        arguments.lengths,
+        arguments.micro_batches,
+        num_sequences=arguments.sequences,
+        sequence_tokens=arguments.tokens // arguments.sequences,
+        vocab_size=_VOCAB_SIZE,
+    )
+    total = len(arguments.sizes) * len(load.tasks)
+    rows: list[Row] = []
+    profiles, console = {}, Console()
+    with Trainers.start(arguments.devices) as trainers:
+        for sizes in arguments.sizes:
+            actor, critic = (arguments.devices * layers for layers in LAYERS_PER_DEVICE[sizes])
+            print(f"{sizes}: measuring operations ...", file=sys.stderr, flush=True)
+            layers: dict[str, int] = {"actor": actor, "critic": critic}
+            trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
+            profile = trainers.profile(load)
+            profiles[sizes] = profile_to_json(profile)
+            if arguments.profile_only:
+                console.print(tables.profile_table(sizes, profile))
+                continue
+            for task in load.tasks:
+                sides = trainers.compare(
+                    load, task, profile, repeats=arguments.repeats, solve_s=arguments.solve_seconds
+                )
+                tokens = [load.shape(samples).size for samples in task.micro_batches]
+                rows.append(row_of(sizes, layers, task, tokens, *sides))
+                print(f"[{len(rows)}/{total}] {tables.line(rows[-1])}", flush=True)
+    if rows:
+        console.print(tables.steps_table(rows))
+        print(tables.summary(rows))
+    return {"rows": rows, "profiles": profiles}
+
+
+def _emulate(arguments: argparse.Namespace) -> dict[str, object]:
+    from fuse.benchmarks.training.emulated import emulate_instances
+
+    rows = []
+    for row in emulate_instances(
+        arguments.instances,
+        arguments.emulate,
+        operation_s=1e-3 * arguments.operation_ms,
+        repeats=arguments.repeats,
+        solve_s=arguments.solve_seconds,
+    ):
+        print(f"{row['setting']}: executed in {row['executed_ms']:.0f} ms, planned {row['planned_ms']:.0f}", flush=True)
+        rows.append(row)
+    Console().print(tables.emulated_table(rows))
+    return {"emulated": True, "rows": rows}

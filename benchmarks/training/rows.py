@@ -1,0 +1,92 @@
+"""Rows of `fuse bench training`: serial and fused steps, and what explains the difference."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from fuse.benchmarks.options import Row
+from fuse.benchmarks.training.batches import Task
+from fuse.benchmarks.training.comparison import compare
+from fuse.benchmarks.training.worker import TimedStep
+from fuse.intrastage.planned_times import PlannedTimes
+from schedules import Schedule
+
+_GAIN_WANTED = 0.9
+_CAUSES = ("contention", "imbalance", "overhead", "transfer")
+
+
+Side = dict[str, float]
+"""Steps by one schedule."""
+
+
+def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep]) -> Side:
+    """One step, from what each rank recorded.
+
+    step_ms: all of it. executed_ms: from the first operation's start to the last one's end; setup_ms: before that;
+    optimizer_ms: after it. planned_ms: of the operations. bubble_*: idle shares while operations are executed.
+    slowdown: seconds of all operations over those planned. overhead_share: of the step, on neither operations, waiting
+    nor the optimizer. transfer_share: waiting for messages already made. The rest: where `executed_ms - planned_ms`
+    went, see `Comparison`.
+    """
+    found = compare(schedule, planned, [rank.spans for rank in ranks])
+    start_s, end_s = min(rank.start_s for rank in ranks), max(rank.end_s for rank in ranks)
+    operations = [[span for span in rank.spans if span.category == "train"] for rank in ranks]
+    setup_s = min(of_rank[0].start_s for of_rank in operations if of_rank) - start_s
+    step_s = end_s - start_s
+    return {
+        "step_ms": 1e3 * step_s,
+        "setup_ms": 1e3 * setup_s,
+        "executed_ms": 1e3 * found.makespan_executed_s,
+        "optimizer_ms": 1e3 * (step_s - setup_s - found.makespan_executed_s),
+        "planned_ms": 1e3 * found.makespan_planned_s,
+        **{name: getattr(found, name) for name in ("bubble_planned", "bubble_executed", "slowdown", "transfer_share")},
+        "overhead_share": (setup_s + found.overhead_share * found.makespan_executed_s) / step_s,
+        **{f"{cause}_ms": 1e3 * getattr(found, f"{cause}_s") for cause in _CAUSES},
+    }
+
+
+def medians(sides: Sequence[Side]) -> Side:
+    """Of each figure by itself."""
+    return {name: statistics.median(side[name] for side in sides) for name in sides[0]}
+
+
+def row_of(sizes: str, layers: Mapping[str, int], task: Task, tokens: list[int], serial: Side, fused: Side) -> Row:
+    """What a setting came to. layers: of each model. tokens: of each micro-batch, padding included.
+
+    A gain is a ratio less one; gain_share: the measured one over the predicted one.
+    predicted_ratio: of the planned operations, with the optimizer's measured time added to both sides.
+    why: empty where fused was faster and had 90 % of the predicted gain; else what kept it from its plan most.
+    """
+    optimizer_ms = statistics.mean((serial["optimizer_ms"], fused["optimizer_ms"]))
+    ratio = serial["step_ms"] / fused["step_ms"]
+    predicted = (serial["planned_ms"] + optimizer_ms) / (fused["planned_ms"] + optimizer_ms)
+    gain_share = (ratio - 1) / (predicted - 1) if predicted != 1 else 1.0
+    return {
+        "setting": f"{sizes} {task.lengths} {len(task.micro_batches)}",
+        "actor_layers": layers["actor"],
+        "critic_layers": layers["critic"],
+        "lengths": task.lengths,
+        "num_micro_batches": len(task.micro_batches),
+        "micro_batch_tokens": tokens,
+        "serial_ms": serial["step_ms"],
+        "fused_ms": fused["step_ms"],
+        "ratio": ratio,
+        "predicted_ratio": predicted,
+        "gain_share": gain_share,
+        "bubble_serial": serial["bubble_executed"],
+        "bubble_fused": fused["bubble_executed"],
+        "bubble_planned": fused["bubble_planned"],
+        "overhead_share": fused["overhead_share"],
+        "why": "" if ratio > 1 and gain_share >= _GAIN_WANTED else _why(serial, fused),
+        "serial": serial,
+        "fused": fused,
+    }
+
+
+def _why(serial: Side, fused: Side) -> str:
+    """What fused steps lost most on, beyond what serial steps would lose in as much time."""
+    scale = fused["planned_ms"] / serial["planned_ms"]
+    lost_ms = {cause: fused[f"{cause}_ms"] - scale * serial[f"{cause}_ms"] for cause in (*_CAUSES, "setup")}
+    cause = max(lost_ms, key=lambda one: lost_ms[one])
+    return f"{cause}: {lost_ms[cause]:.1f} ms more than serial steps lose in as much time"

@@ -1,0 +1,32 @@
+"""Rows and tables of whole iterations."""
+
+from __future__ import annotations
+
+from fuse.benchmarks.iteration.rows import markdown, row_of, tables
+
+from .made import ONE, made_turn
+
+
+def test_ratios_are_those_of_turns_in_the_same_repeat() -> None:
+    turns = {
+        "off": [made_turn(seconds, [ONE]) for seconds in (4.0, 8.0, 6.0)],
+        "both": [made_turn(seconds, [ONE], peak_bytes={"driver": 9}) for seconds in (2.0, 2.0, 6.0)],
+    }
+    row = row_of("both", turns)
+    assert (row["ratio_to_serial"], row["ratio_to_serial_range"]) == (2.0, (1.0, 4.0))
+    assert (row["ratio_to_trl"], row["ratio_to_trl_range"]) == (None, None)
+    assert (row["seconds"], row["samples_per_s"], row["tokens_per_s"]) == (2.0, 0.5, 1.5)
+    assert row["repeats"] == [2.0, 2.0, 6.0]
+    assert row["peak_bytes"] == {"driver": 9}
+    assert len(tables([row_of(name, turns) for name in turns])) == 2
+
+
+def test_a_table_without_trl_has_no_column_for_it() -> None:
+    rows = [row_of("off", {"off": [made_turn(1.0, [ONE])]})]
+    options = dict.fromkeys(("devices", "batch", "epochs", "mini_batches", "micro_batch", "repeats"), 1)
+    options |= {"model": None, "lengths": "a/mix.csv", "max_new_tokens": 3}
+    results = {"rows": rows, "machine": {"cpu": "EPYC", "packages": {}}, "options": options, "date": "2026-01-01"}
+    text = markdown(results)
+    assert text.splitlines()[0] == "| variant | samples/s | tokens/s | x off |"
+    assert "lengths: mix;" in text
+    assert text.endswith("idle 50% of the time: filled completely, that would be 2.00 times as fast.")

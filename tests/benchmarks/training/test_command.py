@@ -1,0 +1,156 @@
+"""`fuse bench training` writes one complete row per setting, emulated or not, and refuses what it cannot measure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fuse.benchmarks.training import command, tables
+from fuse.intrastage.cost_profile import profile_from_json
+
+INSTANCE = {
+    "name": "tiny",
+    "actor_stages": 2,
+    "critic_stages": 1,
+    "actor_microbatches": 2,
+    "critic_microbatches": 2,
+    "actor_forward": 2,
+    "critic_forward": 1,
+}
+
+KEYS = {
+    "setting", "actor_layers", "critic_layers", "lengths", "num_micro_batches", "micro_batch_tokens", "serial_ms",
+    "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial", "bubble_fused", "bubble_planned",
+    "overhead_share", "why", "serial", "fused",
+}  # fmt: skip
+SIDE_KEYS = {
+    "step_ms", "setup_ms", "executed_ms", "optimizer_ms", "planned_ms", "bubble_planned", "bubble_executed", "slowdown",
+    "overhead_share", "transfer_share", "contention_ms", "imbalance_ms", "overhead_ms", "transfer_ms",
+}  # fmt: skip
+EMULATED_KEYS = {
+    "setting", "emulated", "num_ranks", "num_micro_batches", "tick_ms", "makespan_ticks", "makespan_lower_bound_ticks",
+    "serial_planned_ms", "planned_ms", "executed_ms", "beyond_plan", "bubble_planned", "bubble_executed", "slowdown",
+    "overhead_share", "transfer_share",
+}  # fmt: skip
+
+
+def run(*options: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(options))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run on two devices; its lengths make micro-batches of unequal size."""
+    directory = tmp_path_factory.mktemp("training")
+    lengths, out = directory / "chat.csv", directory / "out.json"
+    lengths.write_text("prompt_tokens,output_tokens\n" + "".join(f"7,{length}\n" for length in (10, 2, 4, 8, 100)))
+    sizes = ["--sizes", "2:1", "--micro-batches", "2", "--tokens", "16", "--hidden", "16", "--repeats", "2"]
+    assert run(*sizes, "--solve-seconds", "0.5", "--lengths", str(lengths), "--json", str(out)) == 0
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
+
+
+def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
+    uniform, mixed = trained["rows"]
+    assert (uniform["setting"], mixed["setting"]) == ("2:1 uniform 2", "2:1 mixed 2")
+    for row in (uniform, mixed):
+        assert row.keys() == KEYS
+        assert row["serial"].keys() == row["fused"].keys() == SIDE_KEYS
+        assert (row["actor_layers"], row["critic_layers"], row["num_micro_batches"]) == (4, 2, 2)
+        assert row["ratio"] == pytest.approx(row["serial_ms"] / row["fused_ms"])
+        assert 0 < row["bubble_planned"] < 1
+        assert 0 < row["serial"]["bubble_planned"] < 1
+        assert 0 < row["overhead_share"] < 1
+        if row["gain_share"] < 0.9:
+            assert "ms more than serial steps lose" in row["why"]
+    # Equal micro-batches leave bubbles that the other model fills, whatever was measured; unequal ones may not.
+    assert uniform["bubble_planned"] < uniform["serial"]["bubble_planned"]
+    assert uniform["predicted_ratio"] > 1
+    assert uniform["gain_share"] == pytest.approx((uniform["ratio"] - 1) / (uniform["predicted_ratio"] - 1))
+    assert uniform["micro_batch_tokens"] == [16, 16]
+    # 10, 2 and 4, 8 responses become 7, 1 and 3, 5: the longest are 6 on average, after prompts of 2.
+    assert mixed["micro_batch_tokens"] == [18, 14]
+
+
+def test_writes_profiles_of_every_shape(trained: dict[str, Any]) -> None:
+    profile = profile_from_json(trained["profiles"]["2:1"])
+    assert {cost.shape.num_tokens for cost in profile.stages} == {7, 8, 9}
+    assert {(cost.pipeline, cost.stage) for cost in profile.stages} == {
+        (f"{model}.0", stage) for model in ("actor", "critic") for stage in range(2)
+    }
+    assert all(cost.input_grad_ticks for cost in profile.stages)
+    console = Console(record=True, width=100)
+    console.print(tables.profile_table("2:1", profile))
+    text = console.export_text()
+    assert "actor.0 stage 1" in text
+    assert "2 x 9" in text
+
+
+def test_writes_what_the_figures_depend_on(trained: dict[str, Any]) -> None:
+    assert trained["machine"]["num_cores"] >= 2
+    assert trained["options"]["tokens"] == 16
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], with_file: bool) -> None:
+    instances, out = tmp_path / "instances.json", tmp_path / "out.json"
+    other = {**INSTANCE, "name": "other", "actor_stages": 4}
+    instances.write_text(json.dumps({"instances": [INSTANCE, other]}))
+    options = ["--instances", str(instances)] if with_file else []
+    assert run("--emulate", "2", *options, "--operation-ms", "10", "--solve-seconds", "1", "--json", str(out)) == 0
+    results = json.loads(out.read_text())
+    assert results["emulated"] is True
+    (row,) = results["rows"]
+    assert row.keys() == EMULATED_KEYS
+    assert row["emulated"] is True
+    assert row["setting"] == ("emulated tiny" if with_file else "emulated 2 ranks")
+    assert row["planned_ms"] == pytest.approx(row["makespan_ticks"] * row["tick_ms"])
+    assert row["planned_ms"] < row["serial_planned_ms"]
+    assert row["executed_ms"] > 0.9 * row["planned_ms"]
+    assert results["options"]["repeats"] == 1
+    assert row["beyond_plan"] == pytest.approx(row["executed_ms"] / row["planned_ms"] - 1)
+    assert "emulated" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--devices", "1"], "--devices is 1: fused schedules need at least 2"),
+        (["--repeats", "0"], "--repeats is 0: it must be at least 1"),
+        (["--micro-batches", "2", "0"], "--micro-batches is 0"),
+        (["--tokens", "6"], "--tokens is 6 for 2 sequences"),
+        (["--hidden", "20"], "--hidden is 20: choose a multiple of 16"),
+        (["--solve-seconds", "0"], "must be positive"),
+        (["--instances", "x.json"], "add --emulate N"),
+        (["--emulate", "2", "--profile-only"], "choose one of them"),
+        (["--emulate", "1"], "--emulate is 1"),
+        (["--emulate", "8", "--instances", "{file}"], r"has no instance of 8 ranks: choose --emulate from \[2\]"),
+        (["--lengths", "{short}"], "has 1 rows, and 16 responses are needed"),
+        (["--lengths", "{file}"], "has no column output_tokens"),
+        (
+            ["--lengths", "{csv}", "--micro-batches", "1", "--sequences", "2"],
+            "line 3: output_tokens is 'long', not a whole number",
+        ),
+        (["--emulate", "2", "--instances", "{csv}"], "lengths.csv is not JSON"),
+        (
+            ["--emulate", "2", "--instances", "{other}"],
+            "each with name, actor_stages",
+        ),
+    ],
+)
+def test_refuses(tmp_path: Path, options: list[str], reason: str) -> None:
+    instances, lengths = tmp_path / "instances.json", tmp_path / "lengths.csv"
+    instances.write_text(json.dumps({"instances": [INSTANCE]}))
+    lengths.write_text("output_tokens\n3\nlong\n")
+    short, other = tmp_path / "short.csv", tmp_path / "other.json"
+    short.write_text("output_tokens\n3\n")
+    other.write_text(json.dumps({"instances": [{"name": "tiny"}]}))
+    with pytest.raises(ValueError, match=reason):
+        run(*(option.format(file=instances, csv=lengths, short=short, other=other) for option in options))
