@@ -40,8 +40,9 @@ def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep
         "executed_ms": 1e3 * found.makespan_executed_s,
         "optimizer_ms": 1e3 * (step_s - setup_s - found.makespan_executed_s),
         "planned_ms": 1e3 * found.makespan_planned_s,
-        **{name: getattr(found, name) for name in ("bubble_planned", "bubble_executed", "slowdown", "transfer_share")},
+        **{name: getattr(found, name) for name in ("bubble_planned", "bubble_executed", "slowdown")},
         "overhead_share": (setup_s + found.overhead_share * found.makespan_executed_s) / step_s,
+        "transfer_share": found.transfer_share,
         **{f"{cause}_ms": 1e3 * getattr(found, f"{cause}_s") for cause in _CAUSES},
     }
 
