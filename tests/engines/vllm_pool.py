@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from fuse.benchmarks.engine_process import EngineProcess
 from fuse.engines.vllm import VllmEngine
 
-
 Kind = tuple[str, tuple[tuple[str, Any], ...]]
 """Of engines that differ in their weights alone: the model's configuration and the engine's options."""
 
