@@ -228,9 +228,9 @@ def check(device: int, layout_name: str, directory: Path) -> dict[str, float | s
                 copies.update(parameter.detach().numpy().tobytes())
     found["copies"] = copies.hexdigest()
 
-    shapes = [batches_of(2)] * len(training.pipelines)
+    shapes = [batches_of(1)] * len(training.pipelines)
     profile = measure(training.run.rank, training.pipelines, training.stages, shapes, training.communicators, repeats=1)
-    assert len(profile.stages) == len(training.stages) * 2
+    assert len(profile.stages) == len(training.stages)
     assert all(cost.input_grad_ticks and cost.weight_grad_bytes for cost in profile.stages)
     return found
 

@@ -57,8 +57,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def vllm_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmPool]:
+def vllm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmPool]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     with VllmPool(tmp_path_factory.mktemp("vllm")) as pool:
         yield pool
+
+
+@pytest.fixture
+def vllm_pool(vllm_processes: VllmPool) -> VllmPool:
+    vllm_processes.begin_test()
+    return vllm_processes

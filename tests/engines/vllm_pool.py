@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import ExitStack
 from functools import partial
-from itertools import cycle
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,25 @@ from transformers import PreTrainedModel
 from fuse.benchmarks.engine_process import EngineProcess
 from fuse.engines.vllm import VllmEngine
 
+Kind = tuple[str, tuple[tuple[str, Any], ...]]
+"""Of engines that differ in their weights alone: the model's configuration and the engine's options."""
+
+
+def kind_of(model: PreTrainedModel, options: dict[str, Any]) -> Kind:
+    return model.config.to_json_string(), tuple(sorted(options.items()))
+
 
 class VllmProcess(EngineProcess):
     """Makes engines of one architecture after another, and knows which one it has."""
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
-        self.holds: object = None
+        self.holds: Kind | None = None
         super().__init__(partial(VllmEngine, model, **options))
-        self.holds = model.config.to_json_string(), options
+        self.holds = kind_of(model, options)
 
     def become(self, model: PreTrainedModel, **options: Any) -> None:
         """An empty engine of this model and these limits, as new."""
-        wanted = model.config.to_json_string(), options
+        wanted = kind_of(model, options)
         if self.holds == wanted:
             for sample_id in self.run(attrgetter("_live")):
                 self.evict(sample_id)
@@ -43,13 +49,14 @@ class VllmProcess(EngineProcess):
 
 
 class VllmPool:
-    """Two processes, handed out in turn: a test may use the last two engines it asked for."""
+    """Two processes: a test may use the last two engines it asked for."""
 
     def __init__(self, home: Path) -> None:
         self.home = home  # of the processes, and for their temporary files
         self._resources = ExitStack()
         self._processes: list[VllmProcess] = []
-        self._turns: Iterator[int] = cycle(range(2))
+        self._last: VllmProcess | None = None
+        self._num_asked: Counter[Kind | None] = Counter()
 
     def __enter__(self) -> VllmPool:
         return self
@@ -57,13 +64,24 @@ class VllmPool:
     def __exit__(self, *exception: object) -> None:
         self._resources.close()
 
+    def begin_test(self) -> None:
+        """No engine is in use."""
+        self._last = None
+
     def engine(self, model: PreTrainedModel, **options: Any) -> VllmProcess:
-        turn = next(self._turns)
-        if turn < len(self._processes):
-            self._processes[turn].become(model, **options)
-        else:
-            with pytest.MonkeyPatch.context() as patch:
-                for name in ("HOME", "TMPDIR"):
-                    patch.setenv(name, str(self.home))
-                self._processes.append(self._resources.enter_context(VllmProcess(model, **options)))
-        return self._processes[turn]
+        """Of a process that has such an engine already; else of one whose engine is asked for least."""
+        wanted = kind_of(model, options)
+        self._num_asked[wanted] += 1
+        free = [process for process in self._processes if process is not self._last]
+        if not free:
+            free = [self._start(model, **options)]
+        self._last = min(free, key=lambda process: (process.holds != wanted, self._num_asked[process.holds]))
+        self._last.become(model, **options)
+        return self._last
+
+    def _start(self, model: PreTrainedModel, **options: Any) -> VllmProcess:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("HOME", "TMPDIR"):
+                patch.setenv(name, str(self.home))
+            self._processes.append(self._resources.enter_context(VllmProcess(model, **options)))
+        return self._processes[-1]

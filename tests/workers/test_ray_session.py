@@ -28,8 +28,10 @@ from fuse.workers.ray_session import local_cluster
 pytestmark = [pytest.mark.own_ray, pytest.mark.processes]
 
 DRIVER = """
-import sys, time
+import signal, sys, time
 from fuse.workers.cluster import Cluster
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is born deaf to it
 
 class Sleeper:
     def sleep(self): time.sleep(1000)
