@@ -103,6 +103,7 @@ def arguments(models: Path, **changes: str | None) -> list[str]:
         ({"json": "missing/out.json"}, "directory missing does not exist"),
     ],
 )
+@pytest.mark.usefixtures("ray_cluster")
 def test_bad_input_is_one_line_and_exit_2_and_writes_nothing(
     models: Path, project: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, str | None], message: str
 ) -> None:

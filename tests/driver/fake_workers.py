@@ -131,7 +131,11 @@ class FakeScorer(FakeWorker):
     def infer(self, sequences: Sequence[TokenSequence]) -> list[Inference]:
         assert self.engine.is_dead or not self.engine.samples, "the device decodes while it scores"
         return [
-            Inference(np.zeros(len(one.response_ids), np.float32), np.zeros(1, np.float32), float(len(one)))
+            Inference(
+                reference_logprobs=np.zeros(len(one.response_ids), np.float32),
+                values=np.zeros(1, np.float32),
+                score=float(len(one)),
+            )
             for one in sequences
         ]
 
