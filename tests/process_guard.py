@@ -6,15 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 _STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"})
-
-_ASKED = frozenset({"fc-list", "uname"})
-"""Programs that libraries ask something once, and remember: whichever test is the first."""
+_INCIDENTAL = frozenset({"fc-list", "uname"})
+"""What libraries ask once and remember: matplotlib for fonts, `platform` for the processor."""
 
 _guarded: str | None = None
 """The test that may start none."""
@@ -26,7 +24,7 @@ def _refuse(how: str) -> None:
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in _STARTS and not (event == "subprocess.Popen" and Path(str(arguments[0])).name in _ASKED):
+    if event in _STARTS and not (event == "subprocess.Popen" and arguments[0] in _INCIDENTAL):
         _refuse(event)
 
 

@@ -78,6 +78,7 @@ def arguments(models: Path, **changes: str | None) -> list[str]:
     return ["train", *(part for name, value in options.items() if value is not None for part in (f"--{name}", value))]
 
 
+@pytest.mark.usefixtures("ray_cluster")  # processes start while models are loaded
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
