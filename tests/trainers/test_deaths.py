@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
 
 
 def test_an_engine_that_dies_between_rollouts_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pooled_workers: None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pooled_workers: None
 ) -> None:
     """Twice: when another rollout follows, by the weights that it had; when training follows, and then new weights."""
     options: dict[str, Any] = {"num_devices": 2, "total_episodes": 24, "num_sample_generations": 1}
@@ -65,22 +67,21 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     disturbed.eval_dataset = tiny.rows(4)
     killed: list[str] = []
 
-    def kill_an_engine_before(name: str) -> None:
-        method = getattr(disturbed, name)
-
+    def after_a_death(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def kill_first(*arguments: Any, **keywords: Any) -> Any:
             if disturbed.state.global_step == 1:
                 os.kill(engine_of_device_1(disturbed), signal.SIGKILL)
                 killed.append(name)
-            return method(*arguments, **keywords)
+            return function(*arguments, **keywords)
 
-        monkeypatch.setattr(disturbed, name, kill_first)
+        return kill_first
 
-    kill_an_engine_before("generate_completions")
-    kill_an_engine_before("_prepare")
+    disturbed.generate_completions = after_a_death("completions", disturbed.generate_completions)  # type: ignore[method-assign]
+    algorithm = disturbed._algorithm
+    disturbed._algorithm = replace(algorithm, estimate=after_a_death("estimate", algorithm.estimate))
     with caplog.at_level(logging.WARNING):
         disturbed.train()
-    assert killed == ["generate_completions", "_prepare"]
+    assert killed == ["completions", "estimate"]
     assert caplog.text.count(DEATH) == 2
     assert_same_models(disturbed, undisturbed)
 
