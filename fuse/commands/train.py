@@ -4,7 +4,8 @@
 
 The dataset is a JSONL file, or a directory made by Dataset.save_to_disk. A prompt is a string or a list of chat
 messages. The reward function gets (prompts, responses, **other_columns), all lists, and returns one number per
-response. The trained policy goes to the output directory. All of transformers.TrainingArguments are options too.
+response. The trained policy goes to the output directory. All of transformers.TrainingArguments that have an effect
+here are options too.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from fuse.config.inherited import check_inherited
+
 _logger = logging.getLogger(__name__)
 
 
@@ -32,6 +34,10 @@ def _multiplies_bfloat16() -> bool:
 @dataclass
 class RunConfig(TrainingArguments):
     """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
+
+    An inherited option works or is refused; `fuse.config.inherited` lists the few that are accepted without effect,
+    because they cannot matter here. `max_steps` is the most updates, in place of `num_train_epochs` where
+    `total_episodes` is not set either.
 
     Raises:
         ValueError: an option out of range, with the value, the rule and the remedy.
@@ -118,6 +124,7 @@ class RunConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ValueError("fp16=True is not supported (it needs loss scaling): set bf16=True or neither")
+        check_inherited(self)
         has_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = has_gpu and torch.cuda.is_bf16_supported()
@@ -146,6 +153,8 @@ class RunConfig(TrainingArguments):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1, or -1 for no limit")
 
     def _check_choices(self) -> None:
         for name, choices in self.CHOICES.items():
@@ -166,6 +175,11 @@ class RunConfig(TrainingArguments):
             )
         if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"optim={self.optim} is not supported: use adamw_torch")
+        if self.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={self.gradient_checkpointing_kwargs!r} is not supported: leave it out, "
+                f"or set {{'use_reentrant': False}}, which is what is done"
+            )
 
     @property
     def accelerator(self) -> Literal["cpu", "cuda"]:

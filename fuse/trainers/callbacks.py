@@ -44,18 +44,28 @@ def learning_rate_schedule(args: PPOConfig, model: nn.Module) -> tuple[torch.opt
     """The schedule that `args` names over `num_total_batches` updates.
 
     Its optimizer holds the parameters but no gradients: the workers' optimizers are the ones that step.
+
+    Raises:
+        ValueError: `lr_scheduler_kwargs` that the schedule does not take.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     num_updates = args.num_total_batches
     assert num_updates is not None
     assert not isinstance(args.lr_scheduler_kwargs, str), "TrainingArguments parses it"
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.get_warmup_steps(num_updates),
-        num_training_steps=num_updates,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_updates),
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except TypeError as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} do not fit lr_scheduler_type={name!r} ({error}): "
+            f"give what transformers.get_scheduler takes for it"
+        ) from error
     return optimizer, schedule
 
 

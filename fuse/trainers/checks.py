@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
 
 from fuse.config.ppo import PPOConfig
-from fuse.roles import GENERATING
+from fuse.roles import GENERATING, training
 from fuse.training.model_spec import ModelSpec
+
+_logger = logging.getLogger(__name__)
 
 
 def check_arguments(
@@ -31,11 +36,14 @@ def check_arguments(
         )
     if value_model is None:
         raise ValueError("value_model is None: pass a sequence classifier with one label, e.g. a copy of reward_model")
-    if not isinstance(reward_model, PreTrainedModel) and not callable(reward_model):
+    if not callable(reward_model):  # as models are, too
         raise ValueError(
             f"reward_model is {reward_model!r}: pass a sequence classifier with one label, or a function "
             f"(prompts, responses, **columns) -> list[float]"
         )
+    for name, given in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
+        if not isinstance(given, PreTrainedModel) and not (name == "ref_model" and given is None):
+            raise ValueError(f"{name} is {given!r}: pass a transformers model, e.g. by from_pretrained")
     if any(item is not None for item in optimizers):
         raise ValueError("optimizers must be (None, None): AdamW runs sharded in the workers; set its options in args")
     if peft_config is not None:
@@ -53,9 +61,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, needs_eos: bool) -> N
 def check_models(models: Mapping[str, PreTrainedModel]) -> None:
     """Every token the policy can generate must exist in the models that read it. models: by role.
 
+    Dropout of models that are trained is only warned of: TRL's trainer disables it, too.
+
     Raises:
-        ValueError: a vocabulary that is smaller than the policy's, or for the reference not of its size; a model that
-            workers cannot build again.
+        ValueError: a vocabulary that is smaller than the policy's, or for the reference not of its size; a model of
+            another kind than its role needs; models that share parameters; a model that workers cannot build again.
     """
     size = models[GENERATING].config.get_text_config().vocab_size
     for role, model in models.items():
@@ -66,10 +76,66 @@ def check_models(models: Mapping[str, PreTrainedModel]) -> None:
                 f"use models of one tokenizer, or resize_token_embeddings"
             )
         ModelSpec.of(model)
+        _check_kind(role, model)
+    for (role, model), (other_role, other_model) in combinations(models.items(), 2):
+        _check_shares_nothing(role, model, other_role, other_model)
+    for role in training(models):
+        _warn_of_dropout(role, models[role])
 
 
 _ARGUMENTS = {"actor": "model", "critic": "value_model", "reference": "ref_model", "reward": "reward_model"}
 """The trainer's, by role."""
+
+
+def _check_kind(role: str, model: PreTrainedModel) -> None:
+    """Raises: ValueError for anything but a language model where tokens count, a classifier of one label elsewhere."""
+    is_language_model = model.get_output_embeddings() is not None
+    score = getattr(model, "score", None)
+    kind = type(model).__name__
+    if role in ("actor", "reference"):
+        if not is_language_model:
+            raise ValueError(f"{_ARGUMENTS[role]} is a {kind} without output embeddings: pass a causal language model")
+        return
+    if is_language_model or score is None:
+        raise ValueError(
+            f"{_ARGUMENTS[role]} is a {kind} without a `score` head: pass a sequence classifier with one label, e.g. "
+            f"by AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)"
+        )
+    num_labels = getattr(score, "out_features", model.config.num_labels)
+    if num_labels != 1:
+        raise ValueError(
+            f"{_ARGUMENTS[role]} is a {kind} with {num_labels} labels, none of which is the score: pass one with one "
+            f"label, e.g. by AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)"
+        )
+
+
+def _check_shares_nothing(role: str, model: PreTrainedModel, other_role: str, other: PreTrainedModel) -> None:
+    """Raises: ValueError where training one model would change the other."""
+    first = {parameter.data_ptr(): name for name, parameter in model.named_parameters() if parameter.numel()}
+    for name, parameter in other.named_parameters():
+        known = first.get(parameter.data_ptr()) if parameter.numel() and parameter.data_ptr() else None
+        if known is not None:
+            mine, its = _ARGUMENTS[role], _ARGUMENTS[other_role]
+            raise ValueError(
+                f"{mine} and {its} share parameters ({mine}.{known} is {its}.{name}), so training one would change the "
+                f"other: pass a copy, copy.deepcopy({its})"
+            )
+
+
+_OTHER_HEADS = ("classifier", "summary")  # how dropout of heads that are not used here is named
+
+
+def _warn_of_dropout(role: str, model: PreTrainedModel) -> None:
+    for name, value in model.config.get_text_config().to_dict().items():
+        is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if "drop" in name and is_rate and value > 0 and not name.startswith(_OTHER_HEADS):
+            _logger.warning(
+                "%s.config.%s=%s has no effect: models are trained without dropout, so that fusion changes no number; "
+                "set it to 0.0",
+                _ARGUMENTS[role],
+                name,
+                value,
+            )
 
 
 def check_prompts(
@@ -98,10 +164,17 @@ def check_prompts(
             )
 
 
+def check_evaluation(args: PPOConfig, eval_dataset: object) -> None:
+    """Raises: ValueError where evaluation is asked for and there is nothing to evaluate on."""
+    if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
+        raise ValueError(
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} without eval_dataset: pass prompts whose "
+            f"completions are to be shown, or set eval_strategy='no'"
+        )
+
+
 def fill_batch_sizes(args: PPOConfig, num_rows: int) -> None:
     """Derive what TRL derives, for one process: the batch does not depend on the number of devices."""
-    if args.total_episodes is None:
-        args.total_episodes = int(args.num_train_epochs * num_rows)
     args.world_size = 1
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size
@@ -117,4 +190,9 @@ def fill_batch_sizes(args: PPOConfig, num_rows: int) -> None:
             f"whiten_rewards needs mini-batches of at least 8 samples, these have {args.local_mini_batch_size}: "
             f"raise per_device_train_batch_size or gradient_accumulation_steps, or lower num_mini_batches"
         )
+    most = args.max_steps * args.batch_size if args.max_steps > 0 else None
+    if args.total_episodes is None:
+        args.total_episodes = int(args.num_train_epochs * num_rows) if most is None else most
+    elif most is not None:
+        args.total_episodes = min(args.total_episodes, most)
     args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)

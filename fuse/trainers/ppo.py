@@ -27,6 +27,7 @@ from fuse.trainers.callbacks import PolicyAndValue, PPOState
 from fuse.trainers.completions import print_completions
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
+from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import Rollouts
 from fuse.trainers.run import Run
@@ -49,7 +50,7 @@ class PPOTrainer:
     ref_model: what the KL penalty measures from; None takes a copy of the policy.
     reward_model: a sequence classifier with one label, or a callable
         `(prompts: list[str], responses: list[str], **columns: list) -> list[float]`, given the dataset's other columns.
-    train_dataset: rows with `input_ids`.
+    train_dataset: rows with `input_ids`. No models share parameters.
     value_model: a sequence classifier with one label, trained as the critic.
     data_collator, eval_dataset, callbacks: as in TRL. optimizers and peft_config must stay unset.
 
@@ -93,8 +94,12 @@ class PPOTrainer:
         self._special = SpecialTokens(pad=processing_class.pad_token_id, eos=processing_class.eos_token_id, stop=stop)
         self.model = PolicyAndValue(model, value_model)
         checks.check_models(self._models)
-        for dataset in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
-            checks.check_prompts(dataset, model, args.response_length, self._special.pad)
+        for argument, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                checks.check_prompts(dataset, model, args.response_length, self._special.pad)
+                if not isinstance(reward_model, PreTrainedModel) and data_collator is None:
+                    check_reward_columns(reward_model, dataset, argument)  # a collator's are not known
+        checks.check_evaluation(args, eval_dataset)
         checks.fill_batch_sizes(args, len(train_dataset))
 
         batch_size = _known(args.batch_size)
@@ -225,14 +230,21 @@ class PPOTrainer:
     # Models
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them."""
+        """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them.
+
+        With `args.push_to_hub` they are uploaded, too.
+        """
         if self._fleet is not None:
             self._fleet.fetch_weights()
         write_policy(Path(output_dir or self._run.output_dir), self.policy_model, self.processing_class)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub("Model save")
 
     def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> str:
         """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
-        options = {"commit_message": commit_message, "token": self.args.hub_token, **options}
+        args = self.args
+        place = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+        options = {"commit_message": commit_message, **place, **options}
         return push_policy(self._name, self.policy_model, self.processing_class, **options)
 
     def create_model_card(

@@ -14,7 +14,8 @@ from fuse.sample import Sample
 
 Row = Mapping[str, Any]
 _TYPICAL_ROWS = 256
-_NOT_COLUMNS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+NOT_COLUMNS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+"""Columns that are the prompt; the others go to reward functions."""
 
 
 class PassSampler(Sampler[int]):
@@ -74,7 +75,7 @@ def make_samples(batch: Any, first_id: int, pad_token_id: int, *, drop_padding: 
         prompt = _prompt(row, pad_token_id, strip=collated)
         if drop_padding:
             prompt = [token for token in prompt if token != pad_token_id]
-        columns = {name: value for name, value in row.items() if name not in _NOT_COLUMNS}
+        columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
         samples.append(Sample(id=first_id + index, prompt_ids=tuple(prompt), columns=columns))
     return samples
 

@@ -101,6 +101,7 @@ class Run:
     ) -> Iteration:
         """Count the update, report it, and save what is due."""
         state = self.state
+        self.control.should_evaluate = False  # of the update before
         state.global_step += 1
         state.epoch = state.episode / self._num_rows
         eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
@@ -131,6 +132,8 @@ class Run:
     def shows_completions(self) -> bool:
         """Whether completions of the evaluation prompts are due after this update."""
         wanted = self.args.num_sample_generations
+        if self.control.should_evaluate:
+            return True
         return wanted > 0 and (self.state.global_step - 1) % max(1, self.state.max_steps // wanted) == 0
 
     # The log

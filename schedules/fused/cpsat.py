@@ -25,7 +25,6 @@ for schedules that do the same. Memory changes at starts, as in `schedules.ir`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -34,6 +33,7 @@ from itertools import combinations, pairwise
 from ortools.sat.python import cp_model
 
 from schedules.bounds import gradient_ticks, heads_and_tails, smallest_limits
+from schedules.fused.cp_solver import Watch, make_solver
 from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
 from schedules.timing import evaluate
 from schedules.walk import Channel, channel_from, channel_into
@@ -244,10 +244,7 @@ def _solve(
         for order, starts in zip(hint.ranks, timing.start, strict=True):
             for op, start in zip(order, starts, strict=True):
                 model.cp.add_hint(model.start[op], start)
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = time_limit_s
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = seed
+    solver = make_solver(time_limit_s=time_limit_s, seed=seed)
     with Watch(solver, should_stop):
         status = solver.solve(model.cp)
     if status == cp_model.INFEASIBLE:
@@ -262,30 +259,6 @@ def _solve(
     schedule = Schedule(model.problem, tuple(map(tuple, orders)))
     outcome = Outcome.OPTIMAL if status == cp_model.OPTIMAL else Outcome.FOUND
     return Result(outcome, schedule, round(solver.objective_value), bound)
-
-
-class Watch:
-    """While the solver runs, asks now and then whether it should stop."""
-
-    def __init__(self, solver: cp_model.CpSolver, should_stop: Callable[[], bool]) -> None:
-        self._solver = solver
-        self._should_stop = should_stop
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="cp-sat watch", daemon=True)
-
-    def _watch(self) -> None:
-        stop = False
-        while not self._done.wait(0.05):
-            stop = stop or self._should_stop()
-            if stop:  # said again until it ends: before the search begins, nobody hears it
-                self._solver.stop_search()
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
 
 
 def _kinds(model: _Model, pipeline: Pipeline) -> tuple[Kind, ...]:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
 from schedules.fused.compiled import Compiled
-from schedules.fused.cpsat import Watch
+from schedules.fused.cp_solver import Watch, make_solver
 from schedules.fused.list_schedule import list_schedule
 from schedules.ir import Kind, Op, Problem, Schedule
 from schedules.walk import needs
@@ -102,12 +102,9 @@ def find_pattern(
         cp.add(held_most >= rank_held)
     ends = [variable for op, variable in start.items() if op.stage == 0 and op.kind is Kind.B]
     cp.minimize(cp_model.LinearExpr.sum([problem.num_ranks * held_most, *held, *ends]))
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = time_limit_s
+    solver = make_solver(time_limit_s=time_limit_s, seed=seed)
     solver.parameters.max_deterministic_time = work_limit
-    solver.parameters.num_workers = 1
     solver.parameters.interleave_search = True  # neighbourhood search too, which finds shorter lags sooner
-    solver.parameters.random_seed = seed
     with Watch(solver, should_stop):
         status = solver.solve(cp)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):

@@ -33,7 +33,7 @@ from itertools import pairwise
 
 from ortools.sat.python import cp_model
 
-from schedules.fused.cpsat import Watch
+from schedules.fused.cp_solver import Watch, make_solver
 from schedules.ir import Kind, Op, Schedule
 from schedules.timing import Timing, evaluate, memory_levels
 from schedules.walk import channel_from, channel_into, needs
@@ -240,10 +240,7 @@ def _hold_memory(model: _Model, rank: int, cap: int | cp_model.IntVar) -> None:
 
 def _solve(model: _Model, time_limit_s: float, seed: int, should_stop: Callable[[], bool]) -> Schedule:
     schedule = model.frozen.schedule
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = time_limit_s
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = seed
+    solver = make_solver(time_limit_s=time_limit_s, seed=seed)
     with Watch(solver, should_stop):
         status = solver.solve(model.cp)
     assert status not in (cp_model.INFEASIBLE, cp_model.MODEL_INVALID), "the schedule itself is a solution"

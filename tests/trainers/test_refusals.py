@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from fuse import PPOTrainer
 
@@ -36,6 +39,25 @@ def _same_models(arguments: dict[str, Any]) -> None:
     arguments["ref_model"] = arguments["model"]
 
 
+def _shared_body(one: str, other: str) -> Change:
+    """As a critic made on the policy's own layers."""
+
+    def change(arguments: dict[str, Any]) -> None:
+        for name in (one, other):
+            arguments[name] = tiny.policy() if name in ("model", "ref_model") else tiny.scorer(2)
+        arguments[other].model = arguments[one].model
+
+    return change
+
+
+def _shared_storage(arguments: dict[str, Any]) -> None:
+    arguments["value_model"].model.norm.weight.data = arguments["model"].model.norm.weight.data
+
+
+def _same_scorer(arguments: dict[str, Any]) -> None:
+    arguments["reward_model"] = arguments["value_model"]
+
+
 def _option(**options: Any) -> Change:
     def change(arguments: dict[str, Any]) -> None:
         arguments["args"] = tiny.config(Path(arguments["args"].output_dir), **options)
@@ -45,6 +67,18 @@ def _option(**options: Any) -> Change:
 
 def _replace(**replacements: Any) -> Change:
     return lambda arguments: arguments.update(replacements)
+
+
+def _third(prompts: list[str], completions: list[str], target: list[int]) -> list[float]:
+    return [0.0] * len(target)
+
+
+def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Change:
+    rows = [{**row, **dict.fromkeys(names, "a")} for row in tiny.rows()]
+    return _replace(
+        train_dataset=[{name: value for name, value in row.items() if name != without} for row in rows],
+        reward_model=reward,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,6 +98,35 @@ def _replace(**replacements: Any) -> Change:
         (_replace(train_dataset=[{"input_ids": [99]}] * 8), "row 0 holds token 99, the models have 16"),
         (_replace(value_model=tiny.scorer(1, vocab_size=12)), "vocabulary mismatch: the policy has 16.*value_model"),
         (_replace(ref_model=tiny.policy(vocab_size=32)), "vocabulary mismatch: the policy has 16.*ref_model has 32"),
+        (_same_scorer, "value_model and reward_model share parameters .*pass a copy, copy.deepcopy.reward_model"),
+        (_shared_body("model", "value_model"), "model and value_model share parameters .*copy.deepcopy.value_model"),
+        (_shared_body("model", "ref_model"), "model and ref_model share parameters .*copy.deepcopy.ref_model"),
+        (_shared_body("model", "reward_model"), "model and reward_model share parameters .*copy.deepcopy.reward_m"),
+        (_shared_body("reward_model", "value_model"), "value_model and reward_model share parameters"),
+        (_shared_storage, "model and value_model share parameters .model.model.norm.weight is value_model.model.norm"),
+        (_replace(model=3), "model is 3: pass a transformers model"),
+        (_replace(ref_model=3), "ref_model is 3: pass a transformers model"),
+        (_replace(value_model=tiny.count_a), "value_model is <function count_a .*: pass a transformers model"),
+        (_replace(model=tiny.scorer(1)), "model is a LlamaForSequenceClassification without output embeddings"),
+        (_replace(ref_model=tiny.scorer(1)), "ref_model is a LlamaForSequenceClassification without output embeddi"),
+        (_replace(value_model=tiny.policy()), "value_model is a LlamaForCausalLM without a `score` head: pass a seq"),
+        (_replace(reward_model=tiny.policy()), "reward_model is a LlamaForCausalLM without a `score` head: pass a"),
+        (_replace(value_model=tiny.scorer(1, num_labels=2)), "value_model is a .* with 2 labels.* pass one with one"),
+        (_replace(reward_model=tiny.scorer(1, num_labels=3)), "reward_model is a .* with 3 labels.* pass one with"),
+        (_columns("prompts"), "train_dataset has a column 'prompts', which is what .* count_a gets .*: rename"),
+        (_columns("responses"), "train_dataset has a column 'responses', which is what .* count_a gets .*: rename"),
+        (_columns("completions", reward=_third), "train_dataset has a column 'completions', which is what .*: rename"),
+        (_columns("answer"), "reward function count_a does not take column 'answer' of train_dataset: define it as"),
+        (_columns(without="target"), "train_dataset has no column 'target' .it has: none., which reward function"),
+        (_replace(eval_dataset=[{"input_ids": [2]}]), "eval_dataset has no column 'target' .it has: none., which"),
+        (_replace(eval_dataset=[]), "eval_dataset is empty: "),
+        (
+            _replace(train_dataset=[*tiny.rows(), {"input_ids": [2]}]),
+            "row 16 of train_dataset has the columns input",
+        ),
+        (_replace(reward_model=lambda completions, **columns: []), "<lambda> takes 1 arguments by position"),
+        (_option(eval_strategy="steps"), "eval_strategy='steps' without eval_dataset: pass prompts"),
+        (_option(lr_scheduler_kwargs={"wave": 1}), "lr_scheduler_kwargs={'wave': 1} do not fit .*'linear'"),
         (_option(num_mini_batches=3), "num_mini_batches=3 does not divide the batch of 8"),
         (_option(whiten_rewards=True, num_mini_batches=2), "whiten_rewards needs mini-batches of at least 8"),
         (_option(num_devices=2, actor_stages=3), "actor_stages=3 neither divides the 2 pipeline ranks"),
@@ -102,3 +165,42 @@ def test_there_must_be_something_to_resume_from(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path / "out")
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
+
+
+class _Reward:
+    def __call__(self, texts: list[str], completions: list[str], /, target: list[int], scale: float = 1.0) -> Any:
+        return [scale] * len(target)
+
+
+@pytest.mark.parametrize(
+    "replacements",
+    [
+        {"reward_model": _Reward()},
+        {"reward_model": lambda *texts, **columns: []},
+        {"reward_model": _Reward(), "train_dataset": Dataset.from_list(tiny.rows())},
+        {"reward_model": tiny.scorer(3), "train_dataset": [{**row, "prompts": 1} for row in tiny.rows()]},
+        {"train_dataset": [{"input_ids": [2], "attention_mask": [1], "target": 1}] * 8},
+        {"train_dataset": [{"input_ids": [2]}] * 8, "data_collator": list},  # which may add what there is not
+    ],
+    ids=["callable object", "any", "Dataset", "reward model", "attention mask", "collator"],
+)
+def test_what_fits_is_accepted(replacements: dict[str, Any], tmp_path: Path) -> None:
+    PPOTrainer(**_arguments(tmp_path) | replacements)
+
+
+def test_copies_of_one_model_are_accepted(tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path)
+    arguments["reward_model"] = copy.deepcopy(arguments["value_model"])
+    PPOTrainer(**arguments)
+
+
+def test_dropout_of_a_trained_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = _arguments(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="fuse"):
+        PPOTrainer(**arguments)
+        assert caplog.messages == []
+        arguments["model"].config.attention_dropout = 0.1
+        PPOTrainer(**arguments)
+    (message,) = caplog.messages
+    assert message.startswith("model.config.attention_dropout=0.1 has no effect")
+    assert message.endswith("set it to 0.0")

@@ -76,6 +76,7 @@ def trainer(
     *,
     reward: Any = count_a,
     callbacks: Any = None,
+    eval_dataset: Any = None,
     models: Mapping[str, Any] = MappingProxyType({}),
     **overrides: Any,
 ) -> PPOTrainer:
@@ -89,6 +90,7 @@ def trainer(
         train_dataset=rows(),
         value_model=scorer(1, **models),
         callbacks=callbacks,
+        eval_dataset=eval_dataset,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import replace
 from random import Random
@@ -10,7 +9,7 @@ from random import Random
 import pytest
 
 from schedules import Pipeline, Problem, evaluate, violations
-from schedules.fused.cpsat import Outcome, Watch, lowest_peak, shortest
+from schedules.fused.cpsat import Outcome, lowest_peak, shortest
 from schedules.fused.exhaustive import optimum
 from schedules.fused.greedy import greedy
 from schedules.fused.halves import halves_lose_nothing
@@ -124,22 +123,6 @@ def test_stops_when_asked() -> None:
     result = shortest(problem, split=False, makespan=1000, time_limit_s=200, should_stop=lambda: True)
     assert result.outcome in (Outcome.UNKNOWN, Outcome.FOUND)  # the optimum takes much longer
     assert time.monotonic() - start_s < 60  # far from the limit: it was stopped
-
-
-def test_a_stop_from_before_the_search_is_heard() -> None:
-    class Solver:
-        """Hears nothing but the third call."""
-
-        num_calls = 0
-
-        def stop_search(self) -> None:
-            self.num_calls += 1
-            if self.num_calls == 3:
-                heard.set()
-
-    heard, answers = threading.Event(), iter([True])
-    with Watch(Solver(), lambda: next(answers)):  # type: ignore[arg-type]
-        assert heard.wait(60)
 
 
 @pytest.mark.parametrize("below", [0, 1])
