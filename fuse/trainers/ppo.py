@@ -127,6 +127,8 @@ class PPOTrainer:
         Raises:
             WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
+            RewardError: the reward function raised.
+            SaveError: a checkpoint could not be written; earlier ones are intact.
         """
         with self.updates(resume_from_checkpoint) as updates:
             for _ in updates:
@@ -141,7 +143,7 @@ class PPOTrainer:
         Raises: as `train`.
         """
         run = self._run
-        resumed = checkpoint.find(run.output_dir, resume_from_checkpoint) if resume_from_checkpoint else None
+        resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
         run.begin(resumed)
         with self._workers(resumed) as fleet:
             yield self._updates(fleet)
@@ -228,7 +230,9 @@ class PPOTrainer:
         """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them."""
         if self._fleet is not None:
             self._fleet.fetch_weights()
-        write_policy(Path(output_dir or self._run.output_dir), self.policy_model, self.processing_class)
+        directory = Path(output_dir or self._run.output_dir)
+        with checkpoint.saving(directory):
+            write_policy(directory, self.policy_model, self.processing_class)
 
     def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> str:
         """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
