@@ -102,10 +102,9 @@ def _last(output_dir: Path) -> Path:
     found = checkpoints(output_dir)
     resumable = [one for one in found if one.is_resumable]
     if not resumable:
-        without = f" ({_names(found)} cannot be resumed: no {WORKER_STATE_NAME})" if found else ""
-        raise ValueError(
-            f"no checkpoint to resume from in {output_dir}{without}: start without resume_from_checkpoint"
-        )
+        needed = f"{RUN_STATE_NAME} and {WORKER_STATE_NAME}"
+        without = f" ({_names(found)} cannot be resumed without {needed})" if found else ""
+        raise ValueError(f"no checkpoint to resume from in {output_dir}{without}: start without resume_from_checkpoint")
     last = resumable[-1]
     if others := [one for one in resumable if one.run_id != last.run_id]:
         logger.warning(
@@ -175,7 +174,9 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or _RUST_ERROR.search(str(error))):  # safetensors and tokenizers raise others
+        if not (
+            isinstance(error, OSError) or _RUST_ERROR.search(str(error))
+        ):  # safetensors and tokenizers raise others
             raise
         raise SaveError(f"cannot save {path}: {' '.join(str(error).split())}") from error
 

@@ -25,6 +25,7 @@ from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
 from fuse.trainers.callbacks import PolicyAndValue, PPOState
 from fuse.trainers.completions import print_completions
+from fuse.trainers.data import check_dataset
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.rewards import RewardFunction
@@ -78,6 +79,9 @@ class PPOTrainer:
         peft_config: None = None,
     ) -> None:
         checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers, peft_config)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                check_dataset(dataset, name)
         checks.check_tokenizer(processing_class, needs_eos=args.stop_token == "eos")
         self.args = args
         self.processing_class = processing_class

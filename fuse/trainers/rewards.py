@@ -88,9 +88,10 @@ def _name(function: RewardFunction) -> str:
 
 
 def _described(returned: object) -> str:
+    if returned is None:
+        return "None"
     kind = type(returned).__name__
-    has_short_text = returned is None or isinstance(returned, (bool, int, float, str, bytes))
-    return (repr(returned)[:_BEGINNING] if returned is None else f"{kind} {_shortened(returned)}") if has_short_text else kind
+    return f"{kind} {_shortened(returned)}" if isinstance(returned, (int, float, str, bytes)) else kind
 
 
 def _shortened(value: object) -> str:
