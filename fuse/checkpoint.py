@@ -4,153 +4,244 @@
         config.json, model.safetensors, tokenizer files   the policy, as `from_pretrained` reads it
         state/                                            both models and optimizers, sharded, by global parameter names
         trainer_state.json                                transformers' TrainerState: progress and metrics
-        run_state.json                                    learning-rate schedule, random generators, what the run was
+        run_state.json                                    whose it is, learning-rate schedule, random generators
 
-All of it is JSON and safetensors: nothing that is loaded can run code.
+All of it is JSON and safetensors: nothing that is loaded can run code. With `save_only_model` there is no state/.
+
+What is written, replaced or deleted lies meanwhile in `.checkpoint-12.*.tmp`, whose name no other process has. Whoever
+works there holds a shared lock on the output directory, and whoever tidies up behind killed runs an exclusive one: the
+system takes locks from processes that end, and process ids, which containers repeat, play no part.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
+import logging
 import os
-import random
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+from fuse import run_state
+from fuse.run_state import RunState
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-RUN_STATE_NAME = "run_state.json"
+_RUST_ERROR = re.compile(r"\(os error \d+\)")
+_REPLACED = "replaced"
+_NUM_LISTED = 5
+RUN_STATE_NAME = run_state.NAME
 WORKER_STATE_NAME = "state"
 
+logger = logging.getLogger(__name__)
 
-@contextmanager
-def writing(output_dir: Path, step: int) -> Iterator[Path]:
-    """Give a temporary directory that becomes `output_dir/checkpoint-{step}` when the body ends without an error."""
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _flush(temporary)
-        if final.exists():  # an earlier run's: keep it whole until the new one stands beside it
-            replaced = output_dir / f".checkpoint-{step}.{os.getpid()}.old"
-            final.rename(replaced)
-            temporary.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(final)
-        _flush_directory(output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+class SaveError(OSError):
+    """Something could not be written to disk; the message names the path and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that lies in an output directory. run_id: of the run that wrote it; None where it does not tell."""
+
+    path: Path
+    step: int
+    run_id: str | None
+    saved_s: float
+
+    @property
+    def is_resumable(self) -> bool:
+        return self.run_id is not None and (self.path / WORKER_STATE_NAME).is_dir()
+
+
+# Starting
+
+
+def start(output_dir: Path, resume_from: str | bool | None) -> Path | None:
+    """The checkpoint that a run in `output_dir` goes on from, as `find` has it; None where it starts afresh.
+
+    What killed runs left there is tidied up. A fresh start warns of checkpoints that are there already.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    _tidy(output_dir)
+    if resume_from and str(resume_from).lower() != "false":
+        return find(output_dir, resume_from)
+    if others := checkpoints(output_dir):
+        logger.warning(
+            "%s holds %s of other runs: this run leaves them, but replaces those of its own steps; to go on with the "
+            "last of them, resume from it",
+            output_dir,
+            _names(others),
+        )
+    return None
 
 
 def find(output_dir: Path, resume_from: str | bool) -> Path:
-    """The checkpoint to resume from: a path, or with True the last complete one in `output_dir`.
+    """The checkpoint to resume from: a path, or with True (or "true") the last one in `output_dir`.
 
-    With True what a run left there that was cut off while it wrote is tidied up first.
+    Where several runs have left theirs, that of the run that saved last; a warning says which this is.
 
     Raises:
         ValueError: there is none.
     """
-    if resume_from is True:
-        _tidy(output_dir)
-        checkpoints = complete(output_dir)
-        if not checkpoints:
-            raise ValueError(f"no checkpoint to resume from in {output_dir}: start without resume_from_checkpoint")
-        return checkpoints[-1]
-    path = Path(str(resume_from))
-    if not (path / RUN_STATE_NAME).is_file():
-        raise ValueError(f"{path} is not a complete checkpoint (no {RUN_STATE_NAME}): give a checkpoint-N directory")
+    if str(resume_from).lower() == "true":
+        return _last(output_dir)
+    path = Path(str(resume_from)).absolute()
+    for part in (RUN_STATE_NAME, WORKER_STATE_NAME):
+        if not (path / part).exists():
+            raise ValueError(f"{path} is not a complete checkpoint (no {part}): give a checkpoint-N directory that is")
     return path
 
 
-def _tidy(output_dir: Path) -> None:
-    """Delete what was never finished, and bring back a checkpoint that was about to be replaced."""
-    for replaced in output_dir.glob(".checkpoint-*.old"):
-        final = output_dir / replaced.name.split(".")[1]
-        if final.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(final)
-    for unfinished in output_dir.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(unfinished)
+def _last(output_dir: Path) -> Path:
+    found = checkpoints(output_dir)
+    resumable = [one for one in found if one.is_resumable]
+    if not resumable:
+        needed = f"{RUN_STATE_NAME} and {WORKER_STATE_NAME}"
+        without = f" ({_names(found)} cannot be resumed without {needed})" if found else ""
+        raise ValueError(f"no checkpoint to resume from in {output_dir}{without}: start without resume_from_checkpoint")
+    last = resumable[-1]
+    if others := [one for one in resumable if one.run_id != last.run_id]:
+        logger.warning(
+            "%s holds checkpoints of several runs: resuming from %s, of the run that saved last, and not from %s; "
+            "to resume from another one give its path",
+            output_dir,
+            last.path.name,
+            _names(others),
+        )
+    return last.path.absolute()
 
 
-def complete(output_dir: Path) -> list[Path]:
-    """Resumable checkpoints in `output_dir`, oldest first."""
+def _names(found: Sequence[Checkpoint]) -> str:
+    rest = len(found) - _NUM_LISTED
+    return ", ".join(one.path.name for one in found[:_NUM_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """Those in `output_dir`, of whatever run, in the order in which they were saved."""
     found = [
-        (int(match.group(1)), path)
+        _checkpoint(path, int(match[1]))
         for path in output_dir.glob("checkpoint-*")
-        if (match := _CHECKPOINT_NAME.fullmatch(path.name)) and (path / RUN_STATE_NAME).is_file()
+        if (match := _CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
     ]
-    return [path for _, path in sorted(found)]
+    return sorted(found, key=lambda one: (one.saved_s, one.step))
 
 
-def rotate(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; None keeps all."""
-    if keep is not None and keep > 0:
-        for path in complete(output_dir)[:-keep]:
-            shutil.rmtree(path)
+def _checkpoint(path: Path, step: int) -> Checkpoint:
+    try:
+        state = RunState.read(path / RUN_STATE_NAME)
+    except ValueError:  # another program's, or damaged
+        return Checkpoint(path, step, None, path.stat().st_mtime)
+    return Checkpoint(path, step, state.run_id, state.saved_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """What the driver needs beside transformers' TrainerState; `run` holds what must not change on resumption."""
-
-    run: dict[str, int]
-    lr_scheduler: dict[str, Any]
-    random_generators: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def load(cls, path: Path, run: dict[str, int]) -> RunState:
-        """Read a state and check that it belongs to a run like `run`.
-
-        Raises:
-            ValueError: the checkpoint's run differs, naming what.
-        """
-        state = cls(**json.loads(path.read_text()))
-        for name, value in run.items():
-            if state.run.get(name) != value:
-                raise ValueError(
-                    f"{path.parent} was written with {name}={state.run.get(name)}, this run has {name}={value}: "
-                    "resume with the same value or start afresh"
-                )
-        return state
+# Saving
 
 
-def random_generators() -> dict[str, Any]:
-    """State of the process's generators, as JSON: reward functions and callbacks may draw from them."""
-    version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": {
-            "bit_generator": numpy_state["bit_generator"],
-            "state": {"key": numpy_state["state"]["key"].tolist(), "pos": numpy_state["state"]["pos"]},
-            "has_gauss": numpy_state["has_gauss"],
-            "gauss": numpy_state["gauss"],
-        },
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-    }
+@contextmanager
+def writing(output_dir: Path, step: int) -> Iterator[Path]:
+    """Give a temporary directory that becomes `output_dir/checkpoint-{step}` when the body ends without an error.
+
+    Raises:
+        SaveError: it could not be written; what was there before is as it was.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    with saving(final):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with _aside(final) as aside:
+            written = aside / final.name  # not `aside` itself, which nobody else may read
+            written.mkdir()
+            yield written
+            _flush(written)
+            if final.exists():  # an earlier run's: keep it whole until the new one stands in its place
+                final.rename(aside / _REPLACED)
+            written.rename(final)
+            _flush_directory(output_dir)
 
 
-def restore_random_generators(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy_state = state["numpy"]
-    key = np.asarray(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy_state, "state": {"key": key, "pos": numpy_state["state"]["pos"]}})
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Have the body's failures to write say in one line that `path` was not saved.
+
+    Raises:
+        SaveError: a full disk, a read-only directory and their like.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (
+            isinstance(error, OSError) or _RUST_ERROR.search(str(error))
+        ):  # safetensors and tokenizers raise others
+            raise
+        raise SaveError(f"cannot save {path}: {' '.join(str(error).split())}") from error
+
+
+def rotate(output_dir: Path, keep: int | None, written: Path) -> None:
+    """Of the run that has just saved `written`, delete all but the newest `keep` checkpoints; None keeps all.
+
+    Raises:
+        SaveError: one could not be deleted.
+    """
+    if keep is None or keep <= 0:
+        return
+    found = checkpoints(output_dir)
+    (run_id,) = (one.run_id for one in found if one.path == written)
+    earlier = [one.path for one in found if one.run_id == run_id and one.path != written]
+    for path in earlier[: max(0, len(earlier) - (keep - 1))]:
+        with saving(path), _aside(path) as aside:
+            path.rename(aside / "deleted")  # at once: a part of a checkpoint is none
+
+
+# Behind the scenes
+
+
+@contextmanager
+def _aside(final: Path) -> Iterator[Path]:
+    """A directory beside the checkpoint `final` for what is being done to it, gone afterwards."""
+    with _locked(final.parent, fcntl.LOCK_SH):
+        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+        try:
+            yield aside
+        finally:
+            _settle(aside)
+
+
+def _tidy(output_dir: Path) -> None:
+    """Settle what killed runs left; where a run is writing, a later start does."""
+    if not output_dir.is_dir():
+        return
+    with _locked(output_dir, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_locked:
+        if is_locked:
+            for aside in output_dir.glob(".checkpoint-*.tmp"):
+                _settle(aside)
+
+
+def _settle(aside: Path) -> None:
+    """Bring back a checkpoint that was to be replaced and was not, and delete the rest."""
+    replaced, final = aside / _REPLACED, aside.parent / aside.name.split(".")[1]
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)  # workers of a run that was killed may write there to the last
+
+
+@contextmanager
+def _locked(directory: Path, operation: int) -> Iterator[bool]:
+    """Whether the lock is held: not where another run has it, nor on file systems without locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, operation)
+            is_locked = True
+        except OSError:
+            is_locked = False
+        yield is_locked
+    finally:
+        os.close(descriptor)
 
 
 def _flush(directory: Path) -> None:

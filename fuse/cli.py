@@ -40,6 +40,14 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "kernels": "native kernels against their torch references",
     }
 )
+RUN_ERRORS: Mapping[str, str] = MappingProxyType(
+    {
+        "fuse.workers.errors": "WorkerError",
+        "fuse.trainers.rewards": "RewardError",
+        "fuse.checkpoint": "SaveError",
+    }
+)
+"""What ends a run that the input is not to blame for: errors by the module that defines them."""
 OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK_VARIABLE = "FUSE_TRACEBACK"
 
@@ -59,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(command.run(parser.parse_args(rest)))
     except KeyboardInterrupt:
         return _fail(name, "interrupted", INTERRUPTED)
+    except _run_errors() as error:
+        return _fail(name, error, RUN_FAILED)
     except (ValueError, OSError) as error:
         return _fail(name, error, BAD_INPUT)
-    except _worker_errors() as error:
-        return _fail(name, error, RUN_FAILED)
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,10 +162,10 @@ def _with_dashes(argument: str) -> str:
     return name.replace("_", "-") + separator + value if re.fullmatch(r"--\w[\w-]*", name) else argument
 
 
-def _worker_errors() -> tuple[type[BaseException], ...]:
-    """WorkerError, if the command has loaded the module that raises it; importing it here would load ray."""
-    errors = sys.modules.get("fuse.workers.errors")
-    return () if errors is None else (errors.WorkerError,)
+def _run_errors() -> tuple[type[BaseException], ...]:
+    """Those of RUN_ERRORS whose modules the command has loaded; importing them here would load torch and ray."""
+    loaded = [(sys.modules.get(module), name) for module, name in RUN_ERRORS.items()]
+    return tuple(getattr(module, name) for module, name in loaded if module is not None)
 
 
 def _fail(command: str, error: BaseException | str, status: int) -> int:

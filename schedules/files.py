@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+_logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -21,6 +27,20 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def dispensable(path: Path) -> Iterator[None]:
+    """Where the body cannot write `path`, there is a warning instead of an error, once per directory."""
+    try:
+        yield
+    except OSError as error:
+        _warn_of(path.parent, error.strerror or str(error))
+
+
+@cache
+def _warn_of(directory: Path, reason: str) -> None:
+    _logger.warning("files are not kept in %s: %s", directory, reason)
 
 
 def user_cache() -> Path:

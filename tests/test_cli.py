@@ -123,14 +123,23 @@ def test_an_error_is_one_line_and_has_its_status(
     assert not output.out
 
 
-def test_a_failed_worker_ends_with_status_1(
+def test_a_run_that_fails_ends_with_status_1(
     fake: Callable[[Callable[..., int]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from fuse.checkpoint import SaveError
+    from fuse.trainers.rewards import RewardError
     from fuse.workers.errors import WorkerError
 
-    fake(failing(WorkerError(1, "model worker", "its process died")))
-    assert exit_status(["fake"]) == 1
-    assert capsys.readouterr().err == "fuse fake: model worker on device 1 failed: its process died\n"
+    for error, message in (
+        (WorkerError(1, "model worker", "its process died"), "model worker on device 1 failed: its process died"),
+        (RewardError("reward function f raised for sample 3: KeyError: 'x'"), "reward function f raised"),
+        (SaveError("cannot save out/checkpoint-1: No space left on device"), "cannot save out/checkpoint-1"),
+    ):
+        fake(failing(error))
+        assert exit_status(["fake"]) == 1
+        output = capsys.readouterr().err
+        assert output.startswith(f"fuse fake: {message}")
+        assert output.count("\n") == 1
 
 
 def test_a_traceback_on_request(fake: Callable[[Callable[..., int]], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
   fuse train --model PATH --dataset prompts.jsonl --prompt-column question --reward-function rewards:score
 
-The dataset is a JSONL file, or a directory made by Dataset.save_to_disk. A prompt is a string or a list of chat
-messages. The reward function gets (prompts, responses, **other_columns), all lists, and returns one number per
-response. The trained policy goes to the output directory. All of transformers.TrainingArguments that have an effect
-here are options too.
+The dataset is a file of JSON lines, of a JSON array or in parquet, gzipped or not, or a directory made by
+Dataset.save_to_disk. A prompt is a string or a list of chat messages, of which the response continues the last if that
+is the assistant's. The reward function gets (prompts, responses, **other_columns), all lists, and returns a list of one
+number per response. The trained policy goes to the output directory. All of transformers.TrainingArguments that have an
+effect here are options too.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
+from fuse.training.state import check_saved
 from fuse.training.steps import OptimizerStep
 from fuse.workers.calls import Future, gather
 from fuse.workers.cluster import Cluster
@@ -235,9 +236,18 @@ class Fleet:
             load_state_dict(model, get_state_dict(self._exported(role)))
 
     def save(self, directory: Path) -> None:
-        """Write the training state of all models that train."""
+        """Write the training state of all models that train.
+
+        Raises: OSError when a worker could not write it, or wrote it where it is not seen from here.
+        """
         self._tell("saving: the training state")
-        gather([worker.save(directory) for worker in self._model_workers])
+        try:
+            seen = gather([worker.save(directory) for worker in self._model_workers])
+        except WorkerError as error:
+            if isinstance(error.raised, OSError):
+                raise OSError(str(error)) from error
+            raise
+        check_saved(directory, seen)
 
     def load(self, directory: Path) -> None:
         """Read a training state, and give its weights to whoever holds copies."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fuse.intrastage.cost_profile import Profile, profile_from_json, profile_to_json
 from fuse.intrastage.placement import Replica, replica_from_json
-from schedules.files import user_cache, write_whole
+from schedules.files import dispensable, user_cache, write_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -67,10 +67,8 @@ class MeasurementStore:
             indent=1,
         )
         for path in self._paths():
-            try:
+            with dispensable(path):
                 write_whole(path, text + "\n")
-            except OSError as error:
-                _logger.warning("measurements are not kept in %s: %s", path, error)
 
     def _paths(self) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,39 +1,74 @@
-"""Prompts for the trainer: from a JSONL file, a saved dataset or rows in memory to tokenised rows."""
+"""Prompts for the trainer: from a file, a saved dataset or rows in memory to tokenised rows."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 TOKENS = "input_ids"
-SOURCES = "a JSONL file, or a directory made by Dataset.save_to_disk"
+SOURCES = "a JSONL file, a JSON array of objects, a parquet file, or a directory made by Dataset.save_to_disk"
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+"""What such files begin with, whatever they are called."""
 REWARD_ARGUMENTS = frozenset({"prompts", "responses"})
 
 
 def read_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
-    """Rows of a JSONL file (one object per line, blank lines allowed), or of a directory from `Dataset.save_to_disk`.
+    """Rows of a file or of a directory from `Dataset.save_to_disk`; a file may be compressed by gzip.
+
+    Files hold JSON lines (one object per line, blank lines allowed), a JSON array of objects, or parquet.
 
     Raises:
-        ValueError: no such file or directory, a line that is no JSON object, or no rows.
+        ValueError: no such file or directory, a file of another kind or damaged, an item that is no JSON object, or no
+            rows.
     """
     path = Path(path)
     if path.is_dir():
         return _saved_dataset(path)
     if not path.is_file():
         raise ValueError(f"dataset {path} does not exist: give {SOURCES}")
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(_json_object(line, f"{path}:{number}"))
+    content = path.read_bytes()
+    if content.startswith(_GZIP):
+        content = _decompressed(content, path)
+    if content.startswith(_PARQUET):
+        rows = _parquet(content, path)
+    elif content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        rows = _json_array(content, path)
+    else:
+        rows = [
+            _object(_json(line, f"{path}:{number}"), f"{path}:{number}")
+            for number, line in enumerate(content.split(b"\n"), start=1)
+            if line.removeprefix(b"\xef\xbb\xbf").strip()
+        ]
     if not rows:
         raise ValueError(f"dataset {path} is empty: it needs one JSON object per line")
     return rows
+
+
+def check_dataset(dataset: object, name: str) -> None:
+    """Whether the argument `name` holds rows that can be drawn in any order.
+
+    Raises:
+        ValueError: it is several splits, or a stream.
+    """
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping):
+        splits = [f"{name}[{split!r}]" for split in dataset]
+        raise ValueError(
+            f"{name} is a {kind} of several splits: pass one of them, {' or '.join(splits) or 'with rows'}"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"{name} is a {kind}, of which rows cannot be counted and drawn in any order: pass a list or a Dataset, "
+            f"e.g. list({name}.take(1000)) of a stream, or load_dataset(...) without streaming=True"
+        )
 
 
 def prompt_rows(
@@ -49,11 +84,15 @@ def prompt_rows(
     Without `prompt_column`, rows that already hold `input_ids` keep them. The other columns stay, for reward functions;
     a column that only some rows have is None in the others.
 
+    A string that begins with the tokenizer's beginning of sequence is one that a chat template has rendered: it has all
+    special tokens that it needs. Of messages that end with the assistant's, the response continues that one.
+
     response_length, context: tokens; a prompt must leave room for a whole response.
 
     Raises:
         ValueError: a missing column, an empty or too long prompt with its row number from 0, a column named like one of
-            a reward function's own arguments, no rows, or a tokenizer without pad token or chat template.
+            a reward function's own arguments, no rows, a tokenizer without pad token or chat template, or messages
+            that its template refuses.
     """
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token, e.g. to tokenizer.eos_token")
@@ -81,7 +120,8 @@ def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) ->
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
-        return list(tokenizer(prompt)[TOKENS])
+        is_rendered = bool(tokenizer.bos_token) and prompt.lstrip().startswith(str(tokenizer.bos_token))
+        return list(tokenizer(prompt, add_special_tokens=not is_rendered)[TOKENS])
     if not isinstance(prompt, list) or not all(
         isinstance(message, Mapping) and "role" in message for message in prompt
     ):
@@ -96,7 +136,26 @@ def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) ->
             f"dataset row {index} has chat messages but the tokenizer has no chat template: "
             "give prompts as strings, or set tokenizer.chat_template and save it"
         )
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return _through_template(prompt, tokenizer, index)
+
+
+def _through_template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int) -> list[int]:
+    continues = messages[-1]["role"] == "assistant"
+    try:
+        return list(
+            tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=True,
+                return_dict=False,
+            )
+        )
+    except (ValueError, TypeError, KeyError, TemplateError) as error:
+        raise ValueError(
+            f"dataset row {index} has messages that the tokenizer's chat template refuses "
+            f"({' '.join(str(error).split())}): change the row"
+        ) from error
 
 
 def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) -> None:
@@ -119,21 +178,49 @@ def _check_length(num_tokens: int, index: int, response_length: int, context: in
         )
 
 
-def _json_object(line: bytes, place: str) -> Row:
+def _decompressed(content: bytes, path: Path) -> bytes:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): compress the file again") from error
+
+
+def _parquet(content: bytes, path: Path) -> list[Row]:
+    import pyarrow  # takes a while, and JSON does not need it
+    from pyarrow import parquet
+
+    try:
+        rows: list[Row] = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): write the file again") from error
+    return rows
+
+
+def _json_array(content: bytes, path: Path) -> list[Row]:
+    """Rows of a file that begins with a bracket."""
+    return [_object(item, f"{path}: item {index}") for index, item in enumerate(_json(content, str(path)))]
+
+
+def _json(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        fault = f"{error.msg} at column {error.colno}"
-        raise ValueError(f"{place} is not JSON ({fault}): give one object per line") from error
+        where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(
+            f"{place} is not JSON ({error.msg} at {where}): give one object per line, or an array of objects"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 ({error.reason}): convert the file") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is {type(row).__name__}, not a JSON object: give one object per line")
-    return row
+
+
+def _object(item: object, place: str) -> Row:
+    if not isinstance(item, dict):
+        raise ValueError(f"{place} is {type(item).__name__}, not a JSON object: give one object per line")
+    return item
 
 
 def _saved_dataset(path: Path) -> Sequence[Mapping[str, Any]]:
-    import datasets  # takes a second, and JSONL does not need it
+    import datasets  # takes a second, and files do not need it
 
     try:
         dataset = datasets.load_from_disk(str(path))

@@ -25,6 +25,7 @@ from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
 from fuse.trainers.callbacks import PolicyAndValue, PPOState
 from fuse.trainers.completions import print_completions
+from fuse.trainers.data import check_dataset
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.reward_columns import check_reward_columns
@@ -79,6 +80,9 @@ class PPOTrainer:
         peft_config: None = None,
     ) -> None:
         checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers, peft_config)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                check_dataset(dataset, name)
         checks.check_tokenizer(processing_class, needs_eos=args.stop_token == "eos")
         self.args = args
         self.processing_class = processing_class
@@ -132,6 +136,8 @@ class PPOTrainer:
         Raises:
             WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
+            RewardError: the reward function raised.
+            SaveError: a checkpoint could not be written; earlier ones are intact.
         """
         with self.updates(resume_from_checkpoint) as updates:
             for _ in updates:
@@ -146,7 +152,7 @@ class PPOTrainer:
         Raises: as `train`.
         """
         run = self._run
-        resumed = checkpoint.find(run.output_dir, resume_from_checkpoint) if resume_from_checkpoint else None
+        resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
         run.begin(resumed)
         with self._workers(resumed) as fleet:
             yield self._updates(fleet)
@@ -236,7 +242,9 @@ class PPOTrainer:
         """
         if self._fleet is not None:
             self._fleet.fetch_weights()
-        write_policy(Path(output_dir or self._run.output_dir), self.policy_model, self.processing_class)
+        directory = Path(output_dir or self._run.output_dir)
+        with checkpoint.saving(directory):
+            write_policy(directory, self.policy_model, self.processing_class)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save")
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def write_policy(directory: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read."""
+    directory.mkdir(parents=True, exist_ok=True)  # save_pretrained returns without a word where a file is in its way
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
-from fuse import checkpoint
+from fuse import checkpoint, run_state
 from fuse.config.ppo import PPOConfig
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
@@ -20,6 +21,7 @@ from fuse.trainers.callbacks import PolicyAndValue, PPOState, callback_handler, 
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
+from schedules.files import dispensable
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Run:
         tell: Callable[[str], None],
     ) -> None:
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.output_dir = Path(args.output_dir or "trainer_output")
+        self.output_dir = Path(args.output_dir or "trainer_output").absolute()  # workers have other current directories
         self._num_rows, self._tell = num_rows, tell
         self.optimizer, self.lr_scheduler = learning_rate_schedule(args, model)
         self.callback_handler = callback_handler(
@@ -72,13 +74,15 @@ class Run:
             ValueError: the checkpoint is another run's.
         """
         args = self.args
+        self._run_id, self._saved_s = uuid.uuid4().hex, 0.0
         if resumed is None:
             self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
         else:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
-            run_state = checkpoint.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
-            self.lr_scheduler.load_state_dict(run_state.lr_scheduler)
-            checkpoint.restore_random_generators(run_state.random_generators)
+            saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
+            self._run_id, self._saved_s = saved.run_id, saved.saved_s
+            self.lr_scheduler.load_state_dict(saved.lr_scheduler)
+            run_state.restore_random_generators(saved.random_generators)
         num_updates, num_episodes = args.num_total_batches, args.total_episodes
         assert num_updates is not None
         assert num_episodes is not None
@@ -160,7 +164,9 @@ class Run:
         """Write the iteration's trace, log its summary line, and return where its time went as metrics."""
         step = self.state.global_step
         if self.args.trace_steps and step % self.args.trace_steps == 0:
-            write_chrome_trace(self.output_dir / "traces" / f"iteration-{step:05d}.json", tracks)
+            path = self.output_dir / "traces" / f"iteration-{step:05d}.json"
+            with dispensable(path):
+                write_chrome_trace(path, tracks)
         report = iteration_report(tracks, clock, serial_bubble_ratio)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
@@ -168,19 +174,24 @@ class Run:
     # Checkpoints
 
     def save_checkpoint(self, fleet: Fleet) -> None:
+        """Raises: SaveError when it cannot be written; earlier ones are intact."""
         self._tell("saving: a checkpoint")
+        self._saved_s = max(time.time(), self._saved_s)  # also where this host's clock is behind that of the last
         with checkpoint.writing(self.output_dir, self.state.global_step) as directory:
             fleet.fetch_weights()
             write_policy(directory, self.policy, self.tokenizer)
             if not self.args.save_only_model:
                 fleet.save(directory / checkpoint.WORKER_STATE_NAME)
-                checkpoint.RunState(
-                    run=self._identity(),
-                    lr_scheduler=self.lr_scheduler.state_dict(),
-                    random_generators=checkpoint.random_generators(),
-                ).save(directory / checkpoint.RUN_STATE_NAME)
+            run_state.RunState(
+                run_id=self._run_id,
+                saved_s=self._saved_s,
+                run=self._identity(),
+                lr_scheduler=self.lr_scheduler.state_dict(),
+                random_generators=run_state.random_generators(),
+            ).save(directory / checkpoint.RUN_STATE_NAME)
             self.state.save_to_json(str(directory / "trainer_state.json"))
-        checkpoint.rotate(self.output_dir, self.args.save_total_limit)
+        written = self.output_dir / f"checkpoint-{self.state.global_step}"
+        checkpoint.rotate(self.output_dir, self.args.save_total_limit, written)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _identity(self) -> dict[str, int]:

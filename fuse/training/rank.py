@@ -264,9 +264,9 @@ class TrainingRank:
                 state_dict |= stage.export_state_dict()
         return state_dict if self._is_first_of_group else {}
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's part of the training state."""
-        state.save_state(directory, self._optimizers)
+    def save(self, directory: Path) -> dict[str, int]:
+        """Write this rank's part of the training state; returns the bytes of the files it sees there, by name."""
+        return state.save_state(directory, self._optimizers)
 
     def load(self, directory: Path) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it."""

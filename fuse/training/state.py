@@ -8,7 +8,7 @@ it alone holds, what several ranks hold is written once, and nothing on disk is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from fuse.intrastage.optimizer import ModelOptimizer
 from fuse.state_dict import check_fit
 
 
-def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> None:
+def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> dict[str, int]:
     """Write the models' parameters and optimizer state; every rank of the world calls this with the same directory.
 
-    directory: new or empty, and seen by every rank.
+    Returns the bytes of every file that this rank now sees there, by name.
+
+    directory: new or empty, and seen by every rank; see `check_saved`.
     optimizers: by model name; a rank leaves out models of which it has no stage.
 
     When it returns, the files of all ranks are complete and on disk.
@@ -40,6 +42,22 @@ def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> Non
     except dcp.CheckpointException as error:  # not an Exception: nothing above would handle it
         rank, cause = next(iter(error.failures.items()))
         raise OSError(f"cannot save the training state in {directory}: rank {rank}: {cause[0]}") from error
+    return {path.name: path.stat().st_size for path in directory.iterdir()}
+
+
+def check_saved(directory: Path, seen: Sequence[Mapping[str, int]]) -> None:
+    """Whether all that ranks wrote is here. seen: by rank, what `save_state` returned there.
+
+    Raises: OSError when it is not, naming what is missing and why that may be.
+    """
+    here = {path.name: path.stat().st_size for path in directory.iterdir()} if directory.is_dir() else {}
+    for rank, files in enumerate(seen):
+        missing = [name for name, size in files.items() if here.get(name) != size]
+        if missing or not files:
+            raise OSError(
+                f"the training state of rank {rank} is not in {directory} (missing: {', '.join(missing) or 'all'}): "
+                "workers see another directory under this name; name an output_dir that all hosts share"
+            )
 
 
 def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> None:

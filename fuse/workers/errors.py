@@ -17,6 +17,12 @@ class WorkerError(RuntimeError):
         self.role = role
         self.cause = cause
 
+    @property
+    def raised(self) -> BaseException | None:
+        """What the worker raised, if it did."""
+        error = self.__cause__
+        return error.cause if isinstance(error, RayTaskError) else None
+
     def __str__(self) -> str:
         return f"{self.role} on device {self.device} failed: {self.cause}"
 

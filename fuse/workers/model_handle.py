@@ -96,8 +96,8 @@ class ModelHandle:
         """Put the rank's part of a model into the object store; None where another replica's does."""
         return self.worker.call(ModelWorker.export_weights, model)
 
-    def save(self, directory: Path) -> Future[None]:
-        """Write the rank's part of the training state; all ranks are called at once."""
+    def save(self, directory: Path) -> Future[dict[str, int]]:
+        """Write the rank's part of the training state; all ranks are called at once. See `save_state`."""
         return self.worker.call(ModelWorker.save, directory)
 
     def load(self, directory: Path) -> Future[None]:

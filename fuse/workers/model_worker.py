@@ -137,9 +137,9 @@ class ModelWorker:
             state_dict = self._training.export_weights(model)
             return put_state_dict(state_dict) if state_dict else None
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's part of the training state; all ranks call this at once."""
-        self._training.save(directory)
+    def save(self, directory: Path) -> dict[str, int]:
+        """Write this rank's part of the training state; all ranks call this at once. See `save_state`."""
+        return self._training.save(directory)
 
     def load(self, directory: Path) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it."""

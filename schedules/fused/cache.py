@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from schedules.files import write_whole
+from schedules.files import dispensable, write_whole
 from schedules.formats import problem_to_text, schedule_from_text, schedule_to_text
 from schedules.ir import Problem, Schedule
 from schedules.timing import evaluate
@@ -31,7 +31,7 @@ class ScheduleCache:
         path = self.path(problem)
         try:
             schedule = schedule_from_text(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except OSError:  # none is kept, or none can be
             return None
         except (ValueError, UnicodeDecodeError) as error:
             _discard(path, str(error))
@@ -43,7 +43,7 @@ class ScheduleCache:
         return schedule
 
     def store(self, schedule: Schedule) -> None:
-        """Keep the schedule, unless a better one is kept already.
+        """Keep the schedule, unless a better one is kept already; where it cannot be written there is a warning.
 
         Raises:
             ValueError: the schedule is illegal.
@@ -54,7 +54,9 @@ class ScheduleCache:
         kept = self.load(schedule.problem)
         if kept is not None and _quality(kept) <= _quality(schedule):
             return
-        write_whole(self.path(schedule.problem), schedule_to_text(schedule))
+        path = self.path(schedule.problem)
+        with dispensable(path):
+            write_whole(path, schedule_to_text(schedule))
 
 
 def _quality(schedule: Schedule) -> tuple[int, int]:
@@ -64,4 +66,5 @@ def _quality(schedule: Schedule) -> tuple[int, int]:
 
 def _discard(path: Path, reason: str) -> None:
     _logger.warning("discarded cached schedule %s: %s", path, reason)
-    path.unlink(missing_ok=True)
+    with dispensable(path):
+        path.unlink(missing_ok=True)

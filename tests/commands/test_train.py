@@ -144,6 +144,18 @@ def test_it_trains_on_prompts_with_a_reward_function(
     assert "PPO 2/2: reward -" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_reward_function_that_raises_is_no_bad_input(
+    models: Path, project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (project / "project_rewards.py").open("a") as file:
+        file.write("\ndef strict(prompts, responses, **columns):\n    return [int('seven')]\n")
+    assert cli.main(arguments(models, reward_function="project_rewards:strict")) == 1
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("fuse train: "))
+    assert line.startswith("fuse train: reward function strict raised for sample")
+    assert line.endswith("ValueError: invalid literal for int() with base 10: 'seven'")
+
+
 def test_a_critic_from_the_policy_has_its_layers_and_values_everything_at_zero() -> None:
     policy = small_llama(arithmetic_tokenizer(), seed=0, hidden_size=32)
     critic = critic_from_policy(policy, pad_token_id=0)

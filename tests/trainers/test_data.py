@@ -1,15 +1,18 @@
 """Prompts for the trainer: what is read, what is kept, what is refused."""
 
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fuse.demo.tokenizer import arithmetic_tokenizer
-from fuse.trainers.data import prompt_rows, read_rows
+from fuse.trainers.data import check_dataset, prompt_rows, read_rows
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}#{% endif %}"
 
@@ -39,6 +42,57 @@ def test_a_saved_dataset_gives_its_rows(tmp_path: Path) -> None:
     rows = [{"q": "1+1=", "a": 2}, {"q": "2+2=", "a": 4}]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     assert list(read_rows(tmp_path / "saved")) == rows
+
+
+JSON_ROWS = [{"q": "1+1=", "a": 2}, {"q": "é", "a": 4}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in JSON_ROWS).encode()
+ARRAY = json.dumps(JSON_ROWS, indent=2).encode()
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def _parquet(rows: list[dict[str, Any]], path: Path) -> bytes:
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", BYTE_ORDER_MARK + LINES),
+        ("p.json", ARRAY),
+        ("p.json", BYTE_ORDER_MARK + b"\n" + ARRAY),
+        ("p.jsonl", json.dumps(JSON_ROWS).encode()),
+        ("p.jsonl.gz", gzip.compress(LINES)),
+        ("p.jsonl.gz", gzip.compress(BYTE_ORDER_MARK + LINES)),
+        ("p.json.gz", gzip.compress(ARRAY)),
+    ],
+)
+def test_json_comes_in_many_forms(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert list(read_rows(tmp_path / name)) == JSON_ROWS
+
+
+def test_parquet_gives_its_rows(tmp_path: Path) -> None:
+    rows = [{"chat": [{"role": "user", "content": "1+1="}], "a": 2}, {"chat": [], "a": 3}]
+    _parquet(rows, tmp_path / "p.parquet")
+    assert list(read_rows(tmp_path / "p.parquet")) == rows
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (lambda path: gzip.compress(LINES)[:-12], r"p is damaged .*compress the file again"),
+        (lambda path: _parquet(JSON_ROWS, path)[:-8], r"p is damaged .*write the file again"),
+        (lambda path: ARRAY[:-3], r"p is not JSON .* at line \d+ column \d+.*: give one object per line, or an array"),
+        (lambda path: b"[1, 2]", r"p: item 0 is int, not a JSON object"),
+        (lambda path: b"[]", "p is empty"),
+    ],
+)
+def test_what_is_damaged_is_named_in_one_line(tmp_path: Path, damaged: Callable[[Path], bytes], message: str) -> None:
+    (tmp_path / "p").write_bytes(damaged(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(tmp_path / "p")
+    assert "\n" not in str(caught.value)
 
 
 def test_one_split_must_be_chosen(tmp_path: Path) -> None:
@@ -91,6 +145,74 @@ def test_chat_messages_go_through_the_chat_template(tokenizer: PreTrainedTokeniz
     messages = [{"role": "user", "content": "1+1="}]
     (row,) = prompt_rows([{"chat": messages}], tokenizer, prompt_column="chat", response_length=4)
     assert tokenizer.decode(row["input_ids"]) == "1+1=;#"
+
+
+def test_a_rendered_chat_begins_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The template writes the beginning of sequence, and so does the tokenizer in front of other strings."""
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair=None, special_tokens=[("<s>", begin)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    chat = [{"role": "user", "content": "1+1="}]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    rows = [{"q": chat}, {"q": rendered}, {"q": "1+1="}]
+    by_template, by_string, plain = (
+        row["input_ids"] for row in prompt_rows(rows, tokenizer, prompt_column="q", response_length=4)
+    )
+    assert by_string == by_template
+    assert by_string.count(begin) == plain.count(begin) == 1
+
+
+def test_a_response_continues_the_assistants_last_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "1"}]
+    (row,) = prompt_rows([{"chat": messages}], tokenizer, prompt_column="chat", response_length=4)
+    assert tokenizer.decode(row["input_ids"]) == "1+1=;1"
+
+
+@pytest.mark.parametrize(
+    ("template", "last"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", {"role": "user", "content": "1"}),
+        (CHAT_TEMPLATE, {"role": "assistant"}),  # nothing to continue
+        (CHAT_TEMPLATE, {"role": "assistant", "content": 7}),
+    ],
+)
+def test_messages_that_the_template_refuses_are_named(
+    tokenizer: PreTrainedTokenizerFast, template: str, last: dict[str, Any]
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"^dataset row 0 has messages that .* template refuses \(.+\)") as caught:
+        prompt_rows([{"q": [last]}], tokenizer, prompt_column="q", response_length=4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            datasets.DatasetDict({"train": datasets.Dataset.from_list(JSON_ROWS), "test": []}),
+            r"eval is a DatasetDict of several splits: pass one of them, eval\['train'\] or eval\['test'\]",
+        ),
+        (
+            datasets.Dataset.from_list(JSON_ROWS).to_iterable_dataset(),
+            r"eval is a IterableDataset, of which rows cannot be counted .*: pass a list or a Dataset",
+        ),
+        (datasets.IterableDatasetDict({"train": []}), "IterableDatasetDict of several splits"),
+        (iter(JSON_ROWS), "list_iterator, of which rows cannot be counted"),
+    ],
+)
+def test_splits_and_streams_are_refused(dataset: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        check_dataset(dataset, "eval")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dataset", [JSON_ROWS, tuple(JSON_ROWS), datasets.Dataset.from_list(JSON_ROWS)])
+def test_rows_in_any_order_are_a_dataset(dataset: Any) -> None:
+    check_dataset(dataset, "train")
 
 
 def test_tokenised_rows_pass_through(tokenizer: PreTrainedTokenizerFast) -> None:

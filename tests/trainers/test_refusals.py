@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset
 
@@ -87,6 +88,12 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_no_padding, "no pad token: set tokenizer.pad_token"),
         (_same_models, "model and ref_model are the same object"),
         (_replace(train_dataset=None), "train_dataset is None"),
+        (_replace(train_dataset=datasets.DatasetDict({"train": [], "test": []})), "train_dataset is a DatasetDict"),
+        (
+            _replace(train_dataset=iter(tiny.rows())),
+            "train_dataset is a list_iterator, of which rows cannot be counted",
+        ),
+        (_replace(eval_dataset={"train": tiny.rows()}), r"eval_dataset is a dict .*eval_dataset\['train'\]"),
         (_replace(value_model=None), "value_model is None"),
         (_replace(reward_model=3), "reward_model is 3: pass a sequence classifier"),
         (_replace(peft_config=object()), "peft_config is not supported"),

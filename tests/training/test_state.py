@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
-from fuse.training.state import load_state, save_state
+from fuse.training.state import check_saved, load_state, save_state
 
 from ..tiny_models import build, language_model
 
@@ -123,3 +123,15 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot save the training state in .*file"):
         save_state(tmp_path / "file", {"actor": optimizer_of()})
+
+
+def test_what_ranks_wrote_must_be_seen(tmp_path: Path) -> None:
+    here = tmp_path / "state"
+    seen = save_state(here, {"actor": optimizer_of()})
+    check_saved(here, [seen, seen])
+    (name,) = seen
+    for missing in ({**seen, "other": 7}, {name: seen[name] + 1}, {}):
+        with pytest.raises(OSError, match=r"the training state of rank 1 is not in .*state .*name an output_dir"):
+            check_saved(here, [seen, missing])
+    with pytest.raises(OSError, match="rank 0"):
+        check_saved(tmp_path / "nowhere", [seen])

@@ -88,3 +88,11 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     assert all(schedule in schedules for schedule in seen)
     assert list(tmp_path.iterdir()) == [cache.path(PROBLEM)]
     assert evaluate(cache.load(PROBLEM) or schedules[0]).makespan <= evaluate(schedules[0]).makespan
+
+
+def test_a_directory_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = ScheduleCache(tmp_path / "file")
+    cache.store(random_schedule(PROBLEM, Random(0)))
+    assert cache.load(PROBLEM) is None
+    assert [message for message in caplog.messages if "are not kept in" in message] == caplog.messages != []

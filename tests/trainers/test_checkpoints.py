@@ -1,0 +1,109 @@
+"""Runs and their checkpoints: whose they are, which stay, and what happens where they cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuse.checkpoint import SaveError
+from fuse.trainers import run
+from fuse.workers.calls import Future
+from fuse.workers.model_handle import ModelHandle
+
+from . import tiny
+
+pytestmark = pytest.mark.usefixtures("pooled_workers")
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "num_sample_generations": 0, "trace_steps": 0}
+
+
+def names(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in output_dir.iterdir() if "checkpoint" in path.name)
+
+
+def test_a_run_rotates_and_resumes_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.train(tmp_path, total_episodes=24, save_total_limit=1, **SAVING)
+    assert names(tmp_path) == ["checkpoint-3"]
+    (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-100")
+
+    second = tiny.train(tmp_path, total_episodes=8, save_total_limit=1, **SAVING)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-100"]
+    assert "holds checkpoint-100 of other runs" in caplog.text
+
+    resumed = tiny.trainer(tmp_path, total_episodes=16, save_total_limit=1, **SAVING)
+    resumed.train(resume_from_checkpoint="true")
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-2"], "checkpoint-1 was the same run's"
+    assert "resuming from checkpoint-1, of the run that saved last" in caplog.text
+    assert resumed.state.log_history[0] == second.state.log_history[0]
+
+
+def test_models_alone_are_rotated(tmp_path: Path) -> None:
+    tiny.train(tmp_path, save_total_limit=1, save_only_model=True, **SAVING)
+    assert names(tmp_path) == ["checkpoint-2"]
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from .*checkpoint-2 cannot be resumed without"):
+        tiny.trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_training_state_that_is_written_elsewhere_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on hosts that do not share the directory."""
+    tiny.train(tmp_path / "out", total_episodes=8, **SAVING)
+    save = ModelHandle.save
+
+    def save_elsewhere(handle: ModelHandle, directory: Path) -> Future[dict[str, int]]:
+        return save(handle, tmp_path / "elsewhere")
+
+    monkeypatch.setattr(ModelHandle, "save", save_elsewhere)
+    resumed = tiny.trainer(tmp_path / "out", num_devices=2, **SAVING)
+    with pytest.raises(
+        SaveError, match=r"cannot save .*checkpoint-2: the training state of rank 0 is not in"
+    ) as caught:
+        resumed.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path / "out") == ["checkpoint-1"]
+
+
+def test_a_relative_output_dir_is_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are in another current directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny.train(Path("out"), total_episodes=8, **SAVING)
+    assert names(tmp_path / "out") == ["checkpoint-1"]
+    tiny.trainer(Path("out"), **SAVING).train(resume_from_checkpoint="out/checkpoint-1")
+    assert names(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_a_worker_cannot_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = ModelHandle.save
+
+    def save_badly(handle: ModelHandle, directory: Path) -> Future[dict[str, int]]:
+        directory.write_text("a file in its place")
+        return save(handle, directory)
+
+    monkeypatch.setattr(ModelHandle, "save", save_badly)
+    with pytest.raises(SaveError, match=r"cannot save .*checkpoint-1: model worker on device 0 failed: .*state"):
+        tiny.train(tmp_path, **SAVING)
+    assert names(tmp_path) == []
+
+
+def test_traces_that_cannot_be_written_are_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, tracks: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "write_chrome_trace", full)
+    with caplog.at_level(logging.WARNING):
+        trained = tiny.train(tmp_path, num_sample_generations=0)
+    assert trained.state.global_step == 2
+    assert caplog.text.count(f"files are not kept in {tmp_path / 'traces'}: No space left on device") == 1
+
+
+def test_a_model_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match=r"cannot save .*file"):
+        tiny.trainer(tmp_path).save_model(str(tmp_path / "file"))
