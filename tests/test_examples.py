@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -78,6 +79,24 @@ def test_a_real_model_is_trained(tmp_path: Path) -> None:
     lines = ended.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["update", "1/2", "2/2"]
     assert "exact answers: " in ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_smallest_run_learns(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    ended = subprocess.run(
+        [sys.executable, str(GSM8K.with_name("ppo.py"))],
+        cwd=tmp_path,
+        env=os.environ | {MARK: mark},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert not _processes(mark)
+    first, last = map(float, re.findall(r"(\d\.\d\d) in the", ended.stdout.splitlines()[-1]))
+    assert first < 0.6 < 0.8 < last
 
 
 def _processes(mark: str) -> list[psutil.Process]:
