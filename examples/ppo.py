@@ -5,7 +5,7 @@ python examples/ppo.py
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from fuse import PPOConfig, PPOTrainer
 from fuse.commands.models import critic_from_policy
@@ -18,6 +18,7 @@ def even_digits(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def main() -> None:
+    set_seed(0)
     tokenizer = arithmetic_tokenizer()
     policy = LlamaForCausalLM(
         LlamaConfig(
