@@ -103,7 +103,7 @@ test-on-ray: setup
 test-elsewhere: setup
 	$(BIN)/pytest $(RAY_TESTS:%=--ignore=%)
 
-# What two minutes can show: form, types, and all tests that start no process.
+# What a few minutes can show: form, types, and all tests that start no process.
 check: setup
 	+$(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
 

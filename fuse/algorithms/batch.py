@@ -87,11 +87,6 @@ class Experience:
     segments: Segments
     targets: Mapping[str, Targets]
 
-    @property
-    def token_ids(self) -> Tensor:
-        """The tokens that count, flat, int64 [tokens]."""
-        return counted_tokens(self.responses, self.lengths)
-
 
 def counted_tokens(responses: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
     """The tokens of all responses that count, flat, int64 [tokens]."""

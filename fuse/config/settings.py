@@ -25,7 +25,7 @@ from fuse.intrastage.placement import place
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.sample import SpecialTokens
 from fuse.training.layer_costs import TypicalBatch
-from fuse.training.layout import Layout, RaggedLayout, TRLLayout
+from fuse.training.layout import RaggedLayout, TRLLayout
 from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 
@@ -53,11 +53,6 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
     return ppo(settings, special)
 
 
-def layout_of(config: PPOConfig, pad_token_id: int) -> Layout:
-    """The layout that `config` asks for."""
-    return TRLLayout(pad_token_id) if config.trl_quirks else RaggedLayout()
-
-
 def fleet_settings(
     config: PPOConfig, algorithm: Algorithm, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
 ) -> FleetSettings:
@@ -75,7 +70,7 @@ def fleet_settings(
         )
     is_fused = config.intra_stage_fusion and num_ranks > 1
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
-    layout = layout_of(config, pad_token_id)
+    layout = TRLLayout(pad_token_id) if config.trl_quirks else RaggedLayout()
     stages = {"actor": config.actor_stages, "critic": config.critic_stages}
     placement = tuple(
         replica

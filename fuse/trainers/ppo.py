@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 from fuse import checkpoint
 from fuse.activity import Activity
 from fuse.config.ppo import PPOConfig
-from fuse.config.settings import algorithm_of, fleet_settings, layout_of
+from fuse.config.settings import algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample, SpecialTokens
@@ -32,8 +32,8 @@ from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import Rollouts
 from fuse.trainers.run import Run
-from fuse.trainers.steps import StepSettings, seeded
-from fuse.training.steps import OptimizerStep
+from fuse.trainers.steps import seeded
+from fuse.training.steps import Division, OptimizerStep
 from fuse.workers.cluster import Cluster
 
 # Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
@@ -115,8 +115,8 @@ class PPOTrainer:
         self._settings = fleet_settings(  # refuses what cannot be placed
             args, self._algorithm, self._special.pad, prompts.typical_length(train_dataset), model.config
         )
-        self._steps = StepSettings(
-            layout=layout_of(args, self._special.pad),
+        self._layout = self._settings.training.layout
+        self._division = Division(
             num_epochs=args.num_ppo_epochs,
             num_mini_batches=args.num_mini_batches,
             micro_batch_size=args.per_device_train_batch_size,
@@ -169,7 +169,7 @@ class PPOTrainer:
             samples_of=self._samples,
             max_new_tokens=self.max_new_tokens,
             steps_of=self._optimizer_steps,
-            num_places=self._steps.num_places,
+            num_places=self._layout.num_places(self._division),
         ):
             if run.shows_completions:
                 self.generate_completions(sampling=True)
@@ -213,14 +213,14 @@ class PPOTrainer:
 
     def _samples(self, batch: Any) -> list[Sample]:
         state = self.state
-        layout = self._steps.layout
-        samples = prompts.make_samples(batch, state.episode, self._special.pad, drop_padding=layout.drops_padding)
+        samples = prompts.make_samples(batch, state.episode, self._special.pad, drop_padding=self._layout.drops_padding)
         state.episode += len(samples)
         return samples
 
     def _optimizer_steps(self, update: int) -> list[OptimizerStep]:
         last_of_pass = update % len(self.get_train_dataloader()) == 0
-        return self._steps.of(update, self._permutation, last_of_pass=last_of_pass)
+        permutations = [self._permutation(update, epoch) for epoch in range(self._division.num_epochs)]
+        return self._layout.steps(permutations, self._division, last_of_pass=last_of_pass)
 
     def _sampling_params(self, temperature: float) -> SamplingParams:
         return SamplingParams(

@@ -13,7 +13,7 @@ from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Shape
 from fuse.micro_batch import MicroBatch
 from fuse.training.micro_batches import padded, ragged
-from fuse.training.steps import OptimizerStep, optimizer_steps, trl_optimizer_steps
+from fuse.training.steps import Division, OptimizerStep, optimizer_steps, trl_optimizer_steps
 
 
 class Layout(Protocol):
@@ -28,13 +28,7 @@ class Layout(Protocol):
     autocasts: ClassVar[bool]
 
     def steps(
-        self,
-        permutations: Sequence[NDArray[np.int64]],
-        *,
-        num_mini_batches: int,
-        micro_batch_size: int,
-        accumulation: int,
-        last_of_pass: bool,
+        self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool
     ) -> list[OptimizerStep]:
         """An update's steps. permutations: [epochs][batch]. last_of_pass: the update ends a pass over the dataset."""
         ...
@@ -47,7 +41,7 @@ class Layout(Protocol):
         """Of that micro-batch."""
         ...
 
-    def num_places(self, num_epochs: int, num_mini_batches: int, accumulation: int) -> int | None:
+    def num_places(self, division: Division) -> int | None:
         """How many micro-batches a metric's mean counts, those that are not there as zero; None: those that are."""
         ...
 
@@ -61,15 +55,11 @@ class RaggedLayout:
     autocasts: ClassVar[bool] = True
 
     def steps(
-        self,
-        permutations: Sequence[NDArray[np.int64]],
-        *,
-        num_mini_batches: int,
-        micro_batch_size: int,
-        accumulation: int,
-        last_of_pass: bool,
+        self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool
     ) -> list[OptimizerStep]:
-        return optimizer_steps(permutations, num_mini_batches=num_mini_batches, micro_batch_size=micro_batch_size)
+        return optimizer_steps(
+            permutations, num_mini_batches=division.num_mini_batches, micro_batch_size=division.micro_batch_size
+        )
 
     def micro_batches(self, experience: Experience, samples: Sequence[int], weight: float) -> dict[str, MicroBatch]:
         return ragged(experience, samples, weight)
@@ -77,7 +67,7 @@ class RaggedLayout:
     def shape(self, experience: Experience, samples: Sequence[int]) -> Shape:
         return Shape(len(samples), max(len(experience.prompts[i]) + experience.lengths[i] for i in samples))
 
-    def num_places(self, num_epochs: int, num_mini_batches: int, accumulation: int) -> int | None:
+    def num_places(self, division: Division) -> int | None:
         return None
 
 
@@ -95,19 +85,13 @@ class TRLLayout:
     autocasts: ClassVar[bool] = False
 
     def steps(
-        self,
-        permutations: Sequence[NDArray[np.int64]],
-        *,
-        num_mini_batches: int,
-        micro_batch_size: int,
-        accumulation: int,
-        last_of_pass: bool,
+        self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool
     ) -> list[OptimizerStep]:
         return trl_optimizer_steps(
             permutations,
-            num_mini_batches=num_mini_batches,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
+            num_mini_batches=division.num_mini_batches,
+            micro_batch_size=division.micro_batch_size,
+            accumulation=division.accumulation,
             last_of_pass=last_of_pass,
         )
 
@@ -117,5 +101,5 @@ class TRLLayout:
     def shape(self, experience: Experience, samples: Sequence[int]) -> Shape:
         return Shape(len(samples), max(map(len, experience.prompts)) + experience.width)
 
-    def num_places(self, num_epochs: int, num_mini_batches: int, accumulation: int) -> int | None:
-        return num_epochs * num_mini_batches * accumulation
+    def num_places(self, division: Division) -> int | None:
+        return division.num_epochs * division.num_mini_batches * division.accumulation

@@ -20,6 +20,16 @@ class OptimizerStep:
     weight: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """How an update is divided. accumulation: micro-batches between two of TRL's steps."""
+
+    num_epochs: int
+    num_mini_batches: int
+    micro_batch_size: int
+    accumulation: int
+
+
 def optimizer_steps(
     permutations: Sequence[NDArray[np.int64]], *, num_mini_batches: int, micro_batch_size: int
 ) -> list[OptimizerStep]:
