@@ -9,7 +9,7 @@ from typing import Any
 
 from fuse.trainers.data import REWARD_ARGUMENTS
 from fuse.trainers.prompts import NOT_COLUMNS
-from fuse.trainers.rewards import RewardFunction
+from fuse.trainers.rewards import RewardFunction, function_name
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -25,7 +25,7 @@ def check_reward_columns(function: RewardFunction, dataset: Iterable[Mapping[str
             responses.
     """
     columns = _columns(dataset, argument)
-    name = getattr(function, "__name__", type(function).__name__)
+    name = function_name(function)
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # native code that does not tell

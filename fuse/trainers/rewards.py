@@ -53,8 +53,10 @@ def call_reward_function(
         which = _listed(numbers if numbers is not None else range(len(prompts)))
         beginning = f" ({prompts[0][:_BEGINNING]!r})" if prompts else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        raise RewardError(f"reward function {_name(function)} raised for {which}{beginning}: {reason}") from error
-    return _checked(_name(function), returned, responses)
+        raise RewardError(
+            f"reward function {function_name(function)} raised for {which}{beginning}: {reason}"
+        ) from error
+    return _checked(function_name(function), returned, responses)
 
 
 def _checked(name: str, returned: Any, responses: Sequence[str]) -> list[float]:
@@ -83,7 +85,8 @@ def _checked(name: str, returned: Any, responses: Sequence[str]) -> list[float]:
     return [float(reward) for reward in rewards]
 
 
-def _name(function: RewardFunction) -> str:
+def function_name(function: RewardFunction) -> str:
+    """What errors call it."""
     return getattr(function, "__name__", type(function).__name__)
 
 
