@@ -20,7 +20,7 @@ from fuse.workers.kv.transfer import MakeKVTransfer
 class FleetSettings:
     """Which workers a run has, and how they work.
 
-    placement: every replica of actor and critic, in the order of the schedules' pipelines.
+    placement: every replica of the models that train, in the order of the schedules' pipelines.
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     """
 

@@ -1,4 +1,4 @@
-"""One rank of training: its stages of actor and critic, what they communicate through, and their optimizers."""
+"""One rank of training: its stages of the models that train, what they communicate through, their optimizers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class TrainingRank:
     """What one device trains; all devices of the world build it at once, and call its methods at once.
 
     device_index: of the world. tensor_group: the devices that share this one's stages; None for itself alone.
-    placement: every replica of actor and critic, in the order of the schedules' pipelines.
+    placement: every replica of the models that train, in the order of the schedules' pipelines.
     """
 
     def __init__(
