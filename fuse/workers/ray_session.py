@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -85,6 +85,8 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
                     "prestart_worker_first_driver": False,
                     # They are the run, not a background job that every other process may push aside.
                     "worker_niceness": 0,
+                    # Its agent may be late on a busy machine, and without it a node ends.
+                    "agent_register_timeout_ms": int(1000 * _START_TIMEOUT_S),
                     # How a process ended, and which one, is worth more than a second: its last words are found by it.
                     "timeout_ms_task_wait_for_death_info": 30_000,
                 },
@@ -265,25 +267,25 @@ def _lean() -> Iterator[None]:
 
 @contextmanager
 def _patient() -> Iterator[None]:
-    """Have Ray wait for the node that it starts, for which it has 30 s and a busy machine takes longer."""
-    untyped: Any = services
-    get_node = untyped.get_node
+    """Have Ray wait for the node that it starts: it does for 30 s, and a busy machine takes longer."""
+    ray_node: Any = node
+    start = ray_node.Node.start_ray_processes
 
-    def get_node_in_time(gcs_address: str, node_id: str) -> Any:
+    def start_and_wait(started: Any) -> None:
+        start(started)
+        (raylet,) = started.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
         give_up_s = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                return get_node(gcs_address, node_id)
-            except RuntimeError:  # it is not known yet
-                if time.monotonic() > give_up_s:
-                    raise
+        while raylet.process.poll() is None and time.monotonic() < give_up_s:
+            with suppress(RuntimeError):  # it is not known yet
+                services.get_node(started.gcs_address, started.node_id)
+                return
             time.sleep(0.1)
 
-    untyped.get_node = get_node_in_time
+    ray_node.Node.start_ray_processes = start_and_wait
     try:
         yield
     finally:
-        untyped.get_node = get_node
+        ray_node.Node.start_ray_processes = start
 
 
 def _stop(directory: Path) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray._private import node, services
+from ray._private import node, ray_constants, services
 from ray.exceptions import RayError
 
+from fuse.workers import ray_session
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError, cause_of
 from fuse.workers.ray_session import local_cluster
@@ -144,7 +145,7 @@ def test_a_run_leaves_nothing_when_terminated_or_failed(directory: Path, start: 
 
 
 def test_a_machine_that_is_too_busy_for_rays_patience_starts_it_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray hears of its node late, and looks at its clock in between: whenever it does, a minute has passed."""
+    """Ray hears late of its node; and whenever it looks at its clock in between, a minute has passed."""
     clock, look = count(step=60.0), services.get_node
     answers = iter([False] * 3)
 
@@ -158,6 +159,28 @@ def test_a_machine_that_is_too_busy_for_rays_patience_starts_it_nevertheless(mon
     monkeypatch.setattr(node, "time", busy)
     with local_cluster(num_cpus=1):
         assert ray.is_initialized()
+
+
+def test_a_node_that_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, start = count(step=60.0), node.Node.start_ray_processes
+
+    def start_and_end(started: Any) -> None:
+        start(started)
+        (raylet,) = started.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
+        raylet.process.kill()
+        raylet.process.wait()
+
+    def get_node(gcs_address: str, node_id: str) -> Any:
+        raise RuntimeError("no such node")
+
+    busy = SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)})
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(node.Node, "start_ray_processes", start_and_end)
+    monkeypatch.setattr(node, "time", busy)
+    monkeypatch.setattr(ray_session, "_START_TIMEOUT_S", 100_000.0)
+    with pytest.raises(Exception, match="timed out during startup"), local_cluster(num_cpus=1):
+        pytest.fail("it has no node")
+    assert not ray.is_initialized()
 
 
 def test_more_devices_than_cores_are_refused_before_anything_starts() -> None:
