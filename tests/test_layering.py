@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -49,8 +50,13 @@ MODULES = {
 }
 
 
+@cache
 def imports(path):
     """Dotted names that the file imports anywhere; `from package import name` counts as package.name too."""
+    return tuple(_imports(path))
+
+
+def _imports(path):
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ _LOOPBACK = "127.0.0.1"
 # An AF_UNIX path holds 107 bytes, of which Ray's "/session_<date>_<pid>/sockets/plasma_store" needs up to 66.
 _LONGEST_TEMPORARY_DIRECTORY = 40
 _START_TIMEOUT_S = 300.0
+_START_ATTEMPTS = 3
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -72,23 +73,7 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
         # SPT_NOENV: processes that set their title leave the memory of their environment, and so the mark, as it is.
         marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         with _loopback(), _lean(), _patient(), _environment({**WORKER_ENVIRONMENT, **marked}):
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(directory),
-                _system_config={
-                    # One that is not ready when its actor comes would be started twice.
-                    "enable_worker_prestart": False,
-                    "prestart_worker_first_driver": False,
-                    # They are the run, not a background job that every other process may push aside.
-                    "worker_niceness": 0,
-                    # How a process ended, and which one, is worth more than a second: its last words are found by it.
-                    "timeout_ms_task_wait_for_death_info": 30_000,
-                },
-            )
+            _start(num_cpus, directory)
         assert ray.util.get_node_ip_address() == _LOOPBACK, "the local Ray cluster would listen on the network"
         _local_directory = directory
         try:
@@ -263,27 +248,72 @@ def _lean() -> Iterator[None]:
         ray_parameter.RayParams, ray_node.Node.start_api_server = params, start_api_server
 
 
+class _NodeEnded(RuntimeError):
+    """Ray's node has ended while it was starting."""
+
+
+def _start(num_cpus: int, directory: Path) -> None:
+    """Start Ray, once more if its node ends meanwhile, as it does where one of its agents does not answer in time.
+
+    Raises:
+        RuntimeError: it has ended every time.
+    """
+    for attempts_left in reversed(range(_START_ATTEMPTS)):
+        try:
+            _init(num_cpus, directory)
+            return
+        except _NodeEnded:
+            _stop(directory)
+            if not attempts_left:
+                raise
+
+
+def _init(num_cpus: int, directory: Path) -> None:
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(directory),
+        _system_config={
+            # One that is not ready when its actor comes would be started twice.
+            "enable_worker_prestart": False,
+            "prestart_worker_first_driver": False,
+            # They are the run, not a background job that every other process may push aside.
+            "worker_niceness": 0,
+            # How a process ended, and which one, is worth more than a second: its last words are found by it.
+            "timeout_ms_task_wait_for_death_info": 30_000,
+        },
+    )
+
+
 @contextmanager
 def _patient() -> Iterator[None]:
-    """Have Ray wait for the node that it starts, for which it has 30 s and a busy machine takes longer."""
-    untyped: Any = services
-    get_node = untyped.get_node
+    """Have Ray wait for the node that it starts: it does for 30 s, and a busy machine takes longer."""
+    ray_node: Any = node
+    start = ray_node.Node.start_ray_processes
 
-    def get_node_in_time(gcs_address: str, node_id: str) -> Any:
+    def start_and_wait(started: Any) -> None:
+        start(started)
+        (raylet,) = started.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
         give_up_s = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                return get_node(gcs_address, node_id)
-            except RuntimeError:  # it is not known yet
-                if time.monotonic() > give_up_s:
-                    raise
+        while time.monotonic() < give_up_s:
+            if raylet.process.poll() is not None:
+                raise _NodeEnded(
+                    f"Ray's node has ended with exit code {raylet.process.returncode} while it was starting: see that "
+                    "the machine has memory left and is not too busy, and start again"
+                )
+            with suppress(RuntimeError):  # it is not known yet
+                services.get_node(started.gcs_address, started.node_id)
+                return
             time.sleep(0.1)
 
-    untyped.get_node = get_node_in_time
+    ray_node.Node.start_ray_processes = start_and_wait
     try:
         yield
     finally:
-        untyped.get_node = get_node
+        ray_node.Node.start_ray_processes = start
 
 
 def _stop(directory: Path) -> None:

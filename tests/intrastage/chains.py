@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
     return (head(hidden).float() * micro_batch.targets).square().mean(), {}
 
 
+@cache
 def model_of(name: str) -> PreTrainedModel:
+    """Everyone's: stages copy its weights."""
     model: PreTrainedModel = spread(build(MODELS[name]).float())
     return model
 

@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray._private import node, services
+from ray._private import node, ray_constants, services
 from ray.exceptions import RayError
 
+from fuse.workers import ray_session
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError, cause_of
 from fuse.workers.ray_session import local_cluster
@@ -29,6 +30,7 @@ pytestmark = [pytest.mark.own_ray, pytest.mark.processes]
 
 DRIVER = """
 import signal, sys, time
+from fuse.workers import ray_session
 from fuse.workers.cluster import Cluster
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is born deaf to it
@@ -144,7 +146,7 @@ def test_a_run_leaves_nothing_when_terminated_or_failed(directory: Path, start: 
 
 
 def test_a_machine_that_is_too_busy_for_rays_patience_starts_it_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray hears of its node late, and looks at its clock in between: whenever it does, a minute has passed."""
+    """Ray hears late of its node; and whenever it looks at its clock in between, a minute has passed."""
     clock, look = count(step=60.0), services.get_node
     answers = iter([False] * 3)
 
@@ -158,6 +160,35 @@ def test_a_machine_that_is_too_busy_for_rays_patience_starts_it_nevertheless(mon
     monkeypatch.setattr(node, "time", busy)
     with local_cluster(num_cpus=1):
         assert ray.is_initialized()
+
+
+@pytest.fixture
+def node_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one, while it is starting; as on a busy machine, where one of its agents is late."""
+    start, ends = node.Node.start_ray_processes, iter([True])
+
+    def start_and_end(started: Any) -> None:
+        start(started)
+        if next(ends, False):
+            (raylet,) = started.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
+            raylet.process.kill()
+            raylet.process.wait()
+
+    monkeypatch.setattr(node.Node, "start_ray_processes", start_and_end)
+
+
+@pytest.mark.usefixtures("node_that_ends")
+def test_a_node_that_ends_while_it_starts_is_started_again() -> None:
+    with local_cluster(num_cpus=1):
+        assert ray.is_initialized()
+
+
+@pytest.mark.usefixtures("node_that_ends")
+def test_a_node_that_ends_every_time_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "_START_ATTEMPTS", 1)
+    with pytest.raises(RuntimeError, match="has ended with exit code -9 while it was starting"):
+        local_cluster(num_cpus=1).__enter__()
+    assert not ray.is_initialized()
 
 
 def test_more_devices_than_cores_are_refused_before_anything_starts() -> None:
