@@ -29,7 +29,7 @@ _LOOPBACK = "127.0.0.1"
 # An AF_UNIX path holds 107 bytes, of which Ray's "/session_<date>_<pid>/sockets/plasma_store" needs up to 66.
 _LONGEST_TEMPORARY_DIRECTORY = 40
 _START_TIMEOUT_S = 300.0
-_START_ATTEMPTS = 3
+_START_ATTEMPTS = 2
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -74,9 +74,12 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
         marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         with _loopback(), _lean(), _patient(), _environment({**WORKER_ENVIRONMENT, **marked}):
             _start(num_cpus, directory)
-        assert ray.util.get_node_ip_address() == _LOOPBACK, "the local Ray cluster would listen on the network"
         _local_directory = directory
         try:
+            if (address := ray.util.get_node_ip_address()) != _LOOPBACK:
+                raise RuntimeError(
+                    f"the local Ray cluster listens on {address}, and so on the network, not on {_LOOPBACK}"
+                )
             yield directory
         finally:
             _local_directory = None
