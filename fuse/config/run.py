@@ -48,7 +48,7 @@ class RunConfig(TrainingArguments):
         *("generation_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
         "generation_cache_bytes",
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "max_grad_norm")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "max_grad_norm", "sigterm_grace_s")
     POSITIVE: ClassVar[tuple[str, ...]] = ("worker_timeout_s", "schedule_time_limit_s", "replan_drift")
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "migration_policy": ("adaptive", "threshold", "none"),
@@ -119,6 +119,11 @@ class RunConfig(TrainingArguments):
         "would leave the caches.",
     )
     worker_timeout_s: float = option(1800.0, "Seconds without an answer after which a worker counts as lost.")
+    sigterm_grace_s: float = option(
+        25.0,
+        "Seconds after SIGTERM in which the update must end for a checkpoint to be saved; else the run ends without. "
+        "Stay below what your scheduler allows before it kills: often 30.",
+    )
     trace_steps: int = option(1, "Updates between two traces written to output_dir/traces; 0 for none.")
 
     def __post_init__(self) -> None:

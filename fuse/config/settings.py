@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,24 @@ from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 
 _UNBOUNDED = 1 << 30
+_LEAST_CONTEXT = 64
 _INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """How many tokens prompts have: typically, and at most; None where that is not known."""
+
+    typical: int
+    most: int | None = None
+
+    def context(self, response_length: int, actor: PretrainedConfig) -> int | None:
+        """The most tokens of prompt and response together; None for what the actor has positions for."""
+        positions = getattr(actor.get_text_config(), "max_position_embeddings", None)
+        if self.most is None:
+            return None
+        needed = max(self.most + response_length, _LEAST_CONTEXT)
+        return needed if positions is None else min(needed, positions)
 
 
 def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
@@ -54,9 +72,9 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
 
 
 def fleet_settings(
-    config: PPOConfig, algorithm: Algorithm, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
+    config: PPOConfig, algorithm: Algorithm, pad_token_id: int, prompts: PromptTokens, actor: PretrainedConfig
 ) -> FleetSettings:
-    """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
+    """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
@@ -100,7 +118,7 @@ def fleet_settings(
         accelerator=config.accelerator,
         ray_address=config.ray_address,
         pad_token_id=pad_token_id,
-        engine=engine(config, generation_type),
+        engine=engine(config, generation_type, max_context=prompts.context(config.response_length, actor)),
         kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
         scoring=ScoringSettings(
             temperature=config.sampling_temperature,
@@ -112,7 +130,7 @@ def fleet_settings(
         training=training,
         placement=placement,
         micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
-        balance=TypicalBatch(config.per_device_train_batch_size, prompt_tokens, config.response_length)
+        balance=TypicalBatch(config.per_device_train_batch_size, prompts.typical, config.response_length)
         if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
         else None,
         plan=PlanSettings(
@@ -134,11 +152,12 @@ def fleet_settings(
     )
 
 
-def engine(config: RunConfig, autocast: torch.dtype | None = None) -> EngineFactory:
+def engine(config: RunConfig, autocast: torch.dtype | None = None, max_context: int | None = None) -> EngineFactory:
     """The engine that `config` asks for. Raises: ValueError when its package is not installed."""
     return choose_engine(
         config.engine,
         max_batch=config.generation_batch_size,
+        max_context=max_context,
         kv_cache_bytes=config.generation_cache_bytes,
         autocast=autocast,
     )

@@ -54,7 +54,7 @@ class TransformersEngine:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        self._max_context = _check_context(model, max_context)
+        self._max_context = check_context(model, max_context)
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._max_batch = max_batch
         self._max_prefill_tokens = max_prefill_tokens
@@ -213,8 +213,8 @@ def _batches_by_length(requests: Sequence[GenerationRequest]) -> Iterator[list[G
         yield list(group)
 
 
-def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
-    """The context to serve, or ValueError where the model has less, or attention that slots do not hold."""
+def check_context(model: PreTrainedModel, max_context: int | None) -> int:
+    """The context to serve. Raises: ValueError where the model has less, or attention that slots do not hold."""
     max_context = choose_context(model, max_context)
     config = model.config.get_text_config()
     name = type(model).__name__
@@ -226,6 +226,7 @@ def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
         raise ValueError(f"{name} has layers of type {', '.join(sorted(unknown))}: the engine serves attention layers")
     if window is not None and window < max_context and layer_types != {"full_attention"}:
         raise ValueError(
-            f"{name} attends to the last {window} tokens only: lower max_context={max_context} to {window}"
+            f"{name} attends to the last {window} tokens only, and prompts and responses may have {max_context} "
+            "together: shorten prompts or lower the most tokens of a response"
         )
     return max_context

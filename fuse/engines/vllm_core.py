@@ -90,7 +90,7 @@ class VllmCore:
                 temperature=0.0,
                 max_tokens=params.max_new_tokens - len(request.response_ids),
                 ignore_eos=True,
-                stop_token_ids=[] if params.stop_token_id is None else [params.stop_token_id],
+                stop_token_ids=list(params.stop_token_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
                 extra_args=Noise.of(request).as_extra_args(),
@@ -205,7 +205,7 @@ def _kv_cache_bytes(vllm_config: Any, wanted_bytes: int | None) -> int:
     if num_bytes < least_bytes:
         raise ValueError(
             f"{num_bytes} bytes of KV cache hold less than one sample of max_context={model.max_model_len} tokens, "
-            f"which needs {least_bytes}: raise kv_cache_bytes or lower max_context"
+            f"which needs {least_bytes}: raise it, or shorten prompts or responses"
         )
     return num_bytes
 

@@ -20,7 +20,8 @@ from fuse.config.ppo import PPOConfig
 from fuse.config.settings import algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
-from fuse.sample import Sample, SpecialTokens
+from fuse.sample import Sample
+from fuse.termination import Termination, graceful_termination
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
 from fuse.trainers.callbacks import PolicyAndValue, PPOState
@@ -31,7 +32,8 @@ from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import Rollouts
-from fuse.trainers.run import Run
+from fuse.trainers.run import Run, output_directory
+from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.steps import seeded
 from fuse.training.steps import Division, OptimizerStep
 from fuse.workers.cluster import Cluster
@@ -83,7 +85,7 @@ class PPOTrainer:
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_dataset(dataset, name)
-        checks.check_tokenizer(processing_class, needs_eos=args.stop_token == "eos")
+        checks.check_tokenizer(processing_class)
         self.args = args
         self.processing_class = processing_class
         self.policy_model = model
@@ -94,16 +96,16 @@ class PPOTrainer:
         self.eval_dataset = eval_dataset
         self.data_collator = data_collator
         self.max_new_tokens: Mapping[int, int] = {}
-        stop = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
-        self._special = SpecialTokens(pad=processing_class.pad_token_id, eos=processing_class.eos_token_id, stop=stop)
+        self._special = special_tokens(args, processing_class, model)
         self.model = PolicyAndValue(model, value_model)
-        checks.check_models(self._models)
+        checks.check_models(self._models, args.train_backend)
         for argument, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 checks.check_prompts(dataset, model, args.response_length, self._special.pad)
                 if not isinstance(reward_model, PreTrainedModel) and data_collator is None:
                     check_reward_columns(reward_model, dataset, argument)  # a collator's are not known
         checks.check_evaluation(args, eval_dataset)
+        checkpoint.check_output_dir(output_directory(args))
         checks.fill_batch_sizes(args, len(train_dataset))
 
         batch_size = _known(args.batch_size)
@@ -112,8 +114,10 @@ class PPOTrainer:
         self.cluster: Cluster | None = None
         self._fleet: Fleet | None = None
         self._algorithm = algorithm_of(args, self._special)
+        tokens = prompts.prompt_tokens(train_dataset, eval_dataset, collates=data_collator is not None)
+        checks.check_engine(args, model, tokens)
         self._settings = fleet_settings(  # refuses what cannot be placed
-            args, self._algorithm, self._special.pad, prompts.typical_length(train_dataset), model.config
+            args, self._algorithm, self._special.pad, tokens, model.config
         )
         self._layout = self._settings.training.layout
         self._division = Division(
@@ -138,6 +142,8 @@ class PPOTrainer:
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
             RewardError: the reward function raised.
             SaveError: a checkpoint could not be written; earlier ones are intact.
+            ClusterError: a process of Ray itself ended.
+            Terminated: SIGTERM came; a checkpoint was written if the update ended within `args.sigterm_grace_s`.
         """
         with self.updates(resume_from_checkpoint) as updates:
             for _ in updates:
@@ -154,10 +160,10 @@ class PPOTrainer:
         run = self._run
         resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
         run.begin(resumed)
-        with self._workers(resumed) as fleet:
-            yield self._updates(fleet)
+        with self._workers(resumed) as fleet, graceful_termination(self.args.sigterm_grace_s) as termination:
+            yield self._updates(fleet, termination)
 
-    def _updates(self, fleet: Fleet) -> Iterator[Iteration]:
+    def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:
         run = self._run
         for iteration in loop.updates(
             run,
@@ -174,8 +180,15 @@ class PPOTrainer:
             if run.shows_completions:
                 self.generate_completions(sampling=True)
             yield iteration
+            if termination.is_requested:
+                run.terminate(fleet)
         fleet.fetch_weights()
         run.end(fleet)
+
+    @property
+    def how_to_resume(self) -> str:
+        """What an interrupted run can go on from, in a line."""
+        return self._run.how_to_resume
 
     @property
     def process_ids(self) -> dict[str, list[int]]:
@@ -227,7 +240,7 @@ class PPOTrainer:
             seed=self.args.seed,
             temperature=temperature,
             max_new_tokens=self.args.response_length,
-            stop_token_id=self._special.stop,
+            stop_token_ids=self._special.stop,
         )
 
     def _tell(self, text: str) -> None:
@@ -312,7 +325,8 @@ class PPOTrainer:
 
     @property
     def stop_token_id(self) -> int | None:
-        return self._special.stop
+        """The first, where several end a response."""
+        return next(iter(self._special.stop), None)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self.dataloader

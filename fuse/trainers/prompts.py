@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from fuse.config.settings import PromptTokens
 from fuse.sample import Sample
 
 Row = Mapping[str, Any]
@@ -93,6 +94,10 @@ def _rows(columns: Mapping[str, Any]) -> list[Row]:
     return [{name: values[index] for name, values in columns.items()} for index in range(length)]
 
 
-def typical_length(dataset: Any) -> int:
-    """Median prompt tokens of the dataset's first rows."""
-    return statistics.median_low(len(dataset[index]["input_ids"]) for index in range(min(len(dataset), _TYPICAL_ROWS)))
+def prompt_tokens(dataset: Any, eval_dataset: Any = None, *, collates: bool = False) -> PromptTokens:
+    """Typically as the median of the dataset's first rows; the most are not known where a collator may change rows."""
+    first = range(min(len(dataset), _TYPICAL_ROWS))
+    typical = statistics.median_low(len(dataset[index]["input_ids"]) for index in first)
+    if collates:
+        return PromptTokens(typical)
+    return PromptTokens(typical, max(len(row["input_ids"]) for rows in (dataset, eval_dataset or ()) for row in rows))

@@ -197,6 +197,6 @@ def test_a_window_shorter_than_the_context_is_refused() -> None:
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=256, sliding_window=32,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="last 32 tokens only: lower max_context=256 to 32"):
+    with pytest.raises(ValueError, match="last 32 tokens only, and prompts and responses may have 256"):
         TransformersEngine(MistralForCausalLM(config))
     TransformersEngine(MistralForCausalLM(config), max_context=32)
