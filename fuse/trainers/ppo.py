@@ -127,8 +127,9 @@ class PPOTrainer:
             accumulation=args.gradient_accumulation_steps,
         )
         self._permutation = seeded(args.seed, batch_size)
-        for step in self._optimizer_steps(update=1):
-            self._settings.check(num_micro_batches=len(step.micro_batches))
+        for update in (1, len(self.dataloader)):  # the last of a pass differs in TRL's layout
+            for step in self._optimizer_steps(update):
+                self._settings.check(num_micro_batches=len(step.micro_batches))
         self._run = Run(args, self.model, processing_class, callbacks, num_rows=len(train_dataset), tell=self._tell)
         self.activity.listen(self._run.show_activity)
 
@@ -198,7 +199,8 @@ class PPOTrainer:
     @contextmanager
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
         """Start the workers with the models, or a checkpoint of them; they stop with the body."""
-        fleet = Fleet(self._settings, self._models, cluster=self.cluster, tell=self._tell)
+        settings = self._settings.for_updates(self._run.num_updates_left)
+        fleet = Fleet(settings, self._models, cluster=self.cluster, tell=self._tell)
         with self.activity.lasting(), fleet:
             if resumed is not None:
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)

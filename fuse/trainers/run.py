@@ -81,6 +81,10 @@ class Run:
     def learning_rate(self) -> float:
         return float(self.lr_scheduler.get_last_lr()[0])
 
+    @property
+    def num_updates_left(self) -> int:
+        return max(0, (self.args.num_total_batches or 0) - self.state.global_step)
+
     # Updates
 
     def begin(self, resumed: Path | None) -> None:

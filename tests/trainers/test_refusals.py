@@ -162,6 +162,7 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_option(whiten_rewards=True, num_mini_batches=2), "whiten_rewards needs mini-batches of at least 8"),
         (_option(num_devices=2, actor_stages=3), "actor_stages=3 neither divides the 2 pipeline ranks"),
         (_option(num_devices=2, actor_stages=1, num_mini_batches=4), "cannot feed 2 data-parallel replicas"),
+        (_option(num_devices=2, actor_stages=1, trl_quirks=True), "cannot feed 2 data-parallel replicas"),
     ],
 )
 def test_refused_with_one_line_and_nothing_written(change: Change, message: str, tmp_path: Path) -> None:
