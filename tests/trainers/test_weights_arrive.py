@@ -7,6 +7,7 @@ every update, must find the log-probabilities that they told.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Scores(TrainerCallback):
             sample.response_ids[:], sample.length, sample.state = ids[2:], len(ids) - 2, SampleState.GENERATED
         trainer._fleet.infer(samples)
         trainer._fleet.fetch_weights()
-        for process_id in sum(trainer.process_ids.values(), []):
+        for process_id in itertools.chain(*trainer.process_ids.values()):
             sockets = psutil.Process(process_id).net_connections("inet")
             listening = {one.laddr.ip.removeprefix("::ffff:") for one in sockets if one.status == psutil.CONN_LISTEN}
             self.addresses |= listening
