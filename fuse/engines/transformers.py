@@ -64,7 +64,7 @@ class TransformersEngine:
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
-        self._check_decoding()
+        self._check_that_it_decodes()
 
     def submit(self, request: GenerationRequest) -> None:
         self.admit(Evicted(request))
@@ -172,6 +172,18 @@ class TransformersEngine:
         )
         logits: Tensor = output.logits[:, 0]
         return logits
+
+    def _check_that_it_decodes(self) -> None:
+        """Raises: ValueError for a model with which a short decoding fails, by whatever error, or goes wrong."""
+        try:
+            self._check_decoding()
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{type(self._model).__name__} does not decode from slots ({reason}): use another engine for this model"
+            ) from error
 
     @torch.inference_mode()
     def _check_decoding(self) -> None:

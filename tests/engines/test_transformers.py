@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
@@ -200,3 +207,15 @@ def test_a_window_shorter_than_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="last 32 tokens only, and prompts and responses may have 256"):
         TransformersEngine(MistralForCausalLM(config))
     TransformersEngine(MistralForCausalLM(config), max_context=32)
+
+
+def test_a_model_that_fails_to_decode_is_refused_in_a_line() -> None:
+    """Its keys are wider than its values."""
+    config = DeepseekV3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM does not decode from slots .*: use another eng") as one:
+        TransformersEngine(DeepseekV3ForCausalLM(config))
+    assert "\n" not in str(one.value)
