@@ -59,14 +59,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the tokens that end responses and fill up batches.
+    """Ids of the tokens that end responses and fill up batches, and of those that responses consist of.
 
     eos: end a sequence, for whoever asks whether a response is complete. stop: end a response where it is generated.
+    num_tokens: all ids below it; None for the model's whole vocabulary.
     """
 
     pad: int
     eos: tuple[int, ...]
     stop: tuple[int, ...]
+    num_tokens: int | None = None
 
 
 def length_to_stop(response_ids: Sequence[int], stop_token_ids: Collection[int]) -> int:

@@ -67,9 +67,10 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
         use_cpu=True,
     )
     classifier = critic_from_policy(model, pad_token_id=0)
-    algorithm = algorithm_of(config, SpecialTokens(pad=_NO_TOKEN, eos=(), stop=()))
+    special = SpecialTokens(pad=_NO_TOKEN, eos=(), stop=())
+    algorithm = algorithm_of(config, special)
     settings = fleet_settings(
-        config, algorithm, _NO_TOKEN, PromptTokens(arguments.prompt_tokens, arguments.prompt_tokens), model.config
+        config, algorithm, special, PromptTokens(arguments.prompt_tokens, arguments.prompt_tokens), model.config
     )
     models = {"actor": model, "critic": classifier, "reference": model, "reward": classifier}
     return Fleet(settings, models)

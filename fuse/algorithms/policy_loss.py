@@ -47,12 +47,21 @@ class PolicyTargets:
 
 
 def clipped_policy_loss(
-    hidden: Tensor, head: nn.Module, micro_batch: MicroBatch, *, temperature: float, cliprange: float
+    hidden: Tensor,
+    head: nn.Module,
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    cliprange: float,
+    num_tokens: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden]."""
+    """The weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden].
+
+    num_tokens: that a response may consist of, the first of the vocabulary; None for all.
+    """
     targets = micro_batch.targets
     assert isinstance(targets, PolicyTargets)
-    logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature)
+    logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature, num_tokens=num_tokens)
     logprobs = logprobs.masked_fill(~targets.mask, INVALID_LOGPROB)
     loss, metrics = clipped_surrogate(logprobs, targets.old_logprobs, targets.advantages, targets.mask, cliprange)
     metrics |= {ENTROPY: mean(entropy.detach()), **_sampler_differences(logprobs.detach(), targets)}

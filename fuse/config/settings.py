@@ -67,12 +67,13 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
         cliprange=config.cliprange,
         vf_coef=config.vf_coef,
         cliprange_value=config.cliprange_value,
+        num_tokens=special.num_tokens,
     )
     return ppo(settings, special)
 
 
 def fleet_settings(
-    config: PPOConfig, algorithm: Algorithm, pad_token_id: int, prompts: PromptTokens, actor: PretrainedConfig
+    config: PPOConfig, algorithm: Algorithm, special: SpecialTokens, prompts: PromptTokens, actor: PretrainedConfig
 ) -> FleetSettings:
     """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
 
@@ -88,7 +89,7 @@ def fleet_settings(
         )
     is_fused = config.intra_stage_fusion and num_ranks > 1
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
-    layout = TRLLayout(pad_token_id) if config.trl_quirks else RaggedLayout()
+    layout = TRLLayout(special.pad) if config.trl_quirks else RaggedLayout()
     stages = {"actor": config.actor_stages, "critic": config.critic_stages}
     placement = tuple(
         replica
@@ -117,8 +118,13 @@ def fleet_settings(
         num_devices=count,
         accelerator=config.accelerator,
         ray_address=config.ray_address,
-        pad_token_id=pad_token_id,
-        engine=engine(config, generation_type, max_context=prompts.context(config.response_length, actor)),
+        pad_token_id=special.pad,
+        engine=engine(
+            config,
+            generation_type,
+            max_context=prompts.context(config.response_length, actor),
+            num_tokens=special.num_tokens,
+        ),
         kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
         scoring=ScoringSettings(
             temperature=config.sampling_temperature,
@@ -126,6 +132,7 @@ def fleet_settings(
                 max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
             ),
             autocast=training.autocast,
+            num_tokens=special.num_tokens,
         ),
         training=training,
         placement=placement,
@@ -153,14 +160,17 @@ def fleet_settings(
     )
 
 
-def engine(config: RunConfig, autocast: torch.dtype | None = None, max_context: int | None = None) -> EngineFactory:
-    """The engine that `config` asks for. Raises: ValueError when its package is not installed."""
+def engine(config: RunConfig, autocast: torch.dtype | None = None, **limits: int | None) -> EngineFactory:
+    """The engine that `config` asks for, with further limits of `choose_engine`.
+
+    Raises: ValueError when its package is not installed.
+    """
     return choose_engine(
         config.engine,
         max_batch=config.generation_batch_size,
-        max_context=max_context,
         kv_cache_bytes=config.generation_cache_bytes,
         autocast=autocast,
+        **limits,
     )
 
 

@@ -28,21 +28,23 @@ def choose_engine(
     *,
     max_batch: int,
     max_context: int | None = None,
+    num_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> EngineFactory:
     """An engine that decodes up to `max_batch` samples at once; it computes in `autocast`'s type, else in float32.
 
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
+    num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     kv_cache_bytes: of vLLM's cache; the other's grows as needed.
 
     Raises: ValueError when its package is not installed.
     """
+    limits = {"max_batch": max_batch, "max_context": max_context, "num_tokens": num_tokens}
     if kind == "vllm":
         require_vllm()
-        limits = {"max_batch": max_batch, "max_context": max_context, "kv_cache_bytes": kv_cache_bytes}
-        return partial(vllm_engine, autocast=autocast, **limits)
-    return partial(transformers_engine, autocast=autocast, max_batch=max_batch, max_context=max_context)
+        return partial(vllm_engine, autocast=autocast, kv_cache_bytes=kv_cache_bytes, **limits)
+    return partial(transformers_engine, autocast=autocast, **limits)
 
 
 def transformers_engine(

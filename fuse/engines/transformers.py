@@ -34,6 +34,7 @@ class TransformersEngine:
 
     max_batch: slots, the most samples that run side by side.
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
+    num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
         A longer prompt is prefilled alone.
 
@@ -49,6 +50,7 @@ class TransformersEngine:
         *,
         max_batch: int = 64,
         max_context: int | None = None,
+        num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
@@ -56,6 +58,7 @@ class TransformersEngine:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self._max_context = check_context(model, max_context)
         self._vocab_size: int = model.config.get_text_config().vocab_size
+        self._num_tokens = num_tokens
         self._max_batch = max_batch
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
@@ -170,7 +173,7 @@ class TransformersEngine:
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits: Tensor = output.logits[:, 0]
+        logits: Tensor = output.logits[:, 0, : self._num_tokens]
         return logits
 
     def _check_that_it_decodes(self) -> None:
@@ -203,8 +206,8 @@ class TransformersEngine:
         for prompt_ids, token_ids, decoded in zip(prompts, tokens, logprobs, strict=True):
             first = len(prompt_ids)
             input_ids = torch.tensor([token_ids], device=self._model.device)
-            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1].float().log_softmax(1)
-            expected = plain.gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
+            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1, : self._num_tokens]
+            expected = plain.float().log_softmax(1).gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
             difference = max(abs(one - other) for one, other in zip(decoded, expected, strict=True))
             if not difference <= tolerance:
                 raise ValueError(

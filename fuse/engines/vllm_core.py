@@ -40,6 +40,7 @@ class VllmCore:
         device: str | None,
         max_batch: int,
         max_context: int,
+        num_tokens: int | None,
         max_prefill_tokens: int,
         kv_cache_bytes: int | None,
     ) -> None:
@@ -67,6 +68,7 @@ class VllmCore:
             )
             resources.callback(self._llm.engine_core.shutdown)
             (self._sampling,) = self._llm.collective_rpc(_find_sampling)
+            self._sampling.num_tokens = num_tokens
             self._scheduler: Any = self._llm.engine_core.engine_core.scheduler
             self._departing: MigrationConnector = get_kv_transfer_group()
             self._arriving: MigrationConnector = self._scheduler.connector

@@ -117,7 +117,7 @@ class PPOTrainer:
         tokens = prompts.prompt_tokens(train_dataset, eval_dataset, collates=data_collator is not None)
         checks.check_engine(args, model, tokens)
         self._settings = fleet_settings(  # refuses what cannot be placed
-            args, self._algorithm, self._special.pad, tokens, model.config
+            args, self._algorithm, self._special, tokens, model.config
         )
         self._layout = self._settings.training.layout
         self._division = Division(

@@ -9,7 +9,9 @@ from fuse.sample import SpecialTokens
 
 
 def special_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> SpecialTokens:
-    """Padding, end of sequence and stop, by their ids.
+    """Padding, end of sequence and stop, by their ids; and where the tokenizer's ids end, if the model has more.
+
+    Such a model's vocabulary is padded. TRL samples the padding, too, and so does its layout.
 
     Raises:
         ValueError: responses are to end at the end of sequence, and no token says that it is one.
@@ -22,7 +24,9 @@ def special_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: P
             f"or stop_token='none'"
         )
     stop = eos if args.stop_token is not None else () if args.stop_token_id is None else (args.stop_token_id,)
-    return SpecialTokens(pad=tokenizer.pad_token_id, eos=eos, stop=stop)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    is_padded = num_tokens < model.config.get_text_config().vocab_size and not args.trl_quirks
+    return SpecialTokens(pad=tokenizer.pad_token_id, eos=eos, stop=stop, num_tokens=num_tokens if is_padded else None)
 
 
 def _generation_eos(model: PreTrainedModel) -> tuple[int, ...]:

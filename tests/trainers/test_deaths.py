@@ -29,13 +29,16 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
 ) -> None:
     """Killed when the first sample is finished; all others last for a second and more."""
     options: dict[str, Any] = {
-        "models": {"vocab_size": 512, "max_position_embeddings": 1024},
+        "models": {"max_position_embeddings": 1024},
         "num_devices": 2,
         "total_episodes": 8,
         "response_length": 400,
+        "stop_token": None,
         "num_sample_generations": 0,
     }
-    undisturbed = tiny.train(tmp_path / "undisturbed", **options)
+    undisturbed = tiny.trainer(tmp_path / "undisturbed", **options)
+    undisturbed.max_new_tokens = {0: 4}
+    undisturbed.train()
     engines: list[int] = []
 
     def kill_an_engine(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
@@ -44,6 +47,7 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
         return tiny.count_a(prompts, responses, target)
 
     disturbed = tiny.trainer(tmp_path / "disturbed", reward=kill_an_engine, **options)
+    disturbed.max_new_tokens = {0: 4}
 
     class ChooseAnEngine(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

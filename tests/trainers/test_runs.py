@@ -63,6 +63,18 @@ def test_replicas_and_bfloat16(tmp_path: Path, plain: PPOTrainer) -> None:
     assert first["objective/entropy"] == pytest.approx(first_rounded["objective/entropy"], rel=0.1)
 
 
+def test_padding_of_the_vocabulary_is_neither_drawn_nor_scored_but_in_trls_layout(tmp_path: Path) -> None:
+    drawn = {}
+    for quirks in (False, True):
+        options: dict[str, Any] = {"num_ppo_epochs": 1, "stop_token": None, "temperature": 3.0, "trl_quirks": quirks}
+        made = tiny.trainer(tmp_path / str(quirks), models={"vocab_size": 40}, **options)
+        made.reward_model = lambda prompts, responses, target: [0.0] * len(prompts)
+        with made.updates() as updates:
+            drawn[quirks] = {token for one in updates for sample in one.samples for token in sample.response_ids}
+        assert all(row["val/sampler_logprob_diff"] < 1e-5 for row in made.state.log_history)
+    assert max(drawn[False]) < len(tiny.VOCABULARY) < max(drawn[True])
+
+
 def test_frozen_parameters_stay_to_the_bit_on_one_device_and_on_two(tmp_path: Path) -> None:
     runs = []
     for num_devices in (1, 2):
