@@ -121,8 +121,6 @@ class RunConfig(TrainingArguments):
     worker_timeout_s: float = option(
         1800.0, "Seconds without a token, a score or a message after which a worker counts as lost."
     )
-        1800.0, "Seconds without a token, a score or a message after which a worker counts as lost."
-    )
     sigterm_grace_s: float = option(
         25.0,
         "Seconds after SIGTERM in which the update must end for a checkpoint to be saved; else the run ends without. "
