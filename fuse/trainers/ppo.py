@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
-from transformers.trainer_callback import CallbackHandler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fuse import checkpoint
 from fuse.activity import Activity
@@ -24,9 +21,10 @@ from fuse.sample import Sample
 from fuse.termination import Termination, graceful_termination
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
-from fuse.trainers.callbacks import PolicyAndValue, PPOState
+from fuse.trainers.callbacks import PolicyAndValue
 from fuse.trainers.completions import print_completions
 from fuse.trainers.data import check_dataset
+from fuse.trainers.face import TrainerFace
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.reward_columns import check_reward_columns
@@ -44,7 +42,7 @@ _GREEDY = 0.01 + 1e-7
 """The temperature of TRL's completions of evaluation prompts."""
 
 
-class PPOTrainer:
+class PPOTrainer(TrainerFace):
     """Proximal policy optimisation from rewards, in place of `trl.experimental.ppo.PPOTrainer`.
 
     args: see `PPOConfig`.
@@ -303,27 +301,7 @@ class PPOTrainer:
         self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock())
         print_completions(self.processing_class, samples[:5])
 
-    # What TRL's trainer offers to callbacks and scripts
-
-    @property
-    def state(self) -> PPOState:
-        return self._run.state
-
-    @property
-    def control(self) -> TrainerControl:
-        return self._run.control
-
-    @property
-    def callback_handler(self) -> CallbackHandler:
-        return self._run.callback_handler
-
-    @property
-    def optimizer(self) -> Optimizer:
-        return self._run.optimizer
-
-    @property
-    def lr_scheduler(self) -> LRScheduler:
-        return self._run.lr_scheduler
+    # Data
 
     @property
     def stop_token_id(self) -> int | None:
@@ -336,26 +314,6 @@ class PPOTrainer:
     def get_eval_dataloader(self) -> DataLoader[Any]:
         size = self.args.per_device_eval_batch_size
         return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list, drop_last=True)
-
-    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        self.callback_handler.add_callback(callback)
-
-    def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        self.callback_handler.remove_callback(callback)
-
-    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
-        popped: TrainerCallback | None = self.callback_handler.pop_callback(callback)
-        return popped
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the epoch, remember and report to the callbacks; `start_time` is accepted and not used, as in TRL."""
-        self._run.log(logs)
-
-    def is_local_process_zero(self) -> bool:
-        return True
-
-    def is_world_process_zero(self) -> bool:
-        return True
 
 
 def _known(value: int | None) -> int:
