@@ -4,9 +4,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fuse import cli
@@ -15,7 +17,7 @@ from fuse.commands.reward_function import load_reward_function
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
 
-from ..tiny_models import build, classifier
+from ..tiny_models import build, classifier, language_model
 
 REWARDS = """
 seen = []
@@ -145,6 +147,32 @@ def test_it_trains_on_prompts_with_a_reward_function(
     initial = AutoModelForCausalLM.from_pretrained(models / "policy").state_dict()
     assert any(not torch.equal(trained[name], initial[name]) for name in initial)
     assert "PPO 2/2: reward -" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_it_trains_a_model_as_others_leave_it_and_saves_it_so(project: Path) -> None:
+    """In float16, its vocabulary padded, a head beside the embedding that it is tied to; padding on the right."""
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.padding_side = "right"
+    options: dict[str, Any] = {"tie_word_embeddings": True, "max_position_embeddings": 256, "pad_token_id": 0}
+    policy = build(language_model(vocab_size=17, hidden_size=32, **options))
+    policy.resize_token_embeddings(64)
+    policy.half().save_pretrained(project / "policy")
+    tokenizer.save_pretrained(project / "policy")
+    weights = load_file(project / "policy" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file({**weights, **head}, project / "policy" / "model.safetensors", {"format": "pt"})
+
+    assert cli.main(arguments(project, learning_rate="1e-2", stop_token="none")) == 0
+    trained = AutoModelForCausalLM.from_pretrained(project / "out", dtype="auto")
+    assert trained.dtype == torch.float16
+    assert trained.get_output_embeddings().weight is trained.get_input_embeddings().weight
+    embedding = trained.get_input_embeddings().weight
+    assert embedding.shape == (64, 32)
+    moved = (embedding - weights["model.embed_tokens.weight"]).abs().amax(1) > 0
+    assert moved[:17].any()
+    assert not moved[17:].any(), "the padding is no token"
 
 
 @pytest.mark.usefixtures("ray_cluster")
