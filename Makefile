@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 # build of torch that is: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL for another.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what it imports; of gigabytes of packages that is little, and pip would compile all of it.
+export PIP_NO_COMPILE := 1
 # Every worker process is one core; threads inside of it would fight the other workers.
 export OMP_NUM_THREADS := 1
 
