@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -40,28 +40,38 @@ def choose_engine(
 
     Raises: ValueError when its package is not installed.
     """
-    limits = {"max_batch": max_batch, "max_context": max_context, "num_tokens": num_tokens}
+    limits: Mapping[str, Any] = {"max_batch": max_batch, "max_context": max_context, "num_tokens": num_tokens}
     if kind == "vllm":
         require_vllm()
-        return partial(vllm_engine, autocast=autocast, kv_cache_bytes=kv_cache_bytes, **limits)
-    return partial(transformers_engine, autocast=autocast, **limits)
+        return partial(vllm_engine, autocast=autocast, limits={**limits, "kv_cache_bytes": kv_cache_bytes})
+    return partial(transformers_engine, autocast=autocast, limits=limits)
 
 
 def transformers_engine(
-    spec: ModelSpec, weights: Sequence[WeightsRef], device: str, *, autocast: torch.dtype | None, **limits: int | None
+    spec: ModelSpec,
+    weights: Sequence[WeightsRef],
+    device: str,
+    *,
+    autocast: torch.dtype | None,
+    limits: Mapping[str, Any],
 ) -> GenerationEngine:
     """The embedded engine. limits: of `TransformersEngine`."""
-    return TransformersEngine(_model(spec, weights, device, autocast), **cast(dict[str, Any], limits))
+    return TransformersEngine(_model(spec, weights, device, autocast), **limits)
 
 
 def vllm_engine(
-    spec: ModelSpec, weights: Sequence[WeightsRef], device: str, *, autocast: torch.dtype | None, **limits: int | None
+    spec: ModelSpec,
+    weights: Sequence[WeightsRef],
+    device: str,
+    *,
+    autocast: torch.dtype | None,
+    limits: Mapping[str, Any],
 ) -> GenerationEngine:
     """vLLM in this process. The model that it copies the weights from stays in host memory, and not for long.
 
     limits: of `VllmEngine`.
     """
-    return VllmEngine(_model(spec, weights, "cpu", autocast), device=device, **cast(dict[str, Any], limits))
+    return VllmEngine(_model(spec, weights, "cpu", autocast), device=device, **limits)
 
 
 def _model(

@@ -92,8 +92,8 @@ def _progress_bar() -> type[TrainerCallback]:
 def callback_states(handler: CallbackHandler, control: TrainerControl) -> dict[str, Any]:
     """What stateful callbacks remember, by the names of their classes, as a checkpoint of transformers keeps it."""
     stateful: Any = [item for item in [*handler.callbacks, control] if isinstance(item, ExportableState)]
-    states: dict[str, Any] = PPOState(stateful_callbacks=stateful).stateful_callbacks
-    return states
+    states: Any = PPOState(stateful_callbacks=stateful).stateful_callbacks
+    return dict(states)
 
 
 def restore_callbacks(handler: CallbackHandler, states: Mapping[str, Any]) -> None:

@@ -107,15 +107,16 @@ class Run:
             self._saved_step = self.state.global_step
             self.lr_scheduler.load_state_dict(saved.lr_scheduler)
             if args.restore_callback_states_from_checkpoint:
-                restore_callbacks(self.callback_handler, self.state.stateful_callbacks)
+                untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
+                restore_callbacks(self.callback_handler, untyped)
             run_state.restore_random_generators(saved.random_generators)
         num_updates, num_episodes = args.num_total_batches, args.total_episodes
         assert num_updates is not None
         assert num_episodes is not None
         self.state.max_steps = num_updates
         self.state.num_train_epochs = math.ceil(num_episodes / self._num_rows)
-        untyped: Any = self.state
-        untyped.compute_steps(args, self.state.max_steps)
+        state: Any = self.state
+        state.compute_steps(args, self.state.max_steps)
 
     def _schedule_anew(self) -> None:
         """Where an earlier run of this trainer has used up the learning-rate schedule, or was asked to stop."""
@@ -238,7 +239,8 @@ class Run:
                 lr_scheduler=self.lr_scheduler.state_dict(),
                 random_generators=run_state.random_generators(),
             ).save(directory / checkpoint.RUN_STATE_NAME)
-            self.state.stateful_callbacks = callback_states(self.callback_handler, self.control)
+            remembered: Any = callback_states(self.callback_handler, self.control)
+            self.state.stateful_callbacks = remembered
             self.state.save_to_json(str(directory / "trainer_state.json"))
         written = self.output_dir / f"checkpoint-{self.state.global_step}"
         self._saved_step = self.state.global_step

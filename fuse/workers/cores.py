@@ -22,7 +22,8 @@ def claimed_cores(count: int) -> Iterator[list[int]]:
     which leaves nothing behind. Where there are too few, devices share cores.
     """
     with ExitStack() as claims:
-        free, taken = [], []
+        free: list[int] = []
+        taken: list[int] = []
         for place, core in enumerate(sorted(os.sched_getaffinity(0))):
             claim = claims.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             try:
