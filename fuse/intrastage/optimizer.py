@@ -219,7 +219,7 @@ class ModelOptimizer:
             if self._groups.lane > 0:  # the first lane's device counts what all lanes have whole
                 shards = frozenset[str]().union(*(stage.sharded_names for stage in self._stages.values()))
                 once = {name: parameter for name, parameter in once.items() if name in shards}
-            norms = torch._foreach_norm([_grad(parameter) for parameter in once.values()])
+            norms = torch._foreach_norm([_grad(parameter) for parameter in once.values()]) if once else ()
             squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
             group = self._groups.members.get(replica)
             if group is not None:

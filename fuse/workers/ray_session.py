@@ -25,7 +25,7 @@ from ray._private import node, parameter, ray_constants, services, worker
 from fuse.termination import raised_on_sigterm
 from fuse.workers import reaper
 from fuse.workers.ray_watch import watched
-from fuse.workers.reaper import MARK, end_processes_of
+from fuse.workers.reaper import ESSENTIAL, MARK, end_processes_of
 
 _LOOPBACK = "127.0.0.1"
 # An AF_UNIX path holds 107 bytes, of which Ray's "/ray/session_<date>_<pid>/sockets/plasma_store" needs up to 70.
@@ -329,8 +329,7 @@ def _own_processes() -> dict[str, subprocess.Popen[bytes]]:
     """Of the local cluster, without which it does not go on."""
     untyped: Any = worker
     started = untyped._global_node.all_processes
-    kinds = {"node": ray_constants.PROCESS_TYPE_RAYLET, "control service": ray_constants.PROCESS_TYPE_GCS_SERVER}
-    return {name: started[kind][0].process for name, kind in kinds.items()}
+    return {name: started[name][0].process for name in ESSENTIAL}
 
 
 def _stop(directory: Path) -> None:

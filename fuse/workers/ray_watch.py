@@ -9,22 +9,21 @@ from contextlib import contextmanager
 
 from fuse.termination import raise_in_main_thread
 from fuse.workers.errors import ClusterError
+from fuse.workers.reaper import ended
 
 
 @contextmanager
 def watched(processes: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """While the body runs, the end of one of these processes, by name, raises ClusterError in the main thread."""
+    """While the body runs, the end of one of these processes, by name, raises ClusterError in the main thread.
+
+    Where Ray ends this process first, the reaper says the same.
+    """
     left = threading.Event()
 
     def watch(name: str, process: subprocess.Popen[bytes]) -> None:
-        status = process.wait()
+        process.wait()
         if not left.is_set():
-            raise_in_main_thread(
-                ClusterError(
-                    f"Ray's {name} has ended (exit code {status}), and with it the run: see that the machine has "
-                    "memory left, and resume from the last checkpoint"
-                )
-            )
+            raise_in_main_thread(ClusterError(ended(name)))
 
     for name, process in processes.items():
         threading.Thread(target=watch, args=(name, process), name=f"watch {name}", daemon=True).start()

@@ -12,9 +12,13 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 MARK = "FUSE_RAY_DIRECTORY"
+ESSENTIAL = {"raylet": "node", "gcs_server": "control service"}
+"""Processes without which a cluster does not go on, as the system names them, and as people do."""
 _POLL_S = 0.02
 
 
@@ -44,8 +48,24 @@ def end_processes_of(directory: Path, grace_s: float) -> None:
         time.sleep(_POLL_S)
 
 
+def ended(name: str) -> str:
+    """What a user is told when a process of Ray itself, which has this name in `ESSENTIAL`, has ended."""
+    return (
+        f"Ray's {ESSENTIAL[name]} has ended, and with it the run: see that the machine has memory left, and resume "
+        "from the last checkpoint"
+    )
+
+
+def _names_of(processes: set[int]) -> Iterator[str]:
+    for process in processes:
+        with suppress(OSError):  # it has just ended
+            yield Path(f"/proc/{process}/comm").read_text().strip()
+
+
 def main(directory: Path) -> None:
     sys.stdin.read()
+    for name in ESSENTIAL.keys() - _names_of(processes_of(directory)):
+        print(ended(name), file=sys.stderr)  # Ray has ended the driver for that, without a word
     end_processes_of(directory, grace_s=0.0)
     shutil.rmtree(directory, ignore_errors=True)  # the driver removes it too, when it ends in order
 

@@ -131,7 +131,7 @@ def test_bad_input_is_one_line_and_exit_2_and_writes_nothing(
 def test_it_trains_on_prompts_with_a_reward_function(
     models: Path, project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments(models, json="results.json", learning_rate="1e-3")) == 0
+    assert cli.main(arguments(models, json="results.json", learning_rate="1e-3", stop_token="none")) == 0
     seen = sys.modules["project_rewards"].seen
     assert len(seen) == 2
     prompts, _, answer, columns = seen[0]

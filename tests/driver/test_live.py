@@ -133,7 +133,7 @@ def test_every_sample_is_generated_and_scored_once(lengths: list[int], num_devic
         assert report.num_migrations == 0
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", [0, 2, 3])  # the threshold has all of its samples moved away before
 def test_an_engine_that_gives_no_token_for_too_long_is_lost(which: int) -> None:
     lengths = [3, 24, 7, 12, 1, 24]
     report, samples, announced = roll_out(lengths, 3, policies(0)[which], seed=0, silent=[1])

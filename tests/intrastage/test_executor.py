@@ -186,7 +186,9 @@ class Receiving(RecordingStage):
 
 @pytest.mark.parametrize("rank", range(4))
 def test_what_was_sent_is_let_go_once_the_neighbour_has_used_it(rank: int) -> None:
-    pipeline = Pipeline("actor", (0, 1, 2, 3), 24, forward_ticks=(1,) * 4, backward_ticks=(2,) * 4)
+    pipeline = Pipeline(
+        name="actor", ranks=(0, 1, 2, 3), num_micro_batches=24, forward_ticks=(1,) * 4, backward_ticks=(2,) * 4
+    )
     schedule = one_f_one_b(Problem(num_ranks=4, pipelines=(pipeline,)))
     stages = {(0, rank): Receiving(rank, rank == 3, [])}
     forward, backward = Mailbox(), Mailbox()

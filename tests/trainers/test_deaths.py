@@ -130,6 +130,7 @@ def end_by(process: subprocess.Popen[str], signum: int, *, after: str) -> str:
     return said
 
 
+@pytest.mark.processes
 def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Path) -> None:
     """Saving every second update only, it is in the middle of the third."""
     process = program(tmp_path, "--save-steps", "2", "--grace", "120")
@@ -141,6 +142,7 @@ def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Pat
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+@pytest.mark.processes
 def test_sigterm_without_time_for_the_update_ends_at_once(tmp_path: Path) -> None:
     process = program(tmp_path, "--grace", "0")
     said = end_by(process, signal.SIGTERM, after="began 2\n")
@@ -149,6 +151,7 @@ def test_sigterm_without_time_for_the_update_ends_at_once(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.processes
 def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
     process = program(tmp_path)
     assert process.stdout is not None
@@ -161,7 +164,7 @@ def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 1
-    assert "ClusterError: Ray's node has ended (exit code -9), and with it the run" in said
+    assert said.count("Ray's node has ended, and with it the run") == 1
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
