@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from fuse import checkpoint, run_state
+from fuse.config.differences import differences, kept_options
 from fuse.config.ppo import PPOConfig
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
@@ -81,6 +82,8 @@ class Run:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
             self._run_id, self._saved_s = saved.run_id, saved.saved_s
+            if changed := differences(saved.options, kept_options(args)):
+                logger.warning("%s was written with other options: %s", resumed, ", ".join(changed))
             self.lr_scheduler.load_state_dict(saved.lr_scheduler)
             run_state.restore_random_generators(saved.random_generators)
         num_updates, num_episodes = args.num_total_batches, args.total_episodes
@@ -167,6 +170,7 @@ class Run:
             path = self.output_dir / "traces" / f"iteration-{step:05d}.json"
             with dispensable(path):
                 write_chrome_trace(path, tracks)
+                _delete_oldest(path, self.args.trace_limit)
         report = iteration_report(tracks, clock, serial_bubble_ratio)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
@@ -188,6 +192,7 @@ class Run:
                 run=self._identity(),
                 lr_scheduler=self.lr_scheduler.state_dict(),
                 random_generators=run_state.random_generators(),
+                options=kept_options(self.args),
             ).save(directory / checkpoint.RUN_STATE_NAME)
             self.state.save_to_json(str(directory / "trainer_state.json"))
         written = self.output_dir / f"checkpoint-{self.state.global_step}"
@@ -199,3 +204,12 @@ class Run:
         batch_size = self.args.batch_size
         assert batch_size is not None
         return {"batch_size": batch_size, "seed": self.args.seed, "dataset_rows": self._num_rows}
+
+
+def _delete_oldest(written: Path, most: int) -> None:
+    """Keep `most` traces beside the one just written, itself included; 0 keeps all."""
+    if most:
+        others = [path for path in written.parent.glob("iteration-*.json") if path != written]
+        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+        for path in others[most - 1 :]:
+            path.unlink(missing_ok=True)
