@@ -34,7 +34,8 @@ HELP: Mapping[str, str] = {
     "use_cpu": "Run on CPU cores although there is a GPU.",
     "seed": "Of sampling, of the order of prompts, and of mini-batches.",
     "eval_strategy": "Whether completions of the evaluation prompts are shown every eval_steps updates.",
-    "eval_steps": "Updates between two showings of completions; below 1, a share of all updates.",
+    "eval_steps": "Updates between two showings of completions; below 1, a share of all updates. Default: "
+    "logging_steps, which is 10.",
     "eval_delay": "Updates before completions are first shown by eval_strategy.",
     "per_device_eval_batch_size": "Evaluation prompts of which completions are shown at a time during training.",
     "save_strategy": "Whether checkpoints are written every save_steps updates.",

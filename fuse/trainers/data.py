@@ -129,7 +129,7 @@ def prompt_rows(
         and MESSAGES not in columns
         and any(isinstance(row.get(source), list) for row in rows)
     )
-    tokenised = []
+    tokenised: list[Row] = []
     for index, row in enumerate(rows):
         if row.get(source) is None:
             raise ValueError(

@@ -100,7 +100,7 @@ class PPOTrainer:
         checks.check_models(self._models)
         checks.check_reward_options(args, reward_model)
         self.train_dataset = train_dataset = self._usable(train_dataset, "train_dataset")
-        self.eval_dataset = None if eval_dataset is None else self._usable(eval_dataset, "eval_dataset")
+        self.eval_dataset: Any = None if eval_dataset is None else self._usable(eval_dataset, "eval_dataset")
         checks.check_evaluation(args, eval_dataset)
         batch_size = checks.fill_batch_sizes(args, len(train_dataset))
         self.dataloader = prompts.prompt_loader(train_dataset, batch_size, args.seed, data_collator)

@@ -42,7 +42,8 @@ def serve(descriptor: int) -> None:
 def _answer(function: RewardFunction, request: tuple[Any, ...], result_of: Any) -> tuple[str, Any, str]:
     """What came of a call, its rewards or a message, and the traceback of an error."""
     try:
-        return "rewards", call_reward_function(function, *request, result_of=result_of), ""
+        prompts, responses, columns, numbers = request
+        return "rewards", call_reward_function(function, prompts, responses, columns, numbers, result_of), ""
     except RewardError as error:
         return "raised", str(error), traceback.format_exc()
     except ValueError as error:

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -227,7 +226,8 @@ def _walked(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help-all"])
     entries = re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
-    return {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
+    texts = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
+    return {name: re.sub(r"(?<=\w)- (?=\w)", "-", text) for name, text in texts.items()}  # lines break at hyphens
 
 
 def test_every_option_of_the_help_works_and_says_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +251,7 @@ def test_every_option_of_the_help_works_and_says_its_default(capsys: pytest.Capt
 
 def test_inherited_options_are_described_in_words_of_this_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     texts = _walked(capsys)
-    assert HELP.keys() == inherited.WORKS - ONE_VALUE
+    assert HELP.keys() | {"bf16"} == inherited.WORKS - ONE_VALUE, "which is our own"
     for name, text in HELP.items():
         assert text.split(" Default:")[0] in texts[f"--{name.replace('_', '-')}"]
     assert "num_devices" not in texts["--gradient-accumulation-steps"]
@@ -266,7 +266,4 @@ def test_every_value_that_the_help_lists_is_accepted(tmp_path: Path, capsys: pyt
     assert {"lr_scheduler_type", "save_strategy", "kl_estimator", "reward_workers"} <= listed.keys()
     for name, values in listed.items():
         for value in values:
-            PPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value, **NEEDED.get(name, {})})
-
-
-NEEDED: dict[str, Any] = {"eval_strategy": {"eval_steps": 1}}
+            PPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})

@@ -78,7 +78,7 @@ def test_a_relative_output_dir_is_the_drivers(
     changed: dict[str, Any] = {**SAVING, "kl_coef": 0.2, "save_total_limit": 5}
     tiny.trainer(Path("out"), **changed).train(resume_from_checkpoint="out/checkpoint-1")
     (line,) = (line for line in caplog.messages if "other options" in line)
-    assert line.endswith("checkpoint-1 was written with other options: kl_coef 0.05 -> 0.2, total_episodes 8 -> 16")
+    assert line.endswith("checkpoint-1 was written with other options: total_episodes 8 -> 16, kl_coef 0.05 -> 0.2")
     assert names(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 

@@ -39,12 +39,12 @@ def test_tables_say_after_which_update(tmp_path: Path, capsys: pytest.CaptureFix
 
     printed = [line for line in capsys.readouterr().out.splitlines() if "12" in line]
     assert len(printed) == 5
-    assert [cell.strip() for cell in printed[1].strip("│").split("│")] == ["12", "ac", "a<eos>", "0.25"]
+    assert [cell.strip() for cell in printed[1].strip("│").split("│")] == ["12", "a c", "a <eos>", "0.25"]
 
     (logged,) = wandb.logged
     assert logged["train/global_step"] == 12
     assert logged["completions"]["columns"] == ["step", "query", "model response", "score"]
-    assert logged["completions"]["data"][6] == [12, "ah", "a<eos>", 1.5]
+    assert logged["completions"]["data"][6] == [12, "a h", "a <eos>", 1.5]
 
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
@@ -52,7 +52,7 @@ def test_tables_say_after_which_update(tmp_path: Path, capsys: pytest.CaptureFix
     lines = event.tensor_proto.string_val[0].decode().splitlines()
     assert event.step == 12
     assert (lines[0], len(lines)) == ("| step | query | model response | score |", 2 + 7)
-    assert lines[3] == "| 12 | ac | a<eos> | 0.25 |"
+    assert lines[3] == "| 12 | a c | a <eos> | 0.25 |"
 
 
 def test_callbacks_that_log_nothing_get_nothing() -> None:
