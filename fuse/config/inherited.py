@@ -46,7 +46,7 @@ CANNOT_MATTER: Mapping[str, str] = {
         ),
         "an update reads one batch of prompts, which takes next to no time",
     ),
-    "dataloader_drop_last": "an incomplete batch is always dropped: updates have one size",
+    "dataloader_drop_last": "updates have one size, and evaluation uses every prompt",
     "remove_unused_columns": "every column is kept, for reward functions",
     **dict.fromkeys(
         ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
