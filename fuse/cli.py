@@ -3,7 +3,7 @@
 A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; it is imported only when it
 runs, so `fuse --help` loads neither torch nor ray. Its `parents()`, if any, are parsers whose options it takes over.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import fuse
+from fuse.termination import Terminated
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -42,13 +43,13 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
 )
 RUN_ERRORS: Mapping[str, str] = MappingProxyType(
     {
-        "fuse.workers.errors": "WorkerError",
+        "fuse.workers.errors": "RunError",
         "fuse.trainers.rewards": "RewardError",
         "fuse.checkpoint": "SaveError",
     }
 )
 """What ends a run that the input is not to blame for: errors by the module that defines them."""
-OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, RUN_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 TRACEBACK_VARIABLE = "FUSE_TRACEBACK"
 
 
@@ -65,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.add_arguments(parser)
         return int(command.run(parser.parse_args(rest)))
-    except KeyboardInterrupt:
-        return _fail(name, "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(name, str(interrupt) or "interrupted", INTERRUPTED)
+    except Terminated as termination:
+        return _fail(name, termination, TERMINATED)
     except _run_errors() as error:
         return _fail(name, error, RUN_FAILED)
     except (ValueError, OSError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -59,21 +59,25 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the tokens that end responses and fill up batches. stop: ends a response; None where none does."""
+    """Ids of the tokens that end responses and fill up batches, and of those that responses consist of.
+
+    eos: end a sequence, for whoever asks whether a response is complete. stop: end a response where it is generated.
+    num_tokens: all ids below it; None for the model's whole vocabulary.
+    """
 
     pad: int
-    eos: int | None
-    stop: int | None
+    eos: tuple[int, ...]
+    stop: tuple[int, ...]
+    num_tokens: int | None = None
 
 
-def length_to_stop(response_ids: Sequence[int], stop_token_id: int | None) -> int:
+def length_to_stop(response_ids: Sequence[int], stop_token_ids: Collection[int]) -> int:
     """Number of tokens up to and including the first stop token, all of them without one."""
-    if stop_token_id is None or stop_token_id not in response_ids:
-        return len(response_ids)
-    return response_ids.index(stop_token_id) + 1
+    stops = (index for index, token in enumerate(response_ids, 1) if token in stop_token_ids)
+    return next(stops, len(response_ids))
 
 
-def response_length(response_ids: Sequence[int], stop_token_id: int | None, pad_token_id: int) -> int:
+def response_length(response_ids: Sequence[int], stop_token_ids: Collection[int], pad_token_id: int) -> int:
     """Number of tokens that count: up to and including the first stop token, and before the first padding token."""
-    end = length_to_stop(response_ids, stop_token_id)
+    end = length_to_stop(response_ids, stop_token_ids)
     return next((index for index in range(end) if response_ids[index] == pad_token_id), end)

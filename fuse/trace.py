@@ -9,10 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_EPOCH_S = time.time() - time.monotonic()
+
+
+def now_s() -> float:
+    """Seconds since the epoch by the clock as it was when this process began: setting it later changes no duration."""
+    return _EPOCH_S + time.monotonic()
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One operation on one device; times are `time.time()` seconds, so they compare across processes of a host."""
+    """One operation on one device; times are of `now_s`, so they compare across processes of a host."""
 
     name: str
     category: str
@@ -34,11 +41,11 @@ class SpanRecorder:
     @contextmanager
     def span(self, name: str, category: str, **arguments: object) -> Iterator[None]:
         """Record the body's wall time, also when it raises."""
-        start_s = time.time()
+        start_s = now_s()
         try:
             yield
         finally:
-            self._spans.append(Span(name, category, start_s, time.time(), arguments))
+            self._spans.append(Span(name, category, start_s, now_s(), arguments))
 
     def add(self, span: Span) -> None:
         self._spans.append(span)
@@ -53,17 +60,17 @@ class PhaseClock:
     """Wall time of an iteration and of the named phases inside it."""
 
     def __init__(self) -> None:
-        self.start_s = time.time()
+        self.start_s = now_s()
         self.end_s = self.start_s
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start_s = time.time()
+        start_s = now_s()
         try:
             yield
         finally:
-            self.end_s = time.time()
+            self.end_s = now_s()
             self.seconds[name] = self.seconds.get(name, 0.0) + self.end_s - start_s
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn
 from fuse.benchmarks.iteration.workload import Workload
 from fuse.benchmarks.measure import Tracks, idle_shares
 from fuse.config.ppo import PPOConfig
-from fuse.trace import busy_s
+from fuse.trace import busy_s, now_s
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.ppo import PPOTrainer
 
@@ -64,9 +63,9 @@ class FuseVariant:
 
     def turn(self, same: tuple[Response, ...] | None) -> Turn:
         memory = PeakMemory({**self._trainer.process_ids, "driver": [os.getpid()]})
-        start_s = time.time()
+        start_s = now_s()
         iteration = next(self._updates)
-        end_s = time.time()
+        end_s = now_s()
         bubbles = {
             name.removeprefix("bubble/"): share
             for name, share in iteration.metrics.items()

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = []
     carriers: list[KVCarrier] = list(dict.fromkeys(arguments.kv_transfer))
     transfers = [choose_kv_transfer(carrier, "cpu", is_local=True) for carrier in carriers]  # before anything starts
-    engine = choose_engine(arguments.engine, max_batch=2, kv_cache_bytes=None, autocast=None)
+    engine = choose_engine(arguments.engine, max_batch=2)
     for carrier, transfer in zip(carriers, transfers, strict=True):
         with _engines(model, engine, transfer) as (source, target):
             sample_ids = count()

@@ -10,7 +10,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from fuse.benchmarks.measure import idle_shares
 from fuse.benchmarks.options import Row
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
-from fuse.config.settings import algorithm_of, fleet_settings
+from fuse.config.settings import PromptTokens, algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.driver.live import RolloutReport
 from fuse.engines.engine import SamplingParams
@@ -34,6 +33,7 @@ from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from fuse.sample import Sample, SpecialTokens
+from fuse.trace import now_s
 
 POLICIES = ("none", "threshold", "adaptive")
 _CALIBRATION_ROUNDS = 3
@@ -67,8 +67,11 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
         use_cpu=True,
     )
     classifier = critic_from_policy(model, pad_token_id=0)
-    algorithm = algorithm_of(config, SpecialTokens(pad=_NO_TOKEN, eos=None, stop=None))
-    settings = fleet_settings(config, algorithm, _NO_TOKEN, arguments.prompt_tokens, model.config)
+    special = SpecialTokens(pad=_NO_TOKEN, eos=(), stop=())
+    algorithm = algorithm_of(config, special)
+    settings = fleet_settings(
+        config, algorithm, special, PromptTokens(arguments.prompt_tokens, arguments.prompt_tokens), model.config
+    )
     models = {"actor": model, "critic": classifier, "reference": model, "reward": classifier}
     return Fleet(settings, models)
 
@@ -180,7 +183,7 @@ class _Mix:
         samples = [Sample(index, tuple(prompt)) for index, prompt in enumerate(self._prompts[:num_samples])]
         params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=self._limits.max_new_tokens)
         forced = {index: int(tokens) for index, tokens in enumerate(self._lengths)}
-        start_s = time.time()
+        start_s = now_s()
         report = self._fleet.roll_out(samples, params, policy=policy, max_new_tokens=forced)
         idle = idle_shares(self._fleet.drain_spans(), start_s, start_s + report.makespan_s)
         assert [len(sample.response_ids) for sample in samples] == self._lengths[:num_samples].tolist()

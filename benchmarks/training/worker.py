@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
-from fuse.trace import Span, SpanRecorder
+from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.steps import OptimizerStep
@@ -25,7 +24,7 @@ _LEARNING_RATE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class TimedStep:
-    """One optimizer step on one rank; times are `time.time()` seconds."""
+    """One optimizer step on one rank; times are of `fuse.trace.now_s`."""
 
     start_s: float
     end_s: float
@@ -72,9 +71,9 @@ class TrainingWorker:
         for round_index in range(warmup + repeats):
             for name, plan in plans.items():
                 dist.barrier()
-                start_s = time.time()
+                start_s = now_s()
                 self._training.train(experience, [step], _LEARNING_RATE, {len(step.micro_batches): plan})
-                timed = TimedStep(start_s, time.time(), self._recorder.drain())
+                timed = TimedStep(start_s, now_s(), self._recorder.drain())
                 if round_index >= warmup:
                     steps[name].append(timed)
         return steps

@@ -117,17 +117,17 @@ def ppo_targets(
 
 def _num_eos_tokens(responses: Sequence[Sequence[int]], special: SpecialTokens, width: int) -> int:
     """In the padded batch that TRL counts in, which may be filled with this token."""
-    count = sum(response.count(special.eos) for response in responses if special.eos is not None)
-    if special.pad == special.eos:
+    count = sum(token in special.eos for response in responses for token in response)
+    if special.pad in special.eos:
         count += sum(width - len(response) for response in responses)
     return count
 
 
 def _ends(response: Sequence[int], special: SpecialTokens, width: int) -> bool:
-    """Whether the response, cut after its stop token and padded to `width`, holds the end-of-sequence token."""
+    """Whether the response, cut after its stop token and padded to `width`, holds an end-of-sequence token."""
     cut = length_to_stop(response, special.stop)
-    padded = cut < width and special.pad == special.eos
-    return padded or special.eos in response[:cut]
+    padded = cut < width and special.pad in special.eos
+    return padded or any(token in special.eos for token in response[:cut])
 
 
 def _flat(rows: Sequence[object]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse.algorithms.batch import Positions
-from fuse.algorithms.means import masked_mean
+from fuse.algorithms.means import masked_mean, mean
 from fuse.micro_batch import Metric, Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
 
@@ -47,15 +47,24 @@ class PolicyTargets:
 
 
 def clipped_policy_loss(
-    hidden: Tensor, head: nn.Module, micro_batch: MicroBatch, *, temperature: float, cliprange: float
+    hidden: Tensor,
+    head: nn.Module,
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    cliprange: float,
+    num_tokens: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden]."""
+    """The weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden].
+
+    num_tokens: that a response may consist of, the first of the vocabulary; None for all.
+    """
     targets = micro_batch.targets
     assert isinstance(targets, PolicyTargets)
-    logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature)
+    logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature, num_tokens=num_tokens)
     logprobs = logprobs.masked_fill(~targets.mask, INVALID_LOGPROB)
     loss, metrics = clipped_surrogate(logprobs, targets.old_logprobs, targets.advantages, targets.mask, cliprange)
-    metrics |= {ENTROPY: entropy.detach().mean(), **_sampler_differences(logprobs.detach(), targets)}
+    metrics |= {ENTROPY: mean(entropy.detach()), **_sampler_differences(logprobs.detach(), targets)}
     return loss * micro_batch.weight, metrics
 
 
@@ -74,10 +83,10 @@ def clipped_surrogate(
     loss = masked_mean(torch.max(unclipped, clipped), mask)
     with torch.no_grad():
         return loss, {
-            APPROXIMATE_KL: 0.5 * log_ratio.square().mean(),
+            APPROXIMATE_KL: 0.5 * mean(log_ratio.square()),
             CLIP_FRACTION: masked_mean((clipped > unclipped).float(), mask),
             POLICY_LOSS: loss.detach(),
-            RATIO: ratio.mean(),
+            RATIO: mean(ratio, of_none=1.0),
         }
 
 

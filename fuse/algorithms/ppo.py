@@ -17,13 +17,14 @@ from fuse.sample import SpecialTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOSettings:
-    """temperature: of sampling. vf_coef: weight of the value loss. cliprange, cliprange_value: of ratios, of values."""
+    """temperature, num_tokens: of sampling. cliprange, cliprange_value: of ratios and values. vf_coef: their weight."""
 
     gae: GAESettings
     temperature: float
     cliprange: float
     vf_coef: float
     cliprange_value: float
+    num_tokens: int | None = None
 
 
 def ppo(settings: PPOSettings, special: SpecialTokens) -> Algorithm:
@@ -31,7 +32,12 @@ def ppo(settings: PPOSettings, special: SpecialTokens) -> Algorithm:
     return Algorithm(
         estimate=partial(estimate, settings=settings.gae, special=special),
         losses={
-            "actor": partial(clipped_policy_loss, temperature=settings.temperature, cliprange=settings.cliprange),
+            "actor": partial(
+                clipped_policy_loss,
+                temperature=settings.temperature,
+                cliprange=settings.cliprange,
+                num_tokens=settings.num_tokens,
+            ),
             "critic": partial(clipped_value_loss, vf_coef=settings.vf_coef, cliprange=settings.cliprange_value),
         },
     )

@@ -39,21 +39,21 @@ def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
 
 
 def load_policy(path: str) -> PreTrainedModel:
-    """The causal language model at `path`, in fp32.
+    """The causal language model at `path`, in the type it is saved in, which it will be saved in again.
 
     Raises:
         ValueError: there is none.
     """
     check_model_path(path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except OSError as error:
         raise ValueError(f"no model at {path}: {_first_sentence(error)}") from error
     return model
 
 
 def load_classifier(path: str) -> PreTrainedModel:
-    """The sequence classifier with one label at `path`, in fp32.
+    """The sequence classifier with one label at `path`, in the type it is saved in.
 
     Raises:
         ValueError: there is none, or the model there is of another kind.
@@ -67,7 +67,7 @@ def load_classifier(path: str) -> PreTrainedModel:
                 f"the model at {path} is a {architecture} with {config.num_labels} labels: "
                 "a reward or value model must be a sequence classifier with one label"
             )
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
     except OSError as error:
         raise ValueError(f"no model at {path}: {_first_sentence(error)}") from error
     return model

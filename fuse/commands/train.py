@@ -115,7 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
 
             trainer = make_trainer(arguments, inputs, tell, cluster)
             progress.watch(trainer)
-            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt(f"interrupted: {trainer.how_to_resume}") from interrupt
         trainer.save_model()
     console.print(f"policy written to {trainer.args.output_dir}", highlight=False, soft_wrap=True)
     if arguments.json:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from fuse import checkpoint
 from fuse.commands.model_path import check_model_path
 from fuse.commands.reward_function import load_reward_function
 from fuse.config.ppo import PPOConfig
@@ -31,7 +33,14 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """
     if (arguments.reward_function is None) == (arguments.reward_model is None):
         raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
-    config = PPOConfig(**{field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init})
+    options = {field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init}
+    if options["stop_token"] is None and options["stop_token_id"] is None:
+        options["stop_token"] = "model"
+    config = PPOConfig(**options)
+    output_dir = Path(config.output_dir or "trainer_output")
+    checkpoint.check_output_dir(output_dir)
+    if (resume_from := config.resume_from_checkpoint) and str(resume_from).lower() != "false":
+        checkpoint.find(output_dir, resume_from)
     for path in (arguments.model, arguments.ref_model, arguments.reward_model, arguments.value_model):
         if path is not None:
             check_model_path(path)

@@ -15,6 +15,7 @@ MAY_DIFFER = frozenset(
         *CANNOT_MATTER,
         # Where things are written, and who hears of them.
         *("output_dir", "run_name", "report_to", "project", "disable_tqdm", "resume_from_checkpoint"),
+        "restore_callback_states_from_checkpoint",
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "trace_steps", "trace_limit"),
         *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
         *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision"),
@@ -25,7 +26,7 @@ MAY_DIFFER = frozenset(
         *("inter_stage_fusion", "migration_policy", "kv_transfer", "inference_batch_tokens"),
         *("intra_stage_fusion", "schedule_time_limit_s", "replan_drift", "activation_memory_bytes"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rollout_forward_batch_size"),
-        *("worker_timeout_s", "reward_workers", "reward_timeout_s"),
+        *("worker_timeout_s", "sigterm_grace_s", "reward_workers", "reward_timeout_s"),
         # Filled in by the trainer, or for scripts.
         *("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size"),
         *("local_mini_batch_size", "mini_batch_size"),

@@ -24,6 +24,7 @@ WORKS = frozenset(
         *("bf16", "fp16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "seed"),
         *("eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size"),
         *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "resume_from_checkpoint"),
+        "restore_callback_states_from_checkpoint",
         *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision"),
     }
 )
@@ -89,7 +90,6 @@ REMEDIES: Mapping[str, str] = {
     "metric_for_best_model": _NO_BEST,
     "greater_is_better": _NO_BEST,
     "ignore_data_skip": "leave it out: a resumed run continues the order of prompts",
-    "restore_callback_states_from_checkpoint": "give the callbacks their state",
     "full_determinism": "set seed, on which tokens depend whatever their batch",
     "data_seed": "set seed, which orders the prompts too",
     "accelerator_config": _SHARDING,

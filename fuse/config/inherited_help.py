@@ -43,6 +43,7 @@ HELP: Mapping[str, str] = {
     "save_total_limit": "Most checkpoints of this run that are kept, of which the oldest are deleted. Default: all.",
     "save_only_model": "Leave what a run needs to be resumed out of checkpoints.",
     "resume_from_checkpoint": "Checkpoint to go on from: its directory, or true for the last one in output_dir.",
+    "restore_callback_states_from_checkpoint": "Have callbacks go on with what they remembered at the checkpoint.",
     "push_to_hub": "Upload the policy and the tokenizer to the Hub when the run has ended.",
     "hub_model_id": "Repository to upload to. Default: the name of output_dir.",
     "hub_token": "Token to upload with. Default: that of `hf auth login`.",

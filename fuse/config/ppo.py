@@ -45,7 +45,12 @@ class PPOConfig(RunConfig):
         None, "Prompts to train on, in all. Default: num_train_epochs passes over the dataset."
     )
     response_length: int = option(53, "Most tokens of a response.")
-    stop_token: Literal["eos"] | None = option(None, "'eos' ends a response at the tokenizer's end-of-sequence token.")
+    stop_token: Literal["none", "eos", "model"] | None = option(
+        None,
+        "'eos' ends a response at the tokenizer's end-of-sequence token, 'model' there and at those of the model's "
+        "generation configuration, which are often several; 'none' only at response_length. Default: 'none', as TRL "
+        "has it, for `fuse train` 'model'.",
+    )
     stop_token_id: int | None = option(None, "Token that ends a response; excludes stop_token.")
     temperature: float = option(0.7, "Sampling temperature.")
     missing_eos_penalty: float | None = option(
@@ -99,11 +104,14 @@ class PPOConfig(RunConfig):
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
+        if self.stop_token == "none":
+            self.stop_token = None
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("stop_token and stop_token_id are both set: set one of them")
-        if self.stop_token not in (None, "eos"):
+        if self.stop_token not in (None, "eos", "model"):
             raise ValueError(
-                f"stop_token={self.stop_token!r} is unknown: use 'eos', or stop_token_id for another token"
+                f"stop_token={self.stop_token!r} is unknown: use 'none', 'eos' or 'model', or stop_token_id for "
+                f"another token"
             )
         if self.model_adapter_name is not None or self.ref_adapter_name is not None:
             raise ValueError(

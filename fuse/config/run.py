@@ -49,7 +49,7 @@ class RunConfig(TrainingArguments):
         *("generation_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
         "generation_cache_bytes",
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "trace_limit", "max_grad_norm")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "trace_limit", "max_grad_norm", "sigterm_grace_s")
     POSITIVE: ClassVar[tuple[str, ...]] = (
         *("worker_timeout_s", "schedule_time_limit_s", "replan_drift", "reward_timeout_s"),
     )
@@ -110,7 +110,7 @@ class RunConfig(TrainingArguments):
     generation_batch_size: int = option(64, "Samples that one engine decodes at once.")
     generation_cache_bytes: int | None = option(
         None,
-        "Bytes of KV cache of each vLLM engine. Default: generation_batch_size samples of the model's full context, "
+        "Bytes of KV cache of each vLLM engine. Default: generation_batch_size of the longest prompts and responses, "
         "but at most a quarter of the device's memory.",
     )
     kv_transfer: Literal["object_store", "nixl"] = option(
@@ -123,7 +123,14 @@ class RunConfig(TrainingArguments):
         "Most tokens, padding included, in one inference micro-batch. Default: 16384 on GPUs, 2048 on CPUs, where more "
         "would leave the caches.",
     )
-    worker_timeout_s: float = option(1800.0, "Seconds without an answer after which a worker counts as lost.")
+    worker_timeout_s: float = option(
+        1800.0, "Seconds without a token, a score or a message after which a worker counts as lost."
+    )
+    sigterm_grace_s: float = option(
+        25.0,
+        "Seconds after SIGTERM in which the update must end for a checkpoint to be saved; else the run ends without. "
+        "Stay below what your scheduler allows before it kills: often 30.",
+    )
     reward_workers: Literal["thread", "process"] = option(
         "thread",
         "What calls a reward function: threads of this process, or up to 4 processes, for functions that compute long "

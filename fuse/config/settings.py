@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,24 @@ from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 
 _UNBOUNDED = 1 << 30
+_LEAST_CONTEXT = 64
 _INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """How many tokens prompts have: typically, and at most; None where that is not known."""
+
+    typical: int
+    most: int | None = None
+
+    def context(self, response_length: int, actor: PretrainedConfig) -> int | None:
+        """The most tokens of prompt and response together; None for what the actor has positions for."""
+        positions = getattr(actor.get_text_config(), "max_position_embeddings", None)
+        if self.most is None:
+            return None
+        needed = max(self.most + response_length, _LEAST_CONTEXT)
+        return needed if positions is None else min(needed, positions)
 
 
 def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
@@ -49,14 +67,15 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
         cliprange=config.cliprange,
         vf_coef=config.vf_coef,
         cliprange_value=config.cliprange_value,
+        num_tokens=special.num_tokens,
     )
     return ppo(settings, special)
 
 
 def fleet_settings(
-    config: PPOConfig, algorithm: Algorithm, pad_token_id: int, prompt_tokens: int, actor: PretrainedConfig
+    config: PPOConfig, algorithm: Algorithm, special: SpecialTokens, prompts: PromptTokens, actor: PretrainedConfig
 ) -> FleetSettings:
-    """What `config` asks for, with prompts of typically so many tokens, for an actor of this configuration.
+    """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
@@ -70,7 +89,7 @@ def fleet_settings(
         )
     is_fused = config.intra_stage_fusion and num_ranks > 1
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
-    layout = TRLLayout(pad_token_id) if config.trl_quirks else RaggedLayout()
+    layout = TRLLayout(special.pad) if config.trl_quirks else RaggedLayout()
     stages = {"actor": config.actor_stages, "critic": config.critic_stages}
     placement = tuple(
         replica
@@ -99,8 +118,13 @@ def fleet_settings(
         num_devices=count,
         accelerator=config.accelerator,
         ray_address=config.ray_address,
-        pad_token_id=pad_token_id,
-        engine=engine(config, generation_type),
+        pad_token_id=special.pad,
+        engine=engine(
+            config,
+            generation_type,
+            max_context=prompts.context(config.response_length, actor),
+            num_tokens=special.num_tokens,
+        ),
         kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
         scoring=ScoringSettings(
             temperature=config.sampling_temperature,
@@ -108,18 +132,20 @@ def fleet_settings(
                 max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
             ),
             autocast=training.autocast,
+            num_tokens=special.num_tokens,
         ),
         training=training,
         placement=placement,
         micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
-        balance=TypicalBatch(config.per_device_train_batch_size, prompt_tokens, config.response_length)
+        balance=TypicalBatch(config.per_device_train_batch_size, prompts.typical, config.response_length)
         if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
         else None,
         plan=PlanSettings(
             fused=is_fused,
             time_limit_s=config.schedule_time_limit_s,
             num_workers=min(8, len(os.sched_getaffinity(0))),
-            num_steps=(config.num_total_batches or 1) * config.num_ppo_epochs * config.num_mini_batches,
+            num_updates=config.num_total_batches or 1,
+            steps_per_update=config.num_ppo_epochs * config.num_mini_batches,
             memory_limit_bytes=config.activation_memory_bytes,
             replan_drift=config.replan_drift,
             directory=Path(config.output_dir or "trainer_output") / "plan",
@@ -134,13 +160,17 @@ def fleet_settings(
     )
 
 
-def engine(config: RunConfig, autocast: torch.dtype | None = None) -> EngineFactory:
-    """The engine that `config` asks for. Raises: ValueError when its package is not installed."""
+def engine(config: RunConfig, autocast: torch.dtype | None = None, **limits: int | None) -> EngineFactory:
+    """The engine that `config` asks for, with further limits of `choose_engine`.
+
+    Raises: ValueError when its package is not installed.
+    """
     return choose_engine(
         config.engine,
         max_batch=config.generation_batch_size,
         kv_cache_bytes=config.generation_cache_bytes,
         autocast=autocast,
+        **limits,
     )
 
 

@@ -43,6 +43,9 @@ from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 _T = TypeVar("_T")
 
+_MOST_REPLACEMENTS = 3
+"""Of an engine in a row, before it is given up."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -151,6 +154,7 @@ class Fleet:
             costs=self._rollouts.costs(),
             on_generated=on_generated,
             max_new_tokens=max_new_tokens,
+            timeout_s=settings.training.timeout_s,
             tell=self._tell,
         ).run()
         self._rollouts.observe(samples)
@@ -174,13 +178,14 @@ class Fleet:
             self.settings.pad_token_id,
             self._tell,
             max_new_tokens=max_new_tokens,
+            timeout_s=self.settings.training.timeout_s,
         )
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of the samples."""
         workers = self._model_workers
         self._tell("scoring")
-        stage_by_stage.infer(workers, samples)
+        stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
@@ -287,13 +292,15 @@ class Fleet:
     def _on_engines(self, call: Callable[[GenerationHandle], Future[_T]]) -> list[_T]:
         """Call all engines; one that has died is replaced, and the new one called."""
         futures = [call(engine) for engine in self._generation_workers]
-        results = []
-        for device, future in enumerate(futures):
+        return [self._answer(device, future, call) for device, future in enumerate(futures)]
+
+    def _answer(self, device: int, future: Future[_T], call: Callable[[GenerationHandle], Future[_T]]) -> _T:
+        for _ in range(_MOST_REPLACEMENTS):
             try:
-                results.append(future.result())
+                return future.result()
             except WorkerError as error:
                 if not error.is_death:
                     raise
                 _logger.warning("%s; another takes its place", error)
-                results.append(call(self._replace_engine(device)).result())
-        return results
+                future = call(self._replace_engine(device))
+        return future.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuse.driver.engine_choice import EngineFactory
@@ -37,6 +37,10 @@ class FleetSettings:
     balance: TypicalBatch | None
     plan: PlanSettings
     rollout: RolloutSettings
+
+    def for_updates(self, num_updates: int) -> FleetSettings:
+        """The same for a run that has so many left."""
+        return replace(self, plan=replace(self.plan, num_updates=num_updates))
 
     def check(self, num_micro_batches: int) -> None:
         """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""

@@ -38,5 +38,5 @@ def identity(settings: FleetSettings, trained: Mapping[str, ModelSpec]) -> dict[
 
 def _digest(spec: ModelSpec) -> str:
     config = {name: value for name, value in spec.config.to_dict().items() if name not in _NO_MATTER}
-    text = json.dumps([spec.model_class.__name__, config], sort_keys=True, default=str)
+    text = json.dumps([spec.model_class.__name__, config, sorted(spec.frozen)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

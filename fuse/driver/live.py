@@ -10,6 +10,7 @@ this, so its tokens are the same.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ _T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
+_WAIT_S = 5.0
+"""Between two looks at who has been silent, where nobody answers."""
 _POLL_TIMEOUT_S = 0.25
 """Between two reports of an engine on which nothing finishes: how stale its samples' lengths may be to the policy."""
 
@@ -64,6 +67,8 @@ class LiveRollout:
     costs: choose between moving KV and computing it again; None, or an engine without KV to move, always computes.
     on_generated: called with samples as they finish, before they are scored.
     max_new_tokens: by sample id, in place of that of `params`; with no stop token it forces lengths.
+    timeout_s: an engine with samples and no token for so long counts as lost, and so does a model worker that scores
+        for so long.
     tell: hears how far it is.
     """
 
@@ -80,6 +85,7 @@ class LiveRollout:
         costs: CostModel | None = None,
         on_generated: Callable[[Sequence[Sample]], None] = lambda samples: None,
         max_new_tokens: Mapping[int, int] | None = None,
+        timeout_s: float = math.inf,
         tell: Callable[[str], None] = silent,
     ) -> None:
         self._devices = [RolloutDevice(index, engine) for index, engine in enumerate(engines)]
@@ -89,7 +95,7 @@ class LiveRollout:
         self._params, self._policy, self._limits, self._costs = params, policy, limits, costs
         self._pad_token_id, self._on_generated = pad_token_id, on_generated
         self._max_new_tokens = max_new_tokens or {}
-        self._tell = tell
+        self._timeout_s, self._tell = timeout_s, tell
         self._home: dict[int, int] = {}  # live samples: where each is, or is going to
         self._pending: dict[Future[Any], Callable[[], None]] = {}
         self._num_scored = self._num_migrations = self._moved_bytes = 0
@@ -100,7 +106,7 @@ class LiveRollout:
         """Generate and score all samples.
 
         Raises:
-            WorkerError: a model worker died or raised, an engine raised, or the last engine died.
+            WorkerError: a model worker died, raised or was silent, an engine raised, or the last engine was lost.
         """
         start_s = generated_s = time.perf_counter()
         decision_s = []
@@ -129,8 +135,9 @@ class LiveRollout:
         )
 
     def _take_answers(self) -> None:
-        for future in wait_ended(list(self._pending)):
+        for future in wait_ended(list(self._pending), _WAIT_S):
             self._pending.pop(future)()
+        self._end_silent_ones()
         self._tell(progress_text(self._batch))
 
     # Generation
@@ -152,6 +159,8 @@ class LiveRollout:
 
     def _given(self, device: RolloutDevice, samples: Sequence[Sample], queued: Future[None]) -> None:
         """A device's engine has been handed samples: the end of that call says no more than its error."""
+        if not device.held:
+            device.heard_s = time.monotonic()
         device.held |= dict.fromkeys(sample.id for sample in samples)
         self._expect(device, queued, lambda _: None)
         self._poll(device)
@@ -164,6 +173,8 @@ class LiveRollout:
 
     def _progress(self, device: RolloutDevice, reports: Sequence[Progress]) -> None:
         device.is_polled = False
+        if reports:
+            device.heard_s = time.monotonic()
         finished = []
         for progress in reports:
             sample = self._samples[progress.sample_id]
@@ -260,7 +271,7 @@ class LiveRollout:
         """Score what the device was given, once its engine is empty."""
         if device.job is None or device.is_scoring or device.held or device.num_evictions:
             return
-        device.is_scoring = True
+        device.is_scoring, device.scoring_s = True, time.monotonic()
         samples = [self._batch[sample] for sample in device.job.samples]
 
         def scored(results: Sequence[Inference]) -> None:
@@ -326,6 +337,19 @@ class LiveRollout:
         self._arrive(Departure(self._request(sample)) for sample in stranded)
         self._has_news = True
         self._start_job(device)
+
+    def _end_silent_ones(self) -> None:
+        """Lose engines of which nothing has been heard for too long. Raises: WorkerError for a model worker."""
+        latest_s = time.monotonic() - self._timeout_s
+        for device in self._devices:
+            if device.is_scoring and device.scoring_s < latest_s:
+                scorer = self._scorers()[device.index].worker
+                raise WorkerError(device.index, scorer.role, f"no scores within {self._timeout_s:g} s")
+            if device.engine is not None and device.held and device.heard_s < latest_s:
+                worker = device.engine.worker
+                cause = f"no token within {self._timeout_s:g} s"
+                worker.kill()
+                self._lose_engine(device, WorkerError(device.index, worker.role, cause, is_death=True))
 
     def _with_engines(self) -> list[RolloutDevice]:
         return [device for device in self._devices if device.engine is not None]

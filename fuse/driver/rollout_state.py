@@ -15,7 +15,11 @@ from fuse.workers.generation_worker import Departure
 
 @dataclass(slots=True, eq=False)
 class RolloutDevice:
-    """What a device's workers are at. held: live samples that its engine has been given."""
+    """What a device's workers are at.
+
+    held: live samples that its engine has been given. heard_s: when it last told of tokens, or got its first samples.
+    scoring_s: when its model worker was given what it scores.
+    """
 
     index: int
     engine: GenerationHandle | None
@@ -25,6 +29,8 @@ class RolloutDevice:
     released: bool = False
     job: Infer | None = None
     is_scoring: bool = False
+    heard_s: float = 0.0
+    scoring_s: float = 0.0
     arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
 
 

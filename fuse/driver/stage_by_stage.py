@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
@@ -10,12 +12,15 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.migration import balance
 from fuse.sample import Sample, SampleState, response_length
 from fuse.training.scoring import Inference, TokenSequence
-from fuse.workers.calls import gather, wait_any
+from fuse.workers.calls import Future, gather, wait_ended
+from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Progress
 from fuse.workers.model_handle import ModelHandle
 
 _POLL_TIMEOUT_S = 1.0
+_WAIT_S = 5.0
+"""Between two looks at who has been silent, where nobody answers."""
 
 
 def generate(
@@ -26,13 +31,15 @@ def generate(
     tell: Callable[[str], None] = silent,
     *,
     max_new_tokens: Mapping[int, int] | None = None,
+    timeout_s: float = math.inf,
 ) -> None:
     """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
 
-    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`.
+    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`. timeout_s: an engine without
+    a token for so long counts as lost.
 
     Raises:
-        WorkerError: an engine died or raised.
+        WorkerError: an engine died, raised or was silent.
     """
     by_id = {sample.id: sample for sample in samples}
     shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
@@ -46,22 +53,30 @@ def generate(
         sample.advance(SampleState.GENERATING)
 
     remaining = {engine: len(share) for engine, share in shares.items()}
-    polls = {engine.poll(_POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count}
+    heard_s = dict.fromkeys(engines, time.monotonic())
+    polls: dict[Future[list[Progress]], GenerationHandle] = {
+        engine.poll(_POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count
+    }
     while polls:
-        future, reports = wait_any(list(polls))
-        engine = polls.pop(future)
-        for progress in reports:
-            remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
+        for future in wait_ended(list(polls), _WAIT_S):
+            engine = polls.pop(future)
+            if reports := future.result():
+                heard_s[engine] = time.monotonic()
+            for progress in reports:
+                remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
+            if remaining[engine]:
+                polls[engine.poll(_POLL_TIMEOUT_S)] = engine
         tell(progress_text(samples))
-        if remaining[engine]:
-            polls[engine.poll(_POLL_TIMEOUT_S)] = engine
+        for engine in polls.values():
+            if time.monotonic() - heard_s[engine] > timeout_s:
+                raise WorkerError(engine.worker.device, engine.worker.role, f"no token within {timeout_s:g} s")
 
 
-def infer(scorers: Sequence[ModelHandle], samples: Sequence[Sample]) -> None:
+def infer(scorers: Sequence[ModelHandle], samples: Sequence[Sample], *, timeout_s: float | None = None) -> None:
     """Fill in what models say of every sample; devices get equal shares of the tokens.
 
     Raises:
-        WorkerError: a model worker died or raised.
+        WorkerError: a model worker died, raised, or did not answer within `timeout_s`.
     """
     tokens = [len(sample.prompt_ids) + sample.length for sample in samples]
     shares = [[samples[index] for index in share] for share in balance(tokens, len(scorers)) if share]
@@ -70,7 +85,7 @@ def infer(scorers: Sequence[ModelHandle], samples: Sequence[Sample]) -> None:
     futures = [
         scorer.infer([sequence_of(sample) for sample in share]) for scorer, share in zip(scorers, shares, strict=False)
     ]
-    for share, results in zip(shares, gather(futures), strict=True):
+    for share, results in zip(shares, gather(futures, timeout_s), strict=True):
         apply_inference(share, results)
 
 
@@ -102,7 +117,7 @@ def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, p
     sample.response_ids[progress.position :] = progress.token_ids
     sample.logprobs[progress.position :] = progress.logprobs
     if progress.finished:
-        sample.length = response_length(sample.response_ids, params.stop_token_id, pad_token_id)
+        sample.length = response_length(sample.response_ids, params.stop_token_ids, pad_token_id)
         sample.advance(SampleState.GENERATED)
     return progress.finished
 

@@ -18,14 +18,14 @@ _INT64 = 1 << 63
 class SamplingParams:
     """How to draw a sample's tokens: softmax(logits / temperature), no truncation of the distribution.
 
-    `temperature` 0 takes the most likely token. `stop_token_id` ends the response and belongs to it; None never stops
-    before `max_new_tokens`, which counts the whole response, tokens generated elsewhere included.
+    `temperature` 0 takes the most likely token. Any of `stop_token_ids` ends the response and belongs to it; without
+    any it goes on to `max_new_tokens`, which counts the whole response, tokens generated elsewhere included.
     """
 
     seed: int
     temperature: float
     max_new_tokens: int
-    stop_token_id: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not -_INT64 <= self.seed < _INT64:
@@ -63,8 +63,8 @@ class GenerationRequest:
                 f"{name} already has {len(self.response_ids)} of max_new_tokens={self.params.max_new_tokens}: "
                 "it is finished, so do not submit it"
             )
-        if self.response_ids and self.response_ids[-1] == self.params.stop_token_id:
-            raise ValueError(f"{name} already ended with stop token {self.params.stop_token_id}: do not submit it")
+        if self.response_ids and self.response_ids[-1] in self.params.stop_token_ids:
+            raise ValueError(f"{name} already ended with stop token {self.response_ids[-1]}: do not submit it")
 
     @property
     def num_tokens(self) -> int:

@@ -34,7 +34,7 @@ class Row:
         self.logprobs.append(logprob)
         self.num_cached += 1
         params = self.request.params
-        finished = token_id == params.stop_token_id or len(self.response_ids) == params.max_new_tokens
+        finished = token_id in params.stop_token_ids or len(self.response_ids) == params.max_new_tokens
         return GeneratedToken(self.request.sample_id, token_id, logprob, finished)
 
     def to_request(self) -> GenerationRequest:

@@ -34,6 +34,7 @@ class TransformersEngine:
 
     max_batch: slots, the most samples that run side by side.
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
+    num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
         A longer prompt is prefilled alone.
 
@@ -49,13 +50,15 @@ class TransformersEngine:
         *,
         max_batch: int = 64,
         max_context: int | None = None,
+        num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        self._max_context = _check_context(model, max_context)
+        self._max_context = check_context(model, max_context)
         self._vocab_size: int = model.config.get_text_config().vocab_size
+        self._num_tokens = num_tokens
         self._max_batch = max_batch
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
@@ -64,7 +67,7 @@ class TransformersEngine:
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
-        self._check_decoding()
+        self._check_that_it_decodes()
 
     def submit(self, request: GenerationRequest) -> None:
         self.admit(Evicted(request))
@@ -170,8 +173,20 @@ class TransformersEngine:
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits: Tensor = output.logits[:, 0]
+        logits: Tensor = output.logits[:, 0, : self._num_tokens]
         return logits
+
+    def _check_that_it_decodes(self) -> None:
+        """Raises: ValueError for a model with which a short decoding fails, by whatever error, or goes wrong."""
+        try:
+            self._check_decoding()
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{type(self._model).__name__} does not decode from slots ({reason}): use another engine for this model"
+            ) from error
 
     @torch.inference_mode()
     def _check_decoding(self) -> None:
@@ -191,8 +206,8 @@ class TransformersEngine:
         for prompt_ids, token_ids, decoded in zip(prompts, tokens, logprobs, strict=True):
             first = len(prompt_ids)
             input_ids = torch.tensor([token_ids], device=self._model.device)
-            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1].float().log_softmax(1)
-            expected = plain.gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
+            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1, : self._num_tokens]
+            expected = plain.float().log_softmax(1).gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
             difference = max(abs(one - other) for one, other in zip(decoded, expected, strict=True))
             if not difference <= tolerance:
                 raise ValueError(
@@ -213,8 +228,8 @@ def _batches_by_length(requests: Sequence[GenerationRequest]) -> Iterator[list[G
         yield list(group)
 
 
-def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
-    """The context to serve, or ValueError where the model has less, or attention that slots do not hold."""
+def check_context(model: PreTrainedModel, max_context: int | None) -> int:
+    """The context to serve. Raises: ValueError where the model has less, or attention that slots do not hold."""
     max_context = choose_context(model, max_context)
     config = model.config.get_text_config()
     name = type(model).__name__
@@ -226,6 +241,7 @@ def _check_context(model: PreTrainedModel, max_context: int | None) -> int:
         raise ValueError(f"{name} has layers of type {', '.join(sorted(unknown))}: the engine serves attention layers")
     if window is not None and window < max_context and layer_types != {"full_attention"}:
         raise ValueError(
-            f"{name} attends to the last {window} tokens only: lower max_context={max_context} to {window}"
+            f"{name} attends to the last {window} tokens only, and prompts and responses may have {max_context} "
+            "together: shorten prompts or lower the most tokens of a response"
         )
     return max_context

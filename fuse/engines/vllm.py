@@ -59,6 +59,7 @@ class VllmEngine:
     device: "cuda" or "cpu", to refuse a vLLM that was built for the other; by default either will do.
     max_batch: the most samples that run side by side.
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
+    num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     max_prefill_tokens: the most tokens prefilled in one step, beside the one of each running sample. A longer prompt
         takes several steps.
     kv_cache_bytes: memory for keys and values, allocated at once; by default for a full batch of full context, at most
@@ -77,6 +78,7 @@ class VllmEngine:
         device: str | None = None,
         max_batch: int = 64,
         max_context: int | None = None,
+        num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
         kv_cache_bytes: int | None = None,
     ) -> None:
@@ -90,7 +92,9 @@ class VllmEngine:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._layout = WeightLayout.of(model)
         self._live: dict[int, _Live] = {}
-        expected = _first_logprobs(model, self._vocab_size)  # before vLLM replaces parts of some of its classes
+        expected = _first_logprobs(
+            model, self._vocab_size, num_tokens
+        )  # before vLLM replaces parts of some of its classes
         with starting_vllm() as directory:
             from fuse.engines.vllm_core import VllmCore
 
@@ -100,6 +104,7 @@ class VllmEngine:
                 device=device,
                 max_batch=max_batch,
                 max_context=self._max_context,
+                num_tokens=num_tokens,
                 max_prefill_tokens=max_prefill_tokens,
                 kv_cache_bytes=kv_cache_bytes,
             )
@@ -171,11 +176,11 @@ def _checked_prompts(vocab_size: int) -> list[tuple[int, ...]]:
 
 
 @torch.inference_mode()
-def _first_logprobs(model: PreTrainedModel, vocab_size: int) -> Tensor:
-    """The model's log-probabilities of the token after each checked prompt, float32 [prompts, vocab]."""
+def _first_logprobs(model: PreTrainedModel, vocab_size: int, num_tokens: int | None) -> Tensor:
+    """The model's log-probabilities of the token after each checked prompt, float32 [prompts, num_tokens]."""
     plain: Any = model
     rows = []
     for prompt_ids in _checked_prompts(vocab_size):
         input_ids = torch.tensor([prompt_ids], device=model.device)
-        rows.append(plain(input_ids, use_cache=False).logits[0, -1].float().log_softmax(0).cpu())
+        rows.append(plain(input_ids, use_cache=False).logits[0, -1, :num_tokens].float().log_softmax(0).cpu())
     return torch.stack(rows)

@@ -40,6 +40,7 @@ class VllmCore:
         device: str | None,
         max_batch: int,
         max_context: int,
+        num_tokens: int | None,
         max_prefill_tokens: int,
         kv_cache_bytes: int | None,
     ) -> None:
@@ -67,6 +68,7 @@ class VllmCore:
             )
             resources.callback(self._llm.engine_core.shutdown)
             (self._sampling,) = self._llm.collective_rpc(_find_sampling)
+            self._sampling.num_tokens = num_tokens
             self._scheduler: Any = self._llm.engine_core.engine_core.scheduler
             self._departing: MigrationConnector = get_kv_transfer_group()
             self._arriving: MigrationConnector = self._scheduler.connector
@@ -90,7 +92,7 @@ class VllmCore:
                 temperature=0.0,
                 max_tokens=params.max_new_tokens - len(request.response_ids),
                 ignore_eos=True,
-                stop_token_ids=[] if params.stop_token_id is None else [params.stop_token_id],
+                stop_token_ids=list(params.stop_token_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
                 extra_args=Noise.of(request).as_extra_args(),
@@ -205,7 +207,7 @@ def _kv_cache_bytes(vllm_config: Any, wanted_bytes: int | None) -> int:
     if num_bytes < least_bytes:
         raise ValueError(
             f"{num_bytes} bytes of KV cache hold less than one sample of max_context={model.max_model_len} tokens, "
-            f"which needs {least_bytes}: raise kv_cache_bytes or lower max_context"
+            f"which needs {least_bytes}: raise it, or shorten prompts or responses"
         )
     return num_bytes
 

@@ -49,7 +49,11 @@ class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no typ
     """A logits processor that draws each row's token itself and leaves vLLM's greedy sampling no choice.
 
     vLLM's log-probabilities would be those of the altered logits: `drawn` has the true ones.
+
+    num_tokens: only the first so many of the vocabulary are drawn; None for all.
     """
+
+    num_tokens: int | None = None
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
@@ -96,6 +100,8 @@ class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no typ
             self._keys = torch.tensor(keys, dtype=torch.int64, device=self._device)
             self._temperatures = torch.tensor([row.noise.temperature for row in rows], device=self._device)
         positions = torch.tensor([row.noise.first_position + len(row.output_ids) for row in rows], device=self._device)
-        tokens, logprobs = sample_tokens(logits, self._temperatures, self._keys[0], self._keys[1], positions)
+        tokens, logprobs = sample_tokens(
+            logits[:, : self.num_tokens], self._temperatures, self._keys[0], self._keys[1], positions
+        )
         self._drawn = [row.noise.sample_id for row in rows], tokens, logprobs
         return logits.zero_().scatter_(1, tokens.unsqueeze(1), 1.0)

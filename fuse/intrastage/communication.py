@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +33,22 @@ class CommunicationError(RuntimeError):
 
 
 def serve_store(host: str, timeout_s: float) -> TCPStore:
-    """Open the store at which the ranks meet, on a port the system picks (`.port`). Rank 0 calls this, and keeps it."""
-    return TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    """Open the store at which the ranks meet, on a port the system picks (`.port`). Rank 0 calls this, and keeps it.
+
+    It asks nobody who they are, so it listens at `host`'s address alone: by itself it would on all of this machine's.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind(address)
+    listener.listen()
+    return TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def connect(rank: int, world_size: int, store_host: str, store_port: int, backend: str, timeout_s: float) -> None:
@@ -42,7 +57,8 @@ def connect(rank: int, world_size: int, store_host: str, store_port: int, backen
     Raises: CommunicationError when not all of them come within `timeout_s`.
     """
     if _is_loopback(store_host):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
     timeout = timedelta(seconds=timeout_s)
     with naming(f"rank {rank}: joining the world of {world_size} model workers at {store_host}:{store_port}"):
         store = TCPStore(store_host, store_port, is_master=False, timeout=timeout)

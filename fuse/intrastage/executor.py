@@ -6,7 +6,6 @@ The executor knows stages and messages; of models, losses and PPO it knows nothi
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +17,7 @@ from fuse.intrastage.communication import Communicator, PipelineCommunicators, T
 from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
-from fuse.trace import Span, SpanRecorder
+from fuse.trace import Span, SpanRecorder, now_s
 from schedules import Kind, Op, Schedule
 
 _RECEIVES_AHEAD = 2
@@ -53,13 +52,13 @@ def execute(
     assert [len(batches) for batches in micro_batches] == expected_counts
     run = _Run(schedule, rank, stages, micro_batches, communicators)
     for op in schedule.ranks[rank]:
-        ready_s = time.time()
+        ready_s = now_s()
         received = run.take_input(op)
-        arrived_s = time.time()
+        arrived_s = now_s()
         run.post_after(op)
-        start_s = time.time()
+        start_s = now_s()
         result = run.compute(op, received)
-        end_s = time.time()
+        end_s = now_s()
         if result is not None:
             run.hand_on(op, result)
         sequences, tokens = micro_batches[op.pipeline][op.micro_batch].input_ids.shape
@@ -108,8 +107,10 @@ class _Run:
     ) -> None:
         self._problem, self._pipelines = schedule.problem, schedule.problem.pipelines
         self._stages, self._micro_batches, self._communicators = stages, micro_batches, communicators
+        self._rank = rank
+        self._positions = _Positions(schedule)
         self._local: dict[_Message, Tensor] = {}
-        self._sends: dict[_Message, Transfer] = {}
+        self._sends: dict[int, dict[_Message, Transfer]] = {}  # by the rank that receives
         self._posted: dict[_Message, Transfer] = {}
         self._unposted: dict[_Channel, deque[Op]] = {}
         for op in schedule.ranks[rank]:
@@ -125,12 +126,15 @@ class _Run:
 
     def take_input(self, op: Op) -> Tensor | None:
         """What the operation needs from its neighbour; waits for it. None at the end of the pipeline it starts from."""
-        if self._source_stage(op) is None:
+        source = self._source_stage(op)
+        if source is None:
             return None
         message = _message_into(op)
         if message in self._local:
             return self._local.pop(message)
-        return self._posted.pop(message).wait()
+        received = self._posted.pop(message).wait()
+        self._release(self._pipelines[op.pipeline].ranks[source], (op.pipeline, source, *message[2:]))
+        return received
 
     def post_after(self, op: Op) -> None:
         """Post the receive that follows the operation's in its channel."""
@@ -144,10 +148,6 @@ class _Run:
         if op.kind is Kind.W:
             stage.backward_weight(op.micro_batch)
             return None
-        # The gradient is here, so the neighbour has long received what it is the gradient of: let its memory go.
-        forward = self._sends.pop((op.pipeline, op.stage + 1, op.micro_batch, True), None)
-        if forward is not None:
-            forward.wait()
         backward = stage.backward_input if op.kind is Kind.I else stage.backward
         return backward(op.micro_batch, received)
 
@@ -159,16 +159,22 @@ class _Run:
         if ranks[target] == ranks[op.stage]:
             self._local[message] = result
         else:
-            self._sends[message] = self._communicator(op).send(
-                result, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op)
-            )
+            transfer = self._communicator(op).send(result, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op))
+            self._sends.setdefault(ranks[target], {})[message] = transfer
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
-        for transfer in self._sends.values():
-            transfer.wait()
+        for transfers in self._sends.values():
+            for transfer in transfers.values():
+                transfer.wait()
         assert not self._posted
         assert not self._local
+
+    def _release(self, rank: int, last: _Message) -> None:
+        """Let go of what `rank` has long received: what it used before the operation `last`, whose result is here."""
+        transfers, positions = self._sends.get(rank, {}), self._positions.of(rank)
+        for message in [one for one in transfers if positions[one] <= positions[last]]:
+            transfers.pop(message).wait()
 
     def _post_next(self, channel: _Channel) -> None:
         """Post the channel's next receive; a legal schedule uses messages in the order they are sent."""
@@ -189,6 +195,23 @@ class _Run:
             return None
         source = op.stage - 1 if op.kind is Kind.F else op.stage + 1
         return source if 0 <= source < self._pipelines[op.pipeline].num_stages else None
+
+
+class _Positions:
+    """Where in its rank's order an operation stands, by what it receives; halves of backwards that do not are left out.
+
+    That is a `_Message` for operations at the end of a pipeline too, which receive nothing.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._by_rank: dict[int, dict[_Message, int]] = {}
+
+    def of(self, rank: int) -> Mapping[_Message, int]:
+        if rank not in self._by_rank:
+            ops = enumerate(self._schedule.ranks[rank])
+            self._by_rank[rank] = {_message_into(op): index for index, op in ops if op.kind is not Kind.W}
+        return self._by_rank[rank]
 
 
 def _channel_into(op: Op) -> _Channel:

@@ -35,7 +35,8 @@ class InFlight:
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
         forwarded = self._forwarded.pop(index)
-        torch.autograd.backward(forwarded.output, output_grad)
+        if forwarded.output.requires_grad:  # not at the bottom of a model that is frozen there
+            torch.autograd.backward(forwarded.output, output_grad)
         return None if forwarded.stage_input is None else forwarded.stage_input.grad
 
     def backward_input(self, index: int, output_grad: Tensor | None) -> Tensor | None:

@@ -50,7 +50,9 @@ class VocabularyHead(nn.Module):
         bias: Tensor | None = getattr(self.output_layer, "bias", None)
         return owner.weight, bias
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def token_logprobs(
+        self, hidden: Tensor, targets: Tensor, temperature: float, num_tokens: int | None
+    ) -> tuple[Tensor, Tensor]:
         """As `fuse.ops.logprob.token_logprobs`, without any rank ever holding rows of logits.
 
         All tensor-parallel ranks call this at once and get the same.
@@ -59,10 +61,18 @@ class VocabularyHead(nn.Module):
         """
         weight, bias = self.parameters_of_shard
         group = self.tensor_group
-        shard = None
+        shard, first_token = None, group.rank() * len(weight)
+        if num_tokens is not None:
+            own = num_tokens - first_token
+            if own < 1:
+                raise ValueError(
+                    f"{num_tokens} tokens leave nothing but padding to one of {group.size()} tensor-parallel ranks, "
+                    f"which have {len(weight)} each: use fewer"
+                )
+            weight, bias = weight[:own], None if bias is None else bias[:own]
         if group.size() > 1:
             shard = VocabularyShard(
-                first_token=group.rank() * len(weight),
+                first_token=first_token,
                 take_maximum=lambda tensor: _take_maximum(tensor, group),
                 take_sum=lambda tensor: all_reduce_sum(tensor, group, "partition functions over the vocabulary"),
             )

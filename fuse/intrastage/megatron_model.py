@@ -24,38 +24,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
-_ROPE_TYPES = ("default", "linear", "llama3")
-
-
-def check_supported(config: PretrainedConfig) -> None:
-    """Raises: ValueError when a GPTModel of this configuration would compute something else."""
-    untyped: Any = config
-    if untyped.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"model type {untyped.model_type!r}: megatron stages know {', '.join(MODEL_TYPES)}; "
-            f"train others with transformers stages"
-        )
-    sliding = [kind for kind in getattr(untyped, "layer_types", None) or () if kind != "full_attention"]
-    problems = {
-        "hidden_act": (untyped.hidden_act, untyped.hidden_act == "silu"),
-        "layer_types": (sliding[:1], not sliding),
-        "attention_bias": (True, untyped.model_type == "qwen2" or not getattr(untyped, "attention_bias", False)),
-        "mlp_bias": (True, not getattr(untyped, "mlp_bias", False)),
-        "rope_type": (rope_type(config), rope_type(config) in _ROPE_TYPES),
-    }
-    for name, (value, is_supported) in problems.items():
-        if not is_supported:
-            raise ValueError(
-                f"{name} {value!r} of a {untyped.model_type} model: megatron stages do not compute it; "
-                f"train it with transformers stages"
-            )
-
-
-def rope_type(config: PretrainedConfig) -> str:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return str(parameters.get("rope_type", "default"))
-
 
 def build_model(
     config: PretrainedConfig,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
 from fuse.intrastage.megatron_head import VocabularyHead
-from fuse.intrastage.megatron_model import RotaryAngles, attention_mask, build_model, check_supported, lone_group
+from fuse.intrastage.megatron_model import RotaryAngles, attention_mask, build_model, lone_group
 from fuse.intrastage.megatron_parallel import take_over_parallel_layers
+from fuse.intrastage.megatron_support import check_frozen, check_supported
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.transformers_stage import head_of
@@ -167,6 +168,12 @@ class MegatronStage:
         for name, parameter in self.model.named_parameters():
             yield self._global_name(name), parameter
 
+    def freeze(self, names: Collection[str]) -> None:
+        for name, parameter in self.named_parameters():
+            sources = self._weights[name].sources
+            check_frozen(sources, names)
+            parameter.requires_grad_(sources[0] not in names)
+
     @property
     def tied_names(self) -> frozenset[str]:
         alone = self.num_stages == 1 or not (self.is_first or self.is_last)
@@ -206,7 +213,11 @@ class MegatronStage:
 
     def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         shard = self._group.rank()
-        return ((name, self._weights[name].fuse(tensors, shard)) for name, _ in self.named_parameters())
+        return (
+            (name, weight.fuse(tensors, shard))
+            for name, weight in ((name, self._weights[name]) for name, _ in self.named_parameters())
+            if weight.sources[0] in tensors
+        )
 
     def to_hugging_face(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}

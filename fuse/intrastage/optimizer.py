@@ -31,6 +31,8 @@ class ModelOptimizer:
     name: of the model, for errors.
     stages: by (replica, stage).
     groups: from `open_model`; None when the whole model is on this device alone.
+    frozen: Hugging Face names of the model's parameters that stay as they are, and do not require gradients: they have
+        no moments and no part in the gradient's norm.
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
     the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
@@ -43,13 +45,19 @@ class ModelOptimizer:
         stages: Mapping[tuple[int, int], TrainedStage],
         groups: ModelGroups | None,
         config: AdamWConfig,
+        *,
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         if groups is None:
             groups = ModelGroups(1, 1 + max(stage for _, stage in stages), {}, {}, {})
-        self._name, self._groups, self._config = name, groups, config
+        self._name, self._groups, self._config, self._frozen = name, groups, config, frozen
         self._stages = dict(sorted(stages.items(), key=lambda item: (item[0][1], item[0][0])))
         self._num_steps = 0
-        self._parameters = {key: dict(stage.named_parameters()) for key, stage in self._stages.items()}
+        self._all_parameters = {key: dict(stage.named_parameters()) for key, stage in self._stages.items()}
+        self._parameters = {
+            key: {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+            for key, parameters in self._all_parameters.items()
+        }
         decayed: list[nn.Parameter] = []
         undecayed: list[nn.Parameter] = []
         for key, stage in self._stages.items():
@@ -61,7 +69,7 @@ class ModelOptimizer:
             {"params": undecayed, "weight_decay": 0.0},
         ]
         self._adamw: torch.optim.AdamW | None = None
-        if self._stages:
+        if decayed or undecayed:
             self._adamw = torch.optim.AdamW(
                 [group for group in param_groups if group["params"]],
                 betas=config.betas,
@@ -116,14 +124,14 @@ class ModelOptimizer:
     STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Name of every parameter here, and its STATE_PARTS: live tensors of its shape. Copies repeat."""
-        for key in self._stages:
+        """Name of every parameter here that trains, and its STATE_PARTS: live tensors of its shape. Copies repeat."""
+        for key, parameters in self._parameters.items():
             parts = {part: self._state_part(key, part) for part in self.STATE_PARTS}
-            for name in self._parameters[key]:
+            for name in parameters:
                 yield name, {part: parts[part][name] for part in self.STATE_PARTS}
 
     def export_state(self, part: str) -> dict[str, Tensor]:
-        """One of STATE_PARTS of every parameter here, by Hugging Face name and in host memory.
+        """One of STATE_PARTS of every parameter here (no moments of frozen ones) by Hugging Face name, in host memory.
 
         Of the devices that share a stage the first has all, the others nothing; all of them call this at once.
         """
@@ -136,7 +144,7 @@ class ModelOptimizer:
         return whole
 
     def import_state(self, part: str, whole: Mapping[str, Tensor]) -> None:
-        """Set one of STATE_PARTS of every parameter here, given at least all of `state_shapes`."""
+        """Set one of STATE_PARTS of every parameter here, given at least all of `state_shapes(part)`."""
         for key, stage in self._stages.items():
             own = self._state_part(key, part)
             for name, tensor in stage.from_hugging_face(whole):
@@ -144,22 +152,22 @@ class ModelOptimizer:
 
     def _state_part(self, key: tuple[int, int], part: str) -> dict[str, Tensor]:
         """Live tensors by the parameters' names."""
-        assert self._adamw is not None
-        state = self._adamw.state
-        return {
-            name: parameter.detach() if part == "parameter" else state[parameter][part]
-            for name, parameter in self._parameters[key].items()
-        }
+        if part == "parameter":
+            return {name: parameter.detach() for name, parameter in self._all_parameters[key].items()}
+        moments = {} if self._adamw is None else self._adamw.state
+        return {name: moments[parameter][part] for name, parameter in self._parameters[key].items()}
 
-    @property
-    def model_shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of every parameter of the whole model; empty on a rank without any stage of it."""
-        return next((stage.model_shapes for stage in self._stages.values()), {})
+    def model_shapes(self, part: str) -> Mapping[str, torch.Size]:
+        """Shape of one of STATE_PARTS of all parameters of the model that have it; empty on a rank without a stage."""
+        return self._having(part, next((stage.model_shapes for stage in self._stages.values()), {}))
 
-    @property
-    def state_shapes(self) -> Mapping[str, torch.Size]:
-        """Those of `model_shapes` that are here, whole or in part."""
-        return {name: shape for stage in self._stages.values() for name, shape in stage.stage_shapes.items()}
+    def state_shapes(self, part: str) -> Mapping[str, torch.Size]:
+        """Those of `model_shapes(part)` that are here, whole or in part."""
+        shapes = {name: shape for stage in self._stages.values() for name, shape in stage.stage_shapes.items()}
+        return self._having(part, shapes)
+
+    def _having(self, part: str, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        return {name: shape for name, shape in shapes.items() if part == "parameter" or name not in self._frozen}
 
     @property
     def num_steps(self) -> int:
@@ -177,14 +185,15 @@ class ModelOptimizer:
         # Stage by stage: ranks that hold several stages meet in the same order everywhere.
         for (_, stage), parameters in self._parameters.items():
             group = self._groups.replicas.get(stage)
-            if group is not None:
+            if group is not None and parameters:
                 _all_reduce_gradients(parameters.values(), group, f"gradients of {self._name} stage {stage}")
 
     def _add_tied_copies(self) -> None:
         last = self._groups.num_stages - 1
         for replica in range(self._groups.num_replicas):
             ends = [key for key in ((replica, 0), (replica, last)) if key in self._stages]
-            names = sorted(frozenset[str]().union(*(self._stages[key].tied_names for key in ends)))
+            tied = frozenset[str]().union(*(self._stages[key].tied_names for key in ends))
+            names = sorted(name for name in tied if all(name in self._parameters[key] for key in ends))
             copies = [[self._parameters[key][name] for name in names] for key in ends]
             group = self._groups.ends.get(replica)
             if not names:
@@ -206,7 +215,7 @@ class ModelOptimizer:
             if (replica, 0) not in self._stages and (replica, self._groups.num_stages - 1) in self._stages:
                 # The first stage's rank counts the tied copy.
                 for name in self._stages[replica, self._groups.num_stages - 1].tied_names:
-                    del once[name]
+                    once.pop(name, None)
             if self._groups.lane > 0:  # the first lane's device counts what all lanes have whole
                 shards = frozenset[str]().union(*(stage.sharded_names for stage in self._stages.values()))
                 once = {name: parameter for name, parameter in once.items() if name in shards}
@@ -214,7 +223,7 @@ class ModelOptimizer:
             squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
             group = self._groups.members.get(replica)
             if group is not None:
-                device = next(iter(own[0].values())).device
+                device = next(parameter.device for held in self._all_parameters.values() for parameter in held.values())
                 what = f"the gradient norm of {self._name}"
                 squares = math.fsum(all_gather_floats(squares, group, device, what))
             norm = math.sqrt(squares)

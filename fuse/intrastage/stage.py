@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -51,7 +51,10 @@ class Stage(Protocol):
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This stage's trained parameters under the whole model's names; a tied copy carries its source's name."""
+        """This stage's parameters under the whole model's names; a tied copy carries its source's name.
+
+        Those that are to stay as they are do not require gradients.
+        """
         ...
 
 
@@ -62,6 +65,13 @@ class TrainedStage(Stage, Protocol):
     """
 
     metrics: dict[int, Metrics]
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Have these parameters of the model, by their Hugging Face names, stay as they are, and all others train.
+
+        Raises: ValueError where some are one tensor with others that train.
+        """
+        ...
 
     @property
     def tied_names(self) -> frozenset[str]:
@@ -98,7 +108,7 @@ class TrainedStage(Stage, Protocol):
         ...
 
     def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The way back: what goes with each of this stage's parameters, by name, from all of `stage_shapes`."""
+        """The way back: what goes with this stage's parameters, by name, for as many as `tensors` has."""
         ...
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -35,7 +35,8 @@ class PlanSettings:
     """How training is scheduled.
 
     fused: all models at once; if not, one after the other.
-    time_limit_s, num_workers: for the solver, per update that needs schedules. num_steps: optimizer steps of the run.
+    time_limit_s, num_workers: for the solver, per update that needs schedules.
+    num_updates, steps_per_update: that are left of the run, for which schedules are searched.
     memory_limit_bytes: for the micro-batches under way on a device; None: what it has free, on CPUs no limit.
     replan_drift: plan again once a stage's share of the time is off the plan by more than this (0.3 is 30 %) for
         `DRIFT_UPDATES` updates in a row.
@@ -45,7 +46,8 @@ class PlanSettings:
     fused: bool
     time_limit_s: float
     num_workers: int
-    num_steps: int
+    num_updates: int
+    steps_per_update: int
     memory_limit_bytes: int | None
     replan_drift: float
     directory: Path
@@ -71,6 +73,7 @@ class TrainingPlanner:
         self._lasting = 1 if self._profile is None else DRIFT_UPDATES
         self._serial_bubble_ratio: float | None = None
         self._update_s: float | None = None  # of the last update's training
+        self._updates_left = settings.num_updates
 
     def plans(
         self,
@@ -96,7 +99,8 @@ class TrainingPlanner:
         memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
         for count in missing:
             limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
-            self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s)
+            num_steps = self._updates_left * self._settings.steps_per_update // len(missing)
+            self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s, num_steps)
         ratios = [plan.serial_bubble_ratio for plan in self._plans.values()]
         self._serial_bubble_ratio = statistics.fmean(ratio for ratio in ratios if ratio is not None)
         return {count: self._plans[count] for count in counts}
@@ -118,6 +122,7 @@ class TrainingPlanner:
         spans = list(spans)
         trained = [span for span in spans if span.category == TRAIN]
         if trained:
+            self._updates_left -= 1
             self._update_s = max(one.end_s for one in trained) - min(one.start_s for one in trained)
         drift = _drift(trained)
         has_drifted = drift is not None and drift > self._settings.replan_drift
@@ -151,6 +156,7 @@ class TrainingPlanner:
         shapes: tuple[Shape, Shape, Shape],
         memory_limit_bytes: int | None,
         time_limit_s: float,
+        num_steps: int,
     ) -> Plan:
         settings = self._settings
         _, typical, largest = shapes
@@ -163,7 +169,7 @@ class TrainingPlanner:
             memory_limit_bytes=memory_limit_bytes,
             cache=ScheduleCache(settings.directory),
             time_limit_s=time_limit_s,
-            num_steps=settings.num_steps,
+            num_steps=num_steps,
             num_workers=settings.num_workers,
         )
         return Plan(schedule, profile)

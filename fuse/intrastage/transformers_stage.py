@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,12 @@ def head_of(model: PreTrainedModel) -> nn.Module:
             f"use a causal language model or a sequence classifier of the same architecture"
         )
     return head
+
+
+def check_stages(model: PreTrainedModel) -> None:
+    """Raises: ValueError when stages of `model` would not compute what it does, or it cannot be cut into any."""
+    head_of(model)
+    _pipeline_plan(model)
 
 
 _SCALINGS = (
@@ -173,6 +179,10 @@ class TransformersStage:
         for name, parameter in self.model.named_parameters():
             yield self._global_name(name), parameter
 
+    def freeze(self, names: Collection[str]) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in names)
+
     @property
     def tied_names(self) -> frozenset[str]:
         alone = self.num_stages == 1 or not (self.is_first or self.is_last)
@@ -200,7 +210,7 @@ class TransformersStage:
         return dict(tensors)
 
     def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensors[name]) for name, _ in self.named_parameters())
+        return ((name, tensors[name]) for name, _ in self.named_parameters() if name in tensors)
 
     def export_state_dict(self) -> dict[str, Tensor]:
         left_out = frozenset[str]() if self.is_first else self.tied_names

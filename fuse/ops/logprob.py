@@ -15,13 +15,21 @@ from fuse.ops import linear_logprob as linear
 class SharedHead(Protocol):
     """A head that several processes hold parts of, and that makes log-probabilities by itself."""
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def token_logprobs(
+        self, hidden: Tensor, targets: Tensor, temperature: float, num_tokens: int | None
+    ) -> tuple[Tensor, Tensor]:
         """As the function of this name, in all of the processes at once."""
         ...
 
 
 def token_logprobs(
-    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, chunk_tokens: int | None = None
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    temperature: float,
+    chunk_tokens: int | None = None,
+    *,
+    num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy in nats under softmax(head(hidden) / temperature), each [n] float32.
 
@@ -29,6 +37,7 @@ def token_logprobs(
     head: maps [n, hidden] to logits [n, vocab]. Of a plain nn.Linear only the parameters are used: its logits are
         never held side by side, see `fuse.ops.linear_logprob`. Or a `SharedHead`.
     targets: [n] int64 in [0, vocab).
+    num_tokens: the softmax is over so many, the first; None for all. The rest pads the vocabulary.
     chunk_tokens: rows of any other head's logits held at once; the backward pass then computes each chunk's logits
         again. None: all rows, once.
 
@@ -46,13 +55,14 @@ def token_logprobs(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: it must be at least 1, or None for no chunks")
     if isinstance(head, SharedHead):
-        return head.token_logprobs(hidden, targets, temperature)
+        return head.token_logprobs(hidden, targets, temperature, num_tokens)
     if _is_plain(head):
-        return linear.linear_logprob(hidden, head.weight, head.bias, targets, temperature)
+        bias = None if head.bias is None else head.bias[:num_tokens]
+        return linear.linear_logprob(hidden, head.weight[:num_tokens], bias, targets, temperature)
     if chunk_tokens is None or len(targets) <= chunk_tokens:
-        return _logprobs_and_entropy(hidden, head, targets, temperature)
+        return _logprobs_and_entropy(hidden, head, targets, temperature, num_tokens)
     chunks = [
-        checkpoint(_logprobs_and_entropy, rows, head, row_targets, temperature, use_reentrant=False)
+        checkpoint(_logprobs_and_entropy, rows, head, row_targets, temperature, num_tokens, use_reentrant=False)
         for rows, row_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     ]
     logprobs, entropies = zip(*chunks, strict=True)
@@ -60,9 +70,9 @@ def token_logprobs(
 
 
 def _logprobs_and_entropy(
-    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float
+    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, num_tokens: int | None
 ) -> tuple[Tensor, Tensor]:
-    return linear.of_logits(head(hidden), targets, temperature)
+    return linear.of_logits(head(hidden)[:, :num_tokens], targets, temperature)
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:

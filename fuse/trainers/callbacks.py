@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ from transformers.trainer_callback import (
 from transformers.utils.import_utils import is_in_notebook
 
 from fuse.config.ppo import PPOConfig
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,7 +89,22 @@ def _progress_bar() -> type[TrainerCallback]:
     return NotebookProgressCallback
 
 
-def initial_state(handler: CallbackHandler, control: TrainerControl) -> PPOState:
-    """The state of a run that has not begun; checkpoints keep what the handler's stateful callbacks remember."""
+def callback_states(handler: CallbackHandler, control: TrainerControl) -> dict[str, Any]:
+    """What stateful callbacks remember, by the names of their classes, as a checkpoint of transformers keeps it."""
     stateful: Any = [item for item in [*handler.callbacks, control] if isinstance(item, ExportableState)]
-    return PPOState(stateful_callbacks=stateful)
+    states: Any = PPOState(stateful_callbacks=stateful).stateful_callbacks
+    return dict(states)
+
+
+def restore_callbacks(handler: CallbackHandler, states: Mapping[str, Any]) -> None:
+    """Have the handler's stateful callbacks remember what a checkpoint says of their classes, in their order."""
+    left = {name: list(saved) if isinstance(saved, list) else [saved] for name, saved in states.items()}
+    for index, callback in enumerate(handler.callbacks):
+        if isinstance(callback, ExportableState) and left.get(name := type(callback).__name__):
+            saved = left[name].pop(0)
+            restored = type(callback)(**saved.get("args", {}))
+            for attribute, value in saved.get("attributes", {}).items():
+                setattr(restored, attribute, value)
+            handler.callbacks[index] = restored
+    if absent := [name for name, saved in left.items() if saved and name != TrainerControl.__name__]:
+        _logger.warning("the checkpoint has the state of callbacks that this run has not: %s", ", ".join(absent))

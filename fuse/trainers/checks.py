@@ -7,16 +7,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import combinations
-from typing import cast
+from typing import Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from fuse.config.ppo import PPOConfig
+from fuse.config.settings import PromptTokens
+from fuse.engines.transformers import check_context
 from fuse.roles import GENERATING, training
 from fuse.trainers.reward_process import pickled
 from fuse.trainers.rewards import RewardFunction
 from fuse.training.model_spec import ModelSpec
+from fuse.training.model_support import check_trainable
 
 _logger = logging.getLogger(__name__)
 
@@ -53,22 +56,21 @@ def check_arguments(
         raise ValueError("peft_config is not supported: merge the adapter into the model, or train all weights")
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, needs_eos: bool) -> None:
-    """Raises: ValueError for a missing padding token, or end-of-sequence token where one is needed."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ValueError for a missing padding token."""
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token, e.g. to tokenizer.eos_token")
-    if needs_eos and tokenizer.eos_token_id is None:
-        raise ValueError("stop_token='eos' but the tokenizer has no end-of-sequence token: set stop_token_id instead")
 
 
-def check_models(models: Mapping[str, PreTrainedModel]) -> None:
-    """Every token the policy can generate must exist in the models that read it. models: by role.
+def check_models(models: Mapping[str, PreTrainedModel], backend: Literal["transformers", "megatron"]) -> None:
+    """Every token the policy can generate must exist in the models that read it. models: by role. backend: of stages.
 
     Dropout of models that are trained is only warned of: TRL's trainer disables it, too.
 
     Raises:
         ValueError: a vocabulary that is smaller than the policy's, or for the reference not of its size; a model of
-            another kind than its role needs; models that share parameters; a model that workers cannot build again.
+            another kind than its role needs; models that share parameters; a model that workers cannot build again,
+            or cannot train.
     """
     size = models[GENERATING].config.get_text_config().vocab_size
     for role, model in models.items():
@@ -83,6 +85,7 @@ def check_models(models: Mapping[str, PreTrainedModel]) -> None:
     for (role, model), (other_role, other_model) in combinations(models.items(), 2):
         _check_shares_nothing(role, model, other_role, other_model)
     for role in training(models):
+        check_trainable(models[role], backend)
         _warn_of_dropout(role, models[role])
 
 
@@ -154,6 +157,12 @@ def check_reward_options(args: PPOConfig, reward: object) -> None:
 
 
 _OF_REWARD_FUNCTIONS = ("reward_workers", "reward_timeout_s", "reward_error_score")
+
+
+def check_engine(args: PPOConfig, model: PreTrainedModel, tokens: PromptTokens) -> None:
+    """Raises: ValueError for a policy that the engine cannot decode, as far as its configuration tells."""
+    if args.engine == "transformers":
+        check_context(model, tokens.context(args.response_length, model.config))
 
 
 def check_evaluation(args: PPOConfig, eval_dataset: object) -> None:

@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
-from transformers.trainer_callback import CallbackHandler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fuse import checkpoint
 from fuse.activity import Activity
@@ -20,12 +17,14 @@ from fuse.config.ppo import PPOConfig
 from fuse.config.settings import algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
-from fuse.sample import Sample, SpecialTokens
+from fuse.sample import Sample
+from fuse.termination import Termination, graceful_termination
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
-from fuse.trainers.callbacks import PolicyAndValue, PPOState
+from fuse.trainers.callbacks import PolicyAndValue
 from fuse.trainers.completions import show_completions
 from fuse.trainers.data import check_dataset
+from fuse.trainers.face import TrainerFace
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import kept_tokens, usable_prompts
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
@@ -33,7 +32,8 @@ from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import Rollouts, reward_calls
-from fuse.trainers.run import Run
+from fuse.trainers.run import Run, output_directory
+from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.steps import seeded
 from fuse.training.steps import Division, OptimizerStep
 from fuse.workers.cluster import Cluster
@@ -44,7 +44,7 @@ _GREEDY = 0.01 + 1e-7
 """The temperature of TRL's completions of evaluation prompts."""
 
 
-class PPOTrainer:
+class PPOTrainer(TrainerFace):
     """Proximal policy optimisation from rewards, in place of `trl.experimental.ppo.PPOTrainer`.
 
     args: see `PPOConfig`.
@@ -85,7 +85,7 @@ class PPOTrainer:
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
-        checks.check_tokenizer(processing_class, needs_eos=args.stop_token == "eos")
+        checks.check_tokenizer(processing_class)
         self.args = args
         self.processing_class = processing_class
         self.policy_model = model
@@ -94,14 +94,14 @@ class PPOTrainer:
         self.value_model = value_model
         self.data_collator = data_collator
         self.max_new_tokens: Mapping[int, int] = {}
-        stop = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
-        self._special = SpecialTokens(pad=processing_class.pad_token_id, eos=processing_class.eos_token_id, stop=stop)
+        self._special = special_tokens(args, processing_class, model)
         self.model = PolicyAndValue(model, value_model)
-        checks.check_models(self._models)
+        checks.check_models(self._models, args.train_backend)
         checks.check_reward_options(args, reward_model)
         self.train_dataset = train_dataset = self._usable(train_dataset, "train_dataset")
         self.eval_dataset: Any = None if eval_dataset is None else self._usable(eval_dataset, "eval_dataset")
         checks.check_evaluation(args, eval_dataset)
+        checkpoint.check_output_dir(output_directory(args))
         batch_size = checks.fill_batch_sizes(args, len(train_dataset))
         self.dataloader = prompts.prompt_loader(train_dataset, batch_size, args.seed, data_collator)
         self.activity = Activity()
@@ -110,8 +110,12 @@ class PPOTrainer:
         self._rewards: RewardCalls | None = None
         self._algorithm = algorithm_of(args, self._special)
         self._kept_tokens = kept_tokens(model.config, args)
-        typical = prompts.typical_length(train_dataset, self._kept_tokens)
-        self._settings = fleet_settings(args, self._algorithm, self._special.pad, typical, model.config)
+        collates = data_collator is not None
+        tokens = prompts.prompt_tokens(train_dataset, self.eval_dataset, self._kept_tokens, collates=collates)
+        checks.check_engine(args, model, tokens)
+        self._settings = fleet_settings(  # refuses what cannot be placed
+            args, self._algorithm, self._special, tokens, model.config
+        )
         self._layout = self._settings.training.layout
         self._division = Division(
             num_epochs=args.num_ppo_epochs,
@@ -120,8 +124,9 @@ class PPOTrainer:
             accumulation=args.gradient_accumulation_steps,
         )
         self._permutation = seeded(args.seed, batch_size)
-        for step in self._optimizer_steps(update=1):
-            self._settings.check(num_micro_batches=len(step.micro_batches))
+        for update in (1, len(self.dataloader)):  # the last of a pass differs in TRL's layout
+            for step in self._optimizer_steps(update):
+                self._settings.check(num_micro_batches=len(step.micro_batches))
         self._run = Run(args, self.model, processing_class, callbacks, num_rows=len(train_dataset), tell=self._tell)
         self.activity.listen(self._run.show_activity)
 
@@ -135,6 +140,8 @@ class PPOTrainer:
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
             RewardError: the reward function raised, or did not return in time.
             SaveError: a checkpoint could not be written; earlier ones are intact.
+            ClusterError: a process of Ray itself ended.
+            Terminated: SIGTERM came; a checkpoint was written if the update ended within `args.sigterm_grace_s`.
         """
         with self.updates(resume_from_checkpoint) as updates:
             for _ in updates:
@@ -151,10 +158,10 @@ class PPOTrainer:
         run = self._run
         resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
         run.begin(resumed)
-        with self._workers(resumed) as fleet:
-            yield self._updates(fleet)
+        with self._workers(resumed) as fleet, graceful_termination(self.args.sigterm_grace_s) as termination:
+            yield self._updates(fleet, termination)
 
-    def _updates(self, fleet: Fleet) -> Iterator[Iteration]:
+    def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:
         run = self._run
         for iteration in loop.updates(
             run,
@@ -171,8 +178,15 @@ class PPOTrainer:
             if run.shows_completions:
                 self.generate_completions(sampling=True)
             yield iteration
+            if termination.is_requested:
+                run.terminate(fleet)
         fleet.fetch_weights()
         run.end(fleet)
+
+    @property
+    def how_to_resume(self) -> str:
+        """What an interrupted run can go on from, in a line."""
+        return self._run.how_to_resume
 
     @property
     def process_ids(self) -> dict[str, list[int]]:
@@ -182,7 +196,8 @@ class PPOTrainer:
     @contextmanager
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
         """Start the workers with the models, or a checkpoint of them; they stop with the body."""
-        fleet = Fleet(self._settings, self._models, cluster=self.cluster, tell=self._tell)
+        settings = self._settings.for_updates(self._run.num_updates_left)
+        fleet = Fleet(settings, self._models, cluster=self.cluster, tell=self._tell)
         calls = reward_calls(self.args, self.reward_model, self.processing_class)
         with self.activity.lasting(), calls as self._rewards, fleet:
             if resumed is not None:
@@ -235,7 +250,7 @@ class PPOTrainer:
             seed=self.args.seed,
             temperature=temperature,
             max_new_tokens=self.args.response_length,
-            stop_token_id=self._special.stop,
+            stop_token_ids=self._special.stop,
         )
 
     def _tell(self, text: str) -> None:
@@ -296,31 +311,12 @@ class PPOTrainer:
         self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock())
         show_completions(self.processing_class, samples, self.state.global_step, self.callback_handler.callbacks)
 
-    # What TRL's trainer offers to callbacks and scripts
-
-    @property
-    def state(self) -> PPOState:
-        return self._run.state
-
-    @property
-    def control(self) -> TrainerControl:
-        return self._run.control
-
-    @property
-    def callback_handler(self) -> CallbackHandler:
-        return self._run.callback_handler
-
-    @property
-    def optimizer(self) -> Optimizer:
-        return self._run.optimizer
-
-    @property
-    def lr_scheduler(self) -> LRScheduler:
-        return self._run.lr_scheduler
+    # Data
 
     @property
     def stop_token_id(self) -> int | None:
-        return self._special.stop
+        """The first, where several end a response."""
+        return next(iter(self._special.stop), None)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self.dataloader
@@ -328,23 +324,3 @@ class PPOTrainer:
     def get_eval_dataloader(self) -> DataLoader[Any]:
         size = self.args.per_device_eval_batch_size
         return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list)
-
-    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        self.callback_handler.add_callback(callback)
-
-    def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        self.callback_handler.remove_callback(callback)
-
-    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
-        popped: TrainerCallback | None = self.callback_handler.pop_callback(callback)
-        return popped
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the epoch, remember and report to the callbacks; `start_time` is accepted and not used, as in TRL."""
-        self._run.log(logs)
-
-    def is_local_process_zero(self) -> bool:
-        return True
-
-    def is_world_process_zero(self) -> bool:
-        return True

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from fuse.config.settings import PromptTokens
 from fuse.sample import Sample
 
 Row = Mapping[str, Any]
@@ -123,8 +124,20 @@ def _rows(columns: Mapping[str, Any]) -> list[Row]:
     return [{name: values[index] for name, values in columns.items()} for index in range(length)]
 
 
-def typical_length(dataset: Any, most_tokens: int | None = None) -> int:
-    """Median prompt tokens of the dataset's first rows; of longer prompts the last `most_tokens` are kept."""
-    rows = range(min(len(dataset), _TYPICAL_ROWS))
-    median = statistics.median_low(len(counted_tokens(dataset[index], index)) for index in rows)
-    return median if most_tokens is None else min(median, most_tokens)
+def prompt_tokens(
+    dataset: Any, eval_dataset: Any = None, kept: int | None = None, *, collates: bool = False
+) -> PromptTokens:
+    """Typically as the median of the dataset's first rows; the most are not known where a collator may change rows.
+
+    kept: of longer prompts so many tokens are used.
+    """
+
+    def length(row: Row, index: int) -> int:
+        counted = len(counted_tokens(row, index))
+        return counted if kept is None else min(counted, kept)
+
+    typical = statistics.median_low(length(dataset[index], index) for index in range(min(len(dataset), _TYPICAL_ROWS)))
+    if collates:
+        return PromptTokens(typical)
+    every = (dataset, () if eval_dataset is None else eval_dataset)
+    return PromptTokens(typical, max(length(row, index) for rows in every for index, row in enumerate(rows)))

@@ -8,23 +8,37 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
+from transformers.trainer_utils import SaveStrategy
 
 from fuse import checkpoint, run_state
 from fuse.config.differences import differences, kept_options
 from fuse.config.ppo import PPOConfig
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
+from fuse.termination import Terminated
 from fuse.trace import PhaseClock, Span, write_chrome_trace
-from fuse.trainers.callbacks import PolicyAndValue, PPOState, callback_handler, initial_state, learning_rate_schedule
+from fuse.trainers.callbacks import (
+    PolicyAndValue,
+    PPOState,
+    callback_handler,
+    callback_states,
+    learning_rate_schedule,
+    restore_callbacks,
+)
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
 from schedules.files import dispensable
 
 logger = logging.getLogger(__name__)
+
+
+def output_directory(args: PPOConfig) -> Path:
+    """Where a run writes, from whatever directory: those of workers are others."""
+    return Path(args.output_dir or "trainer_output").absolute()
 
 
 class Run:
@@ -44,8 +58,10 @@ class Run:
         tell: Callable[[str], None],
     ) -> None:
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.output_dir = Path(args.output_dir or "trainer_output").absolute()  # workers have other current directories
+        self.output_dir = output_directory(args)
         self._num_rows, self._tell = num_rows, tell
+        self._is_new = True
+        self._saved_step: int | None = None  # of the last checkpoint that this run can go on from
         self.optimizer, self.lr_scheduler = learning_rate_schedule(args, model)
         self.callback_handler = callback_handler(
             args,
@@ -56,7 +72,7 @@ class Run:
             lr_scheduler=self.lr_scheduler,
         )
         self.control = TrainerControl()
-        self.state = initial_state(self.callback_handler, self.control)
+        self.state = PPOState()
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -65,6 +81,10 @@ class Run:
     @property
     def learning_rate(self) -> float:
         return float(self.lr_scheduler.get_last_lr()[0])
+
+    @property
+    def num_updates_left(self) -> int:
+        return max(0, (self.args.num_total_batches or 0) - self.state.global_step)
 
     # Updates
 
@@ -75,6 +95,9 @@ class Run:
             ValueError: the checkpoint is another run's.
         """
         args = self.args
+        if not self._is_new:
+            self._schedule_anew()
+        self._is_new = False
         self._run_id, self._saved_s = uuid.uuid4().hex, 0.0
         if resumed is None:
             self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
@@ -82,21 +105,32 @@ class Run:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
             self._run_id, self._saved_s = saved.run_id, saved.saved_s
+            self._saved_step = self.state.global_step
             if changed := differences(saved.options, kept_options(args)):
                 logger.warning("%s was written with other options: %s", resumed, ", ".join(changed))
             self.lr_scheduler.load_state_dict(saved.lr_scheduler)
+            if args.restore_callback_states_from_checkpoint:
+                untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
+                restore_callbacks(self.callback_handler, untyped)
             run_state.restore_random_generators(saved.random_generators)
         num_updates, num_episodes = args.num_total_batches, args.total_episodes
         assert num_updates is not None
         assert num_episodes is not None
         self.state.max_steps = num_updates
         self.state.num_train_epochs = math.ceil(num_episodes / self._num_rows)
-        untyped: Any = self.state
-        untyped.compute_steps(args, self.state.max_steps)
+        state: Any = self.state
+        state.compute_steps(args, self.state.max_steps)
+
+    def _schedule_anew(self) -> None:
+        """Where an earlier run of this trainer has used up the learning-rate schedule, or was asked to stop."""
+        handler: Any = self.callback_handler
+        self.optimizer, self.lr_scheduler = learning_rate_schedule(self.args, self.model)
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        self.control = TrainerControl()
 
     def updates(self) -> Iterator[int]:
         """The updates that are left, counted from 1; ends early where a callback asks for it."""
-        self._start_s, self._start_episode = time.time(), self.state.episode
+        self._start_s, self._start_episode = time.monotonic(), self.state.episode
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         for update in range(self.state.global_step + 1, self.state.max_steps + 1):
             yield update
@@ -111,7 +145,7 @@ class Run:
         self.control.should_evaluate = False  # of the update before
         state.global_step += 1
         state.epoch = state.episode / self._num_rows
-        eps = int((state.episode - self._start_episode) / (time.time() - self._start_s))
+        eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.serial_bubble_ratio)
         self.log({"eps": eps, **metrics, "lr": self.learning_rate, "episode": state.episode, **times})
@@ -128,6 +162,22 @@ class Run:
             phases=dict(clock.seconds),
             tracks=tracks,
         )
+
+    def terminate(self, fleet: Fleet) -> NoReturn:
+        """The process was asked to end, and an update has ended.
+
+        Raises: Terminated, after saving what is not saved yet, unless the run saves nothing.
+        """
+        if self.args.save_strategy != SaveStrategy.NO and self._saved_step != self.state.global_step:
+            self.save_checkpoint(fleet)
+        raise Terminated(f"terminated after update {self.state.global_step}: {self.how_to_resume}")
+
+    @property
+    def how_to_resume(self) -> str:
+        """For who has ended a run."""
+        if self._saved_step is None or self.args.save_only_model:
+            return "nothing was saved to resume from"
+        return f"checkpoint-{self._saved_step} is in {self.output_dir}, to go on with by resume_from_checkpoint=True"
 
     def end(self, fleet: Fleet) -> None:
         """All updates are done, and the trained weights are with the caller's models."""
@@ -194,8 +244,11 @@ class Run:
                 random_generators=run_state.random_generators(),
                 options=kept_options(self.args),
             ).save(directory / checkpoint.RUN_STATE_NAME)
+            remembered: Any = callback_states(self.callback_handler, self.control)
+            self.state.stateful_callbacks = remembered
             self.state.save_to_json(str(directory / "trainer_state.json"))
         written = self.output_dir / f"checkpoint-{self.state.global_step}"
+        self._saved_step = self.state.global_step
         checkpoint.rotate(self.output_dir, self.args.save_total_limit, written)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 

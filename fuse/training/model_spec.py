@@ -17,11 +17,14 @@ class ModelSpec:
     """How to build a model without its weights, and with the original's ties.
 
     config: `tie_word_embeddings` says whether embedding and head are one tensor, for copies of every kind follow it.
+    dtype: of the original's parameters.
+    frozen: names of parameters that training leaves as they are, because they did not require gradients.
     """
 
     model_class: type[PreTrainedModel]
     config: PretrainedConfig
     dtype: torch.dtype
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSpec:
@@ -35,15 +38,16 @@ class ModelSpec:
         if head is not None:
             config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
         _check_ties(model, head)
-        return cls(model_class=type(model), config=config, dtype=model.dtype)
+        frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+        return cls(model_class=type(model), config=config, dtype=model.dtype, frozen=frozen)
 
     @property
     def num_layers(self) -> int:
         num_layers: int = self.config.get_text_config().num_hidden_layers
         return num_layers
 
-    def build(self, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model in evaluation mode, its parameters yet to be loaded; `dtype` in place of its own.
+    def build(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The whole model in evaluation mode, its parameters yet to be loaded, of this type whatever the original's.
 
         Buffers keep the type that they are computed in: rotary frequencies rounded to bfloat16 are off by more than a
         radian a thousand tokens on.
@@ -52,7 +56,7 @@ class ModelSpec:
             model: Any = self.model_class(copy.deepcopy(self.config))
         model.tie_weights()
         for parameter in model.parameters():
-            parameter.data = torch.empty_like(parameter.data, dtype=dtype or self.dtype, device=device)
+            parameter.data = torch.empty_like(parameter.data, dtype=dtype, device=device)
         built: PreTrainedModel = model.to(device=device).eval().requires_grad_(False)
         return built
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch
-from fuse.trace import Span, SpanRecorder
+from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
 from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
@@ -127,6 +126,8 @@ class TrainingRank:
             for stage, owner in enumerate(replica.ranks)
             if owner == self._rank
         }
+        for (pipeline, _), held in self._stages.items():
+            held.freeze(specs[placement[pipeline].model].frozen)
         self._pipelines = [(replica.name, replica.ranks) for replica in placement]
         self._communicators = communication.open_pipelines(
             self._pipelines, settings.timeout_s, settings.tensor_parallel_size
@@ -141,8 +142,9 @@ class TrainingRank:
                     settings.tensor_parallel_size,
                 ),
                 settings.adamw,
+                frozen=spec.frozen,
             )
-            for model in specs
+            for model, spec in specs.items()
         }
 
     def stages_of(self, model: str) -> dict[tuple[int, int], TrainedStage]:
@@ -236,7 +238,7 @@ class TrainingRank:
     ) -> None:
         """Record a span that tells what a micro-batch costs; see `fuse.intrastage.observed`."""
         name = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0"
-        end_s = time.time()
+        end_s = now_s()
         arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
         self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
 

@@ -52,11 +52,15 @@ class MicroBatchLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringSettings:
-    """How models score. temperature: of the sampling. autocast: the type to compute in; None for the model's own."""
+    """How models score.
+
+    temperature, num_tokens: of the sampling. autocast: the type to compute in; None for the model's own.
+    """
 
     temperature: float
     limit: MicroBatchLimit
     autocast: torch.dtype | None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,9 @@ def score(
     """What a model says of each sequence, of this kind."""
     limit, autocast = settings.limit, settings.autocast
     if kind == "reference_logprobs":
-        return reference_logprobs(model, sequences, settings.temperature, limit=limit, autocast=autocast)
+        return reference_logprobs(
+            model, sequences, settings.temperature, num_tokens=settings.num_tokens, limit=limit, autocast=autocast
+        )
     if kind == "values":
         return values(model, sequences, sys.maxsize, limit=limit, autocast=autocast)
     return scores(model, sequences, limit=limit, autocast=autocast)
@@ -88,10 +94,13 @@ def reference_logprobs(
     sequences: Sequence[TokenSequence],
     temperature: float,
     *,
+    num_tokens: int | None = None,
     limit: MicroBatchLimit = MicroBatchLimit(),
     autocast: torch.dtype | None = None,
 ) -> list[NDArray[np.float32]]:
     """Log-probability of each response token at `temperature`: for each sequence [response tokens].
+
+    num_tokens: that a response may consist of, the first of the vocabulary; None for all.
 
     Raises: ValueError for a model without a plain head, or a temperature that is not positive.
     """
@@ -105,7 +114,9 @@ def reference_logprobs(
         for indices, hidden in _selected_hidden(model, sequences, rows, limit, autocast):
             tokens = [token for index in indices for token in sequences[index].response_ids]
             targets = torch.tensor(tokens, dtype=torch.int64, device=model.device)
-            logprobs, _ = token_logprobs(hidden, head, targets, temperature, chunk_tokens=_LOGIT_ROWS)
+            logprobs, _ = token_logprobs(
+                hidden, head, targets, temperature, num_tokens=num_tokens, chunk_tokens=_LOGIT_ROWS
+            )
             results.update(_unpack(logprobs, indices, sequences, rows))
     return [results[index] for index in range(len(sequences))]
 

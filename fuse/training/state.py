@@ -82,7 +82,7 @@ def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> Non
         optimizer.num_steps = int(step[f"{model}.step"])
         for part in optimizer.STATE_PARTS:  # one at a time, so that the host holds no more
             prefix = f"{model}.{part}."
-            tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes.items()}
+            tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes(part).items()}
             _read(reader, tensors)
             optimizer.import_state(part, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
 
@@ -114,8 +114,8 @@ def _expected(optimizers: Mapping[str, ModelOptimizer]) -> Iterator[tuple[str, t
     """Key, shape and type of every tensor of these models, also those on other ranks."""
     for model, optimizer in optimizers.items():
         yield f"{model}.step", torch.Size([1]), torch.int64
-        for name, shape in optimizer.model_shapes.items():
-            for part in optimizer.STATE_PARTS:
+        for part in optimizer.STATE_PARTS:
+            for name, shape in optimizer.model_shapes(part).items():
                 yield f"{model}.{part}.{name}", shape, torch.float32
 
 

@@ -104,41 +104,33 @@ class Future(Generic[_T]):
         return self._worker._get(self._reference)
 
 
-def wait_any(futures: Sequence[Future[_T]], timeout_s: float | None = None) -> tuple[Future[_T], _T]:
-    """Wait until one of the calls ends; returns it and its result.
+def wait_ended(futures: Sequence[Future[Any]], timeout_s: float | None = None) -> list[Future[Any]]:
+    """Wait until at least one of the calls has ended, by whatever end; returns all that have, in order of the calls.
 
-    Raises:
-        WorkerError: that call raised or its process died.
-        TimeoutError: none ended in time.
+    After `timeout_s` that may be none.
     """
     by_reference = {future._reference: future for future in futures}
-    ended, _ = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s)
-    if not ended:
-        raise TimeoutError(f"none of {len(futures)} calls ended within {timeout_s} s")
-    return by_reference[ended[0]], by_reference[ended[0]].result()
-
-
-def wait_ended(futures: Sequence[Future[Any]]) -> list[Future[Any]]:
-    """Wait until at least one of the calls has ended, by whatever end; returns all that have, in order of the calls."""
-    by_reference = {future._reference: future for future in futures}
-    ray.wait(list(by_reference), num_returns=1)
+    ray.wait(list(by_reference), num_returns=1, timeout=timeout_s)
     ended, _ = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
     done = set(ended)
     return [future for reference, future in by_reference.items() if reference in done]
 
 
-def gather(futures: Sequence[Future[_T]]) -> list[_T]:
+def gather(futures: Sequence[Future[_T]], timeout_s: float | None = None) -> list[_T]:
     """Wait for all calls and return their results in order.
 
     Raises:
         WorkerError: at the first call that raised or whose process died, without waiting for the others, which may
-            be stuck waiting for it.
+            be stuck waiting for it; or where none ended within `timeout_s` of the one before.
     """
     pending = {future._reference: index for index, future in enumerate(futures)}
     results: dict[int, _T] = {}
     while pending:
-        ray.wait(list(pending), num_returns=1)
+        ray.wait(list(pending), num_returns=1, timeout=timeout_s)
         ended, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        if not ended:
+            worker = futures[next(iter(pending.values()))]._worker
+            raise WorkerError(worker.device, worker.role, f"no answer within {timeout_s:g} s")
         for reference in ended:
             index = pending.pop(reference)
             results[index] = futures[index].result()
@@ -147,7 +139,7 @@ def gather(futures: Sequence[Future[_T]]) -> list[_T]:
 
 def _last_lines(logs: Path, process_id: int | None) -> list[str]:
     """The end of what a process wrote to stderr, which is where a crash of native code reports itself."""
-    lines = [line for log in logs.glob(f"session_latest/logs/worker-*-{process_id}.err") for line in _lines(log)]
+    lines = [line for log in logs.glob(f"*/session_latest/logs/worker-*-{process_id}.err") for line in _lines(log)]
     return [line for line in lines if not line.startswith(":")][-_NUM_LAST_LINES:]  # ":" marks Ray's own lines
 
 

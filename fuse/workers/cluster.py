@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fuse.workers.calls import Worker
+from fuse.workers.cores import claimed_cores
 from fuse.workers.process import actor_class, concurrent_methods
 from fuse.workers.ray_session import WORKER_ENVIRONMENT, joined_cluster, local_cluster, local_directory
 
@@ -63,6 +64,7 @@ class Cluster:
         self._workers: list[Worker[Any]] = []
         self._warm: dict[tuple[str, int], Any] = {}  # actors that have no worker yet
         self._logs: Path | None = None
+        self._cores: list[int] = []  # by device, the place of its core among its host's
         self._group: PlacementGroup | None = None
         self._resources = ExitStack()
 
@@ -72,6 +74,8 @@ class Cluster:
             _require_devices(self.num_devices, self._accelerator)
             self._group = resources.enter_context(_reserve(self.num_devices, self._accelerator))
             self.devices = _devices(self._group)
+            if self._accelerator == "cpu":
+                self._cores = self._claim(resources)
             resources.callback(self._kill_workers)
             self._resources = resources.pop_all()
         return self
@@ -96,6 +100,11 @@ class Cluster:
             resources.enter_context(local_cluster(self.num_devices))
         self._logs = local_directory()
 
+    def _claim(self, resources: ExitStack) -> list[int]:
+        if local_directory() is None:
+            return [device.slot for device in self.devices]
+        return resources.enter_context(claimed_cores(self.num_devices))
+
     def _kill_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
@@ -115,13 +124,11 @@ class Cluster:
 
         A device has room for two workers. What the constructor raises is raised by the results of calls.
         """
-        place = self.devices[device]
         live = Counter(worker.device for worker in self._workers)
         assert live[device] < 1 / _SHARE_OF_DEVICE, f"device {device} already has {live[device]} workers"
         actor = self._warm.pop((role, device), None) or self._process(device, worker_class)
         # A GPU's processes need threads beside the one that computes; a core's must not take another device's core.
-        core = place.slot if self._accelerator == "cpu" else None
-        started = actor.start.remote(core, worker_class, args, kwargs)
+        started = actor.start.remote(self._cores[device] if self._cores else None, worker_class, args, kwargs)
         worker: Worker[_W] = Worker(role, device, actor, started, concurrent_methods(worker_class), self._logs)
         self._workers.append(worker)
         return worker

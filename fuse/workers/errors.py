@@ -7,7 +7,15 @@ import re
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 
-class WorkerError(RuntimeError):
+class RunError(RuntimeError):
+    """What ended a run that its input is not to blame for."""
+
+
+class ClusterError(RunError):
+    """A process of the Ray cluster itself has ended."""
+
+
+class WorkerError(RunError):
     """A worker raised or its process died (`is_death`); the worker's own traceback is the `__cause__`."""
 
     def __init__(self, device: int, role: str, cause: str, *, is_death: bool = False) -> None:

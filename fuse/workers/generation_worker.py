@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
-from fuse.trace import Span, SpanRecorder
+from fuse.trace import Span, SpanRecorder, now_s
 from fuse.workers.kv.transfer import KVRef, KVTransfer, ObjectStoreTransfer
 from fuse.workers.weights import WeightsRef, get_state_dict
 
@@ -151,7 +150,7 @@ class GenerationWorker:
             while not self._closing:
                 self._execute_commands()
                 if self._num_live:
-                    start_s = time.time()
+                    start_s = now_s()
                     self._publish(self._engine.step(), start_s)
         except BaseException as failure:  # noqa: BLE001  (the end of a thread: the next call raises it)
             with self._changed:
@@ -186,7 +185,7 @@ class GenerationWorker:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
             sizes = {"batch": len(tokens), "context_tokens": context_tokens, "prefill_tokens": prefill_tokens}
-            self._recorder.add(Span("decode", "generate", start_s, time.time(), sizes))
+            self._recorder.add(Span("decode", "generate", start_s, now_s(), sizes))
             if self._has_finished:
                 self._changed.notify_all()
 
@@ -220,7 +219,7 @@ class GenerationWorker:
                 self._num_entering -= 1
 
     def _admit(self, departures: Sequence[Departure]) -> None:
-        start_s = time.time()
+        start_s = now_s()
         arrivals, num_bytes, num_lost = [], 0, 0
         for departure in departures:
             request, ref = departure.request, departure.kv
@@ -236,10 +235,10 @@ class GenerationWorker:
 
     def _add_transfer(self, name: str, start_s: float, sizes: dict[str, object]) -> None:
         with self._changed:
-            self._recorder.add(Span(name, "transfer", start_s, time.time(), sizes))
+            self._recorder.add(Span(name, "transfer", start_s, now_s(), sizes))
 
     def _evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Departure]:
-        start_s = time.time()
+        start_s = now_s()
         with self._changed:
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
             departures = [self._depart(sample_id, with_kv) for sample_id in live]
@@ -267,12 +266,12 @@ class GenerationWorker:
             self._kv_transfer.release(kv)
 
     def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
-        start_s = time.time()
+        start_s = now_s()
         self._engine.load_weights(get_state_dict(weights))
         self._fetched.clear()
         self._kv_transfer.recall()
         with self._changed:
-            self._recorder.add(Span("load weights", "weights", start_s, time.time()))
+            self._recorder.add(Span("load weights", "weights", start_s, now_s()))
 
     def _stop(self) -> None:
         self._closing = True

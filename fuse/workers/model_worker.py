@@ -75,9 +75,14 @@ class ModelWorker:
             self._rank, self._device, self._trained, placement, self._settings, self._recorder, self._tensor_group
         )
         self._scoring: dict[str, PreTrainedModel] = {
-            role: self._trained_here(role) or spec.build(self._device, torch.float32 if role in self._trained else None)
+            role: self._trained_here(role) or spec.build(self._device, self._scoring_dtype(role))
             for role, spec in self._scoring_specs.items()
         }
+
+    def _scoring_dtype(self, role: str) -> torch.dtype:
+        """What a copy holds: a type to compute in rounds float32 anew, and what was rounded before may stay so."""
+        is_rounded = self._settings.autocast is not None and role not in self._trained
+        return self._scoring_specs[role].dtype if is_rounded else torch.float32
 
     def _trained_here(self, role: str) -> PreTrainedModel | None:
         """The model itself, where this rank trains all of it in one stage: then it needs no copy to score with."""

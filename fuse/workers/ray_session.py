@@ -22,12 +22,16 @@ from typing import Any
 import ray
 from ray._private import node, parameter, ray_constants, services, worker
 
+from fuse.termination import raised_on_sigterm
 from fuse.workers import reaper
+from fuse.workers.ray_watch import watched
 from fuse.workers.reaper import MARK, end_processes_of
 
 _LOOPBACK = "127.0.0.1"
-# An AF_UNIX path holds 107 bytes, of which Ray's "/session_<date>_<pid>/sockets/plasma_store" needs up to 66.
-_LONGEST_TEMPORARY_DIRECTORY = 40
+# An AF_UNIX path holds 107 bytes, of which Ray's "/ray/session_<date>_<pid>/sockets/plasma_store" needs up to 70.
+_LONGEST_TEMPORARY_DIRECTORY = 36
+RAY_FILES = "ray"
+"""Where in a local cluster's directory Ray's own files are."""
 _START_TIMEOUT_S = 300.0
 _START_ATTEMPTS = 2
 _STOP_TIMEOUT_S = 10.0
@@ -75,6 +79,8 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
         with _loopback(), _lean(), _patient(), _environment({**WORKER_ENVIRONMENT, **marked}):
             _start(num_cpus, directory)
         _local_directory = directory
+        stack.enter_context(raised_on_sigterm())
+        stack.enter_context(watched(_own_processes()))
         try:
             if (address := ray.util.get_node_ip_address()) != _LOOPBACK:
                 raise RuntimeError(
@@ -278,7 +284,7 @@ def _init(num_cpus: int, directory: Path) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _temp_dir=str(directory),
+        _temp_dir=str(directory / RAY_FILES),  # which Ray opens to all users, and the one above is this one's
         _system_config={
             # One that is not ready when its actor comes would be started twice.
             "enable_worker_prestart": False,
@@ -317,6 +323,14 @@ def _patient() -> Iterator[None]:
         yield
     finally:
         ray_node.Node.start_ray_processes = start
+
+
+def _own_processes() -> dict[str, subprocess.Popen[bytes]]:
+    """Of the local cluster, without which it does not go on."""
+    untyped: Any = worker
+    started = untyped._global_node.all_processes
+    kinds = {"node": ray_constants.PROCESS_TYPE_RAYLET, "control service": ray_constants.PROCESS_TYPE_GCS_SERVER}
+    return {name: started[kind][0].process for name, kind in kinds.items()}
 
 
 def _stop(directory: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fuse.algorithms.batch import Segments
-from fuse.algorithms.policy_loss import CLIP_FRACTION, RATIO, clipped_surrogate
+from fuse.algorithms.policy_loss import CLIP_FRACTION, RATIO, PolicyTargets, clipped_policy_loss, clipped_surrogate
 from fuse.algorithms.value_loss import clipped_error
+from fuse.micro_batch import MicroBatch
 from fuse.sample import response_length
 
 PAD, STOP = 0, 1
@@ -16,16 +17,17 @@ PAD, STOP = 0, 1
 @pytest.mark.parametrize(
     ("response", "stop", "length"),
     [
-        ([5, 6, STOP], STOP, 3),  # the stop token counts
-        ([5, STOP, 7, STOP], STOP, 2),  # nothing after the first one does
-        ([5, 6, 7], STOP, 3),
-        ([5, PAD, 6, STOP], STOP, 1),  # a generated padding token ends what counts
-        ([PAD, 5], STOP, 0),
-        ([5, STOP, 6], None, 3),
-        ([5, 6, PAD], PAD, 2),  # stop and padding are one token: it does not count
+        ([5, 6, STOP], (STOP,), 3),  # the stop token counts
+        ([5, STOP, 7, STOP], (STOP,), 2),  # nothing after the first one does
+        ([5, 6, 7], (STOP,), 3),
+        ([5, PAD, 6, STOP], (STOP,), 1),  # a generated padding token ends what counts
+        ([PAD, 5], (STOP,), 0),
+        ([5, STOP, 6], (), 3),
+        ([5, 7, STOP], (STOP, 7), 2),  # any of several ends it
+        ([5, 6, PAD], (PAD,), 2),  # stop and padding are one token: it does not count
     ],
 )
-def test_response_length(response: list[int], stop: int | None, length: int) -> None:
+def test_response_length(response: list[int], stop: tuple[int, ...], length: int) -> None:
     assert response_length(response, stop, PAD) == length
 
 
@@ -58,3 +60,21 @@ def test_a_micro_batch_of_empty_responses_has_no_loss() -> None:
     empty, mask = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
     loss, _ = clipped_surrogate(empty, empty, empty, mask, 0.2)
     assert loss.item() == 0.0
+
+
+def test_metrics_of_a_micro_batch_of_empty_responses_are_those_of_unchanged_policies() -> None:
+    """In the ragged layout it has no positions at all."""
+    none = MicroBatch(
+        input_ids=torch.ones(2, 3, dtype=torch.int64),
+        head_index=torch.zeros(0, dtype=torch.int64),
+        targets=PolicyTargets(
+            token_ids=torch.zeros(0, dtype=torch.int64),
+            old_logprobs=torch.zeros(0),
+            advantages=torch.zeros(0),
+            mask=torch.zeros(0, dtype=torch.bool),
+        ),
+    )
+    head = torch.nn.Linear(4, 5)
+    loss, metrics = clipped_policy_loss(torch.zeros(0, 4), head, none, temperature=1.0, cliprange=0.2)
+    assert loss.item() == 0.0
+    assert {metric.name: value.item() for metric, value in metrics.items() if value != 0} == {"val/ratio": 1.0}

@@ -6,9 +6,11 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fuse import PPOConfig, cli
@@ -22,7 +24,7 @@ from fuse.config.inherited_help import HELP, ONE_VALUE
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
 
-from ..tiny_models import build, classifier
+from ..tiny_models import build, classifier, language_model
 
 REWARDS = """
 seen = []
@@ -106,6 +108,9 @@ def arguments(models: Path, **changes: str | None) -> list[str]:
         ({"model": "{models}/unpadded"}, "no pad token: name one of its tokens with --pad-token"),
         ({"pad_token": "<none>"}, "--pad-token '<none>' is not in the tokenizer's vocabulary"),
         ({"per_device_train_batch_size": "16"}, "8 rows, fewer than one batch of 16"),
+        ({"output_dir": "prompts.jsonl/out"}, "cannot write to output_dir='prompts.jsonl/out' ("),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a complete checkpoint"),
+        ({"resume_from_checkpoint": "true"}, "no checkpoint to resume from in"),
         ({"kl_coef": "-1"}, "kl_coef=-1.0 must not be negative"),
         ({"kl_cof": "1"}, "unknown option --kl-cof: did you mean --kl-coef?"),
         ({"json": "missing/out.json"}, "directory missing does not exist"),
@@ -149,6 +154,32 @@ def test_it_trains_on_prompts_with_a_reward_function(
     initial = AutoModelForCausalLM.from_pretrained(models / "policy").state_dict()
     assert any(not torch.equal(trained[name], initial[name]) for name in initial)
     assert "PPO 2/2: reward -" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_it_trains_a_model_as_others_leave_it_and_saves_it_so(project: Path) -> None:
+    """In float16, its vocabulary padded, a head beside the embedding that it is tied to; padding on the right."""
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.padding_side = "right"
+    options: dict[str, Any] = {"tie_word_embeddings": True, "max_position_embeddings": 256, "pad_token_id": 0}
+    policy = build(language_model(vocab_size=17, hidden_size=32, **options))
+    policy.resize_token_embeddings(64)
+    policy.half().save_pretrained(project / "policy")
+    tokenizer.save_pretrained(project / "policy")
+    weights = load_file(project / "policy" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file({**weights, **head}, project / "policy" / "model.safetensors", {"format": "pt"})
+
+    assert cli.main(arguments(project, learning_rate="1e-2", stop_token="none")) == 0
+    trained = AutoModelForCausalLM.from_pretrained(project / "out", dtype="auto")
+    assert trained.dtype == torch.float16
+    assert trained.get_output_embeddings().weight is trained.get_input_embeddings().weight
+    embedding = trained.get_input_embeddings().weight
+    assert embedding.shape == (64, 32)
+    moved = (embedding - weights["model.embed_tokens.weight"]).abs().amax(1) > 0
+    assert moved[:17].any()
+    assert not moved[17:].any(), "the padding is no token"
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -42,6 +42,9 @@ class FakeWorker:
         self.queue: deque[FakeFuture] = deque()
         self.is_dead = False
 
+    def kill(self) -> None:
+        self.is_dead = True
+
     def call(self, method: Callable[..., Any], *args: Any) -> FakeFuture:
         future = FakeFuture(self, method.__name__, args)
         if future.method != "poll":
@@ -68,6 +71,7 @@ class FakeEngine(FakeWorker):
     def __init__(self, device: int, lengths: Mapping[int, int], max_batch: int) -> None:
         super().__init__("generation worker", device)
         self.lengths, self.max_batch = lengths, max_batch
+        self.is_silent = False  # a hung one, which answers and gets nothing done
         self.samples: dict[int, GenerationRequest] = {}
         self.tokens: dict[int, list[int]] = {}
         self.reported: dict[int, int] = {}
@@ -99,7 +103,7 @@ class FakeEngine(FakeWorker):
         return departures
 
     def poll(self, random: np.random.Generator) -> list[Progress]:
-        for _ in range(int(random.integers(0, 4))):
+        for _ in range(0 if self.is_silent else int(random.integers(0, 4))):
             running = [one for one in self.samples if len(self.tokens[one]) < self.lengths[one]][: self.max_batch]
             for one in running:
                 self.tokens[one].append(token(one, len(self.tokens[one])))
@@ -147,7 +151,7 @@ class Chance:
         self.random = np.random.default_rng(seed)
         self.engines, self.num_deaths, self.death_rate = engines, num_deaths, death_rate
 
-    def __call__(self, futures: Sequence[FakeFuture]) -> list[FakeFuture]:
+    def __call__(self, futures: Sequence[FakeFuture], timeout_s: float) -> list[FakeFuture]:
         assert futures, "the rollout waits for nothing"
         if self.num_deaths and self.random.random() < self.death_rate:
             self.num_deaths -= 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,10 +72,18 @@ def policies(seed: int) -> list[Policy]:
 
 
 def roll_out(
-    lengths: Sequence[int], num_devices: int, policy: Policy, seed: int, num_deaths: int = 0, death_rate: float = 0.05
+    lengths: Sequence[int],
+    num_devices: int,
+    policy: Policy,
+    seed: int,
+    num_deaths: int = 0,
+    death_rate: float = 0.05,
+    silent: Sequence[int] = (),
 ) -> tuple[RolloutReport, list[Sample], list[int]]:
     by_id = {FIRST_ID + index: length for index, length in enumerate(lengths)}
     engines = [FakeEngine(device, by_id, LIMITS.max_batch) for device in range(num_devices)]
+    for device in silent:
+        engines[device].is_silent = True
     scorers = [FakeScorer(device, engine).handle for device, engine in enumerate(engines)]
     samples = [Sample(FIRST_ID + index, (1, 2, 3)) for index in range(len(lengths))]
     announced: list[int] = []
@@ -85,8 +97,11 @@ def roll_out(
         pad_token_id=0,
         costs=SMALL_CPU,
         on_generated=lambda finished: announced.extend(sample.id for sample in finished),
+        timeout_s=1e4 if silent else math.inf,
     )
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "time", clock)
         patch.setattr(live, "wait_ended", Chance(seed, engines, num_deaths, death_rate))
         report = rollout.run()
     return report, samples, announced
@@ -116,6 +131,16 @@ def test_every_sample_is_generated_and_scored_once(lengths: list[int], num_devic
     assert 0 < report.generation_s <= report.makespan_s
     if which == 0 or num_devices == 1:
         assert report.num_migrations == 0
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_an_engine_that_gives_no_token_for_too_long_is_lost(which: int) -> None:
+    lengths = [3, 24, 7, 12, 1, 24]
+    report, samples, announced = roll_out(lengths, 3, policies(0)[which], seed=0, silent=[1])
+    check(lengths, samples, announced)
+    assert report.lost_engines == (1,)
+    with pytest.raises(WorkerError, match=r"generation worker on device \d failed: no token within 10000 s"):
+        roll_out(lengths, 2, policies(0)[which], seed=0, silent=[0, 1])
 
 
 @settings(max_examples=60)

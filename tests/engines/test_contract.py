@@ -38,7 +38,7 @@ def request(
         sample_id=sample_id,
         prompt_ids=tuple(1 + (sample_id + 5 * index) % 90 for index in range(length)),
         params=SamplingParams(
-            seed=3, temperature=1.0, max_new_tokens=max_new_tokens, stop_token_id=STOP_TOKEN_ID if stop else None
+            seed=3, temperature=1.0, max_new_tokens=max_new_tokens, stop_token_ids=(STOP_TOKEN_ID,) if stop else ()
         ),
     )
 
@@ -51,7 +51,7 @@ def record(recorded: GenerationRequest) -> tuple[list[int], list[float]]:
     response_ids: list[int] = []
     for position in range(recorded.params.max_new_tokens):
         response_ids.append((recorded.sample_id + 3 * position) % 11)
-        if response_ids[-1] == recorded.params.stop_token_id:
+        if response_ids[-1] in recorded.params.stop_token_ids:
             break
     return response_ids, [-0.1 * (1 + token_id) for token_id in response_ids]
 

@@ -13,7 +13,7 @@ STOP = 9
 REQUEST = GenerationRequest(
     sample_id=0,
     prompt_ids=(1, 2),
-    params=SamplingParams(seed=0, temperature=1.0, max_new_tokens=5, stop_token_id=STOP),
+    params=SamplingParams(seed=0, temperature=1.0, max_new_tokens=5, stop_token_ids=(STOP,)),
 )
 RECORDINGS = {0: ([4, STOP, 6], [-1.0, -2.0, -3.0])}
 

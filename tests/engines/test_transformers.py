@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
@@ -197,6 +204,40 @@ def test_a_window_shorter_than_the_context_is_refused() -> None:
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=256, sliding_window=32,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="last 32 tokens only: lower max_context=256 to 32"):
+    with pytest.raises(ValueError, match="last 32 tokens only, and prompts and responses may have 256"):
         TransformersEngine(MistralForCausalLM(config))
     TransformersEngine(MistralForCausalLM(config), max_context=32)
+
+
+def test_a_model_that_fails_to_decode_is_refused_in_a_line() -> None:
+    """Its keys are wider than its values."""
+    deepseek = DeepseekV3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM does not decode from slots .*: use another") as one:
+        TransformersEngine(DeepseekV3ForCausalLM(deepseek))
+    assert "\n" not in str(one.value)
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(build_model: BuildModel) -> None:
+    model = build_model()
+    requests = [
+        GenerationRequest(
+            sample_id=index,
+            prompt_ids=(1, 2 + index),
+            params=SamplingParams(seed=3, temperature=5.0, max_new_tokens=20),
+        )
+        for index in range(4)
+    ]
+    outputs = run(TransformersEngine(model, num_tokens=9), requests)
+    assert {token for token_ids, _ in outputs.values() for token in token_ids} == set(range(9))
+    for request in requests:
+        token_ids, logprobs = outputs[request.sample_id]
+        input_ids = torch.tensor([[*request.prompt_ids, *token_ids]])
+        with torch.inference_mode():
+            logits = model(input_ids=input_ids, use_cache=False).logits[0, 1:-1, :9]
+        expected = (logits / 5.0).log_softmax(1).gather(1, torch.tensor(token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-5)

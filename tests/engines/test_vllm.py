@@ -37,7 +37,9 @@ def request(
     return GenerationRequest(
         sample_id=sample_id,
         prompt_ids=tuple(1 + (7 * sample_id + 3 * index) % 96 for index in range(num_prompt_tokens)),
-        params=SamplingParams(seed=3, temperature=temperature, max_new_tokens=max_new_tokens, stop_token_id=stop),
+        params=SamplingParams(
+            seed=3, temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=(stop, 3) if stop else ()
+        ),
     )
 
 
@@ -47,25 +49,33 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize(("architecture", "num_tokens"), [("llama", None), ("qwen2", 60)])
 def test_tokens_equal_those_of_the_transformers_engine(
-    vllm_pool: VllmPool, build_model: BuildModel, architecture: str
+    vllm_pool: VllmPool, build_model: BuildModel, architecture: str, num_tokens: int | None
 ) -> None:
-    """In batches of every size, alone and side by side, greedy and not; and with a sample that moved either way."""
+    """In batches of every size, alone and side by side, greedy and not; and with a sample that moved either way.
+
+    Of a whole vocabulary, and of one that ends with padding.
+    """
     model = build_model(architecture, hidden_size=HIDDEN_SIZE)
+    limits = LIMITS | {"num_tokens": num_tokens}
 
     def transformers(**options: int) -> TransformersEngine:
-        return TransformersEngine(build_model(architecture, hidden_size=HIDDEN_SIZE), max_context=96, **options)
+        return TransformersEngine(
+            build_model(architecture, hidden_size=HIDDEN_SIZE), max_context=96, num_tokens=num_tokens, **options
+        )
 
     expected = run(transformers(max_batch=3), REQUESTS)
-    assert any(ids[-1] == 7 and len(ids) < 30 for ids, _ in expected.values()), "the test needs a sample that stops"
+    assert any(ids[-1] in (7, 3) and len(ids) < 30 for ids, _ in expected.values()), (
+        "the test needs a sample that stops"
+    )
     for max_batch in (16, 3):
-        engine = vllm_pool.engine(model, **(LIMITS | {"max_batch": max_batch}))
+        engine = vllm_pool.engine(model, **(limits | {"max_batch": max_batch}))
         assert_same(run(engine, REQUESTS), expected)
 
     moved = (2, 3)
     for to_vllm in (False, True):
-        source, target = transformers(), vllm_pool.engine(model, **LIMITS)
+        source, target = transformers(), vllm_pool.engine(model, **limits)
         if not to_vllm:
             source, target = target, source
         outputs: Outputs = {}

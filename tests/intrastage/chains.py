@@ -96,13 +96,15 @@ def forward(stages: Sequence[Any], micro_batches: Sequence[MicroBatch] = BATCHES
             hidden = stage.forward(index, micro_batch, hidden)
 
 
-def run(stages: Sequence[Any], micro_batches: Sequence[MicroBatch] = BATCHES) -> None:
-    """All forwards before all backwards."""
+def run(stages: Sequence[Any], micro_batches: Sequence[MicroBatch] = BATCHES, *, splits: bool = False) -> None:
+    """All forwards before all backwards, which may come in halves."""
     forward(stages, micro_batches)
     for index in range(len(micro_batches)):
         grad = None
         for stage in reversed(stages):
-            grad = stage.backward(index, grad)
+            grad = stage.backward_input(index, grad) if splits else stage.backward(index, grad)
+        for stage in stages if splits else ():
+            stage.backward_weight(index)
 
 
 def gradients(stages: Sequence[Any]) -> dict[str, Tensor]:
@@ -146,7 +148,7 @@ def whole_models(
         value, _ = loss(hidden, head, micro_batch)
         seen.append((head(hidden).detach(), value.detach()))
         value.backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
     return found, seen
 

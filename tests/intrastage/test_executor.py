@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fuse.intrastage.planned_times import PlannedTimes
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Op, Pipeline, Problem, Schedule
+from schedules.baselines import one_f_one_b
 
 BATCHES = [
     MicroBatch(input_ids=torch.zeros(1, tokens, dtype=torch.int64), head_index=torch.tensor([0]), targets=None)
@@ -148,3 +151,48 @@ def test_halves_of_a_backward_run_where_the_schedule_has_them() -> None:
 def test_a_stage_that_cannot_split_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match=r"splits a backward \(I0\.1\.0\) .*split_backward=True.*input_grad_ticks"):
         run(split_schedule(*SPLIT), can_split=False)
+
+
+class Mailbox:
+    """A direction of a pipeline: whatever is asked for is there. most_held: of what was sent and not let go."""
+
+    def __init__(self) -> None:
+        self.held = self.most_held = self.num_sent = 0
+
+    def send(self, tensor: Tensor, **_: object) -> Letter:
+        self.num_sent += 1
+        self.held += 1
+        self.most_held = max(self.most_held, self.held)
+        return Letter(tensor, self)
+
+    def receive(self, buffer: Tensor, **_: object) -> Letter:
+        return Letter(buffer, None)
+
+
+class Letter:
+    def __init__(self, tensor: Tensor, sent: Mailbox | None) -> None:
+        self.tensor, self._sent = tensor, sent
+
+    def wait(self) -> Tensor:
+        if self._sent is not None:
+            self._sent.held -= 1
+        return self.tensor
+
+
+class Receiving(RecordingStage):
+    def boundary(self, micro_batch: MicroBatch) -> Tensor:
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_what_was_sent_is_let_go_once_the_neighbour_has_used_it(rank: int) -> None:
+    pipeline = Pipeline("actor", (0, 1, 2, 3), 24, forward_ticks=(1,) * 4, backward_ticks=(2,) * 4)
+    schedule = one_f_one_b(Problem(num_ranks=4, pipelines=(pipeline,)))
+    stages = {(0, rank): Receiving(rank, rank == 3, [])}
+    forward, backward = Mailbox(), Mailbox()
+    pair: Any = SimpleNamespace(forward=forward, backward=backward)
+    execute(schedule, rank, stages, [[BATCHES[0]] * 24], [pair], SpanRecorder())
+    for mailbox, sends in ((forward, rank < 3), (backward, rank > 0)):
+        assert mailbox.num_sent == 24 * sends
+        assert mailbox.held == 0
+        assert mailbox.most_held <= 4, "of as many micro-batches as are under way"

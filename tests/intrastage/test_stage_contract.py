@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,57 @@ def test_weights_after_some_steps_are_those_of_one_transformers_stage(name: str,
     assert_equal(*weights)
     start = dict(model.named_parameters())
     assert min((weight - start[name]).abs().max() for name, weight in weights[0].items()) > 1e-3
+
+
+BOTTOM = ("embed_tokens", "layers.0.")
+"""All of stage 0, where UNEVEN cuts."""
+
+
+@every_kind
+@pytest.mark.parametrize("parts", [BOTTOM, ("mlp", "input_layernorm"), ("lm_head", "norm.", "o_proj")])
+@pytest.mark.parametrize(("name", "splits"), [("qwen3", True), ("llama tied", False)])
+def test_frozen_parameters_stay_and_the_others_train_as_they_do_in_torch(
+    name: str, splits: bool, parts: tuple[str, ...], kind: str, tmp_path: Path
+) -> None:
+    """Two steps, between which the training state is saved and loaded."""
+    model = copy.deepcopy(model_of(name))
+    start = {key: one.detach().clone() for key, one in model.named_parameters()}
+    frozen = frozenset(key for key in start if any(part in key for part in parts))
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key not in frozen)
+    adamw = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3, weight_decay=0.0)
+    chains, norms, expected_norms = [], [], []
+    for step in range(2):
+        stages = chain_of(kind, model_of(name), split_backward=splits)
+        for stage in stages:
+            stage.freeze(frozen)
+        keyed = {(0, stage.stage): stage for stage in stages}
+        optimizer = ModelOptimizer("actor", keyed, None, AdamWConfig(max_grad_norm=0.05), frozen=frozen)
+        if step > 0:
+            load_state(tmp_path, {"actor": optimizer})
+        run(stages, splits=splits)
+        norms.append(optimizer.step(1e-3))
+        save_state(tmp_path, {"actor": optimizer})
+        chains.append(stages)
+        for key, gradient in whole_models(model)[0].items():
+            model.get_parameter(key).grad = gradient
+        expected_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
+        adamw.step()
+        adamw.zero_grad()
+
+    weights = exported(chains[-1])
+    assert_equal({key: weights[key] for key in frozen}, {key: start[key] for key in frozen}, atol=0)
+    assert_equal(weights, dict(model.named_parameters()))
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
+    assert min(float((weights[key] - start[key]).abs().max()) for key in weights.keys() - frozen) > 1e-3
+
+
+def test_parameters_of_one_megatron_matrix_are_frozen_together() -> None:
+    (stage,) = chain_of("megatron", model_of("qwen3"), ONE)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\S+k_proj.weight is frozen and \S+ is not, .*freeze both or neither"
+    ):
+        stage.freeze({"model.layers.0.self_attn.k_proj.weight"})
 
 
 @pytest.mark.parametrize("loading", KINDS)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from fuse.intrastage import training_planner
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.measurement_store import MeasurementStore
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import DRIFT_UPDATES, PlanSettings, TrainingPlanner
 from fuse.intrastage.training_schedule import fused_schedule
 from fuse.trace import Span
-from schedules import Kind, evaluate, violations
+from schedules import Kind, Schedule, evaluate, violations
 
 PLACEMENT = (Replica("actor", 0, (0, 1)), Replica("critic", 0, (1, 0)))
 SHAPES = [Shape(2, 64), Shape(2, 16), Shape(2, 64), Shape(2, 32)]
@@ -43,7 +44,8 @@ def settings(
         fused=fused,
         time_limit_s=time_limit_s,
         num_workers=1,
-        num_steps=10,
+        num_updates=10,
+        steps_per_update=1,
         memory_limit_bytes=memory_limit_bytes,
         replan_drift=0.3,
         directory=directory,
@@ -93,6 +95,21 @@ def test_what_an_earlier_run_measured_plans_the_first_update(tmp_path: Path) -> 
     elsewhere = replace(PLACEMENT[0], layer_ranges=((0, 1), (1, 4)))
     other = TrainingPlanner((elsewhere, PLACEMENT[1]), settings(tmp_path), MeasurementStore(tmp_path, {}))
     assert other.plans({4}, SHAPES)[4].profile is None, "its stages are others"
+
+
+def test_a_search_counts_the_steps_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def search(*arguments: Any, num_steps: int, **options: Any) -> Schedule:
+        asked.append(num_steps)
+        return fused_schedule(*arguments, num_steps=num_steps, **options)
+
+    monkeypatch.setattr(training_planner, "fused_schedule", search)
+    planner = planner_in(tmp_path)
+    for _ in range(3):
+        planner.plans({2, 4}, SHAPES)
+        planner.observe(watched(SHAPES))
+    assert asked == [9 // 2] * 2, "of ten updates of a step, one is over, and two schedules share the others"
 
 
 def test_without_fusion_nothing_is_learnt_nor_written(tmp_path: Path) -> None:

@@ -34,6 +34,23 @@ def test_equals_the_categorical_distribution(example, dtype, num_tokens, chunk_t
     torch.testing.assert_close(entropy, expected.entropy())
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient(example, chunk_tokens):
+    hidden, head, targets = example(13)
+    targets %= 7
+    hidden.requires_grad_()
+    logprobs, entropy = token_logprobs(hidden, head, targets, 0.7, chunk_tokens, num_tokens=7)
+    expected = torch.distributions.Categorical(logits=head(hidden)[:, :7] / 0.7)
+    torch.testing.assert_close(logprobs, expected.log_prob(targets))
+    torch.testing.assert_close(entropy, expected.entropy())
+    (expected_grad,) = torch.autograd.grad(expected.log_prob(targets).sum(), hidden)
+    logprobs.sum().backward()
+    torch.testing.assert_close(hidden.grad, expected_grad)
+    (weight,) = head.parameters()
+    assert weight.grad[:7].abs().min() > 0
+    assert weight.grad[7:].abs().max() == 0
+
+
 def test_chunks_change_no_gradient(example):
     gradients = []
     for chunk_tokens in (None, 4):

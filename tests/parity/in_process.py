@@ -58,12 +58,12 @@ class _Cluster:
         return self._workers[-1]
 
 
-def _gather(futures: Sequence[_Future]) -> list[Any]:
+def _gather(futures: Sequence[_Future], timeout_s: float | None = None) -> list[Any]:
     return [future.result() for future in futures]
 
 
-def _wait_any(futures: Sequence[_Future], timeout_s: float | None = None) -> tuple[_Future, Any]:
-    return futures[0], futures[0].result()
+def _wait_ended(futures: Sequence[_Future], timeout_s: float | None = None) -> list[_Future]:
+    return list(futures)
 
 
 def use(patch: pytest.MonkeyPatch) -> None:
@@ -73,5 +73,5 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fleet, "gather", _gather)
     patch.setattr(model_start, "gather", _gather)
     patch.setattr(stage_by_stage, "gather", _gather)
-    patch.setattr(stage_by_stage, "wait_any", _wait_any)
-    patch.setattr(live, "wait_ended", list)
+    patch.setattr(stage_by_stage, "wait_ended", _wait_ended)
+    patch.setattr(live, "wait_ended", _wait_ended)

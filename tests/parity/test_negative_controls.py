@@ -68,8 +68,8 @@ def reference_without_temperature(patch: pytest.MonkeyPatch) -> None:
 def responses_not_cut_after_their_stop_token(patch: pytest.MonkeyPatch) -> None:
     right = sample.response_length
 
-    def response_length(response_ids: Any, stop_token_id: int | None, pad_token_id: int) -> int:
-        return right(response_ids, None, pad_token_id)
+    def response_length(response_ids: Any, stop_token_ids: Any, pad_token_id: int) -> int:
+        return right(response_ids, (), pad_token_id)
 
     patch.setattr(stage_by_stage, "response_length", response_length)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from fuse.checkpoint import SaveError
 from fuse.trainers import run
@@ -39,6 +41,32 @@ def test_a_run_rotates_and_resumes_its_own(tmp_path: Path, caplog: pytest.LogCap
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-2"], "checkpoint-1 was the same run's"
     assert "resuming from checkpoint-1, of the run that saved last" in caplog.text
     assert resumed.state.log_history[0] == second.state.log_history[0]
+
+
+class Counter(TrainerCallback, ExportableState):
+    """Remembers how many updates it has seen, as transformers' stateful callbacks do."""
+
+    def __init__(self, unit: str = "updates") -> None:
+        self.unit, self.seen = unit, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"unit": self.unit}, "attributes": {"seen": self.seen}}
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_stateful_callbacks_remember_where_asked_to(restores: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"restore_callback_states_from_checkpoint": restores, **SAVING}
+    first = [Counter("steps"), Counter("rounds")]
+    first[1].seen = 10
+    tiny.train(tmp_path, total_episodes=16, callbacks=first, **options)
+    resumed = tiny.trainer(tmp_path, total_episodes=24, callbacks=[Counter(), Counter()], **options)
+    resumed.train(resume_from_checkpoint=True)
+    counters = [one for one in resumed.callback_handler.callbacks if isinstance(one, Counter)]
+    expected = [("steps", 3), ("rounds", 13)] if restores else [("updates", 1), ("updates", 1)]
+    assert [(one.unit, one.seen) for one in counters] == expected
 
 
 def test_models_alone_are_rotated(tmp_path: Path) -> None:

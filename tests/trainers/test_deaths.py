@@ -29,13 +29,16 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
 ) -> None:
     """Killed when the first sample is finished; all others last for a second and more."""
     options: dict[str, Any] = {
-        "models": {"vocab_size": 512, "max_position_embeddings": 1024},
+        "models": {"max_position_embeddings": 1024},
         "num_devices": 2,
         "total_episodes": 8,
         "response_length": 400,
+        "stop_token": None,
         "num_sample_generations": 0,
     }
-    undisturbed = tiny.train(tmp_path / "undisturbed", **options)
+    undisturbed = tiny.trainer(tmp_path / "undisturbed", **options)
+    undisturbed.max_new_tokens = {0: 4}
+    undisturbed.train()
     engines: list[int] = []
 
     def kill_an_engine(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
@@ -44,6 +47,7 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
         return tiny.count_a(prompts, responses, target)
 
     disturbed = tiny.trainer(tmp_path / "disturbed", reward=kill_an_engine, **options)
+    disturbed.max_new_tokens = {0: 4}
 
     class ChooseAnEngine(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -97,18 +101,74 @@ def assert_same_models(one: PPOTrainer, other: PPOTrainer) -> None:
     assert tiny.difference(one.value_model, other.value_model) < tiny.ROUNDING
 
 
-def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
-    whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
-
-    output_dir = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", tiny.__name__, str(output_dir), "--devices", "2"],
+def program(output_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run of four updates in a process of its own, which saves each."""
+    return subprocess.Popen(
+        [sys.executable, "-m", tiny.__name__, str(output_dir), *arguments],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def end_by(process: subprocess.Popen[str], signum: int, *, after: str) -> str:
+    """Send the signal when the program has printed `after`; returns what it said, once all its processes are gone."""
+    assert process.stdout is not None
+    try:
+        assert after in iter(process.stdout.readline, ""), "the run ended too early"
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    _, orphans = psutil.wait_procs(children, timeout=60)
+    assert not [process for process in orphans if process.status() != psutil.STATUS_ZOMBIE]
+    return said
+
+
+def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Path) -> None:
+    """Saving every second update only, it is in the middle of the third."""
+    process = program(tmp_path, "--save-steps", "2", "--grace", "120")
+    said = end_by(process, signal.SIGTERM, after="began 3\n")
+    assert process.returncode == 143
+    assert "SIGTERM: the run ends with this update" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "checkpoint-3" / "state").is_dir()
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_sigterm_without_time_for_the_update_ends_at_once(tmp_path: Path) -> None:
+    process = program(tmp_path, "--grace", "0")
+    said = end_by(process, signal.SIGTERM, after="began 2\n")
+    assert process.returncode == 143
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
+    process = program(tmp_path)
+    assert process.stdout is not None
+    assert "began 2\n" in iter(process.stdout.readline, "")
+    (node,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
+    try:
+        node.kill()
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert "ClusterError: Ray's node has ended (exit code -9), and with it the run" in said
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
+    whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
+
+    output_dir = tmp_path / "killed"
+    process = program(output_dir, "--devices", "2")
     children: list[psutil.Process] = []
     assert process.stdout is not None
     try:
@@ -116,8 +176,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_
         children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.communicate()
     _, orphans = psutil.wait_procs(children, timeout=60)  # Ray's agents look for their parent every few seconds
     # Those that lost their parent wait for init to take note of their end.
     assert not [process for process in orphans if process.status() != psutil.STATUS_ZOMBIE]

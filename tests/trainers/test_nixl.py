@@ -37,16 +37,19 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
         responses.append(completions)
         return tiny.count_a(prompts, completions, target)
 
-    trainer = tiny.train(
+    trainer = tiny.trainer(
         output_dir,
         reward=reward,
-        models={"vocab_size": 512, "max_position_embeddings": 1024},  # ends are rare: samples last for seconds
+        models={"max_position_embeddings": 1024},
+        stop_token=None,
         num_devices=2,
         total_episodes=8,
         response_length=500,
         num_sample_generations=0,
         **options,
     )
+    trainer.max_new_tokens = {sample: 500 - 40 * sample for sample in range(8)}  # they last for seconds
+    trainer.train()
     return trainer.policy_model.state_dict(), sorted(one for completions in responses for one in completions)
 
 

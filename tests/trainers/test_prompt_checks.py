@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from fuse import PPOTrainer
-from fuse.trainers.prompts import make_samples, typical_length
+from fuse.config.settings import PromptTokens
+from fuse.trainers.prompts import make_samples, prompt_tokens
 
 from . import tiny
 
@@ -90,8 +91,8 @@ def test_tokens_that_a_mask_leaves_out_do_not_count(tmp_path: Path) -> None:
     made = trainer(tmp_path, padded)
     (batch,) = made.get_train_dataloader()
     assert {sample.prompt_ids for sample in make_samples(batch, 0, 0)} == {(5, 6), (7, 0)}
-    assert typical_length(padded) == 2
-    assert typical_length(padded, most_tokens=1) == 1
+    assert prompt_tokens(padded) == PromptTokens(2, 2)
+    assert prompt_tokens(padded, None, 1) == PromptTokens(1, 1), "of which one is kept"
 
 
 @pytest.mark.parametrize(

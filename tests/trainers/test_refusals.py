@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from fuse import PPOTrainer
 
@@ -75,6 +76,25 @@ def _unpicklable(arguments: dict[str, Any]) -> None:
     _option(reward_workers="process")(arguments)
 
 
+def _gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=64, n_embd=16, n_layer=2, n_head=2))
+
+
+def _mistral(window: int) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options = {**sizes, "num_key_value_heads": 1, **tiny.OPTIONS, "max_position_embeddings": 256}
+    return MistralForCausalLM(MistralConfig(**options, sliding_window=window))
+
+
+def _frozen(part: str, **options: Any) -> Change:
+    def change(arguments: dict[str, Any]) -> None:
+        _option(**options)(arguments)
+        for name, parameter in arguments["model"].named_parameters():
+            parameter.requires_grad_(part not in name)
+
+    return change
+
+
 def _option(**options: Any) -> Change:
     def change(arguments: dict[str, Any]) -> None:
         arguments["args"] = tiny.config(Path(arguments["args"].output_dir), **options)
@@ -126,6 +146,10 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_shared_body("model", "ref_model"), "model and ref_model share parameters .*copy.deepcopy.ref_model"),
         (_shared_body("model", "reward_model"), "model and reward_model share parameters .*copy.deepcopy.reward_m"),
         (_shared_body("reward_model", "value_model"), "value_model and reward_model share parameters"),
+        (_frozen(""), "no parameter of the LlamaForCausalLM to train requires gradients"),
+        (_frozen("k_proj", train_backend="megatron"), r"k_proj.weight is frozen and \S+ is not, .*one matrix"),
+        (_replace(model=_gpt2()), "GPT2LMHeadModel declares no pipeline plan"),
+        (_replace(model=_mistral(window=8)), "attends to the last 8 tokens only, and .* may have 64 together"),
         (_shared_storage, "model and value_model share parameters .model.model.norm.weight is value_model.model.norm"),
         (_replace(model=3), "model is 3: pass a transformers model"),
         (_replace(ref_model=3), "ref_model is 3: pass a transformers model"),
@@ -163,6 +187,7 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_option(whiten_rewards=True, num_mini_batches=2), "whiten_rewards needs mini-batches of at least 8"),
         (_option(num_devices=2, actor_stages=3), "actor_stages=3 neither divides the 2 pipeline ranks"),
         (_option(num_devices=2, actor_stages=1, num_mini_batches=4), "cannot feed 2 data-parallel replicas"),
+        (_option(num_devices=2, actor_stages=1, trl_quirks=True), "cannot feed 2 data-parallel replicas"),
     ],
 )
 def test_refused_with_one_line_and_nothing_written(change: Change, message: str, tmp_path: Path) -> None:
@@ -236,3 +261,16 @@ def test_dropout_of_a_trained_model_is_warned_of(tmp_path: Path, caplog: pytest.
     (message,) = caplog.messages
     assert message.startswith("model.config.attention_dropout=0.1 has no effect")
     assert message.endswith("set it to 0.0")
+
+
+def test_a_sliding_window_that_no_sequence_exceeds_is_accepted(tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path)
+    _replace(model=_mistral(window=64))(arguments)
+    PPOTrainer(**arguments)
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = _arguments(tmp_path / "file" / "out")
+    with pytest.raises(ValueError, match=r"cannot write to output_dir='.*out' .*file: Not a directory.: name another"):
+        PPOTrainer(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import threading
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuse import PPOTrainer
+from fuse.workers.errors import WorkerError
 
 from ..worker_pool import WorkerPool
 from . import tiny
@@ -59,6 +61,66 @@ def test_replicas_and_bfloat16(tmp_path: Path, plain: PPOTrainer) -> None:
     first, first_rounded = plain.state.log_history[0], rounded.state.log_history[0]
     assert first["loss/value_avg"] != first_rounded["loss/value_avg"], "nothing was computed in bfloat16"
     assert first["objective/entropy"] == pytest.approx(first_rounded["objective/entropy"], rel=0.1)
+
+
+def test_padding_of_the_vocabulary_is_neither_drawn_nor_scored_but_in_trls_layout(tmp_path: Path) -> None:
+    drawn = {}
+    for quirks in (False, True):
+        options: dict[str, Any] = {"num_ppo_epochs": 1, "stop_token": None, "temperature": 3.0, "trl_quirks": quirks}
+        made = tiny.trainer(tmp_path / str(quirks), models={"vocab_size": 40}, **options)
+        made.reward_model = lambda prompts, responses, target: [0.0] * len(prompts)
+        with made.updates() as updates:
+            drawn[quirks] = {token for one in updates for sample in one.samples for token in sample.response_ids}
+        assert all(row["val/sampler_logprob_diff"] < 1e-5 for row in made.state.log_history)
+    assert max(drawn[False]) < len(tiny.VOCABULARY) < max(drawn[True])
+
+
+def test_frozen_parameters_stay_to_the_bit_on_one_device_and_on_two(tmp_path: Path) -> None:
+    runs = []
+    for num_devices in (1, 2):
+        made = tiny.trainer(tmp_path / str(num_devices), num_devices=num_devices, save_strategy="steps", save_steps=1)
+        for name, parameter in [*made.policy_model.named_parameters(), *made.value_model.named_parameters()]:
+            parameter.requires_grad_("layers.0." not in name and "embed_tokens" not in name)
+        initial = copy.deepcopy(made.model)
+        made.train()
+        runs.append(made)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / str(num_devices) / "checkpoint-2")
+        for start, model in ((initial.policy, saved), (initial.value_model, made.value_model)):
+            moved = {key: float((one - model.get_parameter(key)).abs().max()) for key, one in start.named_parameters()}
+            frozen = {key for key in moved if "layers.0." in key or "embed_tokens" in key}
+            assert {key for key, distance in moved.items() if distance == 0.0} == frozen
+        resumed = tiny.trainer(tmp_path / str(num_devices), total_episodes=24, num_devices=num_devices)
+        with pytest.raises(WorkerError, match=r"exp_avg\.model\.embed_tokens.weight is missing"):
+            resumed.train(resume_from_checkpoint=True)
+    assert tiny.difference(runs[0].policy_model, runs[1].policy_model) < tiny.ROUNDING
+    assert tiny.difference(runs[0].value_model, runs[1].value_model) < tiny.ROUNDING
+
+
+def test_a_model_in_bfloat16_trains_in_float32_and_is_saved_as_it_was(tmp_path: Path) -> None:
+    rounded, plain = tiny.trainer(tmp_path / "rounded"), tiny.trainer(tmp_path / "plain")
+    for model in (rounded.policy_model, rounded.ref_model, rounded.value_model):
+        model.bfloat16()
+    for name in ("policy_model", "ref_model", "value_model"):
+        getattr(plain, name).load_state_dict(getattr(rounded, name).state_dict())
+    for made in (rounded, plain):
+        made.train()
+        made.save_model()
+    assert rounded.state.log_history[-1]["loss/policy_avg"] == pytest.approx(
+        plain.state.log_history[-1]["loss/policy_avg"], rel=1e-5
+    )
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto")
+    assert saved.dtype == torch.bfloat16
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").bfloat16()
+    assert tiny.difference(saved, expected) <= 2**-8  # where rounding falls to the other side
+
+
+def test_training_again_goes_on_from_the_weights_with_a_new_schedule(tmp_path: Path) -> None:
+    made = tiny.train(tmp_path)
+    rates, weights = [row["lr"] for row in made.state.log_history], copy.deepcopy(made.policy_model)
+    made.train()
+    assert [row["lr"] for row in made.state.log_history] == rates
+    assert rates[0] == made.args.learning_rate
+    assert tiny.difference(made.policy_model, weights) > 1e-3
 
 
 def test_training_fused_changes_no_bit(tmp_path: Path) -> None:

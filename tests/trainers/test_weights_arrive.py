@@ -7,10 +7,12 @@ every update, must find the log-probabilities that they told.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -38,9 +40,13 @@ def models(kind: str, *, tied: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 class Scores(TrainerCallback):
-    """After every update, what the workers' scoring copies say of a probe, and what the trained weights say."""
+    """After every update, what the workers' scoring copies say of a probe, and what the trained weights say.
+
+    addresses: at which any worker listens.
+    """
 
     def __init__(self) -> None:
+        self.addresses: set[str] = set()
         self.trainer: PPOTrainer | None = None
         self.differences: list[float] = []
 
@@ -53,6 +59,10 @@ class Scores(TrainerCallback):
             sample.response_ids[:], sample.length, sample.state = ids[2:], len(ids) - 2, SampleState.GENERATED
         trainer._fleet.infer(samples)
         trainer._fleet.fetch_weights()
+        for process_id in itertools.chain(*trainer.process_ids.values()):
+            sockets = psutil.Process(process_id).net_connections("inet")
+            listening = {one.laddr.ip.removeprefix("::ffff:") for one in sockets if one.status == psutil.CONN_LISTEN}
+            self.addresses |= listening
         sequences = [inference.TokenSequence(ids[:2], ids[2:]) for ids in PROBE]
         values = inference.values(trainer.value_model.eval(), sequences, 100)
         logprobs = inference.reference_logprobs(trainer.ref_model.eval(), sequences, trainer.args.sampling_temperature)
@@ -118,6 +128,7 @@ def trained(
     assert all(row["val/sampler_logprob_diff_max"] < 10 * ROUNDING for row in log)
     assert all(row["policy/approxkl_avg"] < 1e-8 for row in log)
     assert max(scores.differences) < 10 * ROUNDING
+    assert scores.addresses == {"127.0.0.1"}, "the network could reach a worker"
     after = policy.state_dict()
     assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-3, "training moved nothing"
     saved = AutoModelForCausalLM.from_pretrained(output_dir / "checkpoint-3")

@@ -112,7 +112,19 @@ def difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
 
 
 class Announce(TrainerCallback):
-    """Prints the number of every update that was saved."""
+    """Prints the number of every update that was saved, and of every one that has begun: its first sample is there."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+
+    def reward(self, prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
+        if self.begun == self.ended:
+            self.begun += 1
+            print(f"began {self.begun}", flush=True)
+        return count_a(prompts, responses, target)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         print(f"saved {state.global_step}", flush=True)
@@ -124,14 +136,19 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--save-steps", type=int, default=1)
+    parser.add_argument("--grace", type=float, default=25.0)
     arguments = parser.parse_args()
+    announce = Announce()
     run = trainer(
         arguments.output_dir,
+        reward=announce.reward,
         total_episodes=8 * arguments.updates,
         num_devices=arguments.devices,
         save_strategy="steps",
-        save_steps=1,
+        save_steps=arguments.save_steps,
+        sigterm_grace_s=arguments.grace,
         num_sample_generations=0,
-        callbacks=[Announce()],
+        callbacks=[announce],
     )
     run.train(resume_from_checkpoint=arguments.resume)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from fuse.workers.calls import Worker, as_received, gather, wait_any
+from fuse.workers.calls import Worker, as_received, gather, wait_ended
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 
@@ -106,10 +106,12 @@ def test_calls_run_in_order_and_a_blocking_one_does_not_hold_them_up(spawn: Spaw
     blocked = worker.call(Echo.sleep, 1000.0)
     assert gather([worker.call(Echo.note, value) for value in range(20)])[-1] == list(range(20))
     assert worker.call(Echo.echo, as_received(ray.put(3))).result() == ("yes", 3)
-    with pytest.raises(TimeoutError):
-        wait_any([blocked], timeout_s=0.0)
+    assert wait_ended([blocked], timeout_s=0.0) == []
+    with pytest.raises(WorkerError, match="generation worker on device 0 failed: no answer within 0 s"):
+        gather([blocked], timeout_s=0.0)
     quick = worker.call(Echo.echo, 2)
-    assert wait_any([blocked, quick]) == (quick, ("yes", 2))
+    assert wait_ended([blocked, quick]) == [quick]
+    assert quick.result() == ("yes", 2)
 
 
 def test_a_process_that_was_warmed_up_is_the_next_worker_of_its_role_and_device(cluster: Cluster, spawn: Spawn) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationRequest, SamplingParams
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.replay import ReplayEngine
-from fuse.workers.calls import gather, wait_any
+from fuse.workers.calls import gather, wait_ended
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
@@ -263,10 +263,10 @@ def test_one_driver_follows_many_workers(cluster: Cluster) -> None:
     polls = {engine.poll(1000.0): engine for engine in engines}
     finished: list[tuple[int, int]] = []
     while len(finished) < 6:
-        future, progress = wait_any(list(polls))
-        engine = polls.pop(future)
-        finished += [(engine.worker.device, one.sample_id) for one in progress if one.finished]
-        polls[engine.poll(1000.0)] = engine  # comes back at once when the engine is empty
+        for future in wait_ended(list(polls)):
+            engine = polls.pop(future)
+            finished += [(engine.worker.device, one.sample_id) for one in future.result() if one.finished]
+            polls[engine.poll(1000.0)] = engine  # comes back at once when the engine is empty
     assert sorted(finished) == [(device, sample_id) for device in (0, 1) for sample_id in (0, 1, 2)]
 
     gather([engines[0].submit([request(3)])])  # polls do not wait for it: they run beside other calls

@@ -91,7 +91,7 @@ class Workers:
 
     def _take(self, engine: EngineKind, device: int) -> Worker:
         if (engine, device) not in self._workers:
-            chosen = choose_engine(engine, max_batch=MAX_BATCH, kv_cache_bytes=None, autocast=None)
+            chosen = choose_engine(engine, max_batch=MAX_BATCH)
             make_engine = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu")
             worker = self._cluster.spawn("generation worker", device, CarryingWorker, make_engine)
             self._workers[engine, device] = worker

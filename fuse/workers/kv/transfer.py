@@ -14,6 +14,8 @@ from torch import Tensor
 from fuse.engines.kv_memory import Allocate, Layout
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
+_FULL = ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError
+
 _logger = logging.getLogger(__name__)
 
 
@@ -51,8 +53,8 @@ class KVTransfer(Protocol):
         """
         ...
 
-    def offer(self, kv: Sequence[Tensor]) -> KVRef:
-        """Let another process fetch KV, once. The tensors are the carrier's from now on."""
+    def offer(self, kv: Sequence[Tensor]) -> KVRef | None:
+        """Let another process fetch KV, once; None where there is no room. The tensors are now the carrier's."""
         ...
 
     def fetch(self, ref: KVRef) -> tuple[Tensor, ...] | None:
@@ -81,14 +83,18 @@ class ObjectStoreTransfer:
 
     allocate: Allocate | None = None
 
-    def offer(self, kv: Sequence[Tensor]) -> KVRef:
-        return put_state_dict({str(index): tensor for index, tensor in enumerate(kv)})
+    def offer(self, kv: Sequence[Tensor]) -> KVRef | None:
+        try:
+            return put_state_dict({str(index): tensor for index, tensor in enumerate(kv)})
+        except _FULL as error:
+            warn_lost(type(error).__name__)
+            return None
 
     def fetch(self, ref: KVRef) -> tuple[Tensor, ...] | None:
         assert isinstance(ref, WeightsRef), "KV was offered through another carrier"
         try:
             return tuple(get_state_dict([ref]).values())
-        except ray.exceptions.ObjectLostError as error:  # the object was the dead process's own
+        except (ray.exceptions.ObjectLostError, *_FULL) as error:  # the object was the dead process's own
             warn_lost(type(error).__name__)
             return None
 

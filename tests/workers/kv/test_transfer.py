@@ -19,7 +19,7 @@ import pytest
 import ray
 import torch
 from ray import cloudpickle
-from ray.exceptions import OwnerDiedError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OwnerDiedError
 from torch import Tensor
 
 from fuse.driver.kv_choice import choose_kv_transfer
@@ -68,6 +68,11 @@ def same(tensors: tuple[Tensor, ...], seed: int, num_values: int = 60) -> bool:
     )
 
 
+def present(ref: KVRef | None) -> KVRef:
+    assert ref is not None
+    return ref
+
+
 class SteppedClock:
     """In place of `time`: sleeping is what time passes by."""
 
@@ -100,10 +105,10 @@ class Peer:
             for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor)
             tensors = list(places)
-        return self.transfer.offer(tensors)
+        return present(self.transfer.offer(tensors))
 
     def offer_on(self, seed: int) -> KVRef:
-        return self.transfer.offer(self.fetched.pop(seed))
+        return present(self.transfer.offer(self.fetched.pop(seed)))
 
     def fetch(self, ref: KVRef, seed: int) -> int | None:
         """Where it is now."""
@@ -329,8 +334,23 @@ def test_what_the_object_store_has_lost_is_lost_and_no_more(monkeypatch: pytest.
         raise OwnerDiedError("00", b"", "")
 
     transfer = ObjectStoreTransfer()
-    ref = transfer.offer(kv(0))
+    ref = present(transfer.offer(kv(0)))
     monkeypatch.setattr(ray, "get", get)
+    assert transfer.fetch(ref) is None
+
+
+@pytest.mark.parametrize("error", [ObjectStoreFullError("full"), OutOfDiskError("full")])
+def test_a_full_object_store_or_disk_moves_samples_without_kv(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise error
+
+    transfer = ObjectStoreTransfer()
+    ref = present(transfer.offer(kv(0)))
+    monkeypatch.setattr(ray, "put", full)
+    monkeypatch.setattr(ray, "get", full)
+    assert transfer.offer(kv(1)) is None
     assert transfer.fetch(ref) is None
 
 

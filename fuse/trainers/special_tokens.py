@@ -1,0 +1,38 @@
+"""Which tokens end a response."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fuse.config.ppo import PPOConfig
+from fuse.sample import SpecialTokens
+
+
+def special_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> SpecialTokens:
+    """Padding, end of sequence and stop, by their ids; and where the tokenizer's ids end, if the model has more.
+
+    Such a model's vocabulary is padded. TRL samples the padding, too, and so does its layout.
+
+    Raises:
+        ValueError: responses are to end at the end of sequence, and no token says that it is one.
+    """
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    eos = tuple(dict.fromkeys((*_generation_eos(model), *own))) if args.stop_token == "model" else own
+    if args.stop_token is not None and not eos:
+        raise ValueError(
+            f"stop_token={args.stop_token!r} but the tokenizer has no end-of-sequence token: set stop_token_id instead "
+            f"or stop_token='none'"
+        )
+    stop = eos if args.stop_token is not None else () if args.stop_token_id is None else (args.stop_token_id,)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    is_padded = num_tokens < model.config.get_text_config().vocab_size and not args.trl_quirks
+    return SpecialTokens(pad=tokenizer.pad_token_id, eos=eos, stop=stop, num_tokens=num_tokens if is_padded else None)
+
+
+def _generation_eos(model: PreTrainedModel) -> tuple[int, ...]:
+    """Of the model's generation configuration; chat models often have several."""
+    config = getattr(model, "generation_config", None)
+    ids = None if config is None else config.eos_token_id
+    if ids is None:
+        return ()
+    return (int(ids),) if isinstance(ids, int) else tuple(map(int, ids))
