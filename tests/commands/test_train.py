@@ -140,14 +140,14 @@ def test_it_trains_on_prompts_with_a_reward_function(
 ) -> None:
     assert cli.main(arguments(models, json="results.json", learning_rate="1e-3")) == 0
     seen = sys.modules["project_rewards"].seen
-    assert len(seen) == 2
-    prompts, _, answer, columns = seen[0]
-    assert prompts == [f"{value - 1}+1=" for value in answer]
-    assert columns == {"note": ["n"] * 4}
+    for prompts, _, answer, columns in seen:  # as samples finish, an update after the other
+        assert prompts == [f"{value - 1}+1=" for value in answer]
+        assert columns == {"note": ["n"] * len(prompts)}
+    texts = [text for _, responses, _, _ in seen for text in responses]
+    assert len(texts) == 8
     results = json.loads((project / "results.json").read_text())
-    assert results["rewards"] == pytest.approx(
-        [sum(-len(text) / 4 for text in texts) / len(texts) for _, texts, _, _ in seen]
-    )
+    means = [sum(-len(text) / 4 for text in update) / 4 for update in (texts[:4], texts[4:])]
+    assert results["rewards"] == pytest.approx(means)
     assert {"rollout", "training"} <= results["phases"].keys()
     assert 0 < sum(results["phases"].values()) < results["seconds"]
     trained = AutoModelForCausalLM.from_pretrained(project / "out").state_dict()
