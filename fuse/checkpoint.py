@@ -75,13 +75,16 @@ def check_output_dir(output_dir: Path) -> None:
 def start(output_dir: Path, resume_from: str | bool | None) -> Path | None:
     """The checkpoint that a run in `output_dir` goes on from, as `find` has it; None where it starts afresh.
 
-    What killed runs left there is tidied up. A fresh start warns of checkpoints that are there already.
+    What killed runs left there, or beside the checkpoint, is tidied up. A fresh start warns of checkpoints that are
+    there already.
 
     Raises:
         ValueError: there is no such checkpoint.
     """
     _tidy(output_dir)
     if resume_from and str(resume_from).lower() != "false":
+        if str(resume_from).lower() != "true":
+            _tidy(Path(str(resume_from)).absolute().parent)  # which may be another run's output directory
         return find(output_dir, resume_from)
     if others := checkpoints(output_dir):
         logger.warning(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ class RunState:
     """Where a run is, as its driver knows it.
 
     run_id: of the run, the same when it is resumed. saved_s: `time.time()` when this was written.
-    run: what must not change on resumption.
+    run: what must not change on resumption. options: of the configuration, what a change of is told; {} in
+    checkpoints of versions that did not keep it.
     """
 
     run_id: str
@@ -27,6 +28,7 @@ class RunState:
     run: dict[str, int]
     lr_scheduler: dict[str, Any]
     random_generators: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

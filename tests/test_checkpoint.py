@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import logging
 import os
 import random
@@ -254,3 +255,24 @@ def test_random_generators_continue_where_they_were(tmp_path: Path) -> None:
     expected = draw()
     run_state.restore_random_generators(RunState.load(tmp_path / "state.json", {}).random_generators)
     assert draw() == expected
+
+
+def test_a_run_that_resumes_elsewhere_tidies_what_killed_runs_left(tmp_path: Path) -> None:
+    """Of the checkpoint to resume from, too, if it was being replaced."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    _write(before, 1)
+    (before / ".checkpoint-2.abc.tmp" / "checkpoint-2").mkdir(parents=True)
+    replaced = before / ".checkpoint-1.abc.tmp"
+    replaced.mkdir()
+    (before / "checkpoint-1").rename(replaced / "replaced")
+    assert checkpoint.start(after, str(before / "checkpoint-1")) == before / "checkpoint-1"
+    assert _names(before) == ["checkpoint-1"]
+
+
+def test_a_run_state_without_options_is_read(tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    path = _write(tmp_path, 1) / checkpoint.RUN_STATE_NAME
+    content = json.loads(path.read_text())
+    del content["options"]
+    path.write_text(json.dumps(content))
+    assert RunState.read(path).options == {}

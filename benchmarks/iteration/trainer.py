@@ -34,6 +34,7 @@ def fuse_variant(
         num_devices=num_devices,
         engine=engine,
         generation_batch_size=workload.batch,
+        trace_limit=0,  # every trace is a result
         **workload.options(),
         **fusion,
     )

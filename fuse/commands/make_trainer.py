@@ -12,13 +12,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
 from fuse.commands.train_inputs import Inputs
-from fuse.trainers.data import prompt_rows
+from fuse.trainers.data import MESSAGES, prompt_rows
 from fuse.trainers.ppo import PPOTrainer
+from fuse.trainers.prompt_checks import TOO_LONG
+from fuse.trainers.reward_columns import takes_column
 from fuse.workers.cluster import Cluster
 
 
 def make_trainer(
-    arguments: argparse.Namespace, inputs: Inputs, tell: Callable[[str], None], cluster: Cluster
+    arguments: argparse.Namespace, inputs: Inputs, tell: Callable[[str], None], cluster: Cluster | None
 ) -> PPOTrainer:
     """Everything the options name, loaded and checked; `tell` hears what is being loaded.
 
@@ -33,13 +35,17 @@ def make_trainer(
     policy = load_policy(arguments.model)
     tell("loading: prompts and the other models")
 
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+
     def tokenised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return prompt_rows(
             rows,
             tokenizer,
             prompt_column=arguments.prompt_column,
             response_length=config.response_length,
-            context=getattr(policy.config.get_text_config(), "max_position_embeddings", None),
+            context=context if config.long_prompts == "error" else None,
+            too_long=TOO_LONG,
+            with_messages=inputs.reward is not None and takes_column(inputs.reward, MESSAGES),
         )
 
     train_dataset = tokenised(inputs.rows)

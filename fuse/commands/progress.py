@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,14 @@ if TYPE_CHECKING:  # takes seconds to import, of which there is something to tel
 
 
 class UpdateProgress(TrainerCallback):
-    """Shows what the run is doing, and the mean reward and the seconds of the latest update."""
+    """Shows what the run is doing, and the mean reward and the seconds of the latest update.
 
-    def __init__(self, console: Console, label: str) -> None:
-        self._console = console
+    Without a terminal it prints a line of the first update, of the last, and of every other that ends at least
+    `SILENCE_S` after the update of the last line. clock: seconds.
+    """
+
+    def __init__(self, console: Console, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
         self._progress = Progress(
             TextColumn(label),
             BarColumn(bar_width=20),
@@ -33,7 +37,7 @@ class UpdateProgress(TrainerCallback):
             disable=not console.is_terminal,
         )
         self._label = label
-        self._printed_s = -SILENCE_S  # of the last update's line
+        self._printed_s: float | None = None  # of the last update's line
         self._task = self._progress.add_task("starting", total=None, update="")
         self.activity = Activity()
         self.activity.listen(self.tell)
@@ -63,9 +67,10 @@ class UpdateProgress(TrainerCallback):
             return
         text = f"reward {logs['objective/scores']:.3f}, {logs['time/total']:.1f} s per update"
         self._progress.update(self._task, completed=state.global_step, update=f"{text}; ")
-        is_due = time.monotonic() - self._printed_s >= SILENCE_S or state.global_step == state.max_steps
-        if not self._console.is_terminal and is_due:
-            self._printed_s = time.monotonic()
+        now_s = self._clock()
+        is_due = self._printed_s is None or now_s - self._printed_s >= SILENCE_S
+        if not self._console.is_terminal and (is_due or state.global_step == state.max_steps):
+            self._printed_s = now_s
             self._print(f"{state.global_step}/{state.max_steps}: {text}")
 
     def stop(self) -> None:

@@ -2,11 +2,12 @@
 
   fuse train --model PATH --dataset prompts.jsonl --prompt-column question --reward-function rewards:score
 
-The dataset is a file of JSON lines, of a JSON array or in parquet, gzipped or not, or a directory made by
-Dataset.save_to_disk. A prompt is a string or a list of chat messages, of which the response continues the last if that
-is the assistant's. The reward function gets (prompts, responses, **other_columns), all lists, and returns a list of one
-number per response. The trained policy goes to the output directory. All of transformers.TrainingArguments that have an
-effect here are options too.
+The dataset is a file of JSON lines, of a JSON array, in CSV or parquet, gzipped or not, a directory made by
+Dataset.save_to_disk, or a data set's name on the Hugging Face Hub: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A prompt is a
+string or a list of chat messages, of which the response continues the last if that is the assistant's. The reward
+function gets (prompts, responses, **other_columns), all lists, and returns a list of one number per response; chat
+messages are its column `messages`, if it takes one. The trained policy goes to the output directory. All of
+transformers.TrainingArguments that have an effect here are options too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import run_json
 from fuse.commands.train_inputs import read_inputs
+from fuse.config.inherited import CANNOT_MATTER, REFUSED_VALUES, REMEDIES
+from fuse.config.inherited_help import HELP, ONE_VALUE
 from fuse.config.ppo import PPOConfig
 
 # What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
@@ -52,6 +55,8 @@ _COMMON = frozenset(
     }
 )
 _NOT_FOR_USERS = ("Filled in by the trainer", "For scripts", "Accepted for compatibility")
+_NEVER_SHOWN = frozenset({*CANNOT_MATTER, *REMEDIES, *ONE_VALUE})
+"""Options that are refused, or have no effect."""
 
 
 def parents() -> list[argparse.ArgumentParser]:
@@ -61,7 +66,7 @@ def parents() -> list[argparse.ArgumentParser]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse train` beside those of PPOConfig."""
-    parser.usage = "%(prog)s --model PATH --dataset FILE [OPTIONS]"
+    parser.usage = "%(prog)s --model PATH --dataset DATA [OPTIONS]"
     hidden = _hide_uncommon(parser)
     parser.add_argument("--help-all", action=_HelpAll, hidden=hidden, help="show every option and exit")
     group = parser.add_argument_group("models and data")
@@ -76,10 +81,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tokenizer", metavar="PATH", help="default: the policy's")
     group.add_argument("--pad-token", metavar="TOKEN", help="padding token, where the tokenizer names none")
-    group.add_argument("--dataset", required=True, metavar="FILE", help="prompts to train on")
-    group.add_argument("--eval-dataset", metavar="FILE", help="prompts whose completions are shown during training")
+    group.add_argument(
+        "--dataset", required=True, metavar="DATA", help="prompts to train on: a file, directory or name"
+    )
+    group.add_argument("--eval-dataset", metavar="DATA", help="prompts whose completions are shown during training")
     group.add_argument("--prompt-column", metavar="NAME", help="column of the prompt (default: tokens in input_ids)")
     group.add_argument("--json", type=output_file, metavar="FILE", help="write rewards, seconds and phases to FILE")
+    for action in parser._actions:
+        action.metavar = action.metavar or _shown_choices(action)
+        if action in hidden:
+            hidden[action] = _help_with_default(action, hidden[action])
+        elif action.help != argparse.SUPPRESS:
+            action.help = _help_with_default(action, action.help or "")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -113,20 +126,44 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _hide_uncommon(parser: argparse.ArgumentParser) -> dict[argparse.Action, str | None]:
-    """Take options that few need out of the help; returns their texts."""
+def _hide_uncommon(parser: argparse.ArgumentParser) -> dict[argparse.Action, str]:
+    """Take options without effect out of the help, and those that few need; returns the latter's texts."""
     inherited = {field.name for field in fields(TrainingArguments)}
     hidden = {}
     for action in parser._actions:
-        own = action.dest not in inherited and not (action.help or "").startswith(_NOT_FOR_USERS)
-        if action.dest != "help" and not own and action.dest not in _COMMON:
-            hidden[action] = action.help
+        if action.dest == "help":
+            continue
+        action.help = HELP.get(action.dest, action.help)
+        if action.dest in _NEVER_SHOWN or (action.help or "").startswith(_NOT_FOR_USERS):
+            action.help = argparse.SUPPRESS
+        elif action.dest in inherited and action.dest not in _COMMON:
+            hidden[action] = action.help or ""
             action.help = argparse.SUPPRESS
     return hidden
 
 
+def _help_with_default(action: argparse.Action, text: str) -> str:
+    """The text, and what holds where the option is not given."""
+    if isinstance(action, argparse._StoreFalseAction):
+        return f"The same as --{action.dest.replace('_', '-')} false."
+    if action.required or action.nargs == 0 or "default:" in text.lower():
+        return text
+    value = getattr(action.default, "value", action.default)
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return f"{text} (default: {'none' if value is None else value})"
+
+
+def _shown_choices(action: argparse.Action) -> str | None:
+    """Those of an option's values that are not refused, as the help lists values."""
+    if action.choices is None:
+        return None
+    refused, _ = REFUSED_VALUES.get(action.dest, ((), ""))
+    return "{" + ",".join(str(getattr(value, "value", value)) for value in action.choices if value not in refused) + "}"
+
+
 class _HelpAll(argparse.Action):
-    def __init__(self, *, hidden: Mapping[argparse.Action, str | None], **options: Any) -> None:
+    def __init__(self, *, hidden: Mapping[argparse.Action, str], **options: Any) -> None:
         super().__init__(nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, **_without_dest(options))
         self._hidden = hidden
 

@@ -47,7 +47,7 @@ CANNOT_MATTER: Mapping[str, str] = {
         ),
         "an update reads one batch of prompts, which takes next to no time",
     ),
-    "dataloader_drop_last": "an incomplete batch is always dropped: updates have one size",
+    "dataloader_drop_last": "updates have one size, and evaluation uses every prompt",
     "remove_unused_columns": "every column is kept, for reward functions",
     **dict.fromkeys(
         ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
@@ -108,6 +108,21 @@ REMEDIES: Mapping[str, str] = {
 }
 
 
+REFUSED_VALUES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "save_strategy": ((SaveStrategy.EPOCH, SaveStrategy.BEST), "set save_strategy='steps' and save_steps"),
+    "eval_strategy": ((IntervalStrategy.EPOCH,), "set eval_strategy='steps' and eval_steps"),
+    "lr_scheduler_type": (
+        (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
+        "it follows an evaluation loss, which PPO has not: choose another, e.g. 'linear' or 'cosine'",
+    ),
+    "hub_strategy": (
+        (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS),
+        "checkpoints are not uploaded: set hub_strategy='end'",
+    ),
+}
+"""Values of options that work, and what to do instead."""
+
+
 def check_inherited(config: TrainingArguments) -> None:
     """Before `TrainingArguments` acts on them.
 
@@ -131,19 +146,6 @@ def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
 
 
 def _check_values(config: TrainingArguments) -> None:
-    for name, values, remedy in (
-        ("save_strategy", (SaveStrategy.EPOCH, SaveStrategy.BEST), "set save_strategy='steps' and save_steps"),
-        ("eval_strategy", (IntervalStrategy.EPOCH,), "set eval_strategy='steps' and eval_steps"),
-        (
-            "lr_scheduler_type",
-            (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
-            "it follows an evaluation loss, which PPO has not: choose another, e.g. 'linear' or 'cosine'",
-        ),
-        (
-            "hub_strategy",
-            (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS),
-            "checkpoints are not uploaded: set hub_strategy='end'",
-        ),
-    ):
+    for name, (values, remedy) in REFUSED_VALUES.items():
         if (value := getattr(config, name)) in values:
             raise ValueError(f"{name}={str(getattr(value, 'value', value))!r} is not supported: {remedy}")

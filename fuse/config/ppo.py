@@ -83,7 +83,9 @@ class PPOConfig(RunConfig):
     local_mini_batch_size: int | None = option(None, "Filled in by the trainer.")
     mini_batch_size: int | None = option(None, "Filled in by the trainer.")
 
-    critic_stages: int | None = option(None, "Pipeline stages of the critic, as of the actor.")
+    critic_stages: int | None = option(
+        None, "Pipeline stages of the critic, as of the actor. Default: as many as devices."
+    )
     trl_quirks: bool = option(
         False, "Reproduce TRL's quirks (accumulation, ignored clipping, padded metrics) for comparisons."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +49,17 @@ class RunConfig(TrainingArguments):
         *("generation_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
         "generation_cache_bytes",
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "max_grad_norm", "sigterm_grace_s")
-    POSITIVE: ClassVar[tuple[str, ...]] = ("worker_timeout_s", "schedule_time_limit_s", "replan_drift")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "trace_limit", "max_grad_norm", "sigterm_grace_s")
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        *("worker_timeout_s", "schedule_time_limit_s", "replan_drift", "reward_timeout_s"),
+    )
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "migration_policy": ("adaptive", "threshold", "none"),
         "train_backend": ("transformers", "megatron"),
         "engine": ("transformers", "vllm"),
         "kv_transfer": ("object_store", "nixl"),
+        "reward_workers": ("thread", "process"),
+        "long_prompts": ("error", "drop", "truncate"),
     }
 
     bf16: bool | None = option(  # type: ignore[assignment]  # None is replaced on construction
@@ -126,7 +131,30 @@ class RunConfig(TrainingArguments):
         "Seconds after SIGTERM in which the update must end for a checkpoint to be saved; else the run ends without. "
         "Stay below what your scheduler allows before it kills: often 30.",
     )
-    trace_steps: int = option(1, "Updates between two traces written to output_dir/traces; 0 for none.")
+    reward_workers: Literal["thread", "process"] = option(
+        "thread",
+        "What calls a reward function: threads of this process, or up to 4 processes, for functions that compute long "
+        "or use signals.",
+    )
+    reward_timeout_s: float = option(
+        3600.0, "Seconds after which a call of a reward function that has not returned is an error."
+    )
+    reward_error_score: float | None = option(
+        None,
+        "Score of a sample for which the reward function raises or does not return; rewards/errors counts them. "
+        "Default: it ends the run.",
+    )
+    long_prompts: Literal["error", "drop", "truncate"] = option(
+        "error",
+        "What is done with prompts that leave no room for a response in the policy's context: refuse the dataset, "
+        "leave them out, or keep their ends.",
+    )
+    trace_steps: int = option(
+        1, "Updates between two traces written to output_dir/traces, which keeps the last trace_limit; 0 for none."
+    )
+    trace_limit: int = option(
+        100, "Most traces kept in output_dir/traces, of which the oldest are deleted; 0 keeps all."
+    )
 
     def __post_init__(self) -> None:
         if self.fp16:
@@ -170,6 +198,8 @@ class RunConfig(TrainingArguments):
                 raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}")
 
     def _check_combinations(self) -> None:
+        if self.reward_error_score is not None and not math.isfinite(self.reward_error_score):
+            raise ValueError(f"reward_error_score={self.reward_error_score} must be a finite number")
         if self.tensor_parallel_size > 1 and self.train_backend != "megatron":
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "

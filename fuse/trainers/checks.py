@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import fields
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
@@ -15,6 +16,8 @@ from fuse.config.ppo import PPOConfig
 from fuse.config.settings import PromptTokens
 from fuse.engines.transformers import check_context
 from fuse.roles import GENERATING, training
+from fuse.trainers.reward_process import pickled
+from fuse.trainers.rewards import RewardFunction
 from fuse.training.model_spec import ModelSpec
 from fuse.training.model_support import check_trainable
 
@@ -141,30 +144,19 @@ def _warn_of_dropout(role: str, model: PreTrainedModel) -> None:
             )
 
 
-def check_prompts(
-    rows: Iterable[Mapping[str, Any]], policy: PreTrainedModel, response_length: int, pad_token_id: int
-) -> None:
-    """Raises: ValueError naming the first row whose prompt is empty, too long or outside the vocabulary."""
-    config = policy.config.get_text_config()
-    context, vocabulary_size = getattr(config, "max_position_embeddings", None), config.vocab_size
-    for index, row in enumerate(rows):
-        if "input_ids" not in row:
-            names = ", ".join(row) or "none"
-            raise ValueError(f"dataset row {index} has no column 'input_ids' (it has: {names}): tokenise the prompts")
-        length = len(row["input_ids"])
-        if all(token == pad_token_id for token in row["input_ids"]):
-            raise ValueError(f"dataset row {index} has an empty prompt: remove it")
-        if context is not None and length + response_length > context:
-            raise ValueError(
-                f"dataset row {index} has {length} prompt tokens, which with response_length={response_length} exceed "
-                f"the model's context of {context}: shorten or remove it, or lower response_length"
-            )
-        highest = max(map(int, row["input_ids"]))
-        if highest >= vocabulary_size:
-            raise ValueError(
-                f"dataset row {index} holds token {highest}, the models have {vocabulary_size}: "
-                f"tokenise with the models' own tokenizer"
-            )
+def check_reward_options(args: PPOConfig, reward: object) -> None:
+    """Raises: ValueError for options of reward functions where a model rewards, or a function no process can get."""
+    if not isinstance(reward, PreTrainedModel):
+        if args.reward_workers == "process":
+            pickled(cast(RewardFunction, reward))
+        return
+    options = {field.name: field.default for field in fields(args) if field.name in _OF_REWARD_FUNCTIONS}
+    for name, default in options.items():
+        if (value := getattr(args, name)) != default:
+            raise ValueError(f"{name}={value!r} is for reward functions, and a model gives the rewards: leave it out")
+
+
+_OF_REWARD_FUNCTIONS = ("reward_workers", "reward_timeout_s", "reward_error_score")
 
 
 def check_engine(args: PPOConfig, model: PreTrainedModel, tokens: PromptTokens) -> None:
@@ -182,8 +174,8 @@ def check_evaluation(args: PPOConfig, eval_dataset: object) -> None:
         )
 
 
-def fill_batch_sizes(args: PPOConfig, num_rows: int) -> None:
-    """Derive what TRL derives, for one process: the batch does not depend on the number of devices."""
+def fill_batch_sizes(args: PPOConfig, num_rows: int) -> int:
+    """Derive what TRL derives, for one process, and return the batch: it does not depend on the number of devices."""
     args.world_size = 1
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size
@@ -205,3 +197,4 @@ def fill_batch_sizes(args: PPOConfig, num_rows: int) -> None:
     elif most is not None:
         args.total_episodes = min(args.total_episodes, most)
     args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
+    return args.batch_size

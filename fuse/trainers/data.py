@@ -12,33 +12,49 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from fuse.trainers.hub import hub_rows, is_hub_name
+from fuse.trainers.prompt_checks import check_lengths
+from fuse.trainers.prompts import counted_tokens
+from fuse.trainers.tables import is_table, table_rows
+
 Row = dict[str, Any]
 TOKENS = "input_ids"
-SOURCES = "a JSONL file, a JSON array of objects, a parquet file, or a directory made by Dataset.save_to_disk"
+MESSAGES = "messages"
+"""What reward functions get conversational prompts as."""
+SOURCES = (
+    "a JSONL file, a JSON array of objects, a CSV or parquet file, a directory made by Dataset.save_to_disk, or a data "
+    "set's name on the Hub"
+)
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 """What such files begin with, whatever they are called."""
 REWARD_ARGUMENTS = frozenset({"prompts", "responses"})
 
 
 def read_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
-    """Rows of a file or of a directory from `Dataset.save_to_disk`; a file may be compressed by gzip.
+    """Rows of a file, which may be compressed by gzip, of a directory from `Dataset.save_to_disk`, or of a data set on
+    the Hub: `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`, where there is no such file.
 
-    Files hold JSON lines (one object per line, blank lines allowed), a JSON array of objects, or parquet.
+    Files hold JSON lines (one object per line, blank lines allowed), a JSON array of objects, parquet, or, where their
+    names end so, CSV or TSV, with the names in the first line; of these every value is a string.
 
     Raises:
-        ValueError: no such file or directory, a file of another kind or damaged, an item that is no JSON object, or no
-            rows.
+        ValueError: no such file, directory or data set, a file of another kind or damaged, an item that is no JSON
+            object, or no rows.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if path.is_dir():
         return _saved_dataset(path)
     if not path.is_file():
+        if is_hub_name(name):
+            return hub_rows(name)
         raise ValueError(f"dataset {path} does not exist: give {SOURCES}")
     content = path.read_bytes()
     if content.startswith(_GZIP):
         content = _decompressed(content, path)
     if content.startswith(_PARQUET):
         rows = _parquet(content, path)
+    elif is_table(path):
+        rows = list(table_rows(content, path))
     elif content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         rows = _json_array(content, path)
     else:
@@ -78,6 +94,8 @@ def prompt_rows(
     prompt_column: str | None = None,
     response_length: int,
     context: int | None = None,
+    too_long: str = "shorten or remove them, or lower response_length",
+    with_messages: bool = False,
 ) -> list[Row]:
     """Rows with `input_ids` from rows with a prompt: a string, or a list of chat messages for the chat template.
 
@@ -87,7 +105,9 @@ def prompt_rows(
     A string that begins with the tokenizer's beginning of sequence is one that a chat template has rendered: it has all
     special tokens that it needs. Of messages that end with the assistant's, the response continues that one.
 
-    response_length, context: tokens; a prompt must leave room for a whole response.
+    response_length, context: tokens; a prompt must leave room for a whole response. too_long: what to do about others.
+    with_messages: where a prompt is a list of chat messages, rows have it in a column `messages` too, for reward
+        functions, None where it is a string. A column of that name that the rows have already stays.
 
     Raises:
         ValueError: a missing column, an empty or too long prompt with its row number from 0, a column named like one of
@@ -103,16 +123,27 @@ def prompt_rows(
     source = prompt_column if prompt_column is not None else TOKENS
     columns = [name for name in names if name not in (source, TOKENS, "attention_mask", "token_type_ids")]
     _check_columns(source, names, columns)
-    tokenised = []
+    are_chats = (
+        source != TOKENS
+        and with_messages
+        and MESSAGES not in columns
+        and any(isinstance(row.get(source), list) for row in rows)
+    )
+    tokenised: list[Row] = []
     for index, row in enumerate(rows):
         if row.get(source) is None:
             raise ValueError(
                 f"dataset row {index} has no column {source!r} (it has: {', '.join(row) or 'none'}): add it"
             )
         prompt = row[source]
-        tokens = list(prompt) if source == TOKENS else _tokenise(prompt, tokenizer, index)
-        _check_length(len(tokens), index, response_length, context)
-        tokenised.append({TOKENS: tokens, **{name: row.get(name) for name in columns}})
+        tokens = counted_tokens(row, index) if source == TOKENS else _tokenise(prompt, tokenizer, index)
+        if not tokens:
+            raise ValueError(f"dataset row {index} has an empty prompt: remove it")
+        messages = {MESSAGES: prompt if isinstance(prompt, list) else None} if are_chats else {}
+        tokenised.append({TOKENS: tokens, **{name: row.get(name) for name in columns}, **messages})
+    if context is not None:
+        lengths = [len(row[TOKENS]) for row in tokenised]
+        check_lengths(lengths, response_length, context, too_long)
     return tokenised
 
 
@@ -166,16 +197,6 @@ def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) ->
     for name in columns:
         if name in REWARD_ARGUMENTS:
             raise ValueError(f"the dataset has a column {name!r}, an argument of every reward function: rename it")
-
-
-def _check_length(num_tokens: int, index: int, response_length: int, context: int | None) -> None:
-    if num_tokens == 0:
-        raise ValueError(f"dataset row {index} has an empty prompt: remove it")
-    if context is not None and num_tokens > context - response_length:
-        raise ValueError(
-            f"dataset row {index} has {num_tokens} prompt tokens, more than the model's context of {context} less "
-            f"response_length={response_length}: shorten or remove it, or lower response_length"
-        )
 
 
 def _decompressed(content: bytes, path: Path) -> bytes:

@@ -38,10 +38,10 @@ def updates(
     for update in run.updates():
         clock = PhaseClock()
         samples = samples_of(next(batches))
-        rollouts.roll_out(fleet, samples, params, clock, max_new_tokens)
+        rewarding = rollouts.roll_out(fleet, samples, params, clock, max_new_tokens)
         experience, metrics = algorithm.estimate(samples)
         with clock.phase("training"):
             rows = fleet.train(experience, steps_of(update), run.learning_rate)
         with clock.phase("weights"):
             fleet.synchronise()
-        yield run.finish_update(fleet, samples, metrics | reduce_metrics(rows, num_places), clock)
+        yield run.finish_update(fleet, samples, metrics | rewarding | reduce_metrics(rows, num_places), clock)

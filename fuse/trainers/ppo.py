@@ -22,14 +22,16 @@ from fuse.termination import Termination, graceful_termination
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
 from fuse.trainers.callbacks import PolicyAndValue
-from fuse.trainers.completions import print_completions
+from fuse.trainers.completions import show_completions
 from fuse.trainers.data import check_dataset
 from fuse.trainers.face import TrainerFace
 from fuse.trainers.iteration import Iteration
+from fuse.trainers.prompt_checks import kept_tokens, usable_prompts
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
+from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
-from fuse.trainers.rollouts import Rollouts
+from fuse.trainers.rollouts import Rollouts, reward_calls
 from fuse.trainers.run import Run, output_directory
 from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.steps import seeded
@@ -80,9 +82,9 @@ class PPOTrainer(TrainerFace):
         peft_config: None = None,
     ) -> None:
         checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers, peft_config)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                check_dataset(dataset, name)
+        check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
         checks.check_tokenizer(processing_class)
         self.args = args
         self.processing_class = processing_class
@@ -90,29 +92,26 @@ class PPOTrainer(TrainerFace):
         self.ref_model = ref_model if ref_model is not None else copy.deepcopy(model)
         self.reward_model = reward_model
         self.value_model = value_model
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
         self.data_collator = data_collator
         self.max_new_tokens: Mapping[int, int] = {}
         self._special = special_tokens(args, processing_class, model)
         self.model = PolicyAndValue(model, value_model)
         checks.check_models(self._models, args.train_backend)
-        for argument, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                checks.check_prompts(dataset, model, args.response_length, self._special.pad)
-                if not isinstance(reward_model, PreTrainedModel) and data_collator is None:
-                    check_reward_columns(reward_model, dataset, argument)  # a collator's are not known
+        checks.check_reward_options(args, reward_model)
+        self.train_dataset = train_dataset = self._usable(train_dataset, "train_dataset")
+        self.eval_dataset: Any = None if eval_dataset is None else self._usable(eval_dataset, "eval_dataset")
         checks.check_evaluation(args, eval_dataset)
         checkpoint.check_output_dir(output_directory(args))
-        checks.fill_batch_sizes(args, len(train_dataset))
-
-        batch_size = _known(args.batch_size)
+        batch_size = checks.fill_batch_sizes(args, len(train_dataset))
         self.dataloader = prompts.prompt_loader(train_dataset, batch_size, args.seed, data_collator)
         self.activity = Activity()
         self.cluster: Cluster | None = None
         self._fleet: Fleet | None = None
+        self._rewards: RewardCalls | None = None
         self._algorithm = algorithm_of(args, self._special)
-        tokens = prompts.prompt_tokens(train_dataset, eval_dataset, collates=data_collator is not None)
+        self._kept_tokens = kept_tokens(model.config, args)
+        collates = data_collator is not None
+        tokens = prompts.prompt_tokens(train_dataset, self.eval_dataset, self._kept_tokens, collates=collates)
         checks.check_engine(args, model, tokens)
         self._settings = fleet_settings(  # refuses what cannot be placed
             args, self._algorithm, self._special, tokens, model.config
@@ -139,7 +138,7 @@ class PPOTrainer(TrainerFace):
         Raises:
             WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
             ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
-            RewardError: the reward function raised.
+            RewardError: the reward function raised, or did not return in time.
             SaveError: a checkpoint could not be written; earlier ones are intact.
             ClusterError: a process of Ray itself ended.
             Terminated: SIGTERM came; a checkpoint was written if the update ended within `args.sigterm_grace_s`.
@@ -171,7 +170,7 @@ class PPOTrainer(TrainerFace):
             self._rollouts,
             self._sampling_params(self.args.sampling_temperature),
             batches=prompts.batches(self.get_train_dataloader(), start=run.state.global_step),
-            samples_of=self._samples,
+            samples_of=self._training_samples,
             max_new_tokens=self.max_new_tokens,
             steps_of=self._optimizer_steps,
             num_places=self._layout.num_places(self._division),
@@ -199,7 +198,8 @@ class PPOTrainer(TrainerFace):
         """Start the workers with the models, or a checkpoint of them; they stop with the body."""
         settings = self._settings.for_updates(self._run.num_updates_left)
         fleet = Fleet(settings, self._models, cluster=self.cluster, tell=self._tell)
-        with self.activity.lasting(), fleet:
+        calls = reward_calls(self.args, self.reward_model, self.processing_class)
+        with self.activity.lasting(), calls as self._rewards, fleet:
             if resumed is not None:
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
             self._fleet = fleet
@@ -221,13 +221,23 @@ class PPOTrainer(TrainerFace):
 
     @property
     def _rollouts(self) -> Rollouts:
-        reward = None if isinstance(self.reward_model, PreTrainedModel) else self.reward_model
-        return Rollouts(self.processing_class, reward, self.args.inter_stage_fusion, self._tell)
+        assert self._rewards is not None, "only while workers run"
+        return Rollouts(self._rewards, self.args.inter_stage_fusion, self._tell)
 
-    def _samples(self, batch: Any) -> list[Sample]:
-        state = self.state
-        samples = prompts.make_samples(batch, state.episode, self._special.pad, drop_padding=self._layout.drops_padding)
-        state.episode += len(samples)
+    def _usable(self, dataset: Any, argument: str) -> Any:
+        """The rows to be used. Raises: ValueError for those that cannot be."""
+        usable = usable_prompts(dataset, argument, self.policy_model.config, self.args, self._special.pad)
+        if not isinstance(self.reward_model, PreTrainedModel) and self.data_collator is None:
+            check_reward_columns(self.reward_model, dataset, argument)  # a collator's are not known
+        return usable
+
+    def _samples(self, batch: Any, first_id: int, *, drop_padding: bool = False) -> list[Sample]:
+        pad, most = self._special.pad, self._kept_tokens
+        return prompts.make_samples(batch, first_id, pad, drop_padding=drop_padding, most_tokens=most)
+
+    def _training_samples(self, batch: Any) -> list[Sample]:
+        samples = self._samples(batch, self.state.episode, drop_padding=self._layout.drops_padding)
+        self.state.episode += len(samples)
         return samples
 
     def _optimizer_steps(self, update: int) -> list[OptimizerStep]:
@@ -295,11 +305,11 @@ class PPOTrainer(TrainerFace):
             return
         samples: list[Sample] = []
         for batch in self.get_eval_dataloader():
-            samples += prompts.make_samples(batch, _FIRST_EVALUATION_ID + len(samples), self._special.pad)
+            samples += self._samples(batch, _FIRST_EVALUATION_ID + len(samples))
             if sampling:
                 break
         self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock())
-        print_completions(self.processing_class, samples[:5])
+        show_completions(self.processing_class, samples, self.state.global_step, self.callback_handler.callbacks)
 
     # Data
 
@@ -313,10 +323,4 @@ class PPOTrainer(TrainerFace):
 
     def get_eval_dataloader(self) -> DataLoader[Any]:
         size = self.args.per_device_eval_batch_size
-        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list, drop_last=True)
-
-
-def _known(value: int | None) -> int:
-    """A batch size or count, which the constructor has filled in."""
-    assert value is not None
-    return value
+        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -15,6 +16,7 @@ from fuse.sample import Sample
 
 Row = Mapping[str, Any]
 _TYPICAL_ROWS = 256
+_SHOWN = 60  # characters
 NOT_COLUMNS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 """Columns that are the prompt; the others go to reward functions."""
 
@@ -64,11 +66,14 @@ def batches(loader: Iterable[Any], start: int) -> Iterator[Any]:
         first_batch = 0
 
 
-def make_samples(batch: Any, first_id: int, pad_token_id: int, *, drop_padding: bool = False) -> list[Sample]:
+def make_samples(
+    batch: Any, first_id: int, pad_token_id: int, *, drop_padding: bool = False, most_tokens: int | None = None
+) -> list[Sample]:
     """Samples of a batch: a list of rows, or what a data collator made of them (padded `input_ids`).
 
     An `attention_mask` says which tokens count. Without one a collator's padding is stripped from both ends;
-    `drop_padding` drops every padding token wherever it stands, as TRL's masks do.
+    `drop_padding` drops every padding token wherever it stands, as TRL's masks do. Of longer prompts the last
+    `most_tokens` are kept.
     """
     collated = not isinstance(batch, Sequence)
     samples = []
@@ -76,6 +81,7 @@ def make_samples(batch: Any, first_id: int, pad_token_id: int, *, drop_padding: 
         prompt = _prompt(row, pad_token_id, strip=collated)
         if drop_padding:
             prompt = [token for token in prompt if token != pad_token_id]
+        prompt = prompt if most_tokens is None else prompt[-most_tokens:]
         columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
         samples.append(Sample(id=first_id + index, prompt_ids=tuple(prompt), columns=columns))
     return samples
@@ -83,10 +89,34 @@ def make_samples(batch: Any, first_id: int, pad_token_id: int, *, drop_padding: 
 
 def _prompt(row: Row, pad_token_id: int, *, strip: bool) -> list[int]:
     tokens = [int(token) for token in row["input_ids"]]
-    if "attention_mask" in row:
-        return [token for token, counts in zip(tokens, row["attention_mask"], strict=True) if counts]
+    if (mask := row.get("attention_mask")) is not None:
+        return [token for token, counts in zip(tokens, mask, strict=True) if counts]
     real = [index for index, token in enumerate(tokens) if token != pad_token_id]
     return tokens[real[0] : real[-1] + 1] if strip and real else tokens
+
+
+def counted_tokens(row: Row, index: int) -> list[int]:
+    """The tokens of dataset row `index` that its `attention_mask` lets count; without one, all.
+
+    Raises:
+        ValueError: they are no list of numbers, or the mask is of another length.
+    """
+    try:
+        tokens = [operator.index(token) for token in row["input_ids"]]
+    except TypeError as error:
+        beginning = " ".join(repr(row["input_ids"]).split())[:_SHOWN]
+        raise ValueError(
+            f"dataset row {index} has input_ids that are no list of token numbers ({beginning}): tokenise the prompts"
+        ) from error
+    mask = row.get("attention_mask")
+    if mask is None:
+        return tokens
+    if len(mask) != len(tokens):
+        raise ValueError(
+            f"dataset row {index} has {len(tokens)} input_ids and an attention_mask of {len(mask)}: give one mask "
+            f"value per token"
+        )
+    return [token for token, counts in zip(tokens, mask, strict=True) if counts]
 
 
 def _rows(columns: Mapping[str, Any]) -> list[Row]:
@@ -94,10 +124,20 @@ def _rows(columns: Mapping[str, Any]) -> list[Row]:
     return [{name: values[index] for name, values in columns.items()} for index in range(length)]
 
 
-def prompt_tokens(dataset: Any, eval_dataset: Any = None, *, collates: bool = False) -> PromptTokens:
-    """Typically as the median of the dataset's first rows; the most are not known where a collator may change rows."""
-    first = range(min(len(dataset), _TYPICAL_ROWS))
-    typical = statistics.median_low(len(dataset[index]["input_ids"]) for index in first)
+def prompt_tokens(
+    dataset: Any, eval_dataset: Any = None, kept: int | None = None, *, collates: bool = False
+) -> PromptTokens:
+    """Typically as the median of the dataset's first rows; the most are not known where a collator may change rows.
+
+    kept: of longer prompts so many tokens are used.
+    """
+
+    def length(row: Row, index: int) -> int:
+        counted = len(counted_tokens(row, index))
+        return counted if kept is None else min(counted, kept)
+
+    typical = statistics.median_low(length(dataset[index], index) for index in range(min(len(dataset), _TYPICAL_ROWS)))
     if collates:
         return PromptTokens(typical)
-    return PromptTokens(typical, max(len(row["input_ids"]) for rows in (dataset, eval_dataset or ()) for row in rows))
+    every = (dataset, () if eval_dataset is None else eval_dataset)
+    return PromptTokens(typical, max(length(row, index) for rows in every for index, row in enumerate(rows)))

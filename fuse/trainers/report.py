@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from fuse.trace import PhaseClock, Span, busy_s
+
+_MOST_DEVICES = 8
+"""Of more, only what is true of all is told."""
 
 
 def iteration_report(
@@ -12,15 +16,21 @@ def iteration_report(
 ) -> dict[str, float]:
     """What an iteration's spans, by device and worker, say.
 
-    `time/{phase}` and `time/total` in seconds; `idle/{device}`: the share in which no worker of it computed; and where
+    `time/{phase}` and `time/total` in seconds; `idle/{device}`: the share in which no worker of it computed, and of
+    more than 8 devices `idle/min`, `idle/mean` and `idle/max`, so that logs do not grow with devices; and where
     training was planned, `bubble/planned`, `bubble/executed` and `bubble/serial`: idle shares of all devices while they
     train, in the plan, in fact, and as `serial_bubble_ratio` has it without fusion.
     """
     total_s = clock.end_s - clock.start_s
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
+    idle = {}
     for device, workers in tracks.items():
         spans = [span for spans in workers.values() for span in spans]
-        report[f"idle/{device}"] = 1.0 - busy_s(spans, clock.start_s, clock.end_s) / total_s
+        idle[device] = 1.0 - busy_s(spans, clock.start_s, clock.end_s) / total_s
+    if len(idle) > _MOST_DEVICES:
+        shares = idle.values()
+        idle = {"min": min(shares), "mean": statistics.mean(shares), "max": max(shares)}
+    report |= {f"idle/{name}": share for name, share in idle.items()}
     bubbles = _bubbles([workers["model"] for workers in tracks.values()])
     if bubbles and serial_bubble_ratio is not None:
         bubbles["bubble/serial"] = serial_bubble_ratio

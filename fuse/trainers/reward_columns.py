@@ -62,6 +62,20 @@ def check_reward_columns(function: RewardFunction, dataset: Iterable[Mapping[str
             )
 
 
+def takes_column(function: RewardFunction, column: str) -> bool:
+    """Whether `function` can be called with a dataset's column of this name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # native code that does not tell
+        return True
+    texts = [parameter for parameter in parameters if parameter.kind in _BY_POSITION][:2]
+    return any(
+        parameter.kind is Parameter.VAR_KEYWORD
+        or (parameter.name == column and parameter.kind in _BY_NAME and parameter not in texts)
+        for parameter in parameters
+    )
+
+
 def _columns(dataset: Iterable[Mapping[str, Any]], argument: str) -> list[str]:
     """What samples carry of each row, beside its prompt."""
     names: list[str] | None = getattr(dataset, "column_names", None)  # of a datasets.Dataset, whose rows are alike

@@ -1,4 +1,4 @@
-"""Rewards from a Python callable, plain or async: called as samples finish, and checked."""
+"""Rewards from a Python callable, plain or async: one call, and what it returns is checked."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import inspect
 import math
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
-
-from fuse.sample import Sample
 
 RewardFunction = Callable[..., Sequence[float] | Awaitable[Sequence[float]]]
 """(prompts: list[str], responses: list[str], **columns: list) -> one finite number per response; may be `async def`.
 
-Called with some samples of a batch at a time, from threads: a reward must not depend on what it is called with beside
-it. What is awaited runs in one event loop, so that locks, semaphores and clients may outlast a call.
+Called with some samples of a batch at a time, from threads or in processes: a reward must not depend on what it is
+called with beside it. What is awaited runs in one event loop, so that locks, semaphores and clients may outlast a call.
 """
 
-_NUM_THREADS = 8
 _BEGINNING = 60
 """Characters of a text that errors show."""
+_NO_MAIN_THREAD = "signal only works in main thread"
+"""What Python says of `signal.signal` elsewhere."""
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the message says for which samples, and what; that error is the `__cause__`."""
+    """A reward function raised, did not return or took its process along; the message says for which samples, and what.
+
+    The `__cause__` is what it raised.
+    """
 
 
 def call_reward_function(
@@ -35,10 +37,12 @@ def call_reward_function(
     responses: list[str],
     columns: Sequence[Mapping[str, Any]],
     numbers: Sequence[int] | None = None,
+    result_of: Callable[[Awaitable[Any]], Any] | None = None,
 ) -> list[float]:
     """Call `function` with a list per dataset column and check what it returns.
 
     numbers: of the samples in the run, for errors to name; by default their places in the call.
+    result_of: waits for what is to be awaited; by default in one event loop of this process.
 
     Raises:
         RewardError: it raised.
@@ -48,14 +52,13 @@ def call_reward_function(
     try:
         returned: Any = function(prompts, responses, **{name: [row[name] for row in columns] for name in names})
         if inspect.isawaitable(returned):
-            returned = _LOOP.result_of(returned)
+            returned = result_of(returned) if result_of is not None else LOOP.begin(returned).result()
     except (Exception, SystemExit) as error:
-        which = _listed(numbers if numbers is not None else range(len(prompts)))
-        beginning = f" ({prompts[0][:_BEGINNING]!r})" if prompts else ""
+        which = listed(numbers if numbers is not None else range(len(prompts)), prompts)
         reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        raise RewardError(
-            f"reward function {function_name(function)} raised for {which}{beginning}: {reason}"
-        ) from error
+        if _NO_MAIN_THREAD in reason:
+            reason += ": set reward_workers='process', where functions run in a main thread"
+        raise RewardError(f"reward function {function_name(function)} raised for {which}: {reason}") from error
     return _checked(function_name(function), returned, responses)
 
 
@@ -102,9 +105,11 @@ def _shortened(value: object) -> str:
     return " ".join(repr(value).split())[:_BEGINNING]
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int], prompts: Sequence[str] = ()) -> str:
+    """`samples 3, 5 ('the first prompt')`: for errors."""
     first, *others = [str(number) for number in numbers] or ["none"]
-    return f"samples {', '.join([first, *others])}" if others else f"sample {first}"
+    beginning = f" ({prompts[0][:_BEGINNING]!r})" if prompts else ""
+    return (f"samples {', '.join([first, *others])}" if others else f"sample {first}") + beginning
 
 
 class _EventLoop:
@@ -118,8 +123,8 @@ class _EventLoop:
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def result_of(self, awaitable: Awaitable[Any]) -> Any:
-        """Wait for it in the calling thread. Raises: what it raises."""
+    def begin(self, awaitable: Awaitable[Any]) -> Future[Any]:
+        """Have it run; the future's `result` waits for it, and `cancel` ends it."""
 
         async def result() -> Any:
             return await awaitable
@@ -128,7 +133,7 @@ class _EventLoop:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._run, args=(self._loop,), name="reward-loop", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(result(), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(result(), self._loop)
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -137,57 +142,7 @@ class _EventLoop:
                 loop.run_forever()
 
 
-_LOOP = _EventLoop()
-
-
-class RewardCalls:
-    """Calls a reward function in threads, while the caller goes on; what is to be awaited, in one event loop.
-
-    A context manager: it waits for calls under way, and drops those that have not begun. function: None where a model
-    rewards; then nothing is called. decode: token ids to texts, special tokens left out.
-    """
-
-    def __init__(self, function: RewardFunction | None, decode: Callable[[Sequence[Sequence[int]]], list[str]]) -> None:
-        self._function, self._decode = function, decode
-        self._decoding = threading.Lock()  # tokenizers are not made for threads
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="reward")
-        self._calls: list[tuple[Sequence[Sample], Future[list[float]]]] = []
-
-    def __enter__(self) -> RewardCalls:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def submit(self, samples: Sequence[Sample]) -> None:
-        """Have generated samples rewarded."""
-        if self._function is None:
-            return
-        self._calls.append((tuple(samples), self._threads.submit(self._rewards, tuple(samples))))
-
-    def finish(self) -> None:
-        """Wait for all calls and write the scores.
-
-        Raises:
-            RewardError, ValueError: see `call_reward_function`.
-        """
-        for samples, call in self._calls:
-            for sample, score in zip(samples, call.result(), strict=True):
-                sample.score = score
-        self._calls.clear()
-
-    def _rewards(self, samples: Sequence[Sample]) -> list[float]:
-        assert self._function is not None
-        with self._decoding:
-            prompts = self._decode([list(sample.prompt_ids) for sample in samples])
-            responses = self._decode([sample.response_ids[: sample.length] for sample in samples])
-        return call_reward_function(
-            self._function,
-            prompts,
-            responses,
-            [sample.columns for sample in samples],
-            [sample.id for sample in samples],
-        )
+LOOP = _EventLoop()
 
 
 def _is_finite_number(value: object) -> bool:

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fuse.config.run import RunConfig
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample
 from fuse.trace import PhaseClock
-from fuse.trainers.rewards import RewardCalls, RewardFunction
+from fuse.trainers.reward_calls import RewardCalls, RewardSettings
+from fuse.trainers.rewards import RewardFunction
+
+
+def reward_calls(args: RunConfig, reward: object, tokenizer: PreTrainedTokenizerBase) -> RewardCalls:
+    """What calls `reward`, where that is a function."""
+    settings = RewardSettings(
+        workers=args.reward_workers, timeout_s=args.reward_timeout_s, error_score=args.reward_error_score
+    )
+    function = None if isinstance(reward, PreTrainedModel) else cast(RewardFunction, reward)
+    return RewardCalls(function, partial(tokenizer.batch_decode, skip_special_tokens=True), settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
     """How samples are generated and scored.
 
-    reward: None where a model gives the rewards. fused: samples are scored while others are generated.
+    rewards: calls the reward function, where there is one. fused: samples are scored while others are generated.
     tell: hears what is being done.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    reward: RewardFunction | None
+    rewards: RewardCalls
     fused: bool
     tell: Callable[[str], None]
 
@@ -35,22 +46,20 @@ class Rollouts:
         params: SamplingParams,
         clock: PhaseClock,
         max_new_tokens: Mapping[int, int] | None = None,
-    ) -> None:
+    ) -> dict[str, float]:
         """Generate responses, and score them by models and by the reward function, where there is one.
 
-        max_new_tokens: by sample id, in place of that of `params`.
+        max_new_tokens: by sample id, in place of that of `params`. Returns the metrics of the reward function's calls.
         """
-        decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True)
-        with RewardCalls(self.reward, decode) as rewards:
-            if self.fused:
-                with clock.phase("rollout"):
-                    fleet.roll_out(samples, params, rewards.submit, max_new_tokens=max_new_tokens)
-            else:
-                with clock.phase("generation"):
-                    fleet.generate(samples, params, max_new_tokens=max_new_tokens)
-                with clock.phase("inference"):
-                    fleet.infer(samples)
-                rewards.submit(samples)
-            with clock.phase("reward"):
-                self.tell("waiting: for rewards")
-                rewards.finish()
+        if self.fused:
+            with clock.phase("rollout"):
+                fleet.roll_out(samples, params, self.rewards.submit, max_new_tokens=max_new_tokens)
+        else:
+            with clock.phase("generation"):
+                fleet.generate(samples, params, max_new_tokens=max_new_tokens)
+            with clock.phase("inference"):
+                fleet.infer(samples)
+            self.rewards.submit(samples)
+        with clock.phase("reward"):
+            self.tell("waiting: for rewards")
+            return self.rewards.finish()

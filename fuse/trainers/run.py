@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import SaveStrategy
 
 from fuse import checkpoint, run_state
+from fuse.config.differences import differences, kept_options
 from fuse.config.ppo import PPOConfig
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
@@ -105,6 +106,8 @@ class Run:
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
             self._run_id, self._saved_s = saved.run_id, saved.saved_s
             self._saved_step = self.state.global_step
+            if changed := differences(saved.options, kept_options(args)):
+                logger.warning("%s was written with other options: %s", resumed, ", ".join(changed))
             self.lr_scheduler.load_state_dict(saved.lr_scheduler)
             if args.restore_callback_states_from_checkpoint:
                 untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
@@ -217,6 +220,7 @@ class Run:
             path = self.output_dir / "traces" / f"iteration-{step:05d}.json"
             with dispensable(path):
                 write_chrome_trace(path, tracks)
+                _delete_oldest(path, self.args.trace_limit)
         report = iteration_report(tracks, clock, serial_bubble_ratio)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
@@ -238,6 +242,7 @@ class Run:
                 run=self._identity(),
                 lr_scheduler=self.lr_scheduler.state_dict(),
                 random_generators=run_state.random_generators(),
+                options=kept_options(self.args),
             ).save(directory / checkpoint.RUN_STATE_NAME)
             remembered: Any = callback_states(self.callback_handler, self.control)
             self.state.stateful_callbacks = remembered
@@ -252,3 +257,12 @@ class Run:
         batch_size = self.args.batch_size
         assert batch_size is not None
         return {"batch_size": batch_size, "seed": self.args.seed, "dataset_rows": self._num_rows}
+
+
+def _delete_oldest(written: Path, most: int) -> None:
+    """Keep `most` traces beside the one just written, itself included; 0 keeps all."""
+    if most:
+        others = [path for path in written.parent.glob("iteration-*.json") if path != written]
+        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+        for path in others[most - 1 :]:
+            path.unlink(missing_ok=True)

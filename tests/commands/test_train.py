@@ -1,6 +1,8 @@
 """`fuse train`: from paths and options to a trained policy, and what it says of those that cannot be trained."""
 
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fuse import cli
+from fuse import PPOConfig, cli
+from fuse.commands import train
+from fuse.commands.make_trainer import make_trainer
 from fuse.commands.models import critic_from_policy
 from fuse.commands.reward_function import load_reward_function
+from fuse.commands.train_inputs import read_inputs
+from fuse.config import inherited
+from fuse.config.inherited_help import HELP, ONE_VALUE
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
 
@@ -133,14 +140,14 @@ def test_it_trains_on_prompts_with_a_reward_function(
 ) -> None:
     assert cli.main(arguments(models, json="results.json", learning_rate="1e-3", stop_token="none")) == 0
     seen = sys.modules["project_rewards"].seen
-    assert len(seen) == 2
-    prompts, _, answer, columns = seen[0]
-    assert prompts == [f"{value - 1}+1=" for value in answer]
-    assert columns == {"note": ["n"] * 4}
+    for prompts, _, answer, columns in seen:  # as samples finish, an update after the other
+        assert prompts == [f"{value - 1}+1=" for value in answer]
+        assert columns == {"note": ["n"] * len(prompts)}
+    texts = [text for _, responses, _, _ in seen for text in responses]
+    assert len(texts) == 8
     results = json.loads((project / "results.json").read_text())
-    assert results["rewards"] == pytest.approx(
-        [sum(-len(text) / 4 for text in texts) / len(texts) for _, texts, _, _ in seen]
-    )
+    means = [sum(-len(text) / 4 for text in update) / 4 for update in (texts[:4], texts[4:])]
+    assert results["rewards"] == pytest.approx(means)
     assert {"rollout", "training"} <= results["phases"].keys()
     assert 0 < sum(results["phases"].values()) < results["seconds"]
     trained = AutoModelForCausalLM.from_pretrained(project / "out").state_dict()
@@ -216,6 +223,78 @@ def test_help_shows_ppo_options_and_help_all_every_option(capsys: pytest.Capture
     short, long = texts
     assert "--kl-coef" in short
     assert "--reward-function" in short
-    assert "--ddp-backend" not in short
-    assert "--num-total-batches" not in short
-    assert "--ddp-backend" in long
+    assert "--weight-decay" not in short
+    assert "--weight-decay" in long
+    assert "--long-prompts" in short
+
+
+@pytest.mark.parametrize(("function", "columns"), [("told", {"messages", "answer"}), ("short", {"answer"})])
+def test_chats_reach_reward_functions_that_take_messages(
+    models: Path, project: Path, function: str, columns: set[str]
+) -> None:
+    chats = [{"question": [{"role": "user", "content": f"{index}+1="}], "answer": index + 1} for index in range(4)]
+    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    (project / "project_rewards.py").write_text(
+        "def told(prompts, responses, answer, messages): ...\ndef short(prompts, responses, answer): ..."
+    )
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(project / "tokenizer")
+    parser = cli.Parser(parents=train.parents())
+    train.add_arguments(parser)
+    options = arguments(models, tokenizer="tokenizer", reward_function=f"project_rewards:{function}")
+    parsed = parser.parse_args(options[1:])
+    trainer = make_trainer(parsed, read_inputs(parsed), lambda text: None, None)
+    (batch,) = trainer.get_train_dataloader()
+    for sample in trainer._training_samples(batch):
+        assert sample.columns.keys() == columns
+        if "messages" in columns:
+            assert sample.columns["messages"] == chats[int(str(sample.columns["answer"])) - 1]["question"]
+
+
+def _walked(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The options that --help-all lists, and what it says of each."""
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help-all"])
+    entries = re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    texts = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
+    return {name: re.sub(r"(?<=\w)- (?=\w)", "-", text) for name, text in texts.items()}  # lines break at hyphens
+
+
+def test_every_option_of_the_help_works_and_says_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = _walked(capsys)
+    names = {option.removeprefix("--").removeprefix("no-").replace("-", "_") for option in texts}
+    config = {field.name for field in dataclasses.fields(PPOConfig)}
+    commands = {"model", "ref_model", "reward_function", "reward_model", "value_model", "tokenizer", "pad_token"}
+    commands |= {"dataset", "eval_dataset", "prompt_column", "json"}
+    assert names >= commands
+    unknown = names - config - commands - {"help", "help_all"}
+    assert not unknown
+    without_effect = names & {*inherited.CANNOT_MATTER, *inherited.REMEDIES}
+    assert not without_effect
+    assert names >= inherited.WORKS - ONE_VALUE
+    for option, text in texts.items():
+        is_flag = option in ("--help-all", "--model", "--dataset") or "The same as --" in text
+        assert is_flag or "default:" in text.lower(), text
+        for of_others in ("Trainer", "DeepSpeed", "num_devices,", "Whether or not", "<"):
+            assert of_others not in text, text
+
+
+def test_inherited_options_are_described_in_words_of_this_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = _walked(capsys)
+    assert HELP.keys() | {"bf16"} == inherited.WORKS - ONE_VALUE, "which is our own"
+    for name, text in HELP.items():
+        assert text.split(" Default:")[0] in texts[f"--{name.replace('_', '-')}"]
+    assert "num_devices" not in texts["--gradient-accumulation-steps"]
+
+
+def test_every_value_that_the_help_lists_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = {
+        option.removeprefix("--").replace("-", "_"): found[1].split(",")
+        for option, text in _walked(capsys).items()
+        if (found := re.match(r"--\S+ \{(.+?)\}", text))
+    }
+    assert {"lr_scheduler_type", "save_strategy", "kl_estimator", "reward_workers"} <= listed.keys()
+    for name, values in listed.items():
+        for value in values:
+            PPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})

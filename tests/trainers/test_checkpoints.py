@@ -96,12 +96,17 @@ def test_a_training_state_that_is_written_elsewhere_is_no_checkpoint(
     assert names(tmp_path / "out") == ["checkpoint-1"]
 
 
-def test_a_relative_output_dir_is_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are in another current directory."""
+def test_a_relative_output_dir_is_the_drivers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Workers are in another current directory. What the resumed run does otherwise is told."""
     monkeypatch.chdir(tmp_path)
     tiny.train(Path("out"), total_episodes=8, **SAVING)
     assert names(tmp_path / "out") == ["checkpoint-1"]
-    tiny.trainer(Path("out"), **SAVING).train(resume_from_checkpoint="out/checkpoint-1")
+    changed: dict[str, Any] = {**SAVING, "kl_coef": 0.2, "save_total_limit": 5}
+    tiny.trainer(Path("out"), **changed).train(resume_from_checkpoint="out/checkpoint-1")
+    (line,) = (line for line in caplog.messages if "other options" in line)
+    assert line.endswith("checkpoint-1 was written with other options: total_episodes 8 -> 16, kl_coef 0.05 -> 0.2")
     assert names(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 

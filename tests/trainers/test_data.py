@@ -147,6 +147,20 @@ def test_chat_messages_go_through_the_chat_template(tokenizer: PreTrainedTokeniz
     assert tokenizer.decode(row["input_ids"]) == "1+1=;#"
 
 
+def test_reward_functions_may_get_chats_as_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chat = [{"role": "user", "content": "1+1="}]
+    options: dict[str, Any] = {"prompt_column": "q", "response_length": 4, "with_messages": True}
+    rows = prompt_rows([{"q": chat, "a": 2}, {"q": "1+1=", "a": 2}], tokenizer, **options)
+    assert [row["messages"] for row in rows] == [chat, None]
+    (row,) = prompt_rows([{"q": "1+1="}], tokenizer, **options)
+    assert "messages" not in row, "there is no chat"
+    (row,) = prompt_rows([{"q": chat, "messages": "its own"}], tokenizer, **options)
+    assert row["messages"] == "its own"
+    (row,) = prompt_rows([{"q": chat}], tokenizer, **{**options, "with_messages": False})
+    assert "messages" not in row
+
+
 def test_a_rendered_chat_begins_once(tokenizer: PreTrainedTokenizerFast) -> None:
     """The template writes the beginning of sequence, and so does the tokenizer in front of other strings."""
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -216,7 +230,7 @@ def test_rows_in_any_order_are_a_dataset(dataset: Any) -> None:
 
 
 def test_tokenised_rows_pass_through(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [{"input_ids": [4, 13, 4], "attention_mask": [1, 1, 1], "a": 2}]
+    rows = [{"input_ids": [0, 4, 13, 4], "attention_mask": [0, 1, 1, 1], "a": 2}]
     assert prompt_rows(rows, tokenizer, response_length=4) == [{"input_ids": [4, 13, 4], "a": 2}]
 
 
@@ -230,6 +244,7 @@ def test_tokenised_rows_pass_through(tokenizer: PreTrainedTokenizerFast) -> None
         ([{"q": "1"}, {"q": []}], "q", "row 1 has an empty prompt"),
         ([{"input_ids": [3]}, {"input_ids": []}], None, "row 1 has an empty prompt"),
         ([{"q": "1"}, {"q": 7}], "q", "row 1 has a prompt of type int"),
+        ([{"q": "1" * 14}, {"q": "1"}, {"q": "1" * 13}], "q", "row 0 has 14 .*, and so have 1 more of 3 rows: shorten"),
         ([{"q": [{"role": "user", "content": "1"}]}], "q", "no chat template"),
         ([{"q": "1"}, {"q": "1" * 13}], "q", r"row 1 has 13 prompt tokens.*context of 16 less response_length=4"),
         ([{"q": "1", "responses": 1}], "q", "column 'responses', an argument of every reward function"),

@@ -18,7 +18,7 @@ def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
 
 
 def test_each_update_is_told_of_when_it_is_over(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tmp_path, inter_stage_fusion=False)
+    trainer = tiny.trainer(tmp_path, inter_stage_fusion=False, trace_limit=1)
     assert trainer.process_ids == {}
     with trainer.updates() as updates:
         assert trainer.state.global_step == 0
@@ -28,6 +28,7 @@ def test_each_update_is_told_of_when_it_is_over(tmp_path: Path) -> None:
         second = next(updates)
         assert list(updates) == []
     assert second.update == 2
+    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["iteration-00002.json"], "trace_limit"
     assert [one.metrics for one in (first, second)] == trainer.state.log_history
     for one in (first, second):
         assert len(one.samples) == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,21 @@ def _shared_storage(arguments: dict[str, Any]) -> None:
 
 def _same_scorer(arguments: dict[str, Any]) -> None:
     arguments["reward_model"] = arguments["value_model"]
+
+
+def _same_scorer_copied(arguments: dict[str, Any]) -> None:
+    arguments["reward_model"] = copy.deepcopy(arguments["value_model"])
+
+
+def _unpicklable(arguments: dict[str, Any]) -> None:
+    lock = threading.Lock()
+
+    def locked(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
+        with lock:
+            return [0.0] * len(target)
+
+    arguments["reward_model"] = locked
+    _option(reward_workers="process")(arguments)
 
 
 def _gpt2() -> Any:
@@ -156,6 +172,15 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
             "row 16 of train_dataset has the columns input",
         ),
         (_replace(reward_model=lambda completions, **columns: []), "<lambda> takes 1 arguments by position"),
+        (
+            lambda arguments: _option(reward_workers="process")(arguments) or _same_scorer_copied(arguments),
+            "reward_workers='process' is for reward functions, and a model gives the rewards: leave it out",
+        ),
+        (
+            lambda arguments: _option(reward_error_score=0.0)(arguments) or _same_scorer_copied(arguments),
+            "reward_error_score=0.0 is for reward functions",
+        ),
+        (_unpicklable, "reward function locked cannot be sent to a process .*reward_workers='thread'"),
         (_option(eval_strategy="steps"), "eval_strategy='steps' without eval_dataset: pass prompts"),
         (_option(lr_scheduler_kwargs={"wave": 1}), "lr_scheduler_kwargs={'wave': 1} do not fit .*'linear'"),
         (_option(num_mini_batches=3), "num_mini_batches=3 does not divide the batch of 8"),

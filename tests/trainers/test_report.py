@@ -30,6 +30,16 @@ def test_idle_is_what_no_worker_of_a_device_covers() -> None:
     assert summary_line(report) == "10.00 s (training 10.00), idle device0 50%"
 
 
+def test_idle_shares_of_many_devices_are_summed_up() -> None:
+    tracks = {f"device{n}": {"generation": [], "model": [op("F", 0, n, None)]} for n in range(9)}
+    report = iteration_report(tracks, clock(10.0))
+    idle = {name: share for name, share in report.items() if name.startswith("idle/")}
+    assert idle == pytest.approx({"idle/min": 0.2, "idle/mean": 0.6, "idle/max": 1.0})
+    del tracks["device8"]
+    report = iteration_report(tracks, clock(10.0))
+    assert [name for name in report if name.startswith("idle/")] == [f"idle/device{n}" for n in range(8)]
+
+
 def test_bubbles_are_those_of_all_planned_steps() -> None:
     # Planned: 2 + 1 busy of 2 ranks x 2 s. Executed in the first step: 4 + 2 of 2 x 4; in the second 3 + 1 of 2 x 4.
     first = [op("F", 10, 14, (0.0, 2.0))], [op("F", 12, 14, (1.0, 2.0))]

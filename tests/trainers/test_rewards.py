@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fuse.sample import Sample
-from fuse.trainers.rewards import RewardCalls, RewardError, call_reward_function
+from fuse.trainers.reward_calls import RewardCalls
+from fuse.trainers.rewards import RewardError, call_reward_function
 
 PROMPTS, RESPONSES = ["one", "two"], ["a", "b"]
 

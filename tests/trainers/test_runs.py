@@ -173,6 +173,21 @@ def test_rewards_may_be_async_and_come_from_several_threads(tmp_path: Path, plai
     assert tiny.difference(plain.policy_model, awaited.policy_model) < 1e-6
 
 
+def test_rewards_that_fail_are_scored_and_counted_where_asked_for(tmp_path: Path) -> None:
+    def picky(prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
+        if any(number % 4 == 0 for number in target):
+            raise KeyError("no answer")
+        return [float(threading.current_thread() is threading.main_thread()) for _ in responses]
+
+    options: dict[str, Any] = {"reward_workers": "process", "reward_error_score": -3.0, "num_sample_generations": 0}
+    for fused in (True, False):
+        trained = tiny.train(tmp_path, reward=picky, inter_stage_fusion=fused, **options)
+        errors = [row["rewards/errors"] for row in trained.state.log_history]
+        assert sum(errors) == 4, "of 16 targets"
+        for row, count in zip(trained.state.log_history, errors, strict=True):
+            assert row["objective/scores"] == pytest.approx((8 - count - 3 * count) / 8)
+
+
 def test_a_run_on_megatron_stages_goes_on_with_others(tmp_path: Path) -> None:
     models = {"num_key_value_heads": 2}
     options: dict[str, Any] = {"train_backend": "megatron", "tensor_parallel_size": 2}

@@ -1,0 +1,93 @@
+"""Whether the rows of a dataset hold prompts that the models can take, and which rows of it are used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Subset
+from transformers import PretrainedConfig
+
+from fuse.config.ppo import PPOConfig
+from fuse.trainers.prompts import counted_tokens
+
+TOO_LONG = "shorten or remove them, lower response_length, or set long_prompts to 'drop' or 'truncate'"
+"""What can be done about prompts that are."""
+
+_logger = logging.getLogger(__name__)
+
+
+def usable_prompts(
+    dataset: Any,
+    argument: str,
+    policy: PretrainedConfig,
+    args: PPOConfig,
+    pad_token_id: int,
+) -> Any:
+    """The rows of `dataset`, which is the trainer's argument of that name, but for what `args.long_prompts` drops.
+
+    What is dropped, and what is to be truncated, is told in a warning.
+
+    Raises:
+        ValueError: naming the first row whose prompt is empty, outside the vocabulary or no list of tokens, or the
+            first and the number of those that are too long; or no row is left.
+    """
+    lengths = []
+    vocabulary_size = policy.get_text_config().vocab_size
+    for index, row in enumerate(dataset):
+        if "input_ids" not in row:
+            names = ", ".join(row) or "none"
+            raise ValueError(f"dataset row {index} has no column 'input_ids' (it has: {names}): tokenise the prompts")
+        tokens = counted_tokens(row, index)
+        if all(token == pad_token_id for token in tokens):
+            raise ValueError(f"dataset row {index} has an empty prompt: remove it")
+        for token in (max(tokens), min(tokens)):
+            if not 0 <= token < vocabulary_size:
+                raise ValueError(
+                    f"dataset row {index} holds token {token}, the models have {vocabulary_size}: "
+                    f"tokenise with the models' own tokenizer"
+                )
+        lengths.append(len(tokens))
+    response_length, long_prompts = args.response_length, args.long_prompts
+    most = _most_tokens(policy, response_length)
+    if most is None or all(length <= most for length in lengths):
+        return dataset
+    if most < 1:
+        raise ValueError(
+            f"response_length={response_length} leaves no room for prompts in the model's context of "
+            f"{most + response_length}: lower response_length"
+        )
+    if long_prompts == "error":
+        check_lengths(lengths, response_length, most + response_length, TOO_LONG)
+    long = sum(length > most for length in lengths)
+    what = f"{long} of {len(lengths)} prompts of {argument} have more than {most} tokens"
+    if long_prompts == "truncate":
+        _logger.warning("%s: their last %d are used", what, most)
+        return dataset
+    if long == len(lengths):
+        raise ValueError(f"{what}, so that long_prompts='drop' leaves none: lower response_length, or truncate them")
+    _logger.warning("%s and are left out", what)
+    return Subset(dataset, [index for index, length in enumerate(lengths) if length <= most])
+
+
+def kept_tokens(policy: PretrainedConfig, args: PPOConfig) -> int | None:
+    """How many of a prompt's last tokens are used; None for all."""
+    return _most_tokens(policy, args.response_length) if args.long_prompts == "truncate" else None
+
+
+def _most_tokens(policy: PretrainedConfig, response_length: int) -> int | None:
+    """Of a prompt that leaves room for a response; None where the context has no end."""
+    context: int | None = getattr(policy.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - response_length
+
+
+def check_lengths(lengths: Sequence[int], response_length: int, context: int, remedy: str) -> None:
+    """Raises: ValueError for prompts that leave no room for a response: the first, and how many."""
+    long = [index for index, length in enumerate(lengths) if length > context - response_length]
+    if long:
+        others = f", and so have {len(long) - 1} more of {len(lengths)} rows" if len(long) > 1 else ""
+        raise ValueError(
+            f"dataset row {long[0]} has {lengths[long[0]]} prompt tokens, more than the model's context of {context} "
+            f"less response_length={response_length}{others}: {remedy}"
+        )

@@ -1,0 +1,34 @@
+"""Progress of a run where there is no terminal: which updates get a line."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from fuse.commands.progress import UpdateProgress
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_update", "num_updates", "shown"),
+    [
+        (60.0, 6, [1, 2, 3, 4, 5, 6]),
+        (1.0, 14, [1, 6, 11, 14]),
+        (0.001, 1000, [1, 1000]),
+    ],
+)
+def test_lines_come_by_time_and_not_by_number(seconds_per_update: float, num_updates: int, shown: list[int]) -> None:
+    now_s = 0.0
+    console = Console(file=io.StringIO(), force_terminal=False)
+    progress = UpdateProgress(console, "PPO", clock=lambda: now_s)
+    for update in range(1, num_updates + 1):
+        now_s = update * seconds_per_update
+        state = SimpleNamespace(global_step=update, max_steps=num_updates)
+        logs = {"objective/scores": 0.5, "time/total": seconds_per_update}
+        progress.on_log(None, state, None, logs)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == shown
+    assert lines[0] == f"PPO 1/{num_updates}: reward 0.500, {seconds_per_update:.1f} s per update"
