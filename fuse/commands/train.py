@@ -28,6 +28,7 @@ from fuse.commands.progress import run_progress
 from fuse.commands.results import run_json
 from fuse.commands.train_inputs import read_inputs
 from fuse.config.ppo import PPOConfig
+from fuse.printable import printable
 
 # What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
 _COMMON = frozenset(
@@ -104,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
             progress.watch(trainer)
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model()
-    console.print(f"policy written to {trainer.args.output_dir}", highlight=False, soft_wrap=True)
+    written = printable(f"policy written to {trainer.args.output_dir}")
+    console.print(written, highlight=False, markup=False, soft_wrap=True)
     if arguments.json:
         write_json(arguments.json, run_json(trainer.state.log_history, time.monotonic() - start_s))
     return 0

@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fuse.config.ppo import PPOConfig
 from fuse.roles import GENERATING, training
+from fuse.trainers.token_ids import token_ids
 from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
@@ -148,15 +149,16 @@ def check_prompts(
         if "input_ids" not in row:
             names = ", ".join(row) or "none"
             raise ValueError(f"dataset row {index} has no column 'input_ids' (it has: {names}): tokenise the prompts")
-        length = len(row["input_ids"])
-        if all(token == pad_token_id for token in row["input_ids"]):
+        tokens = token_ids(row["input_ids"], index)
+        length = len(tokens)
+        if all(token == pad_token_id for token in tokens):
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
         if context is not None and length + response_length > context:
             raise ValueError(
                 f"dataset row {index} has {length} prompt tokens, which with response_length={response_length} exceed "
                 f"the model's context of {context}: shorten or remove it, or lower response_length"
             )
-        highest = max(map(int, row["input_ids"]))
+        highest = max(tokens)
         if highest >= vocabulary_size:
             raise ValueError(
                 f"dataset row {index} holds token {highest}, the models have {vocabulary_size}: "

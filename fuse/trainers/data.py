@@ -12,6 +12,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from fuse.trainers.token_ids import token_ids
+from schedules.reading import NotReadableError, parse_json
+
 Row = dict[str, Any]
 TOKENS = "input_ids"
 SOURCES = "a JSONL file, a JSON array of objects, a parquet file, or a directory made by Dataset.save_to_disk"
@@ -110,7 +113,7 @@ def prompt_rows(
                 f"dataset row {index} has no column {source!r} (it has: {', '.join(row) or 'none'}): add it"
             )
         prompt = row[source]
-        tokens = list(prompt) if source == TOKENS else _tokenise(prompt, tokenizer, index)
+        tokens = token_ids(prompt, index) if source == TOKENS else _tokenise(prompt, tokenizer, index)
         _check_length(len(tokens), index, response_length, context)
         tokenised.append({TOKENS: tokens, **{name: row.get(name) for name in columns}})
     return tokenised
@@ -120,6 +123,10 @@ def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) ->
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ValueError(
+                f"dataset row {index} has a prompt with half a surrogate pair, which is no text: remove it"
+            )
         is_rendered = bool(tokenizer.bos_token) and prompt.lstrip().startswith(str(tokenizer.bos_token))
         return list(tokenizer(prompt, add_special_tokens=not is_rendered)[TOKENS])
     if not isinstance(prompt, list) or not all(
@@ -203,7 +210,9 @@ def _json_array(content: bytes, path: Path) -> list[Row]:
 
 def _json(content: bytes, place: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"), any_number=True)
+    except NotReadableError as error:
+        raise ValueError(f"{place} {error}: give plain objects") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(
