@@ -285,7 +285,7 @@ class PPOTrainer:
             samples += prompts.make_samples(batch, _FIRST_EVALUATION_ID + len(samples), self._special.pad)
             if sampling:
                 break
-        self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock())
+        self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock(), teaches=False)
         print_completions(self.processing_class, samples[:5])
 
     # What TRL's trainer offers to callbacks and scripts

@@ -35,16 +35,19 @@ class Rollouts:
         params: SamplingParams,
         clock: PhaseClock,
         max_new_tokens: Mapping[int, int] | None = None,
+        *,
+        teaches: bool = True,
     ) -> None:
         """Generate responses, and score them by models and by the reward function, where there is one.
 
-        max_new_tokens: by sample id, in place of that of `params`.
+        max_new_tokens: by sample id, in place of that of `params`. teaches: whether policies and costs of later
+            rollouts may be learnt from this one; not from an evaluation, whose samples are few and others.
         """
         decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True)
         with RewardCalls(self.reward, decode) as rewards:
             if self.fused:
                 with clock.phase("rollout"):
-                    fleet.roll_out(samples, params, rewards.submit, max_new_tokens=max_new_tokens)
+                    fleet.roll_out(samples, params, rewards.submit, max_new_tokens=max_new_tokens, teaches=teaches)
             else:
                 with clock.phase("generation"):
                     fleet.generate(samples, params, max_new_tokens=max_new_tokens)
@@ -54,3 +57,5 @@ class Rollouts:
             with clock.phase("reward"):
                 self.tell("waiting: for rewards")
                 rewards.finish()
+        if not teaches:
+            fleet.forget_spans()
