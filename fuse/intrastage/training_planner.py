@@ -106,6 +106,8 @@ class TrainingPlanner:
                 return {count: Plan(halved_serial_schedule(self.placement, count)) for count in counts}
             self._store.save(Measured(self.placement, self._profile, self._unfused))
         missing = sorted(set(counts) - self._plans.keys())
+        if not self._plans:
+            self._serial_bubble_ratios.clear()  # not when plans are dropped: the update's report comes after that
         memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
         for count in missing:
             limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
@@ -144,7 +146,7 @@ class TrainingPlanner:
         if self._num_drifted == self._lasting:
             _logger.info("stage times are %.0f%% off the plan's: planning again", 100 * (drift or 0.0))
             self._num_drifted, self._lasting = 0, DRIFT_UPDATES
-            self._plans, self._profile, self._serial_bubble_ratios = {}, None, {}
+            self._plans, self._profile = {}, None
 
     def _training_s(self, count: int, shapes: Sequence[Shape]) -> float:
         """Seconds that the last update trained; before there is one, of a step if one rank worked at a time."""

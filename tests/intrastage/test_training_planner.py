@@ -194,6 +194,7 @@ def test_only_lasting_drift_of_a_stage_against_the_others_plans_again(tmp_path: 
     def plans_again_after(updates: list[list[Span]]) -> bool:
         for update in updates:
             planner.observe(update)
+            assert planner.serial_bubble_ratio is not None, "an update that drifts is reported all the same"
         again = planner.will_solve({4})
         planner.plans({4}, SHAPES)
         return again
