@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +42,11 @@ class EngineProcess(PeerProcess):
     def restart(self, make_engine: MakeEngine) -> None:
         """Close the engine, if there is one, and make another one in the same process."""
         self.ask(partial(_restart, make_engine=make_engine))
+
+    @property
+    def kv_capacity_tokens(self) -> int | None:
+        capacity: int | None = self.run(attrgetter("kv_capacity_tokens"))
+        return capacity
 
     def submit(self, request: GenerationRequest) -> None:
         self.run(methodcaller("submit", request))

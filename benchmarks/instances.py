@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import schedules.reading
+
 
 def read_json(path: Path, fields: Collection[str], description: str) -> dict[str, Any]:
     """The object in a JSON file. description: what it holds. Raises: ValueError when it is none with these fields."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): name a file of {description}") from error
+    value = schedules.reading.read_json(path, description, any_number=True)
     if not isinstance(value, dict) or not value.keys() >= set(fields):
         raise ValueError(f"{path} holds no {description}: name a file that does")
     return value

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import fuse
+from fuse.printable import printable
 from fuse.termination import Terminated
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
@@ -51,6 +52,7 @@ RUN_ERRORS: Mapping[str, str] = MappingProxyType(
 """What ends a run that the input is not to blame for: errors by the module that defines them."""
 OK, RUN_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 TRACEBACK_VARIABLE = "FUSE_TRACEBACK"
+_MOST_COLUMNS = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,4 +181,6 @@ def _fail(command: str, error: BaseException | str, status: int) -> int:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Short enough to read, and nothing in it that a terminal obeys."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _MOST_COLUMNS else f"{line[:_MOST_COLUMNS]} ..."

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from schedules.reading import parse_json
+
 NAME = "run_state.json"
 
 
@@ -37,7 +39,7 @@ class RunState:
     def read(cls, path: Path) -> RunState:
         """Raises: ValueError for a file that is damaged or absent."""
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**parse_json(path.read_text(encoding="utf-8"), any_number=True))  # type: ignore[arg-type]
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"cannot read {path} ({error}): resume from another checkpoint") from error
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import lcm
 from random import Random
 
 from schedules.baselines import serial
-from schedules.ir import Pipeline, Problem
+from schedules.ir import MOST_RANKS, Pipeline, Problem
 from schedules.timing import evaluate
+
+_MOST_SCALE = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,12 @@ def actor_and_critic(
     """
     if critic_stages < 1 or actor_stages % critic_stages:
         raise ValueError(f"critic_stages {critic_stages} must divide actor_stages {actor_stages}")
-    activations = [Fraction(str(actor_activation)), Fraction(str(critic_activation))]
+    if actor_stages > MOST_RANKS:
+        raise ValueError(f"actor_stages is {actor_stages}: the most is {MOST_RANKS}")
+    activations = [
+        exact_units("actor_activation", actor_activation),
+        exact_units("critic_activation", critic_activation),
+    ]
     scale = lcm(*(activation.denominator for activation in activations))
 
     def model(name: str, ranks: tuple[int, ...], num_micro_batches: int, ticks: int, activation: Fraction) -> Pipeline:
@@ -74,6 +82,20 @@ def actor_and_critic(
         name = f"critic{copy}" if num_copies > 1 else "critic"
         pipelines.append(model(name, ranks, critic_microbatches, critic_forward, activations[1]))
     return Instance(Problem(num_ranks=actor_stages, pipelines=tuple(pipelines)), scale)
+
+
+def exact_units(name: str, value: float) -> Fraction:
+    """The decimal fraction that was written as `value`.
+
+    Raises:
+        ValueError: it is infinite, NaN, negative, or has more than nine decimals.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}: give a finite number that is not negative")
+    exact = Fraction(str(value))
+    if exact.denominator > _MOST_SCALE:
+        raise ValueError(f"{name} is {value}: give at most nine decimals")
+    return exact
 
 
 def heterogeneous(seed: int) -> Problem:

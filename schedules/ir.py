@@ -7,11 +7,18 @@ A schedule holds an order and no times. Times, memory and bubbles come from `sch
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-_OP_FORM = re.compile(r"([FBIW])(\d+)\.(\d+)\.(\d+)")
+MOST_RANKS = 1 << 14
+MOST_FORWARDS = 200_000
+"""Of a problem: micro-batches times stages, over all pipelines."""
+MOST_TICKS, MOST_BYTES = 1 << 45, 1 << 60
+"""Of all operations together: evaluator, bounds and solver count in 64 bits."""
+
+_OP_FORM = re.compile(r"([FBIW])([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})")
 _NAME_FORM = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -80,10 +87,11 @@ class Pipeline:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME_FORM.fullmatch(self.name):
             raise ValueError(f"pipeline name {self.name!r} must be letters, digits, '_', '-' or '.'")
+        owner = f"pipeline {self.name}"
+        _check_tuple(owner, "ranks", self.ranks)
         zeros = (0,) * len(self.ranks)
         object.__setattr__(self, "activation_bytes", self.activation_bytes or zeros)
         object.__setattr__(self, "weight_grad_bytes", self.weight_grad_bytes or zeros)
-        owner = f"pipeline {self.name}"
         if not self.ranks:
             raise ValueError(f"{owner}: ranks is empty; a pipeline needs at least one stage")
         _check_integers(owner, "ranks", self.ranks, len(self.ranks), minimum=0)
@@ -100,7 +108,7 @@ class Pipeline:
             "weight_grad_bytes": (self.weight_grad_bytes, 0),
         }
         for field, (values, minimum) in per_stage.items():
-            if values is not None:
+            if values is not None or field in ("forward_ticks", "backward_ticks"):
                 _check_integers(owner, field, values, self.num_stages, minimum)
 
     @property
@@ -144,6 +152,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         _check_integers("problem", "num_ranks", (self.num_ranks,), 1, minimum=1)
+        if self.num_ranks > MOST_RANKS:
+            raise ValueError(f"problem: num_ranks is {self.num_ranks}; the most is {MOST_RANKS}")
         object.__setattr__(self, "initial_bytes", self.initial_bytes or (0,) * self.num_ranks)
         _check_integers("problem", "initial_bytes", self.initial_bytes, self.num_ranks, minimum=0)
         if self.memory_limit_bytes is not None:
@@ -153,9 +163,9 @@ class Problem:
                     raise ValueError(f"rank {rank}: initial_bytes {initial} exceed memory_limit_bytes {limit}")
         if not self.pipelines:
             raise ValueError("problem: pipelines is empty; give at least one")
-        names = [pipeline.name for pipeline in self.pipelines]
-        for name in names:
-            if names.count(name) > 1:
+        names = Counter(pipeline.name for pipeline in self.pipelines)
+        for name, count in names.items():
+            if count > 1:
                 raise ValueError(f"problem: two pipelines are named {name!r}; names must differ")
         for pipeline in self.pipelines:
             if max(pipeline.ranks) >= self.num_ranks:
@@ -163,6 +173,17 @@ class Problem:
                     f"pipeline {pipeline.name}: rank {max(pipeline.ranks)} is outside 0..{self.num_ranks - 1}; "
                     "raise num_ranks or move the stage"
                 )
+        self._check_size()
+
+    def _check_size(self) -> None:
+        totals = {
+            "micro-batches times stages": (sum(map(_num_forwards, self.pipelines)), MOST_FORWARDS, "give fewer"),
+            "ticks of all operations": (sum(map(_all_ticks, self.pipelines)), MOST_TICKS, "give a coarser unit"),
+            "bytes of all operations": (sum(map(_all_bytes, self.pipelines)), MOST_BYTES, "give a coarser unit"),
+        }
+        for what, (total, most, remedy) in totals.items():
+            if total > most:
+                raise ValueError(f"problem: {what} add up to {total}; the most is {most}: {remedy}")
 
     def contains(self, op: Op) -> bool:
         """Whether the operation exists in this problem."""
@@ -214,9 +235,29 @@ class Schedule:
                 yield rank, op
 
 
-def _check_integers(owner: str, field: str, values: tuple[int, ...], length: int, minimum: int) -> None:
+def _num_forwards(pipeline: Pipeline) -> int:
+    return pipeline.num_micro_batches * pipeline.num_stages
+
+
+def _all_ticks(pipeline: Pipeline) -> int:
+    of_stages = (pipeline.forward_ticks, pipeline.backward_ticks)
+    halves = (pipeline.input_grad_ticks or (), pipeline.weight_grad_ticks or ())
+    transfers = 2 * pipeline.num_stages * pipeline.transfer_ticks
+    return pipeline.num_micro_batches * (sum(map(sum, (*of_stages, *halves))) + transfers)
+
+
+def _all_bytes(pipeline: Pipeline) -> int:
+    return pipeline.num_micro_batches * sum(map(sum, (pipeline.activation_bytes, pipeline.weight_grad_bytes)))
+
+
+def _check_tuple(owner: str, field: str, values: object) -> None:
     if not isinstance(values, tuple):
         raise ValueError(f"{owner}: {field} is {values!r}; it must be a tuple of integers")
+
+
+def _check_integers(owner: str, field: str, values: tuple[int, ...] | None, length: int, minimum: int) -> None:
+    _check_tuple(owner, field, values)
+    assert values is not None
     if len(values) != length:
         raise ValueError(f"{owner}: {field} has {len(values)} entries for {length}; give one per stage or rank")
     for value in values:
@@ -224,3 +265,5 @@ def _check_integers(owner: str, field: str, values: tuple[int, ...], length: int
             raise ValueError(f"{owner}: {field} holds {value!r}; scale it to an integer")
         if value < minimum:
             raise ValueError(f"{owner}: {field} holds {value}; the least is {minimum}")
+        if value > MOST_BYTES:
+            raise ValueError(f"{owner}: {field} holds a number of {value.bit_length()} bits; give a coarser unit")

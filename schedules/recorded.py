@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
+from schedules.reading import finite_number
 from schedules.timing import Timing, evaluate
 from schedules.validate import check
 
-_NAME_FORM = re.compile(r"([FBIW]) (.+)\.(\d+)\.(\d+)")
+_NAME_FORM = re.compile(r"([FBIW]) (.+)\.([0-9]{1,9})\.([0-9]{1,9})")
 TICK_S = 1e-6
+_MOST_MICROSECONDS = 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def busy_seconds(trace: object) -> dict[str, dict[str, float]]:
             names[int(_number(event, "pid"))] = str(arguments.get("name"))
         elif event.get("ph") == "X":
             category = str(event.get("cat", "other"))
-            seconds[int(_number(event, "pid"))][category] += TICK_S * _number(event, "dur")
+            seconds[int(_number(event, "pid"))][category] += TICK_S * _duration(event)
     return {names.get(device, f"process {device}"): dict(spent) for device, spent in sorted(seconds.items())}
 
 
@@ -135,18 +137,28 @@ def _event(event: Mapping[str, object]) -> _Event:
     arguments = event.get("args")
     planned = None
     if isinstance(arguments, Mapping) and "planned_start_s" in arguments:
+        most_s = TICK_S * _MOST_MICROSECONDS
         planned = (
-            _number(arguments, "planned_start_s") / TICK_S,
-            _number(arguments, "planned_end_s") / TICK_S,
+            _number(arguments, "planned_start_s", most_s) / TICK_S,
+            _number(arguments, "planned_end_s", most_s) / TICK_S,
         )
-    end = start + _number(event, "dur")
+        if not 0 <= planned[0] <= planned[1]:
+            raise ValueError(f"trace: {match[0]} is planned from {planned[0]:g} to {planned[1]:g} microseconds")
+    end = start + _duration(event)
     return _Event(Kind(kind), pipeline, int(stage), int(micro_batch), start, end, planned)
 
 
-def _number(members: Mapping[str, object], name: str) -> float:
-    value = members.get(name)
-    if not isinstance(value, int | float):
-        raise ValueError(f"trace: an event's {name} is {value!r}, not a number")
+def _duration(event: Mapping[str, object]) -> float:
+    duration = _number(event, "dur")
+    if duration < 0:
+        raise ValueError(f"trace: an event's dur is {duration:g}: nothing takes less than no time")
+    return duration
+
+
+def _number(members: Mapping[str, object], name: str, most: float = _MOST_MICROSECONDS) -> float:
+    value = finite_number(members, name, most)
+    if value is None:
+        raise ValueError(f"trace: an event's {name} is {members.get(name)!r}, not a number of at most {most:g}")
     return value
 
 

@@ -123,6 +123,19 @@ def test_an_error_is_one_line_and_has_its_status(
     assert not output.out
 
 
+def test_an_error_has_nothing_that_a_terminal_obeys(
+    fake: Callable[[Callable[..., int]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(failing(ValueError("file \x1b[31m\x07\ud800 holds " + "9" * 5000)))
+    assert exit_status(["fake", "--json=\x1b]0;x\x07"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(r"fuse fake: file \x1b[31m\x07\ud800 holds 999")
+    assert error.rstrip("\n").isprintable()
+    assert len(error) < 2200
+    assert exit_status(["fake", "\x1b[31m"]) == 2
+    assert r"unexpected argument '\x1b[31m'" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_ends_with_status_1(
     fake: Callable[[Callable[..., int]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

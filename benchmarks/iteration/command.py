@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fuse.benchmarks import smollm2
 from fuse.benchmarks.instances import read_json
-from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, TRL, bound, markdown, row_of, tables
+from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, TRL, bound, markdown, row_of, tables
 from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.options import add_json_option, check_counts, plain_options
 from fuse.commands.output import write_json
@@ -78,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end each variant before the next starts; as always on GPUs, and where memory does not hold them all",
     )  # fmt: skip
     parser.add_argument("--traces", type=Path, metavar="DIR", help="keep traces and plans of each variant in DIR")
-    parser.add_argument("--smoke", action="store_true", help=f"a tiny model, {SERIAL} and both, once, in a minute")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help=f"a tiny model, {SERIAL} and both, once, in a minute: shows that it runs; it proves nothing about speed",
+    )
     add_json_option(parser, "machine, options and rows")
     parser.add_argument("--markdown", action="store_true", help="print the table of a README")
     parser.add_argument(
@@ -120,6 +124,8 @@ def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
         for table in tables(results["rows"]):
             Console().print(table)
         Console().print(bound(results["rows"]), highlight=False)
+        if results["options"].get("smoke"):
+            Console().print(SMOKE_NOTE, highlight=False)
 
 
 def _check(arguments: argparse.Namespace) -> None:

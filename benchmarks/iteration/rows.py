@@ -26,6 +26,7 @@ FUSION: Mapping[str, Mapping[str, bool]] = MappingProxyType(
 """What each variant of this project's trainer is."""
 NATURAL, SYNTHETIC = "natural", "synthetic"
 """Lengths that no file has."""
+SMOKE_NOTE = "A smoke run of a tiny model: it shows that everything runs, and proves nothing about speed."
 _COMPARED_METRICS = ("objective/entropy", "objective/scores")
 
 
@@ -136,6 +137,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"prompts an iteration, epochs: {options['epochs']}, each of {options['mini_batches']} mini-batches of "
         f"micro-batches of {options['micro_batch']}, at most {options['max_new_tokens']} tokens, lengths: {mix}; "
         f"medians (ranges) of {options['repeats']} iterations each, in turn, all on the same tokens. {bound(rows)}"
+        + (f" {SMOKE_NOTE}" if options.get("smoke") else "")
     )
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", setting])
 

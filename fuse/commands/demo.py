@@ -29,6 +29,7 @@ from fuse.demo.plot import save_curve, tenth_means, terminal_curve
 from fuse.demo.task import SumTask, exact_match, prompt_text
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import WarmupProgress, small_llama, warm_up
+from fuse.printable import printable
 from fuse.trainers.ppo import PPOTrainer
 
 BATCH_SIZE = 64
@@ -167,9 +168,10 @@ def show(
     save_curve(results.rewards, curve)
     last_trace = len(results.rewards) // config.trace_steps * config.trace_steps
     trace = output_dir / "traces" / f"iteration-{last_trace:05d}.json"
-    console.print(f"\nlearning curve  {curve}", soft_wrap=True)
-    console.print(f"trace           {trace} (open in ui.perfetto.dev)", soft_wrap=True)
-    console.print(f"policy          {output_dir / 'policy'}", soft_wrap=True)
+    written = {"learning curve": curve, "trace": f"{trace} (open in ui.perfetto.dev)", "policy": output_dir / "policy"}
+    console.print()
+    for name, path in written.items():
+        console.print(printable(f"{name:16}{path}"), soft_wrap=True, markup=False)
 
 
 @contextmanager

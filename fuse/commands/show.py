@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fuse.commands.output import output_file
+from fuse.commands.tables import cell
+from fuse.printable import printable
 from schedules.bounds import makespan_lower_bound
 from schedules.critical_path import critical_path
 from schedules.export import chrome, html, svg
@@ -28,11 +30,13 @@ from schedules.export.terminal import MARGIN, legend, rank_lines
 from schedules.formats import problem_from_json, problem_from_text, schedule_from_json, schedule_from_text
 from schedules.fused.greedy import greedy
 from schedules.ir import Problem, Schedule
+from schedules.reading import NotReadableError, parse_json, read_text
 from schedules.recorded import busy_seconds, is_trace, recorded_steps
 from schedules.timing import Timing, evaluate
 from schedules.validate import check
 
 _LEAST_COLUMNS = 20
+_CONTENTS = "a problem, schedule, solution or trace"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,25 +84,24 @@ def run(arguments: argparse.Namespace) -> int:
     _print_schedule(console, shown)
     for name, path in outputs.items():
         path.write_text(_export(name, shown), encoding="utf-8", newline="")
-        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+        console.print(printable(f"wrote {path}"), soft_wrap=True, markup=False)
     return 0
 
 
 def _read(path: Path, step: int, console: Console) -> Shown | None:
     """Find out what the file is, print what only that kind has, and take from it what is drawn."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text: give a problem, schedule, solution or trace") from None
+    text = read_text(path, _CONTENTS)
     word = text.split(maxsplit=1)[0] if text.strip() else ""
     if word == "problem":
         return _of_problem(problem_from_text(text), console)
     if word == "schedule":
         return _of_schedule(schedule_from_text(text))
     try:
-        value: object = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is neither JSON ({error}) nor text that starts with problem or schedule") from None
+    except NotReadableError as error:
+        raise ValueError(f"{path} {error}: give {_CONTENTS}") from None
     if isinstance(value, dict) and "problem" in value:
         return _of_problem(problem_from_json(value), console)
     if isinstance(value, dict) and isinstance(value.get("schedule"), dict):
@@ -136,7 +139,11 @@ def _of_solution(value: Mapping[str, Any], console: Console) -> Shown:
     schedule = schedule_from_json(value["schedule"])
     check(schedule)
     status, found_by = value.get("status", "of unknown status"), value.get("found_by", "an unknown part")
-    console.print(f"solution: {status}, found by {found_by}", soft_wrap=True, markup=False)
+    for name in ("makespan_lower_bound", "memory_lower_bound"):
+        bound = value.get(name)
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+            raise ValueError(f"solution: {name} is {bound!r}, not an integer: take the file from fuse solve")
+    console.print(printable(f"solution: {status}, found by {found_by}"), soft_wrap=True, markup=False)
     return Shown(title="Solved schedule", schedule=schedule, bounds=value)
 
 
@@ -164,9 +171,9 @@ def _print_devices(console: Console, seconds: Mapping[str, Mapping[str, float]])
     categories = sorted({category for of_device in seconds.values() for category in of_device})
     if not categories:
         return
-    table = Table("seconds", *categories)
+    table = Table("seconds", *(Column(cell(category)) for category in categories))
     for device, of_device in seconds.items():
-        table.add_row(device, *(f"{of_device.get(category, 0.0):.3g}" for category in categories))
+        table.add_row(cell(device), *(f"{of_device.get(category, 0.0):.3g}" for category in categories))
     console.print(table)
 
 
@@ -202,7 +209,8 @@ def _figures(shown: Shown, timing: Timing) -> Table:
     table.add_row("idle", f"{timing.bubble_ratio:.1%}", "")
     if any(timing.peak_bytes):
         peak = units.memory_text(max(timing.peak_bytes))
-        table.add_row("peak memory", peak, str(shown.bounds.get("memory_lower_bound", "")))
+        least = shown.bounds.get("memory_lower_bound")
+        table.add_row("peak memory", peak, units.memory_text(least) if isinstance(least, int) else "")
     return table
 
 
@@ -226,7 +234,7 @@ def _path_line(shown: Shown) -> str:
 def _export(name: str, shown: Shown) -> str:
     drawing = {"title": shown.title, "executed": shown.executed, "planned": shown.planned, "units": shown.units}
     if name == "html":
-        return html.page(html.figure(shown.schedule, **drawing))  # type: ignore[arg-type]
+        return html.page(html.figure(shown.schedule, overview=True, **drawing))  # type: ignore[arg-type]
     if name == "svg":
         return svg.document(svg.figure(shown.schedule, **drawing))  # type: ignore[arg-type]
     if name == "csv":

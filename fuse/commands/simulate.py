@@ -25,7 +25,7 @@ from fuse.commands.simulation_tables import show_gains, show_policies
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.drawing import picture
-from fuse.interstage.length_trace import LengthTrace, read_length_trace
+from fuse.interstage.length_trace import MOST_TOKENS, LengthTrace, read_length_trace
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
@@ -33,10 +33,21 @@ from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from schedules.export.svg import document
+from schedules.reading import read_json
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
-_TITLES = {NONE: "Stage by stage", THRESHOLD: "Fused, one migration", ADAPTIVE: "Fused"}
+_TITLES = {NONE: "none (stage by stage)", THRESHOLD: "threshold (one migration)", ADAPTIVE: "adaptive"}
+_MOST = {
+    "devices": 1 << 14,
+    "batch": 1 << 20,
+    "iterations": 1 << 20,
+    "max_tokens": 1 << 40,  # the trace's own lengths are bounded
+    "prompt_tokens": MOST_TOKENS,
+    "max_batch": 1 << 20,
+    "kv_tokens": 1 << 60,
+}
+"""By option, the largest value: beyond them arrays outgrow memory, or sums 64 bits."""
 _OPTIONS = ("devices", "batch", "iterations", "max_tokens", "prompt_tokens", "costs", "max_batch", "kv_tokens")
 
 
@@ -70,12 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate every policy on the same batches, print a table and timelines, and write them."""
-    for name in ("devices", "batch", "iterations", "prompt_tokens", "max_batch"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be at least 1")
-    for max_tokens in arguments.max_tokens or ():
-        if max_tokens < 1:
-            raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
+    _check_counts(arguments)
     costs = _costs(arguments.costs)
     settings = [
         _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
@@ -118,8 +124,6 @@ class _Outcome:
 
 
 def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> LengthTrace:
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"--max-tokens is {max_tokens}: it must be at least 1")
     trace = read_length_trace(
         path,
         at_least=arguments.batch * arguments.iterations,
@@ -260,10 +264,17 @@ def _costs(name: str) -> CostModel:
     path = Path(name)
     if not path.exists():
         raise ValueError(f"--costs {name} is neither a file nor one of {', '.join(PROFILES)}")
-    try:
-        return costs_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return costs_from_json(read_json(path, "the fields of a cost model"))
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name, most in _MOST.items():
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+            if value > most:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: the most is {most}")
 
 
 def _limits(arguments: argparse.Namespace, trace: LengthTrace) -> EngineLimits:

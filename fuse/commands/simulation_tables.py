@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
+from fuse.commands.tables import cell
 from fuse.interstage.rollout import SimulationResult
 from fuse.interstage.timeline import chart
 
@@ -48,7 +49,7 @@ def show_gains(console: Console, settings: Sequence[Sequence[dict[str, object]]]
         bounds_s = (_number(rows[0][field]) for field in _BOUNDS.values())
         gains = (*(_number(row["gain"]) for row in rows[1:]), *(none_s / bound_s for bound_s in bounds_s))
         table.add_row(
-            str(rows[0]["lengths"]),
+            cell(str(rows[0]["lengths"])),
             str(rows[0]["max_tokens"] or "-"),
             f"{none_s:.4g} s",
             *(f"{gain:.3f}x" for gain in gains),

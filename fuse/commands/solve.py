@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,12 +21,13 @@ from rich.live import Live
 from rich.table import Table
 
 from fuse.commands.output import output_file
+from schedules.export.chart import number_text
 from schedules.export.terminal import gantt
 from schedules.formats import problem_from_json
 from schedules.fused.incumbent import Improvement
 from schedules.fused.solve import Objective, Solution, solution_to_json, solve
-from schedules.instances import Instance, actor_and_critic
-from schedules.ir import Problem
+from schedules.instances import Instance, actor_and_critic, exact_units
+from schedules.reading import read_json
 
 _SHAPE = ("actor_stages", "critic_stages", "actor_microbatches", "critic_microbatches")
 _NUM_TABLE_ROWS = 12
@@ -87,11 +89,7 @@ def _instance(arguments: argparse.Namespace) -> Instance:
         if described:
             option = next(iter(described)).replace("_", "-")
             raise ValueError(f"--{option} describes a problem and {arguments.problem} is one: give one of them")
-        try:
-            value = json.loads(arguments.problem.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{arguments.problem} is not JSON: {error}") from None
-        return Instance(problem_from_json(value), 1)
+        return Instance(problem_from_json(read_json(arguments.problem, "a problem as schedules.formats writes it")), 1)
     for name in ("actor_stages", "actor_microbatches"):
         if name not in described:
             raise ValueError(f"--{name.replace('_', '-')} is missing: give it, or a PROBLEM.json")
@@ -114,15 +112,9 @@ def _instance(arguments: argparse.Namespace) -> Instance:
 def _with_memory_limit(instance: Instance, limit: float | None) -> Instance:
     if limit is None:
         return instance
-    problem = instance.problem
-    limits = (int(limit * instance.bytes_per_unit),) * problem.num_ranks
-    limited = Problem(
-        num_ranks=problem.num_ranks,
-        pipelines=problem.pipelines,
-        memory_limit_bytes=limits,
-        initial_bytes=problem.initial_bytes,
-    )
-    return Instance(limited, instance.bytes_per_unit)
+    limit_bytes = int(exact_units("--memory-limit", limit) * instance.bytes_per_unit)
+    limits = (limit_bytes,) * instance.problem.num_ranks
+    return Instance(replace(instance.problem, memory_limit_bytes=limits), instance.bytes_per_unit)
 
 
 class _ProgressTable:
@@ -144,14 +136,14 @@ class _ProgressTable:
 
     def add(self, improvement: Improvement) -> None:
         self._improvements.append(improvement)
-        memory = f"{self._instance.units(improvement.peak_bytes):g}"
+        memory = number_text(self._instance.units(improvement.peak_bytes))
         if not self._console.is_terminal:
             row = f"{improvement.seconds:7.1f} s  makespan {improvement.makespan}  memory {memory}"
             self._console.print(f"{row}  {improvement.found_by}")
             return
         table = Table("seconds", "makespan", "memory", "found by")
         for shown in self._improvements[-_NUM_TABLE_ROWS:]:
-            units = f"{self._instance.units(shown.peak_bytes):g}"
+            units = number_text(self._instance.units(shown.peak_bytes))
             table.add_row(f"{shown.seconds:.1f}", str(shown.makespan), units, shown.found_by)
         self._live.update(table)
 
@@ -178,6 +170,8 @@ def _show(console: Console, instance: Instance, solution: Solution) -> None:
     table = Table("", "found", "bound", "gap")
     makespan, memory = solution.makespan_lower_bound, instance.units(solution.memory_lower_bound)
     table.add_row("makespan", str(solution.makespan), str(makespan), f"{solution.makespan_gap:.2%}")
-    table.add_row("memory", f"{instance.units(solution.peak_bytes):g}", f"{memory:g}", f"{solution.memory_gap:.2%}")
+    table.add_row(
+        "memory", number_text(instance.units(solution.peak_bytes)), number_text(memory), f"{solution.memory_gap:.2%}"
+    )
     console.print(table)
     console.print(f"{solution.status}: found by {solution.found_by} after {solution.history[-1].seconds:.1f} s")

@@ -6,6 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
+
+from fuse.printable import printable
+
+
+def cell(name: str) -> Text:
+    """A name from a file as it stands there: no markup, nothing that a terminal obeys."""
+    return Text(printable(name))
 
 
 def figures_table(

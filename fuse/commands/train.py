@@ -31,6 +31,7 @@ from fuse.commands.train_inputs import read_inputs
 from fuse.config.inherited import CANNOT_MATTER, REFUSED_VALUES, REMEDIES
 from fuse.config.inherited_help import HELP, ONE_VALUE
 from fuse.config.ppo import PPOConfig
+from fuse.printable import printable
 
 # What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
 _COMMON = frozenset(
@@ -120,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
             except KeyboardInterrupt as interrupt:
                 raise KeyboardInterrupt(f"interrupted: {trainer.how_to_resume}") from interrupt
         trainer.save_model()
-    console.print(f"policy written to {trainer.args.output_dir}", highlight=False, soft_wrap=True)
+    written = printable(f"policy written to {trainer.args.output_dir}")
+    console.print(written, highlight=False, markup=False, soft_wrap=True)
     if arguments.json:
         write_json(arguments.json, run_json(trainer.state.log_history, time.monotonic() - start_s))
     return 0

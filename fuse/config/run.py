@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,9 @@ from transformers.training_args import OptimizerNames
 from fuse.config.inherited import check_inherited
 
 _logger = logging.getLogger(__name__)
+
+_MOST_INTEGER = 1 << 63
+_NUM_SEEDS = 1 << 32  # what numpy takes
 
 
 def option(default: Any, text: str) -> Any:
@@ -159,6 +162,7 @@ class RunConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ValueError("fp16=True is not supported (it needs loss scaling): set bf16=True or neither")
+        self._check_numbers()
         check_inherited(self)
         has_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
@@ -174,6 +178,16 @@ class RunConfig(TrainingArguments):
         self._check_ranges()
         self._check_choices()
         self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        """Whether every number is one that a range can be asked of, and that 64 bits hold."""
+        for name, value in ((each.name, getattr(self, each.name)) for each in fields(self)):
+            if isinstance(value, float) and not (math.isfinite(value) or (name == "max_grad_norm" and value > 0)):
+                raise ValueError(f"{name}={value} is not a finite number")
+            if isinstance(value, int) and abs(value) >= _MOST_INTEGER:
+                raise ValueError(f"{name} has {len(str(abs(value)))} digits: give a number that 64 bits hold")
+        if isinstance(self.seed, int) and not 0 <= self.seed < _NUM_SEEDS:
+            raise ValueError(f"seed={self.seed} must be from 0 to {_NUM_SEEDS - 1}")
 
     def _check_ranges(self) -> None:
         for name in self.AT_LEAST_ONE:

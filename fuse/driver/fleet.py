@@ -95,7 +95,6 @@ class Fleet:
         actor = put_state_dict(self._trained[GENERATING].state_dict())
         devices = range(settings.num_devices)
         self._generation_workers = [self._spawn_engine(device, [actor]) for device in devices]
-        self._rollouts = RolloutPlanner(settings.rollout)
         self._models = ModelStart(
             self._cluster, settings, self._trained, self._scoring, actor, after=self._generation_workers
         )
@@ -103,6 +102,8 @@ class Fleet:
         for device, engine in enumerate(self._generation_workers):
             self._tell(f"starting: the engine of device {device}")
             engine.worker.wait_started()
+        capacities = gather([engine.kv_capacity_tokens() for engine in self._generation_workers])
+        self._rollouts = RolloutPlanner(settings.rollout.within(one for one in capacities if one is not None))
 
     @property
     def _model_workers(self) -> list[ModelHandle]:
@@ -135,29 +136,35 @@ class Fleet:
         *,
         policy: Policy | None = None,
         max_new_tokens: Mapping[int, int] | None = None,
+        teaches: bool = True,
     ) -> RolloutReport:
         """Fill in responses and what models say of them, sample by sample; `on_generated` gets samples as they finish.
 
         policy: in place of the one that past rollouts suggest. max_new_tokens: see `LiveRollout`.
+        teaches: whether later rollouts may be planned by this one. One that must not teach runs under a fixed policy;
+            `forget_spans` drops what it cost.
 
         An engine that dies loses no sample, and another takes its place.
         """
-        settings = self.settings
+        settings, rollouts = self.settings, self._rollouts
+        if policy is None:
+            policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         report = LiveRollout(
             self._generation_workers,
             lambda: self._model_workers,
             samples,
             params,
-            policy=policy or self._rollouts.policy(samples),
-            limits=settings.rollout.limits,
+            policy=policy,
+            limits=rollouts.limits,
             pad_token_id=settings.pad_token_id,
-            costs=self._rollouts.costs(),
+            costs=rollouts.costs(),
             on_generated=on_generated,
             max_new_tokens=max_new_tokens,
             timeout_s=settings.training.timeout_s,
             tell=self._tell,
         ).run()
-        self._rollouts.observe(samples)
+        if teaches:
+            rollouts.observe(samples)
         for device in report.lost_engines:
             self._replace_engine(device)
         return report
@@ -271,6 +278,11 @@ class Fleet:
             f"device{index}": {"generation": generation, "model": model}
             for index, (generation, model) in enumerate(zip(engines, models, strict=True))
         }
+
+    def forget_spans(self) -> None:
+        """Drop all spans since they were drained last: nothing is learnt from them, and no trace has them."""
+        gather([worker.drain_spans() for worker in self._model_workers])
+        self._on_engines(GenerationHandle.drain_spans)
 
     @property
     def serial_bubble_ratio(self) -> float | None:

@@ -199,8 +199,7 @@ class LiveRollout:
             sample = self._batch[move.sample]
             assert self._home[sample.id] == move.source != move.target
             assert sample.state is SampleState.GENERATING, f"sample {sample.id} cannot be moved"
-            if self._devices[move.target].engine is None:
-                continue  # policies do not know of lost engines; the sample stays
+            assert self._devices[move.target].engine is not None, f"the engine of device {move.target} is lost"
             sample.advance(SampleState.MIGRATING)
             self._home[sample.id] = move.target
             self._devices[move.target].released = False

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
-from fuse.intrastage.placement import Replica
-from fuse.intrastage.stage_balance import LayerCosts, balance_stages
+from fuse.intrastage.stage_balance import LayerCosts, balance_stages, unfused_stages
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
 from fuse.training.model_spec import ModelSpec
@@ -111,7 +110,8 @@ class ModelStart:
         (port,) = gather([self._workers[0].serve_store(host)])
         gather([worker.connect(host, port, settings.num_devices) for worker in self._workers])
         store = MeasurementStore(settings.plan.directory, identity(settings, self._specs))
-        placement = self._placement(store)
+        stages = self._stages(store)
+        placement = stages.placement
         self._doing = "stages"
         gather([worker.place(placement) for worker in self._workers])
         self._doing = "weights"
@@ -122,26 +122,27 @@ class ModelStart:
                 gather([worker.load_training_weights(role, [weights]) for worker in self._workers])
             if role in self._scoring:
                 gather([worker.load_scoring_weights(role, [weights]) for worker in self._workers])
-        return Models(self._workers, TrainingPlanner(placement, settings.plan, store))
+        return Models(self._workers, TrainingPlanner(placement, settings.plan, store, stages.unfused))
 
-    def _placement(self, store: MeasurementStore) -> tuple[Replica, ...]:
+    def _stages(self, store: MeasurementStore) -> Measured:
         """The placement asked for, cut where measured times favour it, now or in an earlier run."""
         settings = self._settings
         if settings.balance is None:
-            return settings.placement
+            return Measured(settings.placement, None)
         known = store.load()
         if known is not None:
             _logger.info("stages are cut as measured in an earlier run")
-            return known.placement
+            return known
         self._doing = "measuring a layer and a head of each model"
         profiles = gather([worker.measure_layer_costs(settings.balance, _TICK_S) for worker in self._workers])
-        placement = balance_stages(
+        asked = (
             {model: LayerCosts.of(profiles, model) for model in self._specs},
             settings.placement,
             {model: spec.num_layers for model, spec in self._specs.items()},
             settings.micro_batches_per_step,
-            is_fused=settings.plan.fused,
-            tick_s=_TICK_S,
         )
-        store.save(Measured(placement, None))
-        return placement
+        placement = balance_stages(*asked, is_fused=settings.plan.fused, tick_s=_TICK_S)
+        unfused = unfused_stages(*asked, tick_s=_TICK_S) if settings.plan.fused else None
+        stages = Measured(placement, None, unfused)
+        store.save(stages)
+        return stages

@@ -56,6 +56,7 @@ def visible_state(
         finished_tokens=np.array([_num_tokens(samples[index]) for index in backlog], dtype=np.int64),
         released=np.array([device.released for device in devices], dtype=np.bool_),
         inferring_tokens=np.array([_job_tokens(samples, device) for device in devices], dtype=np.int64),
+        lost=np.array([device.engine is None for device in devices], dtype=np.bool_),
     )
 
 

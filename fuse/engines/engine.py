@@ -106,6 +106,11 @@ class GenerationEngine(Protocol):
     often it moved between engines. Engines are not thread-safe: calls must not overlap.
     """
 
+    @property
+    def kv_capacity_tokens(self) -> int | None:
+        """Tokens of which the engine holds keys and values at once; None where that is as many as its samples need."""
+        ...
+
     def submit(self, request: GenerationRequest) -> None:
         """Queue a sample; it enters the running batch at a later step, in order of submission.
 

@@ -41,6 +41,11 @@ class ReplayEngine:
         self._requests: dict[int, GenerationRequest] = {}  # in order of submission: the first max_batch are running
         self._num_generated: dict[int, int] = {}
 
+    @property
+    def kv_capacity_tokens(self) -> None:
+        """It has room for all that its samples need."""
+        return None
+
     def submit(self, request: GenerationRequest) -> None:
         sample_id = request.sample_id
         if sample_id in self._requests:

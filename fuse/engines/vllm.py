@@ -114,6 +114,11 @@ class VllmEngine:
             self._check_decoding(type(model).__name__, model.dtype, expected)
             on_failure.pop_all()
 
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """What the blocks of vLLM's cache hold."""
+        return self._core.kv_capacity_tokens
+
     def submit(self, request: GenerationRequest) -> None:
         self.admit(Evicted(request))
 

@@ -56,7 +56,8 @@ class VllmCore:
         config.save_pretrained(directory)
         with ExitStack() as resources:
             resources.enter_context(_torch_restored())
-            self._llm: Any = _start(
+            self._llm: Any
+            self._llm, self.kv_capacity_tokens = _start(
                 architecture,
                 kv_cache_bytes,
                 model=str(directory),
@@ -153,8 +154,8 @@ def _register(architecture: str) -> None:
     ModelRegistry.register_model(architecture, registered.load_model_cls())
 
 
-def _start(architecture: str, kv_cache_bytes: int | None, **options: Any) -> LLMEngine:
-    """vLLM's engine with random weights; no half-started one is left behind."""
+def _start(architecture: str, kv_cache_bytes: int | None, **options: Any) -> tuple[LLMEngine, int]:
+    """vLLM's engine with random weights, and how many tokens its cache holds; no half-started one is left behind."""
     vllm_config = EngineArgs(
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -169,12 +170,12 @@ def _start(architecture: str, kv_cache_bytes: int | None, **options: Any) -> LLM
         **options,
     ).create_engine_config()
     _check_head_size(architecture, vllm_config.model_config.get_head_size())
-    vllm_config.cache_config.kv_cache_memory_bytes = _kv_cache_bytes(vllm_config, kv_cache_bytes)
+    vllm_config.cache_config.kv_cache_memory_bytes, capacity_tokens = _kv_cache(vllm_config, kv_cache_bytes)
     with ExitStack() as half_started:
         half_started.callback(cleanup_dist_env_and_memory)
         llm = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         half_started.pop_all()
-    return llm
+    return llm, capacity_tokens
 
 
 def _check_head_size(architecture: str, head_size: int) -> None:
@@ -191,8 +192,10 @@ def _check_head_size(architecture: str, head_size: int) -> None:
         )
 
 
-def _kv_cache_bytes(vllm_config: Any, wanted_bytes: int | None) -> int:
+def _kv_cache(vllm_config: Any, wanted_bytes: int | None) -> tuple[int, int]:
     """`wanted_bytes`, or room for a full batch of full context, but at most a quarter of the device's memory.
+
+    Returns the bytes, and the tokens whose keys and values they hold.
 
     Raises: ValueError where that is not enough for one sample of full context.
     """
@@ -209,7 +212,7 @@ def _kv_cache_bytes(vllm_config: Any, wanted_bytes: int | None) -> int:
             f"{num_bytes} bytes of KV cache hold less than one sample of max_context={model.max_model_len} tokens, "
             f"which needs {least_bytes}: raise it, or shorten prompts or responses"
         )
-    return num_bytes
+    return num_bytes, (num_bytes // block_bytes - 1) * block_tokens
 
 
 def _find_sampling(worker: Any) -> CounterSampling:

@@ -70,8 +70,8 @@ class Adaptive:
         return [*moves, *feed(state, moves, piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S))]
 
     def _moves(self, state: RolloutState, ends_s: Floats, end_s: float) -> list[Migrate]:
-        free = free_devices(state)
-        num_engines = int(np.count_nonzero(state.num_live()))
+        free = [device for device in free_devices(state) if not state.lost[device]]
+        num_engines = int(np.count_nonzero(state.num_live()[~state.lost]))
         num_wanted = self._num_engines(state, num_engines, len(free))
         if num_wanted < num_engines:
             loads = self.costs.sample_s + self.costs.context_s * state.live.context_tokens.astype(np.float64)
@@ -135,7 +135,7 @@ class Adaptive:
         target, and delays the moved one. Each sample counts by how near its predicted end is to the last one.
         """
         live, costs, counts = state.live, self.costs, state.num_live()
-        devices = np.array(sorted({*np.flatnonzero(counts).tolist(), *fresh}))
+        devices = np.array(sorted({*np.flatnonzero((counts > 0) & ~state.lost).tolist(), *fresh}))
         if len(devices) < 2:
             return []
         sample_s = forecast.shared_s

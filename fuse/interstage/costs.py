@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 _BYTES_PER_TOKEN = 12
 """A token id and its log-probability: what a migrated sample carries whichever way it moves."""
+_MOST, _LEAST_STEP_S = 1e12, 1e-12
 
 
 class MigrationKind(StrEnum):
@@ -56,10 +57,13 @@ class CostModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field.name} is {value}: a cost is a finite number >= 0")
-        if self.step_s + self.sample_s + self.context_s <= 0:
-            raise ValueError("step_s, sample_s and context_s are all 0, but a decode step takes time: measure one")
+            if not 0 <= value <= _MOST:
+                raise ValueError(f"{field.name} is {value}: a cost is a finite number >= 0 and <= {_MOST:g}")
+        if self.step_s + self.sample_s + self.context_s <= _LEAST_STEP_S:
+            raise ValueError(
+                f"step_s, sample_s and context_s add up to {self.step_s + self.sample_s + self.context_s}, but a "
+                "decode step takes time: measure one"
+            )
         if self.inference_batch_tokens < 1:
             raise ValueError(f"inference_batch_tokens is {self.inference_batch_tokens}: it must be at least 1")
 
@@ -121,6 +125,9 @@ def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.f
     return best
 
 
+_WHOLE = frozenset({"inference_batch_tokens", "kv_bytes_per_token"})
+
+
 def costs_to_json(costs: CostModel) -> dict[str, float]:
     """The fields by name; exact, since JSON numbers round-trip Python's."""
     return asdict(costs)
@@ -140,8 +147,9 @@ def costs_from_json(value: object) -> CostModel:
     if unknown := sorted(set(value) - names):
         raise ValueError(f"costs: unknown field {unknown[0]}: remove it")
     for name, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"costs: {name} is {number!r}: it must be a number")
+        whole = name in _WHOLE
+        if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
+            raise ValueError(f"costs: {name} is {number!r}: it must be {'an integer' if whole else 'a number'}")
     return CostModel(**value)
 
 

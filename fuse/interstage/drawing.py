@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from schedules.export.extras import require
 from schedules.export.html import FONT
 from schedules.export.palette import INK, MUTED, SPACE
 from schedules.export.svg import SETTINGS
+from schedules.export.text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,13 +124,14 @@ def picture(results: Mapping[str, SimulationResult]) -> Picture:
         )[:, 0]
         for axes, (name, chart) in zip(panels, charts.items(), strict=True):
             _draw(axes, chart)
-            axes.set_title(f"{name}: {chart.summary}", loc="left", fontsize=10.5, fontweight="bold")
+            heading = drawable(f"{name}: {chart.summary}")
+            axes.set_title(heading, loc="left", fontsize=10.5, fontweight="bold", parse_math=False)
         panels[-1].set_xlabel("seconds")
         panels[-1].set_xlim(0, max(result.makespan_s for result in results.values()))
         entries: dict[str, Any] = {}
         for axes in panels:
             entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        drawing.legend(entries.values(), entries, loc="outside lower left", ncols=4, frameon=False)
+        drawing.legend(entries.values(), entries, loc="outside upper left", ncols=4, frameon=False)
     return drawing
 
 
@@ -229,15 +232,15 @@ def page(result: SimulationResult, *, title: str = "Rollout", end_s: float | Non
     )
     drawing = Figure(traces)
     drawing.update_layout(
-        title={"text": f"<b>{title}</b>", "subtitle": {"text": chart.summary}, "x": 0.01},
+        title={"text": f"<b>{escape(drawable(title))}</b>", "subtitle": {"text": chart.summary}, "x": 0.01},
         font={"family": FONT, "color": INK, "size": 13},
         height=190 + min(60, max(34, 4 * chart.num_slots)) * chart.num_devices,
-        margin={"l": 20, "r": 24, "t": 76, "b": 96},
+        margin={"l": 20, "r": 24, "t": 120, "b": 52},
         barmode="overlay",
         bargap=0,
         plot_bgcolor="white",
         hovermode="closest",
-        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "x": 0.01},
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
         annotations=[_arrow(source, target) for source, target in chart.moves],
         shapes=[
             {

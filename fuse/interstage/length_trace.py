@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Hashable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from schedules.reading import csv_rows
+
 Ints = NDArray[np.int64]
+
+MOST_TOKENS = 1 << 20
+"""Of a prompt or a response: curves of lengths have a point per token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,25 +48,23 @@ def read_length_trace(
     file has none. remedy: against too few rows.
 
     Raises:
-        ValueError: no column output_tokens, too few rows, or a length that is no whole number.
+        ValueError: no column output_tokens, too few rows, or a length that is no whole number or too large.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "output_tokens" not in columns:
-            raise ValueError(
-                f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}; name the column "
-                "of the responses' lengths so"
-            )
-        prompts, responses, keys = [], [], []
-        for row in islice(reader, at_most):
-            responses.append(_length(path, reader.line_num, "output_tokens", row["output_tokens"]))
-            prompts.append(
-                _length(path, reader.line_num, "prompt_tokens", row["prompt_tokens"])
-                if "prompt_tokens" in columns
-                else prompt_tokens
-            )
-            keys.append(row.get("prompt_id"))
+    rows = csv_rows(path)
+    _, columns = next(rows, (1, []))
+    if "output_tokens" not in columns:
+        raise ValueError(
+            f"{path} has no column output_tokens: its columns are {', '.join(columns) or 'none'}; name the column "
+            "of the responses' lengths so"
+        )
+    prompts, responses, keys = [], [], []
+    for line, cells in islice(rows, at_most):
+        row: dict[str, str | None] = dict(zip_longest(columns, cells[: len(columns)]))
+        responses.append(_length(path, line, "output_tokens", row["output_tokens"]))
+        prompts.append(
+            _length(path, line, "prompt_tokens", row["prompt_tokens"]) if "prompt_tokens" in row else prompt_tokens
+        )
+        keys.append(row.get("prompt_id"))
     if len(responses) < at_least:
         raise ValueError(f"{path} has {len(responses)} rows, and {at_least} responses are needed: {remedy}")
     return LengthTrace(np.array(prompts, dtype=np.int64), np.array(responses, dtype=np.int64), tuple(keys))
@@ -71,4 +73,7 @@ def read_length_trace(
 def _length(path: Path, line: int, column: str, text: str | None) -> int:
     if text is None or not text.strip().isdecimal():
         raise ValueError(f"{path} line {line}: {column} is {text!r}, not a whole number of tokens: correct the line")
-    return max(1, int(text))
+    digits = text.strip().lstrip("0")
+    if len(digits) > len(str(MOST_TOKENS)) or int(digits or "0") > MOST_TOKENS:
+        raise ValueError(f"{path} line {line}: {column} is {digits[:24]}: the most is {MOST_TOKENS} tokens")
+    return max(1, int(digits or "0"))

@@ -97,7 +97,8 @@ class RolloutState:
     """What a policy sees: live samples, finished ones that nobody scores yet, and what each device is doing.
 
     `finished_ids`, `finished_tokens` [backlog], tokens with the prompt; `released` [devices];
-    `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none.
+    `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none; `lost` [devices]: the engine has died,
+    so that the device can only score.
     """
 
     limits: EngineLimits
@@ -106,6 +107,7 @@ class RolloutState:
     finished_tokens: Ints
     released: Bools
     inferring_tokens: Ints
+    lost: Bools
 
     @property
     def num_devices(self) -> int:
@@ -123,7 +125,8 @@ class Policy(Protocol):
         """Decide what to do now.
 
         Post: only a device that is released, by these actions or earlier ones, is told to infer. It has no live samples
-        but those that it has been told to give up, and infers when they are gone. Targets stay within limits.
+        but those that it has been told to give up, and infers when they are gone. Targets stay within limits, and their
+        engines are not lost.
         """
         ...
 
@@ -168,7 +171,7 @@ def consolidate(state: RolloutState, num_kept: int, loads: NDArray[np.float64] |
     that are on their way stay where they are going.
     """
     live, counts = state.live, state.num_live()
-    loaded = np.flatnonzero(counts)
+    loaded = np.flatnonzero((counts > 0) & ~state.lost)
     if len(loaded) <= num_kept:
         return []
     context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,11 @@ class RolloutSettings:
     kv_bytes_per_token: int
     inference_batch_tokens: int
 
+    def within(self, kv_capacities: Iterable[int]) -> RolloutSettings:
+        """With the least KV capacity, tokens, of the engines that tell one, where that is less."""
+        kv_tokens = min((self.limits.kv_capacity_tokens, *kv_capacities))
+        return replace(self, limits=replace(self.limits, kv_capacity_tokens=kv_tokens))
+
 
 class RolloutPlanner:
     """Remembers iterations, and makes each rollout's policy.
@@ -56,6 +61,11 @@ class RolloutPlanner:
         self._threshold: Threshold | None = None
         self._tuned_to: LengthModel | None = None
 
+    @property
+    def limits(self) -> EngineLimits:
+        """Of each engine."""
+        return self._settings.limits
+
     def costs(self) -> CostModel | None:
         """The costs measured so far; None before there are enough measurements."""
         return self._calibration.costs()
@@ -67,12 +77,18 @@ class RolloutPlanner:
             return StageByStage()
         costs = self.costs()
         if costs is None or not self._updates:
-            return Threshold(remaining=len(samples), num_kept=settings.num_devices)
+            return self.fixed_policy(len(samples))
         if settings.policy == "adaptive":
             prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
             model = learn(self._observations(set(prompts.values())), settings.limits.max_new_tokens)
             return Adaptive(costs, model.for_samples(prompts))
         return self._tuned(costs, len(samples))
+
+    def fixed_policy(self, num_samples: int) -> Policy:
+        """A policy that depends on nothing learnt: samples stay where they are, and are scored as devices come free."""
+        if self._settings.policy == "none":
+            return StageByStage()
+        return Threshold(remaining=num_samples, num_kept=self._settings.num_devices)
 
     def observe(self, samples: Sequence[Sample]) -> None:
         """Learn how long a rollout's responses were."""

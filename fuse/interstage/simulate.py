@@ -251,6 +251,7 @@ class _Simulation:
             finished_tokens=self._rollout.prompt_tokens[backlog] + self._tokens[backlog],
             released=self._released.copy(),
             inferring_tokens=self._inferring_tokens.copy(),
+            lost=np.zeros(self._rollout.num_devices, dtype=np.bool_),
         )
 
     def _complete_steps(self) -> Ints:

@@ -9,10 +9,12 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fuse.intrastage.cost_profile import Profile, profile_from_json, profile_to_json
 from fuse.intrastage.placement import Replica, replica_from_json
 from schedules.files import dispensable, user_cache, write_whole
+from schedules.reading import parse_json
 
 _logger = logging.getLogger(__name__)
 
@@ -21,10 +23,15 @@ NAME = "profile.json"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The stages that models are cut into, and what these cost; no profile before training has shown it."""
+    """The stages that models are cut into, and what these cost; no profile before training has shown it.
+
+    unfused: the stages that training one model after the other would have, and what they would cost; None where that
+    would have the same ones.
+    """
 
     placement: tuple[Replica, ...]
     profile: Profile | None
+    unfused: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +48,10 @@ class MeasurementStore:
         """The run's own measurement, else the user's; a damaged or outdated file is passed over, with a warning."""
         for path in self._paths():
             try:
-                found = json.loads(path.read_text())
+                found: Any = parse_json(path.read_text(encoding="utf-8"))
                 if found["identity"] != json.loads(json.dumps(self.identity)):
                     continue
-                profile = found["profile"]
-                return Measured(
-                    tuple(replica_from_json(one) for one in found["placement"]),
-                    None if profile is None else profile_from_json(profile),
-                )
+                return _from_json(found)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -57,15 +60,7 @@ class MeasurementStore:
 
     def save(self, measured: Measured) -> None:
         """Keep a measurement; where it cannot be written there is a warning."""
-        profile = measured.profile
-        text = json.dumps(
-            {
-                "identity": self.identity,
-                "placement": [asdict(replica) for replica in measured.placement],
-                "profile": None if profile is None else profile_to_json(profile),
-            },
-            indent=1,
-        )
+        text = json.dumps({"identity": self.identity, **_to_json(measured)}, indent=1)
         for path in self._paths():
             with dispensable(path):
                 write_whole(path, text + "\n")
@@ -73,6 +68,23 @@ class MeasurementStore:
     def _paths(self) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
         return self.directory / NAME, user_cache() / "profiles" / f"{digest}.json"
+
+
+def _to_json(measured: Measured) -> dict[str, object]:
+    return {
+        "placement": [asdict(replica) for replica in measured.placement],
+        "profile": None if measured.profile is None else profile_to_json(measured.profile),
+        "unfused": None if measured.unfused is None else _to_json(measured.unfused),
+    }
+
+
+def _from_json(value: Mapping[str, Any]) -> Measured:
+    profile, unfused = value["profile"], value["unfused"]
+    return Measured(
+        tuple(replica_from_json(one) for one in value["placement"]),
+        None if profile is None else profile_from_json(profile),
+        None if unfused is None else _from_json(unfused),
+    )
 
 
 def machine() -> dict[str, object]:

@@ -14,6 +14,7 @@ from statistics import median
 
 from fuse.intrastage.cost_profile import Profile, StageCosts
 from fuse.intrastage.layer_range import even_layer_range
+from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import fused_problem, serial_schedule
 from schedules import Problem, evaluate
@@ -94,6 +95,19 @@ def balance_stages(
         return solve(problem(candidate), time_limit_s=_SOLVE_S, num_workers=1, objective=Objective.MAKESPAN).makespan
 
     return min(descended, key=fused)
+
+
+def unfused_stages(
+    costs: Mapping[str, LayerCosts],
+    placement: Sequence[Replica],
+    num_layers: Mapping[str, int],
+    num_micro_batches: int,
+    *,
+    tick_s: float,
+) -> Measured:
+    """The stages that suit training one model after the other best, and what they would cost; as `balance_stages`."""
+    balanced = balance_stages(costs, placement, num_layers, num_micro_batches, is_fused=False, tick_s=tick_s)
+    return Measured(balanced, _predicted(costs, balanced, tick_s))
 
 
 def _descend(placement: tuple[Replica, ...], makespan: Callable[[tuple[Replica, ...]], int]) -> tuple[Replica, ...]:

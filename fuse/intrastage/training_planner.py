@@ -17,7 +17,13 @@ from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.observed import TRAIN, ObservedCosts, one_of_each
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.training_schedule import Plan, fused_schedule, halved_serial_schedule, serial_schedule
+from fuse.intrastage.training_schedule import (
+    Plan,
+    fused_schedule,
+    halved_serial_schedule,
+    serial_schedule,
+    unfused_bubble_ratio,
+)
 from fuse.trace import Span
 from schedules.fused.cache import ScheduleCache
 
@@ -57,10 +63,17 @@ class TrainingPlanner:
     """Decides the schedule of every optimizer step.
 
     store: what earlier runs of the same models have measured; it keeps what this one measures.
+    unfused: as of `Measured`.
     """
 
-    def __init__(self, placement: tuple[Replica, ...], settings: PlanSettings, store: MeasurementStore) -> None:
-        self.placement, self._settings, self._store = placement, settings, store
+    def __init__(
+        self,
+        placement: tuple[Replica, ...],
+        settings: PlanSettings,
+        store: MeasurementStore,
+        unfused: Measured | None = None,
+    ) -> None:
+        self.placement, self._settings, self._store, self._unfused = placement, settings, store, unfused
         self._is_fused = settings.fused and len({rank for replica in placement for rank in replica.ranks}) > 1
         self._plans: dict[int, Plan] = {}
         self._profile: Profile | None = None
@@ -71,7 +84,7 @@ class TrainingPlanner:
         self._observed = ObservedCosts({one.name: two.name for one, two in zip(pipelines, placement, strict=True)})
         self._num_drifted = 0
         self._lasting = 1 if self._profile is None else DRIFT_UPDATES
-        self._serial_bubble_ratio: float | None = None
+        self._serial_bubble_ratios: dict[int, float] = {}  # by number of micro-batches, as the plans
         self._update_s: float | None = None  # of the last update's training
         self._updates_left = settings.num_updates
 
@@ -94,15 +107,16 @@ class TrainingPlanner:
             self._profile = self._observed.profile(one_of_each(shapes))
             if self._profile is None:
                 return {count: Plan(halved_serial_schedule(self.placement, count)) for count in counts}
-            self._store.save(Measured(self.placement, self._profile))
+            self._store.save(Measured(self.placement, self._profile, self._unfused))
         missing = sorted(set(counts) - self._plans.keys())
+        if not self._plans:
+            self._serial_bubble_ratios.clear()  # not when plans are dropped: the update's report comes after that
         memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
         for count in missing:
             limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
             num_steps = self._updates_left * self._settings.steps_per_update // len(missing)
             self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s, num_steps)
-        ratios = [plan.serial_bubble_ratio for plan in self._plans.values()]
-        self._serial_bubble_ratio = statistics.fmean(ratio for ratio in ratios if ratio is not None)
+            self._serial_bubble_ratios[count] = self._unfused_bubble_ratio(self._profile, count, one_of_each(shapes)[1])
         return {count: self._plans[count] for count in counts}
 
     def will_solve(self, counts: Iterable[int]) -> bool:
@@ -112,8 +126,11 @@ class TrainingPlanner:
 
     @property
     def serial_bubble_ratio(self) -> float | None:
-        """Idle share that training would have without fusion, over the last plans; None where it is not known."""
-        return self._serial_bubble_ratio
+        """Idle share that training would have without fusion, in stages cut for that; None where it is not known.
+
+        Of several plans in use, the mean.
+        """
+        return statistics.fmean(self._serial_bubble_ratios.values()) if self._serial_bubble_ratios else None
 
     def observe(self, spans: Iterable[Span]) -> None:
         """Learn from an update's spans of all ranks; forget plans that no longer hold."""
@@ -173,6 +190,17 @@ class TrainingPlanner:
             num_workers=settings.num_workers,
         )
         return Plan(schedule, profile)
+
+    def _unfused_bubble_ratio(self, profile: Profile, count: int, typical: Shape) -> float:
+        unfused = self._unfused
+        return unfused_bubble_ratio(
+            profile,
+            self.placement,
+            count,
+            typical,
+            unfused_replicas=None if unfused is None else unfused.placement,
+            unfused_profile=None if unfused is None else unfused.profile,
+        )
 
 
 def _most_replicas(placement: Sequence[Replica]) -> int:

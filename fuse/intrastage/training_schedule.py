@@ -29,11 +29,6 @@ class Plan:
     schedule: Schedule
     profile: Profile | None = None
 
-    @property
-    def serial_bubble_ratio(self) -> float | None:
-        """Idle share of all ranks if the models trained one after the other; None where nothing was measured."""
-        return None if self.profile is None else evaluate(unfused(self.schedule.problem)).bubble_ratio
-
 
 @lru_cache(maxsize=64)
 def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
@@ -123,17 +118,41 @@ def fused_schedule(
         found = f"{solution.makespan_gap:.1%} above the lower bound at most, found in {solution.seconds:.1f} s"
         if cache is not None:
             cache.store(schedule)
-    fused, one_by_one = evaluate(schedule), evaluate(unfused(problem))
+    fused = evaluate(schedule)
     _logger.info(
-        "fused schedule of %d micro-batches: %.3f s with %.1f%% bubbles (%s); serial %.3f s with %.1f%%",
+        "fused schedule of %d micro-batches: %.3f s with %.1f%% bubbles (%s)",
         num_micro_batches,
         fused.makespan * profile.tick_s,
         100 * fused.bubble_ratio,
         found,
-        one_by_one.makespan * profile.tick_s,
-        100 * one_by_one.bubble_ratio,
     )
     return schedule
+
+
+def unfused_bubble_ratio(
+    profile: Profile,
+    replicas: Sequence[Replica],
+    num_micro_batches: int,
+    shape: Shape,
+    *,
+    unfused_replicas: Sequence[Replica] | None = None,
+    unfused_profile: Profile | None = None,
+) -> float:
+    """Idle share of all ranks if the models trained one after the other, in the stages that suit that best.
+
+    profile, replicas, shape: as of `fused_schedule`. unfused_replicas, unfused_profile: those stages and what they
+    would cost, messages left out; None where they are the same.
+    """
+    problem = fused_problem(profile, replicas, num_micro_batches, shape)
+    if unfused_replicas is not None and unfused_profile is not None:
+        in_own_stages = fused_problem(unfused_profile, unfused_replicas, num_micro_batches, shape)
+        tick = profile.tick_s / unfused_profile.tick_s
+        pipelines = tuple(
+            replace(own, transfer_ticks=round(tick * fused.transfer_ticks))
+            for own, fused in zip(in_own_stages.pipelines, problem.pipelines, strict=True)
+        )
+        problem = replace(in_own_stages, pipelines=pipelines)
+    return evaluate(unfused(problem)).bubble_ratio
 
 
 def fused_problem(

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from fuse.printable import printable
 from fuse.sample import Sample
 
 COLUMNS = ("step", "query", "model response", "score")
@@ -47,7 +48,7 @@ def _print(rows: Sequence[Row]) -> None:
     for column in COLUMNS:
         table.add_column(column)
     for step, query, response, score in rows:
-        table.add_row(str(step), escape(query), escape(response), f"{score:.4g}")
+        table.add_row(str(step), _shown(query), _shown(response), f"{score:.4g}")
     Console().print(table)
 
 
@@ -60,3 +61,8 @@ def _markdown(rows: Sequence[Row]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "\\\\r").replace("\n", "\\\\n")
+
+
+def _shown(text: str) -> Text:
+    """The lines as they are: no markup, and nothing that a terminal obeys."""
+    return Text("\n".join(map(printable, text.split("\n"))))

@@ -16,6 +16,7 @@ from fuse.trainers.hub import hub_rows, is_hub_name
 from fuse.trainers.prompt_checks import check_lengths
 from fuse.trainers.prompts import counted_tokens
 from fuse.trainers.tables import is_table, table_rows
+from schedules.reading import NotReadableError, parse_json
 
 Row = dict[str, Any]
 TOKENS = "input_ids"
@@ -151,6 +152,10 @@ def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) ->
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ValueError(
+                f"dataset row {index} has a prompt with half a surrogate pair, which is no text: remove it"
+            )
         is_rendered = bool(tokenizer.bos_token) and prompt.lstrip().startswith(str(tokenizer.bos_token))
         return list(tokenizer(prompt, add_special_tokens=not is_rendered)[TOKENS])
     if not isinstance(prompt, list) or not all(
@@ -224,7 +229,9 @@ def _json_array(content: bytes, path: Path) -> list[Row]:
 
 def _json(content: bytes, place: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"), any_number=True)
+    except NotReadableError as error:
+        raise ValueError(f"{place} {error}: give plain objects") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(

@@ -308,7 +308,7 @@ class PPOTrainer(TrainerFace):
             samples += self._samples(batch, _FIRST_EVALUATION_ID + len(samples))
             if sampling:
                 break
-        self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock())
+        self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock(), teaches=False)
         show_completions(self.processing_class, samples, self.state.global_step, self.callback_handler.callbacks)
 
     # Data

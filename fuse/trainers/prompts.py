@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -13,10 +12,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from fuse.config.settings import PromptTokens
 from fuse.sample import Sample
+from fuse.trainers.token_ids import token_ids
 
 Row = Mapping[str, Any]
 _TYPICAL_ROWS = 256
-_SHOWN = 60  # characters
 NOT_COLUMNS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 """Columns that are the prompt; the others go to reward functions."""
 
@@ -101,16 +100,10 @@ def counted_tokens(row: Row, index: int) -> list[int]:
     Raises:
         ValueError: they are no list of numbers, or the mask is of another length.
     """
-    try:
-        tokens = [operator.index(token) for token in row["input_ids"]]
-    except TypeError as error:
-        beginning = " ".join(repr(row["input_ids"]).split())[:_SHOWN]
-        raise ValueError(
-            f"dataset row {index} has input_ids that are no list of token numbers ({beginning}): tokenise the prompts"
-        ) from error
-    mask = row.get("attention_mask")
-    if mask is None:
+    tokens = token_ids(row["input_ids"], index)
+    if row.get("attention_mask") is None:
         return tokens
+    mask = token_ids(row["attention_mask"], index, "attention_mask")
     if len(mask) != len(tokens):
         raise ValueError(
             f"dataset row {index} has {len(tokens)} input_ids and an attention_mask of {len(mask)}: give one mask "

@@ -46,14 +46,19 @@ class Rollouts:
         params: SamplingParams,
         clock: PhaseClock,
         max_new_tokens: Mapping[int, int] | None = None,
+        *,
+        teaches: bool = True,
     ) -> dict[str, float]:
         """Generate responses, and score them by models and by the reward function, where there is one.
 
-        max_new_tokens: by sample id, in place of that of `params`. Returns the metrics of the reward function's calls.
+        max_new_tokens: by sample id, in place of that of `params`. teaches: whether policies and costs of later
+            rollouts may be learnt from this one; not from an evaluation, whose samples are few and others.
+
+        Returns the metrics of the reward function's calls.
         """
         if self.fused:
             with clock.phase("rollout"):
-                fleet.roll_out(samples, params, self.rewards.submit, max_new_tokens=max_new_tokens)
+                fleet.roll_out(samples, params, self.rewards.submit, max_new_tokens=max_new_tokens, teaches=teaches)
         else:
             with clock.phase("generation"):
                 fleet.generate(samples, params, max_new_tokens=max_new_tokens)
@@ -62,4 +67,7 @@ class Rollouts:
             self.rewards.submit(samples)
         with clock.phase("reward"):
             self.tell("waiting: for rewards")
-            return self.rewards.finish()
+            metrics = self.rewards.finish()
+        if not teaches:
+            fleet.forget_spans()
+        return metrics

@@ -38,6 +38,10 @@ class GenerationHandle:
         """Start the process of a device's next worker; it imports what defines `imported`."""
         cluster.warm(_ROLE, device, GenerationWorker, *imported)
 
+    def kv_capacity_tokens(self) -> Future[int | None]:
+        """Tokens of which the engine holds keys and values at once; None where its samples set the limit."""
+        return self.worker.call(GenerationWorker.kv_capacity_tokens)
+
     def submit(self, requests: Sequence[GenerationRequest]) -> Future[None]:
         """Queue samples; what the engine objects to is raised by a later call."""
         return self.worker.call(GenerationWorker.submit, requests)

@@ -90,6 +90,10 @@ class GenerationWorker:
 
     # Called by the controller
 
+    def kv_capacity_tokens(self) -> int | None:
+        """As of the engine."""
+        return self._engine.kv_capacity_tokens
+
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue samples; returns at once, so what the engine objects to is raised by a later call."""
         self._expect(len(requests))

@@ -17,13 +17,20 @@ from schedules.timing import Timing, evaluate, memory_levels
 _BARS_TOP, _BARS_END = 0.08, 0.92
 _BARS_END_OVER_MEMORY, _MEMORY_TOP, _MEMORY_END = 0.60, 0.66, 0.94
 _LANE_GAP = 0.03
+_SIX_FIGURES = 1e5
+_LEAST_BYTES = 1_000_000
+_BYTE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 _PATH_INSET = 0.02
 _BARS_WITH_FULL_EDGES = 60  # per rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """Units for the reader: a tick is `time_per_tick` of the unit `time`, a byte `memory_per_byte` of `memory`."""
+    """Units for the reader: a tick is `time_per_tick` of the unit `time`, a byte `memory_per_byte` of `memory`.
+
+    Without a unit of memory, numbers as large as real activations are taken for bytes, smaller ones for units of some
+    kind.
+    """
 
     time_per_tick: float = 1.0
     time: str = "ticks"
@@ -31,10 +38,24 @@ class Units:
     memory: str = ""
 
     def time_text(self, ticks: float) -> str:
-        return f"{self.time_per_tick * ticks:,.6g} {self.time}"
+        return f"{number_text(self.time_per_tick * ticks)} {self.time}"
 
     def memory_text(self, num_bytes: float) -> str:
-        return f"{self.memory_per_byte * num_bytes:,.6g} {self.memory}".rstrip()
+        if not self.memory and num_bytes >= _LEAST_BYTES:
+            return bytes_text(num_bytes)
+        return f"{number_text(self.memory_per_byte * num_bytes)} {self.memory}".rstrip()
+
+
+def number_text(value: float) -> str:
+    """A number in digits, never with an exponent: six figures of it, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= _SIX_FIGURES else f"{value:,.6g}"
+
+
+def bytes_text(num_bytes: float) -> str:
+    """Bytes in their decimal unit, to three figures."""
+    unit = max((name for name in _BYTE_UNITS if num_bytes >= _BYTE_UNITS[name]), key=_BYTE_UNITS.__getitem__)
+    value = num_bytes / _BYTE_UNITS[unit]
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 TICKS = Units()

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from schedules.export.chart import TICKS, Bar, Chart, Units, chart
 from schedules.export.extras import require
-from schedules.export.palette import INK, KIND_NAMES, MEMORY, MUTED, SPACE, look
+from schedules.export.overview import LEAST_WIDTH, Block, blocks, is_crowded
+from schedules.export.palette import INK, KIND_NAMES, MEMORY, MUTED, SPACE, Look, look
+from schedules.export.text import drawable
 from schedules.ir import Kind, Schedule
 from schedules.timing import Timing
 
@@ -20,8 +22,27 @@ if TYPE_CHECKING:
 
 _PATTERNS = ("", "/", "x", "-")
 _BAND_PIXELS, _BAND_PIXELS_OVER_MEMORY, _FRAME_PIXELS = 46, 74, 190
+_PLOT_PIXELS = 1100.0  # of a page on an ordinary screen
+_OVERVIEW, _OPERATIONS = "overview", "operations"
 _MAX_PIXELS = 2400
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+
+
+_SWITCH = """
+const plot = document.getElementById('schedule');
+let level = levels[0];
+plot.on('plotly_relayout', () => {
+  const axis = plot._fullLayout.xaxis;
+  const wanted = typical * axis._length / (axis.range[1] - axis.range[0]) < least ? levels[0] : levels[1];
+  if (wanted === level) return;
+  const visible = new Map();
+  plot.data.forEach(trace => { if (trace.meta === level) visible.set(trace.name + trace.opacity, trace.visible); });
+  level = wanted;
+  Plotly.restyle(plot, {visible: plot.data.map(trace =>
+    trace.meta === level ? visible.get(trace.name + trace.opacity) ?? true
+    : levels.includes(trace.meta) ? false : trace.visible ?? true)});
+});
+"""
 
 
 def figure(
@@ -31,8 +52,12 @@ def figure(
     executed: Timing | None = None,
     planned: Timing | None = None,
     units: Units = TICKS,
+    overview: bool = False,
 ) -> Figure:
     """Draw a schedule; `executed` and `planned` as `chart` takes them.
+
+    overview: where operations would be too narrow to see, draw slices of time instead, in whose place `page` shows the
+    operations once it is zoomed far enough.
 
     Raises:
         ValueError: plotly is not installed, or the schedule has no times.
@@ -41,12 +66,18 @@ def figure(
     from plotly.graph_objects import Figure
 
     drawn = chart(schedule, executed=executed, planned=planned, units=units)
-    drawing = Figure([*_bars(drawn), *_memory(drawn), *_critical_path(drawn)])
+    has_overview = overview and is_crowded(drawn, _PLOT_PIXELS)
+    operations = _bars(drawn)
+    if has_overview:
+        for trace in operations:
+            trace.update(visible=False, meta=_OPERATIONS)
+        operations = [*_blocks(drawn), *operations]
+    drawing = Figure([*operations, *_memory(drawn), *_critical_path(drawn)])
     end = drawn.makespan * units.time_per_tick
     band = _BAND_PIXELS_OVER_MEMORY if drawn.memory or drawn.planned else _BAND_PIXELS
     drawing.update_layout(
         title={
-            "text": f"<b>{escape(title)}</b>",
+            "text": f"<b>{escape(drawable(title))}</b>",
             "subtitle": {"text": drawn.summary},
             "x": 0.01,
             "xanchor": "left",
@@ -56,7 +87,7 @@ def figure(
         },
         font={"family": FONT, "color": INK, "size": 13},
         height=min(_MAX_PIXELS, _FRAME_PIXELS + band * schedule.problem.num_ranks),
-        margin={"l": 20, "r": 24, "t": 76, "b": 96},
+        margin={"l": 20, "r": 24, "t": 120, "b": 52},
         barmode="overlay",
         bargap=0,
         plot_bgcolor="white",
@@ -67,10 +98,9 @@ def figure(
         uniformtext={"minsize": 9, "mode": "hide"},
         legend={
             "orientation": "h",
-            "y": 0,
+            "y": 1,
             "yanchor": "bottom",
-            "x": 0.01,
-            "yref": "container",
+            "x": 0,
             "groupclick": "toggleitem",
         },
         shapes=[_idle_space(lane_top, lane_bottom, end) for lane_top, lane_bottom in _lanes(drawn)],
@@ -90,6 +120,8 @@ def figure(
         range=[schedule.problem.num_ranks, 0],
         tickvals=[middle for middle, _ in drawn.lanes],
         ticktext=[name for _, name in drawn.lanes],
+        ticklabelstandoff=8,  # or a label cut off at the edge reads on into the rank's
+        linecolor=MUTED,
         fixedrange=True,
         showgrid=False,
         zeroline=False,
@@ -101,10 +133,59 @@ def figure(
 def page(drawing: Figure) -> str:
     """The figure as one HTML document that carries plotly's script with it."""
     config = {"displaylogo": False, "scrollZoom": True, "responsive": True}
-    document: str = drawing.to_html(include_plotlyjs=True, full_html=True, config=config, div_id="schedule")
+    document: str = drawing.to_html(
+        include_plotlyjs=True, full_html=True, config=config, div_id="schedule", post_script=_script(drawing)
+    )
     title = str(drawing.layout.title.text).removeprefix("<b>").removesuffix("</b>")  # escaped already
     head = f'<head><title>{title}</title><link rel="icon" href="data:,">'
     return document.replace("<html>", '<html lang="en">', 1).replace("<head>", head, 1)
+
+
+def _script(drawing: Figure) -> list[str]:
+    """Shows operations in place of slices while they are wide enough; what is switched off stays so."""
+    ticks = sorted(width for trace in drawing.data if trace.meta == _OPERATIONS for width in trace.x)
+    if not ticks:
+        return []
+    levels = f"const typical = {ticks[len(ticks) // 2]}, least = {LEAST_WIDTH}, levels = {[_OVERVIEW, _OPERATIONS]};"
+    return [levels + _SWITCH]
+
+
+def _blocks(drawn: Chart) -> list[Any]:
+    """A trace per pipeline and kind with its shares of slices of time."""
+    from plotly.graph_objects import Bar as BarTrace
+
+    scale = drawn.units.time_per_tick
+    groups: defaultdict[tuple[bool, int, Kind], list[Block]] = defaultdict(list)
+    for block in blocks(drawn, _PLOT_PIXELS):
+        groups[block.only_planned, block.pipeline, block.kind].append(block)
+    kinds = list(KIND_NAMES)
+    traces = []
+    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
+        chosen = groups[only_planned, pipeline, kind]
+        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
+        traces.append(
+            BarTrace(
+                name=name,
+                meta=_OVERVIEW,
+                visible=True,
+                legendgroup="planned" if only_planned else name,
+                showlegend=not only_planned,
+                orientation="h",
+                base=[block.start * scale for block in chosen],
+                x=[(block.end - block.start) * scale for block in chosen],
+                y=[(block.top + block.bottom) / 2 for block in chosen],
+                width=[block.bottom - block.top for block in chosen],
+                hovertext=[
+                    f"<b>{name}</b>, {block.share:.0%} of rank {block.rank}<br>{drawn.units.time_text(block.start)} "
+                    f"to {drawn.units.time_text(block.end)}; zoom in to see operations"
+                    for block in chosen
+                ],
+                hovertemplate="%{hovertext}<extra></extra>",
+                marker=_marker(look(pipeline, kind), 0.0),
+                opacity=0.55 if only_planned else 1.0,
+            )
+        )
+    return traces
 
 
 def _bars(drawn: Chart) -> list[Any]:
@@ -139,21 +220,25 @@ def _bars(drawn: Chart) -> list[Any]:
                 insidetextfont={"color": style.text},
                 hovertext=["<br>".join(_hover(drawn, bar, planned_of.get(bar.op), only_planned)) for bar in bars],
                 hovertemplate="%{hovertext}<extra></extra>",
-                marker={
-                    "color": style.fill,
-                    "line": {"color": "white", "width": drawn.edge},
-                    "pattern": {
-                        "shape": _PATTERNS[style.hatch],
-                        "fgcolor": style.line,
-                        "bgcolor": style.fill,
-                        "size": 7,
-                        "solidity": 0.22,
-                    },
-                },
+                marker=_marker(style, drawn.edge),
                 opacity=0.55 if only_planned else 1.0,
             )
         )
     return traces
+
+
+def _marker(style: Look, edge: float) -> dict[str, Any]:
+    return {
+        "color": style.fill,
+        "line": {"color": "white", "width": edge},
+        "pattern": {
+            "shape": _PATTERNS[style.hatch],
+            "fgcolor": style.line,
+            "bgcolor": style.fill,
+            "size": 7,
+            "solidity": 0.22,
+        },
+    }
 
 
 def _hover(drawn: Chart, bar: Bar, planned: Bar | None, only_planned: bool) -> list[str]:
@@ -217,15 +302,23 @@ def _critical_path(drawn: Chart) -> list[Any]:
 
     scale = drawn.units.time_per_tick
     points = [(tick * scale, bar.path_height) for bar in drawn.path for tick in (bar.start, bar.end)]
+    ends = [(bar.start * scale, bar.end * scale, bar.path_height) for bar in drawn.path]
+    shared = {"name": "critical path", "legendgroup": "critical path", "mode": "lines", "hoverinfo": "skip"}
     return [
-        Scatter(
-            name="critical path",
+        Scatter(  # from rank to rank, across memory curves
+            **shared,
             x=[x for x, _ in points],
             y=[y for _, y in points],
-            mode="lines",
+            line={"color": INK, "width": 0.7},
+            opacity=0.45,
+            showlegend=False,
+        ),
+        Scatter(  # along operations
+            **shared,
+            x=[x for start, end, _ in ends for x in (start, end, None)],
+            y=[y for _, _, height in ends for y in (height, height, None)],
             line={"color": INK, "width": 3},
-            hoverinfo="skip",
-        )
+        ),
     ]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from schedules.export.chart import TICKS, Bar, Chart, Units, chart
 from schedules.export.extras import require
+from schedules.export.overview import Block, blocks, is_crowded
 from schedules.export.palette import INK, KIND_NAMES, MEMORY, MUTED, SPACE, look
+from schedules.export.text import drawable
 from schedules.ir import Kind, Schedule
 from schedules.timing import Timing
 
@@ -22,6 +25,8 @@ _MAX_INCHES = 40.0
 _WIDTH_INCHES = 11.0
 _LINES = ("memory", "memory limit", "critical path")
 _LABEL_POINTS = 8.0
+_PLOT_POINTS = 0.88 * 72 * _WIDTH_INCHES
+_LEGEND_COLUMNS, _LEGEND_POINTS, _SUMMARY_POINTS = 7, 14.0, 16.0
 _DIGIT_WIDTH = 0.72  # of a label's digit and its share of the margins, in font sizes
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -64,17 +69,25 @@ def figure(
         axes = drawing.subplots()
         axes.set_xlim(0, max(1, drawn.makespan) * units.time_per_tick)
         axes.set_ylim(num_ranks, 0)
-        _draw_bars(axes, drawn, points_per_x=0.88 * 72 * _WIDTH_INCHES / (max(1, drawn.makespan) * units.time_per_tick))
+        _draw_spaces(axes, drawn)
+        if is_crowded(drawn, _PLOT_POINTS):
+            _draw_blocks(axes, drawn)
+        else:
+            _draw_bars(axes, drawn, points_per_x=_PLOT_POINTS / (max(1, drawn.makespan) * units.time_per_tick))
         _draw_memory(axes, drawn)
         _draw_critical_path(axes, drawn)
         axes.set_yticks([middle for middle, _ in drawn.lanes], [name for _, name in drawn.lanes])
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=6)
         axes.set_xlabel(units.time)
         for side in ("left", "right", "top"):
             axes.spines[side].set_visible(False)
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=12, pad=20)
-        axes.text(0, 1, drawn.summary, transform=axes.transAxes, va="bottom", fontsize=9.5, color=INK)
-        _draw_legend(drawing, axes)
+        above = _draw_legend(axes)
+        pad = above + _SUMMARY_POINTS
+        axes.set_title(drawable(title), loc="left", fontweight="bold", fontsize=12, pad=pad, parse_math=False)
+        axes.annotate(
+            drawn.summary, (0, 1), (0, above), xycoords="axes fraction", textcoords="offset points",
+            va="bottom", fontsize=9.5, color=INK, annotation_clip=False,
+        )  # fmt: skip
     return drawing
 
 
@@ -88,6 +101,42 @@ def document(drawing: Figure) -> str:
     return buffer.getvalue()
 
 
+def _draw_spaces(axes: Axes, drawn: Chart) -> None:
+    for top, bottom in sorted({(bar.top, bar.bottom) for _, bar in drawn.every_bar()}):
+        axes.axhspan(top, bottom, color=SPACE, linewidth=0)
+
+
+def _draw_blocks(axes: Axes, drawn: Chart) -> None:
+    """What each rank does in slices of time, where operations would be too narrow to see."""
+    from matplotlib.collections import PolyCollection
+
+    scale = drawn.units.time_per_tick
+    groups: defaultdict[tuple[bool, int, Kind], list[Block]] = defaultdict(list)
+    for block in blocks(drawn, _PLOT_POINTS):
+        groups[block.only_planned, block.pipeline, block.kind].append(block)
+    kinds = list(KIND_NAMES)
+    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
+        boxes = [
+            _box(block.start * scale, block.end * scale, block.top, block.bottom)
+            for block in groups[only_planned, pipeline, kind]
+        ]
+        style = look(pipeline, kind)
+        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
+        axes.add_collection(
+            PolyCollection(
+                boxes,
+                facecolor=style.fill,
+                edgecolor=style.line,  # of the hatch
+                hatch=_HATCHES[style.hatch] or None,
+                linewidth=0,
+                antialiased=False,  # or neighbours show a hairline between them
+                alpha=0.55 if only_planned else None,
+                label=None if only_planned else name,
+            ),
+            autolim=False,
+        )
+
+
 def _draw_bars(axes: Axes, drawn: Chart, points_per_x: float) -> None:
     from matplotlib.collections import PolyCollection
 
@@ -95,8 +144,6 @@ def _draw_bars(axes: Axes, drawn: Chart, points_per_x: float) -> None:
     groups: defaultdict[tuple[bool, int, Kind], list[Bar]] = defaultdict(list)
     for only_planned, bar in drawn.every_bar():
         groups[only_planned, bar.op.pipeline, bar.op.kind].append(bar)
-    for top, bottom in sorted({(bar.top, bar.bottom) for _, bar in drawn.every_bar()}):
-        axes.axhspan(top, bottom, color=SPACE, linewidth=0)
     kinds = list(KIND_NAMES)
     for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
         bars = groups[only_planned, pipeline, kind]
@@ -132,17 +179,24 @@ def _draw_bars(axes: Axes, drawn: Chart, points_per_x: float) -> None:
 
 
 def _corners(bar: Bar, scale: float) -> list[tuple[float, float]]:
-    left, right = bar.start * scale, bar.end * scale
-    return [(left, bar.top), (right, bar.top), (right, bar.bottom), (left, bar.bottom)]
+    return _box(bar.start * scale, bar.end * scale, bar.top, bar.bottom)
 
 
-def _draw_legend(drawing: Figure, axes: Axes) -> None:
-    """Operations first, whatever order they were drawn in."""
+def _box(left: float, right: float, top: float, bottom: float) -> list[tuple[float, float]]:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _draw_legend(axes: Axes) -> float:
+    """Operations first, whatever order they were drawn in; returns the points that it takes above the axes."""
     entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] in _LINES)
-    handles, labels = zip(*entries, strict=True) if entries else ((), ())
-    drawing.legend(
-        handles, labels, loc="outside lower left", ncols=7, frameon=False, handlelength=1.6, columnspacing=1.4
-    )
+    if not entries:
+        return 0.0
+    handles, labels = zip(*entries, strict=True)
+    axes.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=_LEGEND_COLUMNS,
+        frameon=False, handlelength=1.6, columnspacing=1.4, borderpad=0.3,
+    )  # fmt: skip
+    return 6 + _LEGEND_POINTS * -(-len(entries) // _LEGEND_COLUMNS)
 
 
 def _draw_memory(axes: Axes, drawn: Chart) -> None:
@@ -172,13 +226,20 @@ def _draw_memory(axes: Axes, drawn: Chart) -> None:
 
 
 def _draw_critical_path(axes: Axes, drawn: Chart) -> None:
+    """Along operations; from rank to rank it crosses memory curves, so there it is a hairline."""
     scale = drawn.units.time_per_tick
     points = [(tick * scale, bar.path_height) for bar in drawn.path for tick in (bar.start, bar.end)]
+    axes.plot([x for x, _ in points], [y for _, y in points], color=INK, linewidth=0.5, alpha=0.45)
+    segments = [
+        (along * scale, height)
+        for bar in drawn.path
+        for along, height in ((bar.start, bar.path_height), (bar.end, bar.path_height), (math.nan, math.nan))
+    ]
     axes.plot(
-        [x for x, _ in points],
-        [y for _, y in points],
+        [x for x, _ in segments],
+        [y for _, y in segments],
         color=INK,
         linewidth=2.2,
-        solid_joinstyle="round",
+        solid_capstyle="butt",
         label="critical path",
     )

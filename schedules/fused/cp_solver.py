@@ -18,6 +18,22 @@ def make_solver(*, time_limit_s: float, seed: int) -> cp_model.CpSolver:
     return solver
 
 
+def run(
+    solver: cp_model.CpSolver, program: cp_model.CpModel, should_stop: Callable[[], bool]
+) -> cp_model.CpSolverStatus:
+    """The status in which the solver ends.
+
+    Raises:
+        ValueError: the program is invalid, for example by sums that 64 bits do not hold.
+    """
+    with Watch(solver, should_stop):
+        status = solver.solve(program)
+    if status == cp_model.MODEL_INVALID:
+        fault = " ".join(program.validate().split())[:200]
+        raise ValueError(f"the constraint program is invalid ({fault}): give ticks and bytes in coarser units")
+    return status
+
+
 class Watch:
     """While the solver runs, asks now and then whether it should stop."""
 

@@ -33,7 +33,8 @@ from itertools import combinations, pairwise
 from ortools.sat.python import cp_model
 
 from schedules.bounds import gradient_ticks, heads_and_tails, smallest_limits
-from schedules.fused.cp_solver import Watch, make_solver
+from schedules.fused.cp_solver import make_solver, run
+from schedules.fused.memory_units import MOST_BYTE_TICKS, MemoryUnits, in_memory_units
 from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
 from schedules.timing import evaluate
 from schedules.walk import Channel, channel_from, channel_into
@@ -84,14 +85,16 @@ def shortest(
         split: whether pipelines that can split run every backward as I and W; otherwise as B.
         hint: a schedule to start from, with the same operations.
     """
-    model = _build(problem, split, makespan, problem.memory_limit_bytes)
+    units = in_memory_units(problem, MOST_BYTE_TICKS // max(1, makespan))
+    limits = units.problem.memory_limit_bytes
+    model = _build(units.problem, split, makespan, limits) if _is_feasible(units.problem, limits) else None
     if model is None:
-        return Result(Outcome.INFEASIBLE, None, None, makespan + 1)
+        return _in_bytes(Result(Outcome.INFEASIBLE, None, None, makespan + 1), problem, units)
     end = model.cp.new_int_var(0, makespan, "makespan")
     for op, start in model.start.items():
         model.cp.add(end >= start + problem.ticks(op))
     model.cp.minimize(end)
-    return _solve(model, hint, makespan + 1, time_limit_s, seed, should_stop)
+    return _in_bytes(_solve(model, hint, makespan + 1, time_limit_s, seed, should_stop), problem, units)
 
 
 def lowest_peak(
@@ -105,19 +108,38 @@ def lowest_peak(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """The schedule of at most `makespan` ticks with the smallest peak, if there is one below `below_bytes`."""
-    caps = tuple(
-        min(limit, below_bytes - 1) for limit in problem.memory_limit_bytes or (below_bytes,) * problem.num_ranks
-    )
-    if any(cap < least for cap, least in zip(caps, smallest_limits(problem), strict=True)):
-        return Result(Outcome.INFEASIBLE, None, None, below_bytes)
-    model = _build(problem, split, makespan, caps)
+    units = in_memory_units(problem, MOST_BYTE_TICKS // max(1, makespan))
+    below, limits = -(-below_bytes // units.num_bytes), units.problem.memory_limit_bytes
+    caps = tuple(min(limit, below - 1) for limit in limits or (below,) * problem.num_ranks)
+    model = _build(units.problem, split, makespan, caps) if _is_feasible(units.problem, caps) else None
     if model is None:
-        return Result(Outcome.INFEASIBLE, None, None, below_bytes)
-    peak = model.cp.new_int_var(max(smallest_limits(problem)), max(caps), "peak")
+        infeasible = Result(Outcome.INFEASIBLE, None, None, below)
+        return replace(_in_bytes(infeasible, problem, units), bound=below_bytes if units.is_exact else 0)
+    peak = model.cp.new_int_var(max(smallest_limits(units.problem)), max(caps), "peak")
     for rank in range(problem.num_ranks):
         _hold_memory(model, rank, peak)
     model.cp.minimize(peak)
-    return _solve(model, None, below_bytes, time_limit_s, seed, should_stop)
+    return _peak_in_bytes(_solve(model, None, below, time_limit_s, seed, should_stop), problem, units, below_bytes)
+
+
+def _is_feasible(problem: Problem, caps: tuple[int, ...] | None) -> bool:
+    return caps is None or all(cap >= least for cap, least in zip(caps, smallest_limits(problem), strict=True))
+
+
+def _in_bytes(result: Result, problem: Problem, units: MemoryUnits) -> Result:
+    """The result for the problem itself: rounded memory proves nothing."""
+    schedule = None if result.schedule is None else Schedule(problem, result.schedule.ranks)
+    if units.is_exact:
+        return replace(result, schedule=schedule)
+    outcome = Outcome.UNKNOWN if schedule is None else Outcome.FOUND
+    return Result(outcome, schedule, result.value, bound=0)
+
+
+def _peak_in_bytes(result: Result, problem: Problem, units: MemoryUnits, below_bytes: int) -> Result:
+    """As `_in_bytes`, of a result whose value and bound are memory."""
+    found = _in_bytes(result, problem, units)
+    value = None if found.schedule is None else max(evaluate(found.schedule).peak_bytes)
+    return replace(found, value=value, bound=min(below_bytes, found.bound * units.num_bytes))
 
 
 def _build(problem: Problem, split: bool, makespan: int, caps: tuple[int, ...] | None) -> _Model | None:
@@ -245,14 +267,12 @@ def _solve(
             for op, start in zip(order, starts, strict=True):
                 model.cp.add_hint(model.start[op], start)
     solver = make_solver(time_limit_s=time_limit_s, seed=seed)
-    with Watch(solver, should_stop):
-        status = solver.solve(model.cp)
+    status = run(solver, model.cp, should_stop)
     if status == cp_model.INFEASIBLE:
         return Result(Outcome.INFEASIBLE, None, None, bound_if_infeasible)
     bound = round(solver.best_objective_bound)
     if status == cp_model.UNKNOWN:
         return Result(Outcome.UNKNOWN, None, None, bound)
-    assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE), f"the program is invalid: {model.cp.validate()}"
     orders: list[list[Op]] = [[] for _ in range(model.problem.num_ranks)]
     for op in sorted(model.start, key=lambda op: solver.value(model.start[op])):
         orders[model.problem.rank_of(op)].append(op)

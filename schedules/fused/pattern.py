@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
 from schedules.fused.compiled import Compiled
-from schedules.fused.cp_solver import Watch, make_solver
+from schedules.fused.cp_solver import make_solver, run
 from schedules.fused.list_schedule import list_schedule
+from schedules.fused.memory_units import MOST_BYTE_TICKS, in_memory_units
 from schedules.ir import Kind, Op, Problem, Schedule
 from schedules.walk import needs
 
@@ -70,6 +71,8 @@ def find_pattern(
 ) -> Pattern | None:
     """The pattern that holds least memory; None when none is found in time, or a period would not be short.
 
+    Memory counts in units as coarse as the program needs. Where 64 bits do not hold even those there is no pattern.
+
     Args:
         work_limit: in the constraint solver's deterministic time, which gives the same pattern on every machine.
     """
@@ -91,12 +94,16 @@ def find_pattern(
     cp = cp_model.CpModel()
     # Two periods per stage, and the transfers, are far more than any useful lag.
     horizon = 2 * max(p.num_stages * (period + p.transfer_ticks) for p in problem.pipelines)
+    try:
+        weighed = _in_units(problem, copies, horizon)
+    except ValueError:
+        return None
     start = {op: cp.new_int_var(0, horizon, f"sigma {op}") for op in ops}
     _keep_dependencies(problem, cp, start)  # P1
     _keep_chain_order(problem, cp, start, copies, period)  # P2
     _keep_ranks_apart(problem, cp, start, period, horizon)  # P3
-    held = _held(problem, start)  # P4
-    most = horizon * sum(max(1, problem.bytes_taken(op)) for op in ops)
+    held = _held(weighed, start)  # P4
+    most = horizon * sum(max(1, weighed.bytes_taken(op)) for op in ops)
     held_most = cp.new_int_var(0, most, "H")
     for rank_held in held:
         cp.add(held_most >= rank_held)
@@ -105,11 +112,19 @@ def find_pattern(
     solver = make_solver(time_limit_s=time_limit_s, seed=seed)
     solver.parameters.max_deterministic_time = work_limit
     solver.parameters.interleave_search = True  # neighbourhood search too, which finds shorter lags sooner
-    with Watch(solver, should_stop):
-        status = solver.solve(cp)
+    status = run(solver, cp, should_stop)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     return Pattern(problem, period, copies, {op: solver.value(variable) for op, variable in start.items()})
+
+
+def _in_units(problem: Problem, copies: tuple[int, ...], horizon: int) -> Problem:
+    """One period, with its memory in units: the objective adds up what all ranks hold over the horizon, for each."""
+    pipelines = tuple(
+        replace(pipeline, num_micro_batches=count) for pipeline, count in zip(problem.pipelines, copies, strict=True)
+    )
+    period = replace(problem, pipelines=pipelines, memory_limit_bytes=None, initial_bytes=(0,) * problem.num_ranks)
+    return in_memory_units(period, MOST_BYTE_TICKS // (horizon * problem.num_ranks**2)).problem
 
 
 def _keep_dependencies(problem: Problem, cp: cp_model.CpModel, start: dict[Op, cp_model.IntVar]) -> None:

@@ -25,6 +25,9 @@ from schedules.ir import Problem, Schedule
 
 __all__ = ["Improvement", "Objective", "Solution", "Status", "solution_to_json", "solve"]
 
+_MOST_SECONDS, _MOST_WORKERS = 1e7, 1024
+_NUM_SEEDS = 1 << 31  # what the constraint solver takes
+
 
 class Status(StrEnum):
     """What is known of a solution: all of its objective proven optimal, its makespan proven optimal, or neither."""
@@ -78,8 +81,12 @@ def solve(
         ValueError: the problem is infeasible (the line names the rank and the smallest limit that would do), or
             a parameter is out of range.
     """
-    if time_limit_s <= 0 or num_workers < 1:
-        raise ValueError(f"time_limit_s {time_limit_s} must be positive and num_workers {num_workers} at least 1")
+    if not 0 < time_limit_s <= _MOST_SECONDS:
+        raise ValueError(f"time_limit_s {time_limit_s} must be positive and at most {_MOST_SECONDS:g}")
+    if not 1 <= num_workers <= _MOST_WORKERS:
+        raise ValueError(f"num_workers {num_workers} must be from 1 to {_MOST_WORKERS}")
+    if not 0 <= seed < _NUM_SEEDS:
+        raise ValueError(f"seed {seed} must be from 0 to {_NUM_SEEDS - 1}")
     check_feasible(problem)
     deadline = Deadline(time_limit_s, stop)
     portfolio = Portfolio(problem, deadline, objective, seed, num_workers, progress)

@@ -33,7 +33,8 @@ from itertools import pairwise
 
 from ortools.sat.python import cp_model
 
-from schedules.fused.cp_solver import Watch, make_solver
+from schedules.fused.cp_solver import make_solver, run
+from schedules.fused.memory_units import MOST_BYTE_TICKS, in_memory_units
 from schedules.ir import Kind, Op, Schedule
 from schedules.timing import Timing, evaluate, memory_levels
 from schedules.walk import channel_from, channel_into, needs
@@ -80,12 +81,12 @@ def shorten(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Schedule:
     """The schedule with its window as short as it can be made in the time given, within the ranks' limits."""
-    frozen = _freeze(schedule)
+    frozen = _freeze(_in_units(schedule))
     model = _build(frozen, window)
-    for rank, limit in enumerate(schedule.problem.memory_limit_bytes or ()):
+    for rank, limit in enumerate(frozen.schedule.problem.memory_limit_bytes or ()):
         _hold_memory(model, rank, limit)
     model.cp.minimize(model.makespan)
-    return _solve(model, time_limit_s, seed, should_stop)
+    return _solve(model, schedule, time_limit_s, seed, should_stop)
 
 
 def lower_peak(
@@ -97,17 +98,17 @@ def lower_peak(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Schedule:
     """The schedule, made no longer, with a lower peak on the ranks that reach the schedule's peak in the window."""
-    frozen = _freeze(schedule)
+    frozen = _freeze(_in_units(schedule))
     model = _build(frozen, window)
     model.cp.add(model.makespan <= frozen.timing.makespan)
     overall = max(frozen.timing.peak_bytes)
-    limits = schedule.problem.memory_limit_bytes or (overall,) * schedule.problem.num_ranks
+    limits = frozen.schedule.problem.memory_limit_bytes or (overall,) * schedule.problem.num_ranks
     peak = model.cp.new_int_var(0, overall, "peak")
     for rank, places in enumerate(model.free):
         at_peak = any(frozen.levels[rank][place + 1] == overall for place in places)
         _hold_memory(model, rank, peak if at_peak else min(overall, limits[rank]))
     model.cp.minimize(peak)
-    return _solve(model, time_limit_s, seed, should_stop)
+    return _solve(model, schedule, time_limit_s, seed, should_stop)
 
 
 def window_at(schedule: Schedule, tick: int, num_operations: int) -> Window:
@@ -129,6 +130,12 @@ def peak_ticks(schedule: Schedule) -> list[int]:
         for start, level in zip(starts, profile[1:], strict=True)
         if level == overall
     ]
+
+
+def _in_units(schedule: Schedule) -> Schedule:
+    """The same order, of a problem with memory in units that the program can add up over the makespan."""
+    most_units = MOST_BYTE_TICKS // max(1, evaluate(schedule).makespan)
+    return Schedule(in_memory_units(schedule.problem, most_units).problem, schedule.ranks)
 
 
 def _freeze(schedule: Schedule) -> _Frozen:
@@ -238,20 +245,22 @@ def _hold_memory(model: _Model, rank: int, cap: int | cp_model.IntVar) -> None:
         model.cp.add_cumulative(intervals, demands, cap - entry)
 
 
-def _solve(model: _Model, time_limit_s: float, seed: int, should_stop: Callable[[], bool]) -> Schedule:
-    schedule = model.frozen.schedule
+def _solve(
+    model: _Model, schedule: Schedule, time_limit_s: float, seed: int, should_stop: Callable[[], bool]
+) -> Schedule:
+    """A better order than the schedule's, whose memory is in bytes; or the schedule."""
     solver = make_solver(time_limit_s=time_limit_s, seed=seed)
-    with Watch(solver, should_stop):
-        status = solver.solve(model.cp)
-    assert status not in (cp_model.INFEASIBLE, cp_model.MODEL_INVALID), "the schedule itself is a solution"
-    if status == cp_model.UNKNOWN:
+    status = run(solver, model.cp, should_stop)
+    is_rounded = model.frozen.schedule.problem != schedule.problem  # which may leave no room for the schedule itself
+    assert status != cp_model.INFEASIBLE or is_rounded, "the schedule itself is a solution"
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return schedule
     ranks = []
     for places, order in zip(model.free, schedule.ranks, strict=True):
         inside = sorted((order[place] for place in places), key=lambda op: solver.value(model.start[op]))
         ranks.append(order[: places.start] + tuple(inside) + order[places.stop :] if places else order)
     found = Schedule(schedule.problem, tuple(ranks))
-    old, new = model.frozen.timing, evaluate(found)
+    old, new = evaluate(schedule), evaluate(found)
     is_worse = (new.makespan, max(new.peak_bytes)) > (old.makespan, max(old.peak_bytes))
     assert new.makespan <= old.makespan, "the program's makespan is the schedule's"
     return schedule if is_worse else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,39 @@ def test_wide_problems_fit_too(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = tmp_path / "problem.json"
     path.write_text(json.dumps(problem_to_json(instance.problem)))
     assert "critic3" in show(path, capsys)
+
+
+ODD_NAME = "[red]x[/red] [/] <script>\x1b[31m'\"]]>$x^$"
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of devices and categories in a trace, of parts in a solution: no markup, nothing that a terminal obeys."""
+    value = json.loads(TRACE.read_text())
+    for event in value["traceEvents"]:
+        if event["name"] == "process_name" and event["pid"] == 0:
+            event["args"]["name"] = ODD_NAME
+        elif event.get("cat") == "generate":
+            event["cat"] = "[/]"
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(value))
+    assert main(["show", str(path)]) == 0
+    printed = capsys.readouterr().out
+    joined = "".join(printed.split())
+    assert "[red]x[/red]" in joined
+    assert "\\x1b[31m" in joined
+    assert "[/]" in joined
+    assert "\x1b" not in printed
+
+
+def test_titles_are_text_in_pages_and_pictures(tmp_path: Path, problem: Problem) -> None:
+    path = tmp_path / "$x^$ ]]> & '<b>' \x1b.json"
+    path.write_text(TRACE.read_text())
+    outs = {name: tmp_path / f"out.{name}" for name in ("html", "svg")}
+    assert main(["show", str(path), *(f"--{name}={out}" for name, out in outs.items())]) == 0
+    words = ["".join(node.itertext()) for node in ElementTree.parse(outs["svg"]).getroot().iter()]
+    assert any(word.startswith(r"$x^$ ]]> & '<b>' \x1b, step 1") for word in words)
+    assert r"<title>$x^$ ]]&gt; &amp; &#x27;&lt;b&gt;&#x27; \x1b, step 1</title>" in outs["html"].read_text()
+    assert "'<b>' " not in outs["html"].read_text()
 
 
 @pytest.mark.parametrize(

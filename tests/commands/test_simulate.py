@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,27 @@ def test_several_traces_and_maxima_make_a_table(
     for known in (row for row in rows if row["policy"] == "known"):
         others = [row for row in rows if (row["lengths"], row["max_tokens"]) == (known["lengths"], known["max_tokens"])]
         assert known["simulated_seconds"] == min(row["simulated_seconds"] for row in others)
+
+
+def test_names_of_traces_are_no_markup(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = tmp_path / "[red]x[ red] [\x1b].csv"
+    odd.write_text(trace.read_text())
+    command = ["simulate", "--lengths", str(odd), str(trace), "--devices", "2", "--batch", "8", "--policy", "none"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "[red]x" in printed
+    assert "\x1b" not in printed
+
+
+def test_pictures_and_tables_call_policies_alike(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.svg"
+    assert main(["simulate", "--lengths", str(trace), "--devices", "2", "--batch", "8", "--svg", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("none", "threshold", "adaptive"):
+        assert re.search(rf"\n +{name} ", printed)
+        assert f">{name}" in out.read_text()
 
 
 def test_two_runs_write_the_same(trace: Path, tmp_path: Path) -> None:

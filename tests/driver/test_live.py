@@ -54,7 +54,7 @@ class Wanderlust:
         counts, moves = state.num_live(), []
         for sample, device, movable in zip(state.live.ids, state.live.devices, state.live.movable, strict=True):
             target = int(self.random.integers(state.num_devices))
-            room = counts[target] < state.limits.max_batch
+            room = counts[target] < state.limits.max_batch and not state.lost[target]
             if movable and target != device and room and not state.inferring_tokens[target] and self.calls < 200:
                 moves.append(Migrate(int(sample), int(device), target))
                 counts[device] -= 1

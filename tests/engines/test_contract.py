@@ -82,6 +82,11 @@ def generate(make_engine: MakeEngine, requests: Sequence[GenerationRequest], max
     return run(make_engine(requests, max_batch), requests)
 
 
+def test_an_engine_says_how_much_kv_it_holds(make_engine: MakeEngine) -> None:
+    capacity = make_engine(RAGGED, 2).kv_capacity_tokens
+    assert capacity is None or capacity >= MAX_CONTEXT
+
+
 def test_every_sample_gets_its_tokens_and_finishes_in_the_step_of_its_last(make_engine: MakeEngine) -> None:
     engine = make_engine(RAGGED, 16)
     for one in RAGGED:

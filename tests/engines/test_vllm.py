@@ -200,6 +200,7 @@ def test_samples_outgrow_a_small_cache_without_harm(vllm_pool: VllmPool, build_m
     engine = vllm_pool.engine(
         build_model(hidden_size=HIDDEN_SIZE), max_batch=3, max_context=160, kv_cache_bytes=4 * BLOCK_BYTES
     )
+    assert engine.kv_capacity_tokens == 3 * 128, "policies are told what is left for samples"
     assert_same(run(engine, requests), run(TransformersEngine(build_model(hidden_size=HIDDEN_SIZE)), requests))
     with pytest.raises(ValueError, match=r"less than one sample of max_context=160 .* needs 393216"):
         vllm_pool.engine(

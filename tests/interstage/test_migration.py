@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fuse.interstage.adaptive import Adaptive
-from fuse.interstage.costs import CostModel
-from fuse.interstage.lengths import KnownLengths
+from fuse.interstage.costs import SMALL_CPU, CostModel
+from fuse.interstage.lengths import KnownLengths, learn
 from fuse.interstage.migration import (
     EngineLimits,
     Infer,
@@ -38,6 +38,7 @@ def state(
     finished: dict[int, int] | None = None,
     released: Sequence[int] = (),
     inferring: Sequence[int] = (),
+    lost: Sequence[int] = (),
     limits: EngineLimits = LIMITS,
 ) -> RolloutState:
     """Sample i is on devices[i], with a prompt of 5 tokens; `finished` gives the tokens of others by id."""
@@ -54,12 +55,13 @@ def state(
             prompt_tokens=np.full(num, 5),
             response_tokens=np.array(response_tokens or [1] * num, dtype=np.int64),
             started=np.ones(num, dtype=bool),
-            movable=np.ones(num, dtype=bool),
+            movable=~np.isin(np.array(devices, dtype=np.int64), list(lost)),  # what goes to a lost engine has left
         ),
         finished_ids=np.array(list(finished or {}), dtype=np.int64),
         finished_tokens=np.array(list((finished or {}).values()), dtype=np.int64),
         released=flags,
         inferring_tokens=busy,
+        lost=np.isin(np.arange(num_devices), list(lost)),
     )
 
 
@@ -73,6 +75,19 @@ def test_stage_by_stage_waits_for_the_last_sample_and_then_balances() -> None:
 
 def test_threshold_does_nothing_above_it() -> None:
     assert Threshold(remaining=2, num_kept=1)(state([0, 0, 1], num_devices=3, finished={9: 10})) == []
+
+
+def test_a_lost_engine_is_no_destination_and_still_scores() -> None:
+    """Device 1's engine died while samples were on their way to it."""
+    seen = state([0, 1, 1, 2], num_devices=4, finished={9: 10}, lost=[1, 3])
+    actions = Threshold(remaining=4, num_kept=1)(seen)
+    assert {action.target for action in actions if isinstance(action, Migrate)} == {0}
+    assert Infer(3, (9,)) in actions or Infer(2, (9,)) in actions
+    for devices in ([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 2], [0, 0, 0, 1, 1, 2]):
+        for ages in ([1] * 6, [1, 2, 3, 50, 60, 61]):
+            crowded = state(devices, num_devices=4, response_tokens=ages, lost=[1, 3])
+            planned = Adaptive(SMALL_CPU, learn([], LIMITS.max_new_tokens).for_samples())(crowded)
+            assert not {action.target for action in planned if isinstance(action, Migrate)} & {1, 3}
 
 
 def test_threshold_keeps_the_most_loaded_engine_and_sets_the_others_to_inference() -> None:

@@ -39,6 +39,9 @@ def test_the_run_and_others_of_the_same_models_find_it(tmp_path: Path) -> None:
     assert MeasurementStore(tmp_path / "a", {"model": 1}).load() == MEASURED
     assert MeasurementStore(tmp_path / "b", {"model": 1}).load() == MEASURED, "from the cache"
     assert MeasurementStore(tmp_path / "a", {"model": 2}).load() is None
+    unfused = Measured(PLACEMENT, None, MEASURED)
+    MeasurementStore(tmp_path / "a", {"model": 1}).save(unfused)
+    assert MeasurementStore(tmp_path / "a", {"model": 1}).load() == unfused
     MeasurementStore(tmp_path / "a", {"model": 1}).save(Measured(PLACEMENT, None))
     assert MeasurementStore(tmp_path / "b", {"model": 1}).load() == Measured(PLACEMENT, None)
 

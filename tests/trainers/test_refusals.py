@@ -139,6 +139,8 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_replace(train_dataset=[{"input_ids": []}] * 8), "row 0 has an empty prompt"),
         (_replace(train_dataset=[{"input_ids": [2] * 60}] * 8), "row 0 has 60 prompt tokens.* context of 64"),
         (_replace(train_dataset=[{"input_ids": [99]}] * 8), "row 0 holds token 99, the models have 16"),
+        (_replace(train_dataset=[{"input_ids": [-1]}] * 8), "row 0 has '-1' among its input_ids"),
+        (_replace(train_dataset=[{"input_ids": 3}] * 8), "row 0 has input_ids of type int, not a list of integers"),
         (_replace(value_model=tiny.scorer(1, vocab_size=12)), "vocabulary mismatch: the policy has 16.*value_model"),
         (_replace(ref_model=tiny.policy(vocab_size=32)), "vocabulary mismatch: the policy has 16.*ref_model has 32"),
         (_same_scorer, "value_model and reward_model share parameters .*pass a copy, copy.deepcopy.reward_model"),

@@ -30,3 +30,4 @@ def test_a_table_without_trl_has_no_column_for_it() -> None:
     assert text.splitlines()[0] == "| variant | samples/s | tokens/s | x off |"
     assert "lengths: mix;" in text
     assert text.endswith("idle 50% of the time: filled completely, that would be 2.00 times as fast.")
+    assert markdown(results | {"options": options | {"smoke": True}}).endswith("proves nothing about speed.")

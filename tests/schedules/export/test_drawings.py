@@ -16,7 +16,10 @@ from schedules.baselines import one_f_one_b
 from schedules.critical_path import critical_path
 from schedules.export import html, svg
 from schedules.export.chart import Units, chart
+from schedules.export.overview import blocks, is_crowded
 from schedules.export.palette import look
+from schedules.fused.greedy import greedy
+from schedules.instances import actor_and_critic
 
 WHEN = ("planned", "executed")
 
@@ -155,3 +158,96 @@ def test_edges_of_many_bars_do_not_cover_them(fused: Schedule) -> None:
     many = Pipeline(name="p", ranks=(0,), num_micro_batches=300, forward_ticks=(1,), backward_ticks=(2,))
     assert chart(fused).edge == 1
     assert chart(one_f_one_b(Problem(num_ranks=1, pipelines=(many,)))).edge == 0.2
+
+
+@pytest.fixture(scope="module")
+def crowded() -> Schedule:
+    """Sixteen ranks, two models of 64 micro-batches: operations of a pixel or two."""
+    instance = actor_and_critic(
+        actor_stages=16,
+        critic_stages=16,
+        actor_microbatches=64,
+        critic_microbatches=64,
+        actor_forward=2,
+        critic_forward=2,
+        actor_activation=1,
+        critic_activation=1,
+    )
+    return greedy(instance.problem)
+
+
+def test_slices_of_time_hold_what_operations_take(crowded: Schedule, fused: Schedule) -> None:
+    drawn, timing = chart(crowded), evaluate(crowded)
+    assert is_crowded(drawn, 700)
+    assert not is_crowded(drawn, 10_000)
+    assert not is_crowded(chart(fused), 700)
+    found = blocks(drawn, 700)
+    assert len(found) < len(drawn.bars) * 2
+    for rank in range(16):
+        of_rank = [block for block in found if block.rank == rank]
+        ticks = sum(block.share * (block.end - block.start) for block in of_rank)
+        assert ticks == pytest.approx(timing.busy_ticks[rank])
+        lane = next((bar.top, bar.bottom) for bar in drawn.bars if bar.rank == rank)
+        assert all(lane[0] - 1e-9 <= block.top <= block.bottom <= lane[1] + 1e-9 for block in of_rank)
+    assert max(block.end for block in found) <= drawn.makespan
+
+
+def test_a_crowded_picture_is_drawn_in_slices(crowded: Schedule) -> None:
+    drawing: Any = svg.figure(crowded)
+    axes = drawing.axes[0]
+    assert not [text for text in axes.texts if text.get_text().isdigit()]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:4] == ["actor forward", "actor backward", "critic forward", "critic backward"]
+    assert len(axes.collections) < 16 * 2 + 8, "no outlines of single operations"
+
+
+def test_a_crowded_page_shows_operations_once_it_is_zoomed(crowded: Schedule, fused: Schedule) -> None:
+    drawing: Any = html.figure(crowded, overview=True)
+    levels = {trace.meta for trace in drawing.data if trace.visible is not False and trace.type == "bar"}
+    assert levels == {"overview"}
+    hidden = [trace for trace in drawing.data if trace.meta == "operations"]
+    assert sum(len(trace.x) for trace in hidden) == sum(map(len, crowded.ranks))
+    assert "plotly_relayout" in html.page(drawing)
+    plain: Any = html.figure(fused, overview=True)
+    assert not [trace for trace in plain.data if trace.meta]
+
+
+def test_the_legend_is_above_what_it_explains(fused: Schedule) -> None:
+    page: Any = html.figure(fused)
+    assert (page.layout.legend.y, page.layout.legend.yanchor) == (1, "bottom")
+    picture: Any = svg.figure(fused)
+    picture.draw_without_rendering()
+    (axes,) = picture.axes
+    legend, title = axes.get_legend().get_window_extent(), axes.title.get_window_extent()
+    (summary,) = [text for text in axes.texts if text.get_text().startswith("makespan")]
+    assert axes.bbox.y1 <= legend.y0
+    assert legend.y1 <= summary.get_window_extent().y0 <= summary.get_window_extent().y1 <= title.y0
+
+
+def test_between_ranks_the_critical_path_is_a_hairline(fused: Schedule) -> None:
+    drawing: Any = html.figure(fused)
+    between, along = (trace for trace in drawing.data if trace.name == "critical path")
+    assert between.line.width < 1 < along.line.width
+    segments = list(zip(along.x, along.y, strict=True))
+    assert all(y0 == y1 for (_, y0), (_, y1) in zip(segments[::3], segments[1::3], strict=True))
+    assert set(segments[2::3]) == {(None, None)}
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (7, "7"),
+        (123_456, "123,456"),
+        (13_915_200, "13.9 MB"),
+        (123_456_789, "123 MB"),
+        (80 * 10**9, "80 GB"),
+        (2 * 10**15, "2 PB"),
+    ],
+)
+def test_memory_has_a_unit_and_no_exponent(num_bytes: int, text: str) -> None:
+    assert Units().memory_text(num_bytes) == text
+
+
+def test_times_have_no_exponent() -> None:
+    assert Units().time_text(13_915_234) == "13,915,234 ticks"
+    assert Units().time_text(0.5) == "0.5 ticks"

@@ -1,0 +1,114 @@
+"""What a fleet plans rollouts by, without its workers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fuse.driver import fleet as fleet_module
+from fuse.driver.fleet import Fleet
+from fuse.engines.engine import SamplingParams
+from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
+from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
+from fuse.sample import Sample
+from fuse.trace import PhaseClock
+from fuse.trainers.rollouts import Rollouts
+
+PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=8)
+
+
+def settings(policy: PolicyName = "threshold") -> RolloutSettings:
+    return RolloutSettings(
+        policy=policy,
+        num_devices=2,
+        limits=EngineLimits(max_batch=8, kv_capacity_tokens=8 * 80, max_new_tokens=8),
+        kv_bytes_per_token=2048,
+        inference_batch_tokens=16384,
+    )
+
+
+class FakeRollout:
+    """Stands in for `LiveRollout`: remembers under which policy it would have run."""
+
+    policies: list[Any]
+
+    def __init__(self, *_: Any, policy: Any, **__: Any) -> None:
+        self.policies.append(policy)
+
+    def run(self) -> Any:
+        return SimpleNamespace(lost_engines=())
+
+
+class LearningPlanner(RolloutPlanner):
+    """Plans by a policy of its own, and counts what it is taught."""
+
+    def __init__(self, settings: RolloutSettings) -> None:
+        super().__init__(settings)
+        self.num_taught = 0
+
+    def policy(self, samples: Any) -> Any:
+        return "learnt"
+
+    def observe(self, samples: Any) -> None:
+        self.num_taught += 1
+
+
+@pytest.fixture
+def planner() -> LearningPlanner:
+    return LearningPlanner(settings())
+
+
+@pytest.fixture
+def fleet(planner: LearningPlanner, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    monkeypatch.setattr(FakeRollout, "policies", [], raising=False)
+    monkeypatch.setattr(fleet_module, "LiveRollout", FakeRollout)
+    made: Any = Fleet(SimpleNamespace(training=SimpleNamespace(tensor_parallel_size=1), pad_token_id=0), {})  # type: ignore[arg-type]
+    made._rollouts, made._generation_workers = planner, []
+    return made  # type: ignore[no-any-return]
+
+
+def test_an_evaluation_has_a_fixed_policy_and_teaches_nothing(fleet: Fleet, planner: LearningPlanner) -> None:
+    samples = [Sample(index, (1, 2)) for index in range(3)]
+    fleet.roll_out(samples, PARAMS, teaches=False)
+    assert FakeRollout.policies == [Threshold(remaining=3, num_kept=2)]
+    assert planner.num_taught == 0
+    fleet.roll_out(samples, PARAMS)
+    assert FakeRollout.policies[1:] == ["learnt"]
+    assert planner.num_taught == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_an_evaluation_cost_is_forgotten(fused: bool) -> None:
+    calls: list[Any] = []
+
+    def record(name: str) -> Any:
+        return lambda *args, **options: calls.append((name, options.get("teaches")))
+
+    fake: Any = SimpleNamespace(
+        roll_out=record("roll_out"),
+        generate=record("generate"),
+        infer=record("infer"),
+        forget_spans=record("forget_spans"),
+    )
+    tokenizer: Any = SimpleNamespace(batch_decode=lambda *_: [])
+    rollouts = Rollouts(tokenizer, None, fused, lambda _: None)
+    rollouts.roll_out(fake, [], PARAMS, PhaseClock(), teaches=False)
+    assert calls[-1] == ("forget_spans", None)
+    assert ("roll_out", False) in calls or not fused
+    calls.clear()
+    rollouts.roll_out(fake, [], PARAMS, PhaseClock())
+    assert ("forget_spans", None) not in calls
+
+
+def test_policies_are_told_the_least_capacity_of_the_engines() -> None:
+    assert settings().within([]).limits == settings().limits
+    assert settings().within([300, 200]).limits.kv_capacity_tokens == 200
+    assert settings().within([10_000]).limits == settings().limits
+    assert RolloutPlanner(settings().within([200])).limits.kv_capacity_tokens == 200
+
+
+def test_a_fixed_policy_is_what_the_run_asks_for() -> None:
+    assert RolloutPlanner(settings("none")).fixed_policy(4) == StageByStage()
+    assert RolloutPlanner(settings("adaptive")).fixed_policy(4) == Threshold(remaining=4, num_kept=2)
