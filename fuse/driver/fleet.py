@@ -17,8 +17,9 @@ from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.driver.live import LiveRollout, RolloutReport
+from fuse.driver.live import LiveRollout
 from fuse.driver.model_start import ModelStart
+from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy

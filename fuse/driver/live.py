@@ -13,13 +13,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fuse.activity import silent
-from fuse.driver.rollout_state import RolloutDevice, visible_state
+from fuse.driver.rollout_state import RolloutDevice, RolloutReport, visible_state
 from fuse.driver.stage_by_stage import apply_inference, apply_progress, progress_text, sequence_of
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
@@ -40,22 +40,6 @@ _WAIT_S = 5.0
 """Between two looks at who has been silent, where nobody answers."""
 _POLL_TIMEOUT_S = 0.25
 """Between two reports of an engine on which nothing finishes: how stale its samples' lengths may be to the policy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutReport:
-    """What a rollout took. decision_s: from news to the last call it led to, per decision, in seconds.
-
-    generation_s, makespan_s: from the start to the last token and to the last score.
-    lost_engines: devices whose engine died; its samples went on elsewhere.
-    """
-
-    makespan_s: float
-    generation_s: float
-    num_migrations: int
-    moved_bytes: int
-    decision_s: tuple[float, ...]
-    lost_engines: tuple[int, ...]
 
 
 class LiveRollout:

@@ -13,6 +13,22 @@ from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutReport:
+    """What a rollout took. decision_s: from news to the last call it led to, per decision, in seconds.
+
+    generation_s, makespan_s: from the start to the last token and to the last score.
+    lost_engines: devices whose engine died; its samples went on elsewhere.
+    """
+
+    makespan_s: float
+    generation_s: float
+    num_migrations: int
+    moved_bytes: int
+    decision_s: tuple[float, ...]
+    lost_engines: tuple[int, ...]
+
+
 @dataclass(slots=True, eq=False)
 class RolloutDevice:
     """What a device's workers are at.

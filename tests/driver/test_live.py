@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuse.driver import live
-from fuse.driver.live import LiveRollout, RolloutReport
+from fuse.driver.live import LiveRollout
+from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import SMALL_CPU
