@@ -23,7 +23,7 @@ from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
 from fuse.config.settings import PromptTokens, algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
-from fuse.driver.live import RolloutReport
+from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import CostModel
