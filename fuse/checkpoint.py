@@ -60,18 +60,6 @@ class Checkpoint:
 # Starting
 
 
-def check_output_dir(output_dir: Path) -> None:
-    """Raises: ValueError where nothing can be written to `output_dir`; it need not exist, and is not made."""
-    nearest = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to output_dir={str(output_dir)!r} ({nearest}: {error.strerror}): name another directory"
-        ) from error
-
-
 def start(output_dir: Path, resume_from: str | bool | None) -> Path | None:
     """The checkpoint that a run in `output_dir` goes on from, as `find` has it; None where it starts afresh.
 

@@ -50,6 +50,8 @@ RUN_ERRORS: Mapping[str, str] = MappingProxyType(
     }
 )
 """What ends a run that the input is not to blame for: errors by the module that defines them."""
+EARLY_CHECKS: Mapping[str, str] = MappingProxyType({"train": "fuse.commands.train_paths"})
+"""Modules by the command whose options their `check(argv)` looks at while that is not imported, which takes seconds."""
 OK, RUN_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 TRACEBACK_VARIABLE = "FUSE_TRACEBACK"
 _MOST_COLUMNS = 2000
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; bad options exit with status 2 by SystemExit."""
     name, module, rest = _select(list(sys.argv[1:] if argv is None else argv))
     try:
+        if name in EARLY_CHECKS:
+            import_module(EARLY_CHECKS[name]).check(rest)
         command: Any = import_module(module)
         parser = Parser(
             prog=f"fuse {name}",

@@ -29,6 +29,18 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def check_writable(directory: Path, option: str) -> None:
+    """Raises: ValueError where nothing can be written to `directory`, which `option` names; it is not made."""
+    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {option}={str(directory)!r} ({nearest}: {error.strerror}): name another directory"
+        ) from error
+
+
 @contextmanager
 def dispensable(path: Path) -> Iterator[None]:
     """Where the body cannot write `path`, there is a warning instead of an error, once per directory."""

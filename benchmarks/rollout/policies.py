@@ -21,7 +21,8 @@ from fuse.benchmarks.measure import idle_shares
 from fuse.benchmarks.options import Row
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
-from fuse.config.settings import PromptTokens, algorithm_of, fleet_settings
+from fuse.config.prompt_tokens import PromptTokens
+from fuse.config.settings import algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fuse import checkpoint
-from fuse.commands.model_path import check_model_path
 from fuse.commands.reward_function import load_reward_function
 from fuse.config.ppo import PPOConfig
-from fuse.trainers.data import read_rows
+from fuse.trainers.data import check_source, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +36,12 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     if options["stop_token"] is None and options["stop_token_id"] is None:
         options["stop_token"] = "model"
     config = PPOConfig(**options)
-    output_dir = Path(config.output_dir or "trainer_output")
-    checkpoint.check_output_dir(output_dir)
     if (resume_from := config.resume_from_checkpoint) and str(resume_from).lower() != "false":
-        checkpoint.find(output_dir, resume_from)
-    for path in (arguments.model, arguments.ref_model, arguments.reward_model, arguments.value_model):
-        if path is not None:
-            check_model_path(path)
-    return Inputs(
-        config=config,
-        reward=load_reward_function(arguments.reward_function) if arguments.reward_function else None,
-        rows=read_rows(arguments.dataset),
-        eval_rows=read_rows(arguments.eval_dataset) if arguments.eval_dataset else None,
-    )
+        checkpoint.find(Path(str(config.output_dir)), resume_from)
+    reward = load_reward_function(arguments.reward_function) if arguments.reward_function else None
+    rows = read_rows(arguments.dataset)
+    eval_rows = read_rows(arguments.eval_dataset) if arguments.eval_dataset else None
+    for dataset in (rows, eval_rows):
+        if dataset is not None:
+            check_source(dataset[0], arguments.prompt_column)
+    return Inputs(config=config, reward=reward, rows=rows, eval_rows=eval_rows)

@@ -212,8 +212,6 @@ class RunConfig(TrainingArguments):
                 raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}")
 
     def _check_combinations(self) -> None:
-        if self.reward_error_score is not None and not math.isfinite(self.reward_error_score):
-            raise ValueError(f"reward_error_score={self.reward_error_score} must be a finite number")
         if self.tensor_parallel_size > 1 and self.train_backend != "megatron":
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fuse.algorithms.algorithm import Algorithm
 from fuse.algorithms.gae import GAESettings
 from fuse.algorithms.ppo import PPOSettings, ppo
 from fuse.config.ppo import PPOConfig
+from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.fleet_settings import FleetSettings
@@ -31,24 +31,7 @@ from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 
 _UNBOUNDED = 1 << 30
-_LEAST_CONTEXT = 64
 _INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-@dataclass(frozen=True, slots=True)
-class PromptTokens:
-    """How many tokens prompts have: typically, and at most; None where that is not known."""
-
-    typical: int
-    most: int | None = None
-
-    def context(self, response_length: int, actor: PretrainedConfig) -> int | None:
-        """The most tokens of prompt and response together; None for what the actor has positions for."""
-        positions = getattr(actor.get_text_config(), "max_position_embeddings", None)
-        if self.most is None:
-            return None
-        needed = max(self.most + response_length, _LEAST_CONTEXT)
-        return needed if positions is None else min(needed, positions)
 
 
 def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
@@ -148,7 +131,7 @@ def fleet_settings(
             steps_per_update=config.num_ppo_epochs * config.num_mini_batches,
             memory_limit_bytes=config.activation_memory_bytes,
             replan_drift=config.replan_drift,
-            directory=Path(config.output_dir or "trainer_output") / "plan",
+            directory=Path(str(config.output_dir)) / "plan",
         ),
         rollout=RolloutSettings(
             policy=config.migration_policy,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from fuse.config.ppo import PPOConfig
-from fuse.config.settings import PromptTokens
+from fuse.config.prompt_tokens import PromptTokens
 from fuse.engines.transformers import check_context
 from fuse.roles import GENERATING, training
 from fuse.trainers.reward_process import pickled

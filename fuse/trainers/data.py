@@ -194,6 +194,11 @@ def _through_template(messages: list[dict[str, str]], tokenizer: PreTrainedToken
         ) from error
 
 
+def check_source(row: Mapping[str, Any], prompt_column: str | None) -> None:
+    """Raises: ValueError where a dataset's first row has no prompt under this name; without one, no tokens."""
+    _check_columns(TOKENS if prompt_column is None else prompt_column, list(row), [])
+
+
 def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) -> None:
     if source not in names:
         listed = ", ".join(names) or "none"

@@ -32,11 +32,12 @@ from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import Rollouts, reward_calls
-from fuse.trainers.run import Run, output_directory
+from fuse.trainers.run import Run
 from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.steps import seeded
 from fuse.training.steps import Division, OptimizerStep
 from fuse.workers.cluster import Cluster
+from schedules.files import check_writable
 
 # Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
 _FIRST_EVALUATION_ID = 1 << 40
@@ -101,7 +102,7 @@ class PPOTrainer(TrainerFace):
         self.train_dataset = train_dataset = self._usable(train_dataset, "train_dataset")
         self.eval_dataset: Any = None if eval_dataset is None else self._usable(eval_dataset, "eval_dataset")
         checks.check_evaluation(args, eval_dataset)
-        checkpoint.check_output_dir(output_directory(args))
+        check_writable(Path(str(args.output_dir)), "output_dir")
         batch_size = checks.fill_batch_sizes(args, len(train_dataset))
         self.dataloader = prompts.prompt_loader(train_dataset, batch_size, args.seed, data_collator)
         self.activity = Activity()

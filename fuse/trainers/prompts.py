@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from fuse.config.settings import PromptTokens
+from fuse.config.prompt_tokens import PromptTokens
 from fuse.sample import Sample
 from fuse.trainers.token_ids import token_ids
 

@@ -36,11 +36,6 @@ from schedules.files import dispensable
 logger = logging.getLogger(__name__)
 
 
-def output_directory(args: PPOConfig) -> Path:
-    """Where a run writes, from whatever directory: those of workers are others."""
-    return Path(args.output_dir or "trainer_output").absolute()
-
-
 class Run:
     """A run's state, from one update to the next.
 
@@ -58,7 +53,7 @@ class Run:
         tell: Callable[[str], None],
     ) -> None:
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.output_dir = output_directory(args)
+        self.output_dir = Path(str(args.output_dir)).absolute()  # workers have other current directories
         self._num_rows, self._tell = num_rows, tell
         self._is_new = True
         self._saved_step: int | None = None  # of the last checkpoint that this run can go on from

@@ -213,6 +213,25 @@ def test_what_a_reward_module_lacks_itself_is_not_blamed_on_its_name(project: Pa
         load_reward_function("project_rewards:short")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "./nowhere"], "no model at ./nowhere"),
+        (["--value_model=/no/where"], "no model at /no/where"),
+        (["--dataset", "nowhere.jsonl"], "dataset nowhere.jsonl does not exist"),
+        (["--output-dir", "/etc/hostname/out"], "cannot write to output_dir='/etc/hostname/out'"),
+    ],
+)
+def test_wrong_paths_are_told_before_what_takes_seconds_is_imported(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "fuse.commands.train", None)
+    assert cli.main(["train", "--reward-function", "rewards:score", *options]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ImportError):
+        cli.main(["train", "--reward-function", "rewards:score"])
+
+
 def test_help_shows_ppo_options_and_help_all_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for option in ("--help", "--help-all"):

@@ -53,7 +53,7 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
         ({"engine": "vllm", "generation_cache_bytes": 0}, "generation_cache_bytes=0 must be at least 1"),
         ({"generation_cache_bytes": 1 << 20}, "generation_cache_bytes=1048576 with engine='transformers'"),
         ({"reward_timeout_s": 0.0}, "reward_timeout_s=0.0 must be positive"),
-        ({"reward_error_score": float("nan")}, "reward_error_score=nan must be a finite number"),
+        ({"reward_error_score": float("nan")}, "reward_error_score=nan is not a finite number"),
         ({"reward_workers": "thraed"}, "reward_workers='thraed' is unknown: use 'thread' or 'process'"),
         ({"trace_limit": -1}, "trace_limit=-1 must not be negative"),
         ({"fp16": True}, "fp16=True is not supported"),

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from fuse import PPOTrainer
-from fuse.config.settings import PromptTokens
+from fuse.config.prompt_tokens import PromptTokens
 from fuse.trainers.prompts import make_samples, prompt_tokens
 
 from . import tiny

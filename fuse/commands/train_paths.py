@@ -1,0 +1,37 @@
+"""What is wrong with the paths that `fuse train` is given, told before anything is imported that takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fuse.commands.model_path import check_model_path
+from fuse.trainers.hub import is_hub_name
+from schedules.files import check_writable
+
+_MODELS = ("model", "ref_model", "reward_model", "value_model", "tokenizer")
+_DATASETS = ("dataset", "eval_dataset")
+_OTHERS = ("output_dir", "reward_function")
+
+
+def check(argv: Sequence[str]) -> None:
+    """Look at what is among these options; what is not, or wrong in itself, the command's own parser finds.
+
+    Raises:
+        ValueError: a path that does not exist, or cannot be written.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*_MODELS, *_DATASETS, *_OTHERS):
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?")
+    given = {name: value for name, value in vars(parser.parse_known_args(argv)[0]).items() if value}
+    if given and ("reward_function" in given) == ("reward_model" in given):
+        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
+    for name in _MODELS:
+        if name in given:
+            check_model_path(given[name])
+    for name in _DATASETS:
+        if name in given and not Path(given[name]).exists() and not is_hub_name(given[name]):
+            raise ValueError(f"dataset {given[name]} does not exist: give a file, a directory or a name on the Hub")
+    if "output_dir" in given:
+        check_writable(Path(given["output_dir"]), "output_dir")
