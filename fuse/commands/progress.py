@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fuse.activity import SILENCE_S, Activity
+from fuse.printable import printable
 
 if TYPE_CHECKING:  # takes seconds to import, of which there is something to tell
     from fuse.trainers.ppo import PPOTrainer
@@ -30,7 +31,7 @@ class UpdateProgress(TrainerCallback):
             TextColumn(label),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[update]}{task.description}"),
+            TextColumn("{task.fields[update]}{task.description}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -54,6 +55,7 @@ class UpdateProgress(TrainerCallback):
 
     def tell(self, text: str) -> None:
         """What the run is doing."""
+        text = printable(text)
         if self._console.is_terminal:
             self._progress.update(self._task, description=text)
         else:

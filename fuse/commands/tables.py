@@ -12,8 +12,8 @@ from fuse.printable import printable
 
 
 def cell(name: str) -> Text:
-    """A name from a file as it stands there: no markup, nothing that a terminal obeys."""
-    return Text(printable(name))
+    """Lines with names from files as they stand there: no markup, nothing that a terminal obeys."""
+    return Text("\n".join(map(printable, name.split("\n"))))
 
 
 def figures_table(
@@ -29,5 +29,5 @@ def figures_table(
     for index, column in enumerate(table.columns):
         column.justify, column.no_wrap = "right" if index else "left", no_wrap
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     return table

@@ -257,8 +257,13 @@ def _saved_dataset(path: Path) -> Sequence[Mapping[str, Any]]:
 
     try:
         dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.Dataset):
+            dataset.data.validate(full=True)  # or rows of damaged columns end the process
     except FileNotFoundError as error:
         raise ValueError(f"{path} holds no dataset: give {SOURCES}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON taken as it is
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} is damaged ({reason}): save the dataset again") from error
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(f"{path}/{name}" for name in dataset)
         raise ValueError(f"{path} holds several splits: give one of {splits}")

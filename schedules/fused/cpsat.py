@@ -20,7 +20,8 @@ Objective: the makespan; or, within a given makespan T, the largest peak of all 
 proves that no schedule keeps to both T and the caps.
 
 C2 loses no optimum (see `schedules.bounds`). A program splits every backward that can be split, or none, and is exact
-for schedules that do the same. Memory changes at starts, as in `schedules.ir`.
+for schedules that do the same. Memory changes at starts, as in `schedules.ir`, and counts in bytes, or in coarser
+units where 64 bits do not hold bytes times ticks (`memory_units`); where these are rounded, a program proves nothing.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ Constraints:
 Objective: the makespan; or the peak, within the window, of those ranks that reach the schedule's peak there. In the
 second case the makespan does not grow, and the other ranks stay below the schedule's peak.
 
+Memory counts in the units of `memory_units`.
+
 The schedule itself is the hint, so the result is never worse. Levels outside of W depend on the order there alone.
 
 Source: Shaw, Using constraint programming and local search methods to solve vehicle routing problems, CP 1998 (large

@@ -1,4 +1,4 @@
-"""Progress of a run where there is no terminal: which updates get a line."""
+"""Progress of a run: as lines, which updates get one; anywhere, paths in it are neither markup nor commands."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def test_lines_come_by_time_and_not_by_number(seconds_per_update: float, num_upd
     lines = console.file.getvalue().splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == shown
     assert lines[0] == f"PPO 1/{num_updates}: reward 0.500, {seconds_per_update:.1f} s per update"
+
+
+def test_what_is_told_is_shown_as_it_is() -> None:
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=is_terminal, width=120, color_system=None, legacy_windows=False)
+        progress = UpdateProgress(console, "PPO")
+        progress.start()
+        progress.tell("loading: the policy at [red]x[/] [/]\x07")
+        progress.stop()
+        assert r"loading: the policy at [red]x[/] [/]\x07" in out.getvalue()

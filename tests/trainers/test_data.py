@@ -44,6 +44,31 @@ def test_a_saved_dataset_gives_its_rows(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "saved")) == rows
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state.json", lambda content: b"{}"),
+        ("state.json", lambda content: b"[" * 5000),
+        ("state.json", lambda content: content.replace(b"filename", b"fi")),
+        ("dataset_info.json", lambda content: content.replace(b"dtype", b"d")),
+        ("dataset_info.json", lambda content: b"\xff" + content),
+        ("data-00000-of-00001.arrow", lambda content: content[: len(content) // 2]),
+        ("data-00000-of-00001.arrow", lambda content: content.replace(b"\4\0\0\0\10\0\0\0", b"\4\0\0\0\0\0\0\xf0")),
+    ],
+)
+def test_a_damaged_saved_dataset_is_refused_in_one_line(
+    name: str, change: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list([{"q": "1+1=", "a": 2}, {"q": "2+2=", "a": 4}]).save_to_disk(str(saved))
+    content = (saved / name).read_bytes()
+    assert change(content) != content
+    (saved / name).write_bytes(change(content))
+    with pytest.raises(ValueError, match=r"saved is damaged \(.*\): save the dataset again") as refusal:
+        read_rows(saved)
+    assert "\n" not in str(refusal.value)
+
+
 JSON_ROWS = [{"q": "1+1=", "a": 2}, {"q": "é", "a": 4}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in JSON_ROWS).encode()
 ARRAY = json.dumps(JSON_ROWS, indent=2).encode()

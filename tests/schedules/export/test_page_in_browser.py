@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from schedules import Schedule
 from schedules.export import html
 from schedules.export.chart import Chart, chart
 from schedules.export.palette import INK, look
+from schedules.fused.greedy import greedy
+from schedules.instances import actor_and_critic
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package: make setup")
 
@@ -151,3 +154,37 @@ def test_the_picture_has_every_operation_in_its_place(page: Any, drawn: Chart) -
         *("actor forward", "actor backward", "critic forward", "critic backward"),
         *("memory", "memory limit", "critical path"),
     ]
+
+
+def test_a_crowded_page_shows_operations_where_it_is_zoomed(browser: Any, tmp_path: Path) -> None:
+    """Sixty-four micro-batches on sixteen ranks: slices of time from afar; what is switched off stays off."""
+    problem = actor_and_critic(
+        actor_stages=16,
+        critic_stages=16,
+        actor_microbatches=64,
+        critic_microbatches=64,
+        actor_forward=2,
+        critic_forward=2,
+    ).problem
+    path = tmp_path / "schedule.html"
+    path.write_text(html.page(html.figure(greedy(problem), overview=True)), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.barlayer .point path').length > 0")
+    box = page.locator(".legend").bounding_box()
+    assert box["y"] + box["height"] < 200, "the legend is above the fold"
+    page.evaluate("plot = document.getElementById('schedule'), end = plot.layout.xaxis.range[1]")
+    shown = "[...new Set(plot.data.filter(t => t.visible === true && t.meta).map(t => t.meta))].join()"
+    assert page.evaluate(shown) == "overview"
+    page.evaluate("Plotly.restyle(plot, {visible: 'legendonly'}, [0])")
+    page.evaluate("Plotly.relayout(plot, {'xaxis.range': [end / 3, end / 2]})")
+    page.wait_for_function(f"{shown} === 'operations'")
+    assert page.evaluate("plot.data.find(t => t.meta === 'operations').visible") == "legendonly"
+    page.evaluate("Plotly.relayout(plot, {'xaxis.range': [0, end]})")
+    page.wait_for_function(f"{shown} === 'overview'")
+    assert page.evaluate("plot.data[0].visible") == "legendonly"
+    assert not complaints
+    page.close()

@@ -96,9 +96,20 @@ def test_an_infeasible_limit_names_rank_and_remedy() -> None:
         solve(replace(SMALL.problem, memory_limit_bytes=limits))
 
 
-@pytest.mark.parametrize("change", [{"time_limit_s": 0}, {"num_workers": 0}])
-def test_parameters_out_of_range_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be positive and num_workers"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"time_limit_s": 0}, "time_limit_s 0 must be positive and at most"),
+        ({"time_limit_s": float("nan")}, "time_limit_s nan must be positive and at most"),
+        ({"time_limit_s": float("inf")}, "time_limit_s inf must be positive and at most"),
+        ({"num_workers": 0}, "num_workers 0 must be from 1 to 1024"),
+        ({"num_workers": 10**9}, "num_workers 1000000000 must be from 1 to 1024"),
+        ({"seed": -1}, "seed -1 must be from 0 to 2147483647"),
+        ({"seed": 1 << 31}, "seed 2147483648 must be from 0 to 2147483647"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         solve(SMALL.problem, **change)  # type: ignore[arg-type]
 
 
