@@ -14,6 +14,7 @@ from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
 from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
 from fuse.sample import Sample
 from fuse.trace import PhaseClock
+from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.rollouts import Rollouts
 
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=8)
@@ -64,7 +65,9 @@ def planner() -> LearningPlanner:
 def fleet(planner: LearningPlanner, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     monkeypatch.setattr(FakeRollout, "policies", [], raising=False)
     monkeypatch.setattr(fleet_module, "LiveRollout", FakeRollout)
-    made: Any = Fleet(SimpleNamespace(training=SimpleNamespace(tensor_parallel_size=1), pad_token_id=0), {})  # type: ignore[arg-type]
+    made: Any = Fleet(
+        SimpleNamespace(training=SimpleNamespace(tensor_parallel_size=1, timeout_s=1.0), pad_token_id=0), {}
+    )  # type: ignore[arg-type]
     made._rollouts, made._generation_workers = planner, []
     return made  # type: ignore[no-any-return]
 
@@ -92,13 +95,13 @@ def test_what_an_evaluation_cost_is_forgotten(fused: bool) -> None:
         infer=record("infer"),
         forget_spans=record("forget_spans"),
     )
-    tokenizer: Any = SimpleNamespace(batch_decode=lambda *_: [])
-    rollouts = Rollouts(tokenizer, None, fused, lambda _: None)
-    rollouts.roll_out(fake, [], PARAMS, PhaseClock(), teaches=False)
-    assert calls[-1] == ("forget_spans", None)
-    assert ("roll_out", False) in calls or not fused
-    calls.clear()
-    rollouts.roll_out(fake, [], PARAMS, PhaseClock())
+    with RewardCalls(None, lambda _: []) as rewards:
+        rollouts = Rollouts(rewards, fused, lambda _: None)
+        rollouts.roll_out(fake, [], PARAMS, PhaseClock(), teaches=False)
+        assert calls[-1] == ("forget_spans", None)
+        assert ("roll_out", False) in calls or not fused
+        calls.clear()
+        rollouts.roll_out(fake, [], PARAMS, PhaseClock())
     assert ("forget_spans", None) not in calls
 
 

@@ -77,7 +77,7 @@ def test_a_pattern_is_found_however_many_bytes(odd: int) -> None:
 @pytest.mark.parametrize("odd", [0, 1])
 def test_programs_keep_to_limits_of_any_size(odd: int) -> None:
     unit = 1 << 52
-    free = problem(bytes_per_unit=unit, odd=odd)
+    free = problem(bytes_per_unit=unit, odd=odd, micro_batches=2)
     limit = 8 * unit
     limited = replace(free, memory_limit_bytes=(limit, limit))
     start = serial(free, one_f_one_b)
@@ -85,7 +85,7 @@ def test_programs_keep_to_limits_of_any_size(odd: int) -> None:
     result = cpsat.shortest(limited, split=False, makespan=makespan, time_limit_s=60)
     assert result.schedule is not None
     check(Schedule(limited, result.schedule.ranks))
-    in_small = cpsat.shortest(problem(limit=8), split=False, makespan=makespan, time_limit_s=60)
+    in_small = cpsat.shortest(problem(limit=8, micro_batches=2), split=False, makespan=makespan, time_limit_s=60)
     if odd == 0:
         assert (result.outcome, result.value, result.bound) == (Outcome.OPTIMAL, in_small.value, in_small.bound)
     else:
