@@ -143,15 +143,6 @@ def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Pat
 
 
 @pytest.mark.processes
-def test_sigterm_without_time_for_the_update_ends_at_once(tmp_path: Path) -> None:
-    process = program(tmp_path, "--grace", "0")
-    said = end_by(process, signal.SIGTERM, after="began 2\n")
-    assert process.returncode == 143
-    assert "Traceback" not in said
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-@pytest.mark.processes
 def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
     process = program(tmp_path)
     assert process.stdout is not None
