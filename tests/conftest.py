@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -111,6 +112,7 @@ def ray_cluster() -> Iterator[None]:
     from fuse.workers.ray_session import local_cluster
 
     with local_cluster(num_cpus=8):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as an exception it would fail one test and not end the suite
         yield
 
 
