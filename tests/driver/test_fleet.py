@@ -16,6 +16,7 @@ from fuse.sample import Sample
 from fuse.trace import PhaseClock
 from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.rollouts import Rollouts
+from fuse.workers.errors import WorkerError
 
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=8)
 
@@ -103,6 +104,35 @@ def test_what_an_evaluation_cost_is_forgotten(fused: bool) -> None:
         calls.clear()
         rollouts.roll_out(fake, [], PARAMS, PhaseClock())
     assert ("forget_spans", None) not in calls
+
+
+class Answer:
+    """Of an engine that may have died."""
+
+    def __init__(self, error: WorkerError | None) -> None:
+        self._error = error
+
+    def result(self) -> str:
+        if self._error is not None:
+            raise self._error
+        return "weights loaded"
+
+
+@pytest.mark.parametrize(("num_deaths", "survives"), [(0, True), (1, True), (2, True), (4, False)])
+def test_an_engine_that_dies_while_it_takes_anothers_place_is_replaced(
+    num_deaths: int, survives: bool, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = WorkerError(1, "generation worker", "its process died", is_death=True)
+    answers = iter([Answer(died)] * num_deaths + [Answer(None)])
+    replaced: list[int] = []
+    monkeypatch.setattr(fleet, "_replace_engine", replaced.append)
+    call: Any = lambda _: next(answers)  # noqa: E731  (its type is a worker's)
+    if survives:
+        assert fleet._answer(1, call(None), call) == "weights loaded"
+        assert replaced == [1] * num_deaths
+    else:
+        with pytest.raises(WorkerError, match="its process died"):
+            fleet._answer(1, call(None), call)
 
 
 def test_policies_are_told_the_least_capacity_of_the_engines() -> None:

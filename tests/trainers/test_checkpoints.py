@@ -34,6 +34,7 @@ def test_a_run_rotates_and_resumes_its_own(tmp_path: Path, caplog: pytest.LogCap
 
     second = tiny.train(tmp_path, total_episodes=8, save_total_limit=1, **SAVING)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-100"]
+    assert second.how_to_resume == f"checkpoint-1 is in {tmp_path}, to go on with by resume_from_checkpoint=True"
     assert "holds checkpoint-100 of other runs" in caplog.text
 
     resumed = tiny.trainer(tmp_path, total_episodes=16, save_total_limit=1, **SAVING)
@@ -70,7 +71,8 @@ def test_stateful_callbacks_remember_where_asked_to(restores: bool, tmp_path: Pa
 
 
 def test_models_alone_are_rotated(tmp_path: Path) -> None:
-    tiny.train(tmp_path, save_total_limit=1, save_only_model=True, **SAVING)
+    trainer = tiny.train(tmp_path, save_total_limit=1, save_only_model=True, **SAVING)
+    assert trainer.how_to_resume == "nothing was saved to resume from"
     assert names(tmp_path) == ["checkpoint-2"]
     with pytest.raises(ValueError, match=r"no checkpoint to resume from .*checkpoint-2 cannot be resumed without"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=True)

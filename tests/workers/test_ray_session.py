@@ -191,6 +191,12 @@ def test_a_node_that_ends_every_time_is_reported(monkeypatch: pytest.MonkeyPatch
     assert not ray.is_initialized()
 
 
+def test_nobody_else_can_look_into_a_runs_files() -> None:
+    with local_cluster(num_cpus=1) as directory:
+        assert directory.stat().st_mode & 0o077 == 0
+        assert (directory / ray_session.RAY_FILES / "session_latest").exists()
+
+
 def test_more_devices_than_cores_are_refused_before_anything_starts() -> None:
     cores = len(os.sched_getaffinity(0))
     with pytest.raises(ValueError, match=f"num_devices={cores + 1}, but this machine has {cores} .*ray_address"):
