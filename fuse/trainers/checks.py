@@ -165,6 +165,15 @@ def check_engine(args: PPOConfig, model: PreTrainedModel, tokens: PromptTokens) 
         check_context(model, tokens.context(args.response_length, model.config))
 
 
+def check_limits(max_new_tokens: Mapping[int, int], response_length: int) -> None:
+    """Raises: ValueError for a limit of a sample's response that is none, or beyond what engines make room for."""
+    for sample, limit in max_new_tokens.items():
+        if not 1 <= limit <= response_length:
+            raise ValueError(
+                f"max_new_tokens of sample {sample} is {limit}: it must be from 1 to response_length={response_length}"
+            )
+
+
 def check_evaluation(args: PPOConfig, eval_dataset: object) -> None:
     """Raises: ValueError where evaluation is asked for and there is nothing to evaluate on."""
     if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:

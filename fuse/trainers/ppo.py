@@ -60,8 +60,8 @@ class PPOTrainer(TrainerFace):
 
     After `train()` the trained weights are in `model` and `value_model`.
 
-    max_new_tokens: an attribute, by the number of a sample in the run: at most so many tokens of its response, in place
-        of `args.response_length`. Without a stop token it forces lengths.
+    max_new_tokens: an attribute, by the number of a sample in the run: at most so many tokens of its response, which
+        are no more than `args.response_length`. Without a stop token it forces lengths.
 
     Raises:
         ValueError: arguments that cannot be trained, with what, why and the remedy; nothing has been started then.
@@ -157,6 +157,7 @@ class PPOTrainer(TrainerFace):
         Raises: as `train`.
         """
         run = self._run
+        checks.check_limits(self.max_new_tokens, self.args.response_length)
         resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
         run.begin(resumed)
         with self._workers(resumed) as fleet, graceful_termination(self.args.sigterm_grace_s) as termination:

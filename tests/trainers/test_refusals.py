@@ -271,6 +271,17 @@ def test_a_sliding_window_that_no_sequence_exceeds_is_accepted(tmp_path: Path) -
     PPOTrainer(**arguments)
 
 
+@pytest.mark.parametrize("limit", [0, 9])
+def test_a_limit_beyond_all_others_is_refused_before_anything_starts(limit: int, tmp_path: Path) -> None:
+    made = PPOTrainer(**_arguments(tmp_path / "out"))
+    made.max_new_tokens = {3: limit}
+    with pytest.raises(
+        ValueError, match=f"max_new_tokens of sample 3 is {limit}: it must be from 1 to response_length"
+    ):
+        made.train()
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     arguments = _arguments(tmp_path / "file" / "out")
