@@ -131,7 +131,7 @@ SCHEDULE_SEARCH_TESTS := tests/schedules/fused/test_native.py tests/schedules/fu
 # The schedule search with assertions: after every move, times and memory must equal a full evaluation.
 test-debug: setup
 	$(BIN)/cmake -S . -B build/debug $(CHECKED_BUILD) > /dev/null
-	$(BIN)/cmake --build build/debug --target schedules_native
+	+$(BIN)/cmake --build build/debug --target schedules_native
 	FUSE_SCHEDULES_NATIVE=build/debug/schedules $(BIN)/pytest $(SCHEDULE_SEARCH_TESTS)
 
 # All native code, assertions included, under AddressSanitizer and UndefinedBehaviorSanitizer, whose run-time libraries
@@ -142,7 +142,7 @@ CXX_LIBRARY = $(shell $(CXX) -print-file-name=$(1))
 
 test-native-sanitized: setup
 	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_CXX_FLAGS="$(SANITIZERS)" $(CHECKED_BUILD) > /dev/null
-	$(BIN)/cmake --build build/sanitized --target schedules_native fuse_native
+	+$(BIN)/cmake --build build/sanitized --target schedules_native fuse_native
 	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so) $(call CXX_LIBRARY,libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		FUSE_SCHEDULES_NATIVE=build/sanitized/schedules FUSE_TENSOR_NATIVE=build/sanitized/fuse \
