@@ -125,10 +125,10 @@ class PPOTrainer(TrainerFace):
             accumulation=args.gradient_accumulation_steps,
         )
         self._permutation = seeded(args.seed, batch_size)
-        for update in (1, len(self.dataloader)):  # the last of a pass differs in TRL's layout
+        self._run = Run(args, self.model, processing_class, callbacks, num_rows=len(train_dataset), tell=self._tell)
+        for update in {1, min(len(self.dataloader), self._run.num_updates_left)}:  # TRL's last of a pass differs
             for step in self._optimizer_steps(update):
                 self._settings.check(num_micro_batches=len(step.micro_batches))
-        self._run = Run(args, self.model, processing_class, callbacks, num_rows=len(train_dataset), tell=self._tell)
         self.activity.listen(self._run.show_activity)
 
     # Training
