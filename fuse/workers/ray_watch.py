@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,15 @@ from fuse.termination import raise_in_main_thread
 from fuse.workers.errors import ClusterError
 from fuse.workers.reaper import ended
 
+_GRACE_S = 10.0
+"""For the run to close; what it asks of Ray then may wait for a minute."""
+
 
 @contextmanager
 def watched(processes: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[None]:
     """While the body runs, the end of one of these processes, by name, raises ClusterError in the main thread.
 
-    Where Ray ends this process first, the reaper says the same.
+    Where Ray ends this process first, or has it wait for what has ended, the reaper says the same and cleans up.
     """
     left = threading.Event()
 
@@ -24,6 +28,8 @@ def watched(processes: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[None]:
         process.wait()
         if not left.is_set():
             raise_in_main_thread(ClusterError(ended(name)))
+            if not left.wait(_GRACE_S):
+                os._exit(1)
 
     for name, process in processes.items():
         threading.Thread(target=watch, args=(name, process), name=f"watch {name}", daemon=True).start()

@@ -143,11 +143,12 @@ def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Pat
 
 
 @pytest.mark.processes
-def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "called"), [("raylet", "node"), ("gcs_server", "control service")])
+def test_the_end_of_a_process_of_rays_ends_the_run_in_a_line(name: str, called: str, tmp_path: Path) -> None:
     process = program(tmp_path)
     assert process.stdout is not None
     assert "began 2\n" in iter(process.stdout.readline, "")
-    (node,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
+    (node,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == name]
     try:
         node.kill()
         _, said = process.communicate(timeout=120)
@@ -155,7 +156,8 @@ def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 1
-    assert said.count("Ray's node has ended, and with it the run") == 1
+    assert said.count(f"Ray's {called} has ended, and with it the run") == 1
+    assert "Failed to connect to GCS" not in said
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
