@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from fuse import run_state
 from fuse.run_state import RunState
@@ -70,7 +71,7 @@ def start(output_dir: Path, resume_from: str | bool | None) -> Path | None:
         ValueError: there is no such checkpoint.
     """
     _tidy(output_dir)
-    if resume_from and str(resume_from).lower() != "false":
+    if is_asked_for(resume_from):
         if str(resume_from).lower() != "true":
             _tidy(Path(str(resume_from)).absolute().parent)  # which may be another run's output directory
         return find(output_dir, resume_from)
@@ -82,6 +83,11 @@ def start(output_dir: Path, resume_from: str | bool | None) -> Path | None:
             _names(others),
         )
     return None
+
+
+def is_asked_for(resume_from: str | bool | None) -> TypeGuard[str | bool]:
+    """Whether a run is to go on from a checkpoint; command lines say "true" and "false" in words."""
+    return bool(resume_from) and str(resume_from).lower() != "false"
 
 
 def find(output_dir: Path, resume_from: str | bool) -> Path:

@@ -17,7 +17,10 @@ from fuse.sample import SpecialTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOSettings:
-    """temperature, num_tokens: of sampling. cliprange, cliprange_value: of ratios and values. vf_coef: their weight."""
+    """temperature, num_tokens: of sampling. vf_coef: weight of the value loss.
+
+    cliprange, cliprange_value: of ratios, of values.
+    """
 
     gae: GAESettings
     temperature: float

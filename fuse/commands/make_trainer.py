@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
 from fuse.commands.train_inputs import Inputs
+from fuse.engines.limits import num_positions
 from fuse.trainers.data import MESSAGES, prompt_rows
 from fuse.trainers.ppo import PPOTrainer
 from fuse.trainers.prompt_checks import TOO_LONG
@@ -35,7 +36,7 @@ def make_trainer(
     policy = load_policy(arguments.model)
     tell("loading: prompts and the other models")
 
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    context = num_positions(policy.config)
 
     def tokenised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return prompt_rows(

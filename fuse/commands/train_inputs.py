@@ -10,6 +10,7 @@ from typing import Any
 
 from fuse import checkpoint
 from fuse.commands.reward_function import load_reward_function
+from fuse.commands.train_paths import check_reward
 from fuse.config.ppo import PPOConfig
 from fuse.trainers.data import check_source, read_rows
 
@@ -30,13 +31,12 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: options or data that cannot be trained with.
     """
-    if (arguments.reward_function is None) == (arguments.reward_model is None):
-        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
+    check_reward(arguments.reward_function, arguments.reward_model)
     options = {field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init}
     if options["stop_token"] is None and options["stop_token_id"] is None:
         options["stop_token"] = "model"
     config = PPOConfig(**options)
-    if (resume_from := config.resume_from_checkpoint) and str(resume_from).lower() != "false":
+    if checkpoint.is_asked_for(resume_from := config.resume_from_checkpoint):
         checkpoint.find(Path(str(config.output_dir)), resume_from)
     reward = load_reward_function(arguments.reward_function) if arguments.reward_function else None
     rows = read_rows(arguments.dataset)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuse.commands.model_path import check_model_path
-from fuse.trainers.hub import is_hub_name
+from fuse.trainers.hub import SOURCES, is_hub_name
 from schedules.files import check_writable
 
 _MODELS = ("model", "ref_model", "reward_model", "value_model", "tokenizer")
@@ -25,13 +25,19 @@ def check(argv: Sequence[str]) -> None:
     for name in (*_MODELS, *_DATASETS, *_OTHERS):
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?")
     given = {name: value for name, value in vars(parser.parse_known_args(argv)[0]).items() if value}
-    if given and ("reward_function" in given) == ("reward_model" in given):
-        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")
+    if given:
+        check_reward(given.get("reward_function"), given.get("reward_model"))
     for name in _MODELS:
         if name in given:
             check_model_path(given[name])
     for name in _DATASETS:
         if name in given and not Path(given[name]).exists() and not is_hub_name(given[name]):
-            raise ValueError(f"dataset {given[name]} does not exist: give a file, a directory or a name on the Hub")
+            raise ValueError(f"dataset {given[name]} does not exist: give {SOURCES}")
     if "output_dir" in given:
         check_writable(Path(given["output_dir"]), "output_dir")
+
+
+def check_reward(function: str | None, model: str | None) -> None:
+    """Raises: ValueError where neither a function nor a model rewards, or both do."""
+    if (function is None) == (model is None):
+        raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from fuse.engines.limits import num_positions
+
 _LEAST_CONTEXT = 64
 
 
@@ -18,8 +20,8 @@ class PromptTokens:
 
     def context(self, response_length: int, actor: PretrainedConfig) -> int | None:
         """The most tokens of prompt and response together; None for what the actor has positions for."""
-        positions = getattr(actor.get_text_config(), "max_position_embeddings", None)
         if self.most is None:
             return None
+        positions = num_positions(actor)
         needed = max(self.most + response_length, _LEAST_CONTEXT)
         return needed if positions is None else min(needed, positions)

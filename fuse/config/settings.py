@@ -19,6 +19,7 @@ from fuse.config.run import RunConfig
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.kv_choice import choose_kv_transfer
+from fuse.engines.limits import num_positions
 from fuse.interstage.migration import EngineLimits
 from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.optimizer import AdamWConfig
@@ -166,7 +167,7 @@ def num_devices(config: RunConfig) -> int:
 
 def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
     """An engine has room for a full batch of samples as long as the model allows."""
-    context = getattr(actor.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
+    context = num_positions(actor) or _UNBOUNDED
     return EngineLimits(
         max_batch=config.generation_batch_size,
         kv_capacity_tokens=config.generation_batch_size * context,

@@ -20,7 +20,7 @@ import numpy as np
 
 from fuse.activity import silent
 from fuse.driver.rollout_state import RolloutDevice, RolloutReport, visible_state
-from fuse.driver.stage_by_stage import apply_inference, apply_progress, progress_text, sequence_of
+from fuse.driver.stage_by_stage import WAIT_S, apply_inference, apply_progress, progress_text, sequence_of
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
 from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy
@@ -36,8 +36,6 @@ _T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
-_WAIT_S = 5.0
-"""Between two looks at who has been silent, where nobody answers."""
 _POLL_TIMEOUT_S = 0.25
 """Between two reports of an engine on which nothing finishes: how stale its samples' lengths may be to the policy."""
 
@@ -119,7 +117,7 @@ class LiveRollout:
         )
 
     def _take_answers(self) -> None:
-        for future in wait_ended(list(self._pending), _WAIT_S):
+        for future in wait_ended(list(self._pending), WAIT_S):
             self._pending.pop(future)()
         self._end_silent_ones()
         self._tell(progress_text(self._batch))

@@ -19,7 +19,7 @@ from fuse.workers.generation_worker import Progress
 from fuse.workers.model_handle import ModelHandle
 
 _POLL_TIMEOUT_S = 1.0
-_WAIT_S = 5.0
+WAIT_S = 5.0
 """Between two looks at who has been silent, where nobody answers."""
 
 
@@ -58,7 +58,7 @@ def generate(
         engine.poll(_POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count
     }
     while polls:
-        for future in wait_ended(list(polls), _WAIT_S):
+        for future in wait_ended(list(polls), WAIT_S):
             engine = polls.pop(future)
             if reports := future.result():
                 heard_s[engine] = time.monotonic()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fuse.engines.engine import GenerationRequest
 
 _LEAST_CONTEXT = 8
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """The most tokens of a sequence, as far as the model says."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def choose_context(model: PreTrainedModel, max_context: int | None) -> int:
@@ -17,15 +23,15 @@ def choose_context(model: PreTrainedModel, max_context: int | None) -> int:
     Raises: ValueError where the model has fewer positions, or where neither says how many.
     """
     name = type(model).__name__
-    num_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = num_positions(model.config)
     if max_context is None:
-        max_context = num_positions
+        max_context = most
     if max_context is None:
         raise ValueError(f"{name} declares no max_position_embeddings: pass max_context")
     if max_context < _LEAST_CONTEXT:
         raise ValueError(f"max_context is {max_context}: it must be at least {_LEAST_CONTEXT} tokens")
-    if num_positions is not None and max_context > num_positions:
-        raise ValueError(f"max_context is {max_context} but {name} has {num_positions} positions: lower max_context")
+    if most is not None and max_context > most:
+        raise ValueError(f"max_context is {max_context} but {name} has {most} positions: lower max_context")
     return max_context
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fuse.trainers.hub import hub_rows, is_hub_name
+from fuse.trainers.hub import SOURCES, hub_rows, is_hub_name
 from fuse.trainers.prompt_checks import check_lengths
 from fuse.trainers.prompts import counted_tokens
 from fuse.trainers.tables import is_table, table_rows
@@ -22,10 +22,6 @@ Row = dict[str, Any]
 TOKENS = "input_ids"
 MESSAGES = "messages"
 """What reward functions get conversational prompts as."""
-SOURCES = (
-    "a JSONL file, a JSON array of objects, a CSV or parquet file, a directory made by Dataset.save_to_disk, or a data "
-    "set's name on the Hub"
-)
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 """What such files begin with, whatever they are called."""
 REWARD_ARGUMENTS = frozenset({"prompts", "responses"})

@@ -8,6 +8,11 @@ from typing import Any
 
 _NAME = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[^:/]+))??(:(?P<split>[^:/]+))?")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zip|zst|bz2|xz)$", re.IGNORECASE)
+SOURCES = (
+    "a JSONL file, a JSON array of objects, a CSV or parquet file, a directory made by Dataset.save_to_disk, or a data "
+    "set's name on the Hub"
+)
+"""What prompts may come from, for errors."""
 FORM = "a data set's name on the Hub, NAME[:CONFIG]:SPLIT"
 
 

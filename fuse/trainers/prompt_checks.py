@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 from transformers import PretrainedConfig
 
 from fuse.config.ppo import PPOConfig
+from fuse.engines.limits import num_positions
 from fuse.trainers.prompts import counted_tokens
 
 TOO_LONG = "shorten or remove them, lower response_length, or set long_prompts to 'drop' or 'truncate'"
@@ -42,12 +43,12 @@ def usable_prompts(
         tokens = counted_tokens(row, index)
         if all(token == pad_token_id for token in tokens):
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
-        for token in (max(tokens), min(tokens)):
-            if not 0 <= token < vocabulary_size:
-                raise ValueError(
-                    f"dataset row {index} holds token {token}, the models have {vocabulary_size}: "
-                    f"tokenise with the models' own tokenizer"
-                )
+        highest = max(tokens)
+        if highest >= vocabulary_size:
+            raise ValueError(
+                f"dataset row {index} holds token {highest}, the models have {vocabulary_size}: "
+                f"tokenise with the models' own tokenizer"
+            )
         lengths.append(len(tokens))
     response_length, long_prompts = args.response_length, args.long_prompts
     most = _most_tokens(policy, response_length)
@@ -78,7 +79,7 @@ def kept_tokens(policy: PretrainedConfig, args: PPOConfig) -> int | None:
 
 def _most_tokens(policy: PretrainedConfig, response_length: int) -> int | None:
     """Of a prompt that leaves room for a response; None where the context has no end."""
-    context: int | None = getattr(policy.get_text_config(), "max_position_embeddings", None)
+    context = num_positions(policy)
     return None if context is None else context - response_length
 
 
