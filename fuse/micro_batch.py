@@ -51,7 +51,7 @@ class Metric:
     """
 
     name: str
-    reduction: Literal["mean", "max", "sum"] = "mean"
+    reduction: Literal["mean", "min", "max", "sum"] = "mean"
     per: str | None = None
     first_step: bool = False
 

@@ -77,7 +77,10 @@ def length_to_stop(response_ids: Sequence[int], stop_token_ids: Collection[int])
     return next(stops, len(response_ids))
 
 
-def response_length(response_ids: Sequence[int], stop_token_ids: Collection[int], pad_token_id: int) -> int:
-    """Number of tokens that count: up to and including the first stop token, and before the first padding token."""
+def response_length(response_ids: Sequence[int], stop_token_ids: Collection[int], pad_token_id: int | None) -> int:
+    """Number of tokens that count: up to and including the first stop token, and before the first padding token.
+
+    pad_token_id: None where padding that is sampled counts, too.
+    """
     end = length_to_stop(response_ids, stop_token_ids)
     return next((index for index in range(end) if response_ids[index] == pad_token_id), end)

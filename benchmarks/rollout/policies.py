@@ -22,7 +22,7 @@ from fuse.benchmarks.options import Row
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
 from fuse.config.prompt_tokens import PromptTokens
-from fuse.config.settings import algorithm_of, fleet_settings
+from fuse.config.settings import fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
@@ -35,6 +35,8 @@ from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 from fuse.sample import Sample, SpecialTokens
 from fuse.trace import now_s
+from fuse.trainers.ppo import algorithm_of, fill_batch_sizes
+from fuse.training.layout import RaggedLayout
 
 POLICIES = ("none", "threshold", "adaptive")
 _CALIBRATION_ROUNDS = 3
@@ -69,9 +71,10 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
     )
     classifier = critic_from_policy(model, pad_token_id=0)
     special = SpecialTokens(pad=_NO_TOKEN, eos=(), stop=())
-    algorithm = algorithm_of(config, special)
+    prompts = PromptTokens(arguments.prompt_tokens, arguments.prompt_tokens)
+    length = fill_batch_sizes(config, num_rows=arguments.batch)
     settings = fleet_settings(
-        config, algorithm, special, PromptTokens(arguments.prompt_tokens, arguments.prompt_tokens), model.config
+        config, algorithm_of(config, special), length, RaggedLayout(), special, prompts, model.config
     )
     models = {"actor": model, "critic": classifier, "reference": model, "reward": classifier}
     return Fleet(settings, models)

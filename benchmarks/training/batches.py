@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fuse.algorithms.batch import Experience, Segments
-from fuse.algorithms.gae import ppo_targets
+from fuse.algorithms.batch import Experience, Segments, counted_tokens
+from fuse.algorithms.policy_loss import PolicyTargets
+from fuse.algorithms.value_loss import ValueTargets
 from fuse.benchmarks.lengths import response_lengths, scaled
 from fuse.intrastage.cost_profile import Shape
 
@@ -33,14 +34,19 @@ def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int)
         lengths=tuple(lengths),
         width=max(lengths),
         segments=segments,
-        targets=ppo_targets(
-            responses,
-            lengths,
-            logprobs=torch.full((num_tokens,), -float(torch.tensor(vocab_size).log())),
-            advantages=torch.randn(num_tokens, generator=generator),
-            values=torch.zeros(num_values),
-            returns=torch.randn(num_values, generator=generator),
-        ),
+        targets={
+            "actor": PolicyTargets(
+                token_ids=counted_tokens(responses, lengths),
+                old_logprobs=torch.full((num_tokens,), -float(torch.tensor(vocab_size).log())),
+                advantages=torch.randn(num_tokens, generator=generator),
+                mask=torch.ones(num_tokens, dtype=torch.bool),
+            ),
+            "critic": ValueTargets(
+                old_values=torch.zeros(num_values),
+                returns=torch.randn(num_values, generator=generator),
+                mask=torch.ones(num_values, dtype=torch.bool),
+            ),
+        },
     )
 
 

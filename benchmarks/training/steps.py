@@ -10,8 +10,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from fuse.algorithms.policy_loss import clipped_policy_loss
-from fuse.algorithms.value_loss import clipped_value_loss
+from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
+from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
 from fuse.benchmarks.llama import llama_config
 from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, side_of
@@ -42,6 +42,7 @@ SETTINGS = TrainingSettings(
         "actor": partial(clipped_policy_loss, temperature=1.0, cliprange=0.2),
         "critic": partial(clipped_value_loss, vf_coef=0.1, cliprange=0.2),
     },
+    targets={"actor": PolicyTargets, "critic": ValueTargets},
     layout=RaggedLayout(),
     adamw=AdamWConfig(max_grad_norm=1.0),
     autocast=None,

@@ -72,7 +72,7 @@ class TrainingWorker:
             for name, plan in plans.items():
                 dist.barrier()
                 start_s = now_s()
-                self._training.train(experience, [step], _LEARNING_RATE, {len(step.micro_batches): plan})
+                self._training.train(experience, [step], [_LEARNING_RATE], {len(step.micro_batches): plan})
                 timed = TimedStep(start_s, now_s(), self._recorder.drain())
                 if round_index >= warmup:
                     steps[name].append(timed)

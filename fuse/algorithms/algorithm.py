@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fuse.algorithms.batch import Experience
+from fuse.algorithms.batch import Experience, Targets
 from fuse.micro_batch import Loss
 from fuse.sample import Sample
 
@@ -18,7 +18,9 @@ class Algorithm:
     """What a run trains for.
 
     estimate: called once per update, on all of its samples. losses: by role that trains; pure, and pickled to workers.
+    targets: what each of these compares with.
     """
 
     estimate: Estimate
     losses: Mapping[str, Loss]
+    targets: Mapping[str, type[Targets]]

@@ -9,8 +9,8 @@ tensors; `Segments` says where. All masks of the padded formulation become plain
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,18 @@ class Targets(Protocol):
 
 TOKEN_IDS = "token_ids"
 """The tensor of targets that padded layouts fill with what stands there: padding, or tokens that do not count."""
+
+
+def made_up_targets(kind: type[Targets], token_ids: Tensor, segments: Segments) -> Targets:
+    """Targets of this kind for the tokens [tokens] of a batch, all of them counting and zero: for measurements."""
+    untyped: Any = kind
+    num_positions = int(segments.offsets(kind.positions)[-1])
+    tensors = {field.name: torch.zeros(num_positions) for field in fields(untyped)}
+    tensors["mask"] = torch.ones(num_positions, dtype=torch.bool)
+    if TOKEN_IDS in tensors:
+        tensors[TOKEN_IDS] = token_ids
+    made: Targets = untyped(**tensors)
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

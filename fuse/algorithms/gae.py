@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuse.algorithms.batch import Experience, Segments, Targets, counted_tokens
+from fuse.algorithms.batch import Experience, Segments, counted_tokens
 from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.ops.shaped_gae import shaped_gae
@@ -81,7 +81,15 @@ def estimate(
         lengths=lengths,
         width=width,
         segments=segments,
-        targets=ppo_targets(responses, lengths, logprobs, advantages, values, returns),
+        targets={
+            "actor": PolicyTargets(
+                token_ids=counted_tokens(responses, lengths),
+                old_logprobs=logprobs,
+                advantages=advantages,
+                mask=torch.ones(len(logprobs), dtype=torch.bool),
+            ),
+            "critic": ValueTargets(old_values=values, returns=returns, mask=torch.ones(len(values), dtype=torch.bool)),
+        },
     )
     num_samples = len(samples)
     mean_kl, mean_score = float(kl.sum()) / num_samples, float(scores.mean())
@@ -92,26 +100,6 @@ def estimate(
         "objective/rlhf_reward": mean_score - settings.kl_coef * mean_kl,
         "objective/scores": mean_score,
         "val/num_eos_tokens": _num_eos_tokens(responses, special, width),
-    }
-
-
-def ppo_targets(
-    responses: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    logprobs: Tensor,
-    advantages: Tensor,
-    values: Tensor,
-    returns: Tensor,
-) -> dict[str, Targets]:
-    """What actor and critic compare with; log-probabilities and advantages [tokens], values and returns [values]."""
-    return {
-        "actor": PolicyTargets(
-            token_ids=counted_tokens(responses, lengths),
-            old_logprobs=logprobs,
-            advantages=advantages,
-            mask=torch.ones(len(logprobs), dtype=torch.bool),
-        ),
-        "critic": ValueTargets(old_values=values, returns=returns, mask=torch.ones(len(values), dtype=torch.bool)),
     }
 
 

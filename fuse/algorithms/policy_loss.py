@@ -64,7 +64,10 @@ def clipped_policy_loss(
     logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature, num_tokens=num_tokens)
     logprobs = logprobs.masked_fill(~targets.mask, INVALID_LOGPROB)
     loss, metrics = clipped_surrogate(logprobs, targets.old_logprobs, targets.advantages, targets.mask, cliprange)
-    metrics |= {ENTROPY: mean(entropy.detach()), **_sampler_differences(logprobs.detach(), targets)}
+    metrics |= {
+        ENTROPY: mean(entropy.detach()),
+        **sampler_differences(logprobs.detach(), targets.old_logprobs, targets.mask),
+    }
     return loss * micro_batch.weight, metrics
 
 
@@ -90,10 +93,11 @@ def clipped_surrogate(
         }
 
 
-def _sampler_differences(logprobs: Tensor, targets: PolicyTargets) -> dict[Metric, Tensor]:
-    differences = (logprobs - targets.old_logprobs).abs().masked_fill(~targets.mask, 0.0)
+def sampler_differences(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> dict[Metric, Tensor]:
+    """How far the trainer's log-probabilities are from the sampler's where `mask` is true, [positions] each."""
+    differences = (logprobs - sampler_logprobs).abs().masked_fill(~mask, 0.0)
     return {
         SAMPLER_DIFFERENCE: differences.sum(),
         LARGEST_SAMPLER_DIFFERENCE: differences.amax() if differences.numel() else differences.sum(),
-        SAMPLER_TOKENS: targets.mask.sum(),
+        SAMPLER_TOKENS: mask.sum(),
     }

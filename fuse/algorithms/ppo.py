@@ -10,8 +10,8 @@ from functools import partial
 
 from fuse.algorithms.algorithm import Algorithm
 from fuse.algorithms.gae import GAESettings, estimate
-from fuse.algorithms.policy_loss import clipped_policy_loss
-from fuse.algorithms.value_loss import clipped_value_loss
+from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
+from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
 from fuse.sample import SpecialTokens
 
 
@@ -43,4 +43,5 @@ def ppo(settings: PPOSettings, special: SpecialTokens) -> Algorithm:
             ),
             "critic": partial(clipped_value_loss, vf_coef=settings.vf_coef, cliprange=settings.cliprange_value),
         },
+        targets={"actor": PolicyTargets, "critic": ValueTargets},
     )

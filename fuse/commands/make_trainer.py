@@ -15,7 +15,7 @@ from fuse.commands.train_inputs import Inputs
 from fuse.engines.limits import num_positions
 from fuse.trainers.data import MESSAGES, prompt_rows
 from fuse.trainers.ppo import PPOTrainer
-from fuse.trainers.prompt_checks import TOO_LONG
+from fuse.trainers.prompt_checks import too_long_remedy
 from fuse.trainers.reward_columns import takes_column
 from fuse.workers.cluster import Cluster
 
@@ -45,7 +45,7 @@ def make_trainer(
             prompt_column=arguments.prompt_column,
             response_length=config.response_length,
             context=context if config.long_prompts == "error" else None,
-            too_long=TOO_LONG,
+            too_long=too_long_remedy(config.MAX_RESPONSE_OPTION),
             with_messages=inputs.reward is not None and takes_column(inputs.reward, MESSAGES),
         )
 

@@ -32,10 +32,13 @@ class PPOConfig(RunConfig):
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         *RunConfig.NOT_NEGATIVE,
-        *("num_sample_generations", "kl_coef", "vf_coef"),
+        *("kl_coef", "vf_coef"),
     )
     POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "temperature", "cliprange", "cliprange_value")
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {**RunConfig.CHOICES, "kl_estimator": ("k1", "k3")}
+
+    MAX_RESPONSE_OPTION: ClassVar[str] = "response_length"
+    PADDING_ENDS_RESPONSES: ClassVar[bool] = True
 
     learning_rate: float = option(3e-6, "The initial learning rate for AdamW.")
     logging_steps: float = option(10, "Updates between two logs for callbacks that ask.")
@@ -45,13 +48,6 @@ class PPOConfig(RunConfig):
         None, "Prompts to train on, in all. Default: num_train_epochs passes over the dataset."
     )
     response_length: int = option(53, "Most tokens of a response.")
-    stop_token: Literal["none", "eos", "model"] | None = option(
-        None,
-        "'eos' ends a response at the tokenizer's end-of-sequence token, 'model' there and at those of the model's "
-        "generation configuration, which are often several; 'none' only at response_length. Default: 'none', as TRL "
-        "has it, for `fuse train` 'model'.",
-    )
-    stop_token_id: int | None = option(None, "Token that ends a response; excludes stop_token.")
     temperature: float = option(0.7, "Sampling temperature.")
     missing_eos_penalty: float | None = option(
         None, "Subtracted from the score of a response without end-of-sequence token."
@@ -65,9 +61,6 @@ class PPOConfig(RunConfig):
     gamma: float = option(1.0, "Discount factor.")
     lam: float = option(0.95, "Lambda of generalised advantage estimation.")
     local_rollout_forward_batch_size: int = option(64, "Most samples in one inference micro-batch.")
-    num_sample_generations: int = option(
-        10, "Times completions of the evaluation prompts are shown during training; 0 for never."
-    )
     sft_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the policy's path.")
     reward_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the reward model's path.")
     dataset_num_proc: int | None = option(None, "For scripts: processes that tokenise the dataset.")
@@ -92,8 +85,19 @@ class PPOConfig(RunConfig):
 
     @property
     def sampling_temperature(self) -> float:
-        """What logits are divided by, in sampling and in every log-probability: never zero."""
         return self.temperature + 1e-7
+
+    @property
+    def max_response_tokens(self) -> int:
+        return self.response_length
+
+    @property
+    def max_inference_samples(self) -> int:
+        return self.local_rollout_forward_batch_size
+
+    @property
+    def stages(self) -> Mapping[str, int | None]:
+        return {**super().stages, "critic": self.critic_stages}
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
@@ -104,15 +108,6 @@ class PPOConfig(RunConfig):
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
-        if self.stop_token == "none":
-            self.stop_token = None
-        if self.stop_token is not None and self.stop_token_id is not None:
-            raise ValueError("stop_token and stop_token_id are both set: set one of them")
-        if self.stop_token not in (None, "eos", "model"):
-            raise ValueError(
-                f"stop_token={self.stop_token!r} is unknown: use 'none', 'eos' or 'model', or stop_token_id for "
-                f"another token"
-            )
         if self.model_adapter_name is not None or self.ref_adapter_name is not None:
             raise ValueError(
                 "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"

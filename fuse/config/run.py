@@ -52,7 +52,9 @@ class RunConfig(TrainingArguments):
         *("generation_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
         "generation_cache_bytes",
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("trace_steps", "trace_limit", "max_grad_norm", "sigterm_grace_s")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        *("trace_steps", "trace_limit", "max_grad_norm", "sigterm_grace_s", "num_sample_generations"),
+    )
     POSITIVE: ClassVar[tuple[str, ...]] = (
         *("worker_timeout_s", "schedule_time_limit_s", "replan_drift", "reward_timeout_s"),
     )
@@ -64,6 +66,11 @@ class RunConfig(TrainingArguments):
         "reward_workers": ("thread", "process"),
         "long_prompts": ("error", "drop", "truncate"),
     }
+
+    MAX_RESPONSE_OPTION: ClassVar[str]
+    """What users set `max_response_tokens` by."""
+    PADDING_ENDS_RESPONSES: ClassVar[bool] = False
+    """Whether a response counts only up to the first padding token that is sampled in it."""
 
     bf16: bool | None = option(  # type: ignore[assignment]  # None is replaced on construction
         None,
@@ -133,6 +140,16 @@ class RunConfig(TrainingArguments):
         25.0,
         "Seconds after SIGTERM in which the update must end for a checkpoint to be saved; else the run ends without. "
         "Stay below what your scheduler allows before it kills: often 30.",
+    )
+    stop_token: Literal["none", "eos", "model"] | None = option(
+        None,
+        "'eos' ends a response at the tokenizer's end-of-sequence token, 'model' there and at those of the model's "
+        "generation configuration, which are often several; 'none' only at its greatest length. Default: as TRL has "
+        "it, for `fuse train` 'model'.",
+    )
+    stop_token_id: int | None = option(None, "Token that ends a response; excludes stop_token.")
+    num_sample_generations: int = option(
+        10, "Times completions of the evaluation prompts are shown during training; 0 for never."
     )
     reward_workers: Literal["thread", "process"] = option(
         "thread",
@@ -212,6 +229,15 @@ class RunConfig(TrainingArguments):
                 raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}")
 
     def _check_combinations(self) -> None:
+        if self.stop_token == "none":
+            self.stop_token = None
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("stop_token and stop_token_id are both set: set one of them")
+        if self.stop_token not in (None, "eos", "model"):
+            raise ValueError(
+                f"stop_token={self.stop_token!r} is unknown: use 'none', 'eos' or 'model', or stop_token_id for "
+                f"another token"
+            )
         if self.tensor_parallel_size > 1 and self.train_backend != "megatron":
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "
@@ -234,3 +260,23 @@ class RunConfig(TrainingArguments):
     def accelerator(self) -> Literal["cpu", "cuda"]:
         """What a device is: a GPU where there is one and `use_cpu` is not set, else a CPU core."""
         return "cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu"
+
+    @property
+    def sampling_temperature(self) -> float:
+        """What logits are divided by, in sampling and in every log-probability: never zero."""
+        raise NotImplementedError
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Most tokens of a response."""
+        raise NotImplementedError
+
+    @property
+    def max_inference_samples(self) -> int:
+        """Most samples in one inference micro-batch."""
+        return 64
+
+    @property
+    def stages(self) -> Mapping[str, int | None]:
+        """Pipeline stages by role; None for as many as devices."""
+        return {"actor": self.actor_stages}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ import torch
 from transformers import PretrainedConfig
 
 from fuse.algorithms.algorithm import Algorithm
-from fuse.algorithms.gae import GAESettings
-from fuse.algorithms.ppo import PPOSettings, ppo
-from fuse.config.ppo import PPOConfig
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
+from fuse.config.run_length import RunLength
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.kv_choice import choose_kv_transfer
@@ -27,7 +24,7 @@ from fuse.intrastage.placement import place
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.sample import SpecialTokens
 from fuse.training.layer_costs import TypicalBatch
-from fuse.training.layout import RaggedLayout, TRLLayout
+from fuse.training.layout import Layout
 from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 
@@ -35,29 +32,14 @@ _UNBOUNDED = 1 << 30
 _INFERENCE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
-    """The algorithm that `config` asks for."""
-    gae = GAESettings(
-        kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        whiten_rewards=config.whiten_rewards,
-        gamma=config.gamma,
-        lam=config.lam,
-        missing_eos_penalty=config.missing_eos_penalty,
-    )
-    settings = PPOSettings(
-        gae=gae,
-        temperature=config.sampling_temperature,
-        cliprange=config.cliprange,
-        vf_coef=config.vf_coef,
-        cliprange_value=config.cliprange_value,
-        num_tokens=special.num_tokens,
-    )
-    return ppo(settings, special)
-
-
 def fleet_settings(
-    config: PPOConfig, algorithm: Algorithm, special: SpecialTokens, prompts: PromptTokens, actor: PretrainedConfig
+    config: RunConfig,
+    algorithm: Algorithm,
+    length: RunLength,
+    layout: Layout,
+    special: SpecialTokens,
+    prompts: PromptTokens,
+    actor: PretrainedConfig,
 ) -> FleetSettings:
     """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
 
@@ -71,20 +53,19 @@ def fleet_settings(
         raise ValueError(
             f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={count}: choose a divisor"
         )
-    is_fused = config.intra_stage_fusion and num_ranks > 1
+    is_fused = config.intra_stage_fusion and num_ranks > 1 and len(algorithm.losses) > 1
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
-    layout = TRLLayout(special.pad) if config.trl_quirks else RaggedLayout()
-    stages = {"actor": config.actor_stages, "critic": config.critic_stages}
     placement = tuple(
         replica
         for index, role in enumerate(algorithm.losses)
-        for replica in place(role, num_ranks, stages[role] or num_ranks, reverse=index % 2 == 1)
+        for replica in place(role, num_ranks, config.stages[role] or num_ranks, reverse=index % 2 == 1)
     )
     training = TrainingSettings(
         backend=config.train_backend,
         split_backward=is_fused,
         tensor_parallel_size=config.tensor_parallel_size,
         losses=algorithm.losses,
+        targets=algorithm.targets,
         layout=layout,
         adamw=AdamWConfig(
             betas=(config.adam_beta1, config.adam_beta2),
@@ -102,34 +83,32 @@ def fleet_settings(
         num_devices=count,
         accelerator=config.accelerator,
         ray_address=config.ray_address,
-        pad_token_id=special.pad,
+        pad_token_id=special.pad if config.PADDING_ENDS_RESPONSES else None,
         engine=engine(
             config,
             generation_type,
-            max_context=prompts.context(config.response_length, actor),
+            max_context=prompts.context(config.max_response_tokens, actor),
             num_tokens=special.num_tokens,
         ),
         kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
         scoring=ScoringSettings(
             temperature=config.sampling_temperature,
-            limit=MicroBatchLimit(
-                max_samples=config.local_rollout_forward_batch_size, max_tokens=inference_batch_tokens
-            ),
+            limit=MicroBatchLimit(max_samples=config.max_inference_samples, max_tokens=inference_batch_tokens),
             autocast=training.autocast,
             num_tokens=special.num_tokens,
         ),
         training=training,
         placement=placement,
-        micro_batches_per_step=math.ceil(config.gradient_accumulation_steps / config.num_mini_batches),
-        balance=TypicalBatch(config.per_device_train_batch_size, prompts.typical, config.response_length)
+        micro_batches_per_step=length.micro_batches_per_step,
+        balance=TypicalBatch(config.per_device_train_batch_size, prompts.typical, config.max_response_tokens)
         if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
         else None,
         plan=PlanSettings(
             fused=is_fused,
             time_limit_s=config.schedule_time_limit_s,
             num_workers=min(8, len(os.sched_getaffinity(0))),
-            num_updates=config.num_total_batches or 1,
-            steps_per_update=config.num_ppo_epochs * config.num_mini_batches,
+            num_updates=length.num_updates,
+            steps_per_update=length.optimizer_steps_per_update,
             memory_limit_bytes=config.activation_memory_bytes,
             replan_drift=config.replan_drift,
             directory=Path(str(config.output_dir)) / "plan",
@@ -165,13 +144,13 @@ def num_devices(config: RunConfig) -> int:
     return torch.cuda.device_count() if config.accelerator == "cuda" else min(2, len(os.sched_getaffinity(0)))
 
 
-def _engine_limits(config: PPOConfig, actor: PretrainedConfig) -> EngineLimits:
+def _engine_limits(config: RunConfig, actor: PretrainedConfig) -> EngineLimits:
     """An engine has room for a full batch of samples as long as the model allows."""
     context = num_positions(actor) or _UNBOUNDED
     return EngineLimits(
         max_batch=config.generation_batch_size,
         kv_capacity_tokens=config.generation_batch_size * context,
-        max_new_tokens=config.response_length,
+        max_new_tokens=config.max_response_tokens,
     )
 
 

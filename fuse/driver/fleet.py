@@ -34,7 +34,7 @@ from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
 from fuse.training.state import check_saved
-from fuse.training.steps import OptimizerStep
+from fuse.training.steps import OptimizerStep, RankStep, StepReport
 from fuse.workers.calls import Future, gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
@@ -196,9 +196,9 @@ class Fleet:
         stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float
-    ) -> list[list[dict[Metric, float]]]:
-        """Take the steps; returns the metrics of every micro-batch, [steps][micro-batches]."""
+        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
+    ) -> list[StepReport]:
+        """Take the steps, each with its learning rate."""
         counts = {len(step.micro_batches) for step in steps}
         shape_of = self.settings.training.layout.shape
         shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
@@ -206,25 +206,24 @@ class Fleet:
             self._tell("solving: the fused schedule")
         plans: Mapping[int, Plan] = self._planner.plans(counts, shapes, self._free_bytes)
         self._tell("training")
-        shared = ray.put(experience), ray.put(steps), learning_rate, ray.put(plans)
+        shared = ray.put(experience), ray.put(steps), learning_rates, ray.put(plans)
         results = gather([worker.train(*shared) for worker in self._model_workers])
         return [
-            self._merge(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
+            self._report(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
             for index, step in enumerate(steps)
         ]
 
-    def _merge(
-        self, num_micro_batches: int, by_rank: Sequence[Mapping[str, Sequence[dict[Metric, float]]]]
-    ) -> list[dict[Metric, float]]:
-        """One row per micro-batch: a replica's last rank has those of the replica's micro-batches."""
+    def _report(self, num_micro_batches: int, by_rank: Sequence[RankStep]) -> StepReport:
+        """One row of metrics per micro-batch: a replica's last rank has those of the replica's micro-batches."""
         merged: list[dict[Metric, float]] = [{} for _ in range(num_micro_batches)]
         placement = self._planner.placement
         for replica in placement:
             num_replicas = sum(other.model == replica.model for other in placement)
             indices = replica_micro_batches(num_micro_batches, num_replicas, replica.index)
-            for index, row in zip(indices, by_rank[replica.ranks[-1]][replica.model], strict=True):
+            for index, row in zip(indices, by_rank[replica.ranks[-1]].metrics[replica.model], strict=True):
                 merged[index] |= row
-        return merged
+        norms = {role: max(of_rank.gradient_norms[role] for of_rank in by_rank) for role in self._trained}
+        return StepReport(metrics=merged, gradient_norms=norms)
 
     def _free_bytes(self) -> int | None:
         """On the fullest device, if it tells."""

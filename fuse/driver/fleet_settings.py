@@ -20,6 +20,7 @@ from fuse.workers.kv.transfer import MakeKVTransfer
 class FleetSettings:
     """Which workers a run has, and how they work.
 
+    pad_token_id: what ends the tokens of a response that count; None where they all count, up to a stop token.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     """
@@ -27,7 +28,7 @@ class FleetSettings:
     num_devices: int
     accelerator: Literal["cpu", "cuda"]
     ray_address: str | None
-    pad_token_id: int
+    pad_token_id: int | None
     engine: EngineFactory
     kv_transfer: MakeKVTransfer
     scoring: ScoringSettings

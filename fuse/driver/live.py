@@ -63,7 +63,7 @@ class LiveRollout:
         *,
         policy: Policy,
         limits: EngineLimits,
-        pad_token_id: int,
+        pad_token_id: int | None,
         costs: CostModel | None = None,
         on_generated: Callable[[Sequence[Sample]], None] = lambda samples: None,
         max_new_tokens: Mapping[int, int] | None = None,

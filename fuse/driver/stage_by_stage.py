@@ -27,7 +27,7 @@ def generate(
     engines: Sequence[GenerationHandle],
     samples: Sequence[Sample],
     params: SamplingParams,
-    pad_token_id: int,
+    pad_token_id: int | None,
     tell: Callable[[str], None] = silent,
     *,
     max_new_tokens: Mapping[int, int] | None = None,
@@ -112,7 +112,7 @@ def sequence_of(sample: Sample) -> TokenSequence:
     return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]))
 
 
-def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int) -> bool:
+def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int | None) -> bool:
     """Write down a live sample's new tokens; returns whether it is finished."""
     sample.response_ids[progress.position :] = progress.token_ids
     sample.logprobs[progress.position :] = progress.logprobs

@@ -22,7 +22,7 @@ from transformers.trainer_callback import (
 )
 from transformers.utils.import_utils import is_in_notebook
 
-from fuse.config.ppo import PPOConfig
+from fuse.config.run import RunConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ class PolicyAndValue(nn.Module):
         self.config = policy.config
 
 
-def learning_rate_schedule(args: PPOConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The schedule that `args` names over `num_total_batches` updates.
+def learning_rate_schedule(
+    args: RunConfig, model: nn.Module, num_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """The schedule that `args` names over so many steps.
 
     Its optimizer holds the parameters but no gradients: the workers' optimizers are the ones that step.
 
@@ -53,15 +55,13 @@ def learning_rate_schedule(args: PPOConfig, model: nn.Module) -> tuple[torch.opt
         ValueError: `lr_scheduler_kwargs` that the schedule does not take.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    num_updates = args.num_total_batches
-    assert num_updates is not None
     assert not isinstance(args.lr_scheduler_kwargs, str), "TrainingArguments parses it"
     try:
         schedule = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=args.get_warmup_steps(num_updates),
-            num_training_steps=num_updates,
+            num_warmup_steps=args.get_warmup_steps(num_steps),
+            num_training_steps=num_steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
     except TypeError as error:
@@ -73,7 +73,7 @@ def learning_rate_schedule(args: PPOConfig, model: nn.Module) -> tuple[torch.opt
     return optimizer, schedule
 
 
-def callback_handler(args: PPOConfig, callbacks: list[TrainerCallback] | None, **references: Any) -> CallbackHandler:
+def callback_handler(args: RunConfig, callbacks: list[TrainerCallback] | None, **references: Any) -> CallbackHandler:
     """transformers' default and reporting callbacks, the user's, and a progress bar; `references` go to the handler."""
     every = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
     handler = CallbackHandler(every, **references)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import combinations
@@ -12,8 +11,8 @@ from typing import Literal, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
-from fuse.config.ppo import PPOConfig
 from fuse.config.prompt_tokens import PromptTokens
+from fuse.config.run import RunConfig
 from fuse.engines.transformers import check_context
 from fuse.roles import GENERATING, training
 from fuse.trainers.reward_process import pickled
@@ -144,7 +143,7 @@ def _warn_of_dropout(role: str, model: PreTrainedModel) -> None:
             )
 
 
-def check_reward_options(args: PPOConfig, reward: object) -> None:
+def check_reward_options(args: RunConfig, reward: object) -> None:
     """Raises: ValueError for options of reward functions where a model rewards, or a function no process can get."""
     if not isinstance(reward, PreTrainedModel):
         if args.reward_workers == "process":
@@ -159,51 +158,26 @@ def check_reward_options(args: PPOConfig, reward: object) -> None:
 _OF_REWARD_FUNCTIONS = ("reward_workers", "reward_timeout_s", "reward_error_score")
 
 
-def check_engine(args: PPOConfig, model: PreTrainedModel, tokens: PromptTokens) -> None:
+def check_engine(args: RunConfig, model: PreTrainedModel, tokens: PromptTokens) -> None:
     """Raises: ValueError for a policy that the engine cannot decode, as far as its configuration tells."""
     if args.engine == "transformers":
-        check_context(model, tokens.context(args.response_length, model.config))
+        check_context(model, tokens.context(args.max_response_tokens, model.config))
 
 
-def check_limits(max_new_tokens: Mapping[int, int], response_length: int) -> None:
+def check_limits(max_new_tokens: Mapping[int, int], args: RunConfig) -> None:
     """Raises: ValueError for a limit of a sample's response that is none, or beyond what engines make room for."""
     for sample, limit in max_new_tokens.items():
-        if not 1 <= limit <= response_length:
+        if not 1 <= limit <= args.max_response_tokens:
             raise ValueError(
-                f"max_new_tokens of sample {sample} is {limit}: it must be from 1 to response_length={response_length}"
+                f"max_new_tokens of sample {sample} is {limit}: it must be from 1 to "
+                f"{args.MAX_RESPONSE_OPTION}={args.max_response_tokens}"
             )
 
 
-def check_evaluation(args: PPOConfig, eval_dataset: object) -> None:
+def check_evaluation(args: RunConfig, eval_dataset: object) -> None:
     """Raises: ValueError where evaluation is asked for and there is nothing to evaluate on."""
     if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
         raise ValueError(
             f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} without eval_dataset: pass prompts whose "
             f"completions are to be shown, or set eval_strategy='no'"
         )
-
-
-def fill_batch_sizes(args: PPOConfig, num_rows: int) -> int:
-    """Derive what TRL derives, for one process, and return the batch: it does not depend on the number of devices."""
-    args.world_size = 1
-    args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.micro_batch_size = args.per_device_train_batch_size
-    args.batch_size = args.local_batch_size
-    if args.batch_size % args.num_mini_batches:
-        raise ValueError(
-            f"num_mini_batches={args.num_mini_batches} does not divide the batch of {args.batch_size} "
-            f"(per_device_train_batch_size x gradient_accumulation_steps): choose a divisor"
-        )
-    args.mini_batch_size = args.local_mini_batch_size = args.batch_size // args.num_mini_batches
-    if args.whiten_rewards and args.local_mini_batch_size < 8:
-        raise ValueError(
-            f"whiten_rewards needs mini-batches of at least 8 samples, these have {args.local_mini_batch_size}: "
-            f"raise per_device_train_batch_size or gradient_accumulation_steps, or lower num_mini_batches"
-        )
-    most = args.max_steps * args.batch_size if args.max_steps > 0 else None
-    if args.total_episodes is None:
-        args.total_episodes = int(args.num_train_epochs * num_rows) if most is None else most
-    elif most is not None:
-        args.total_episodes = min(args.total_episodes, most)
-    args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
-    return args.batch_size

@@ -40,8 +40,9 @@ def updates(
         samples = samples_of(next(batches))
         rewarding = rollouts.roll_out(fleet, samples, params, clock, max_new_tokens)
         experience, metrics = algorithm.estimate(samples)
+        steps, learning_rates = run.take_steps(steps_of(update))
         with clock.phase("training"):
-            rows = fleet.train(experience, steps_of(update), run.learning_rate)
+            reports = fleet.train(experience, steps, learning_rates)
         with clock.phase("weights"):
             fleet.synchronise()
-        yield run.finish_update(fleet, samples, metrics | rewarding | reduce_metrics(rows, num_places), clock)
+        yield run.finish_update(fleet, samples, metrics | rewarding | reduce_metrics(reports, num_places), clock)

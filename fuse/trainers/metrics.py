@@ -7,15 +7,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fuse.micro_batch import Metric
+from fuse.training.steps import StepReport
 
 _WITH_VARIANCE = "val/ratio"
 
 
-def reduce_metrics(rows: Sequence[Sequence[Mapping[Metric, float]]], num_places: int | None = None) -> dict[str, float]:
-    """Every metric reduced as it says, and the variance of `val/ratio`. rows: [steps][micro-batches].
+def reduce_metrics(steps: Sequence[StepReport], num_places: int | None = None) -> dict[str, float]:
+    """Every metric of an update's steps reduced as it says, the variance of `val/ratio`, and mean gradient norms.
 
     num_places: see `fuse.training.layout.Layout`.
     """
+    norms = {role: float(np.mean([step.gradient_norms[role] for step in steps])) for role in steps[0].gradient_norms}
+    named = {"grad_norm" if len(norms) == 1 else f"grad_norm/{role}": norm for role, norm in norms.items()}
+    return {**_reduced([step.metrics for step in steps], num_places), **named}
+
+
+def _reduced(rows: Sequence[Sequence[Mapping[Metric, float]]], num_places: int | None) -> dict[str, float]:
+    """rows: [steps][micro-batches]."""
     reduced: dict[str, float] = {}
     divisors: dict[str, str] = {}
     for metric in rows[0][0]:

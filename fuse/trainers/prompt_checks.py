@@ -9,12 +9,15 @@ from typing import Any
 from torch.utils.data import Subset
 from transformers import PretrainedConfig
 
-from fuse.config.ppo import PPOConfig
+from fuse.config.run import RunConfig
 from fuse.engines.limits import num_positions
 from fuse.trainers.prompts import counted_tokens
 
-TOO_LONG = "shorten or remove them, lower response_length, or set long_prompts to 'drop' or 'truncate'"
-"""What can be done about prompts that are."""
+
+def too_long_remedy(option: str) -> str:
+    """What can be done about prompts that are too long. option: what responses are limited by."""
+    return f"shorten or remove them, lower {option}, or set long_prompts to 'drop' or 'truncate'"
+
 
 _logger = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ def usable_prompts(
     dataset: Any,
     argument: str,
     policy: PretrainedConfig,
-    args: PPOConfig,
+    args: RunConfig,
     pad_token_id: int,
 ) -> Any:
     """The rows of `dataset`, which is the trainer's argument of that name, but for what `args.long_prompts` drops.
@@ -50,31 +53,31 @@ def usable_prompts(
                 f"tokenise with the models' own tokenizer"
             )
         lengths.append(len(tokens))
-    response_length, long_prompts = args.response_length, args.long_prompts
+    response_length, long_prompts, option = args.max_response_tokens, args.long_prompts, args.MAX_RESPONSE_OPTION
     most = _most_tokens(policy, response_length)
     if most is None or all(length <= most for length in lengths):
         return dataset
     if most < 1:
         raise ValueError(
-            f"response_length={response_length} leaves no room for prompts in the model's context of "
-            f"{most + response_length}: lower response_length"
+            f"{option}={response_length} leaves no room for prompts in the model's context of "
+            f"{most + response_length}: lower {option}"
         )
     if long_prompts == "error":
-        check_lengths(lengths, response_length, most + response_length, TOO_LONG)
+        check_lengths(lengths, response_length, most + response_length, too_long_remedy(option), option)
     long = sum(length > most for length in lengths)
     what = f"{long} of {len(lengths)} prompts of {argument} have more than {most} tokens"
     if long_prompts == "truncate":
         _logger.warning("%s: their last %d are used", what, most)
         return dataset
     if long == len(lengths):
-        raise ValueError(f"{what}, so that long_prompts='drop' leaves none: lower response_length, or truncate them")
+        raise ValueError(f"{what}, so that long_prompts='drop' leaves none: lower {option}, or truncate them")
     _logger.warning("%s and are left out", what)
     return Subset(dataset, [index for index, length in enumerate(lengths) if length <= most])
 
 
-def kept_tokens(policy: PretrainedConfig, args: PPOConfig) -> int | None:
+def kept_tokens(policy: PretrainedConfig, args: RunConfig) -> int | None:
     """How many of a prompt's last tokens are used; None for all."""
-    return _most_tokens(policy, args.response_length) if args.long_prompts == "truncate" else None
+    return _most_tokens(policy, args.max_response_tokens) if args.long_prompts == "truncate" else None
 
 
 def _most_tokens(policy: PretrainedConfig, response_length: int) -> int | None:
@@ -83,12 +86,14 @@ def _most_tokens(policy: PretrainedConfig, response_length: int) -> int | None:
     return None if context is None else context - response_length
 
 
-def check_lengths(lengths: Sequence[int], response_length: int, context: int, remedy: str) -> None:
+def check_lengths(
+    lengths: Sequence[int], response_length: int, context: int, remedy: str, option: str = "response_length"
+) -> None:
     """Raises: ValueError for prompts that leave no room for a response: the first, and how many."""
     long = [index for index, length in enumerate(lengths) if length > context - response_length]
     if long:
         others = f", and so have {len(long) - 1} more of {len(lengths)} rows" if len(long) > 1 else ""
         raise ValueError(
             f"dataset row {long[0]} has {lengths[long[0]]} prompt tokens, more than the model's context of {context} "
-            f"less response_length={response_length}{others}: {remedy}"
+            f"less {option}={response_length}{others}: {remedy}"
         )

@@ -24,14 +24,13 @@ def push_policy(repository: str, policy: PreTrainedModel, tokenizer: PreTrainedT
 
 
 def write_model_card(
-    directory: Path, name: str, policy: PreTrainedModel, num_episodes: int, dataset: str | None, tags: Sequence[str]
+    directory: Path, name: str, policy: PreTrainedModel, how: str, dataset: str | None, tags: Sequence[str]
 ) -> None:
-    """Write README.md: what was trained, from what, on what, how."""
+    """Write README.md: what was trained, from what, on what. how: by what algorithm, on how many prompts."""
     base = getattr(policy.config, "_name_or_path", "") or "a model built from its configuration"
-    listed = "".join(f"- {tag}\n" for tag in ("fuse", "ppo", *tags))
+    listed = "".join(f"- {tag}\n" for tag in ("fuse", *tags))
     prompts = f" of {dataset}" if dataset else ""
     (directory / "README.md").write_text(
         f"---\nlibrary_name: transformers\ntags:\n{listed}---\n\n# {name}\n\n"
-        f"Trained from {base} with fuse, by proximal policy optimisation (arXiv 1707.06347) "
-        f"on {num_episodes} prompts{prompts}.\n"
+        f"Trained from {base} with fuse, by {how}{prompts}.\n"
     )

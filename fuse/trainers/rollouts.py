@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +27,17 @@ def reward_calls(args: RunConfig, reward: object, tokenizer: PreTrainedTokenizer
     return RewardCalls(function, partial(tokenizer.batch_decode, skip_special_tokens=True), settings)
 
 
+class Rewards(Protocol):
+    """What scores samples beside models."""
+
+    def submit(self, samples: Sequence[Sample]) -> None:
+        """Have generated samples rewarded; returns at once."""
+
+    def finish(self) -> dict[str, float]:
+        """Wait for all that was submitted, and return metrics of it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rollouts:
     """How samples are generated and scored.
@@ -35,7 +46,7 @@ class Rollouts:
     tell: hears what is being done.
     """
 
-    rewards: RewardCalls
+    rewards: Rewards
     fused: bool
     tell: Callable[[str], None]
 

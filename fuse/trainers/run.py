@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import SaveStrategy
 
 from fuse import checkpoint, run_state
 from fuse.config.differences import differences, kept_options
-from fuse.config.ppo import PPOConfig
+from fuse.config.run import RunConfig
+from fuse.config.run_length import RunLength
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
 from fuse.termination import Terminated
 from fuse.trace import PhaseClock, Span, write_chrome_trace
 from fuse.trainers.callbacks import (
-    PolicyAndValue,
     PPOState,
     callback_handler,
     callback_states,
@@ -31,6 +32,7 @@ from fuse.trainers.callbacks import (
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
+from fuse.training.steps import OptimizerStep
 from schedules.files import dispensable
 
 logger = logging.getLogger(__name__)
@@ -39,25 +41,29 @@ logger = logging.getLogger(__name__)
 class Run:
     """A run's state, from one update to the next.
 
-    num_rows: of the dataset. tell: hears what is being done.
+    model: what callbacks are given; `policy` is what is saved. num_rows: of the dataset.
+    rate_name: what the learning rate is logged as. tell: hears what is being done.
     """
 
     def __init__(
         self,
-        args: PPOConfig,
-        model: PolicyAndValue,
+        args: RunConfig,
+        length: RunLength,
+        model: nn.Module,
+        policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None,
         *,
         num_rows: int,
+        rate_name: str = "lr",
         tell: Callable[[str], None],
     ) -> None:
-        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.args, self.length, self.model, self.policy, self.tokenizer = args, length, model, policy, tokenizer
         self.output_dir = Path(str(args.output_dir)).absolute()  # workers have other current directories
-        self._num_rows, self._tell = num_rows, tell
+        self._num_rows, self._rate_name, self._tell = num_rows, rate_name, tell
         self._is_new = True
         self._saved_step: int | None = None  # of the last checkpoint that this run can go on from
-        self.optimizer, self.lr_scheduler = learning_rate_schedule(args, model)
+        self.optimizer, self.lr_scheduler = learning_rate_schedule(args, model, length.num_steps)
         self.callback_handler = callback_handler(
             args,
             callbacks,
@@ -70,16 +76,16 @@ class Run:
         self.state = PPOState()
 
     @property
-    def policy(self) -> PreTrainedModel:
-        return self.model.policy
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.lr_scheduler.get_last_lr()[0])
+    def num_steps_left(self) -> int:
+        return max(0, self.length.num_steps - self.state.global_step)
 
     @property
     def num_updates_left(self) -> int:
-        return max(0, (self.args.num_total_batches or 0) - self.state.global_step)
+        return math.ceil(self.num_steps_left / self.length.steps_per_update)
+
+    @property
+    def num_updates_done(self) -> int:
+        return self.state.global_step // self.length.steps_per_update
 
     # Updates
 
@@ -108,18 +114,15 @@ class Run:
                 untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
                 restore_callbacks(self.callback_handler, untyped)
             run_state.restore_random_generators(saved.random_generators)
-        num_updates, num_episodes = args.num_total_batches, args.total_episodes
-        assert num_updates is not None
-        assert num_episodes is not None
-        self.state.max_steps = num_updates
-        self.state.num_train_epochs = math.ceil(num_episodes / self._num_rows)
+        self.state.max_steps = self.length.num_steps
+        self.state.num_train_epochs = self.length.num_epochs(self._num_rows)
         state: Any = self.state
         state.compute_steps(args, self.state.max_steps)
 
     def _schedule_anew(self) -> None:
         """Where an earlier run of this trainer has used up the learning-rate schedule, or was asked to stop."""
         handler: Any = self.callback_handler
-        self.optimizer, self.lr_scheduler = learning_rate_schedule(self.args, self.model)
+        self.optimizer, self.lr_scheduler = learning_rate_schedule(self.args, self.model, self.length.num_steps)
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self.control = TrainerControl()
 
@@ -127,10 +130,21 @@ class Run:
         """The updates that are left, counted from 1; ends early where a callback asks for it."""
         self._start_s, self._start_episode = time.monotonic(), self.state.episode
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        for update in range(self.state.global_step + 1, self.state.max_steps + 1):
-            yield update
-            if self.control.should_training_stop:
-                break
+        while self.num_steps_left and not self.control.should_training_stop:
+            yield self.num_updates_done + 1
+
+    def take_steps(self, steps: Sequence[OptimizerStep]) -> tuple[Sequence[OptimizerStep], list[float]]:
+        """The optimizer steps of an update that the run has left, and their learning rates: the schedule goes on."""
+        counts_each = self.length.steps_per_update > 1 or len(steps) == 1
+        taken = steps[: self.num_steps_left] if counts_each else steps
+        self._num_counted = len(taken) if counts_each else 1
+        rates = []
+        for _ in range(self._num_counted):
+            rates.append(float(self.lr_scheduler.get_last_lr()[0]))
+            self.optimizer.step()  # holds no gradients: tells the schedule that the workers step
+            self.lr_scheduler.step()
+        self._learning_rate = rates[-1]
+        return taken, rates * (len(taken) // self._num_counted)
 
     def finish_update(
         self, fleet: Fleet, samples: Sequence[Sample], metrics: Mapping[str, float], clock: PhaseClock
@@ -138,15 +152,17 @@ class Run:
         """Count the update, report it, and save what is due."""
         state = self.state
         self.control.should_evaluate = False  # of the update before
+        for _ in range(self._num_counted - 1):
+            state.global_step += 1
+            self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         state.global_step += 1
-        state.epoch = state.episode / self._num_rows
+        state.epoch = state.episode / (self._num_rows * self.length.samples_per_prompt)
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.serial_bubble_ratio)
-        self.log({"eps": eps, **metrics, "lr": self.learning_rate, "episode": state.episode, **times})
+        rate = {self._rate_name: self._learning_rate}
+        self.log({"eps": eps, **metrics, **rate, "episode": state.episode, **times})
         logged = state.log_history[-1]
-        self.optimizer.step()  # holds no gradients: tells the schedule that the workers stepped
-        self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:
             self.save_checkpoint(fleet)
@@ -249,9 +265,7 @@ class Run:
 
     def _identity(self) -> dict[str, int]:
         """What must not change on resumption."""
-        batch_size = self.args.batch_size
-        assert batch_size is not None
-        return {"batch_size": batch_size, "seed": self.args.seed, "dataset_rows": self._num_rows}
+        return {**self.length.identity, "seed": self.args.seed, "dataset_rows": self._num_rows}
 
 
 def _delete_oldest(written: Path, most: int) -> None:

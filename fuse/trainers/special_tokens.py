@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fuse.config.ppo import PPOConfig
+from fuse.config.run import RunConfig
 from fuse.sample import SpecialTokens
 
 
-def special_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> SpecialTokens:
+def special_tokens(
+    args: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, samples_padding: bool = False
+) -> SpecialTokens:
     """Padding, end of sequence and stop, by their ids; and where the tokenizer's ids end, if the model has more.
 
-    Such a model's vocabulary is padded. TRL samples the padding, too, and so does its layout.
+    Such a model's vocabulary is padded. samples_padding: whether that may be sampled, as TRL does.
 
     Raises:
         ValueError: responses are to end at the end of sequence, and no token says that it is one.
@@ -25,7 +27,7 @@ def special_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: P
         )
     stop = eos if args.stop_token is not None else () if args.stop_token_id is None else (args.stop_token_id,)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    is_padded = num_tokens < model.config.get_text_config().vocab_size and not args.trl_quirks
+    is_padded = num_tokens < model.config.get_text_config().vocab_size and not samples_padding
     return SpecialTokens(pad=tokenizer.pad_token_id, eos=eos, stop=stop, num_tokens=num_tokens if is_padded else None)
 
 

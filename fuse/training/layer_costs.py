@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from fuse.algorithms.batch import Experience, Segments
-from fuse.algorithms.gae import ppo_targets
+from fuse.algorithms.batch import Experience, Segments, Targets, counted_tokens, made_up_targets
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.measure import measure
 from fuse.intrastage.stage import Stage
@@ -59,7 +58,8 @@ def measure_layer_costs(
     """
     batch = batch.at_most(_MOST_TOKENS)
     vocabulary_size = min(spec.config.get_text_config().vocab_size for spec in specs.values())
-    made = settings.layout.micro_batches(_experience(batch, vocabulary_size), range(batch.num_sequences), 1.0)
+    experience = _experience(batch, vocabulary_size, settings.targets)
+    made = settings.layout.micro_batches(experience, range(batch.num_sequences), 1.0)
     stages: dict[tuple[int, int], Stage] = {}
     for pipeline, (role, spec) in enumerate(specs.items()):
         for stage in range(_NUM_STAGES):
@@ -88,12 +88,11 @@ def measure_layer_costs(
     )
 
 
-def _experience(batch: TypicalBatch, vocabulary_size: int) -> Experience:
+def _experience(batch: TypicalBatch, vocabulary_size: int, targets: Mapping[str, type[Targets]]) -> Experience:
     tokens = tuple(token % vocabulary_size for token in range(batch.prompt_tokens + batch.response_tokens))
     count = batch.num_sequences
     lengths = tuple(math.ceil(batch.response_tokens * (index + 1) / count) for index in range(count))
     segments = Segments.from_lengths(lengths, batch.response_tokens)
-    num_tokens, num_values = int(segments.token_offsets[-1]), int(segments.value_offsets[-1])
     responses = tuple(tokens[batch.prompt_tokens :][:length] for length in lengths)
     return Experience(
         prompts=(tokens[: batch.prompt_tokens],) * count,
@@ -101,12 +100,7 @@ def _experience(batch: TypicalBatch, vocabulary_size: int) -> Experience:
         lengths=lengths,
         width=batch.response_tokens,
         segments=segments,
-        targets=ppo_targets(
-            responses,
-            lengths,
-            logprobs=torch.zeros(num_tokens),
-            advantages=torch.ones(num_tokens),
-            values=torch.zeros(num_values),
-            returns=torch.ones(num_values),
-        ),
+        targets={
+            role: made_up_targets(kind, counted_tokens(responses, lengths), segments) for role, kind in targets.items()
+        },
     )

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse.algorithms.batch import Experience
+from fuse.algorithms.batch import Experience, Targets
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.executor import execute
@@ -31,7 +31,7 @@ from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
 from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
-from fuse.training.steps import OptimizerStep
+from fuse.training.steps import OptimizerStep, RankStep
 from schedules import Schedule
 
 _MESSAGES = 3
@@ -43,7 +43,7 @@ class TrainingSettings:
 
     backend: what stages are made of. split_backward: whether they can defer weight gradients.
     tensor_parallel_size: devices that share each stage: rank r of the schedules is devices r * size and those after it.
-    losses: by role that trains. layout: what micro-batches are made like.
+    losses, targets: by role that trains. layout: what micro-batches are made like.
     autocast: the type to compute in; None for float32.
     timeout_s: a peer that does not answer for so long counts as lost.
     """
@@ -51,6 +51,7 @@ class TrainingSettings:
     backend: Literal["transformers", "megatron"]
     split_backward: bool
     losses: Mapping[str, Loss]
+    targets: Mapping[str, type[Targets]]
     layout: Layout
     adamw: AdamWConfig
     autocast: torch.dtype | None
@@ -156,18 +157,19 @@ class TrainingRank:
         }
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[str, list[dict[Metric, float]]]]:
-        """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has.
+        self,
+        experience: Experience,
+        steps: Sequence[OptimizerStep],
+        learning_rates: Sequence[float],
+        plans: Mapping[int, Plan],
+    ) -> list[RankStep]:
+        """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has."""
+        return [
+            self._step(experience, step, learning_rate, plans[len(step.micro_batches)])
+            for step, learning_rate in zip(steps, learning_rates, strict=True)
+        ]
 
-        Returns, per step and role, the metrics of the micro-batches whose loss was computed here, in the order of the
-        replica's micro-batches.
-        """
-        return [self._step(experience, step, learning_rate, plans[len(step.micro_batches)]) for step in steps]
-
-    def _step(
-        self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan
-    ) -> dict[str, list[dict[Metric, float]]]:
+    def _step(self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan) -> RankStep:
         micro_batches = [self._micro_batches(experience, samples, step.weight) for samples in step.micro_batches]
         num_replicas = Counter(replica.model for replica in self._placement)
         per_pipeline = [
@@ -199,11 +201,12 @@ class TrainingRank:
             largest = per_pipeline[pipeline][_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
             self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
+        norms = {}
         for model, optimizer in self._optimizers.items():
-            norm = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
+            norm = norms[model] = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
             with self._recorder.span(f"step {model}", "optimizer"):
                 optimizer.apply(norm, learning_rate)
-        return self._metrics([len(own) for own in per_pipeline])
+        return RankStep(metrics=self._metrics([len(own) for own in per_pipeline]), gradient_norms=norms)
 
     def _metrics(self, num_micro_batches: Sequence[int]) -> dict[str, list[dict[Metric, float]]]:
         """What the losses computed here gave of the step's micro-batches, by role. num_micro_batches: by pipeline."""

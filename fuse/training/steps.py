@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fuse.micro_batch import Metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,25 @@ class OptimizerStep:
 
     micro_batches: tuple[tuple[int, ...], ...]
     weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStep:
+    """What one rank tells of a step, by role.
+
+    metrics: of the micro-batches whose loss was computed there, in their order. gradient_norms: before clipping.
+    """
+
+    metrics: Mapping[str, Sequence[dict[Metric, float]]]
+    gradient_norms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What a step gave. metrics: [micro-batches]. gradient_norms: of whole models by role, before clipping."""
+
+    metrics: Sequence[Mapping[Metric, float]]
+    gradient_norms: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,12 @@ from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
-from fuse.micro_batch import Metric
 from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
-from fuse.training.steps import OptimizerStep
+from fuse.training.steps import OptimizerStep, RankStep
 from fuse.workers.calls import Future, Remote, Worker, as_received
 from fuse.workers.cluster import Accelerator, Cluster
 from fuse.workers.model_worker import ModelWorker
@@ -68,12 +67,12 @@ class ModelHandle:
         self,
         experience: Remote[Experience],
         steps: Remote[Sequence[OptimizerStep]],
-        learning_rate: float,
+        learning_rates: Sequence[float],
         plans: Remote[Mapping[int, Plan]],
-    ) -> Future[list[dict[str, list[dict[Metric, float]]]]]:
+    ) -> Future[list[RankStep]]:
         """Take all optimizer steps of an update; all ranks are called at once."""
         return self.worker.call(
-            ModelWorker.train, as_received(experience), as_received(steps), learning_rate, as_received(plans)
+            ModelWorker.train, as_received(experience), as_received(steps), learning_rates, as_received(plans)
         )
 
     def free_bytes(self) -> Future[int | None]:

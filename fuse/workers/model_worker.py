@@ -15,7 +15,6 @@ from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.micro_batch import Metric
 from fuse.roles import ROLES, ScoreKind
 from fuse.state_dict import adopt_state_dict
 from fuse.trace import Span, SpanRecorder
@@ -23,7 +22,7 @@ from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.steps import OptimizerStep
+from fuse.training.steps import OptimizerStep, RankStep
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 
@@ -93,10 +92,14 @@ class ModelWorker:
     # Training
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rate: float, plans: Mapping[int, Plan]
-    ) -> list[dict[str, list[dict[Metric, float]]]]:
+        self,
+        experience: Experience,
+        steps: Sequence[OptimizerStep],
+        learning_rates: Sequence[float],
+        plans: Mapping[int, Plan],
+    ) -> list[RankStep]:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
-        return self._training.train(experience, steps, learning_rate, plans)
+        return self._training.train(experience, steps, learning_rates, plans)
 
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users."""

@@ -1,0 +1,160 @@
+"""Groups of responses as training consumes them, and what is reported of them by TRL's names (trl 1.12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuse.algorithms.batch import Experience, Positions, Segments, counted_tokens
+from fuse.algorithms.group_advantages import deviation, weighted_sum
+from fuse.sample import Sample, SampleState, SpecialTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupTargets:
+    """What losses without a critic compare with, all [positions]: token_ids int64, mask bool, the others fp32.
+
+    sampler_logprobs: of the engine that sampled. reference_logprobs: zero where there is no reference.
+    batch_weights: the reciprocal of the number of tokens in the rollout that a token was sampled in.
+    """
+
+    positions: ClassVar[Positions] = "tokens"
+    fill: ClassVar[Mapping[str, float]] = {}
+
+    token_ids: Tensor
+    sampler_logprobs: Tensor
+    reference_logprobs: Tensor
+    advantages: Tensor
+    batch_weights: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One rollout, scored.
+
+    rewards: [samples, functions], NaN for none. kl: [samples], log-ratios of sampler to reference, summed over tokens.
+    """
+
+    rewards: Tensor
+    kl: Tensor
+
+
+Advantages = Callable[[Scored], tuple[Tensor, Tensor]]
+"""A rollout -> advantages [samples] and the deviations [samples] of the rewards that each was compared with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSettings:
+    """How groups are scored.
+
+    num_generations: responses to a prompt, side by side. rollout_size: samples whose statistics are taken together.
+    reward_names, reward_weights: by reward function. reports_kl: whether the rollout's, or else the loss does.
+    mask_truncated: whether responses without an end teach nothing.
+    """
+
+    num_generations: int
+    rollout_size: int
+    reward_names: tuple[str, ...]
+    reward_weights: tuple[float, ...]
+    mask_truncated: bool = False
+    reports_kl: bool = False
+
+
+def estimate(
+    samples: Sequence[Sample], *, settings: GroupSettings, advantages_of: Advantages, special: SpecialTokens
+) -> tuple[Experience, dict[str, float]]:
+    """Advantages of an update's samples, rollout by rollout, and its metrics, which are means over the rollouts."""
+    assert all(sample.state is SampleState.SCORED for sample in samples)
+    size = settings.rollout_size
+    ended = torch.tensor([_ends(sample, special) for sample in samples])
+    masked = settings.mask_truncated & ~ended
+    lengths = [0 if is_masked else sample.length for sample, is_masked in zip(samples, masked.tolist(), strict=True)]
+    rewards = torch.tensor([sample.rewards for sample in samples], dtype=torch.float32)
+    sampler = [np.asarray(one.logprobs[:n], dtype=np.float32) for one, n in zip(samples, lengths, strict=True)]
+    reference = [
+        np.zeros(n, dtype=np.float32) if one.reference_logprobs is None else one.reference_logprobs[:n]
+        for one, n in zip(samples, lengths, strict=True)
+    ]
+    kl = torch.tensor(
+        [
+            0.0 if one.reference_logprobs is None else float((own - other).sum())
+            for one, own, other in zip(samples, sampler, reference, strict=True)
+        ]
+    )
+    all_advantages, all_metrics, num_tokens = [], [], []
+    for first in range(0, len(samples), size):
+        rollout = slice(first, first + size)
+        scored = Scored(rewards=rewards[rollout], kl=kl[rollout])
+        advantages, deviations = advantages_of(scored)
+        all_advantages.append(advantages)
+        num_tokens.append(max(1, sum(lengths[rollout])))
+        metrics = _length_metrics(samples[rollout], ended[rollout]) | _reward_metrics(scored, deviations, settings)
+        if settings.reports_kl:
+            metrics["kl"] = float(scored.kl.sum()) / num_tokens[-1]
+        all_metrics.append(metrics)
+    counts = torch.tensor(lengths)
+    responses = tuple(tuple(sample.response_ids) for sample in samples)
+    width = max(len(response) for response in responses)
+    targets = GroupTargets(
+        token_ids=counted_tokens(responses, lengths),
+        sampler_logprobs=torch.from_numpy(np.concatenate(sampler)),
+        reference_logprobs=torch.from_numpy(np.concatenate(reference)),
+        advantages=torch.cat(all_advantages).repeat_interleave(counts),
+        batch_weights=(1 / torch.tensor(num_tokens)).repeat_interleave(size).repeat_interleave(counts),
+        mask=torch.ones(sum(lengths), dtype=torch.bool),
+    )
+    experience = Experience(
+        prompts=tuple(sample.prompt_ids for sample in samples),
+        responses=responses,
+        lengths=tuple(lengths),
+        width=width,
+        segments=Segments.from_lengths(lengths, width),
+        targets={"actor": targets},
+    )
+    return experience, _means(all_metrics)
+
+
+def _ends(sample: Sample, special: SpecialTokens) -> bool:
+    last = sample.response_ids[sample.length - 1]
+    return last in special.eos or last == special.pad
+
+
+def _length_metrics(samples: Sequence[Sample], ended: Tensor) -> dict[str, float]:
+    lengths = torch.tensor([float(sample.length) for sample in samples])
+    terminated = lengths[ended] if bool(ended.any()) else torch.zeros(1)
+    return {
+        **{f"completions/{name}_length": value for name, value in _spread(lengths).items()},
+        "completions/clipped_ratio": float((~ended).float().mean()),
+        **{f"completions/{name}_terminated_length": value for name, value in _spread(terminated).items()},
+    }
+
+
+def _spread(values: Tensor) -> dict[str, float]:
+    return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
+
+
+def _reward_metrics(scored: Scored, deviations: Tensor, settings: GroupSettings) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(settings.reward_names):
+        of_one = scored.rewards[:, index]
+        metrics[f"rewards/{name}/mean"] = float(of_one.nanmean())
+        metrics[f"rewards/{name}/std"] = float(deviation(of_one, dim=0))
+    total = weighted_sum(scored.rewards, torch.tensor(settings.reward_weights))
+    return {
+        **metrics,
+        "reward": float(total.nanmean()),
+        "reward_std": float(deviation(total, dim=0)),
+        "frac_reward_zero_std": float(torch.isclose(deviations, torch.zeros(1)).float().mean()),
+    }
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of every metric, without what is NaN; one that is nowhere a number is left out."""
+    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {name: float(known.mean()) for name, of in values.items() if len(known := of[~np.isnan(of)])}

@@ -1,0 +1,302 @@
+"""What trains by rollouts: the part of a trainer that does not depend on the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from fuse import checkpoint
+from fuse.activity import Activity
+from fuse.algorithms.algorithm import Algorithm
+from fuse.config.run import RunConfig
+from fuse.config.run_length import RunLength
+from fuse.config.settings import fleet_settings
+from fuse.driver.fleet import Fleet
+from fuse.engines.engine import SamplingParams
+from fuse.roles import GENERATING
+from fuse.sample import Sample, SpecialTokens
+from fuse.termination import Termination, graceful_termination
+from fuse.trace import PhaseClock
+from fuse.trainers import checks, loop, prompts
+from fuse.trainers.completions import show_completions
+from fuse.trainers.face import TrainerFace
+from fuse.trainers.iteration import Iteration
+from fuse.trainers.prompt_checks import kept_tokens
+from fuse.trainers.publish import push_policy, write_model_card, write_policy
+from fuse.trainers.rollouts import Rewards, Rollouts
+from fuse.trainers.run import Run
+from fuse.training.layout import Layout
+from fuse.training.steps import OptimizerStep
+from fuse.workers.cluster import Cluster
+
+# Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
+_FIRST_EVALUATION_ID = 1 << 40
+_GREEDY = 0.01 + 1e-7
+"""The temperature of TRL's completions of evaluation prompts."""
+
+
+class Trainer(TrainerFace):
+    """Runs updates on workers. An algorithm's trainer makes one of itself by `_set_up`, once its arguments are checked.
+
+    It also says what an update's samples and optimizer steps are, and what rewards.
+
+    max_new_tokens: an attribute, by the number of a sample in the run: at most so many tokens of its response, which
+        are no more than responses may have. Without a stop token it forces lengths.
+    """
+
+    NAME: str
+    """Of the algorithm, for people."""
+    SOURCE: str
+    """Its paper, for people."""
+
+    args: RunConfig
+    processing_class: PreTrainedTokenizerBase
+
+    def _set_up(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        algorithm: Algorithm,
+        length: RunLength,
+        layout: Layout,
+        special: SpecialTokens,
+        *,
+        shown: nn.Module,
+        train_dataset: Any,
+        eval_dataset: Any,
+        data_collator: Any,
+        callbacks: list[TrainerCallback] | None,
+        num_places: int | None = None,
+        rate_name: str = "lr",
+    ) -> None:
+        """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
+
+        num_places: see `fuse.training.layout.Layout`. rate_name: what the learning rate is logged as.
+
+        Raises:
+            ValueError: what cannot be placed, scheduled or generated.
+        """
+        args, policy = self.args, models[GENERATING]
+        self.model = shown
+        self.train_dataset, self.eval_dataset, self.data_collator = train_dataset, eval_dataset, data_collator
+        self.max_new_tokens: Mapping[int, int] = {}
+        self._models, self._algorithm, self._layout = models, algorithm, layout
+        self._special, self._num_places = special, num_places
+        self.dataloader = prompts.prompt_loader(train_dataset, length.prompts_per_update, args.seed, data_collator)
+        self.activity = Activity()
+        self.cluster: Cluster | None = None
+        self._fleet: Fleet | None = None
+        self._rewards: Rewards | None = None
+        self._kept_tokens = kept_tokens(policy.config, args)
+        collates = data_collator is not None
+        tokens = prompts.prompt_tokens(train_dataset, eval_dataset, self._kept_tokens, collates=collates)
+        checks.check_engine(args, policy, tokens)
+        self._settings = fleet_settings(args, algorithm, length, layout, special, tokens, policy.config)
+        self._run = Run(
+            args,
+            length,
+            shown,
+            policy,
+            self.processing_class,
+            callbacks,
+            num_rows=len(train_dataset),
+            rate_name=rate_name,
+            tell=self._tell,
+        )
+        for update in {1, min(len(self.dataloader), length.num_updates)}:  # the last of a pass may differ
+            for step in self._optimizer_steps(update):
+                self._settings.check(num_micro_batches=len(step.micro_batches))
+        self.activity.listen(self._run.show_activity)
+
+    # What an algorithm's trainer says
+
+    def _training_samples(self, batch: Any) -> list[Sample]:
+        """The samples that a batch of prompts becomes, with ids that no other of the run has."""
+        raise NotImplementedError
+
+    def _optimizer_steps(self, update: int) -> Sequence[OptimizerStep]:
+        """Of an update, counted from 1."""
+        raise NotImplementedError
+
+    def _make_rewards(self) -> AbstractContextManager[Rewards]:
+        """What rewards samples while workers run."""
+        raise NotImplementedError
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """Run all updates, or those left after a checkpoint: a path, or True for the last one in `args.output_dir`.
+
+        Raises:
+            WorkerError: a worker died or raised, naming device, role and cause; the last checkpoint is intact.
+            ValueError: there is no such checkpoint, it is another run's, or a reward is unusable.
+            RewardError: the reward function raised, or did not return in time.
+            SaveError: a checkpoint could not be written; earlier ones are intact.
+            ClusterError: a process of Ray itself ended.
+            Terminated: SIGTERM came; a checkpoint was written if the update ended within `args.sigterm_grace_s`.
+        """
+        with self.updates(resume_from_checkpoint) as updates:
+            for _ in updates:
+                pass
+
+    @contextmanager
+    def updates(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[Iterator[Iteration]]:
+        """What `train` does, update by update: workers run within, and each `next` of what this gives is an update.
+
+        Asked for all of them, it ends as `train` does; left before, it stops the workers.
+
+        Raises: as `train`.
+        """
+        run = self._run
+        checks.check_limits(self.max_new_tokens, self.args)
+        resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
+        run.begin(resumed)
+        with self._workers(resumed) as fleet, graceful_termination(self.args.sigterm_grace_s) as termination:
+            yield self._updates(fleet, termination)
+
+    def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:
+        run = self._run
+        for iteration in loop.updates(
+            run,
+            fleet,
+            self._algorithm,
+            self._rollouts,
+            self._sampling_params(self.args.sampling_temperature),
+            batches=prompts.batches(self.get_train_dataloader(), start=run.num_updates_done),
+            samples_of=self._training_samples,
+            max_new_tokens=self.max_new_tokens,
+            steps_of=self._optimizer_steps,
+            num_places=self._num_places,
+        ):
+            if run.shows_completions:
+                self.generate_completions(sampling=True)
+            yield iteration
+            if termination.is_requested:
+                run.terminate(fleet)
+        fleet.fetch_weights()
+        run.end(fleet)
+
+    @property
+    def how_to_resume(self) -> str:
+        """What an interrupted run can go on from, in a line."""
+        return self._run.how_to_resume
+
+    @property
+    def process_ids(self) -> dict[str, list[int]]:
+        """Of the workers that run, by their kind: generation and model."""
+        return {} if self._fleet is None else self._fleet.process_ids
+
+    @contextmanager
+    def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
+        """Start the workers with the models, or a checkpoint of them; they stop with the body."""
+        settings = self._settings.for_updates(self._run.num_updates_left)
+        fleet = Fleet(settings, self._models, cluster=self.cluster, tell=self._tell)
+        with self.activity.lasting(), self._make_rewards() as self._rewards, fleet:
+            if resumed is not None:
+                fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
+            self._fleet = fleet
+            try:
+                yield fleet
+            finally:
+                self._fleet = None
+
+    @property
+    def _rollouts(self) -> Rollouts:
+        assert self._rewards is not None, "only while workers run"
+        return Rollouts(self._rewards, self.args.inter_stage_fusion, self._tell)
+
+    def _samples(self, batch: Any, first_id: int, *, drop_padding: bool = False) -> list[Sample]:
+        pad, most = self._special.pad, self._kept_tokens
+        return prompts.make_samples(batch, first_id, pad, drop_padding=drop_padding, most_tokens=most)
+
+    def _sampling_params(self, temperature: float) -> SamplingParams:
+        return SamplingParams(
+            seed=self.args.seed,
+            temperature=temperature,
+            max_new_tokens=self.args.max_response_tokens,
+            stop_token_ids=self._special.stop,
+        )
+
+    def _tell(self, text: str) -> None:
+        self.activity.tell(text)
+
+    # Models
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them.
+
+        With `args.push_to_hub` they are uploaded, too.
+        """
+        if self._fleet is not None:
+            self._fleet.fetch_weights()
+        directory = Path(output_dir or self._run.output_dir)
+        with checkpoint.saving(directory):
+            write_policy(directory, self._run.policy, self.processing_class)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub("Model save")
+
+    def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> str:
+        """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
+        args = self.args
+        place = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+        options = {"commit_message": commit_message, **place, **options}
+        return push_policy(self._name, self._run.policy, self.processing_class, **options)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the output directory: what was trained, from what, how."""
+        tags = [tags] if isinstance(tags, str) else tags or []
+        name = model_name or self._name
+        write_model_card(
+            self._run.output_dir,
+            name,
+            self._run.policy,
+            f"{self.SOURCE} on {self.state.episode} prompts",
+            dataset_name,
+            [self.NAME.lower(), *tags],
+        )
+
+    @property
+    def _name(self) -> str:
+        return self.args.hub_model_id or self._run.output_dir.name
+
+    # Completions of the evaluation prompts
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print completions of the evaluation prompts with their scores, nearly greedy; `sampling`: of the first batch.
+
+        Without workers running, before or after training, workers are started for it.
+        """
+        if self.eval_dataset is None:
+            return
+        if self._fleet is None:
+            with self._workers(None):
+                self.generate_completions(sampling)
+            return
+        samples: list[Sample] = []
+        for batch in self.get_eval_dataloader():
+            samples += self._samples(batch, _FIRST_EVALUATION_ID + len(samples))
+            if sampling:
+                break
+        self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock(), teaches=False)
+        show_completions(self.processing_class, samples, self.state.global_step, self.callback_handler.callbacks)
+
+    # Data
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The first, where several end a response."""
+        return next(iter(self._special.stop), None)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self.dataloader
+
+    def get_eval_dataloader(self) -> DataLoader[Any]:
+        size = self.args.per_device_eval_batch_size
+        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list)
