@@ -1,4 +1,4 @@
-"""fuse: RLHF training with inter-stage and intra-stage fusion. `from fuse import PPOConfig, PPOTrainer`."""
+"""fuse: RLHF training with inter-stage and intra-stage fusion. `from fuse import GRPOConfig, GRPOTrainer`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
     from fuse import ops as ops
+    from fuse.config.grpo import GRPOConfig as GRPOConfig
     from fuse.config.ppo import PPOConfig as PPOConfig
+    from fuse.config.rloo import RLOOConfig as RLOOConfig
+    from fuse.trainers.grpo import GRPOTrainer as GRPOTrainer
     from fuse.trainers.ppo import PPOTrainer as PPOTrainer
+    from fuse.trainers.rloo import RLOOTrainer as RLOOTrainer
 
-__all__ = ["PPOConfig", "PPOTrainer", "__version__", "ops"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "__version__",
+    "ops",
+]
 
 # Loaded on first use: `import fuse` needs neither torch nor ray.
-_HOMES = {"PPOConfig": "fuse.config.ppo", "PPOTrainer": "fuse.trainers.ppo"}
+_HOMES = {
+    f"{name}{kind}": f"fuse.{package}.{name.lower()}"
+    for name in ("PPO", "GRPO", "RLOO")
+    for kind, package in (("Config", "config"), ("Trainer", "trainers"))
+}
 
 
 def __getattr__(name: str) -> object:

@@ -37,7 +37,8 @@ class Sample:
 
     `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
-    `response_length`), known once it is generated; a response may hold more.
+    `response_length`), known once it is generated; a response may hold more. `rewards` are those of several reward
+    functions, NaN for none. `rewarded_ids` are what a reward model reads whose tokens are not the policy's.
     """
 
     id: int
@@ -50,6 +51,8 @@ class Sample:
     reference_logprobs: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
     score: float | None = None
+    rewards: list[float] = field(default_factory=list)
+    rewarded_ids: tuple[int, ...] | None = None
 
     def advance(self, state: SampleState) -> None:
         """Move to the next state; a step the life cycle does not have is a bug."""

@@ -33,7 +33,7 @@ def fuse_variant(
         output_dir=str(output_dir),
         num_devices=num_devices,
         engine=engine,
-        generation_batch_size=workload.batch,
+        engine_batch_size=workload.batch,
         trace_limit=0,  # every trace is a result
         **workload.options(),
         **fusion,

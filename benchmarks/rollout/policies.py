@@ -62,7 +62,7 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
         output_dir=directory,
         num_devices=arguments.devices,
         engine=arguments.engine,
-        generation_batch_size=arguments.batch,
+        engine_batch_size=arguments.batch,
         response_length=arguments.context - arguments.prompt_tokens,
         balance_stages=False,
         intra_stage_fusion=False,

@@ -72,10 +72,10 @@ def estimate(
     """Advantages of an update's samples, rollout by rollout, and its metrics, which are means over the rollouts."""
     assert all(sample.state is SampleState.SCORED for sample in samples)
     size = settings.rollout_size
-    ended = torch.tensor([_ends(sample, special) for sample in samples])
+    ended = _ended(samples, special)
     masked = settings.mask_truncated & ~ended
     lengths = [0 if is_masked else sample.length for sample, is_masked in zip(samples, masked.tolist(), strict=True)]
-    rewards = torch.tensor([sample.rewards for sample in samples], dtype=torch.float32)
+    rewards = _rewards(samples)
     sampler = [np.asarray(one.logprobs[:n], dtype=np.float32) for one, n in zip(samples, lengths, strict=True)]
     reference = [
         np.zeros(n, dtype=np.float32) if one.reference_logprobs is None else one.reference_logprobs[:n]
@@ -94,7 +94,8 @@ def estimate(
         advantages, deviations = advantages_of(scored)
         all_advantages.append(advantages)
         num_tokens.append(max(1, sum(lengths[rollout])))
-        metrics = _length_metrics(samples[rollout], ended[rollout]) | _reward_metrics(scored, deviations, settings)
+        metrics = _length_metrics(samples[rollout], ended[rollout])
+        metrics |= _reward_metrics(scored.rewards, deviations, settings)
         if settings.reports_kl:
             metrics["kl"] = float(scored.kl.sum()) / num_tokens[-1]
         all_metrics.append(metrics)
@@ -120,9 +121,24 @@ def estimate(
     return experience, _means(all_metrics)
 
 
-def _ends(sample: Sample, special: SpecialTokens) -> bool:
-    last = sample.response_ids[sample.length - 1]
-    return last in special.eos or last == special.pad
+def rollout_metrics(
+    samples: Sequence[Sample], *, num_generations: int, settings: GroupSettings, special: SpecialTokens
+) -> dict[str, float]:
+    """Metrics of one rollout of groups of so many samples that nothing is learnt from."""
+    rewards = _rewards(samples)
+    total = weighted_sum(rewards, torch.tensor(settings.reward_weights)).view(-1, num_generations)
+    metrics = _length_metrics(samples, _ended(samples, special))
+    return _means([metrics | _reward_metrics(rewards, deviation(total, dim=1), settings)])
+
+
+def _rewards(samples: Sequence[Sample]) -> Tensor:
+    return torch.tensor([sample.rewards for sample in samples], dtype=torch.float32)
+
+
+def _ended(samples: Sequence[Sample], special: SpecialTokens) -> Tensor:
+    """Whether the last token of each response is an end of sequence, or padding, bool [samples]."""
+    last = [sample.response_ids[sample.length - 1] for sample in samples]
+    return torch.tensor([token in special.eos or token == special.pad for token in last])
 
 
 def _length_metrics(samples: Sequence[Sample], ended: Tensor) -> dict[str, float]:
@@ -139,13 +155,13 @@ def _spread(values: Tensor) -> dict[str, float]:
     return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
 
 
-def _reward_metrics(scored: Scored, deviations: Tensor, settings: GroupSettings) -> dict[str, float]:
+def _reward_metrics(rewards: Tensor, deviations: Tensor, settings: GroupSettings) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for index, name in enumerate(settings.reward_names):
-        of_one = scored.rewards[:, index]
+        of_one = rewards[:, index]
         metrics[f"rewards/{name}/mean"] = float(of_one.nanmean())
         metrics[f"rewards/{name}/std"] = float(deviation(of_one, dim=0))
-    total = weighted_sum(scored.rewards, torch.tensor(settings.reward_weights))
+    total = weighted_sum(rewards, torch.tensor(settings.reward_weights))
     return {
         **metrics,
         "reward": float(total.nanmean()),

@@ -20,7 +20,7 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorrectionSettings:
-    """mode: whether ratios are of tokens or of sequences, and whether those out of bounds are clipped or set to zero."""
+    """mode: whether ratios are of tokens or sequences, and whether those out of bounds are clipped or set to zero."""
 
     mode: CorrectionMode
     least: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,8 +34,8 @@ class GroupConfig(RunConfig):
         *("num_generations", "num_generations_eval", "max_completion_length", "generation_batch_size"),
         *("steps_per_generation", "num_iterations"),
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*RunConfig.NOT_NEGATIVE, "beta", "temperature")
-    POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "epsilon")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*RunConfig.NOT_NEGATIVE, "beta")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "epsilon", "temperature")
     MAX_RESPONSE_OPTION: ClassVar[str] = "max_completion_length"
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {
         "generation_kwargs": "leave it out: set temperature, top_p, top_k, min_p and repetition_penalty",
@@ -66,7 +67,7 @@ class GroupConfig(RunConfig):
     num_generations: int = option(8, "Responses to every prompt, which are compared with one another.")
     num_generations_eval: int | None = option(None, "Responses to every evaluation prompt. Default: num_generations.")
     max_completion_length: int = option(512, "Most tokens of a response.")
-    generation_batch_size: int | None = option(  # type: ignore[assignment]
+    generation_batch_size: int | None = option(
         None, "Samples of a rollout. Default: per_device_train_batch_size times steps_per_generation."
     )
     steps_per_generation: int | None = option(
@@ -86,9 +87,10 @@ class GroupConfig(RunConfig):
     epsilon_high: float | None = option(None, "How far above 1 a ratio may move the policy.")
     reward_weights: list[float] | None = option(None, "Of the reward functions, in their order. Default: 1 each.")
     mask_truncated_completions: bool = option(False, "Learn nothing from responses that reach their greatest length.")
-    max_decoded_samples: int = option(64, "Samples that one engine decodes at once.")
 
-    model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, where models are given by name.")
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "For from_pretrained, where models are given by name."
+    )
     trust_remote_code: bool = option(False, "Whether models that are given by name may bring code of their own.")
     log_completions: bool = option(False, "Print a table of completions after every update.")
     num_completions_to_print: int | None = option(None, "Rows of that table. Default: all.")
@@ -120,3 +122,133 @@ class GroupConfig(RunConfig):
     vllm_max_model_length: int | None = option(None, _REFUSED)
     vllm_tensor_parallel_size: int = option(1, _REFUSED)
     sync_ref_model: bool = option(False, _REFUSED)
+
+    @property
+    def sampling_temperature(self) -> float:
+        return self.temperature
+
+    @property
+    def max_response_tokens(self) -> int:
+        return self.max_completion_length
+
+    @property
+    def rollout_size(self) -> int:
+        """Samples of a rollout."""
+        assert self.generation_batch_size is not None, "filled in on construction"
+        return self.generation_batch_size
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        return self.rollout_size // self.per_device_train_batch_size
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether every sample is trained on by the weights that generated it."""
+        return self.gradient_accumulation_steps % (self.micro_batches_per_rollout * self.num_iterations) == 0
+
+    @property
+    def rollouts_per_update(self) -> int:
+        """Rollouts with the same weights: of which one optimizer step consists, where it has several."""
+        uses = self.micro_batches_per_rollout * self.num_iterations
+        return max(1, self.gradient_accumulation_steps // uses)
+
+    def run_length(self, num_rows: int) -> RunLength:
+        """How much a run on so many prompts trains.
+
+        Raises:
+            ValueError: fewer prompts than one update takes.
+        """
+        micro_batches = self.rollouts_per_update * self.micro_batches_per_rollout * self.num_iterations
+        steps_per_update = micro_batches // self.gradient_accumulation_steps
+        prompts_per_update = self.rollouts_per_update * self.rollout_size // self.num_generations
+        updates_per_pass = num_rows // prompts_per_update
+        if self.max_steps > 0:
+            num_steps = self.max_steps
+        else:
+            num_steps = math.ceil(self.num_train_epochs * updates_per_pass * steps_per_update)
+        return RunLength(
+            prompts_per_update=prompts_per_update,
+            num_steps=num_steps,
+            optimizer_steps_per_update=steps_per_update,
+            micro_batches_per_step=self.gradient_accumulation_steps,
+            steps_per_update=steps_per_update,
+            samples_per_prompt=self.num_generations,
+        )
+
+    def __post_init__(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, remedy in self.UNSUPPORTED.items():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name}={value!r} is not supported: {remedy}")
+        self.chat_template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        self.model_init_kwargs = _json_object("model_init_kwargs", self.model_init_kwargs)
+        if self.use_vllm:
+            self.engine = "vllm"
+        super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        if self.vllm_mode != "colocate":
+            raise ValueError(
+                f"vllm_mode={self.vllm_mode!r} is not supported: engines are on num_devices, set 'colocate'"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie between 0 and 1, or be 1 for every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative; 0 is for every token")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie between 0 and 1")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 is for none")
+        if self.num_generations < self.MIN_GENERATIONS:
+            raise ValueError(
+                f"num_generations={self.num_generations}: responses are compared with others to their prompt, so there "
+                f"must be at least {self.MIN_GENERATIONS}"
+            )
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        self._fill_rollout_size()
+        size, uses = self.rollout_size, self.micro_batches_per_rollout * self.num_iterations
+        if size % self.num_generations:
+            raise ValueError(
+                f"generation_batch_size={size} (per_device_train_batch_size x steps_per_generation) is no multiple of "
+                f"num_generations={self.num_generations}: rollouts hold whole groups, so change one of these"
+            )
+        if uses % self.gradient_accumulation_steps and self.gradient_accumulation_steps % uses:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} neither divides nor is a multiple of "
+                f"the {uses} micro-batches of a rollout (steps_per_generation x num_iterations), so weights would "
+                f"change in the middle of one: change one of these"
+            )
+
+    def _fill_rollout_size(self) -> None:
+        if self.generation_batch_size is not None:
+            if self.steps_per_generation is not None:
+                if self.generation_batch_size != self.per_device_train_batch_size * self.steps_per_generation:
+                    raise ValueError(
+                        f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
+                        f"{self.steps_per_generation} are both set, and do not agree: set one of them"
+                    )
+            elif self.generation_batch_size % self.per_device_train_batch_size:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} is no multiple of "
+                    f"per_device_train_batch_size={self.per_device_train_batch_size}: choose one"
+                )
+            self.steps_per_generation = self.generation_batch_size // self.per_device_train_batch_size
+        else:
+            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            self.generation_batch_size = self.per_device_train_batch_size * self.steps_per_generation
+
+
+def _json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """Raises: ValueError for text that is no JSON object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is not JSON ({error}): give an object, e.g. '{{\"key\": 1}}'") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name}={value!r} is no JSON object: give e.g. '{{\"key\": 1}}'")
+    return parsed

@@ -49,7 +49,7 @@ class RunConfig(TrainingArguments):
 
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_devices", "actor_stages"),
-        *("generation_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
+        *("engine_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
         "generation_cache_bytes",
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
@@ -117,10 +117,10 @@ class RunConfig(TrainingArguments):
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "What generates: transformers, or vLLM where it is installed. Tokens are the same."
     )
-    generation_batch_size: int = option(64, "Samples that one engine decodes at once.")
+    engine_batch_size: int = option(64, "Samples that one engine decodes at once.")
     generation_cache_bytes: int | None = option(
         None,
-        "Bytes of KV cache of each vLLM engine. Default: generation_batch_size of the longest prompts and responses, "
+        "Bytes of KV cache of each vLLM engine. Default: engine_batch_size of the longest prompts and responses, "
         "but at most a quarter of the device's memory.",
     )
     kv_transfer: Literal["object_store", "nixl"] = option(

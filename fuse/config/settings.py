@@ -130,7 +130,7 @@ def engine(config: RunConfig, autocast: torch.dtype | None = None, **limits: int
     """
     return choose_engine(
         config.engine,
-        max_batch=config.generation_batch_size,
+        max_batch=config.engine_batch_size,
         kv_cache_bytes=config.generation_cache_bytes,
         autocast=autocast,
         **limits,
@@ -148,8 +148,8 @@ def _engine_limits(config: RunConfig, actor: PretrainedConfig) -> EngineLimits:
     """An engine has room for a full batch of samples as long as the model allows."""
     context = num_positions(actor) or _UNBOUNDED
     return EngineLimits(
-        max_batch=config.generation_batch_size,
-        kv_capacity_tokens=config.generation_batch_size * context,
+        max_batch=config.engine_batch_size,
+        kv_capacity_tokens=config.engine_batch_size * context,
         max_new_tokens=config.max_response_tokens,
     )
 

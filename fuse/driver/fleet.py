@@ -104,7 +104,9 @@ class Fleet:
             self._tell(f"starting: the engine of device {device}")
             engine.worker.wait_started()
         capacities = gather([engine.kv_capacity_tokens() for engine in self._generation_workers])
-        self._rollouts = RolloutPlanner(settings.rollout.within(one for one in capacities if one is not None))
+        self._rollouts = RolloutPlanner(
+            settings.rollout.within(one for one in capacities if one is not None), num_scoring=len(self._scoring)
+        )
 
     @property
     def _model_workers(self) -> list[ModelHandle]:
@@ -152,7 +154,7 @@ class Fleet:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         report = LiveRollout(
             self._generation_workers,
-            lambda: self._model_workers,
+            (lambda: self._model_workers) if self._scoring else None,
             samples,
             params,
             policy=policy,
@@ -191,6 +193,9 @@ class Fleet:
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of the samples."""
+        if not self._scoring:
+            stage_by_stage.skip_inference(samples)
+            return
         workers = self._model_workers
         self._tell("scoring")
         stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)

@@ -20,7 +20,14 @@ import numpy as np
 
 from fuse.activity import silent
 from fuse.driver.rollout_state import RolloutDevice, RolloutReport, visible_state
-from fuse.driver.stage_by_stage import WAIT_S, apply_inference, apply_progress, progress_text, sequence_of
+from fuse.driver.stage_by_stage import (
+    WAIT_S,
+    apply_inference,
+    apply_progress,
+    progress_text,
+    sequence_of,
+    skip_inference,
+)
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
 from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy
@@ -44,7 +51,8 @@ class LiveRollout:
     """One batch on its way from prompts to scores; `run` it once.
 
     engines: a generation worker per device; a device without one only scores.
-    scorers: gives a model worker per device; called when one is first needed, for they may still be starting.
+    scorers: gives a model worker per device; called when one is first needed, for they may still be starting. None
+        where no model scores.
     policy: called at the start, whenever samples finish, and whenever a device has scored what it was given.
     costs: choose between moving KV and computing it again; None, or an engine without KV to move, always computes.
     on_generated: called with samples as they finish, before they are scored.
@@ -57,7 +65,7 @@ class LiveRollout:
     def __init__(
         self,
         engines: Sequence[GenerationHandle | None],
-        scorers: Callable[[], Sequence[ModelHandle]],
+        scorers: Callable[[], Sequence[ModelHandle]] | None,
         samples: Sequence[Sample],
         params: SamplingParams,
         *,
@@ -170,6 +178,9 @@ class LiveRollout:
         if finished:
             self._on_generated(finished)
             self._has_news = True
+            if self._scorers is None:
+                skip_inference(finished)
+                self._num_scored += len(finished)
         self._poll(device)
         self._start_job(device)
 
@@ -262,8 +273,12 @@ class LiveRollout:
             self._has_news = True
             self._admit(device)
 
-        future = self._scorers()[device.index].infer([sequence_of(sample) for sample in samples])
+        future = self._scorer(device).infer([sequence_of(sample) for sample in samples])
         self._pending[future] = lambda: scored(future.result())
+
+    def _scorer(self, device: RolloutDevice) -> ModelHandle:
+        assert self._scorers is not None, "no model scores"
+        return self._scorers()[device.index]
 
     # The policy
 
@@ -324,7 +339,7 @@ class LiveRollout:
         latest_s = time.monotonic() - self._timeout_s
         for device in self._devices:
             if device.is_scoring and device.scoring_s < latest_s:
-                scorer = self._scorers()[device.index].worker
+                scorer = self._scorer(device).worker
                 raise WorkerError(device.index, scorer.role, f"no scores within {self._timeout_s:g} s")
             if device.engine is not None and device.held and device.heard_s < latest_s:
                 worker = device.engine.worker

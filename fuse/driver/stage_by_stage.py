@@ -109,7 +109,7 @@ def _request(sample: Sample, params: SamplingParams, max_new_tokens: int) -> Gen
 
 def sequence_of(sample: Sample) -> TokenSequence:
     """What models score: the prompt, and the response as far as it counts."""
-    return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]))
+    return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]), sample.rewarded_ids)
 
 
 def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int | None) -> bool:
@@ -128,4 +128,11 @@ def apply_inference(samples: Sequence[Sample], results: Sequence[Inference]) -> 
         for field in fields(result):
             if (said := getattr(result, field.name)) is not None:
                 setattr(sample, field.name, said)
+        sample.advance(SampleState.SCORED)
+
+
+def skip_inference(samples: Sequence[Sample]) -> None:
+    """No model has anything to say."""
+    for sample in samples:
+        sample.advance(SampleState.INFERRING)
         sample.advance(SampleState.SCORED)

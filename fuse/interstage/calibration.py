@@ -2,7 +2,7 @@
 
 A decode step is timed with its batch and context; steps that computed prompts anew tell what prefill adds; inference is
 timed with its tokens; KV transfers are timed at both ends, but for those that lost some. Until enough has been seen of
-prefill, it counts as a third of inference, which runs three models; until enough has been seen of transfers, they count
+prefill, it counts as one model's part of inference; until enough has been seen of transfers, they count
 as copies through a host's memory.
 """
 
@@ -16,7 +16,6 @@ from fuse.trace import Span
 
 _KEPT = 512
 """Latest rows of each kind that are fitted."""
-_MODELS_OF_INFERENCE = 3
 
 TRANSFER_S = 3e-3
 TRANSFER_BYTE_S = 1 / 2e9
@@ -24,10 +23,11 @@ TRANSFER_BYTE_S = 1 / 2e9
 
 
 class Calibration:
-    """Collects measurements over iterations; `costs` is the model fitted to them."""
+    """Collects measurements over iterations; `costs` is the model fitted to them. num_scoring: models that score."""
 
-    def __init__(self, kv_bytes_per_token: int, inference_batch_tokens: int) -> None:
+    def __init__(self, kv_bytes_per_token: int, inference_batch_tokens: int, num_scoring: int) -> None:
         self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
+        self._num_scoring = num_scoring
         self._decode: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)
         self._filled: deque[tuple[float, float, float, float]] = deque(maxlen=_KEPT)
         self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
@@ -57,7 +57,7 @@ class Calibration:
             return None
         step_s, sample_s, context_s = fit_affine("decode", self._decode)
         inference_s, inference_token_s = fit_affine("inference", self._inference)
-        prefill_s, prefill_token_s = inference_s / _MODELS_OF_INFERENCE, inference_token_s / _MODELS_OF_INFERENCE
+        prefill_s, prefill_token_s = inference_s / self._num_scoring, inference_token_s / self._num_scoring
         beyond_decoding = [
             (tokens, seconds - step_s - sample_s * batch - context_s * context)
             for batch, context, tokens, seconds in self._filled

@@ -51,11 +51,13 @@ class RolloutPlanner:
 
     Before lengths and costs are known, samples stay where they are, and are scored as devices come free. Once they are
     known, `threshold` is tuned by simulation; and again when lengths have drifted.
+
+    num_scoring: models that score.
     """
 
-    def __init__(self, settings: RolloutSettings) -> None:
+    def __init__(self, settings: RolloutSettings, *, num_scoring: int) -> None:
         self._settings = settings
-        self._calibration = Calibration(settings.kv_bytes_per_token, settings.inference_batch_tokens)
+        self._calibration = Calibration(settings.kv_bytes_per_token, settings.inference_batch_tokens, num_scoring)
         self._updates: deque[list[Observation]] = deque(maxlen=_REMEMBERED_UPDATES)
         self._prompt_tokens: deque[list[int]] = deque(maxlen=_REMEMBERED_UPDATES)
         self._threshold: Threshold | None = None

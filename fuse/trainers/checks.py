@@ -8,7 +8,7 @@ from dataclasses import fields
 from itertools import combinations
 from typing import Literal, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from fuse.config.prompt_tokens import PromptTokens
@@ -21,6 +21,8 @@ from fuse.training.model_spec import ModelSpec
 from fuse.training.model_support import check_trainable
 
 _logger = logging.getLogger(__name__)
+
+_OPTIMIZERS = "optimizers must be (None, None): AdamW runs sharded in the workers; set its options in args"
 
 
 def check_arguments(
@@ -50,9 +52,42 @@ def check_arguments(
         if not isinstance(given, PreTrainedModel) and not (name == "ref_model" and given is None):
             raise ValueError(f"{name} is {given!r}: pass a transformers model, e.g. by from_pretrained")
     if any(item is not None for item in optimizers):
-        raise ValueError("optimizers must be (None, None): AdamW runs sharded in the workers; set its options in args")
+        raise ValueError(_OPTIMIZERS)
     if peft_config is not None:
         raise ValueError("peft_config is not supported: merge the adapter into the model, or train all weights")
+
+
+def check_unset(arguments: Mapping[str, object], optimizers: tuple[object, object]) -> None:
+    """Raises: ValueError for arguments of TRL's trainers that are not supported."""
+    for name, value in arguments.items():
+        if value is not None:
+            remedy = (
+                "merge the adapter into the model, or train all weights" if name == "peft_config" else "leave it out"
+            )
+            raise ValueError(f"{name} is not supported: {remedy}")
+    if any(item is not None for item in optimizers):
+        raise ValueError(_OPTIMIZERS)
+
+
+def check_policy(model: object) -> None:
+    """Raises: ValueError for anything but a model."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is {model!r}: pass a causal language model, or its path")
+
+
+def check_no_experts(config: PretrainedConfig, router_aux_loss_coef: float) -> None:
+    """Raises: ValueError for a mixture of experts with a loss of its router, which stages do not compute."""
+    if router_aux_loss_coef and getattr(config.get_text_config(), "output_router_logits", None) is not None:
+        raise ValueError(
+            f"router_aux_loss_coef={router_aux_loss_coef} with a mixture of experts, whose router's loss is not "
+            f"supported: set it to 0.0"
+        )
+
+
+def check_reward_model(model: PreTrainedModel) -> None:
+    """Raises: ValueError for a model that is no sequence classifier with one label, or cannot be built again."""
+    ModelSpec.of(model)
+    _check_kind("reward", model)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

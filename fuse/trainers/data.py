@@ -93,6 +93,8 @@ def prompt_rows(
     context: int | None = None,
     too_long: str = "shorten or remove them, or lower response_length",
     with_messages: bool = False,
+    keep_prompt: bool = False,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[Row]:
     """Rows with `input_ids` from rows with a prompt: a string, or a list of chat messages for the chat template.
 
@@ -105,6 +107,7 @@ def prompt_rows(
     response_length, context: tokens; a prompt must leave room for a whole response. too_long: what to do about others.
     with_messages: where a prompt is a list of chat messages, rows have it in a column `messages` too, for reward
         functions, None where it is a string. A column of that name that the rows have already stays.
+    keep_prompt: whether rows keep the prompt as it was. template_options: for the chat template.
 
     Raises:
         ValueError: a missing column, an empty or too long prompt with its row number from 0, a column named like one of
@@ -133,10 +136,14 @@ def prompt_rows(
                 f"dataset row {index} has no column {source!r} (it has: {', '.join(row) or 'none'}): add it"
             )
         prompt = row[source]
-        tokens = counted_tokens(row, index) if source == TOKENS else _tokenise(prompt, tokenizer, index)
+        tokens = (
+            counted_tokens(row, index) if source == TOKENS else _tokenise(prompt, tokenizer, index, template_options)
+        )
         if not tokens:
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
         messages = {MESSAGES: prompt if isinstance(prompt, list) else None} if are_chats else {}
+        if keep_prompt:
+            messages[source] = prompt
         tokenised.append({TOKENS: tokens, **{name: row.get(name) for name in columns}, **messages})
     if context is not None:
         lengths = [len(row[TOKENS]) for row in tokenised]
@@ -144,7 +151,9 @@ def prompt_rows(
     return tokenised
 
 
-def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) -> list[int]:
+def _tokenise(
+    prompt: object, tokenizer: PreTrainedTokenizerBase, index: int, template_options: Mapping[str, Any] | None
+) -> list[int]:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"dataset row {index} has an empty prompt: remove it")
@@ -168,10 +177,12 @@ def _tokenise(prompt: object, tokenizer: PreTrainedTokenizerBase, index: int) ->
             f"dataset row {index} has chat messages but the tokenizer has no chat template: "
             "give prompts as strings, or set tokenizer.chat_template and save it"
         )
-    return _through_template(prompt, tokenizer, index)
+    return _through_template(prompt, tokenizer, index, template_options or {})
 
 
-def _through_template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int) -> list[int]:
+def _through_template(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, index: int, options: Mapping[str, Any]
+) -> list[int]:
     continues = messages[-1]["role"] == "assistant"
     try:
         return list(
@@ -181,6 +192,7 @@ def _through_template(messages: list[dict[str, str]], tokenizer: PreTrainedToken
                 continue_final_message=continues,
                 tokenize=True,
                 return_dict=False,
+                **options,
             )
         )
     except (ValueError, TypeError, KeyError, TemplateError) as error:

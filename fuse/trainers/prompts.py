@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.sample import Sample
@@ -37,9 +37,14 @@ class PassSampler(Sampler[int]):
 
 
 def prompt_loader(
-    dataset: Any, batch_size: int, seed: int, collate: Callable[[list[Row]], Any] | None = None
+    dataset: Any,
+    batch_size: int,
+    seed: int,
+    collate: Callable[[list[Row]], Any] | None = None,
+    *,
+    shuffles: bool = True,
 ) -> DataLoader[Any]:
-    """Shuffled batches of dataset rows; an incomplete last batch of a pass is dropped.
+    """Batches of dataset rows, shuffled or in their order; an incomplete last batch of a pass is dropped.
 
     Raises:
         ValueError: the dataset holds less than one batch.
@@ -49,7 +54,7 @@ def prompt_loader(
             f"the dataset has {len(dataset)} rows, fewer than one batch of {batch_size}: add rows, or lower "
             f"per_device_train_batch_size or gradient_accumulation_steps"
         )
-    sampler = PassSampler(dataset, seed)
+    sampler = PassSampler(dataset, seed) if shuffles else SequentialSampler(dataset)
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate or list, drop_last=True)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
@@ -119,12 +120,17 @@ class _Call:
                 self.caller.kill()
 
 
+def _write_score(sample: Sample, score: float) -> None:
+    sample.score = score
+
+
 class RewardCalls:
     """Calls a reward function while the caller goes on, for as long as a run lasts.
 
     A context manager: it drops what is under way; a function that never returns keeps neither it nor the interpreter
     from ending. function: None where a model rewards; then nothing is called. decode: token ids to texts, special
-    tokens left out. clock: seconds.
+    tokens left out. columns_of: what the function is given of a sample beside its texts. write: what is done with a
+    score. clock: seconds.
 
     Raises:
         ValueError: a function that cannot be sent to a process.
@@ -136,8 +142,11 @@ class RewardCalls:
         decode: Callable[[Sequence[Sequence[int]]], list[str]],
         settings: RewardSettings | None = None,
         *,
+        columns_of: Callable[[Sample], Mapping[str, Any]] = attrgetter("columns"),
+        write: Callable[[Sample, float], None] = _write_score,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._columns_of, self._write = columns_of, write
         self._function, self._decode, self._clock = function, decode, clock
         self._settings = settings or RewardSettings()
         self._decoding = threading.Lock()  # tokenizers are not made for threads
@@ -168,6 +177,8 @@ class RewardCalls:
         if self._in_processes:
             for thread in self._threads:
                 thread.join()
+
+    def prepare(self, samples: Sequence[Sample]) -> None: ...
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """Have generated samples rewarded."""
@@ -202,7 +213,7 @@ class RewardCalls:
                 failures += errors
                 self._calls.remove(call)
                 for sample, score in zip(call.samples, scores, strict=True):
-                    sample.score = score
+                    self._write(sample, score)
             self._warn_of_waiting()
         if self._function is None or self._settings.error_score is None:
             return {}
@@ -299,7 +310,7 @@ class RewardCalls:
         """Where samples together fail they are rewarded one by one, so that each fails for itself."""
         score = self._settings.error_score
         try:
-            columns, numbers = [sample.columns for sample in samples], [sample.id for sample in samples]
+            columns, numbers = [self._columns_of(sample) for sample in samples], [sample.id for sample in samples]
             return caller.call(prompts, responses, columns, numbers), []
         except RewardError as error:
             if score is None or call.is_late:

@@ -62,6 +62,47 @@ def check_reward_columns(function: RewardFunction, dataset: Iterable[Mapping[str
             )
 
 
+_NAMED = ("prompts", "completions", "completion_ids", "trainer_state")
+_LOGS = ("log_metric", "log_extra")
+
+
+def check_named_arguments(
+    function: RewardFunction, dataset: Iterable[Mapping[str, Any]], argument: str, *, in_process: bool
+) -> None:
+    """Whether `function` can be called as TRL's trainers call it: by name, with the columns of `dataset` and more.
+
+    in_process: it then cannot be given what logs for it.
+
+    Raises:
+        ValueError: a column named like another argument; an argument that it does not take, or that there is not.
+    """
+    name = function_name(function)
+    columns = [column for column in _columns(dataset, argument) if column != "prompt"]
+    for column in columns:
+        if column in (*_NAMED, *_LOGS):
+            raise ValueError(f"{argument} has a column {column!r}, an argument of every reward function: rename it")
+    given = {*_NAMED, *columns, *(() if in_process else _LOGS)}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # native code that does not tell
+        return
+    by_name = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
+    if not takes_any and (missing := sorted(given - by_name.keys())):
+        raise ValueError(
+            f"reward function {name} does not take {missing[0]!r}, which it is given: define it as "
+            f"(prompts, completions, **kwargs)"
+        )
+    for parameter in by_name.values():
+        if parameter.default is Parameter.empty and parameter.name not in given:
+            remedy = "add it, or give the argument a default"
+            if parameter.name in _LOGS:
+                remedy = "it is given in threads alone: set reward_workers='thread'"
+            raise ValueError(
+                f"{argument} has no column {parameter.name!r}, which reward function {name} needs: {remedy}"
+            )
+
+
 def takes_column(function: RewardFunction, column: str) -> bool:
     """Whether `function` can be called with a dataset's column of this name."""
     try:

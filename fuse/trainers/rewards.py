@@ -59,11 +59,11 @@ def call_reward_function(
         if _NO_MAIN_THREAD in reason:
             reason += ": set reward_workers='process', where functions run in a main thread"
         raise RewardError(f"reward function {function_name(function)} raised for {which}: {reason}") from error
-    return _checked(function_name(function), returned, responses)
+    return _checked(function_name(function), returned, responses, may_abstain=getattr(function, "may_abstain", False))
 
 
-def _checked(name: str, returned: Any, responses: Sequence[str]) -> list[float]:
-    """What a reward function returned, as numbers."""
+def _checked(name: str, returned: Any, responses: Sequence[str], *, may_abstain: bool) -> list[float]:
+    """What a reward function returned, as numbers. may_abstain: whether None is no reward, NaN here."""
     try:
         is_list = not isinstance(returned, (str, bytes, Mapping, Set, Iterator)) and len(returned) >= 0
     except TypeError:  # numbers, None, tensors and arrays without dimensions
@@ -79,8 +79,10 @@ def _checked(name: str, returned: Any, responses: Sequence[str]) -> list[float]:
             f"reward function {name} returned {len(rewards)} rewards for {len(responses)} responses: "
             f"return one number per response, in their order"
         )
+    if may_abstain:
+        rewards = [math.nan if reward is None else reward for reward in rewards]
     for index, reward in enumerate(rewards):
-        if not _is_finite_number(reward):
+        if not (_is_finite_number(reward) or (may_abstain and reward is math.nan)):
             raise ValueError(
                 f"reward function {name} returned {_shortened(reward)} for response {index} "
                 f"({responses[index][:_BEGINNING]!r}): return a finite number"

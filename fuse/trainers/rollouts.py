@@ -30,6 +30,9 @@ def reward_calls(args: RunConfig, reward: object, tokenizer: PreTrainedTokenizer
 class Rewards(Protocol):
     """What scores samples beside models."""
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Samples are generated, and models are going to score them."""
+
     def submit(self, samples: Sequence[Sample]) -> None:
         """Have generated samples rewarded; returns at once."""
 
@@ -69,10 +72,11 @@ class Rollouts:
         """
         if self.fused:
             with clock.phase("rollout"):
-                fleet.roll_out(samples, params, self.rewards.submit, max_new_tokens=max_new_tokens, teaches=teaches)
+                fleet.roll_out(samples, params, self._generated, max_new_tokens=max_new_tokens, teaches=teaches)
         else:
             with clock.phase("generation"):
                 fleet.generate(samples, params, max_new_tokens=max_new_tokens)
+            self.rewards.prepare(samples)
             with clock.phase("inference"):
                 fleet.infer(samples)
             self.rewards.submit(samples)
@@ -82,3 +86,7 @@ class Rollouts:
         if not teaches:
             fleet.forget_spans()
         return metrics
+
+    def _generated(self, samples: Sequence[Sample]) -> None:
+        self.rewards.prepare(samples)
+        self.rewards.submit(samples)

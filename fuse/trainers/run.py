@@ -156,12 +156,14 @@ class Run:
             state.global_step += 1
             self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         state.global_step += 1
+        state.num_input_tokens_seen += sum(len(sample.prompt_ids) + sample.length for sample in samples)
         state.epoch = state.episode / (self._num_rows * self.length.samples_per_prompt)
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.serial_bubble_ratio)
         rate = {self._rate_name: self._learning_rate}
-        self.log({"eps": eps, **metrics, **rate, "episode": state.episode, **times})
+        counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
+        self.log({"eps": eps, **metrics, **rate, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:

@@ -36,7 +36,7 @@ from fuse.training.steps import OptimizerStep
 from fuse.workers.cluster import Cluster
 
 # Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
-_FIRST_EVALUATION_ID = 1 << 40
+FIRST_EVALUATION_ID = 1 << 40
 _GREEDY = 0.01 + 1e-7
 """The temperature of TRL's completions of evaluation prompts."""
 
@@ -72,11 +72,13 @@ class Trainer(TrainerFace):
         data_collator: Any,
         callbacks: list[TrainerCallback] | None,
         num_places: int | None = None,
+        shuffles: bool = True,
         rate_name: str = "lr",
     ) -> None:
         """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
 
-        num_places: see `fuse.training.layout.Layout`. rate_name: what the learning rate is logged as.
+        num_places: see `fuse.training.layout.Layout`. shuffles: whether prompts are drawn at random.
+        rate_name: what the learning rate is logged as.
 
         Raises:
             ValueError: what cannot be placed, scheduled or generated.
@@ -87,7 +89,9 @@ class Trainer(TrainerFace):
         self.max_new_tokens: Mapping[int, int] = {}
         self._models, self._algorithm, self._layout = models, algorithm, layout
         self._special, self._num_places = special, num_places
-        self.dataloader = prompts.prompt_loader(train_dataset, length.prompts_per_update, args.seed, data_collator)
+        self.dataloader = prompts.prompt_loader(
+            train_dataset, length.prompts_per_update, args.seed, data_collator, shuffles=shuffles
+        )
         self.activity = Activity()
         self.cluster: Cluster | None = None
         self._fleet: Fleet | None = None
@@ -113,7 +117,12 @@ class Trainer(TrainerFace):
                 self._settings.check(num_micro_batches=len(step.micro_batches))
         self.activity.listen(self._run.show_activity)
 
-    # What an algorithm's trainer says
+    # What an algorithm's trainer says and does
+
+    def _on_update(self, fleet: Fleet, iteration: Iteration) -> None:
+        """After every update: what is due of evaluation."""
+        if self._run.shows_completions:
+            self.generate_completions(sampling=True)
 
     def _training_samples(self, batch: Any) -> list[Sample]:
         """The samples that a batch of prompts becomes, with ids that no other of the run has."""
@@ -173,8 +182,7 @@ class Trainer(TrainerFace):
             steps_of=self._optimizer_steps,
             num_places=self._num_places,
         ):
-            if run.shows_completions:
-                self.generate_completions(sampling=True)
+            self._on_update(fleet, iteration)
             yield iteration
             if termination.is_requested:
                 run.terminate(fleet)
@@ -281,7 +289,7 @@ class Trainer(TrainerFace):
             return
         samples: list[Sample] = []
         for batch in self.get_eval_dataloader():
-            samples += self._samples(batch, _FIRST_EVALUATION_ID + len(samples))
+            samples += self._samples(batch, FIRST_EVALUATION_ID + len(samples))
             if sampling:
                 break
         self._rollouts.roll_out(self._fleet, samples, self._sampling_params(_GREEDY), PhaseClock(), teaches=False)

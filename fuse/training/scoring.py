@@ -33,10 +33,14 @@ _Rows = Callable[["TokenSequence"], range]
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """A prompt of at least one token and the response to it."""
+    """A prompt of at least one token and the response to it.
+
+    rewarded_ids: what a reward model reads in place of these; None where its tokens are the same.
+    """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
+    rewarded_ids: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -150,7 +154,7 @@ def scores(
     limit: MicroBatchLimit = MicroBatchLimit(),
     autocast: torch.dtype | None = None,
 ) -> list[float]:
-    """The score head at the last token of prompt and response.
+    """The score head at the last token of prompt and response, or of `rewarded_ids`.
 
     Raises: ValueError for a model without a head of one output.
     """
@@ -158,7 +162,8 @@ def scores(
     def rows(sequence: TokenSequence) -> range:
         return range(len(sequence) - 1, len(sequence))
 
-    return [float(score[0]) for score in _scored(model, sequences, rows, limit, autocast)]
+    rewarded = [one if one.rewarded_ids is None else TokenSequence(one.rewarded_ids, ()) for one in sequences]
+    return [float(score[0]) for score in _scored(model, rewarded, rows, limit, autocast)]
 
 
 def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:

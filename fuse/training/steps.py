@@ -60,6 +60,26 @@ def optimizer_steps(
     return [OptimizerStep(micro_batches=micro_batches, weight=1 / len(micro_batches)) for micro_batches in cuts]
 
 
+def rollout_steps(
+    permutations: Sequence[NDArray[np.int64]], *, micro_batch_size: int, num_iterations: int, accumulation: int
+) -> list[OptimizerStep]:
+    """One step per `accumulation` micro-batches of rollouts that are each used `num_iterations` times.
+
+    permutations: by rollout, of the indices of its samples.
+    """
+    micro_batches = [
+        micro_batch
+        for permutation in permutations
+        for _ in range(num_iterations)
+        for micro_batch in _cut(permutation, micro_batch_size)
+    ]
+    assert len(micro_batches) % accumulation == 0
+    return [
+        OptimizerStep(micro_batches=tuple(micro_batches[start : start + accumulation]), weight=1 / accumulation)
+        for start in range(0, len(micro_batches), accumulation)
+    ]
+
+
 def trl_optimizer_steps(
     permutations: Sequence[NDArray[np.int64]],
     *,

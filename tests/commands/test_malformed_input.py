@@ -243,7 +243,7 @@ ROWS = [
 ]
 TRAINED = ["seed", "data-seed", "learning-rate", "temperature", "kl-coef", "response-length", "num-devices", "gamma"]
 TRAINED += ["total-episodes", "max-steps", "stop-token-id", "cliprange", "worker-timeout-s", "max-grad-norm"]
-TRAINED += ["per-device-train-batch-size", "generation-batch-size", "save-steps", "logging-steps", "warmup-steps"]
+TRAINED += ["per-device-train-batch-size", "engine-batch-size", "save-steps", "logging-steps", "warmup-steps"]
 
 
 @pytest.fixture(scope="module")

@@ -139,9 +139,9 @@ def test_policies_are_told_the_least_capacity_of_the_engines() -> None:
     assert settings().within([]).limits == settings().limits
     assert settings().within([300, 200]).limits.kv_capacity_tokens == 200
     assert settings().within([10_000]).limits == settings().limits
-    assert RolloutPlanner(settings().within([200])).limits.kv_capacity_tokens == 200
+    assert RolloutPlanner(settings().within([200]), num_scoring=3).limits.kv_capacity_tokens == 200
 
 
 def test_a_fixed_policy_is_what_the_run_asks_for() -> None:
-    assert RolloutPlanner(settings("none")).fixed_policy(4) == StageByStage()
-    assert RolloutPlanner(settings("adaptive")).fixed_policy(4) == Threshold(remaining=4, num_kept=2)
+    assert RolloutPlanner(settings("none"), num_scoring=3).fixed_policy(4) == StageByStage()
+    assert RolloutPlanner(settings("adaptive"), num_scoring=3).fixed_policy(4) == Threshold(remaining=4, num_kept=2)

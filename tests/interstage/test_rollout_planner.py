@@ -46,7 +46,7 @@ def spans_of(costs: CostModel) -> list[Span]:
 
 
 def test_costs_are_those_behind_the_spans() -> None:
-    calibration = Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens)
+    calibration = Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3)
     calibration.add(spans_of(SMALL_CPU))
     costs = calibration.costs()
     assert costs is not None
@@ -70,7 +70,7 @@ def test_costs_are_those_behind_the_spans() -> None:
 
 
 def test_what_was_hardly_seen_is_assumed_or_missing() -> None:
-    calibration = Calibration(2048, 16384)
+    calibration = Calibration(2048, 16384, 3)
     calibration.add([decode(SMALL_CPU, 2, 10), decode(SMALL_CPU, 3, 10), *inference(SMALL_CPU, 0, 100)])
     assert calibration.costs() is None
     calibration.add([decode(SMALL_CPU, 4, 30), *inference(SMALL_CPU, 1, 500)])
@@ -95,9 +95,9 @@ def finished(tokens: int, first_id: int = 0) -> list[Sample]:
 
 def test_policies_follow_what_is_known() -> None:
     samples = finished(10)
-    assert RolloutPlanner(settings("none")).policy(samples) == StageByStage()
+    assert RolloutPlanner(settings("none"), num_scoring=3).policy(samples) == StageByStage()
     for name in ("adaptive", "threshold"):
-        planner = RolloutPlanner(settings(name))
+        planner = RolloutPlanner(settings(name), num_scoring=3)
         staying = Threshold(remaining=8, num_kept=2)
         assert planner.policy(samples) == staying, "nothing is known"
         planner.observe(samples)

@@ -1,0 +1,283 @@
+"""What the trainers of GRPO and RLOO share: TRL's arguments, groups of responses, and rewards of several functions."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from fuse.algorithms.algorithm import Algorithm
+from fuse.algorithms.group_batch import GroupSettings, rollout_metrics
+from fuse.config.group import GroupConfig
+from fuse.driver.fleet import Fleet
+from fuse.sample import Sample, SpecialTokens
+from fuse.trace import PhaseClock
+from fuse.trainers import checks
+from fuse.trainers.completions import show_completions
+from fuse.trainers.data import check_dataset, prompt_rows
+from fuse.trainers.group_rewards import GroupRewards, RewardSource
+from fuse.trainers.iteration import Iteration
+from fuse.trainers.prompt_checks import usable_prompts
+from fuse.trainers.reward_calls import RewardSettings
+from fuse.trainers.reward_columns import check_named_arguments
+from fuse.trainers.rewards import function_name
+from fuse.trainers.special_tokens import special_tokens
+from fuse.trainers.steps import seeded
+from fuse.trainers.trainer import FIRST_EVALUATION_ID, Trainer
+from fuse.training.layout import RaggedLayout
+from fuse.training.steps import OptimizerStep, rollout_steps
+from schedules.files import check_writable
+
+_logger = logging.getLogger(__name__)
+
+PROMPT = "prompt"
+
+
+class GroupTrainer(Trainer):
+    """Trains a policy on groups of responses.
+
+    model: a causal language model, or its path or name on the Hub.
+    reward_funcs: one or a list of functions `(prompts, completions, completion_ids, **columns) -> list[float | None]`,
+        which are also given `trainer_state`, and `log_extra` and `log_metric` in threads; plain or `async`. One of them
+        may be a sequence classifier with one label, or its path.
+    train_dataset: rows with a `prompt`, a string or chat messages; the other columns go to the reward functions.
+    processing_class: the tokenizer; by default the model's. reward_processing_classes: that of a reward model.
+    eval_dataset, callbacks: as in TRL. What else TRL takes must stay unset.
+
+    After `train()` the trained weights are in `model`.
+
+    Raises:
+        ValueError: arguments that cannot be trained, with what, why and the remedy; nothing has been started then.
+    """
+
+    CONFIG: ClassVar[type[GroupConfig]]
+
+    args: GroupConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        reward_funcs: RewardSource | str | list[RewardSource | str] | None = None,
+        args: GroupConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[None, None] = (None, None),
+        quantization_config: None = None,
+        peft_config: None = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
+    ) -> None:
+        unsupported = {"quantization_config": quantization_config, "peft_config": peft_config, "tools": tools}
+        unsupported |= {"rollout_func": rollout_func, "environment_factory": environment_factory}
+        checks.check_unset(unsupported, optimizers)
+        args = self.CONFIG(f"{_name_of(model)}-{self.NAME}") if args is None else args
+        self.args = args
+        check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        checks.check_evaluation(args, eval_dataset)
+        check_writable(Path(str(args.output_dir)), "output_dir")
+        options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **_objects(args.model_init_kwargs)}
+        policy = AutoModelForCausalLM.from_pretrained(model, **options) if isinstance(model, str) else model
+        checks.check_policy(policy)
+        checks.check_no_experts(policy.config, args.router_aux_loss_coef)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(policy.config._name_or_path, padding_side="left")
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        checks.check_tokenizer(processing_class)
+        self.processing_class = processing_class
+        self.reward_funcs, self._reward_tokenizer = _reward_sources(reward_funcs, reward_processing_classes, options)
+        self.reward_func_names = [_source_name(source) for source in self.reward_funcs]
+        self._weights = tuple(args.reward_weights or [1.0] * len(self.reward_funcs))
+        if len(self._weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self._weights)} weights for {len(self.reward_funcs)} reward functions: give "
+                f"one each"
+            )
+        self.ref_model = copy.deepcopy(policy) if args.beta else None
+        special = special_tokens(args, processing_class, policy)
+        models = {"actor": policy} | ({} if self.ref_model is None else {"reference": self.ref_model})
+        checks.check_models(models, args.train_backend)
+        for source in self.reward_funcs:
+            if isinstance(source, PreTrainedModel):
+                checks.check_reward_model(source)
+                models["reward"] = source
+            else:
+                checks.check_reward_options(args, source)
+        train_dataset = self._rows(train_dataset, "train_dataset", policy, special)
+        if eval_dataset is not None:
+            eval_dataset = self._rows(eval_dataset, "eval_dataset", policy, special)
+        length = args.run_length(len(train_dataset))
+        self._permutation = seeded(args.seed, args.rollout_size)
+        self._group = GroupSettings(
+            num_generations=args.num_generations,
+            rollout_size=args.rollout_size,
+            reward_names=tuple(self.reward_func_names),
+            reward_weights=self._weights,
+            mask_truncated=args.mask_truncated_completions,
+        )
+        self._set_up(
+            models,
+            self._make_algorithm(self._group, special),
+            length,
+            RaggedLayout(),
+            special,
+            shown=policy,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=None,
+            callbacks=callbacks,
+            shuffles=args.shuffle_dataset,
+            rate_name="learning_rate",
+        )
+
+    def _make_algorithm(self, group: GroupSettings, special: SpecialTokens) -> Algorithm:
+        """The algorithm that `args` asks for."""
+        raise NotImplementedError
+
+    # Data
+
+    def _rows(self, dataset: Any, argument: str, policy: PreTrainedModel, special: SpecialTokens) -> Any:
+        """The rows to be used, tokenised, each with its prompt as it was.
+
+        Raises: ValueError for those that cannot be.
+        """
+        rows = prompt_rows(
+            dataset,
+            self.processing_class,
+            prompt_column=PROMPT,
+            response_length=self.args.max_completion_length,
+            keep_prompt=True,
+            template_options=_objects(self.args.chat_template_kwargs),
+        )
+        for source in self.reward_funcs:
+            if not isinstance(source, PreTrainedModel):
+                check_named_arguments(source, rows, argument, in_process=self.args.reward_workers == "process")
+        return usable_prompts(rows, argument, policy.config, self.args, special.pad)
+
+    def _training_samples(self, batch: Any) -> list[Sample]:
+        repeated = [row for row in batch for _ in range(self.args.num_generations)]
+        samples = self._samples(repeated, self.state.episode)
+        self.state.episode += len(samples)
+        return samples
+
+    def _optimizer_steps(self, update: int) -> Sequence[OptimizerStep]:
+        args, size = self.args, self.args.rollout_size
+        return rollout_steps(
+            [index * size + self._permutation(update, index) for index in range(args.rollouts_per_update)],
+            micro_batch_size=args.per_device_train_batch_size,
+            num_iterations=args.num_iterations,
+            accumulation=args.gradient_accumulation_steps,
+        )
+
+    def _make_rewards(self) -> AbstractContextManager[GroupRewards]:
+        args = self.args
+        settings = RewardSettings(
+            workers=args.reward_workers, timeout_s=args.reward_timeout_s, error_score=args.reward_error_score
+        )
+        return GroupRewards(
+            self.reward_funcs,
+            self._weights,
+            self.processing_class,
+            self._reward_tokenizer,
+            settings,
+            lambda: self.state,
+        )
+
+    # What is shown
+
+    def _on_update(self, fleet: Fleet, iteration: Iteration) -> None:
+        if self.args.log_completions:
+            shown = iteration.samples[: self.args.num_completions_to_print]
+            show_completions(self.processing_class, shown, self.state.global_step, self.callback_handler.callbacks)
+        if self.control.should_evaluate:
+            self.evaluate()
+        elif self._run.shows_completions:
+            self.generate_completions(sampling=True)
+
+    def evaluate(self) -> dict[str, float]:
+        """Generate responses to all evaluation prompts as in training, and log what they are rewarded, as `eval_*`.
+
+        Without workers running, before or after training, workers are started for it.
+        """
+        if self.eval_dataset is None:
+            raise ValueError("there is no eval_dataset: pass one to the trainer")
+        if self._fleet is None:
+            with self._workers(None):
+                return self.evaluate()
+        num_generations = self.args.num_generations_eval or self.args.num_generations
+        rows = [row for row in self.eval_dataset for _ in range(num_generations)]
+        samples = self._samples(rows, FIRST_EVALUATION_ID)
+        params = self._sampling_params(self.args.sampling_temperature)
+        self._rollouts.roll_out(self._fleet, samples, params, PhaseClock(), teaches=False)
+        metrics = rollout_metrics(samples, num_generations=num_generations, settings=self._group, special=self._special)
+        logged = {f"eval_{name}": value for name, value in metrics.items()}
+        self.log(logged)
+        return logged
+
+
+def _objects(options: dict[str, Any] | str | None) -> dict[str, Any]:
+    assert not isinstance(options, str), "the configuration parses it"
+    return options or {}
+
+
+def _name_of(model: PreTrainedModel | str) -> str:
+    return str(model if isinstance(model, str) else model.config._name_or_path).rstrip("/").rpartition("/")[2]
+
+
+def _source_name(source: RewardSource) -> str:
+    if isinstance(source, PreTrainedModel):
+        return str(source.config._name_or_path).rstrip("/").rpartition("/")[2]
+    return function_name(source)
+
+
+def _reward_sources(
+    given: RewardSource | str | list[RewardSource | str] | None, tokenizers: Any, options: Mapping[str, Any]
+) -> tuple[list[RewardSource], PreTrainedTokenizerBase | None]:
+    """Functions and models, and the tokenizer of the model that is one of them.
+
+    Raises: ValueError for none, several models, or what is neither.
+    """
+    sources: list[Any] = list(given) if isinstance(given, list) else [] if given is None else [given]
+    if not sources:
+        raise ValueError("reward_funcs is empty: pass a function, a sequence classifier, or a list of these")
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(sources)
+    if len(tokenizers) != len(sources):
+        raise ValueError(
+            f"reward_processing_classes has {len(tokenizers)} tokenizers for {len(sources)} reward functions: give one "
+            f"each, or None"
+        )
+    tokenizer: PreTrainedTokenizerBase | None = None
+    for index, source in enumerate(sources):
+        if isinstance(source, str):
+            source = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options)
+            sources[index] = source
+        if isinstance(source, PreTrainedModel):
+            if tokenizer is not None:
+                raise ValueError(
+                    "reward_funcs has several models: pass one, and the others as functions that call them"
+                )
+            tokenizer = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)
+        elif not callable(source):
+            raise ValueError(
+                f"reward_funcs has {source!r}: pass functions (prompts, completions, **columns) -> list[float], or a "
+                f"sequence classifier"
+            )
+    return sources, tokenizer

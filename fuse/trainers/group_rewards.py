@@ -1,0 +1,207 @@
+"""Rewards from several functions and a model, by TRL's signature."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from fuse.sample import Sample
+from fuse.trainers.reward_calls import RewardCalls, RewardSettings
+from fuse.trainers.rewards import RewardFunction, function_name
+
+_logger = logging.getLogger(__name__)
+
+_PROMPT, _TOKENS, _SAMPLE, _STATE = "prompt", "completion_ids", "sample_id", "trainer_state"
+"""What calls carry of each sample, beside its texts and the dataset's columns."""
+
+RewardSource = RewardFunction | PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class ByName:
+    """A reward function of TRL's, to be called with prompts and responses by position.
+
+    It gets `prompts`, `completions` and `completion_ids`, the dataset's other columns, the trainer's state, and, in
+    threads, what logs for it. Completions of conversations are messages. It may return None, for no reward.
+    """
+
+    function: RewardFunction
+    journal: Journal | None = None
+
+    may_abstain = True
+
+    @property
+    def __name__(self) -> str:
+        return function_name(self.function)
+
+    def __call__(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        /,
+        *,
+        prompt: list[Any],
+        completion_ids: list[list[int]],
+        sample_id: list[int],
+        trainer_state: list[TrainerState],
+        **columns: list[Any],
+    ) -> Any:
+        completions: list[Any] = [
+            response if isinstance(of_one, str) else [{"role": "assistant", "content": response}]
+            for of_one, response in zip(prompt, responses, strict=True)
+        ]
+        logs: dict[str, Any] = {} if self.journal is None else self.journal.for_call(sample_id)
+        return self.function(
+            prompts=prompt,
+            completions=completions,
+            completion_ids=completion_ids,
+            trainer_state=trainer_state[0],
+            **columns,
+            **logs,
+        )
+
+
+class Journal:
+    """What reward functions log of an update: metrics, and columns of the table of completions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._metrics: dict[str, list[float]] = {}
+        self.columns: dict[str, dict[int, Any]] = {}
+
+    def for_call(self, sample_ids: Sequence[int]) -> dict[str, Callable[..., None]]:
+        """The arguments `log_metric(name, value)` and `log_extra(column, values)` of a call with these samples."""
+
+        def log_metric(name: str, value: float) -> None:
+            with self._lock:
+                self._metrics.setdefault(name, []).append(float(value))
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            with self._lock:
+                self.columns.setdefault(column, {}).update(zip(sample_ids, values, strict=False))
+
+        return {"log_metric": log_metric, "log_extra": log_extra}
+
+    def drain(self) -> dict[str, float]:
+        """Means of the metrics since the last call."""
+        with self._lock:
+            metrics, self._metrics = self._metrics, {}
+        return {name: sum(values) / len(values) for name, values in metrics.items()}
+
+
+class GroupRewards:
+    """Calls every reward function on samples as they come, and has a reward model read them.
+
+    sources: functions, and a model at most. weights: of the sources. tokenizers: of the model, by the sources' order.
+    state: of the run, which functions are given.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[RewardSource],
+        weights: Sequence[float],
+        tokenizer: PreTrainedTokenizerBase,
+        model_tokenizer: PreTrainedTokenizerBase | None,
+        settings: RewardSettings,
+        state: Callable[[], TrainerState],
+    ) -> None:
+        self._tokenizer, self._model_tokenizer, self._state = tokenizer, model_tokenizer, state
+        self._weights = weights
+        self._model = next((i for i, source in enumerate(sources) if isinstance(source, PreTrainedModel)), None)
+        self.journal = Journal()
+        journal = self.journal if settings.workers == "thread" else None
+        self._calls = [
+            RewardCalls(
+                ByName(source, journal),
+                self._decode,
+                settings,
+                columns_of=self._columns_of,
+                write=_writer(index),
+            )
+            for index, source in enumerate(sources)
+            if not isinstance(source, PreTrainedModel)
+        ]
+        self._samples: list[Sample] = []
+        self._resources = ExitStack()
+
+    def __enter__(self) -> GroupRewards:
+        with ExitStack() as resources:
+            for calls in self._calls:
+                resources.enter_context(calls)
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._resources.close()
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Write what the reward model reads: prompts and completions as texts, in its own tokens."""
+        for sample in samples:
+            sample.rewards = [math.nan] * len(self._weights)
+        if self._model_tokenizer is None:
+            return
+        responses = self._decode([sample.response_ids[: sample.length] for sample in samples])
+        for sample, response in zip(samples, responses, strict=True):
+            sample.rewarded_ids = self._model_tokens(sample.columns[_PROMPT], response)
+
+    def submit(self, samples: Sequence[Sample]) -> None:
+        for calls in self._calls:
+            calls.submit(samples)
+        self._samples += samples
+
+    def finish(self) -> dict[str, float]:
+        """As `RewardCalls.finish`, of all functions: samples then have `rewards`, and their weighted sum as score."""
+        metrics: dict[str, float] = {}
+        for calls in self._calls:
+            for name, value in calls.finish().items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        samples, self._samples = self._samples, []
+        for sample in samples:
+            if self._model is not None:
+                assert sample.score is not None
+                sample.rewards[self._model] = sample.score
+            pairs = zip(self._weights, sample.rewards, strict=True)
+            sample.score = sum(weight * reward for weight, reward in pairs if not math.isnan(reward))
+        without = [sample for sample in samples if all(math.isnan(reward) for reward in sample.rewards)]
+        if without:
+            _logger.warning(
+                "no reward function returned a reward for %d of %d samples (the first to %r): their advantage is 0",
+                len(without),
+                len(samples),
+                self._decode([list(without[0].prompt_ids)])[0][:60],
+            )
+        return {**metrics, **self.journal.drain()}
+
+    def _columns_of(self, sample: Sample) -> Mapping[str, Any]:
+        return {
+            **sample.columns,
+            _TOKENS: sample.response_ids[: sample.length],
+            _SAMPLE: sample.id,
+            _STATE: self._state(),
+        }
+
+    def _decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        return self._tokenizer.batch_decode([list(one) for one in token_ids], skip_special_tokens=True)
+
+    def _model_tokens(self, prompt: Any, response: str) -> tuple[int, ...]:
+        """Of the whole conversation through the model's template, or of both texts."""
+        tokenizer: Any = self._model_tokenizer
+        if isinstance(prompt, str):
+            text = prompt + response
+        else:
+            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _writer(index: int) -> Callable[[Sample, float], None]:
+    def write(sample: Sample, reward: float) -> None:
+        sample.rewards[index] = reward
+
+    return write
