@@ -1,7 +1,7 @@
 """The `fuse` command: finds the subcommand, parses its options, and turns users' errors into one line each.
 
 A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; it is imported only when it
-runs, so `fuse --help` loads neither torch nor ray. Its `parents()`, if any, are parsers whose options it takes over.
+runs, so `fuse --help` loads neither torch nor ray. Its `parents(argv)`, if any, are parsers whose options it takes.
 
 Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted, 143 terminated.
 """
@@ -25,7 +25,7 @@ from fuse.termination import Terminated
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "train": "train a policy by PPO on your prompts, rewarded by a function or a model",
+        "train": "train a policy by PPO, GRPO or RLOO on your prompts, rewarded by functions or a model",
         "demo": "teach a small model to add, from nothing, in a few minutes",
         "solve": "find a fused pipeline schedule",
         "show": "print or draw a schedule and its timing",
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = Parser(
             prog=f"fuse {name}",
             description=command.__doc__,
-            parents=command.parents() if hasattr(command, "parents") else [],
+            parents=command.parents(rest) if hasattr(command, "parents") else [],
             formatter_class=HelpFormatter,
         )
         command.add_arguments(parser)

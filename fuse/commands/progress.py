@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fuse.activity import SILENCE_S, Activity
+from fuse.commands.results import mean_reward
 from fuse.printable import printable
 
 if TYPE_CHECKING:  # takes seconds to import, of which there is something to tell
-    from fuse.trainers.ppo import PPOTrainer
+    from fuse.trainers.trainer import Trainer
 
 
 class UpdateProgress(TrainerCallback):
@@ -46,7 +47,7 @@ class UpdateProgress(TrainerCallback):
     def start(self) -> None:
         self._progress.start()
 
-    def watch(self, trainer: PPOTrainer) -> None:
+    def watch(self, trainer: Trainer) -> None:
         """Show the trainer's progress, in place of transformers' own, which prints every metric of every update."""
         for standard in (ProgressCallback, PrinterCallback):
             trainer.callback_handler.remove_callback(standard)
@@ -65,9 +66,10 @@ class UpdateProgress(TrainerCallback):
         self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is None or "objective/scores" not in logs:
+        reward = mean_reward(logs or {})
+        if logs is None or reward is None:
             return
-        text = f"reward {logs['objective/scores']:.3f}, {logs['time/total']:.1f} s per update"
+        text = f"reward {reward:.3f}, {logs['time/total']:.1f} s per update"
         self._progress.update(self._task, completed=state.global_step, update=f"{text}; ")
         now_s = self._clock()
         is_due = self._printed_s is None or now_s - self._printed_s >= SILENCE_S

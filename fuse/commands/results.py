@@ -19,7 +19,7 @@ class RunResults:
     @classmethod
     def from_log(cls, log_history: Sequence[Mapping[str, Any]]) -> RunResults:
         """Collect what the trainer logged at each update."""
-        updates = [entry for entry in log_history if "objective/scores" in entry]
+        updates = [entry for entry in log_history if mean_reward(entry) is not None]
         phases_s: dict[str, float] = defaultdict(float)
         idle_s: dict[str, float] = defaultdict(float)
         for entry in updates:
@@ -31,10 +31,16 @@ class RunResults:
                     idle_s[label] += value * entry["time/total"]
         total_s = sum(entry["time/total"] for entry in updates)
         return cls(
-            rewards=tuple(entry["objective/scores"] for entry in updates),
+            rewards=tuple(reward for reward in map(mean_reward, updates) if reward is not None),
             phases_s=dict(phases_s) | {"other": max(0.0, total_s - sum(phases_s.values()))},
             idle={device: seconds / total_s for device, seconds in idle_s.items()},
         )
+
+
+def mean_reward(logged: Mapping[str, Any]) -> float | None:
+    """Of an update, as algorithms log it; None of what is no update."""
+    rewards = (logged.get(name) for name in ("objective/scores", "reward"))
+    return next((float(reward) for reward in rewards if reward is not None), None)
 
 
 def run_json(log_history: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:

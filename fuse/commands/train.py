@@ -1,20 +1,23 @@
-"""Train a policy by PPO on your own prompts.
+"""Train a policy by PPO, GRPO or RLOO on your own prompts.
 
   fuse train --model PATH --dataset prompts.jsonl --prompt-column question --reward-function rewards:score
+  fuse train --algorithm grpo --model PATH --dataset prompts.jsonl --reward-function rewards:exact rewards:short
 
 The dataset is a file of JSON lines, of a JSON array, in CSV or parquet, gzipped or not, a directory made by
 Dataset.save_to_disk, or a data set's name on the Hugging Face Hub: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A prompt is a
-string or a list of chat messages, of which the response continues the last if that is the assistant's. The reward
+string or a list of chat messages, of which the response continues the last if that is the assistant's. PPO's reward
 function gets (prompts, responses, **other_columns), all lists, and returns a list of one number per response; chat
-messages are its column `messages`, if it takes one. The trained policy goes to the output directory. All of
-transformers.TrainingArguments that have an effect here are options too.
+messages are its column `messages`, if it takes one. Those of the others are as TRL calls them, with prompts,
+completions, completion_ids and other columns by name. The trained policy goes to the output directory. All of
+transformers.TrainingArguments that have an effect here are options too. --help lists those of the --algorithm that is
+named beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from threading import Thread
@@ -24,16 +27,16 @@ from rich.console import Console
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import DataClassType
 
+from fuse.commands.algorithms import NAMES, OPTION, asked_for, config_class
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import run_json
 from fuse.commands.train_inputs import read_inputs
 from fuse.config.inherited import CANNOT_MATTER, REFUSED_VALUES, REMEDIES
 from fuse.config.inherited_help import HELP, ONE_VALUE
-from fuse.config.ppo import PPOConfig
 from fuse.printable import printable
 
-# What --help shows of TrainingArguments, beside all that is PPO's own; --help-all shows the rest.
+# What --help shows of TrainingArguments, beside all that is ours; --help-all shows the rest.
 _COMMON = frozenset(
     {
         "output_dir",
@@ -60,25 +63,32 @@ _NEVER_SHOWN = frozenset({*CANNOT_MATTER, *REMEDIES, *ONE_VALUE})
 """Options that are refused, or have no effect."""
 
 
-def parents() -> list[argparse.ArgumentParser]:
-    """A parser of every PPOConfig field."""
-    return [HfArgumentParser(cast(DataClassType, PPOConfig), add_help=False)]
+def parents(argv: Sequence[str]) -> list[argparse.ArgumentParser]:
+    """A parser of every field of the algorithm's configuration."""
+    return [HfArgumentParser(cast(DataClassType, config_class(asked_for(argv))), add_help=False)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fuse train` beside those of PPOConfig."""
+    """The options of `fuse train` beside those of configurations."""
+    parser.set_defaults(stop_token=None)  # of no algorithm: what the model ends with is what users expect
     parser.usage = "%(prog)s --model PATH --dataset DATA [OPTIONS]"
     hidden = _hide_uncommon(parser)
     parser.add_argument("--help-all", action=_HelpAll, hidden=hidden, help="show every option and exit")
     group = parser.add_argument_group("models and data")
+    group.add_argument(OPTION, choices=NAMES, default=NAMES[0], help="what to train by (default: ppo)")
     group.add_argument("--model", required=True, metavar="PATH", help="policy: a causal language model")
-    group.add_argument("--ref-model", metavar="PATH", help="what the KL penalty measures from (default: the policy)")
-    group.add_argument("--reward-function", metavar="MODULE:FUNCTION", help="Python function that scores responses")
+    group.add_argument("--ref-model", metavar="PATH", help="what PPO's KL penalty measures from (default: the policy)")
+    group.add_argument(
+        "--reward-function",
+        nargs="+",
+        metavar="MODULE:FUNCTION",
+        help="Python function that scores responses; without a critic also several",
+    )
     group.add_argument("--reward-model", metavar="PATH", help="sequence classifier that scores responses instead")
     group.add_argument(
         "--value-model",
         metavar="PATH",
-        help="critic (default: the reward model, else the policy with a new head)",
+        help="PPO's critic (default: the reward model, else the policy with a new head)",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="default: the policy's")
     group.add_argument("--pad-token", metavar="TOKEN", help="padding token, where the tokenizer names none")
@@ -86,7 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", required=True, metavar="DATA", help="prompts to train on: a file, directory or name"
     )
     group.add_argument("--eval-dataset", metavar="DATA", help="prompts whose completions are shown during training")
-    group.add_argument("--prompt-column", metavar="NAME", help="column of the prompt (default: tokens in input_ids)")
+    group.add_argument(
+        "--prompt-column",
+        metavar="NAME",
+        help="column of the prompt (default: tokens in input_ids for PPO, else prompt)",
+    )
     group.add_argument("--json", type=output_file, metavar="FILE", help="write rewards, seconds and phases to FILE")
     for action in parser._actions:
         action.metavar = action.metavar or _shown_choices(action)
@@ -101,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     start_s = time.monotonic()
     console = Console()
     inputs = read_inputs(arguments)
-    with run_progress(console, "PPO") as progress:
+    with run_progress(console, arguments.algorithm.upper()) as progress:
         tell = progress.activity.tell
         tell("starting: Ray")
         making = Thread(target=import_module, args=("fuse.commands.make_trainer",))  # takes seconds

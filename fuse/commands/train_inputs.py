@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from fuse import checkpoint
+from fuse.commands.algorithms import config_class
 from fuse.commands.reward_function import load_reward_function
-from fuse.commands.train_paths import check_reward
-from fuse.config.ppo import PPOConfig
+from fuse.commands.train_paths import check_rewards
 from fuse.trainers.data import check_source, read_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """reward: the function, if one scores. rows, eval_rows: of the datasets, not tokenised."""
+    """rewards: the functions that score, if any. rows, eval_rows: of the datasets, not tokenised."""
 
-    config: PPOConfig
-    reward: Any
+    config: Any
+    rewards: Sequence[Any]
     rows: Sequence[Mapping[str, Any]]
     eval_rows: Sequence[Mapping[str, Any]] | None
 
@@ -31,17 +31,36 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: options or data that cannot be trained with.
     """
-    check_reward(arguments.reward_function, arguments.reward_model)
-    options = {field.name: getattr(arguments, field.name) for field in fields(PPOConfig) if field.init}
+    check_rewards(arguments.algorithm, arguments.reward_function, arguments.reward_model)
+    check_models(arguments)
+    kind = config_class(arguments.algorithm)
+    options = {field.name: getattr(arguments, field.name) for field in fields(kind) if field.init}
     if options["stop_token"] is None and options["stop_token_id"] is None:
         options["stop_token"] = "model"
-    config = PPOConfig(**options)
+    config = kind(**options)
     if checkpoint.is_asked_for(resume_from := config.resume_from_checkpoint):
         checkpoint.find(Path(str(config.output_dir)), resume_from)
-    reward = load_reward_function(arguments.reward_function) if arguments.reward_function else None
+    rewards = [load_reward_function(name) for name in arguments.reward_function or ()]
     rows = read_rows(arguments.dataset)
     eval_rows = read_rows(arguments.eval_dataset) if arguments.eval_dataset else None
     for dataset in (rows, eval_rows):
         if dataset is not None:
-            check_source(dataset[0], arguments.prompt_column)
-    return Inputs(config=config, reward=reward, rows=rows, eval_rows=eval_rows)
+            check_source(dataset[0], prompt_column(arguments))
+    return Inputs(config=config, rewards=rewards, rows=rows, eval_rows=eval_rows)
+
+
+def prompt_column(arguments: argparse.Namespace) -> str | None:
+    """Where a row has its prompt; None for tokens."""
+    column: str | None = arguments.prompt_column
+    return "prompt" if column is None and arguments.algorithm != "ppo" else column
+
+
+def check_models(arguments: argparse.Namespace) -> None:
+    """Raises: ValueError for a model that the algorithm has not."""
+    for name in ("ref_model", "value_model"):
+        if getattr(arguments, name) is not None and arguments.algorithm != "ppo":
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} with --algorithm {arguments.algorithm}, which has no "
+                f"{'critic' if name == 'value_model' else 'reference but the policy it began with'}: leave it out"
+            )

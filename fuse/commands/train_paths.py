@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fuse.commands.algorithms import asked_for
 from fuse.commands.model_path import check_model_path
 from fuse.trainers.hub import SOURCES, is_hub_name
 from schedules.files import check_writable
 
 _MODELS = ("model", "ref_model", "reward_model", "value_model", "tokenizer")
 _DATASETS = ("dataset", "eval_dataset")
-_OTHERS = ("output_dir", "reward_function")
+_OTHERS = ("output_dir",)
 
 
 def check(argv: Sequence[str]) -> None:
@@ -24,9 +25,10 @@ def check(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (*_MODELS, *_DATASETS, *_OTHERS):
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?")
+    parser.add_argument("--reward-function", "--reward_function", nargs="+")
     given = {name: value for name, value in vars(parser.parse_known_args(argv)[0]).items() if value}
     if given:
-        check_reward(given.get("reward_function"), given.get("reward_model"))
+        check_rewards(asked_for(argv), given.get("reward_function"), given.get("reward_model"))
     for name in _MODELS:
         if name in given:
             check_model_path(given[name])
@@ -37,7 +39,10 @@ def check(argv: Sequence[str]) -> None:
         check_writable(Path(given["output_dir"]), "output_dir")
 
 
-def check_reward(function: str | None, model: str | None) -> None:
-    """Raises: ValueError where neither a function nor a model rewards, or both do."""
-    if (function is None) == (model is None):
+def check_rewards(algorithm: str, functions: Sequence[str] | None, model: str | None) -> None:
+    """Raises: ValueError where nothing rewards, or more than the algorithm takes."""
+    if algorithm != "ppo":
+        if not functions and model is None:
+            raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs a score")
+    elif (not functions) == (model is None) or len(functions or ()) > 1:
         raise ValueError("give --reward-function MODULE:FUNCTION or --reward-model PATH: a response needs one score")

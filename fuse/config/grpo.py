@@ -51,8 +51,8 @@ class GRPOConfig(GroupConfig):
     importance_sampling_level: Literal["token", "sequence"] = option(
         "token", "Whether a ratio is a token's, or the geometric mean over its response."
     )
-    scale_rewards: str | bool = option(
-        "group", "What advantages are divided by: the deviation of the group, of the batch, or none."
+    scale_rewards: str = option(
+        "group", "What advantages are divided by: the deviation of the 'group', of the 'batch', or 'none'."
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "Whether rewards of several functions are added before or after they are normalised."

@@ -61,17 +61,23 @@ def _grpo(name: str, **options: Any) -> GroupCase:
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 _REUSED = {"steps_per_generation": 4, "num_iterations": 2}
 
+DAPO = _grpo("dapo", loss_type="dapo")
+REUSED = {loss: _grpo(f"{loss}-reused-beta", loss_type=loss, beta=0.04, **_REUSED) for loss in LOSS_TYPES}
+GSPO = _grpo("gspo", loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3, **_REUSED)
+RLOO = GroupCase(name="rloo", algorithm="rloo")
+
 CASES: tuple[GroupCase, ...] = (
-    *(_grpo(f"{loss}", loss_type=loss) for loss in LOSS_TYPES),
-    *(_grpo(f"{loss}-reused-beta", loss_type=loss, beta=0.04, **_REUSED) for loss in LOSS_TYPES),
+    *(_grpo(f"{loss}", loss_type=loss) for loss in LOSS_TYPES if loss != "dapo"),
+    DAPO,
+    *REUSED.values(),
+    GSPO,
     *(_grpo(f"steps-{steps}-{uses}", steps_per_generation=steps, num_iterations=uses, beta=0.04 * (uses == 2))
       for steps in (1, 2, 4) for uses in (1, 2) if (steps, uses) != (4, 2)),
-    _grpo("gspo", loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3, **_REUSED),
     _grpo("luspo-sequence", loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-3, **_REUSED),
     _grpo("unscaled", loss_type="dr_grpo", scale_rewards="none"),
     _grpo("scaled-by-batch", scale_rewards="batch", steps_per_generation=1),
     _grpo("normalised-apart", multi_objective_aggregation="normalize_then_sum", reward_weights=[0.3, 2.0]),
-    _grpo("two-bounds", delta=1.01, epsilon_high=0.03, **_REUSED),
+    _grpo("two-bounds", delta=1.01, epsilon_high=0.025, **_REUSED),
     _grpo("unweighted-kl", beta=0.1, use_bias_correction_kl=False, **_REUSED),
     _grpo("high-entropy", top_entropy_quantile=0.4),
     _grpo("off-policy-mask", off_policy_mask_threshold=0.002, **_REUSED),
@@ -79,8 +85,8 @@ CASES: tuple[GroupCase, ...] = (
     _grpo("hot", temperature=1.7, beta=0.04),
     GroupCase(name="abstaining", options={"reward_weights": [1.0, 0.5]}, abstains=True),
     GroupCase(name="tied", tie_word_embeddings=True),
-    GroupCase(name="rloo", algorithm="rloo"),
-    GroupCase(name="rloo-reused", algorithm="rloo", options={"beta": 0.2, **_REUSED}),
+    RLOO,
+    GroupCase(name="rloo-reused", algorithm="rloo", options={"beta": 0.0, **_REUSED}),
     GroupCase(
         name="rloo-normalised",
         algorithm="rloo",
@@ -105,8 +111,7 @@ def build_policy(case: GroupCase) -> PreTrainedModel:
             initializer_range=0.3,
             tie_word_embeddings=case.tie_word_embeddings,
         )
-        policy = AutoModelForCausalLM.from_config(config)
-    return policy
+        return AutoModelForCausalLM.from_config(config)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

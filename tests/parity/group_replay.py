@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def replay(case: GroupCase, recording: GroupRecording, output_dir: Path, **optio
     rows = {row["prompt"]: row for row in trainer.train_dataset}
     size, count = config.num_generations, config.rollouts_per_update
     by_rollout = [[rows[one["prompt"]] for one in rollout.prompts[::size]] for rollout in recording.rollouts]
-    updates = [sum(by_rollout[first : first + count], []) for first in range(0, len(by_rollout), count)]
+    updates = [[*chain(*by_rollout[first : first + count])] for first in range(0, len(by_rollout), count)]
     samples = [
         (tokens, logprobs)
         for rollout in recording.rollouts

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from .group_cases import CASES, GroupCase
+from fuse.algorithms import group_advantages, group_batch, grpo, grpo_loss, leave_one_out, rloo
+from fuse.algorithms.sequences import Sequences
+from fuse.trainers import group
+
+from .group_cases import CASES, DAPO, GSPO, REUSED, RLOO, GroupCase
 from .group_oracle import GroupRecording, record
 from .group_replay import mismatches, replay
 
@@ -24,3 +32,105 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 def test_one_device(case: GroupCase, recorded: Recorded, in_process_workers: None, tmp_path: Path) -> None:
     recording = recorded(case)
     assert mismatches(recording, replay(case, recording, tmp_path, num_devices=1)) == []
+
+
+@pytest.mark.parametrize("case", [DAPO, REUSED["grpo"], GSPO, RLOO], ids=str)
+def test_two_devices(case: GroupCase, recorded: Recorded, pooled_workers: None, tmp_path: Path) -> None:
+    recording = recorded(case)
+    assert mismatches(recording, replay(case, recording, tmp_path, num_devices=2)) == []
+
+
+# Parity is not vacuous: each plausible mistake makes the comparison fail.
+
+
+def population_deviation(patch: pytest.MonkeyPatch) -> None:
+    def deviation(values: Tensor, dim: int) -> Tensor:
+        return values.std(dim=dim, keepdim=True, unbiased=False)
+
+    patch.setattr(group_advantages, "deviation", deviation)
+
+
+def advantages_over_the_batch(patch: pytest.MonkeyPatch) -> None:
+    right = grpo.group_advantages
+
+    def group_advantages(rewards: Tensor, weights: Tensor, *, num_generations: int, **options: Any) -> Any:
+        return right(rewards, weights, num_generations=len(rewards), **options)
+
+    patch.setattr(grpo, "group_advantages", group_advantages)
+
+
+def tokens_counted_by_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(grpo_loss.__dict__, "_MEANS", {**grpo_loss._MEANS, "dapo": grpo_loss._of_tokens})
+
+
+def ratios_of_the_trainers_own(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(group.GroupConfig, "is_on_policy", True)
+
+
+def sequence_ratios_without_the_mean(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sequences, "mean", Sequences.sum)
+
+
+def kl_without_its_ratio(patch: pytest.MonkeyPatch) -> None:
+    right = grpo_loss.GRPOLossSettings
+
+    def settings(**options: Any) -> Any:
+        return right(**{**options, "weighs_kl": False})
+
+    patch.setattr("fuse.trainers.grpo.GRPOLossSettings", settings)
+
+
+def baseline_with_the_sample_itself(patch: pytest.MonkeyPatch) -> None:
+    def whole_mean(rewards: Tensor, *, num_generations: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        _, deviations = leave_one_out.leave_one_out(rewards, num_generations=num_generations, normalize=normalize)
+        grouped = rewards.view(-1, num_generations)
+        return (grouped - grouped.mean(dim=1, keepdim=True)).flatten(), deviations
+
+    patch.setattr(rloo, "leave_one_out", whole_mean)
+
+
+def samples_in_the_order_of_generation(patch: pytest.MonkeyPatch) -> None:
+    right = group.rollout_steps
+
+    def rollout_steps(permutations: Any, **options: Any) -> Any:
+        return right([np.sort(permutation) for permutation in permutations], **options)
+
+    patch.setattr(group, "rollout_steps", rollout_steps)
+
+
+def end_tokens_not_trained_on(patch: pytest.MonkeyPatch) -> None:
+    right = group_batch.counted_tokens
+
+    def counted_tokens(responses: Any, lengths: Any) -> Tensor:
+        tokens = right(responses, lengths)
+        return torch.where(tokens == 5, 6, tokens)
+
+    patch.setattr(group_batch, "counted_tokens", counted_tokens)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "case"),
+    [
+        (population_deviation, DAPO),
+        (advantages_over_the_batch, DAPO),
+        (tokens_counted_by_micro_batch, DAPO),
+        (ratios_of_the_trainers_own, REUSED["dapo"]),
+        (sequence_ratios_without_the_mean, GSPO),
+        (kl_without_its_ratio, REUSED["dapo"]),
+        (baseline_with_the_sample_itself, RLOO),
+        (samples_in_the_order_of_generation, REUSED["dapo"]),
+        (end_tokens_not_trained_on, DAPO),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_wrong_variant_is_caught(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    case: GroupCase,
+    recorded: Recorded,
+    in_process_workers: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recording = recorded(case)
+    break_it(monkeypatch)
+    assert mismatches(recording, replay(case, recording, tmp_path, num_devices=1)), "the comparison did not notice"

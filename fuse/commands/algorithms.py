@@ -1,0 +1,31 @@
+"""The algorithms of `fuse train`, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import fuse
+
+NAMES = ("ppo", "grpo", "rloo")
+OPTION = "--algorithm"
+
+
+def asked_for(argv: Sequence[str]) -> str:
+    """The algorithm that a command line names last, or the first of NAMES; the parser says where there is none such."""
+    name = NAMES[0]
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, separator, value = argument.partition("=")
+        if option == OPTION:
+            name = value if separator else following
+    return name if name in NAMES else NAMES[0]
+
+
+def config_class(name: str) -> Any:
+    """What an algorithm's options are."""
+    return getattr(fuse, f"{name.upper()}Config")
+
+
+def trainer_class(name: str) -> Any:
+    """What runs an algorithm."""
+    return getattr(fuse, f"{name.upper()}Trainer")
