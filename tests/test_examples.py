@@ -83,10 +83,11 @@ def test_a_real_model_is_trained(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_the_smallest_run_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", ["ppo", "grpo"])
+def test_the_smallest_run_learns(example: str, tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     ended = subprocess.run(
-        [sys.executable, str(GSM8K.with_name("ppo.py"))],
+        [sys.executable, str(GSM8K.with_name(f"{example}.py"))],
         cwd=tmp_path,
         env=os.environ | {MARK: mark},
         capture_output=True,

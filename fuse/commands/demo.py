@@ -1,15 +1,15 @@
 """Teach a small model to add, from nothing: no download, a few minutes on two cores.
 
 A small Llama first imitates worked sums by a careful teacher, then by one who slips in two steps of three: it is
-able to add, and mostly wrong. PPO rewards exact answers, on as many devices (CPU cores) as you say. At the end: the
-learning curve, where the time went, and a trace.
+able to add, and mostly wrong. PPO or GRPO rewards exact answers, on as many devices (CPU cores) as you say. At the end:
+the learning curve, where the time went, and a trace.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -24,16 +24,20 @@ from fuse.commands.models import critic_from_policy
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import RunResults
+from fuse.config.grpo import GRPOConfig
 from fuse.config.ppo import PPOConfig
 from fuse.demo.plot import save_curve, tenth_means, terminal_curve
-from fuse.demo.task import SumTask, exact_match, prompt_text
+from fuse.demo.task import SumTask, exact_completion, exact_match, prompt_text
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import WarmupProgress, small_llama, warm_up
 from fuse.printable import printable
+from fuse.trainers.grpo import GRPOTrainer
 from fuse.trainers.ppo import PPOTrainer
+from fuse.trainers.trainer import Trainer
 
 BATCH_SIZE = 64
 MICRO_BATCH_SIZE = 8
+NUM_GENERATIONS = 8
 SLIP_PROBABILITY = 0.65
 
 
@@ -41,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse demo`."""
     parser.usage = "%(prog)s [OPTIONS]"
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="CPU cores to run on (default: 2)")
-    parser.add_argument("--updates", type=int, default=60, metavar="N", help="PPO updates of 64 problems (default: 60)")
+    parser.add_argument("--algorithm", choices=("ppo", "grpo"), default="ppo", help="what to train by (default: ppo)")
+    parser.add_argument("--updates", type=int, default=60, metavar="N", help="updates of 64 answers (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and sampling (default: 0)")
     parser.add_argument(
         "--output-dir",
@@ -66,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"A Llama of {policy.num_parameters():,} weights learns sums such as {prompt_text((7, 2, 5))}")
     warmup_s = supervised_warm_up(policy, tokenizer, task, arguments.seed, console)
 
-    trainer = make_trainer(policy, tokenizer, task, arguments)
-    with run_progress(console, f"PPO on {arguments.devices} devices") as progress:
+    trainer = MAKERS[arguments.algorithm](policy, tokenizer, task, arguments)
+    with run_progress(console, f"{trainer.NAME} on {arguments.devices} devices") as progress:
         progress.watch(trainer)
         trainer.train()
     trainer.save_model(str(arguments.output_dir / "policy"))
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - start_s
     phases_s = {"warm-up": warmup_s, **results.phases_s}
     phases_s["start and stop"] = seconds - sum(phases_s.values())
-    show(console, results, seconds, phases_s, arguments.output_dir, trainer.args)
+    show(console, results, seconds, phases_s, arguments.output_dir, trainer)
     if arguments.json:
         write_json(
             arguments.json, {"rewards": results.rewards, "seconds": seconds, "phases": phases_s, "idle": results.idle}
@@ -103,7 +108,7 @@ def supervised_warm_up(
     return elapsed_s
 
 
-def make_trainer(
+def make_ppo_trainer(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: SumTask, arguments: argparse.Namespace
 ) -> PPOTrainer:
     """The trainer, as a script would make it."""
@@ -141,13 +146,50 @@ def make_trainer(
     )
 
 
+def make_grpo_trainer(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: SumTask, arguments: argparse.Namespace
+) -> GRPOTrainer:
+    """The same for GRPO: as many answers, eight to a problem."""
+    steps_per_update = 4
+    config = GRPOConfig(
+        output_dir=str(arguments.output_dir),
+        num_devices=arguments.devices,
+        use_cpu=True,
+        seed=arguments.seed,
+        max_steps=arguments.updates * steps_per_update,
+        per_device_train_batch_size=MICRO_BATCH_SIZE,
+        steps_per_generation=BATCH_SIZE // MICRO_BATCH_SIZE,
+        num_iterations=2,
+        gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE * 2 // steps_per_update,
+        num_generations=NUM_GENERATIONS,
+        epsilon_high=0.28,
+        learning_rate=2e-4,
+        warmup_steps=0.25,
+        max_completion_length=task.max_response_tokens,
+        report_to="none",
+        save_strategy="no",
+        trace_steps=max(1, arguments.updates // 10) * steps_per_update,
+    )
+    problems = islice(task.problems(3 * arguments.seed + 2), arguments.updates * BATCH_SIZE // NUM_GENERATIONS)
+    return GRPOTrainer(
+        model=policy,
+        reward_funcs=exact_completion,
+        args=config,
+        train_dataset=[{"prompt": prompt_text(terms)} for terms in problems],
+        processing_class=tokenizer,
+    )
+
+
+MAKERS: Mapping[str, Callable[..., Trainer]] = {"ppo": make_ppo_trainer, "grpo": make_grpo_trainer}
+
+
 def show(
     console: Console,
     results: RunResults,
     seconds: float,
     phases_s: Mapping[str, float],
     output_dir: Path,
-    config: PPOConfig,
+    trainer: Trainer,
 ) -> None:
     """Print curve, times and paths; write the curve's picture."""
     first, last = tenth_means(results.rewards)
@@ -163,10 +205,12 @@ def show(
     for phase, phase_s in phases_s.items():
         table.add_row(phase, f"{phase_s:.1f}", f"{phase_s / seconds:.0%}")
     console.print(table)
-    console.print("idle during PPO: " + ", ".join(f"{device} {share:.0%}" for device, share in results.idle.items()))
+    console.print(
+        f"idle during {trainer.NAME}: " + ", ".join(f"{device} {share:.0%}" for device, share in results.idle.items())
+    )
     curve = output_dir / "learning_curve.png"
     save_curve(results.rewards, curve)
-    last_trace = len(results.rewards) // config.trace_steps * config.trace_steps
+    last_trace = trainer.state.global_step // trainer.args.trace_steps * trainer.args.trace_steps
     trace = output_dir / "traces" / f"iteration-{last_trace:05d}.json"
     written = {"learning curve": curve, "trace": f"{trace} (open in ui.perfetto.dev)", "policy": output_dir / "policy"}
     console.print()

@@ -26,7 +26,7 @@ from fuse.sample import Sample, SpecialTokens
 from fuse.trace import PhaseClock
 from fuse.trainers import checks
 from fuse.trainers.completions import show_completions
-from fuse.trainers.data import check_dataset, prompt_rows
+from fuse.trainers.data import TOKENS, check_dataset, prompt_rows
 from fuse.trainers.group_rewards import GroupRewards, RewardSource
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
@@ -52,7 +52,8 @@ class GroupTrainer(Trainer):
     reward_funcs: one or a list of functions `(prompts, completions, completion_ids, **columns) -> list[float | None]`,
         which are also given `trainer_state`, and `log_extra` and `log_metric` in threads; plain or `async`. One of them
         may be a sequence classifier with one label, or its path.
-    train_dataset: rows with a `prompt`, a string or chat messages; the other columns go to the reward functions.
+    train_dataset: rows with a `prompt`, a string or chat messages, and its `input_ids` where it is tokenised; the other
+        columns go to the reward functions.
     processing_class: the tokenizer; by default the model's. reward_processing_classes: that of a reward model.
     eval_dataset, callbacks: as in TRL. What else TRL takes must stay unset.
 
@@ -155,14 +156,14 @@ class GroupTrainer(Trainer):
     # Data
 
     def _rows(self, dataset: Any, argument: str, policy: PreTrainedModel, special: SpecialTokens) -> Any:
-        """The rows to be used, tokenised, each with its prompt as it was.
+        """The rows to be used, tokenised unless they are, each with its prompt as it was.
 
         Raises: ValueError for those that cannot be.
         """
         rows = prompt_rows(
             dataset,
             self.processing_class,
-            prompt_column=PROMPT,
+            prompt_column=None if TOKENS in next(iter(dataset), ()) else PROMPT,
             response_length=self.args.max_completion_length,
             keep_prompt=True,
             template_options=_objects(self.args.chat_template_kwargs),
