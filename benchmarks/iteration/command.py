@@ -1,10 +1,11 @@
-"""`fuse bench iteration`: whole PPO iterations on your model, prompts and devices, with and without fusion.
+"""`fuse bench iteration`: whole PPO or GRPO iterations on your model, prompts and devices, with and without fusion.
 
 Variants iterate in turn: off (stage by stage, one model after the other), inter (scoring while others are generated),
-intra (actor and critic trained at once), both, and with --peer trl TRL's PPOTrainer. Lengths of responses are forced,
-or natural; every variant generates and trains on the same tokens, which is checked.
+intra (actor and critic trained at once; of PPO), both, and with --peer trl TRL's trainer. Lengths of responses are
+forced, or natural; every variant generates and trains on the same tokens, which is checked.
 
   fuse bench iteration --model smollm2 --batch 32 --max-new-tokens 128 --peer trl
+  fuse bench iteration --algorithm grpo --peer trl
   fuse bench iteration --model PATH --prompts prompts.jsonl --prompt-column question --peer trl --json out.json
 """
 
@@ -26,7 +27,8 @@ from fuse.benchmarks.options import add_json_option, check_counts, plain_options
 from fuse.commands.output import write_json
 
 _OPTIONS = (
-    "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch", "mini_batches", "micro_batch",
+    "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
+    "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
 )  # fmt: skip
 _SMOKE = {
@@ -36,6 +38,13 @@ _SMOKE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench iteration`."""
+    parser.add_argument(
+        "--algorithm", choices=("ppo", "grpo"), default="ppo",
+        help="grpo: with a KL penalty of 0.04, and a reward that takes no time (default: ppo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-generations", type=int, default=8, metavar="N", help="responses to a prompt, of grpo (default: 8)"
+    )
     parser.add_argument(
         "--model", metavar="PATH",
         help="the policy (default: a random Llama of 4 layers x 256); smollm2, where there is no directory of this "
@@ -54,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=("transformers", "vllm"), default="transformers", help="what generates, TRL's trainer apart"
     )
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="prompts per iteration (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples per iteration (default: 64)")
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="samples trained at once (default: 8)")
     parser.add_argument(
         "--mini-batches", type=int, default=1, metavar="N", help="optimizer steps per epoch (default: 1)"
     )
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="PPO epochs per iteration (default: 1)")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs per iteration (default: 1)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="of the longest response (default: 256)"
     )
@@ -72,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", nargs="+", choices=FUSION, default=list(FUSION), metavar="VARIANT",
         help=f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)",
     )  # fmt: skip
-    parser.add_argument("--peer", choices=(TRL,), help="compare with TRL's PPOTrainer (trl 1.12.0), in one process")
+    parser.add_argument("--peer", choices=(TRL,), help="compare with TRL's trainer (trl 1.12.0), in one process")
     parser.add_argument(
         "--one-at-a-time", action="store_true",
         help="end each variant before the next starts; as always on GPUs, and where memory does not hold them all",
@@ -100,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name, value in _SMOKE.items():
             setattr(arguments, name, value)
     _check(arguments)
+    if arguments.algorithm == "grpo":  # nothing is trained at once with the policy
+        arguments.variants = [name for name in arguments.variants if name in (SERIAL, "both")]
     if arguments.lengths is None and smollm2.is_meant_by(arguments.model):
         arguments.lengths = NATURAL
     from fuse.benchmarks.iteration import rounds  # seconds, which tables of earlier runs do without
@@ -137,6 +148,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--batch is {arguments.batch}, which {arguments.mini_batches} mini-batches of micro-batches of "
             f"{arguments.micro_batch} do not make: choose them so that their product divides it"
+        )
+    if arguments.algorithm == "grpo" and (arguments.num_generations < 2 or arguments.batch % arguments.num_generations):
+        raise ValueError(
+            f"--num-generations is {arguments.num_generations}: give at least 2, so that they divide --batch "
+            f"{arguments.batch}"
         )
     if arguments.prompts is not None and arguments.model is None:
         raise ValueError("--prompts needs the tokenizer of a model: add --model PATH")

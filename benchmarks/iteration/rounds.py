@@ -116,11 +116,13 @@ def _check_machine(arguments: argparse.Namespace, num_present: int, on_gpus: boo
 def _workload(arguments: argparse.Namespace) -> Workload:
     size = made.SMOKE_SIZE if arguments.smoke else made.DEFAULT_SIZE
     batch, longest = arguments.batch, arguments.max_new_tokens
-    num_prompts = (arguments.warmup + arguments.repeats) * batch
+    num_samples = (arguments.warmup + arguments.repeats) * batch
+    group = arguments.num_generations if arguments.algorithm == "grpo" else 1
+    num_prompts = num_samples // group
     lengths = None
     if arguments.lengths != NATURAL:
         path = None if arguments.lengths in (None, SYNTHETIC) else Path(arguments.lengths)
-        lengths = made.forced_lengths(path, num_prompts, batch, longest)
+        lengths = made.forced_lengths(path, num_samples, batch, longest)
     if arguments.model:
         models = made.load_models(smollm2.resolve(arguments.model), arguments.pad_token)
     else:
@@ -133,13 +135,15 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         prompts = made.random_prompts(models, num_prompts, size.prompt_tokens)
     return Workload(
         models=models,
-        prompts=prompts,
+        prompts=tuple(prompt for prompt in prompts for _ in range(group)),
         lengths=lengths,
         batch=batch,
         mini_batches=arguments.mini_batches,
         micro_batch=arguments.micro_batch,
         epochs=arguments.epochs,
         max_new_tokens=longest,
+        algorithm=arguments.algorithm,
+        num_generations=group,
     )
 
 

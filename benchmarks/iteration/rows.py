@@ -27,7 +27,7 @@ FUSION: Mapping[str, Mapping[str, bool]] = MappingProxyType(
 NATURAL, SYNTHETIC = "natural", "synthetic"
 """Lengths that no file has."""
 SMOKE_NOTE = "A smoke run of a tiny model: it shows that everything runs, and proves nothing about speed."
-_COMPARED_METRICS = ("objective/entropy", "objective/scores")
+_COMPARED_METRICS = ("objective/entropy", "objective/scores", "entropy", "reward", "kl")
 
 
 def row_of(name: str, turns: Mapping[str, Sequence[Turn]]) -> Row:
@@ -64,7 +64,9 @@ def row_of(name: str, turns: Mapping[str, Sequence[Turn]]) -> Row:
         "outside_share": statistics.median(outside) if outside else None,
         "bubbles": _medians([turn.bubbles for turn in own]),
         "peak_bytes": {role: max(turn.peak_bytes[role] for turn in own) for role in own[0].peak_bytes},
-        "metrics": _medians([{metric: turn.metrics[metric] for metric in _COMPARED_METRICS} for turn in own]),
+        "metrics": _medians(
+            [{metric: turn.metrics[metric] for metric in _COMPARED_METRICS if metric in turn.metrics} for turn in own]
+        ),
         "repeats": seconds,
     }
 

@@ -12,12 +12,15 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
 from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn
-from fuse.benchmarks.iteration.workload import Workload
+from fuse.benchmarks.iteration.workload import Workload, even_tokens
 from fuse.benchmarks.measure import Tracks, idle_shares
+from fuse.config.grpo import GRPOConfig
 from fuse.config.ppo import PPOConfig
 from fuse.trace import busy_s, now_s
+from fuse.trainers.grpo import GRPOTrainer
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.ppo import PPOTrainer
+from fuse.trainers.trainer import Trainer
 
 COMPUTING = frozenset({"generate", "infer", "train", "optimizer"})
 """Categories of spans: engine steps, inference, operations of pipelines, optimizer steps."""
@@ -28,37 +31,51 @@ def fuse_variant(
     workload: Workload, fusion: Mapping[str, Any], *, num_devices: int, engine: Any, output_dir: Path
 ) -> Iterator[FuseVariant]:
     """A trainer with these fusions, and its workers; its traces and plans go to `output_dir`."""
-    models, dataset = workload.models, workload.dataset()
-    config = PPOConfig(
-        output_dir=str(output_dir),
-        num_devices=num_devices,
-        engine=engine,
-        engine_batch_size=workload.batch,
-        trace_limit=0,  # every trace is a result
+    options = {
+        "output_dir": str(output_dir),
+        "num_devices": num_devices,
+        "engine": engine,
+        "engine_batch_size": workload.batch,
+        "trace_limit": 0,  # every trace is a result
         **workload.options(),
         **fusion,
-    )
-    trainer = PPOTrainer(
-        args=config,
-        processing_class=models.tokenizer,
-        model=models.policy,
-        ref_model=models.reference,
-        reward_model=models.reward,
-        train_dataset=dataset,
-        value_model=models.critic,
-    )
+    }
+    trainer = _grpo(workload, options) if workload.algorithm == "grpo" else _ppo(workload, options)
     trainer.remove_callback(PrinterCallback)
-    in_order: Any = dataset
-    trainer.dataloader = DataLoader(in_order, batch_size=workload.batch, collate_fn=list)
+    in_order: Any = trainer.train_dataset
+    trainer.dataloader = DataLoader(in_order, batch_size=workload.prompts_per_round, collate_fn=list)
     trainer.max_new_tokens = dict(enumerate(workload.lengths or ()))
     with trainer.updates() as updates:
         yield FuseVariant(trainer, updates)
 
 
+def _ppo(workload: Workload, options: dict[str, Any]) -> Trainer:
+    models = workload.models
+    return PPOTrainer(
+        args=PPOConfig(**options),
+        processing_class=models.tokenizer,
+        model=models.policy,
+        ref_model=models.reference,
+        reward_model=models.reward,
+        train_dataset=workload.dataset(),
+        value_model=models.critic,
+    )
+
+
+def _grpo(workload: Workload, options: dict[str, Any]) -> Trainer:
+    return GRPOTrainer(
+        model=workload.models.policy,
+        reward_funcs=even_tokens,
+        args=GRPOConfig(**options, stop_token="eos" if workload.lengths is None else "none"),
+        train_dataset=workload.dataset(),
+        processing_class=workload.models.tokenizer,
+    )
+
+
 class FuseVariant:
     """A `Variant` of this project's trainer."""
 
-    def __init__(self, trainer: PPOTrainer, updates: Iterator[Iteration]) -> None:
+    def __init__(self, trainer: Trainer, updates: Iterator[Iteration]) -> None:
         self._trainer, self._updates = trainer, updates
 
     def turn(self, same: tuple[Response, ...] | None) -> Turn:

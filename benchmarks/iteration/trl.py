@@ -15,7 +15,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -40,7 +40,7 @@ from fuse.state_dict import adopt_state_dict, load_state_dict
 from fuse.training.model_spec import ModelSpec
 
 VERSION = "1.12.0"
-"""The last one with PPO."""
+"""The last one with PPO; its GRPO is compared with, too."""
 
 
 def require_trl() -> None:
@@ -82,7 +82,7 @@ class TrlVariant:
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """Of the turn under way, the update-th."""
 
     update: int
@@ -99,15 +99,16 @@ def _serve(connection: Connection, workload: Workload, num_threads: int) -> None
     torch.set_num_threads(num_threads)
     set_verbosity_error()
     with tempfile.TemporaryDirectory(prefix="fuse-bench-") as directory, contextlib.redirect_stdout(io.StringIO()):
-        _train(connection, workload, directory)
+        module = "trl_grpo" if workload.algorithm == "grpo" else "trl"
+        import_module(f"fuse.benchmarks.iteration.{module}").train(connection, workload, directory)
 
 
-def _train(connection: Connection, workload: Workload, directory: str) -> None:
+def train(connection: Connection, workload: Workload, directory: str) -> None:
     ppo: Any = import_module("trl.experimental.ppo")
     ppo_trainer: Any = import_module("trl.experimental.ppo.ppo_trainer")
     models = workload.models
-    policy, critic = (_rebuilt(model, load_state_dict) for model in (models.policy, models.critic))
-    reference, reward = (_rebuilt(model, adopt_state_dict) for model in (models.reference, models.reward))
+    policy, critic = (rebuilt(model, load_state_dict) for model in (models.policy, models.critic))
+    reference, reward = (rebuilt(model, adopt_state_dict) for model in (models.reference, models.reward))
     trainer = ppo.PPOTrainer(
         args=ppo.PPOConfig(output_dir=directory, **workload.options()),
         processing_class=models.tokenizer,
@@ -124,7 +125,7 @@ def _train(connection: Connection, workload: Workload, directory: str) -> None:
         trainer.train()
 
 
-def _rebuilt(model: PreTrainedModel, load: Callable[[PreTrainedModel, Mapping[str, Tensor]], None]) -> PreTrainedModel:
+def rebuilt(model: PreTrainedModel, load: Callable[[PreTrainedModel, Mapping[str, Tensor]], None]) -> PreTrainedModel:
     """As the model was: weights came as shared memory, and what was only unpickled does not return hidden states."""
     built = ModelSpec.of(model).build(torch.device("cpu"))
     load(built, model.state_dict())
@@ -136,32 +137,37 @@ class _Turns:
 
     def __init__(self, connection: Connection, workload: Workload, trainer: Any) -> None:
         self._connection, self._workload, self._trainer = connection, workload, trainer
-        self.state: _State
+        self.state: State
 
     def __iter__(self) -> Iterator[Any]:
         self._connection.send(None)
         for round_index in itertools.count():  # until the other side is gone
             same = self._connection.recv()
-            self.state = _State(update=round_index + 1, same=same, start_s=time.perf_counter())
+            self.state = State(update=round_index + 1, same=same, start_s=time.perf_counter())
             rows: Any = self._workload.rows(round_index)
             yield from DataLoader(rows, batch_size=len(rows), collate_fn=self._trainer.data_collator)
-            self._connection.send(_ended(self._trainer, self.state))
+            self._connection.send(ended(self._trainer, self.state))
 
 
-def _ended(trainer: Any, state: _State) -> Turn:
+def ended(trainer: Any, state: State) -> Turn:
     end_s = time.perf_counter()
     total_s, training_s = end_s - state.start_s, end_s - state.training_start_s
     inference_s = total_s - state.generation_s - training_s
     return Turn(
         seconds=total_s,
         responses=tuple(state.generated),
-        metrics=trainer.state.log_history[-1],
+        metrics=_last_logged(trainer.state.log_history),
         phases={"generation": state.generation_s, "inference": inference_s, "training": training_s},
         idle_share={},
         outside_share=None,
         bubbles={},
         peak_bytes={},
     )
+
+
+def _last_logged(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What was logged last of each figure: some are logged at the first optimizer step of an update alone."""
+    return {name: value for logged in log_history for name, value in logged.items()}
 
 
 @contextmanager
@@ -174,7 +180,7 @@ def _forced(ppo_trainer: Any, workload: Workload, turns: _Turns) -> Iterator[Non
         same = state.same[len(state.generated) : len(state.generated) + len(queries)]
         config = copy.copy(generation_config)
         config.max_new_tokens = max(len(one.response_ids) for one in same)
-        with _forced_draws(same, pad_token_id):
+        with forced_draws(same, pad_token_id):
             sequences, logits = generate(model, queries, pad_token_id, config)
         state.generation_s += time.perf_counter() - start_s
         context = queries.shape[1]
@@ -198,7 +204,7 @@ def _forced(ppo_trainer: Any, workload: Workload, turns: _Turns) -> Iterator[Non
 
 
 @contextmanager
-def _forced_draws(same: tuple[Response, ...], pad_token_id: int) -> Iterator[None]:
+def forced_draws(same: tuple[Response, ...], pad_token_id: int) -> Iterator[None]:
     """Have sampling draw, and then return these responses, token by token."""
     longest = max(len(one.response_ids) for one in same)
     padded = [(*one.response_ids, *[pad_token_id] * (longest - len(one.response_ids))) for one in same]
