@@ -85,7 +85,7 @@ class RunConfig(TrainingArguments):
     actor_stages: int | None = option(
         None,
         "Pipeline stages of the actor: a divisor of the devices, for data parallelism over the rest, or a multiple, "
-        "for several stages per device. Default: as many as devices.",
+        "for several stages per device. Default: as many as devices; without a critic 1, if the model fits.",
     )
     train_backend: Literal["transformers", "megatron"] = option(
         "transformers", "What stages are made of: the Hugging Face model's own layers, or megatron-core's."

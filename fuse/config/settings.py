@@ -40,8 +40,12 @@ def fleet_settings(
     special: SpecialTokens,
     prompts: PromptTokens,
     actor: PretrainedConfig,
+    *,
+    whole_replicas: bool = False,
 ) -> FleetSettings:
     """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
+
+    whole_replicas: where stages are not asked for, every device trains all of a model on its share of the samples.
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
@@ -58,7 +62,9 @@ def fleet_settings(
     placement = tuple(
         replica
         for index, role in enumerate(algorithm.losses)
-        for replica in place(role, num_ranks, config.stages[role] or num_ranks, reverse=index % 2 == 1)
+        for replica in place(
+            role, num_ranks, config.stages[role] or (1 if whole_replicas else num_ranks), reverse=index % 2 == 1
+        )
     )
     training = TrainingSettings(
         backend=config.train_backend,

@@ -27,6 +27,7 @@ from fuse.trace import PhaseClock
 from fuse.trainers import checks
 from fuse.trainers.completions import show_completions
 from fuse.trainers.data import TOKENS, check_dataset, prompt_rows
+from fuse.trainers.device_memory import replicas_fit
 from fuse.trainers.group_rewards import GroupRewards, RewardSource
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
@@ -146,6 +147,7 @@ class GroupTrainer(Trainer):
             data_collator=None,
             callbacks=callbacks,
             shuffles=args.shuffle_dataset,
+            whole_replicas=replicas_fit(policy, args),
             rate_name="learning_rate",
         )
 

@@ -73,11 +73,13 @@ class Trainer(TrainerFace):
         callbacks: list[TrainerCallback] | None,
         num_places: int | None = None,
         shuffles: bool = True,
+        whole_replicas: bool = False,
         rate_name: str = "lr",
     ) -> None:
         """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
 
-        num_places: see `fuse.training.layout.Layout`. shuffles: whether prompts are drawn at random.
+        num_places: see `fuse.training.layout.Layout`. whole_replicas: see `fleet_settings`.
+        shuffles: whether prompts are drawn at random.
         rate_name: what the learning rate is logged as.
 
         Raises:
@@ -100,7 +102,9 @@ class Trainer(TrainerFace):
         collates = data_collator is not None
         tokens = prompts.prompt_tokens(train_dataset, eval_dataset, self._kept_tokens, collates=collates)
         checks.check_engine(args, policy, tokens)
-        self._settings = fleet_settings(args, algorithm, length, layout, special, tokens, policy.config)
+        self._settings = fleet_settings(
+            args, algorithm, length, layout, special, tokens, policy.config, whole_replicas=whole_replicas
+        )
         self._run = Run(
             args,
             length,

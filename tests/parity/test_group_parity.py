@@ -35,9 +35,12 @@ def test_one_device(case: GroupCase, recorded: Recorded, in_process_workers: Non
 
 
 @pytest.mark.parametrize("case", [DAPO, REUSED["grpo"], GSPO, RLOO], ids=str)
-def test_two_devices(case: GroupCase, recorded: Recorded, pooled_workers: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_two_devices(case: GroupCase, stages: int, recorded: Recorded, pooled_workers: None, tmp_path: Path) -> None:
+    """As two replicas, or in a pipeline."""
     recording = recorded(case)
-    assert mismatches(recording, replay(case, recording, tmp_path, num_devices=2)) == []
+    outcome = replay(case, recording, tmp_path, num_devices=2, actor_stages=stages)
+    assert mismatches(recording, outcome) == []
 
 
 # Parity is not vacuous: each plausible mistake makes the comparison fail.
