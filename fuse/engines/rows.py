@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fuse.engines.engine import GeneratedToken, GenerationRequest
+from fuse.engines.filters import row_filters, see
 from fuse.engines.limits import check_logprob
+from fuse.ops.logit_filters import Filters, sample_filtered_tokens
 from fuse.ops.sampling import sample_tokens
 
 # Lines of the integer columns. LENGTH and POSITION are neighbours: both grow by one in every step.
@@ -49,6 +51,8 @@ class Rows:
         self._row_of: dict[int, int] = {}
         self._integers = torch.zeros(5, max_rows, dtype=torch.int64, device=device)
         self._temperatures = torch.zeros(max_rows, device=device)
+        self._filters: Filters | None = None
+        self._has_changed = False  # since the filters were made
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -90,6 +94,7 @@ class Rows:
         device = self._integers.device
         self._integers[:, first : len(self)] = torch.tensor(columns, dtype=torch.int64).T.to(device)
         self._temperatures[first : len(self)] = torch.tensor([row.request.params.temperature for row in new]).to(device)
+        self._has_changed = True
 
     def sample(self, logits: Tensor) -> list[GeneratedToken]:
         """Draw every row's next token from its logits, [rows, vocab]; finished rows stay until removed.
@@ -97,9 +102,14 @@ class Rows:
         Raises: ValueError where logits are not numbers.
         """
         integers = self._integers[:, : len(self)]
-        tokens, logprobs = sample_tokens(
-            logits, self._temperatures[: len(self)], integers[_SEED], integers[_SAMPLE], integers[_POSITION]
-        )
+        how = self._temperatures[: len(self)], integers[_SEED], integers[_SAMPLE], integers[_POSITION]
+        if self._has_changed:
+            self._filters, self._has_changed = self._make_filters(logits.shape[1]), False
+        if self._filters is None:
+            tokens, logprobs = sample_tokens(logits, *how)
+        else:
+            see(self._filters, self.input_ids)
+            tokens, logprobs = sample_filtered_tokens(logits, *how, self._filters)
         integers[_INPUT] = tokens
         integers[_LENGTH : _POSITION + 1] += 1
         # One transfer to the host: float64 holds token ids and fp32 exactly.
@@ -121,4 +131,10 @@ class Rows:
             self._row_of[moved.request.sample_id] = row
             self._integers[:, row] = self._integers[:, last]
             self._temperatures[row] = self._temperatures[last]
+        self._has_changed = True
         return last
+
+    def _make_filters(self, num_tokens: int) -> Filters | None:
+        params = [row.request.params for row in self._rows]
+        token_ids = ((*row.request.prompt_ids, *row.response_ids) for row in self._rows)
+        return row_filters(params, token_ids, num_tokens, self._integers.device)

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from fuse.engines.engine import Evicted, GeneratedToken
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.vllm_kv import MigrationConnector
-from fuse.engines.vllm_sampling import CounterSampling, Noise
+from fuse.engines.vllm_sampling import CounterSampling, as_extra_args
 
 
 class VllmCore:
@@ -96,7 +96,7 @@ class VllmCore:
                 stop_token_ids=list(params.stop_token_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
-                extra_args=Noise.of(request).as_extra_args(),
+                extra_args=as_extra_args(request),
             ),
         )
         if evicted.kv is not None:
