@@ -54,7 +54,9 @@ class SamplingParams:
                 f"top_p is {self.top_p}: it is the probability that is kept, so above 0 and at most 1 (1 keeps all)"
             )
         if not isinstance(self.top_k, int) or not 0 <= self.top_k < _INT64:
-            raise ValueError(f"top_k is {self.top_k}: it counts the tokens that are kept, so give 1 or more (0 keeps all)")
+            raise ValueError(
+                f"top_k is {self.top_k}: it counts the tokens that are kept, so give 1 or more (0 keeps all)"
+            )
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(
                 f"min_p is {self.min_p}: it is a part of the highest probability, so at least 0 and at most 1 "

@@ -20,12 +20,16 @@ _INPUT, _LENGTH, _POSITION, _SEED, _SAMPLE = range(5)
 
 @dataclass(slots=True)
 class Row:
-    """A running sample. Its last token is not in the cache yet: it is the next step's input."""
+    """A running sample. Its last token is not in the cache yet: it is the next step's input.
+
+    shared_tokens: that were copied from another row, until a token tells of them.
+    """
 
     request: GenerationRequest
     response_ids: list[int]
     logprobs: list[float]
     num_cached: int
+    shared_tokens: int = 0
 
     @property
     def last_token_id(self) -> int:
@@ -37,7 +41,8 @@ class Row:
         self.num_cached += 1
         params = self.request.params
         finished = token_id in params.stop_token_ids or len(self.response_ids) == params.max_new_tokens
-        return GeneratedToken(self.request.sample_id, token_id, logprob, finished)
+        shared_tokens, self.shared_tokens = self.shared_tokens, 0
+        return GeneratedToken(self.request.sample_id, token_id, logprob, finished, shared_tokens)
 
     def to_request(self) -> GenerationRequest:
         return replace(self.request, response_ids=tuple(self.response_ids), logprobs=tuple(self.logprobs))
@@ -79,11 +84,12 @@ class Rows:
         """Cached tokens, which is also the input's position, int64 [rows]."""
         return self._integers[_LENGTH, : len(self)]
 
-    def extend(self, requests: Sequence[GenerationRequest]) -> None:
-        """Append rows whose tokens, but for the last, are in the cache."""
+    def extend(self, requests: Sequence[GenerationRequest], *, shared_tokens: int = 0) -> None:
+        """Append rows whose tokens, but for the last, are in the cache; so many of each are copied from another row."""
         first = len(self)
         for request in requests:
-            row = Row(request, list(request.response_ids), list(request.logprobs), request.num_tokens - 1)
+            response_ids, logprobs = list(request.response_ids), list(request.logprobs)
+            row = Row(request, response_ids, logprobs, request.num_tokens - 1, shared_tokens)
             self._row_of[request.sample_id] = len(self._rows)
             self._rows.append(row)
         new = self._rows[first:]
