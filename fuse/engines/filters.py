@@ -44,7 +44,7 @@ def see(filters: Filters, token_ids: Tensor) -> None:
 
 
 def _seen(token_ids: Sequence[Sequence[int]], num_tokens: int) -> Tensor:
-    """Which tokens each row has, bool [rows, num_tokens + 1]: the last column is for those that no response can have."""
+    """Which tokens each row has, bool [rows, num_tokens + 1]; the last column is for those that no response has."""
     seen = torch.zeros(len(token_ids), num_tokens + 1, dtype=torch.bool)
     for row, ids in zip(seen, token_ids, strict=True):
         row[torch.tensor(ids).clamp_(max=num_tokens)] = True

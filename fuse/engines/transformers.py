@@ -148,7 +148,7 @@ class TransformersEngine:
         self._share(shared)
 
     def _next_samples(self) -> list[tuple[Evicted, bool]]:
-        """The queue's first that have slots and are within the budget, and whether their prompt is in another's slot."""
+        """The queue's first that find a slot within the budget, and whether their prompts are in another's slot."""
         if not self._queue:
             return []
         chosen: list[tuple[Evicted, bool]] = []
