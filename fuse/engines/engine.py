@@ -16,16 +16,31 @@ _INT64 = 1 << 63
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to draw a sample's tokens: softmax(logits / temperature), no truncation of the distribution.
+    """How to draw a sample's tokens: from softmax(logits / temperature), or from what filters leave of it.
 
     `temperature` 0 takes the most likely token. Any of `stop_token_ids` ends the response and belongs to it; without
     any it goes on to `max_new_tokens`, which counts the whole response, tokens generated elsewhere included.
+
+    The filters are those of `transformers.GenerationConfig`, applied in this order:
+    repetition_penalty: divides the positive logits of tokens of the prompt and the response so far, and multiplies the
+        negative ones; 1 is off.
+    temperature: the only one of these that log-probabilities know, for it is the only one that trainers know. They are
+        those of the whole distribution, without penalty, also of tokens drawn from a part of it.
+    top_k: keeps the most likely tokens, and those as likely as the last of them; 0 is off.
+    top_p: keeps the fewest of the most likely tokens that have this probability together; 1 is off.
+    min_p: keeps tokens of at least this part of the highest probability; None is off.
+
+    At temperature 0 the penalty counts, and the others change nothing.
     """
 
     seed: int
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not -_INT64 <= self.seed < _INT64:
@@ -34,6 +49,31 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature}: it must be a finite number >= 0 (0 is greedy)")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: a response has at least one token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p is {self.top_p}: it is the probability that is kept, so above 0 and at most 1 (1 keeps all)"
+            )
+        if not isinstance(self.top_k, int) or not 0 <= self.top_k < _INT64:
+            raise ValueError(
+                f"top_k is {self.top_k}: it counts the tokens that are kept, so give 1 or more (0 keeps all)"
+            )
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"min_p is {self.min_p}: it is a part of the highest probability, so at least 0 and at most 1 "
+                "(None keeps all)"
+            )
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}: logits are divided by it, so it must be a finite "
+                "number above 0 (1 is off)"
+            )
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether tokens are drawn from anything but the whole distribution."""
+        return self.repetition_penalty != 1 or (
+            self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or bool(self.min_p))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +114,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """A sample's next token; `logprob` is log_softmax(logits.float() / temperature)[token_id].
+    """A sample's next token; `logprob` is log_softmax(logits.float() / temperature)[token_id], whatever the filters.
 
-    `finished` is set on the sample's last token, in the step that generates it.
+    `finished` is set on the sample's last token, in the step that generates it. `shared_tokens`, on the first token
+    after the sample has entered an engine, are those of its context that the engine did not compute, because it had
+    their keys and values from a sample that begins the same.
     """
 
     sample_id: int
     token_id: int
     logprob: float
     finished: bool
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

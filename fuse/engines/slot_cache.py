@@ -86,6 +86,14 @@ class SlotCache(Cache):
             layer.keys[target, :, :tokens] = layer.keys[source, :, :tokens]
             layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
 
+    def copy(self, source: int, first_row: int, rows: int, tokens: int) -> None:
+        """Fill `rows` new rows, from `first_row` on, with a row's first entries."""
+        self._reserve(first_row + rows, tokens)
+        for index, old in enumerate(self._layers):
+            layer = self._layer(index, old.keys, old.values)
+            for entries in (layer.keys, layer.values):
+                entries[first_row : first_row + rows, :, :tokens] = entries[source, :, :tokens]
+
     def read(self, row: int, tokens: int, allocate: Allocate | None = None) -> tuple[Tensor, ...]:
         """A row's keys and values of each layer in turn, [kv_heads, tokens, head_dim].
 

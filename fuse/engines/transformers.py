@@ -30,13 +30,14 @@ class TransformersEngine:
     """A `GenerationEngine` around `model`, on the model's device and in its dtype; it takes the model over.
 
     Each step first fills free slots from the queue (all tokens but the last go into the cache: prefilled, or copied
-    from the KV that came along), then feeds one token per live row and samples the next.
+    from the KV that came along), then feeds one token per live row and samples the next. A new sample whose prompt is
+    in a slot already, or comes in at the same time, has it copied from there.
 
     max_batch: slots, the most samples that run side by side.
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
     num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
-        A longer prompt is prefilled alone.
+        A longer prompt is prefilled alone; one that is copied counts for nothing.
 
     In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.
 
@@ -132,23 +133,48 @@ class TransformersEngine:
 
     def _fill_slots(self) -> None:
         """Give free slots to the queue's first samples, within the prefill budget."""
-        chosen: list[Evicted] = []
-        num_free, budget = self._max_batch - len(self._rows), self._max_prefill_tokens
-        for evicted in self._queue.values():
-            cost = 0 if evicted.kv is not None else evicted.request.num_tokens - 1
-            if len(chosen) == num_free or (cost > budget and chosen):
-                break
-            chosen.append(evicted)
-            budget -= cost
-        for evicted in chosen:
-            del self._queue[evicted.request.sample_id]
-        for evicted in chosen:
+        computed, shared = [], []
+        for evicted, is_shared in self._next_samples():
+            request = evicted.request
+            del self._queue[request.sample_id]
             if evicted.kv is not None:
                 self._cache.write(len(self._rows), evicted.kv, dtype=self._model.dtype)
-                self._rows.extend([evicted.request])
-        for requests in _batches_by_length([evicted.request for evicted in chosen if evicted.kv is None]):
+                self._rows.extend([request])
+            else:
+                (shared if is_shared else computed).append(request)
+        for requests in _batches_by_length(computed):
             self._prefill(requests)
             self._rows.extend(requests)
+        self._share(shared)
+
+    def _next_samples(self) -> list[tuple[Evicted, bool]]:
+        """The queue's first that find a slot within the budget, and whether their prompts are in another's slot."""
+        if not self._queue:
+            return []
+        chosen: list[tuple[Evicted, bool]] = []
+        num_free, budget = self._max_batch - len(self._rows), self._max_prefill_tokens
+        prompts = {row.request.prompt_ids for row in self._rows}
+        for evicted in self._queue.values():
+            request = evicted.request
+            is_shared = not request.response_ids and request.prompt_ids in prompts
+            cost = 0 if is_shared or evicted.kv is not None else request.num_tokens - 1
+            if len(chosen) == num_free or (cost > budget and chosen):
+                break
+            chosen.append((evicted, is_shared))
+            prompts.add(request.prompt_ids)
+            budget -= cost
+        return chosen
+
+    def _share(self, requests: Sequence[GenerationRequest]) -> None:
+        """Copy the prompts of new rows, but for their last token, from rows that have them."""
+        siblings: dict[tuple[int, ...], list[GenerationRequest]] = {}
+        for request in requests:
+            siblings.setdefault(request.prompt_ids, []).append(request)
+        row_of = {row.request.prompt_ids: index for index, row in enumerate(self._rows)} if siblings else {}
+        for prompt_ids, group in siblings.items():
+            num_tokens = len(prompt_ids) - 1
+            self._cache.copy(row_of[prompt_ids], len(self._rows), len(group), num_tokens)
+            self._rows.extend(group, shared_tokens=num_tokens)
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> None:
         """Cache all tokens but the last of new rows, right-padded: what pads writes, later tokens overwrite."""

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from fuse.engines.engine import Evicted, GeneratedToken
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.vllm_kv import MigrationConnector
-from fuse.engines.vllm_sampling import CounterSampling, Noise
+from fuse.engines.vllm_sampling import CounterSampling, as_extra_args
 
 
 class VllmCore:
@@ -66,6 +66,7 @@ class VllmCore:
                 max_model_len=max_context,
                 max_num_batched_tokens=max_batch + max_prefill_tokens,
                 kv_transfer_config=MigrationConnector.config(),
+                enable_prefix_caching=True,  # samples of one prompt share its whole blocks
             )
             resources.callback(self._llm.engine_core.shutdown)
             (self._sampling,) = self._llm.collective_rpc(_find_sampling)
@@ -73,6 +74,7 @@ class VllmCore:
             self._scheduler: Any = self._llm.engine_core.engine_core.scheduler
             self._departing: MigrationConnector = get_kv_transfer_group()
             self._arriving: MigrationConnector = self._scheduler.connector
+            self._without_kv: set[int] = set()  # samples that have entered so, until their first token
             self._resources = resources.pop_all()
 
     def add(self, evicted: Evicted) -> str:
@@ -96,11 +98,14 @@ class VllmCore:
                 stop_token_ids=list(params.stop_token_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
-                extra_args=Noise.of(request).as_extra_args(),
+                extra_args=as_extra_args(request),
             ),
         )
         if evicted.kv is not None:
             self._arriving.expect(internal_id, evicted.kv)
+            self._without_kv.discard(request.sample_id)
+        else:
+            self._without_kv.add(request.sample_id)
         return internal_id
 
     def read_kv(self, internal_id: str, allocate: Allocate | None) -> tuple[Tensor, ...] | None:
@@ -131,7 +136,11 @@ class VllmCore:
             token_id, logprob = drawn[sample_id]
             taken = list(output.outputs[0].token_ids)
             assert taken == [token_id], f"vLLM took {taken} where sample {sample_id} drew {token_id}"
-            generated.append(GeneratedToken(sample_id, token_id, logprob, output.finished))
+            shared_tokens = 0
+            if sample_id in self._without_kv:
+                self._without_kv.remove(sample_id)
+                shared_tokens = output.num_cached_tokens
+            generated.append(GeneratedToken(sample_id, token_id, logprob, output.finished, shared_tokens))
         return generated
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -11,38 +11,38 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from fuse.engines.engine import GenerationRequest
+from fuse.engines.filters import row_filters, see
+from fuse.ops.logit_filters import Filters, sample_filtered_tokens
 from fuse.ops.sampling import sample_tokens
 
 _KEY = "fuse"
 
 
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """What a vLLM request carries, as `SamplingParams.extra_args`, for its tokens to be drawn here.
-
-    first_position: in the response, of the first token that vLLM generates.
-    """
-
-    sample_id: int
-    seed: int
-    temperature: float
-    first_position: int
-
-    @classmethod
-    def of(cls, request: GenerationRequest) -> Noise:
-        params = request.params
-        return cls(request.sample_id, params.seed, params.temperature, len(request.response_ids))
-
-    def as_extra_args(self) -> dict[str, Any]:
-        return {_KEY: self}
+def as_extra_args(request: GenerationRequest) -> dict[str, Any]:
+    """What a vLLM request carries, as `SamplingParams.extra_args`, for its tokens to be drawn here."""
+    return {_KEY: request}
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     """A request in vLLM's batch. `output_ids` is vLLM's own list: it grows by each token generated here."""
 
-    noise: Noise
+    request: GenerationRequest
     output_ids: Sequence[int]
+
+    @property
+    def position(self) -> int:
+        """In the response, of the next token."""
+        return len(self.request.response_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and response so far."""
+        return (*self.request.prompt_ids, *self.request.response_ids, *self.output_ids)
+
+    @property
+    def last_token_id(self) -> int:
+        return next(ids[-1] for ids in (self.output_ids, self.request.response_ids, self.request.prompt_ids) if ids)
 
 
 class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
@@ -60,6 +60,7 @@ class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no typ
         self._rows: dict[int, _Row] = {}
         self._keys: Tensor | None = None  # seeds, sample ids; int64 [2, rows]
         self._temperatures: Tensor | None = None
+        self._filters: Filters | None = None
         self._drawn: tuple[list[int], Tensor, Tensor] | None = None
 
     def is_argmax_invariant(self) -> bool:
@@ -95,13 +96,20 @@ class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no typ
 
     def apply(self, logits: Tensor) -> Tensor:
         rows = [self._rows[index] for index in range(len(logits))]
+        allowed = logits[:, : self.num_tokens]
         if self._keys is None or self._temperatures is None:
-            keys = [[row.noise.seed for row in rows], [row.noise.sample_id for row in rows]]
+            params = [row.request.params for row in rows]
+            keys = [[one.seed for one in params], [row.request.sample_id for row in rows]]
             self._keys = torch.tensor(keys, dtype=torch.int64, device=self._device)
-            self._temperatures = torch.tensor([row.noise.temperature for row in rows], device=self._device)
-        positions = torch.tensor([row.noise.first_position + len(row.output_ids) for row in rows], device=self._device)
-        tokens, logprobs = sample_tokens(
-            logits[:, : self.num_tokens], self._temperatures, self._keys[0], self._keys[1], positions
-        )
-        self._drawn = [row.noise.sample_id for row in rows], tokens, logprobs
+            self._temperatures = torch.tensor([one.temperature for one in params], device=self._device)
+            token_ids = (row.token_ids for row in rows)
+            self._filters = row_filters(params, token_ids, allowed.shape[1], self._device)
+        positions = torch.tensor([row.position for row in rows], device=self._device)
+        how = self._temperatures, self._keys[0], self._keys[1], positions
+        if self._filters is None:
+            tokens, logprobs = sample_tokens(allowed, *how)
+        else:
+            see(self._filters, torch.tensor([row.last_token_id for row in rows], device=self._device))
+            tokens, logprobs = sample_filtered_tokens(allowed, *how, self._filters)
+        self._drawn = [row.request.sample_id for row in rows], tokens, logprobs
         return logits.zero_().scatter_(1, tokens.unsqueeze(1), 1.0)

@@ -2,6 +2,9 @@
 
 A response of at most `limit` tokens that is longer than t has survived t: S(t) = P(length > t), S(limit) = 0. What is
 left of one that has come to age a follows from S alone: P(length > t | length > a) = S(t) / S(a).
+
+A response that has ended changes nothing of that for a sibling that is older already. Samples of one prompt start
+together, so what ends within a rollout is learnt when the rollout is over.
 """
 
 from __future__ import annotations

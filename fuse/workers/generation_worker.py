@@ -47,7 +47,7 @@ class Departure:
 class _Unreported:
     """Tokens of a live sample that no poll has taken yet, and where in the response they start.
 
-    prefill_tokens: what the engine computes anew before the next token, 0 once that is there.
+    prefill_tokens: what the engine has to compute or to copy before the next token, 0 once that is there.
     """
 
     position: int
@@ -131,8 +131,9 @@ class GenerationWorker:
         """One span per decode step, migration and weight load since the last call.
 
         A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
-        tokens it had to compute anew for samples that entered (`prefill_tokens`). An "admit" says of how many samples
-        the KV was lost with the process that they left, or found no memory (`lost`): they are computed anew.
+        tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
+        samples of the same prompt (`shared_tokens`). An "admit" says of how many samples the KV was lost with the
+        process that they left, or found no memory (`lost`): they are computed anew.
         """
         with self._changed:
             self._raise_failure()
@@ -176,11 +177,12 @@ class GenerationWorker:
 
     def _publish(self, tokens: Sequence[GeneratedToken], start_s: float) -> None:
         with self._changed:
-            context_tokens = prefill_tokens = 0
+            context_tokens = prefill_tokens = shared_tokens = 0
             for token in tokens:
                 sample = self._samples[token.sample_id]
                 context_tokens += sample.context_tokens
-                prefill_tokens += sample.prefill_tokens
+                prefill_tokens += sample.prefill_tokens - token.shared_tokens
+                shared_tokens += token.shared_tokens
                 sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
                 sample.token_ids.append(token.token_id)
                 sample.logprobs.append(token.logprob)
@@ -188,7 +190,12 @@ class GenerationWorker:
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
-            sizes = {"batch": len(tokens), "context_tokens": context_tokens, "prefill_tokens": prefill_tokens}
+            sizes = {
+                "batch": len(tokens),
+                "context_tokens": context_tokens,
+                "prefill_tokens": prefill_tokens,
+                "shared_tokens": shared_tokens,
+            }
             self._recorder.add(Span("decode", "generate", start_s, now_s(), sizes))
             if self._has_finished:
                 self._changed.notify_all()

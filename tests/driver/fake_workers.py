@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from fuse.engines.engine import GenerationRequest
+from fuse.engines.engine import Evicted, GenerationEngine, GenerationRequest
 from fuse.training.scoring import Inference, TokenSequence
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
@@ -120,10 +122,71 @@ class FakeEngine(FakeWorker):
         return progress
 
 
+@dataclass(frozen=True, slots=True)
+class CarriedKV:
+    """A `KVRef` within the process."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class ServedEngine(FakeWorker):
+    """A real engine in this process; between two polls it takes some steps.
+
+    samples: live ones, by their number of response tokens.
+    """
+
+    def __init__(self, device: int, engine: GenerationEngine) -> None:
+        super().__init__("generation worker", device)
+        self.engine = engine
+        self.samples: dict[int, int] = {}
+        self.num_with_kv = 0
+
+    @property
+    def handle(self) -> GenerationHandle:
+        worker: Any = self
+        return GenerationHandle(worker)
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        self.admit([Departure(request) for request in requests])
+
+    def admit(self, departures: Sequence[Departure]) -> None:
+        for departure in departures:
+            kv: Any = departure.kv
+            self.engine.admit(Evicted(departure.request, None if kv is None else kv.tensors))
+            self.samples[departure.request.sample_id] = len(departure.request.response_ids)
+            self.num_with_kv += kv is not None
+
+    def evict(self, sample_ids: Sequence[int], with_kv: bool) -> list[Departure]:
+        departures = []
+        for sample_id in sample_ids:
+            if sample_id in self.samples:
+                del self.samples[sample_id]
+                evicted = self.engine.evict(sample_id, with_kv=with_kv)
+                kv: Any = None if evicted.kv is None else CarriedKV(evicted.kv)
+                departures.append(Departure(evicted.request, kv))
+        return departures
+
+    def poll(self, random: np.random.Generator) -> list[Progress]:
+        steps = [self.engine.step() for _ in range(int(random.integers(0, 4)))]
+        progress = []
+        for one in [one for step in steps for one in step]:
+            progress.append(
+                Progress(one.sample_id, self.samples[one.sample_id], (one.token_id,), (one.logprob,), one.finished)
+            )
+            self.samples[one.sample_id] += 1
+            if one.finished:
+                del self.samples[one.sample_id]
+        return progress
+
+
 class FakeScorer(FakeWorker):
     """Scores a sequence with its number of tokens; asserts that its device's engine is empty meanwhile."""
 
-    def __init__(self, device: int, engine: FakeEngine) -> None:
+    def __init__(self, device: int, engine: FakeEngine | ServedEngine) -> None:
         super().__init__("model worker", device)
         self.engine = engine
 
@@ -147,7 +210,7 @@ class FakeScorer(FakeWorker):
 class Chance:
     """Stands in for `wait_ended`: some calls end, and now and then an engine dies."""
 
-    def __init__(self, seed: int, engines: Sequence[FakeEngine], num_deaths: int, death_rate: float) -> None:
+    def __init__(self, seed: int, engines: Sequence[FakeWorker], num_deaths: int, death_rate: float) -> None:
         self.random = np.random.default_rng(seed)
         self.engines, self.num_deaths, self.death_rate = engines, num_deaths, death_rate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def request(
 
 
 RAGGED = [request(sample_id, max_new_tokens=4 + 7 * sample_id % 23) for sample_id in range(9)]
+
+FILTERS: list[dict[str, Any]] = [
+    {"top_k": 6},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.5},
+    {},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "repetition_penalty": 2.0},
+]
+FILTERED = [
+    replace(one, params=replace(one.params, max_new_tokens=7 + 5 * index, **FILTERS[index % len(FILTERS)]))
+    for index, one in enumerate(RAGGED)
+]
+"""A batch of all filters side by side, and of samples without any."""
+WITH_AND_WITHOUT = pytest.mark.parametrize("requests", [RAGGED, FILTERED], ids=["unfiltered", "filtered"])
 
 
 def record(recorded: GenerationRequest) -> tuple[list[int], list[float]]:
@@ -125,9 +142,12 @@ def test_samples_may_be_submitted_at_any_step(make_engine: MakeEngine) -> None:
     assert_same(run(engine, outputs=outputs), generate(make_engine, RAGGED))
 
 
+@WITH_AND_WITHOUT
 @pytest.mark.parametrize("max_batch", [1, 3])
-def test_neither_batch_nor_order_changes_a_token(make_engine: MakeEngine, max_batch: int) -> None:
-    assert_same(generate(make_engine, RAGGED[::-1], max_batch), generate(make_engine, RAGGED))
+def test_neither_batch_nor_order_changes_a_token(
+    make_engine: MakeEngine, max_batch: int, requests: list[GenerationRequest]
+) -> None:
+    assert_same(generate(make_engine, requests[::-1], max_batch), generate(make_engine, requests))
 
 
 def test_the_stop_token_ends_a_response_and_belongs_to_it(make_engine: MakeEngine) -> None:
@@ -141,16 +161,19 @@ def test_the_stop_token_ends_a_response_and_belongs_to_it(make_engine: MakeEngin
     assert stopped > 0, "the test needs a sample that stops"
 
 
+@WITH_AND_WITHOUT
 @pytest.mark.parametrize("with_kv", [False, True])
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
-def test_a_moved_sample_continues_as_if_it_had_stayed(make_engine: MakeEngine, with_kv: bool, num_steps: int) -> None:
+def test_a_moved_sample_continues_as_if_it_had_stayed(
+    make_engine: MakeEngine, with_kv: bool, num_steps: int, requests: list[GenerationRequest]
+) -> None:
     """Two leave the middle of a running batch for another engine, which is running as well."""
-    expected = generate(make_engine, RAGGED)
-    source, target = make_engine(RAGGED, 16), make_engine(RAGGED, 16)
+    expected = generate(make_engine, requests)
+    source, target = make_engine(requests, 16), make_engine(requests, 16)
     outputs: Outputs = {}
-    for one in RAGGED[:6]:
+    for one in requests[:6]:
         source.submit(one)
-    for one in RAGGED[6:]:
+    for one in requests[6:]:
         target.submit(one)
     for _ in range(num_steps):
         collect(outputs, source.step())
@@ -181,11 +204,14 @@ def test_a_sample_moves_often_and_returns(make_engine: MakeEngine) -> None:
     assert_same(run(engines[0], outputs=outputs), generate(make_engine, [one]))
 
 
-def test_a_sample_resumes_from_the_tokens_already_received(make_engine: MakeEngine) -> None:
-    expected = generate(make_engine, RAGGED)
+@WITH_AND_WITHOUT
+def test_a_sample_resumes_from_the_tokens_already_received(
+    make_engine: MakeEngine, requests: list[GenerationRequest]
+) -> None:
+    expected = generate(make_engine, requests)
     resumed = [
         replace(one, response_ids=tuple(expected[one.sample_id][0][:3]), logprobs=tuple(expected[one.sample_id][1][:3]))
-        for one in RAGGED
+        for one in requests
     ]
     rest = generate(make_engine, resumed)
     assert_same(rest, {sample_id: (tokens[3:], logprobs[3:]) for sample_id, (tokens, logprobs) in expected.items()})
@@ -285,8 +311,25 @@ def test_a_malformed_request_is_refused(change: dict[str, tuple[int, ...]], mess
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1.0), ("temperature", math.nan), ("max_new_tokens", 0), ("seed", 1 << 63)],
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("max_new_tokens", 0),
+        ("seed", 1 << 63),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_k", None),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+    ],
 )
-def test_malformed_sampling_is_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=field):
+def test_malformed_sampling_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is {value}: .*") as error:
         replace(request(0).params, **{field: value})
+    assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GenerationConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
 
 from fuse.engines.engine import Evicted, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
+from fuse.ops.sampling import gumbel_noise
 
 from ..tiny_models import config
 from .driving import run
@@ -34,6 +37,10 @@ def request(
         prompt_ids=tuple(1 + (7 * sample_id + 3 * index) % 96 for index in range(num_prompt_tokens)),
         params=SamplingParams(seed=seed, temperature=temperature, max_new_tokens=max_new_tokens),
     )
+
+
+def with_filters(one: GenerationRequest, **options: Any) -> GenerationRequest:
+    return replace(one, params=replace(one.params, **options))
 
 
 REQUESTS = [request(index, *shape) for index, shape in enumerate([(1, 90), (5, 30), (40, 60), (2, 100), (130, 9)])]
@@ -61,6 +68,67 @@ def test_greedy_tokens_equal_generate(build_model: BuildModel, architecture: str
             pad_token_id=0,
         )[0, len(one.prompt_ids) :]
         assert outputs[one.sample_id][0] == expected.tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.5, 0.8])
+def test_penalized_greedy_tokens_equal_generate(build_model: BuildModel, penalty: float) -> None:
+    """And other filters change nothing, as there."""
+    requests = [with_filters(one, repetition_penalty=penalty, top_k=1, top_p=0.1, min_p=0.9) for one in REQUESTS]
+    outputs = run(TransformersEngine(build_model(), max_batch=3), requests)
+    reference = build_model()
+    for one in requests:
+        expected = reference.generate(
+            torch.tensor([one.prompt_ids]),
+            do_sample=False,
+            repetition_penalty=penalty,
+            max_new_tokens=one.params.max_new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(one.prompt_ids) :]
+        token_ids, logprobs = outputs[one.sample_id]
+        assert token_ids == expected.tolist()
+        unfiltered = logprobs_of(reference, one.prompt_ids, token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(logprobs), unfiltered, rtol=0, atol=2e-5)
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.3},
+    {"repetition_penalty": 2.0},
+    {"top_k": 10, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.3},
+]
+
+
+def test_filtered_tokens_are_drawn_from_what_generate_leaves(build_model: BuildModel) -> None:
+    """By the processors that `generate` makes of the same options, in its order, and this project's noise."""
+    requests = [
+        with_filters(request(index, 3 + 5 * index, 40, temperature=0.7), **options)
+        for index, options in enumerate(FILTERS)
+    ]
+    outputs = run(TransformersEngine(build_model()), requests)
+    unfiltered = run(
+        TransformersEngine(build_model()), [request(index, 3 + 5 * index, 40, temperature=0.7) for index in range(5)]
+    )
+    reference = build_model()
+    for one, options in zip(requests, FILTERS, strict=True):
+        token_ids, logprobs = outputs[one.sample_id]
+        off = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+        processors = reference._get_logits_processor(
+            GenerationConfig(do_sample=True, temperature=0.7, **(off | options)), input_ids_seq_length=0
+        )
+        input_ids = torch.tensor([[*one.prompt_ids, *token_ids]])
+        with torch.no_grad():
+            logits = reference(input_ids).logits[0].float()
+        for position, token_id in enumerate(token_ids):
+            end = len(one.prompt_ids) + position
+            left = processors(input_ids[:, :end], logits[None, end - 1])[0]
+            keys = (torch.tensor([key]) for key in (one.params.seed, one.sample_id, position))
+            noise = gumbel_noise(*keys, len(left))[0]
+            assert token_id == int((left + noise).argmax())
+        expected = logprobs_of(reference, one.prompt_ids, token_ids, 0.7)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=2e-5)
+        assert token_ids != unfiltered[one.sample_id][0], "a control: the filter is felt"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -222,13 +290,15 @@ def test_a_model_that_fails_to_decode_is_refused_in_a_line() -> None:
     assert "\n" not in str(one.value)
 
 
-def test_padding_of_the_vocabulary_is_never_drawn(build_model: BuildModel) -> None:
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5, "top_p": 0.999}])
+def test_padding_of_the_vocabulary_is_never_drawn(build_model: BuildModel, options: dict[str, float]) -> None:
+    """Also where prompts have it, at their beginning or at their end."""
     model = build_model()
     requests = [
         GenerationRequest(
             sample_id=index,
-            prompt_ids=(1, 2 + index),
-            params=SamplingParams(seed=3, temperature=5.0, max_new_tokens=20),
+            prompt_ids=(90, 2 + 50 * index % 97),
+            params=SamplingParams(seed=3, temperature=5.0, max_new_tokens=20, **options),
         )
         for index in range(4)
     ]

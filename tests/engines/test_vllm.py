@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import methodcaller
+from typing import Any
 
 import psutil
 import pytest
@@ -93,6 +94,27 @@ def test_tokens_equal_those_of_the_transformers_engine(
         run(source, outputs=outputs)
         run(target, outputs=outputs)
         assert_same(outputs, expected)
+
+
+def test_filtered_tokens_equal_those_of_the_transformers_engine(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    """Side by side with unfiltered ones, in a vocabulary that ends with padding, which prompts have, too."""
+    filters: list[dict[str, Any]] = [
+        {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"repetition_penalty": 1.4}, {"repetition_penalty": 2.0}, {},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2}, {"repetition_penalty": 0.8},
+    ]  # fmt: skip
+    requests = [
+        replace(one, params=replace(one.params, **options)) for one, options in zip(REQUESTS, filters, strict=True)
+    ]
+    assert any(token >= 60 for one in requests for token in one.prompt_ids)
+    model = build_model("qwen2", hidden_size=HIDDEN_SIZE)
+    limits = LIMITS | {"num_tokens": 60}
+    transformers = TransformersEngine(
+        build_model("qwen2", hidden_size=HIDDEN_SIZE), max_batch=3, max_context=96, num_tokens=60
+    )
+    expected = run(transformers, requests)
+    assert expected != run(transformers, REQUESTS)
+    for max_batch in (16, 3):
+        assert_same(run(vllm_pool.engine(model, **(limits | {"max_batch": max_batch})), requests), expected)
 
 
 def evicted_midway(engine: GenerationEngine, requests: Sequence[GenerationRequest], outputs: Outputs) -> list[Evicted]:

@@ -77,6 +77,21 @@ def test_the_past_of_a_prompt_outweighs_the_pool_as_it_grows() -> None:
     assert samples.quantile(np.array([7]), ages(20), 0.5) == pytest.approx([70])
 
 
+def test_a_response_that_ended_says_nothing_of_an_older_sibling() -> None:
+    """Which is why policies are not told of siblings that end within a rollout; of a younger one it does."""
+    pool = [Observation(int(tokens)) for tokens in np.random.default_rng(0).integers(1, 101, 1000)]
+    past = [Observation(tokens, prompt="p") for tokens in (60, 80, 90)]
+    before, after = (
+        learn([*pool, *past, *ended], 100).for_samples({0: "p"}) for ended in ([], [Observation(30, prompt="p")] * 4)
+    )
+    for age in (30, 50, 70, 85):
+        assert after.expected(NO_IDS, ages(age)) == pytest.approx(before.expected(NO_IDS, ages(age)), rel=5e-3)
+        for level in (0.2, 0.5, 0.9):
+            now, then = (model.quantile(NO_IDS, ages(age), level) for model in (after, before))
+            assert now == pytest.approx(then, abs=1)
+    assert after.expected(NO_IDS, ages(0))[0] < 0.85 * before.expected(NO_IDS, ages(0))[0]
+
+
 def test_drift_tells_a_shift_from_chance() -> None:
     random = np.random.default_rng(0)
     model = learn([Observation(int(tokens)) for tokens in random.geometric(0.02, 4000)], 400)

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -54,6 +55,16 @@ class SteppedEngine(ReplayEngine):
 
     def allow(self, num_steps: int) -> None:
         self.permits.release(num_steps)
+
+
+class SharingEngine(ReplayEngine):
+    """Says that it has computed the first sample's prompt alone."""
+
+    def step(self) -> list[GeneratedToken]:
+        return [
+            replace(token, shared_tokens=1) if token.sample_id and not token.token_id else token
+            for token in super().step()
+        ]
 
 
 class CountingEngine(ReplayEngine):
@@ -224,6 +235,16 @@ def test_spans_tell_batch_and_time_of_every_step(make: Make) -> None:
     assert {span.category for span in spans} == {"generate"}
     assert all(before.end_s <= after.start_s for before, after in pairwise(spans))
     assert worker.drain_spans() == []
+
+
+def test_spans_tell_computed_tokens_from_shared_ones(make: Make) -> None:
+    """Of two samples with prompts of two tokens, one of which an engine had; then of one more."""
+    worker = make(SharingEngine(recordings(3, 2, 1), max_batch=2))
+    worker.submit([request(0), request(1), request(2)])
+    collect(worker, 3)
+    sizes = [span.arguments for span in worker.drain_spans()]
+    assert [one["prefill_tokens"] for one in sizes] == [3, 0, 1]
+    assert [one["shared_tokens"] for one in sizes] == [1, 0, 1]
 
 
 def test_what_the_engine_raises_is_raised_by_the_next_call_and_all_after(make: Make) -> None:

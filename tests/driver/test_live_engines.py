@@ -1,0 +1,96 @@
+"""Filtered samples of one prompt in live rollouts on real engines: whatever moves and dies, the tokens are the same."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fuse.driver import live
+from fuse.driver.live import LiveRollout
+from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.transformers import TransformersEngine
+from fuse.interstage.costs import SMALL_CPU
+from fuse.sample import Sample
+
+from .. import tiny_models
+from ..engines.driving import run
+from .fake_workers import Chance, FakeScorer, ServedEngine
+from .test_live import LIMITS, MAX_NEW_TOKENS, Wanderlust
+
+PARAMS = SamplingParams(
+    seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(5,), top_k=30, top_p=0.95, min_p=0.01,
+    repetition_penalty=1.2,
+)  # fmt: skip
+PROMPTS = {index: tuple(range(1, 20)) if index % 3 else (5, 6, 7) for index in range(14)}
+FREE_TRANSFERS = replace(SMALL_CPU, transfer_s=0.0, transfer_byte_s=0.0)
+
+
+def model() -> PreTrainedModel:
+    kind = tiny_models.language_model(
+        "llama", vocab_size=97, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    built: PreTrainedModel = tiny_models.build(kind)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def policy_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return model()
+
+
+def engine(policy_model: PreTrainedModel) -> TransformersEngine:
+    own = model()
+    own.load_state_dict(policy_model.state_dict())
+    return TransformersEngine(own, max_batch=5)
+
+
+@pytest.mark.parametrize("moves_kv", [False, True])
+@pytest.mark.parametrize("num_deaths", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_filtered_tokens_do_not_depend_on_what_happens(
+    policy_model: PreTrainedModel, seed: int, num_deaths: int, moves_kv: bool
+) -> None:
+    workers = [ServedEngine(device, engine(policy_model)) for device in range(2)]
+    scorers = [FakeScorer(device, worker).handle for device, worker in enumerate(workers)]
+    samples = [Sample(sample_id, prompt_ids) for sample_id, prompt_ids in PROMPTS.items()]
+    rollout = LiveRollout(
+        [worker.handle for worker in workers],
+        lambda: scorers,
+        samples,
+        PARAMS,
+        policy=Wanderlust(np.random.default_rng(seed)),
+        limits=LIMITS,
+        pad_token_id=0,
+        costs=FREE_TRANSFERS if moves_kv else None,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
+        patch.setattr(live, "time", clock)
+        patch.setattr(live, "wait_ended", Chance(seed, workers, num_deaths, 0.05))
+        report = rollout.run()
+    assert report.num_migrations > 0
+    assert (sum(worker.num_with_kv for worker in workers) > 0) == moves_kv
+    assert len(report.lost_engines) == num_deaths
+
+    alone = engine(policy_model)
+    for sample in samples:
+        request = GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=PARAMS)
+        token_ids, logprobs = run(alone, [request])[sample.id]
+        assert sample.response_ids == token_ids
+        assert sample.logprobs == pytest.approx(logprobs, abs=1e-5)
+    unfiltered = SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(5,))
+    request = GenerationRequest(sample_id=0, prompt_ids=PROMPTS[0], params=unfiltered)
+    assert run(alone, [request])[0][0] != samples[0].response_ids, "a control: the filters are felt"
