@@ -6,7 +6,7 @@ there can be. Where a number depends on libraries (contexts, fragmentation), it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -15,7 +15,7 @@ import torch
 
 from fuse import roles
 from fuse.driver.model_size import ModelSize
-from fuse.driver.stage_bytes import ModelBytes, head_working_bytes, model_bytes
+from fuse.driver.stage_bytes import ModelBytes, model_bytes
 from fuse.driver.training_bytes import fused_peaks, serial_peaks, step_problem
 from fuse.engines.slot_cache import round_up
 from fuse.intrastage.cost_profile import Shape
@@ -99,23 +99,31 @@ class MemorySetup:
 
 
 def planned_models(
-    specs: Mapping[str, ModelSpec], *, autocast: torch.dtype | None, gradient_checkpointing: bool, split_backward: bool
+    specs: Mapping[str, ModelSpec],
+    *,
+    autocast: torch.dtype | None,
+    gradient_checkpointing: bool,
+    split_backward: bool,
+    device: str = "cuda",
 ) -> dict[str, PlannedModel]:
-    """Count and measure the models of a run, by role; takes seconds.
+    """Count and measure the models of a run, by role; takes seconds. The options are those of `model_bytes`.
 
     Raises:
         ValueError: a model whose layers cannot be measured without weights.
     """
-    return {
-        role: PlannedModel(
+    planned = {}
+    for role, spec in specs.items():
+        size = ModelSize.of(spec)
+        bytes_ = model_bytes(
             spec,
-            ModelSize.of(spec),
-            model_bytes(
-                spec, autocast=autocast, gradient_checkpointing=gradient_checkpointing, split_backward=split_backward
-            ),
+            size.head_shape,
+            autocast=autocast,
+            gradient_checkpointing=gradient_checkpointing,
+            split_backward=split_backward,
+            device=device,
         )
-        for role, spec in specs.items()
-    }
+        planned[role] = PlannedModel(spec, size, bytes_)
+    return planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,7 @@ def ledger(setup: MemorySetup, *, plans_fusion: bool = True) -> Ledger:
         setup.placement,
         {role: (setup.models[role].size, setup.models[role].bytes) for role in roles.training(setup.models)},
         num_micro_batches=setup.num_micro_batches,
-        tokens=setup.longest.size,
+        shape=setup.longest,
         splits=setup.is_fused,
         tensor_parallel_size=tensor_size,
     )
@@ -192,17 +200,19 @@ def ledger(setup: MemorySetup, *, plans_fusion: bool = True) -> Ledger:
     return Ledger(setup, devices, serial_bytes, fused_bytes)
 
 
-def training_limits(setup: MemorySetup) -> tuple[tuple[int, int], ...]:
-    """Per device: bytes that micro-batches under way may take there, and what training takes beside them.
+def free_for_micro_batches(setup: MemorySetup, free_bytes: Sequence[int | None]) -> list[int | None]:
+    """Per device, what micro-batches under way may take, given what was measured as free between two updates.
 
-    The latter is what is not there yet between two updates: gradients, messages, working memory, and the reserve.
+    Not all of that is theirs: gradients, messages and working memory are yet to come, and what the cache of an engine
+    may grow to is known from the ledger alone. None where a device does not tell.
     """
-    limits = []
-    for device in range(setup.num_devices):
+    left: list[int | None] = []
+    for device, free in enumerate(free_bytes):
         held = tuple(_held(setup, device))
-        to_come = _sum([entry for entry in held if entry.what in _TO_COME], Phase.TRAINING)
-        limits.append((setup.device_memory_bytes - _sum(held, Phase.TRAINING), to_come))
-    return tuple(limits)
+        to_come = _sum((entry for entry in held if entry.what in _TO_COME), Phase.TRAINING)
+        planned = setup.device_memory_bytes - _sum(held, Phase.TRAINING)
+        left.append(None if free is None else max(0, min(planned, free - to_come)))
+    return left
 
 
 def _sum(entries: Iterable[Entry], phase: Phase) -> int:
@@ -297,16 +307,16 @@ def kv_cache_bytes(setup: MemorySetup) -> int:
 def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
     """What computing takes beside what it keeps, and messages on their way."""
     actor = setup.models[GENERATING]
-    itemsize, chunk = setup.generation_dtype.itemsize, head_working_bytes(0, 0, setup.autocast, setup.accelerator)
-    logits = setup.generation_batch_size * actor.size.head_shape[0] * (itemsize + 8)
+    logits = setup.generation_batch_size * actor.size.head_shape[0] * (setup.generation_dtype.itemsize + 8)
     yield Entry("engine", WORKING, {Phase.GENERATION: actor.bytes.scoring.at(_PREFILL_TOKENS) + logits})
 
     longest = setup.prompt_tokens + setup.response_tokens
     tokens = max(longest, min(setup.inference_batch_tokens, setup.inference_batch_size * longest))
-    scoring = [setup.models[role].bytes.scoring.at(tokens) for role in roles.scoring(setup.models)]
-    yield Entry("scoring", WORKING, {Phase.INFERENCE: max(scoring, default=0) + chunk})
+    scoring = [setup.models[role].bytes for role in roles.scoring(setup.models)]
+    most = max((one.scoring.at(tokens) + one.head.scoring() for one in scoring), default=0)
+    yield Entry("scoring", WORKING, {Phase.INFERENCE: most})
 
-    rank, size = device // setup.tensor_parallel_size, setup.longest.size
+    rank = device // setup.tensor_parallel_size
     working, messages = [0], 0
     for replica in setup.placement:
         model, last = setup.models[replica.model], len(replica.ranks) - 1
@@ -314,13 +324,11 @@ def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
         for stage, owner in enumerate(replica.ranks):
             if owner != rank:
                 continue
-            running = model.bytes.stage(size, 1, is_first=stage == 0, is_last=stage == last).working
-            head = head_working_bytes(*model.size.head_shape, setup.autocast, setup.accelerator)
-            working.append(running if stage < last else max(running, head))
+            working.append(model.bytes.stage(setup.longest, 1, is_first=stage == 0, is_last=stage == last).working)
             # Gradients of replicas and of tied copies are added up in one piece of memory.
             is_shared = sum(other.model == replica.model for other in setup.placement) > 1
             working.append(4 * parameters[stage] if is_shared else 8 * model.size.tied if stage in (0, last) else 0)
-            messages += _MESSAGES * ((stage > 0) + (stage < last)) * model.bytes.boundary.at(size)
+            messages += _MESSAGES * ((stage > 0) + (stage < last)) * model.bytes.boundary.at(setup.longest.size)
     yield Entry("training", WORKING, {Phase.TRAINING: max(working)})
     yield Entry("training", MESSAGES, {Phase.TRAINING: messages})
 

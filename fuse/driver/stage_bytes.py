@@ -19,15 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.live_memory import LiveMemory
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
-from fuse.ops.linear_logprob import CHUNK_LOGITS
+from fuse.ops.linear_logprob import CHUNK_TOKENS, chunk_shape
 from fuse.training.model_spec import ModelSpec
 
 _NUM_STAGES = 3
 _SIZES = (64, 4096, 8192)
 """Tokens of the micro-batches measured: at the least, what weights take shows; between the others, what tokens do."""
+_SEQUENCES = 8
 _STATISTICS_BYTES = 4 * 8 + 8
 """What the head's loss keeps of a position beside its hidden state: float64 [4] and its target."""
 _UNMASKED = "fuse_unmasked_sdpa"
@@ -74,11 +76,48 @@ class _Lines:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadBytes:
+    """Of the head's loss, as `fuse.ops.linear_logprob` computes it. A head of one output takes next to nothing.
+
+    num_outputs, hidden_size: of its weight. itemsize: of products. device: "cpu" or "cuda".
+    """
+
+    num_outputs: int
+    hidden_size: int
+    itemsize: int
+    device: str
+
+    def kept(self, tokens: int) -> int:
+        """From F to B: logits, where one chunk has them all."""
+        is_kept = self.num_outputs > 1 and tokens <= CHUNK_TOKENS and self.num_outputs <= self._chunk(tokens)[1]
+        return tokens * self.num_outputs * self.itemsize if is_kept else 0
+
+    def working(self, tokens: int) -> int:
+        """While it runs: a chunk of logits, its weights and their gradient; and gradients of all weights and inputs."""
+        if self.num_outputs == 1:
+            return 0
+        rows, columns = self._chunk(tokens)
+        columns = min(columns, self.num_outputs)
+        chunk = rows * columns * self.itemsize + columns * self.hidden_size * (self.itemsize + 4)
+        return chunk + 4 * self.num_outputs * self.hidden_size + tokens * self.hidden_size * (self.itemsize + 4)
+
+    def scoring(self) -> int:
+        """Of scoring: a chunk of logits and its weights."""
+        rows, columns = self._chunk(CHUNK_TOKENS)
+        columns = min(columns, self.num_outputs)
+        return 0 if self.num_outputs == 1 else columns * (rows + self.hidden_size) * self.itemsize
+
+    def _chunk(self, tokens: int) -> tuple[int, int]:
+        return chunk_shape(tokens, self.device)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelBytes:
     """What stages of a model take.
 
     one, two: of an inner stage of one layer, and of two. first, last: of a stage of one layer at an end.
-    boundary: of a message to the next stage. scoring: the most that a forward takes beside weights.
+    boundary: of a message to the next stage. scoring: the most that layers take in a forward beside weights.
+    shared: held bytes of a position that sequences share, such as its rotary angles. head: of the model.
     """
 
     one: _Lines
@@ -87,23 +126,37 @@ class ModelBytes:
     last: _Lines
     boundary: Line
     scoring: Line
+    shared: float
+    head: HeadBytes
 
-    def stage(self, tokens: int, num_layers: int, *, is_first: bool, is_last: bool) -> StageBytes:
-        """Of a stage of so many layers on a micro-batch of so many tokens, padding included."""
+    def stage(self, shape: Shape, num_layers: int, *, is_first: bool, is_last: bool) -> StageBytes:
+        """Of a stage of so many layers on a micro-batch of this shape."""
+        tokens = shape.size
+        shared = round(self.shared * (tokens - shape.num_tokens))
         one, two = self.one.at(tokens), self.two.at(tokens)
         ends = [lines.at(tokens) for lines, is_there in ((self.first, is_first), (self.last, is_last)) if is_there]
         more = num_layers - 1
+        kept, computing = (self.head.kept(tokens), self.head.working(tokens)) if is_last else (0, 0)
         return StageBytes(
-            held=one.held + more * (two.held - one.held) + sum(end.held - one.held for end in ends),
+            held=one.held + more * (two.held - one.held) + sum(end.held - one.held for end in ends) + kept - shared,
             deferred=one.deferred + more * (two.deferred - one.deferred),
-            working=max(one.working, *(end.working for end in ends), 0),  # layers run one after the other
+            # Layers run one after the other.
+            working=max(one.working, computing, *(end.working for end in ends)),
         )
 
 
 def model_bytes(
-    spec: ModelSpec, *, autocast: torch.dtype | None, gradient_checkpointing: bool, split_backward: bool
+    spec: ModelSpec,
+    head_shape: tuple[int, int],
+    *,
+    autocast: torch.dtype | None,
+    gradient_checkpointing: bool,
+    split_backward: bool,
+    device: str,
 ) -> ModelBytes:
     """Run stages of `spec`'s layers with these options of `TransformersStage`, without memory. Takes seconds.
+
+    head_shape: of the head's weight. device: that it is for, "cpu" or "cuda".
 
     Raises:
         ValueError: a model of which no stages can be made, or whose layers do not run without values.
@@ -116,7 +169,13 @@ def model_bytes(
     attention = config._attn_implementation
     try:
         return _measured(
-            spec.model_class, config.to_json_string(), attention, autocast, gradient_checkpointing, split_backward
+            spec.model_class,
+            config.to_json_string(),
+            attention,
+            HeadBytes(*head_shape, (autocast or torch.float32).itemsize, device),
+            autocast,
+            gradient_checkpointing,
+            split_backward,
         )
     except (RuntimeError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -130,6 +189,7 @@ def _measured(
     model_class: Any,
     config_json: str,
     attention: str | None,
+    head: HeadBytes,
     autocast: torch.dtype | None,
     gradient_checkpointing: bool,
     split_backward: bool,
@@ -159,6 +219,8 @@ def _measured(
         last=probe(_NUM_STAGES - 1, 1).lines(),
         boundary=one.boundary(),
         scoring=two.scoring(),
+        shared=one.shared_bytes(),
+        head=head,
     )
 
 
@@ -180,6 +242,13 @@ class _Probe:
         """The most of a forward of which nothing is kept."""
         return Line.through([self._scored(tokens) for tokens in _SIZES])
 
+    def shared_bytes(self) -> float:
+        """Of a position, held once for all sequences."""
+        tokens = _SIZES[1]
+        apart, _, _ = self._trained(tokens)
+        together, _, _ = self._trained(tokens, _SEQUENCES)
+        return (apart - together) / (tokens - tokens // _SEQUENCES)
+
     def boundary(self) -> Line:
         """Of the hidden states that stages send."""
         return Line.through([self._boundary_bytes(tokens) for tokens in _SIZES])
@@ -188,10 +257,10 @@ class _Probe:
         with self._shapes_alone:
             return self._stage.boundary(_micro_batch(tokens)).nbytes
 
-    def _trained(self, tokens: int) -> tuple[int, int, int]:
+    def _trained(self, tokens: int, num_sequences: int = 1) -> tuple[int, int, int]:
         stage = self._stage
         with self._shapes_alone:
-            batch = _micro_batch(tokens)
+            batch = _micro_batch(tokens, num_sequences)
             with LiveMemory() as live:
                 stage_input = None if stage.is_first else torch.empty_like(stage.boundary(batch))
                 output = stage.forward(0, batch, stage_input)
@@ -253,16 +322,10 @@ def _loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Ten
     return apply(hidden), {}
 
 
-def head_working_bytes(num_rows: int, hidden_size: int, autocast: torch.dtype | None, device: str) -> int:
-    """What a head of so many rows takes while its loss runs: two chunks of logits, and its weight's gradient."""
-    itemsize = (autocast or torch.float32).itemsize
-    return 2 * CHUNK_LOGITS[device] * itemsize + 4 * num_rows * hidden_size
-
-
-def _micro_batch(tokens: int) -> MicroBatch:
+def _micro_batch(tokens: int, num_sequences: int = 1) -> MicroBatch:
     untyped: Any = None
     return MicroBatch(
-        input_ids=torch.empty(1, tokens, dtype=torch.int64),
+        input_ids=torch.empty(num_sequences, tokens // num_sequences, dtype=torch.int64),
         head_index=torch.empty(tokens, dtype=torch.int64),
         targets=untyped,
         weight=1.0,

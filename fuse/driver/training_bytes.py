@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fuse.driver.model_size import ModelSize
 from fuse.driver.stage_bytes import ModelBytes
+from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import halved_serial_schedule, serial_schedule
@@ -24,11 +25,11 @@ def step_problem(
     models: Mapping[str, tuple[ModelSize, ModelBytes]],
     *,
     num_micro_batches: int,
-    tokens: int,
+    shape: Shape,
     splits: bool,
     tensor_parallel_size: int,
 ) -> Problem:
-    """An optimizer step of micro-batches of so many tokens each, padding included. models: by role.
+    """An optimizer step of micro-batches of this shape. models: by role.
 
     splits: backwards come in halves. Times are in proportion to parameters.
 
@@ -37,7 +38,7 @@ def step_problem(
     """
     bare = serial_schedule(placement, num_micro_batches).problem
     pipelines = (
-        _pipeline(pipeline, replica, *models[replica.model], tokens, splits, tensor_parallel_size)
+        _pipeline(pipeline, replica, *models[replica.model], shape, splits, tensor_parallel_size)
         for pipeline, replica in zip(bare.pipelines, placement, strict=True)
     )
     return replace(bare, pipelines=tuple(pipelines))
@@ -70,7 +71,7 @@ def _pipeline(
     replica: Replica,
     size: ModelSize,
     per_stage: ModelBytes,
-    tokens: int,
+    shape: Shape,
     splits: bool,
     tensor_parallel_size: int,
 ) -> Pipeline:
@@ -80,8 +81,8 @@ def _pipeline(
     )
     held, deferred = [], []
     for stage, (start, stop) in enumerate(ranges):
-        taken = per_stage.stage(tokens, stop - start, is_first=stage == 0, is_last=stage == last)
-        whole = min(taken.held, _WHOLE * (stop - start) * per_stage.boundary.at(tokens))
+        taken = per_stage.stage(shape, stop - start, is_first=stage == 0, is_last=stage == last)
+        whole = min(taken.held, _WHOLE * (stop - start) * per_stage.boundary.at(shape.size))
         held.append(whole + (taken.held - whole) // tensor_parallel_size)
         deferred.append(taken.deferred // tensor_parallel_size)
     work = [sum(size.layers[start:stop]) for start, stop in ranges]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fuse import checkpoint
 from fuse.activity import Activity
+from fuse.config.memory import within_memory
 from fuse.config.ppo import PPOConfig
 from fuse.config.settings import algorithm_of, fleet_settings
 from fuse.driver.fleet import Fleet
@@ -117,6 +118,7 @@ class PPOTrainer(TrainerFace):
         self._settings = fleet_settings(  # refuses what cannot be placed
             args, self._algorithm, self._special, tokens, model.config
         )
+        self._settings = within_memory(args, self._settings, self._models, tokens)
         self._layout = self._settings.training.layout
         self._division = Division(
             num_epochs=args.num_ppo_epochs,
