@@ -22,7 +22,8 @@ from transformers import PretrainedConfig
 from fuse.commands.known_models import config_of, spec_of
 from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
-from fuse.driver.memory import Ledger, MemorySetup, Phase, ledger, planned_models
+from fuse.driver.memory import Ledger, Phase, ledger
+from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.engines.limits import num_positions
 from fuse.intrastage.placement import place
 from fuse.roles import ROLES, training
@@ -54,23 +55,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--actor-stages", type=int, metavar="N", help="pipeline stages (default: one per device)")
     parser.add_argument("--critic-stages", type=int, metavar="N", help="pipeline stages (default: one per device)")
     parser.add_argument(
-        "--generation-batch-size", type=int, default=64, metavar="N", help="samples that an engine decodes (default: 64)"
+        "--generation-batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="samples that an engine decodes (default: 64)",
     )
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what generates")
     parser.add_argument(
         "--scoring",
         choices=["whole", "sharded", "auto"],
         default="whole",
-        help="models that score: whole on every device, shares of them, or whole where that fits (default: whole)",
+        help="models that score: whole on every device, as runs have them, in shares, which no run has yet, or the "
+        "first of these that fits (default: whole)",
     )
-    parser.add_argument("--sleep", action=yes_or_no, default=False, help="engines free weights and cache while idle")
+    parser.add_argument(
+        "--sleep", action=yes_or_no, default=False, help="engines free weights and cache while idle, as none does yet"
+    )
     parser.add_argument("--bf16", action=yes_or_no, default=True, help="compute in bfloat16 (default: yes)")
     parser.add_argument("--gradient-checkpointing", action=yes_or_no, default=False, help="recompute layers")
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share a stage (default: 1)"
     )
     parser.add_argument(
-        "--engine-devices", type=int, default=1, metavar="N", help="devices that share an engine (default: 1)"
+        "--engine-devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share an engine, as none do yet (default: 1)",
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to FILE")
 
@@ -91,11 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _setup(arguments: argparse.Namespace) -> MemorySetup:
     _check_counts(arguments)
-    num_ranks, rest = divmod(arguments.num_devices, arguments.tensor_parallel_size)
     for name in ("tensor_parallel_size", "engine_devices"):
         if arguments.num_devices % (value := getattr(arguments, name)):
             option = name.replace("_", "-")
             raise ValueError(f"--{option}={value} does not divide --num-devices={arguments.num_devices}: use a divisor")
+    num_ranks = arguments.num_devices // arguments.tensor_parallel_size
     autocast = torch.bfloat16 if arguments.bf16 else None
     dtype = autocast or torch.float32
     actor = config_of(arguments.model)
@@ -190,6 +202,7 @@ def _figures(planned: Ledger, positions: int) -> dict[str, Any]:
             lambda length: fits(response_tokens=length), max(1, positions - setup.prompt_tokens)
         ),
         "max_micro_batch_size": _largest(lambda size: fits(micro_batch_size=size), _MOST_SEQUENCES),
+        "host_bytes": planned.host_bytes,
         "scoring": setup.scoring,
         "parameters": {role: model.size.total for role, model in setup.models.items()},
         "fullest_device": planned.fullest_device,
@@ -225,6 +238,7 @@ def _show(console: Console, planned: Ledger, figures: dict[str, Any]) -> None:
     console.print(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True))
     memory, spare = setup.device_memory_bytes / _GB, planned.spare_bytes / _GB
     answer = f"fits: {spare:.1f} GB of {memory:g} to spare" if planned.fits else f"does not fit: {-spare:.1f} GB over"
+    console.print(f"host memory of all devices together: {_gb(planned.host_bytes)} GB", markup=False)
     response, sequences = figures["max_response_length"], figures["max_micro_batch_size"]
     console.print(answer if planned.fits else f"{answer} {memory:g}", markup=False)
     if response:

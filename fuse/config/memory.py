@@ -15,7 +15,8 @@ from fuse import roles
 from fuse.config.ppo import PPOConfig
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.driver.memory import Ledger, MemorySetup, Phase, ledger, planned_models
+from fuse.driver.memory import Ledger, Phase, ledger
+from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.intrastage.cost_profile import Shape
 from fuse.training.model_spec import ModelSpec
 
@@ -47,7 +48,7 @@ def within_memory(
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
         return settings
-    _check_devices(ledger(setup))
+    _check_devices(ledger(setup, plans_fusion=False))
     return replace(settings, memory=setup)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuse.driver.engine_choice import EngineFactory
-from fuse.driver.memory import MemorySetup
+from fuse.driver.memory_setup import MemorySetup
 from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import PlanSettings

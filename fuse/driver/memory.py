@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 import torch
 
 from fuse import roles
-from fuse.driver.model_size import ModelSize
-from fuse.driver.stage_bytes import ModelBytes, model_bytes
+from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.training_bytes import fused_peaks, serial_peaks, step_problem
 from fuse.engines.slot_cache import round_up
-from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.layer_range import even_layer_range
-from fuse.intrastage.placement import Replica
 from fuse.roles import GENERATING
-from fuse.training.model_spec import ModelSpec
 
 PROCESS_BYTES = 700_000_000
 """Of a GPU, what a process of torch takes before its first tensor, with the libraries' workspaces."""
@@ -36,8 +31,6 @@ _BLOCK_TOKENS = 16
 """Of vLLM's cache."""
 _LEAST_CONTEXT = 64
 
-Scoring = Literal["whole", "sharded"]
-
 
 class Phase(StrEnum):
     """What a device does at a time."""
@@ -45,85 +38,6 @@ class Phase(StrEnum):
     GENERATION = "generation"
     INFERENCE = "inference"
     TRAINING = "training"
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedModel:
-    """A model of a run, without weights. bytes: what its stages take."""
-
-    spec: ModelSpec
-    size: ModelSize
-    bytes: ModelBytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemorySetup:
-    """All of a run that its memory depends on.
-
-    models: by role. placement: as of `FleetSettings`. device_memory_bytes: of each device.
-    tensor_parallel_size: devices that share each stage, as of `TrainingSettings`.
-    is_fused: actor and critic train at once, in stages that split backwards.
-    prompt_tokens, response_tokens: of the longest. micro_batch_size: sequences. num_micro_batches: of a step.
-    generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
-    scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by
-        layers, while the critic is scored through the stages that train.
-    engines_sleep: engines drop weights and cache while they do not generate.
-    """
-
-    models: Mapping[str, PlannedModel]
-    placement: tuple[Replica, ...]
-    num_devices: int
-    device_memory_bytes: int
-    accelerator: Literal["cpu", "cuda"]
-    prompt_tokens: int
-    response_tokens: int
-    micro_batch_size: int
-    num_micro_batches: int
-    autocast: torch.dtype | None
-    generation_dtype: torch.dtype
-    generation_batch_size: int
-    inference_batch_size: int
-    inference_batch_tokens: int
-    is_fused: bool = True
-    tensor_parallel_size: int = 1
-    engine: Literal["transformers", "vllm"] = "transformers"
-    generation_cache_bytes: int | None = None
-    engine_devices: int = 1
-    scoring: Scoring = "whole"
-    engines_sleep: bool = False
-
-    @property
-    def longest(self) -> Shape:
-        """The largest micro-batch there can be."""
-        return Shape(self.micro_batch_size, self.prompt_tokens + self.response_tokens)
-
-
-def planned_models(
-    specs: Mapping[str, ModelSpec],
-    *,
-    autocast: torch.dtype | None,
-    gradient_checkpointing: bool,
-    split_backward: bool,
-    device: str = "cuda",
-) -> dict[str, PlannedModel]:
-    """Count and measure the models of a run, by role; takes seconds. The options are those of `model_bytes`.
-
-    Raises:
-        ValueError: a model whose layers cannot be measured without weights.
-    """
-    planned = {}
-    for role, spec in specs.items():
-        size = ModelSize.of(spec)
-        bytes_ = model_bytes(
-            spec,
-            size.head_shape,
-            autocast=autocast,
-            gradient_checkpointing=gradient_checkpointing,
-            split_backward=split_backward,
-            device=device,
-        )
-        planned[role] = PlannedModel(spec, size, bytes_)
-    return planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +76,14 @@ class Ledger:
     def spare_bytes(self) -> int:
         """What the fullest device has left; negative where the run does not fit."""
         return self.setup.device_memory_bytes - max(self.peak_bytes.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """In host memory: the driver's models, and what trains as exported to what computes."""
+        setup = self.setup
+        own = sum(model.size.total * model.spec.dtype.itemsize for model in setup.models.values())
+        copied = [role for role in roles.training(setup.models) if role == GENERATING or setup.scoring == "whole"]
+        return own + sum(4 * setup.models[role].size.total for role in copied)
 
     @property
     def fits(self) -> bool:
@@ -254,6 +176,8 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
         parameters = -(-sum(held) // setup.tensor_parallel_size)
         trained = round(size.trained * parameters)
         yield _always(role, "weights", 4 * parameters)
+        if setup.tensor_parallel_size > 1:  # every rank gathers whole stages to export them
+            yield Entry(role, "exports", {Phase.GENERATION: 4 * sum(held)})
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
         yield _always(role, "moments", 8 * trained)
 
