@@ -54,9 +54,9 @@ def test_the_largest_that_fit_fit_and_no_larger_ones(tmp_path: Path, model: str)
     assert 1 < most < 1 << 12
     assert plan(tmp_path, *arguments, "--micro-batch-size", str(most))["fits"]
     assert not plan(tmp_path, *arguments, "--micro-batch-size", str(most + 1))["fits"]
-    longest = plan(tmp_path, *arguments, "--micro-batch-size", "64")["max_response_length"]
-    longer = ("--micro-batch-size", "64", "--response-length", str(longest + 1))
-    assert 0 < longest < 4096 - 512
+    longest = plan(tmp_path, *arguments, "--micro-batch-size", str(most))["max_response_length"]
+    longer = ("--micro-batch-size", str(most), "--response-length", str(longest + 1))
+    assert 512 <= longest < 4096 - 512
     assert not plan(tmp_path, *arguments, *longer)["fits"]
 
 
