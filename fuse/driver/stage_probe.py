@@ -51,9 +51,10 @@ def model_bytes(
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:2]
     attention = config._attn_implementation
+    model_class: Any = spec.model_class
     try:
         return _measured(
-            spec.model_class,
+            model_class,
             config.to_json_string(),
             attention,
             HeadBytes(*head_shape, (autocast or torch.float32).itemsize, device),
@@ -139,7 +140,8 @@ class _Probe:
 
     def _boundary_bytes(self, tokens: int) -> int:
         with self._shapes_alone:
-            return self._stage.boundary(_micro_batch(tokens)).nbytes
+            num_bytes: int = self._stage.boundary(_micro_batch(tokens)).nbytes
+        return num_bytes
 
     def _trained(self, tokens: int, num_sequences: int = 1) -> tuple[int, int, int]:
         stage = self._stage
