@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a policy by PPO, GRPO or RLOO on your prompts, rewarded by functions or a model",
         "demo": "teach a small model to add, from nothing, in a few minutes",
+        "plan": "say what a run holds in memory on each device, and whether it fits",
         "solve": "find a fused pipeline schedule",
         "show": "print or draw a schedule and its timing",
         "simulate": "replay recorded response lengths under migration policies",

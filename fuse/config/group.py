@@ -128,6 +128,10 @@ class GroupConfig(RunConfig):
         return self.temperature
 
     @property
+    def sampling_filters(self) -> Mapping[str, Any]:
+        return {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+
+    @property
     def max_response_tokens(self) -> int:
         return self.max_completion_length
 

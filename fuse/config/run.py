@@ -267,6 +267,11 @@ class RunConfig(TrainingArguments):
         raise NotImplementedError
 
     @property
+    def sampling_filters(self) -> Mapping[str, Any]:
+        """Which tokens are not drawn, as `SamplingParams` has it."""
+        return {}
+
+    @property
     def max_response_tokens(self) -> int:
         """Most tokens of a response."""
         raise NotImplementedError

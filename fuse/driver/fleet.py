@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
+from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
@@ -231,8 +233,11 @@ class Fleet:
         return StepReport(metrics=merged, gradient_norms=norms)
 
     def _free_bytes(self) -> int | None:
-        """On the fullest device, if it tells."""
+        """That micro-batches under way may take on the fullest device, if devices tell."""
         on_devices = gather([worker.free_bytes() for worker in self._model_workers])
+        memory = self.settings.memory
+        if memory is not None:
+            on_devices = free_for_micro_batches(replace(memory, placement=self._planner.placement), on_devices)
         return min((free for free in on_devices if free is not None), default=None)
 
     def synchronise(self) -> None:

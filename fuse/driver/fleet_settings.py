@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuse.driver.engine_choice import EngineFactory
+from fuse.driver.memory_setup import MemorySetup
 from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import PlanSettings
@@ -23,6 +24,7 @@ class FleetSettings:
     pad_token_id: what ends the tokens of a response that count; None where they all count, up to a stop token.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
+    memory: what the run's memory depends on; None where it is not planned.
     """
 
     num_devices: int
@@ -38,6 +40,7 @@ class FleetSettings:
     balance: TypicalBatch | None
     plan: PlanSettings
     rollout: RolloutSettings
+    memory: MemorySetup | None = None
 
     def for_updates(self, num_updates: int) -> FleetSettings:
         """The same for a run that has so many left."""

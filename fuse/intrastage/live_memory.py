@@ -15,12 +15,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 class LiveMemory(TorchDispatchMode):
     """While entered, `bytes` is the size of all storages made since and still alive, those autograd holds included.
 
+    `peak_bytes` is the most that was, which may be set back to `bytes`.
+
     Storages made before are not counted, nor those of functions that hide them from torch (compiled kernels' scratch).
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
+        self.bytes = self.peak_bytes = 0
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
@@ -45,6 +47,7 @@ class LiveMemory(TorchDispatchMode):
         self._known[storage] = True
         size = storage.nbytes()
         self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
         weakref.finalize(storage, self._release, size)
 
     def _release(self, size: int) -> None:

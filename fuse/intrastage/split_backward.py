@@ -115,23 +115,24 @@ class _Linear(torch.autograd.Function):
         tensor_group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.weight, ctx.bias, ctx.split, ctx.tensor_group = weight, bias, split, tensor_group
-        ctx.input_dtype = layer_input.dtype
+        ctx.input_dtype, parameter = layer_input.dtype, weight
         device = layer_input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             layer_input, weight = layer_input.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        ctx.save_for_backward(layer_input, weight)
+        # Not the cast weight: every micro-batch under way would hold a copy of the stage.
+        ctx.save_for_backward(layer_input, parameter)
         return functional.linear(layer_input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer_input, weight = ctx.saved_tensors
+        layer_input, parameter = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         input_grad = weight_grad = bias_grad = reduction = None
         if wants_input:
             rows = output_grad.reshape(-1, output_grad.shape[-1])
-            input_grad = rows.mm(weight).view_as(layer_input)
+            input_grad = rows.mm(parameter.to(rows.dtype)).view_as(layer_input)
             if ctx.tensor_group is not None:
                 with _naming_reduction():
                     reduction = dist.all_reduce(input_grad, group=ctx.tensor_group, async_op=True)

@@ -47,6 +47,7 @@ class PlanSettings:
     replan_drift: plan again once a stage's share of the time is off the plan by more than this (0.3 is 30 %) for
         `DRIFT_UPDATES` updates in a row.
     directory: where the run's measurements and schedules are kept.
+    longest: the largest micro-batch there can be, for which there must be memory; None for the largest there was.
     """
 
     fused: bool
@@ -57,6 +58,7 @@ class PlanSettings:
     memory_limit_bytes: int | None
     replan_drift: float
     directory: Path
+    longest: Shape | None = None
 
 
 class TrainingPlanner:
@@ -182,7 +184,7 @@ class TrainingPlanner:
             self.placement,
             count,
             typical,
-            largest=largest,
+            largest=settings.longest or largest,
             memory_limit_bytes=memory_limit_bytes,
             cache=ScheduleCache(settings.directory),
             time_limit_s=time_limit_s,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fuse.intrastage.cost_profile import Profile, Shape
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.placement import Replica, replica_micro_batches
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.baselines.interleaved import interleaved
@@ -191,10 +191,15 @@ def _with_costs(pipeline: Pipeline, profile: Profile, name: str, shape: Shape, l
         backward_ticks=tuple(cost.backward_ticks for cost in costs),
         input_grad_ticks=input_grads if can_split else None,
         weight_grad_ticks=weight_grads if can_split else None,
-        activation_bytes=tuple(cost.activation_bytes for cost in memory),
-        weight_grad_bytes=tuple(cost.weight_grad_bytes for cost in memory) if can_split else (),
+        activation_bytes=tuple(_grown(cost.activation_bytes, cost, largest) for cost in memory),
+        weight_grad_bytes=tuple(_grown(cost.weight_grad_bytes, cost, largest) for cost in memory) if can_split else (),
         transfer_ticks=profile.transfer_ticks(name, shape),
     )
+
+
+def _grown(num_bytes: int, costs: StageCosts, shape: Shape) -> int:
+    """Bytes on a shape that may be larger than the one they were measured on: in proportion to tokens."""
+    return max(num_bytes, -(-num_bytes * shape.size // costs.shape.size))
 
 
 def _problem(replicas: Sequence[Replica], num_micro_batches: int) -> Problem:

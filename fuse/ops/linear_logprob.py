@@ -72,7 +72,7 @@ def linear_logprob(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     log_choice("linear_logprob", choose_for(hidden.device, dtype)[1])
     targets = targets.contiguous()
-    head = _Head(dtype, temperature, shard, chunk or _chunk_shape(len(hidden), device))
+    head = _Head(dtype, temperature, shard, chunk or chunk_shape(len(hidden), device))
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (hidden, weight, bias)):
         apply: Any = _LinearLogprob.apply
         logprobs, entropy = apply(hidden, weight, bias, targets, head)
@@ -283,7 +283,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def _chunk_shape(num_tokens: int, device: str) -> tuple[int, int]:
+def chunk_shape(num_tokens: int, device: str) -> tuple[int, int]:
+    """Tokens and vocabulary entries of a chunk of logits."""
     tokens = max(1, min(num_tokens, CHUNK_TOKENS))
     logits = CHUNK_LOGITS["cpu" if device == "cpu" else "cuda"]
     return tokens, max(1, logits // tokens // _COLUMN_STEP) * _COLUMN_STEP

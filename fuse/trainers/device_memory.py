@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-import torch
 from transformers import PreTrainedModel
 
+from fuse.config.memory import device_memory_bytes, host_memory_bytes
 from fuse.config.run import RunConfig
 from fuse.config.settings import num_devices
 
@@ -22,6 +20,4 @@ def replicas_fit(model: PreTrainedModel, args: RunConfig) -> bool:
 
 
 def _device_bytes(args: RunConfig) -> float:
-    if args.accelerator == "cuda":
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / num_devices(args)
+    return device_memory_bytes() if args.accelerator == "cuda" else host_memory_bytes() / num_devices(args)

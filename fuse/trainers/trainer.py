@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from fuse import checkpoint
 from fuse.activity import Activity
 from fuse.algorithms.algorithm import Algorithm
+from fuse.config.memory import within_memory
 from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
 from fuse.config.settings import fleet_settings
@@ -105,6 +106,7 @@ class Trainer(TrainerFace):
         self._settings = fleet_settings(
             args, algorithm, length, layout, special, tokens, policy.config, whole_replicas=whole_replicas
         )
+        self._settings = within_memory(args, self._settings, models, tokens)
         self._run = Run(
             args,
             length,
@@ -232,6 +234,7 @@ class Trainer(TrainerFace):
             temperature=temperature,
             max_new_tokens=self.args.max_response_tokens,
             stop_token_ids=self._special.stop,
+            **self.args.sampling_filters,
         )
 
     def _tell(self, text: str) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fuse.driver import fleet as fleet_module
 from fuse.driver.fleet import Fleet
+from fuse.driver.memory import RESERVE_SHARE, free_for_micro_batches
+from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
 from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
+from fuse.intrastage.placement import Replica
 from fuse.sample import Sample
 from fuse.trace import PhaseClock
 from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.rollouts import Rollouts
+from fuse.training.model_spec import ModelSpec
 from fuse.workers.errors import WorkerError
+
+from ..tiny_models import language_model
 
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=8)
 
@@ -133,6 +141,47 @@ def test_an_engine_that_dies_while_it_takes_anothers_place_is_replaced(
     else:
         with pytest.raises(WorkerError, match="its process died"):
             fleet._answer(1, call(None), call)
+
+
+def test_what_devices_say_is_free_is_not_all_for_micro_batches(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are dropped when it is measured, and a cache may yet grow; the stages are those that were placed."""
+    specs = {"actor": ModelSpec(model_class=language_model()[0], config=language_model()[1], dtype=torch.float32)}
+    memory = MemorySetup(
+        models=planned_models(specs, autocast=None, gradient_checkpointing=False, split_backward=True),
+        placement=(Replica("actor", 0, (0, 1)),),
+        num_devices=2,
+        device_memory_bytes=10**10,
+        accelerator="cuda",
+        prompt_tokens=8,
+        response_tokens=8,
+        micro_batch_size=2,
+        num_micro_batches=4,
+        autocast=None,
+        generation_dtype=torch.float32,
+        engine_batch_size=4,
+        inference_batch_size=4,
+        inference_batch_tokens=64,
+    )
+    placed = (Replica("actor", 0, (0, 1), ((0, 2), (2, 2))),)
+    made: Any = fleet
+    made._models = SimpleNamespace(
+        wait=lambda _: SimpleNamespace(
+            workers=[SimpleNamespace(free_bytes=lambda free=free: free) for free in (2 * 10**9, 3 * 10**9)],
+            planner=SimpleNamespace(placement=placed),
+        )
+    )
+    monkeypatch.setattr(fleet_module, "gather", list)
+    made.settings.memory = None
+    assert fleet._free_bytes() == 2 * 10**9
+    made.settings.memory = memory
+    moved = replace(memory, placement=placed)
+    first, second = free_for_micro_batches(moved, [2 * 10**9, 3 * 10**9])
+    assert first is not None
+    assert second is not None
+    assert fleet._free_bytes() == first < second
+    size = memory.models["actor"].size
+    reserve = round(RESERVE_SHARE * 10**10)
+    assert first < 2 * 10**9 - reserve - 4 * (size.embedding + sum(size.layers))
 
 
 def test_policies_are_told_the_least_capacity_of_the_engines() -> None:

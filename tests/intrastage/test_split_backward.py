@@ -147,6 +147,17 @@ def test_w_holds_what_it_needs_and_nothing_else_until_it_has_run(kind: str) -> N
         assert after == 0
 
 
+@pytest.mark.parametrize("options", ["bfloat16", "recomputed bfloat16"])
+def test_micro_batches_hold_no_copies_of_the_weights(options: str) -> None:
+    """Weights cast for products are cast again in the backward: several micro-batches are under way at once."""
+    stage = stages_of("llama", split=True, **OPTIONS[options])[1]
+    weights = sum(2 * parameter.numel() for _, parameter in stage.named_parameters())
+    with LiveMemory() as live:
+        for index in range(3):
+            stage.forward(index, micro_batch_of(1), torch.randn(2, 1, 32).bfloat16())
+        assert 0 < live.bytes < weights
+
+
 def test_a_stage_scores_and_refuses_halves_as_it_was_built() -> None:
     for kind in KINDS:
         assert not stages_of("llama", split=False, kind=kind)[1].can_split_backward

@@ -38,7 +38,12 @@ def watched(shapes: Sequence[Shape], *, num_bytes: int = 1) -> list[Span]:
 
 
 def settings(
-    directory: Path, *, fused: bool = True, memory_limit_bytes: int | None = None, time_limit_s: float = 1.0
+    directory: Path,
+    *,
+    fused: bool = True,
+    memory_limit_bytes: int | None = None,
+    time_limit_s: float = 1.0,
+    longest: Shape | None = None,
 ) -> PlanSettings:
     return PlanSettings(
         fused=fused,
@@ -49,6 +54,7 @@ def settings(
         memory_limit_bytes=memory_limit_bytes,
         replan_drift=0.3,
         directory=directory,
+        longest=longest,
     )
 
 
@@ -174,6 +180,21 @@ def test_memory_must_suffice_for_the_largest(tmp_path: Path, option: int | None,
     tight = planner_in(tmp_path, memory_limit_bytes=100)
     with pytest.raises(ValueError, match="rank"):
         tight.plans({4}, SHAPES, lambda: free)
+
+
+def test_memory_must_suffice_for_the_longest_there_can_be(tmp_path: Path) -> None:
+    """Responses grow: a schedule is kept for updates whose micro-batches are longer than those it was made from."""
+    for longest, activation_bytes in ((None, 128), (Shape(2, 128), 256)):
+        planner = planner_in(tmp_path / str(activation_bytes), longest=longest)
+        planner.observe(watched(SHAPES))
+        (plan,) = planner.plans({4}, SHAPES, lambda: 600).values()
+        pipelines = plan.schedule.problem.pipelines
+        assert {one for pipeline in pipelines for one in pipeline.activation_bytes} == {activation_bytes}
+        assert max(evaluate(plan.schedule).peak_bytes) <= 600
+    tight = planner_in(tmp_path / "tight", longest=Shape(2, 128))
+    tight.observe(watched(SHAPES))
+    with pytest.raises(ValueError, match="rank"):
+        tight.plans({4}, SHAPES, lambda: 200)
 
 
 def test_solving_takes_no_longer_than_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,250 @@
+"""Say what a run would hold in memory on each device, and whether it fits, before there are devices or weights.
+
+  fuse plan --model qwen2.5-7b --num-devices 8 --device-memory-gb 80
+
+A model is a path of its configuration or weights, which are not read, a name on the Hugging Face Hub, or one of
+qwen2.5-1.5b, -3b, -7b, -32b, -72b, llama3-8b, -70b. The other models have the policy's shape unless they are named;
+`none` leaves one out. GB are 1e9 bytes. Micro-batches are planned as long as prompts and responses can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PretrainedConfig
+
+from fuse.commands.known_models import config_of, spec_of
+from fuse.commands.output import output_file, write_json
+from fuse.commands.tables import figures_table
+from fuse.driver.memory import Ledger, Phase, ledger
+from fuse.driver.memory_setup import MemorySetup, planned_models
+from fuse.engines.limits import num_positions
+from fuse.intrastage.placement import place
+from fuse.roles import ROLES, training
+
+_MOST_SEQUENCES = 1 << 12
+_MOST_TOKENS = 1 << 20
+_GB = 1e9
+_COUNTS = (
+    *("num_devices", "tensor_parallel_size", "engine_devices", "prompt_length", "response_length", "micro_batch_size"),
+    *("num_micro_batches", "actor_stages", "critic_stages", "engine_batch_size"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse plan`."""
+    yes_or_no = argparse.BooleanOptionalAction
+    parser.add_argument("--model", required=True, metavar="MODEL", help="policy: a path or a name")
+    parser.add_argument("--critic-model", metavar="MODEL", help="critic, or none (default: the policy's shape)")
+    parser.add_argument("--reward-model", metavar="MODEL", help="reward model, or none (default: the policy's shape)")
+    parser.add_argument("--ref-model", metavar="MODEL", help="reference, or none (default: the policy's shape)")
+    parser.add_argument("--num-devices", type=int, required=True, metavar="N", help="GPUs")
+    parser.add_argument("--device-memory-gb", type=float, metavar="GB", help="of each (default: this machine's GPU)")
+    parser.add_argument("--prompt-length", type=int, default=512, metavar="N", help="longest, in tokens (default: 512)")
+    parser.add_argument("--response-length", type=int, default=512, metavar="N", help="longest (default: 512)")
+    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    parser.add_argument(
+        "--num-micro-batches", type=int, metavar="N", help="of an optimizer step (default: 2 a device, 8 at least)"
+    )
+    parser.add_argument("--actor-stages", type=int, metavar="N", help="pipeline stages (default: one per device)")
+    parser.add_argument("--critic-stages", type=int, metavar="N", help="pipeline stages (default: one per device)")
+    parser.add_argument(
+        "--engine-batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="samples that an engine decodes (default: 64)",
+    )
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what generates")
+    parser.add_argument(
+        "--scoring",
+        choices=["whole", "sharded", "auto"],
+        default="whole",
+        help="models that score: whole on every device, as runs have them, in shares, which no run has yet, or the "
+        "first of these that fits (default: whole)",
+    )
+    parser.add_argument(
+        "--sleep", action=yes_or_no, default=False, help="engines free weights and cache while idle, as none does yet"
+    )
+    parser.add_argument("--bf16", action=yes_or_no, default=True, help="compute in bfloat16 (default: yes)")
+    parser.add_argument("--gradient-checkpointing", action=yes_or_no, default=False, help="recompute layers")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share a stage (default: 1)"
+    )
+    parser.add_argument(
+        "--engine-devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share an engine, as none do yet (default: 1)",
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the ledger of the fullest device, whether the run fits, and the largest that does."""
+    setup = _setup(arguments)
+    planned = ledger(setup)
+    if arguments.scoring == "auto" and not planned.fits:
+        setup = replace(setup, scoring="sharded")
+        planned = ledger(setup)
+    figures = _figures(planned, num_positions(config_of(arguments.model)) or _MOST_TOKENS)
+    _show(Console(highlight=False), planned, figures)
+    if arguments.json:
+        write_json(arguments.json, figures)
+    return 0
+
+
+def _setup(arguments: argparse.Namespace) -> MemorySetup:
+    _check_counts(arguments)
+    for name in ("tensor_parallel_size", "engine_devices"):
+        if arguments.num_devices % (value := getattr(arguments, name)):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}={value} does not divide --num-devices={arguments.num_devices}: use a divisor")
+    num_ranks = arguments.num_devices // arguments.tensor_parallel_size
+    autocast = torch.bfloat16 if arguments.bf16 else None
+    dtype = autocast or torch.float32
+    actor = config_of(arguments.model)
+    named = {"critic": arguments.critic_model, "reference": arguments.ref_model, "reward": arguments.reward_model}
+    configs = {"actor": actor} | {
+        role: config_of(name) if name else actor for role, name in named.items() if name != "none"
+    }
+    _check_vocabularies(configs)
+    is_fused = num_ranks > 1
+    scores = {role: ROLES[role].scores in ("values", "score") for role in configs}
+    models = planned_models(
+        {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()},
+        autocast=autocast,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        split_backward=is_fused,
+    )
+    stages = {"actor": arguments.actor_stages, "critic": arguments.critic_stages}
+    positions = num_positions(actor)
+    if positions is not None and arguments.prompt_length + arguments.response_length > positions:
+        raise ValueError(
+            f"--prompt-length {arguments.prompt_length} and --response-length {arguments.response_length} are more "
+            f"than the model's {positions} positions: lower one of them"
+        )
+    return MemorySetup(
+        models=models,
+        placement=tuple(
+            replica
+            for index, role in enumerate(training(models))
+            for replica in place(role, num_ranks, stages[role] or num_ranks, reverse=index % 2 == 1)
+        ),
+        num_devices=arguments.num_devices,
+        device_memory_bytes=_device_memory_bytes(arguments.device_memory_gb),
+        accelerator="cuda",
+        prompt_tokens=arguments.prompt_length,
+        response_tokens=arguments.response_length,
+        micro_batch_size=arguments.micro_batch_size,
+        num_micro_batches=arguments.num_micro_batches or max(8, 2 * num_ranks),
+        autocast=autocast,
+        generation_dtype=dtype,
+        engine_batch_size=arguments.engine_batch_size,
+        inference_batch_size=64,
+        inference_batch_tokens=16384,
+        is_fused=is_fused,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        engine=arguments.engine,
+        engine_devices=arguments.engine_devices,
+        scoring="sharded" if arguments.scoring == "sharded" else "whole",
+        engines_sleep=arguments.sleep,
+    )
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name in _COUNTS:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
+def _check_vocabularies(configs: dict[str, PretrainedConfig]) -> None:
+    sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
+    for role, size in sizes.items():
+        if size < sizes["actor"]:
+            raise ValueError(
+                f"vocabulary mismatch: the policy has {sizes['actor']} tokens, the {role} {size}: use models of one "
+                "tokenizer"
+            )
+
+
+def _device_memory_bytes(given_gb: float | None) -> int:
+    if given_gb is not None:
+        if not 0 < given_gb < 1e6:
+            raise ValueError(f"--device-memory-gb is {given_gb:g}: give a device's memory, such as 80")
+        return round(given_gb * _GB)
+    if not torch.cuda.is_available():
+        raise ValueError("--device-memory-gb is missing, and there is no GPU here to ask: give a device's memory")
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _figures(planned: Ledger, positions: int) -> dict[str, Any]:
+    setup = planned.setup
+
+    def fits(**changes: int) -> bool:
+        return ledger(replace(setup, **changes), plans_fusion=False).fits  # type: ignore[arg-type]
+
+    return {
+        "fits": planned.fits,
+        "spare_bytes": planned.spare_bytes,
+        "peak_bytes": {str(phase): num_bytes for phase, num_bytes in planned.peak_bytes.items()},
+        "serial_peak_bytes": planned.serial_bytes,
+        "fused_peak_bytes": planned.fused_bytes,
+        "max_response_length": _largest(
+            lambda length: fits(response_tokens=length), max(1, positions - setup.prompt_tokens)
+        ),
+        "max_micro_batch_size": _largest(lambda size: fits(micro_batch_size=size), _MOST_SEQUENCES),
+        "host_bytes": planned.host_bytes,
+        "scoring": setup.scoring,
+        "parameters": {role: model.size.total for role, model in setup.models.items()},
+        "fullest_device": planned.fullest_device,
+        "devices": [
+            [
+                {"role": entry.role, "what": entry.what, "bytes": {str(key): one for key, one in entry.bytes.items()}}
+                for entry in entries
+            ]
+            for entries in planned.devices
+        ],
+    }
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits; 0 when not even 1 does. What fits, fits when it is smaller."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
+
+
+def _show(console: Console, planned: Ledger, figures: dict[str, Any]) -> None:
+    setup, device = planned.setup, planned.fullest_device
+    rows: defaultdict[str, list[list[str]]] = defaultdict(list)
+    for entry in planned.devices[device]:
+        rows[entry.role].append([f"{entry.role}: {entry.what}", *(_gb(entry.bytes.get(phase, 0)) for phase in Phase)])
+    lines = [row for of_role in rows.values() for row in of_role if any(cell != "-" for cell in row[1:])]
+    lines.append(["together", *(_gb(planned.total(device, phase)) for phase in Phase)])
+    if setup.is_fused:
+        lines.append(["training, serial / fused", "", "", f"{_gb(planned.serial_bytes)} / {_gb(planned.fused_bytes)}"])
+    title = f"GB on device {device} of {setup.num_devices}, the fullest; {setup.scoring} scoring"
+    console.print(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True))
+    memory, spare = setup.device_memory_bytes / _GB, planned.spare_bytes / _GB
+    answer = f"fits: {spare:.1f} GB of {memory:g} to spare" if planned.fits else f"does not fit: {-spare:.1f} GB over"
+    console.print(f"host memory of all devices together: {_gb(planned.host_bytes)} GB", markup=False)
+    response, sequences = figures["max_response_length"], figures["max_micro_batch_size"]
+    console.print(answer if planned.fits else f"{answer} {memory:g}", markup=False)
+    if response:
+        console.print(f"largest that fits, all else equal: responses of {response} tokens", end="", markup=False)
+        console.print(f", or micro-batches of {sequences}" if sequences else "", markup=False)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / _GB:.1f}" if num_bytes >= _GB / 20 else "-" if num_bytes == 0 else "<0.1"

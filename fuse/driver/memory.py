@@ -1,0 +1,265 @@
+"""The memory ledger: what a run holds on every device, by role and phase, from configurations alone.
+
+A phase's bytes are the most that lies on a device at any moment of it. Training is planned for the longest micro-batch
+there can be. Where a number depends on libraries (contexts, fragmentation), it is a constant of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from fuse import roles
+from fuse.driver.memory_setup import MemorySetup
+from fuse.driver.training_bytes import fused_peaks, serial_peaks, step_problem
+from fuse.engines.slot_cache import round_up
+from fuse.intrastage.layer_range import even_layer_range
+from fuse.roles import GENERATING
+
+PROCESS_BYTES = 700_000_000
+"""Of a GPU, what a process of torch takes before its first tensor, with the libraries' workspaces."""
+COMMUNICATOR_BYTES = 100_000_000
+"""Of a GPU, what NCCL takes for two neighbours."""
+RESERVE_SHARE = 0.03
+"""Of a GPU's memory, what allocators lose between blocks."""
+_PREFILL_TOKENS = 2048
+"""That an engine computes in one step."""
+_BLOCK_TOKENS = 16
+"""Of vLLM's cache."""
+_LEAST_CONTEXT = 64
+
+
+class Phase(StrEnum):
+    """What a device does at a time."""
+
+    GENERATION = "generation"
+    INFERENCE = "inference"
+    TRAINING = "training"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a device's ledger: bytes of something of a role, by phase; a phase that is absent has none."""
+
+    role: str
+    what: str
+    bytes: Mapping[Phase, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Entries by device. serial_bytes, fused_bytes: the fullest device's in training, without fusion and with it."""
+
+    setup: MemorySetup
+    devices: tuple[tuple[Entry, ...], ...]
+    serial_bytes: int
+    fused_bytes: int
+
+    def total(self, device: int, phase: Phase) -> int:
+        """Bytes on a device in a phase."""
+        return _sum(self.devices[device], phase)
+
+    @property
+    def peak_bytes(self) -> dict[Phase, int]:
+        """Of the device that is fullest in the phase."""
+        return {phase: max(self.total(device, phase) for device in range(len(self.devices))) for phase in Phase}
+
+    @property
+    def fullest_device(self) -> int:
+        """The device that has most at any time; of several the first."""
+        return max(range(len(self.devices)), key=lambda device: max(self.total(device, phase) for phase in Phase))
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the fullest device has left; negative where the run does not fit."""
+        return self.setup.device_memory_bytes - max(self.peak_bytes.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """In host memory: the driver's models, and what trains as exported to what computes."""
+        setup = self.setup
+        own = sum(model.size.total * model.spec.dtype.itemsize for model in setup.models.values())
+        copied = [role for role in roles.training(setup.models) if role == GENERATING or setup.scoring == "whole"]
+        return own + sum(4 * setup.models[role].size.total for role in copied)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room in every phase."""
+        return self.spare_bytes >= 0
+
+
+def ledger(setup: MemorySetup, *, plans_fusion: bool = True) -> Ledger:
+    """What the run holds.
+
+    plans_fusion: look at a fused schedule, too. A run that fits without one fits with one, which is made for what is
+        free; the search for the largest that fits does without.
+    """
+    tensor_size = setup.tensor_parallel_size
+    problem = step_problem(
+        setup.placement,
+        {role: (setup.models[role].size, setup.models[role].bytes) for role in roles.training(setup.models)},
+        num_micro_batches=setup.num_micro_batches,
+        shape=setup.longest,
+        splits=setup.is_fused,
+        tensor_parallel_size=tensor_size,
+    )
+    held = [tuple(_held(setup, device)) for device in range(setup.num_devices)]
+    beside = [  # micro-batches, by rank of the schedules
+        max(_sum(held[device], Phase.TRAINING) for device in range(first, first + tensor_size))
+        for first in range(0, setup.num_devices, tensor_size)
+    ]
+    serial = fused = serial_peaks(problem, setup.placement, setup.num_micro_batches)
+    if setup.is_fused and plans_fusion:
+        fused = fused_peaks(problem, [setup.device_memory_bytes - one for one in beside])
+    devices = tuple(
+        (*held[device], _activations(max(serial[device // tensor_size], fused[device // tensor_size])))
+        for device in range(setup.num_devices)
+    )
+    serial_bytes, fused_bytes = (max(map(sum, zip(beside, peaks, strict=True))) for peaks in (serial, fused))
+    return Ledger(setup, devices, serial_bytes, fused_bytes)
+
+
+def free_for_micro_batches(setup: MemorySetup, free_bytes: Sequence[int | None]) -> list[int | None]:
+    """Per device, what micro-batches under way may take, given what was measured as free between two updates.
+
+    Not all of that is theirs: gradients, messages and working memory are yet to come, and what the cache of an engine
+    may grow to is known from the ledger alone. None where a device does not tell.
+    """
+    left: list[int | None] = []
+    for device, free in enumerate(free_bytes):
+        held = tuple(_held(setup, device))
+        to_come = _sum((entry for entry in held if entry.what in _TO_COME), Phase.TRAINING)
+        planned = setup.device_memory_bytes - _sum(held, Phase.TRAINING)
+        left.append(None if free is None else max(0, min(planned, free - to_come)))
+    return left
+
+
+def _sum(entries: Iterable[Entry], phase: Phase) -> int:
+    return sum(entry.bytes.get(phase, 0) for entry in entries)
+
+
+GRADIENTS, WORKING, MESSAGES, RESERVE = "gradients", "working memory", "messages", "reserve"
+_TO_COME = frozenset({GRADIENTS, WORKING, MESSAGES, RESERVE})
+
+
+def _activations(num_bytes: int) -> Entry:
+    return Entry("training", "activations", {Phase.TRAINING: num_bytes})
+
+
+def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
+    """Everything on a device but the micro-batches under way."""
+    yield from _trained(setup, device)
+    yield from _scoring(setup, device)
+    yield from _engine(setup)
+    yield from _working(setup, device)
+    if setup.accelerator == "cuda":
+        links = sum(2 * (len(replica.ranks) > 1) for replica in setup.placement) + len(roles.training(setup.models))
+        yield _always("device", "contexts", 2 * PROCESS_BYTES + 2 * links * COMMUNICATOR_BYTES)
+        yield _always("device", RESERVE, round(RESERVE_SHARE * setup.device_memory_bytes))
+
+
+def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
+    """Stages in float32, gradients while it trains, and AdamW's two moments."""
+    rank = device // setup.tensor_parallel_size
+    for role in roles.training(setup.models):
+        size = setup.models[role].size
+        held = [
+            parameters
+            for replica in setup.placement
+            if replica.model == role
+            for owner, parameters in zip(replica.ranks, size.stages(replica), strict=True)
+            if owner == rank
+        ]
+        parameters = -(-sum(held) // setup.tensor_parallel_size)
+        trained = round(size.trained * parameters)
+        yield _always(role, "weights", 4 * parameters)
+        if setup.tensor_parallel_size > 1:  # every rank gathers whole stages to export them
+            yield Entry(role, "exports", {Phase.GENERATION: 4 * sum(held)})
+        yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
+        yield _always(role, "moments", 8 * trained)
+
+
+def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:
+    """Copies or shares of models that score. What trains is scored in float32, through copies or as it is."""
+    for role in roles.scoring(setup.models):
+        model = setup.models[role]
+        if setup.scoring == "sharded":
+            if role not in roles.training(setup.models):
+                start, stop = even_layer_range(len(model.size.layers), device, setup.num_devices)
+                share = model.size.stage(device, setup.num_devices, (start, stop))
+                yield _always(role, "scoring share", share * _scoring_dtype(setup, role).itemsize)
+        elif not _is_scored_in_place(setup, role, device):
+            yield _always(role, "scoring copy", model.size.total * _scoring_dtype(setup, role).itemsize)
+
+
+def _is_scored_in_place(setup: MemorySetup, role: str, device: int) -> bool:
+    rank = device // setup.tensor_parallel_size
+    own = [replica for replica in setup.placement if replica.model == role and rank in replica.ranks]
+    return len(own) == 1 and len(own[0].ranks) == 1 and setup.tensor_parallel_size == 1
+
+
+def _scoring_dtype(setup: MemorySetup, role: str) -> torch.dtype:
+    """As `ModelWorker` has it."""
+    is_rounded = setup.autocast is not None and role not in roles.training(setup.models)
+    return setup.models[role].spec.dtype if is_rounded else torch.float32
+
+
+def _engine(setup: MemorySetup) -> Iterator[Entry]:
+    size, itemsize = setup.models[GENERATING].size, setup.generation_dtype.itemsize
+    awake = (Phase.GENERATION,) if setup.engines_sleep else tuple(Phase)
+    weights = -(-size.total * itemsize // setup.engine_devices)
+    yield Entry("engine", "weights", dict.fromkeys(awake, weights))
+    yield Entry("engine", "KV cache", dict.fromkeys(awake, -(-kv_cache_bytes(setup) // setup.engine_devices)))
+    # Weights come in float32, a tensor at a time.
+    yield Entry("engine", "exports", {Phase.GENERATION: 4 * size.largest})
+
+
+def kv_cache_bytes(setup: MemorySetup) -> int:
+    """The most that an engine's keys and values take: a full batch of the longest samples."""
+    context = max(_LEAST_CONTEXT, setup.prompt_tokens + setup.response_tokens)
+    token_bytes = setup.models[GENERATING].size.kv_values * setup.generation_dtype.itemsize
+    if setup.engine == "transformers":
+        return setup.engine_batch_size * round_up(context) * token_bytes
+    sample_tokens = -(-context // _BLOCK_TOKENS) * _BLOCK_TOKENS
+    full = (setup.engine_batch_size * sample_tokens + _BLOCK_TOKENS) * token_bytes
+    return setup.generation_cache_bytes or min(full, setup.device_memory_bytes // 4)
+
+
+def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
+    """What computing takes beside what it keeps, and messages on their way."""
+    actor = setup.models[GENERATING]
+    logits = setup.engine_batch_size * actor.size.head_shape[0] * (setup.generation_dtype.itemsize + 8)
+    yield Entry("engine", WORKING, {Phase.GENERATION: actor.bytes.scoring.at(_PREFILL_TOKENS) + logits})
+
+    longest = setup.prompt_tokens + setup.response_tokens
+    tokens = max(longest, min(setup.inference_batch_tokens, setup.inference_batch_size * longest))
+    scoring = [setup.models[role].bytes for role in roles.scoring(setup.models)]
+    most = max((one.scoring.at(tokens) + one.head.scoring() for one in scoring), default=0)
+    yield Entry("scoring", WORKING, {Phase.INFERENCE: most})
+
+    rank = device // setup.tensor_parallel_size
+    working, messages = [0], 0
+    for replica in setup.placement:
+        model, last = setup.models[replica.model], len(replica.ranks) - 1
+        parameters = model.size.stages(replica)
+        for stage, owner in enumerate(replica.ranks):
+            if owner != rank:
+                continue
+            working.append(model.bytes.stage(setup.longest, 1, is_first=stage == 0, is_last=stage == last).working)
+            # Gradients of replicas and of tied copies are added up in one piece of memory.
+            is_shared = sum(other.model == replica.model for other in setup.placement) > 1
+            working.append(4 * parameters[stage] if is_shared else 8 * model.size.tied if stage in (0, last) else 0)
+            messages += _MESSAGES * ((stage > 0) + (stage < last)) * model.bytes.boundary.at(setup.longest.size)
+    yield Entry("training", WORKING, {Phase.TRAINING: max(working)})
+    yield Entry("training", MESSAGES, {Phase.TRAINING: messages})
+
+
+_MESSAGES = 4
+"""To and from a neighbour, there and back: two receives are posted ahead, and two sends are on their way."""
+
+
+def _always(role: str, what: str, num_bytes: int) -> Entry:
+    return Entry(role, what, dict.fromkeys(Phase, num_bytes))

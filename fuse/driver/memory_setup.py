@@ -1,0 +1,97 @@
+"""What a run's memory depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fuse.driver.model_size import ModelSize
+from fuse.driver.stage_bytes import ModelBytes
+from fuse.driver.stage_probe import model_bytes
+from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.placement import Replica
+from fuse.training.model_spec import ModelSpec
+
+Scoring = Literal["whole", "sharded"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model of a run, without weights. bytes: what its stages take."""
+
+    spec: ModelSpec
+    size: ModelSize
+    bytes: ModelBytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySetup:
+    """All of a run that its memory depends on.
+
+    models: by role. placement: as of `FleetSettings`. device_memory_bytes: of each device.
+    tensor_parallel_size: devices that share each stage, as of `TrainingSettings`.
+    is_fused: actor and critic train at once, in stages that split backwards.
+    prompt_tokens, response_tokens: of the longest. micro_batch_size: sequences. num_micro_batches: of a step.
+    generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
+    scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by
+        layers, while the critic is scored through the stages that train.
+    engines_sleep: engines drop weights and cache while they do not generate.
+    """
+
+    models: Mapping[str, PlannedModel]
+    placement: tuple[Replica, ...]
+    num_devices: int
+    device_memory_bytes: int
+    accelerator: Literal["cpu", "cuda"]
+    prompt_tokens: int
+    response_tokens: int
+    micro_batch_size: int
+    num_micro_batches: int
+    autocast: torch.dtype | None
+    generation_dtype: torch.dtype
+    engine_batch_size: int
+    inference_batch_size: int
+    inference_batch_tokens: int
+    is_fused: bool = True
+    tensor_parallel_size: int = 1
+    engine: Literal["transformers", "vllm"] = "transformers"
+    generation_cache_bytes: int | None = None
+    engine_devices: int = 1
+    scoring: Scoring = "whole"
+    engines_sleep: bool = False
+
+    @property
+    def longest(self) -> Shape:
+        """The largest micro-batch there can be."""
+        return Shape(self.micro_batch_size, self.prompt_tokens + self.response_tokens)
+
+
+def planned_models(
+    specs: Mapping[str, ModelSpec],
+    *,
+    autocast: torch.dtype | None,
+    gradient_checkpointing: bool,
+    split_backward: bool,
+    device: str = "cuda",
+) -> dict[str, PlannedModel]:
+    """Count and measure the models of a run, by role; takes seconds. The options are those of `model_bytes`.
+
+    Raises:
+        ValueError: a model whose layers cannot be measured without weights.
+    """
+    planned = {}
+    for role, spec in specs.items():
+        size = ModelSize.of(spec)
+        bytes_ = model_bytes(
+            spec,
+            size.head_shape,
+            autocast=autocast,
+            gradient_checkpointing=gradient_checkpointing,
+            split_backward=split_backward,
+            device=device,
+        )
+        planned[role] = PlannedModel(spec, size, bytes_)
+    return planned

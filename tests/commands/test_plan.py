@@ -1,0 +1,104 @@
+"""`fuse plan`: its table and figures, and the one line it answers bad input with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuse.cli import main
+
+from ..tiny_models import config
+
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
+KEYS = {
+    *("fits", "spare_bytes", "peak_bytes", "fused_peak_bytes", "serial_peak_bytes"),
+    *("max_response_length", "max_micro_batch_size"),
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """The path of a configuration, without weights."""
+    config("llama", **SMALL, max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def plan(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    out = tmp_path / "plan.json"
+    assert main(["plan", "--num-devices", "2", *arguments, "--json", str(out)]) == 0
+    figures: dict[str, Any] = json.loads(out.read_text())
+    assert set(figures) >= KEYS
+    assert set(figures["peak_bytes"]) == {"generation", "inference", "training"}
+    return figures
+
+
+def test_prints_the_fullest_device(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    figures = plan(tmp_path, "--model", model, "--device-memory-gb", "8")
+    printed = capsys.readouterr().out
+    for row in ("critic: gradients", "reference: scoring copy", "engine: KV cache", "training, serial / fused"):
+        assert row in printed
+    assert figures["fits"] is True
+    assert f"fits: {figures['spare_bytes'] / 1e9:.1f} GB of 8 to spare" in printed
+    assert figures["spare_bytes"] == 8 * 10**9 - max(figures["peak_bytes"].values())
+    assert f"responses of {figures['max_response_length']} tokens" in printed
+    assert f"micro-batches of {figures['max_micro_batch_size']}" in printed
+
+
+def test_the_largest_that_fit_fit_and_no_larger_ones(tmp_path: Path, model: str) -> None:
+    arguments = ("--model", model, "--device-memory-gb", "5", "--no-bf16")
+    figures = plan(tmp_path, *arguments)
+    most = figures["max_micro_batch_size"]
+    assert 1 < most < 1 << 12
+    assert plan(tmp_path, *arguments, "--micro-batch-size", str(most))["fits"]
+    assert not plan(tmp_path, *arguments, "--micro-batch-size", str(most + 1))["fits"]
+    longest = plan(tmp_path, *arguments, "--micro-batch-size", str(most))["max_response_length"]
+    longer = ("--micro-batch-size", str(most), "--response-length", str(longest + 1))
+    assert 512 <= longest < 4096 - 512
+    assert not plan(tmp_path, *arguments, *longer)["fits"]
+
+
+def test_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    figures = plan(tmp_path, "--model", model, "--device-memory-gb", "1")
+    assert figures["fits"] is False
+    assert figures["spare_bytes"] < 0
+    assert figures["max_response_length"] == figures["max_micro_batch_size"] == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_roles_are_left_out_and_scoring_is_chosen(tmp_path: Path, model: str) -> None:
+    without = ("--critic-model", "none", "--reward-model", "none", "--ref-model", "none")
+    figures = plan(tmp_path, "--model", model, "--device-memory-gb", "8", *without)
+    assert set(figures["parameters"]) == {"actor"}
+    roomy = plan(tmp_path, "--model", "qwen2.5-1.5b", "--device-memory-gb", "80", "--scoring", "auto")
+    assert roomy["scoring"] == "whole"
+    tight = plan(tmp_path, "--model", "qwen2.5-1.5b", "--device-memory-gb", "40", "--scoring", "auto", "--sleep")
+    assert tight["scoring"] == "sharded"
+    assert tight["peak_bytes"]["training"] < roomy["peak_bytes"]["training"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model", "absent/of/no/hub"], "no model at absent/of/no/hub"),
+        (["--model", "MODEL", "--num-devices", "0"], "--num-devices is 0: it must be at least 1"),
+        (["--model", "MODEL", "--device-memory-gb", "-1"], "--device-memory-gb is -1: give a device's memory"),
+        (["--model", "MODEL", "--tensor-parallel-size", "3"], "--tensor-parallel-size=3 does not divide"),
+        (["--model", "MODEL", "--actor-stages", "3"], "actor_stages=3 neither divides"),
+        (["--model", "MODEL", "--response-length", "4096"], "more than the model's 4096 positions"),
+        (["--model", "qwen2.5-7b", "--ref-model", "MODEL"], "vocabulary mismatch"),
+        (["--model", "MODEL", "--scoring", "some"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    given = [model if argument == "MODEL" else argument for argument in arguments]
+    try:
+        status = main(["plan", "--num-devices", "4", "--device-memory-gb", "8", *given])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    error_output = capsys.readouterr().err
+    assert status == 2
+    assert line in error_output
+    assert error_output.count("\n") == 1
