@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fuse.intrastage.communication import CommunicationError, connect, serve_store
+
+CPU = torch.device("cpu")
 
 
 def test_a_rank_that_never_comes_ends_in_an_error() -> None:
@@ -16,14 +19,14 @@ def test_a_rank_that_never_comes_ends_in_an_error() -> None:
     with pytest.raises(
         CommunicationError, match=rf"rank 0: joining the world of 2 .* at 127.0.0.1:{store.port} failed"
     ):
-        connect(0, 2, "127.0.0.1", store.port, "gloo", 1.0)
+        connect(0, 2, "127.0.0.1", store.port, CPU, 1.0)
 
 
 def test_a_store_that_is_not_there_ends_in_an_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port meanwhile
         with pytest.raises(CommunicationError, match="rank 1: joining the world of 2"):
-            connect(1, 2, "127.0.0.1", unused.getsockname()[1], "gloo", 1.0)
+            connect(1, 2, "127.0.0.1", unused.getsockname()[1], CPU, 1.0)
 
 
 def test_two_stores_never_share_a_port() -> None:
@@ -35,9 +38,10 @@ def test_two_stores_never_share_a_port() -> None:
 def test_groups_that_cannot_be_are_refused() -> None:
     """In a world of its own, as a process can be in one world at a time."""
     program = """
+import torch
 from fuse.intrastage.communication import connect, disconnect, open_model, open_tensor_group, serve_store
 store = serve_store("127.0.0.1", 10.0)
-connect(0, 1, "127.0.0.1", store.port, "gloo", 10.0)
+connect(0, 1, "127.0.0.1", store.port, torch.device("cpu"), 10.0)
 for open_groups in (
     lambda: open_model([(0, 0), (0,)], 10.0),
     lambda: open_model([(0,), (0,)], 10.0),
