@@ -178,7 +178,7 @@ class _Run:
     def _release(self, rank: int, last: _Message) -> None:
         """Let go of what `rank` has long received: what it used before the operation `last`, whose result is here."""
         positions = self._positions.of(rank)
-        for message in [one for one in self._in_flight if positions.get(one, len(positions)) <= positions[last]]:
+        for message in [one for one in self._in_flight if one in positions and positions[one] <= positions[last]]:
             self._in_flight.pop(message).wait()
 
     def _communicator(self, op: Op) -> Communicator:
