@@ -10,9 +10,9 @@ Why no ranks ever wait for one another in a circle, on any backend: at a step a 
 the step in this order. It may wait for the input of the operation, for the peer's part in the message, for the first
 message of a group to be set up, for one of its earlier messages to arrive so that there are few at a time, or, as any
 CUDA call may, for all of them. So take the first thing in the order that is not finished. All that come before it are;
-hence whoever has a part in it has come to it and can take it, whatever it needs is there, and it finishes. That holds if
-every send and every receive blocks until it is through, and with one message in flight at a time. Tensor-parallel
-devices walk the same rank's steps, and meet within operations in the same order.
+hence whoever has a part in it has come to it and can take it, whatever it needs is there, and it finishes. That holds
+even if every send and every receive blocks until it is through. Tensor-parallel devices walk the same rank's steps, and
+meet within operations in the same order.
 
 NCCL wants no more: communicators on one device may be used at once if operations come in one order on all ranks
 (its user guide, "Using multiple NCCL communicators concurrently").

@@ -5,8 +5,8 @@
 - a group opens once all ranks of the world have come to it, and they come to groups in one order (ncclCommSplit);
 - the first operation of each kind in a group blocks the host until the others who take part come to theirs, as
   connections are set up then;
-- an operation takes one of a few slots of its device, in which its kernel waits for the peers', from its launch until it
-  completes; a launch blocks the host while there is none;
+- an operation takes one of a few slots of its device, as its kernel waits there for the peers', from its launch until
+  it completes; a launch blocks the host while there is none;
 - a group's operations complete in the order of their launches. Tags are ignored; here they are compared.
 
 One rank runs at a time, until it must wait. What can go on can still do so whatever others have done before, so every

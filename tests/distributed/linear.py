@@ -1,4 +1,4 @@
-"""Pipelines of linear layers that real communication, executor and optimizers train; and the same without any of them."""
+"""Pipelines of linear layers, trained by the real communication, executor and optimizers, and without any of them."""
 
 from __future__ import annotations
 
