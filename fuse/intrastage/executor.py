@@ -52,7 +52,7 @@ def execute(
     expected_counts = [pipeline.num_micro_batches for pipeline in schedule.problem.pipelines]
     assert [len(batches) for batches in micro_batches] == expected_counts
     run = _Run(schedule, rank, stages, micro_batches, communicators)
-    for step in rank_steps(schedule)[rank]:
+    for step in rank_steps(schedule, rank):
         if step.action is Action.SEND:
             run.send(step.op)
         elif step.action is Action.RECEIVE:

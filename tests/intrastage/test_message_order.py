@@ -22,6 +22,10 @@ def drawn(seed: int) -> Schedule:
     return random_schedule(random_problem(random, max_ranks=8, max_stages=6, max_micro_batches=8), random)
 
 
+def all_steps(schedule: Schedule) -> list[tuple[Step, ...]]:
+    return [rank_steps(schedule, rank) for rank in range(schedule.problem.num_ranks)]
+
+
 def message_of(step: Step) -> tuple[int, int, int, bool]:
     """Pipeline, receiving stage, micro-batch, whether forward: the same for a send and its receive."""
     op, is_forward = step.op, step.op.kind is Kind.F
@@ -32,7 +36,7 @@ def message_of(step: Step) -> tuple[int, int, int, bool]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ranks_come_through_where_every_message_blocks_both_ends(seed: int) -> None:
     schedule = drawn(seed)
-    left = [list(steps) for steps in rank_steps(schedule)]
+    left = [list(steps) for steps in all_steps(schedule)]
     received: set[tuple[int, int, int, bool]] = set()
     progress = True
     while progress:
@@ -57,7 +61,7 @@ def test_ranks_come_through_where_every_message_blocks_both_ends(seed: int) -> N
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_operation_is_a_step_and_each_message_one_of_both_its_ends(seed: int) -> None:
     schedule = drawn(seed)
-    for rank, steps in enumerate(rank_steps(schedule)):
+    for rank, steps in enumerate(all_steps(schedule)):
         ops = schedule.ranks[rank]
         assert tuple(step.op for step in steps if step.action is Action.COMPUTE) == ops
         sent = Counter(step.op for step in steps if step.action is Action.SEND)
@@ -68,7 +72,7 @@ def test_each_operation_is_a_step_and_each_message_one_of_both_its_ends(seed: in
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_few_messages_wait_unused_at_a_receiver(seed: int) -> None:
-    for steps in rank_steps(drawn(seed)):
+    for steps in all_steps(drawn(seed)):
         unused = Counter[tuple[int, int, bool]]()
         for step in steps:
             channel = step.op.pipeline, step.op.stage, step.op.kind is Kind.F
@@ -90,7 +94,7 @@ def test_a_receive_is_posted_before_what_is_computed_while_its_message_is_sent(s
         for op, end in zip(ops, of_rank, strict=True)
     }
     makers = {message_of(Step(Action.SEND, op)): op for op in ends if channel_from(schedule.problem, op) is not None}
-    for steps in rank_steps(schedule):
+    for steps in all_steps(schedule):
         computed: list[Op] = []
         for step in steps:
             if step.action is Action.COMPUTE:
@@ -118,7 +122,7 @@ def written(schedule: Schedule) -> list[str]:
     marks = {Action.COMPUTE: "", Action.SEND: "!", Action.RECEIVE: "?"}
     return [
         " ".join(f"{marks[step.action]}{step.op.kind}{step.op.micro_batch}" for step in steps)
-        for steps in rank_steps(schedule)
+        for steps in all_steps(schedule)
     ]
 
 
