@@ -134,7 +134,7 @@ def message(pair: PipelineCommunicators, forward: bool) -> Communicator:
 
 
 def ping_pong(rank: int) -> None:
-    """A measurement in the order of before: the answer's receive first."""
+    """A measurement that posts the receive of its answer first."""
     (pair,) = open_pipelines([("actor", (0, 1))], TIMEOUT_S)
     one: Any = {"micro_batch": 0, "op": "a measurement"}
     if rank == 0:
@@ -147,7 +147,7 @@ def ping_pong(rank: int) -> None:
 
 
 def walk_with_receives_ahead(schedule: Schedule, rank: int) -> None:
-    """The messages of a walk in the order of before: in each channel, two receives are posted ahead of their use."""
+    """The messages of a walk that has two receives posted in each channel from its start on, whatever others do."""
     problem = schedule.problem
     communicators = open_pipelines([(one.name, one.ranks) for one in problem.pipelines], TIMEOUT_S)
     unposted: dict[tuple[int, int, bool], deque[Op]] = {}
