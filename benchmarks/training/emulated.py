@@ -156,7 +156,7 @@ class EmulatedWorld:
 def _run_rank(rank: int, num_ranks: int, port: int, end: Connection) -> None:
     """A rank's process: answers schedules with spans until it is killed."""
     torch.set_num_threads(1)
-    connect(rank, num_ranks, _HOST, port, "gloo", _TIMEOUT_S)
+    connect(rank, num_ranks, _HOST, port, torch.device("cpu"), _TIMEOUT_S)
     oversleep_s = measure_oversleep()
     opened: dict[tuple[str, tuple[int, ...]], PipelineCommunicators] = {}
     recorder = SpanRecorder()

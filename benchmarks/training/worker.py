@@ -46,7 +46,7 @@ class TrainingWorker:
 
     def connect(self, host: str, port: int, world_size: int) -> None:
         """Join the world."""
-        communication.connect(self._rank, world_size, host, port, "gloo", self._settings.timeout_s)
+        communication.connect(self._rank, world_size, host, port, torch.device("cpu"), self._settings.timeout_s)
 
     def place(self, specs: Mapping[str, ModelSpec], placement: tuple[Replica, ...]) -> None:
         """Build the stages that belong here, with random weights, in place of those before."""

@@ -1,7 +1,10 @@
 """The world of the model workers, and the groups their pipelines and optimizers talk in, over torch.distributed.
 
 Every function that opens groups must be called on every rank with the same arguments in the same order: torch
-creates a group on all ranks or not at all.
+creates a group on all ranks or not at all. Each group carries one message as soon as it is open, before the next one
+opens: NCCL sets a connection up by its first message, and blocks both ends' hosts meanwhile. As all ranks come to the
+groups in one order, none waits at a group for a rank that waits for it at another. What is sent later comes in one
+order on all ranks too, messages in that of `fuse.intrastage.message_order`.
 
 With tensor parallelism of size t, a stage is on t devices that each hold a part of its matrices: what placements and
 schedules call rank r is devices r * t to r * t + t - 1, in the world's numbering. Device d is in lane d % t. Messages
@@ -19,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +30,14 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 _NCCL_POLL_S = 20e-6
+_NCCL_MOST_CTAS = 2
+"""Thread blocks of a kernel that moves a message, each of which holds a multiprocessor until its peer's comes."""
+_NCCL_ENVIRONMENT = {
+    # Streams share no hardware queue, in which a kernel that waits would hold up others, as long as they are not more.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # Messages of a group are meant to follow one another: it carries those of one pair of stages in one direction.
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+}
 
 
 class CommunicationError(RuntimeError):
@@ -51,8 +63,10 @@ def serve_store(host: str, timeout_s: float) -> TCPStore:
     )
 
 
-def connect(rank: int, world_size: int, store_host: str, store_port: int, backend: str, timeout_s: float) -> None:
-    """Join the world; returns when all `world_size` ranks have. `backend` is "gloo" or "nccl".
+def connect(
+    rank: int, world_size: int, store_host: str, store_port: int, device: torch.device, timeout_s: float
+) -> None:
+    """Join the world; returns when all `world_size` ranks have. GPUs talk by NCCL, CPUs by gloo.
 
     Raises: CommunicationError when not all of them come within `timeout_s`.
     """
@@ -62,8 +76,18 @@ def connect(rank: int, world_size: int, store_host: str, store_port: int, backen
     timeout = timedelta(seconds=timeout_s)
     with naming(f"rank {rank}: joining the world of {world_size} model workers at {store_host}:{store_port}"):
         store = TCPStore(store_host, store_port, is_master=False, timeout=timeout)
-        # No device_id: NCCL then opens one communicator per pair of ranks, not one queue for all of a rank's messages.
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        if device.type == "cuda":
+            for variable, value in _NCCL_ENVIRONMENT.items():
+                os.environ.setdefault(variable, value)
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            torch.cuda.set_device(device)  # where torch.distributed puts what it sends of its own
+            # With a device_id a communicator is set up as its group opens, and serves collectives and messages alike.
+            dist.init_process_group(
+                "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+            )
+        else:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    _set_up_collectives(None, "the world", timeout_s)
 
 
 def disconnect() -> None:
@@ -106,11 +130,12 @@ class Communicator:
 
     def __init__(self, pipeline: str, ranks: Sequence[int], *, step: int, timeout_s: float) -> None:
         self._pipeline, self._ranks, self._step, self._timeout_s = pipeline, tuple(ranks), step, timeout_s
-        self._groups = {
-            stage: _open_group((ranks[stage], ranks[stage + step]), timeout_s)
-            for stage in range(len(ranks))
-            if 0 <= stage + step < len(ranks) and ranks[stage] != ranks[stage + step]
-        }
+        self._groups: dict[int, dist.ProcessGroup] = {}
+        for stage in range(len(ranks)):
+            if 0 <= stage + step < len(ranks) and ranks[stage] != ranks[stage + step]:
+                pair = ranks[stage], ranks[stage + step]
+                self._groups[stage] = _open_group(pair, timeout_s, _message_options(timeout_s))
+                self._set_up(stage)
 
     def send(self, tensor: Tensor, *, stage: int, micro_batch: int, op: str) -> Transfer:
         """Start sending from `stage` to its neighbour in this direction; `op` names the result in errors."""
@@ -131,6 +156,13 @@ class Communicator:
             work = dist.irecv(buffer, src=peer, group=self._groups[source], tag=micro_batch)
         assert work is not None
         return Transfer(buffer, description, work, self._timeout_s)
+
+    def _set_up(self, stage: int) -> None:
+        """Have one message go through from `stage` to its neighbour in this direction."""
+        if dist.get_rank() == self._ranks[stage]:
+            self.send(_element(), stage=stage, micro_batch=0, op="setting up").wait()
+        elif dist.get_rank() == self._ranks[stage + self._step]:
+            self.receive(_element(), stage=stage + self._step, micro_batch=0, op="setting up").wait()
 
     def _origin(self, stage: int) -> str:
         return f"rank {self._ranks[stage]}, pipeline {self._pipeline}"
@@ -157,7 +189,7 @@ def open_tensor_group(tensor_parallel_size: int, timeout_s: float) -> dist.Proce
     if tensor_parallel_size == 1:
         return None
     groups = [
-        _open_group(_devices(rank, tensor_parallel_size), timeout_s)
+        _open_collectives(_devices(rank, tensor_parallel_size), timeout_s)
         for rank in range(world_size // tensor_parallel_size)
     ]
     return groups[dist.get_rank() // tensor_parallel_size]
@@ -225,7 +257,7 @@ def open_model(replicas: Sequence[Sequence[int]], timeout_s: float, tensor_paral
             lanes = list(zip(*(_devices(rank, tensor_parallel_size) for rank in dict.fromkeys(ranks)), strict=True))
             for devices in [tuple(itertools.chain(*lanes))] if across_lanes else lanes:
                 if len(devices) > 1:
-                    group = _open_group(devices, timeout_s)
+                    group = _open_collectives(devices, timeout_s)
                     if mine in devices:
                         groups[index] = group
         return groups
@@ -273,9 +305,41 @@ def _lane(tensor_parallel_size: int) -> int:
     return dist.get_rank() % tensor_parallel_size
 
 
-def _open_group(ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+def _open_collectives(ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
+    group = _open_group(ranks, timeout_s)
+    if dist.get_rank() in ranks:
+        _set_up_collectives(group, f"the group of devices {', '.join(map(str, ranks))}", timeout_s)
     return group
+
+
+def _set_up_collectives(group: dist.ProcessGroup | None, what: str, timeout_s: float) -> None:
+    """Have one sum go through a group that this device is in; None for that of all."""
+    description = f"rank {dist.get_rank()}: setting up {what}"
+    element = _element()
+    with naming(description):
+        work = dist.all_reduce(element, group=group, async_op=True)
+    Transfer(element, description, work, timeout_s).wait()
+
+
+def _open_group(ranks: Sequence[int], timeout_s: float, options: Any = None) -> dist.ProcessGroup:
+    timeout = timedelta(seconds=timeout_s)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+    return group
+
+
+def _message_options(timeout_s: float) -> Any:
+    """Of a group that carries messages; None for those that gloo has of itself."""
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options.config.max_ctas = _NCCL_MOST_CTAS
+    return options
+
+
+def _element() -> Tensor:
+    """Something to send, on this rank's device."""
+    return torch.zeros(1, device=dist.group.WORLD.bound_device_id or "cpu")
 
 
 def _is_loopback(host: str) -> bool:

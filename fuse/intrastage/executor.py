@@ -1,12 +1,12 @@
-"""Runs a schedule: walks one rank's operations, over all pipelines at once.
+"""Runs a schedule: walks one rank's operations and messages, over all pipelines at once.
 
-Receives are posted ahead and sends stay in flight, so a rank waits only where the schedule makes it wait.
-The executor knows stages and messages; of models, losses and PPO it knows nothing.
+Receives are posted before what is computed while they arrive, and sends stay in flight, so a rank waits only where the
+schedule makes it wait, and in no circle: `fuse.intrastage.message_order` says why. The executor knows stages and
+messages; of models, losses and PPO it knows nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 import schedules
 from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
+from fuse.intrastage.message_order import Action, rank_steps
 from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder, now_s
 from schedules import Kind, Op, Schedule
 
-_RECEIVES_AHEAD = 2
-"""Receives posted per channel: one arrives while the one before it is used, so a send never waits for its receiver."""
+MOST_IN_FLIGHT = 8
+"""Messages of a rank at once: on a GPU each may hold a kernel. Enough for both directions of two pipelines, twice."""
 
 
 def execute(
@@ -51,25 +52,13 @@ def execute(
     expected_counts = [pipeline.num_micro_batches for pipeline in schedule.problem.pipelines]
     assert [len(batches) for batches in micro_batches] == expected_counts
     run = _Run(schedule, rank, stages, micro_batches, communicators)
-    for op in schedule.ranks[rank]:
-        ready_s = now_s()
-        received = run.take_input(op)
-        arrived_s = now_s()
-        run.post_after(op)
-        start_s = now_s()
-        result = run.compute(op, received)
-        end_s = now_s()
-        if result is not None:
-            run.hand_on(op, result)
-        sequences, tokens = micro_batches[op.pipeline][op.micro_batch].input_ids.shape
-        arguments: dict[str, object] = {
-            "tokens": sequences * tokens,
-            "sequences": sequences,
-            "wait_s": arrived_s - ready_s,
-        }
-        if planned is not None:
-            arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
-        trace.add(Span(run.name(op), "train", start_s, end_s, arguments))
+    for step in rank_steps(schedule, rank):
+        if step.action is Action.SEND:
+            run.send(step.op)
+        elif step.action is Action.RECEIVE:
+            run.receive(step.op)
+        else:
+            trace.add(run.compute(step.op, planned))
     run.finish()
 
 
@@ -87,15 +76,12 @@ def _check_splits(schedule: Schedule, rank: int, stages: Mapping[tuple[int, int]
             )
 
 
-_Channel = tuple[int, int, bool]
-"""Pipeline, receiving stage, and whether forward: the messages of a communicator between two neighbouring stages."""
-
 _Message = tuple[int, int, int, bool]
 """Pipeline, receiving stage, micro-batch, and whether forward; B and I take and make the same messages."""
 
 
 class _Run:
-    """Messages of one walk: posted receives, results handed over on this rank, sends in flight."""
+    """Messages of one walk: results that wait to be sent or used, and what is in flight, in the order it started."""
 
     def __init__(
         self,
@@ -109,39 +95,77 @@ class _Run:
         self._stages, self._micro_batches, self._communicators = stages, micro_batches, communicators
         self._rank = rank
         self._positions = _Positions(schedule)
-        self._local: dict[_Message, Tensor] = {}
-        self._sends: dict[int, dict[_Message, Transfer]] = {}  # by the rank that receives
-        self._posted: dict[_Message, Transfer] = {}
-        self._unposted: dict[_Channel, deque[Op]] = {}
-        for op in schedule.ranks[rank]:
-            source = self._source_stage(op)
-            if source is not None and self._pipelines[op.pipeline].ranks[source] != rank:
-                self._unposted.setdefault(_channel_into(op), deque()).append(op)
-        for channel in self._unposted:
-            for _ in range(_RECEIVES_AHEAD):
-                self._post_next(channel)
+        self._results: dict[_Message, Tensor] = {}
+        self._in_flight: dict[_Message, Transfer] = {}
 
-    def name(self, op: Op) -> str:
-        return operation_name(self._problem, op)
+    def compute(self, op: Op, planned: PlannedTimes | None) -> Span:
+        """Run the operation on its input, which it waits for, and keep its result."""
+        ready_s = now_s()
+        received = self._take_input(op)
+        start_s = now_s()
+        result = self._run_stage(op, received)
+        end_s = now_s()
+        if result is not None:
+            self._results[_message_from(op)] = result
+        sequences, tokens = self._micro_batches[op.pipeline][op.micro_batch].input_ids.shape
+        arguments: dict[str, object] = {
+            "tokens": sequences * tokens,
+            "sequences": sequences,
+            "wait_s": start_s - ready_s,
+        }
+        if planned is not None:
+            arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
+        return Span(operation_name(self._problem, op), "train", start_s, end_s, arguments)
 
-    def take_input(self, op: Op) -> Tensor | None:
+    def send(self, op: Op) -> None:
+        """Start sending what the operation made to the neighbouring stage on another rank."""
+        self._make_room()
+        message = _message_from(op)
+        self._in_flight[message] = self._communicator(op).send(
+            self._results.pop(message), stage=op.stage, micro_batch=op.micro_batch, op=operation_name(self._problem, op)
+        )
+
+    def receive(self, op: Op) -> None:
+        """Post the receive of what the operation needs from a neighbouring stage on another rank."""
+        self._make_room()
+        buffer = self._stages[op.pipeline, op.stage].boundary(self._micro_batches[op.pipeline][op.micro_batch])
+        self._in_flight[_message_into(op)] = self._communicator(op).receive(
+            buffer, stage=op.stage, micro_batch=op.micro_batch, op=operation_name(self._problem, op)
+        )
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived."""
+        while self._in_flight:
+            self._finish_oldest()
+        assert not self._results
+
+    def _make_room(self) -> None:
+        """Wait for the oldest messages, where as many are in flight as may be."""
+        while len(self._in_flight) >= MOST_IN_FLIGHT:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        message = next(iter(self._in_flight))
+        tensor = self._in_flight.pop(message).wait()
+        if self._pipelines[message[0]].ranks[message[1]] == self._rank:
+            self._results[message] = tensor
+
+    def _take_input(self, op: Op) -> Tensor | None:
         """What the operation needs from its neighbour; waits for it. None at the end of the pipeline it starts from."""
         source = self._source_stage(op)
         if source is None:
             return None
         message = _message_into(op)
-        if message in self._local:
-            return self._local.pop(message)
-        received = self._posted.pop(message).wait()
-        self._release(self._pipelines[op.pipeline].ranks[source], (op.pipeline, source, *message[2:]))
+        if message in self._results:
+            received = self._results.pop(message)
+        else:
+            received = self._in_flight.pop(message).wait()
+        source_rank = self._pipelines[op.pipeline].ranks[source]
+        if source_rank != self._rank:
+            self._release(source_rank, (op.pipeline, source, *message[2:]))
         return received
 
-    def post_after(self, op: Op) -> None:
-        """Post the receive that follows the operation's in its channel."""
-        if _channel_into(op) in self._unposted and op.kind is not Kind.W:
-            self._post_next(_channel_into(op))
-
-    def compute(self, op: Op, received: Tensor | None) -> Tensor | None:
+    def _run_stage(self, op: Op, received: Tensor | None) -> Tensor | None:
         stage = self._stages[op.pipeline, op.stage]
         if op.kind is Kind.F:
             return stage.forward(op.micro_batch, self._micro_batches[op.pipeline][op.micro_batch], received)
@@ -151,39 +175,11 @@ class _Run:
         backward = stage.backward_input if op.kind is Kind.I else stage.backward
         return backward(op.micro_batch, received)
 
-    def hand_on(self, op: Op, result: Tensor) -> None:
-        """Give the result to the neighbouring stage, on this rank or another."""
-        ranks = self._pipelines[op.pipeline].ranks
-        target = op.stage + (1 if op.kind is Kind.F else -1)
-        message = op.pipeline, target, op.micro_batch, op.kind is Kind.F
-        if ranks[target] == ranks[op.stage]:
-            self._local[message] = result
-        else:
-            transfer = self._communicator(op).send(result, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op))
-            self._sends.setdefault(ranks[target], {})[message] = transfer
-
-    def finish(self) -> None:
-        """Wait until everything sent has arrived."""
-        for transfers in self._sends.values():
-            for transfer in transfers.values():
-                transfer.wait()
-        assert not self._posted
-        assert not self._local
-
     def _release(self, rank: int, last: _Message) -> None:
         """Let go of what `rank` has long received: what it used before the operation `last`, whose result is here."""
-        transfers, positions = self._sends.get(rank, {}), self._positions.of(rank)
-        for message in [one for one in transfers if positions[one] <= positions[last]]:
-            transfers.pop(message).wait()
-
-    def _post_next(self, channel: _Channel) -> None:
-        """Post the channel's next receive; a legal schedule uses messages in the order they are sent."""
-        if self._unposted[channel]:
-            op = self._unposted[channel].popleft()
-            buffer = self._stages[op.pipeline, op.stage].boundary(self._micro_batches[op.pipeline][op.micro_batch])
-            self._posted[_message_into(op)] = self._communicator(op).receive(
-                buffer, stage=op.stage, micro_batch=op.micro_batch, op=self.name(op)
-            )
+        positions = self._positions.of(rank)
+        for message in [one for one in self._in_flight if one in positions and positions[one] <= positions[last]]:
+            self._in_flight.pop(message).wait()
 
     def _communicator(self, op: Op) -> Communicator:
         pair = self._communicators[op.pipeline]
@@ -214,9 +210,9 @@ class _Positions:
         return self._by_rank[rank]
 
 
-def _channel_into(op: Op) -> _Channel:
-    return op.pipeline, op.stage, op.kind is Kind.F
-
-
 def _message_into(op: Op) -> _Message:
     return op.pipeline, op.stage, op.micro_batch, op.kind is Kind.F
+
+
+def _message_from(op: Op) -> _Message:
+    return op.pipeline, op.stage + (1 if op.kind is Kind.F else -1), op.micro_batch, op.kind is Kind.F

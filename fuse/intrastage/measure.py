@@ -97,11 +97,14 @@ def shape_of(micro_batch: MicroBatch) -> Shape:
 
 
 def _ping(pair: PipelineCommunicators, stage: int, boundary: Tensor) -> float:
-    """Send to the next stage and wait for the answer; half the seconds that takes."""
+    """Send to the next stage and wait for the answer; half the seconds that takes.
+
+    Both ends have the messages in the order they are made, and so do pairs: the answer's receive comes after the send.
+    """
+    answer = torch.empty_like(boundary)
     start_s = time.perf_counter()
-    answer = pair.backward.receive(torch.empty_like(boundary), stage=stage, micro_batch=0, op="a measurement")
     pair.forward.send(boundary, stage=stage, micro_batch=0, op="a measurement").wait()
-    answer.wait()
+    pair.backward.receive(answer, stage=stage, micro_batch=0, op="a measurement").wait()
     return (time.perf_counter() - start_s) / 2
 
 

@@ -59,8 +59,7 @@ class ModelWorker:
     def connect(self, host: str, port: int, world_size: int) -> None:
         """Join the world."""
         settings = self._settings
-        backend = "nccl" if self._device.type == "cuda" else "gloo"
-        communication.connect(self._rank, world_size, host, port, backend, settings.timeout_s)
+        communication.connect(self._rank, world_size, host, port, self._device, settings.timeout_s)
         self._tensor_group = communication.open_tensor_group(settings.tensor_parallel_size, settings.timeout_s)
 
     def measure_layer_costs(self, batch: TypicalBatch, tick_s: float) -> Profile:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from fuse.intrastage import communication
 from fuse.intrastage.communication import CommunicationError, connect, serve_store
+
+CPU = torch.device("cpu")
 
 
 def test_a_rank_that_never_comes_ends_in_an_error() -> None:
@@ -16,14 +23,14 @@ def test_a_rank_that_never_comes_ends_in_an_error() -> None:
     with pytest.raises(
         CommunicationError, match=rf"rank 0: joining the world of 2 .* at 127.0.0.1:{store.port} failed"
     ):
-        connect(0, 2, "127.0.0.1", store.port, "gloo", 1.0)
+        connect(0, 2, "127.0.0.1", store.port, CPU, 1.0)
 
 
 def test_a_store_that_is_not_there_ends_in_an_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port meanwhile
         with pytest.raises(CommunicationError, match="rank 1: joining the world of 2"):
-            connect(1, 2, "127.0.0.1", unused.getsockname()[1], "gloo", 1.0)
+            connect(1, 2, "127.0.0.1", unused.getsockname()[1], CPU, 1.0)
 
 
 def test_two_stores_never_share_a_port() -> None:
@@ -31,13 +38,40 @@ def test_two_stores_never_share_a_port() -> None:
     assert first.port != second.port
 
 
+def test_gpus_meet_by_nccl_on_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a machine without them can tell."""
+    asked: dict[str, Any] = {}
+    in_use: list[torch.device] = []
+    sum_of_one = SimpleNamespace(wait=lambda: None)
+    world = SimpleNamespace(
+        init_process_group=lambda backend, **options: asked.update(options, backend=backend),
+        get_rank=lambda: 0,
+        all_reduce=lambda *_, **__: sum_of_one,
+        group=SimpleNamespace(WORLD=SimpleNamespace(bound_device_id=None)),
+    )
+    monkeypatch.setattr(communication, "dist", world)
+    monkeypatch.setattr(communication, "TCPStore", lambda *_, **__: "store")
+    monkeypatch.setattr(torch.cuda, "set_device", in_use.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+    connect(0, 1, "192.0.2.1", 1, torch.device("cuda"), 1.0)
+    assert asked["backend"] == "nccl"
+    assert asked["device_id"] == torch.device("cuda", 3)
+    assert in_use == [torch.device("cuda", 3)]
+    assert os.environ == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",  # the user's
+        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+    }
+
+
 @pytest.mark.processes
 def test_groups_that_cannot_be_are_refused() -> None:
     """In a world of its own, as a process can be in one world at a time."""
     program = """
+import torch
 from fuse.intrastage.communication import connect, disconnect, open_model, open_tensor_group, serve_store
 store = serve_store("127.0.0.1", 10.0)
-connect(0, 1, "127.0.0.1", store.port, "gloo", 10.0)
+connect(0, 1, "127.0.0.1", store.port, torch.device("cpu"), 10.0)
 for open_groups in (
     lambda: open_model([(0, 0), (0,)], 10.0),
     lambda: open_model([(0,), (0,)], 10.0),

@@ -1,0 +1,78 @@
+"""Ranks of training in worlds of threads under NCCL's rules of waiting. Worlds of processes: tests/distributed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fuse.intrastage.optimizer import AdamWConfig
+from fuse.intrastage.placement import Replica, place
+from fuse.intrastage.training_schedule import Plan, halved_serial_schedule
+from fuse.micro_batch import Metric, Metrics, MicroBatch
+from fuse.trace import SpanRecorder
+from fuse.training import layer_costs
+from fuse.training.layer_costs import TypicalBatch
+from fuse.training.layout import RaggedLayout
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.steps import optimizer_steps
+from schedules.fused.greedy import greedy
+
+from ..distributed.fake_nccl import FakeNccl
+from ..tiny_models import build, classifier, language_model, spread
+
+EXPERIENCE = layer_costs._experience(TypicalBatch(num_sequences=8, prompt_tokens=3, response_tokens=4), 64)
+MODELS = {
+    "actor": spread(build(language_model("qwen2", num_hidden_layers=4, tie_word_embeddings=True))),
+    "critic": spread(build(classifier(num_hidden_layers=4))),
+}
+
+
+def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    value = head(hidden).square().mean() * micro_batch.weight
+    return value, {Metric("loss"): value.detach()}
+
+
+SETTINGS = TrainingSettings(
+    backend="transformers",
+    split_backward=True,
+    losses={"actor": loss, "critic": loss},
+    layout=RaggedLayout(),
+    adamw=AdamWConfig(max_grad_norm=0.1),
+    autocast=None,
+    gradient_checkpointing=False,
+    timeout_s=30.0,
+)
+
+
+def trained(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> dict[str, Tensor]:
+    """The weights after a profile, an update with halved backwards, which observes costs, and a fused one."""
+    serial = halved_serial_schedule(placement, 4)
+    plans = [{4: Plan(serial)}, {4: Plan(greedy(serial.problem))}]
+    steps = optimizer_steps([np.arange(8)], num_mini_batches=1, micro_batch_size=2)
+
+    def run(rank: int) -> dict[str, Tensor]:
+        specs = {name: ModelSpec.of(model) for name, model in MODELS.items()}
+        training = TrainingRank(rank, torch.device("cpu"), specs, placement, SETTINGS, SpanRecorder())
+        for name, model in MODELS.items():
+            training.load_weights(name, model.state_dict())
+        training.profile(EXPERIENCE, [[0, 1]])
+        for of_update in plans:
+            training.train(EXPERIENCE, steps, 1e-2, of_update)
+        return {
+            f"{model}: {name}": weight for model in specs for name, weight in training.export_weights(model).items()
+        }
+
+    return {name: weight for of_rank in FakeNccl(num_ranks, slots).run(run) for name, weight in of_rank.items()}
+
+
+@pytest.mark.parametrize("slots", [0, 64])
+def test_a_rank_profiles_observes_and_trains_under_nccls_rules(slots: int) -> None:
+    expected = trained(1, (*place("actor", 1, 1), *place("critic", 1, 1)), slots)
+    found = trained(4, (*place("actor", 4, 4), *place("critic", 4, 2, reverse=True)), slots)
+    assert found.keys() == expected.keys()
+    assert not torch.equal(found["critic: score.weight"], MODELS["critic"].score.weight)
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
