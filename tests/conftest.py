@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # The same examples every time, however busy the machine: a change fails for what it changes.
 settings.register_profile(
     "suite",
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -130,6 +131,14 @@ def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
     """Runs have their workers in the pool's processes."""
     with worker_pool.in_use():
         yield
+
+
+@pytest.fixture
+def in_process_workers(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of one device run inside this process."""
+    from . import in_process
+
+    in_process.use(monkeypatch)
 
 
 @pytest.fixture(scope="session")

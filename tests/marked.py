@@ -7,7 +7,6 @@ _ITERATIONS = tuple(
     for name in (
         "rows_hold_what_they_promise",
         "all_variants_compute_the_same",
-        "responses_end_where_the_model_ends_them",
         "traces_of_every_iteration_stay",
         "earlier_results_are_printed",
     )

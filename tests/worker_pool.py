@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import ray
 
-from fuse.driver import fleet
-from fuse.intrastage import communication
+from fuse.driver import early_start, fleet
+from fuse.intrastage import communication, stage_balance
 from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster
 
@@ -32,9 +32,11 @@ class WorkerPool:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Runs have their workers in these processes."""
+        """Runs have their workers in these processes, and are soon content with how their stages are balanced."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fleet, "Cluster", self)
+            for module in (fleet, early_start):
+                patch.setattr(module, "Cluster", self)
+            patch.setattr(stage_balance, "_SOLVE_S", 0.1)
             yield
 
     def __call__(self, num_devices: int, **options: Any) -> _Lease:
@@ -63,6 +65,9 @@ class _Lease:
 
     def host(self, device: int) -> str:
         return self._pool.cluster.host(device)
+
+    def warm(self, *arguments: object) -> None:
+        """The processes have started and imported."""
 
     def kill(self, worker: Worker[Any]) -> None:
         del self._pool.processes[worker.role, worker.device]

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def test_all_variants_compute_the_same(smoke: tuple[Mapping[str, Any], Path]) ->
 
 @pytest.mark.slow
 def test_responses_end_where_the_model_ends_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooled_workers: None
 ) -> None:
+    monkeypatch.setattr(rounds, "local_cluster", lambda num_cpus: nullcontext())  # the pool has one
     monkeypatch.setitem(command._SMOKE, "variants", ["off"])
     path = tmp_path / "out.json"
     options = ["--smoke", "--lengths", "natural", "--peer", "trl", "--json", str(path)]
