@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -9,11 +10,15 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from fuse.driver import early_start, fleet
 from fuse.intrastage import communication, stage_balance
-from fuse.workers.calls import Worker, gather
+from fuse.workers.calls import Worker
 from fuse.workers.cluster import Cluster
+
+_PATIENCE_S = 10.0
+"""With a process that may be waiting for another one, which has failed."""
 
 
 class WorkerPool:
@@ -55,13 +60,23 @@ class _Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Workers are closed, and leave their world. After an error, processes that cannot are not used again."""
         processes = self._pool.processes
-        if error is not None:  # whatever state they are in
-            for key in self._workers:
-                self._pool.cluster.kill(processes.pop(key))
+        left = {key: self._leave(processes[key], held) for key, held in self._workers.items() if key in processes}
+        if error is None:
+            ray.get([*itertools.chain(*left.values())])
             return
-        gather([processes[key].call(held.close) for key, held in self._workers.items() if hasattr(held, "close")])
-        ray.get([processes[key]._actor.start.remote(None, communication.disconnect, (), {}) for key in self._workers])
+        ray.wait([*itertools.chain(*left.values())], num_returns=sum(map(len, left.values())), timeout=_PATIENCE_S)
+        for key, answers in left.items():
+            try:
+                ray.get(answers, timeout=0)
+            except RayError:
+                self._pool.cluster.kill(processes.pop(key))
+
+    @staticmethod
+    def _leave(process: Worker[Any], held: Any) -> list[ray.ObjectRef[Any]]:
+        close = [process._actor.call.remote("close")] if hasattr(held, "close") else []
+        return [*close, process._actor.start.remote(None, communication.disconnect, (), {})]
 
     def host(self, device: int) -> str:
         return self._pool.cluster.host(device)
@@ -74,11 +89,11 @@ class _Lease:
         self._pool.cluster.kill(worker)
 
     def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> Worker[Any]:
-        key = (role, device)
+        key = ("model worker" if role == "training worker" else role, device)
         self._workers[key] = worker_class
         worker = self._pool.processes.get(key)
         if worker is None:
-            worker = self._pool.cluster.spawn(role, device, worker_class, *args, **kwargs)
+            worker = self._pool.cluster.spawn(key[0], device, worker_class, *args, **kwargs)
             self._pool.processes[key] = worker
         else:
             worker._started = worker._actor.start.remote(None, worker_class, args, kwargs)
