@@ -18,7 +18,7 @@ from fuse.interstage.tuning import LengthHistory, tune_threshold
 
 TRACES = sorted(Path(__file__).parents[3].glob("shared/data/lengths_*.csv"))
 COSTS = PROFILES["llama-33b-8xh800"]
-NUM_BATCHES, NUM_SAMPLES, NUM_DEVICES, NUM_PAST = 2, 128, 16, 400
+NUM_BATCHES, NUM_SAMPLES, NUM_DEVICES, NUM_PAST = 3, 128, 16, 1000
 ROUNDING = 1 + 1e-9
 
 
