@@ -145,7 +145,7 @@ def in_process_workers(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> No
 def smollm2_directory() -> Path:
     """A real model; tests of it are skipped where it cannot be made.
 
-    That takes half a minute: it is kept in build/ until what makes it changes.
+    That takes ten seconds and more: it is kept in build/ until what makes it changes.
     """
     from fuse.benchmarks import smollm2
 

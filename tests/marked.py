@@ -1,20 +1,9 @@
-"""Tests that start processes or Ray, in files that do not say so themselves."""
+"""Tests that start processes, in files that do not say so themselves."""
 
 from __future__ import annotations
 
-_ITERATIONS = tuple(
-    f"tests/benchmarks/iteration/test_command.py::test_{name}"
-    for name in (
-        "rows_hold_what_they_promise",
-        "all_variants_compute_the_same",
-        "traces_of_every_iteration_stay",
-        "earlier_results_are_printed",
-    )
-)
-
 MARKED: dict[str, tuple[str, ...]] = {
     "processes": (
-        *_ITERATIONS,
         "tests/benchmarks/test_engine_process.py",
         "tests/benchmarks/test_peer_process.py",
         "tests/benchmarks/kernels/test_command.py::test_counts_what_calls_add_to_a_process",
@@ -26,6 +15,5 @@ MARKED: dict[str, tuple[str, ...]] = {
         "tests/schedules/export/test_drawings.py::test_libraries_are_loaded_only_to_draw",
         "tests/schedules/export/test_page_in_browser.py",
     ),
-    "own_ray": _ITERATIONS,
 }
 """By marker, how the tests begin that have it."""

@@ -22,11 +22,15 @@ _PATIENCE_S = 10.0
 
 
 class WorkerPool:
-    """Called in place of `Cluster`, it hands out the same processes every time, with new workers in them."""
+    """Called in place of `Cluster`, it hands out the same processes every time, with new workers in them.
+
+    Those of the first devices that no other run has.
+    """
 
     def __init__(self, num_devices: int) -> None:
         self.cluster = Cluster(num_devices)
         self.processes: dict[tuple[str, int], Worker[Any]] = {}
+        self.free = list(range(num_devices))
 
     def __enter__(self) -> WorkerPool:
         self.cluster.__enter__()
@@ -45,22 +49,25 @@ class WorkerPool:
             yield
 
     def __call__(self, num_devices: int, **options: Any) -> _Lease:
-        assert num_devices <= self.cluster.num_devices
-        return _Lease(self)
+        return _Lease(self, num_devices)
 
 
 class _Lease:
     """The part of a `Cluster` that a run sees."""
 
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: WorkerPool, num_devices: int) -> None:
+        self._pool, self._num_devices = pool, num_devices
+        self._devices: list[int] = []
         self._workers: dict[tuple[str, int], Any] = {}  # their classes
 
     def __enter__(self) -> _Lease:
+        self._devices, self._pool.free = self._pool.free[: self._num_devices], self._pool.free[self._num_devices :]
+        assert len(self._devices) == self._num_devices, "other runs have the pool's devices"
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Workers are closed, and leave their world. After an error, processes that cannot are not used again."""
+        self._pool.free = sorted((*self._pool.free, *self._devices))
         processes = self._pool.processes
         left = {key: self._leave(processes[key], held) for key, held in self._workers.items() if key in processes}
         if error is None:
@@ -79,7 +86,7 @@ class _Lease:
         return [*close, process._actor.start.remote(None, communication.disconnect, (), {})]
 
     def host(self, device: int) -> str:
-        return self._pool.cluster.host(device)
+        return self._pool.cluster.host(self._devices[device])
 
     def warm(self, *arguments: object) -> None:
         """The processes have started and imported."""
@@ -89,11 +96,11 @@ class _Lease:
         self._pool.cluster.kill(worker)
 
     def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> Worker[Any]:
-        key = ("model worker" if role == "training worker" else role, device)
+        key = ("model worker" if role == "training worker" else role, self._devices[device])
         self._workers[key] = worker_class
         worker = self._pool.processes.get(key)
         if worker is None:
-            worker = self._pool.cluster.spawn(key[0], device, worker_class, *args, **kwargs)
+            worker = self._pool.cluster.spawn(*key, worker_class, *args, **kwargs)
             self._pool.processes[key] = worker
         else:
             worker._started = worker._actor.start.remote(None, worker_class, args, kwargs)

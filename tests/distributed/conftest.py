@@ -15,7 +15,9 @@ Measured = Callable[[str], tuple[Path, str]]
 @pytest.fixture(scope="session")
 def measured_by(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """Where a program has measured, and what was printed meanwhile."""
-    asked = {getattr(item.module, "PROGRAM", None) for item in request.session.items if isinstance(item, pytest.Function)}
+    asked = {
+        getattr(item.module, "PROGRAM", None) for item in request.session.items if isinstance(item, pytest.Function)
+    }
     directory = tmp_path_factory.mktemp("programs")
     printed = run_programs([name for name in NAMES if name in asked], directory)
     return lambda name: (directory / name, printed)
