@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from fuse.driver import early_start, fleet
 from fuse.intrastage import communication, stage_balance
@@ -18,7 +17,6 @@ from fuse.workers.calls import Worker
 from fuse.workers.cluster import Cluster
 
 _PATIENCE_S = 10.0
-"""With a process that may be waiting for another one, which has failed."""
 
 
 class WorkerPool:
@@ -65,20 +63,23 @@ class _Lease:
         assert len(self._devices) == self._num_devices, "other runs have the pool's devices"
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Workers are closed, and leave their world. After an error, processes that cannot are not used again."""
+    def __exit__(self, *exception: object) -> None:
+        """Workers are closed, and leave their world; processes that cannot, for one has died, are not used again."""
         self._pool.free = sorted((*self._pool.free, *self._devices))
         processes = self._pool.processes
         left = {key: self._leave(processes[key], held) for key, held in self._workers.items() if key in processes}
-        if error is None:
-            ray.get([*itertools.chain(*left.values())])
-            return
-        ray.wait([*itertools.chain(*left.values())], num_returns=sum(map(len, left.values())), timeout=_PATIENCE_S)
-        for key, answers in left.items():
-            try:
-                ray.get(answers, timeout=0)
-            except RayError:
-                self._pool.cluster.kill(processes.pop(key))
+        pending, patience_s = [*itertools.chain(*left.values())], None
+        while pending:
+            ended, pending = ray.wait(pending, timeout=patience_s)
+            if not ended:
+                break
+            if _failure(ended) is not None:
+                patience_s = _PATIENCE_S  # with those that may be waiting for it
+        failures = {key: failure for key, answers in left.items() if (failure := _failure(answers)) is not None}
+        for key in failures:
+            self._pool.cluster.kill(processes.pop(key))
+        if failures and not any(isinstance(one, RayActorError) for one in failures.values()):
+            raise next(iter(failures.values()))
 
     @staticmethod
     def _leave(process: Worker[Any], held: Any) -> list[ray.ObjectRef[Any]]:
@@ -105,3 +106,12 @@ class _Lease:
         else:
             worker._started = worker._actor.start.remote(None, worker_class, args, kwargs)
         return worker
+
+
+def _failure(answers: list[ray.ObjectRef[Any]]) -> RayError | None:
+    """Why one of these calls has not ended well."""
+    try:
+        ray.get(answers, timeout=0)
+    except RayError as error:
+        return error
+    return None
