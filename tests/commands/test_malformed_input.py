@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import io
 import json
 import os
@@ -330,7 +331,11 @@ def test_simulate_says_what_it_cannot_read(
 ) -> None:
     path = tmp_path / "lengths.csv"
     path.write_text(content)
-    assert main(["simulate", "--lengths", str(path), "--batch", "1", *given_options]) == 2
+    limit = csv.field_size_limit(128 * 1024)  # with which a process begins; whoever has read prompts has raised it
+    try:
+        assert main(["simulate", "--lengths", str(path), "--batch", "1", *given_options]) == 2
+    finally:
+        csv.field_size_limit(limit)
     assert line in capsys.readouterr().err
 
 
