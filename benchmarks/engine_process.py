@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,7 +101,4 @@ def _run(held: _Held, function: Callable[[GenerationEngine], Any]) -> Any:
 
 def _restart(held: _Held, make_engine: MakeEngine) -> None:
     held.close()
-    # vLLM collects garbage again and again as it starts and stops: spare it all that is here to stay.
-    gc.collect()
-    gc.freeze()
     held.engine = make_engine()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # The same examples every time, however busy the machine: a change fails for what it changes.
 settings.register_profile(
     "suite",
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -132,11 +133,19 @@ def pooled_workers(worker_pool: WorkerPool) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def in_process_workers(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of one device run inside this process."""
+    from . import in_process
+
+    in_process.use(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def smollm2_directory() -> Path:
     """A real model; tests of it are skipped where it cannot be made.
 
-    That takes half a minute: it is kept in build/ until what makes it changes.
+    That takes ten seconds and more: it is kept in build/ until what makes it changes.
     """
     from fuse.benchmarks import smollm2
 

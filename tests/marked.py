@@ -1,35 +1,19 @@
-"""Tests that start processes or Ray, in files that do not say so themselves."""
+"""Tests that start processes, in files that do not say so themselves."""
 
 from __future__ import annotations
 
-_ITERATIONS = tuple(
-    f"tests/benchmarks/iteration/test_command.py::test_{name}"
-    for name in (
-        "rows_hold_what_they_promise",
-        "all_variants_compute_the_same",
-        "responses_end_where_the_model_ends_them",
-        "traces_of_every_iteration_stay",
-        "earlier_results_are_printed",
-    )
-)
-
 MARKED: dict[str, tuple[str, ...]] = {
     "processes": (
-        *_ITERATIONS,
         "tests/benchmarks/test_engine_process.py",
         "tests/benchmarks/test_peer_process.py",
         "tests/benchmarks/kernels/test_command.py::test_counts_what_calls_add_to_a_process",
         "tests/benchmarks/kernels/test_command.py::test_says_why_no_instructions_were_counted",
         "tests/benchmarks/kernels/test_command.py::test_what_callgrind_runs_starts_without_torch",
         "tests/benchmarks/kernels/test_command.py::test_writes_complete_rows_of_every_kernel",
-        "tests/benchmarks/migration/test_command.py::test_writes_a_row",
         "tests/benchmarks/rollout/test_command.py::test_compares_with_vllm",
-        "tests/benchmarks/rollout/test_command.py::test_writes_a_row_per_mix_and_policy",
         "tests/benchmarks/training/test_command.py::test_emulates_schedules_and_says_so",
-        "tests/benchmarks/training/test_command.py::test_writes",
         "tests/schedules/export/test_drawings.py::test_libraries_are_loaded_only_to_draw",
         "tests/schedules/export/test_page_in_browser.py",
     ),
-    "own_ray": _ITERATIONS,
 }
 """By marker, how the tests begin that have it."""

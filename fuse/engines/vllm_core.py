@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -182,6 +183,7 @@ def _start(architecture: str, kv_cache_bytes: int | None, **options: Any) -> tup
     vllm_config.cache_config.kv_cache_memory_bytes, capacity_tokens = _kv_cache(vllm_config, kv_cache_bytes)
     with ExitStack() as half_started:
         half_started.callback(cleanup_dist_env_and_memory)
+        gc.freeze()  # vLLM collects garbage five times while it starts: not among all that modules hold
         llm = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         half_started.pop_all()
     return llm, capacity_tokens

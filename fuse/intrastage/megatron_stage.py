@@ -27,7 +27,7 @@ from fuse.intrastage.megatron_parallel import take_over_parallel_layers
 from fuse.intrastage.megatron_support import check_frozen, check_supported
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
 from fuse.intrastage.split_backward import SplitBackward
-from fuse.intrastage.transformers_stage import head_of
+from fuse.intrastage.transformers_stage import head_of, without_memory
 from fuse.micro_batch import Loss, Metrics, MicroBatch
 from fuse.state_dict import check_state_dict
 
@@ -72,8 +72,7 @@ class MegatronStage:
         self._autocast = autocast
         self._group = lone_group() if tensor_group is None else tensor_group
 
-        with torch.device("meta"):
-            blueprint = model_class(copy.deepcopy(config))
+        blueprint = without_memory(model_class, copy.deepcopy(config))
         source: Any = blueprint.config
         num_layers: int = source.num_hidden_layers
         self._name = model_class.__name__

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
@@ -47,6 +48,15 @@ def head_of(model: PreTrainedModel) -> nn.Module:
             f"use a causal language model or a sequence classifier of the same architecture"
         )
     return head
+
+
+def without_memory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device. Nothing is drawn for its weights, which takes longer there than all the rest."""
+    with torch.device("meta"), no_init_weights():  # which leaves weights untied as well
+        model: Any = model_class(config)
+    model.tie_weights()
+    built: PreTrainedModel = model
+    return built
 
 
 def check_stages(model: PreTrainedModel) -> None:
@@ -106,8 +116,7 @@ class TransformersStage:
 
         config = copy.deepcopy(config)
         config.dtype = torch.float32  # sequence classifiers would build their base in the checkpoint's type
-        with torch.device("meta"):
-            self.model = model_class(config).train(False)
+        self.model = without_memory(model_class, config).train(False)
         self._base: Any = self.model.base_model
         self._head = head_of(self.model)
         plan = _pipeline_plan(self.model)

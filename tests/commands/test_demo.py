@@ -10,7 +10,7 @@ from fuse import cli
 from fuse.commands import demo
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process_workers")
 def test_it_leaves_a_curve_a_trace_a_policy_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

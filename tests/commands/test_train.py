@@ -157,7 +157,7 @@ def test_it_trains_on_prompts_with_a_reward_function(
     assert "PPO 2/2: reward -" in capfd.readouterr().out
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process_workers")
 def test_it_trains_a_model_as_others_leave_it_and_saves_it_so(project: Path) -> None:
     """In float16, its vocabulary padded, a head beside the embedding that it is tied to; padding on the right."""
     tokenizer = arithmetic_tokenizer()
@@ -183,7 +183,7 @@ def test_it_trains_a_model_as_others_leave_it_and_saves_it_so(project: Path) -> 
     assert not moved[17:].any(), "the padding is no token"
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process_workers")
 def test_a_reward_function_that_raises_is_no_bad_input(
     models: Path, project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

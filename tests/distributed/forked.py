@@ -1,4 +1,4 @@
-"""Worlds of forked processes, one after the other, which import torch once for all."""
+"""Worlds of forked processes, which import torch once for all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -20,27 +22,51 @@ _PATIENCE_S = 120.0
 Measure = Callable[[int], Mapping[str, object]]
 
 
-def run_world(
-    name: str, num_ranks: int, measure: Measure, directory: Path, *, num_survivors: int | None = None
-) -> None:
-    """Have every rank of a world measure, and write what it found to DIRECTORY/{name}-{rank}.json.
+@dataclass(frozen=True)
+class World:
+    """The processes of a world. num_survivors: the first ranks, whose ends alone are waited for."""
 
-    num_survivors: the first ranks, whose ends are waited for where those of others may not come; nobody takes leave.
-    """
-    ports: SimpleQueue[int] = CONTEXT.SimpleQueue()  # the store itself is rank 0's: forking must find no threads
-    ranks = [
-        CONTEXT.Process(
-            target=_run_rank, args=(name, rank, num_ranks, ports, measure, directory, num_survivors is None)
-        )
-        for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks[:num_survivors]:
-        process.join(_PATIENCE_S)
-    for process in ranks:
-        process.kill()
-        process.join()
+    ranks: list[ForkProcess]
+    num_survivors: int | None
+
+    @classmethod
+    def start(
+        cls, name: str, num_ranks: int, measure: Measure, directory: Path, *, num_survivors: int | None = None
+    ) -> World:
+        """Have every rank measure, and write what it found to DIRECTORY/{name}-{rank}.json.
+
+        num_survivors: where the ends of the other ranks may not come; nobody takes leave then.
+        """
+        ports: SimpleQueue[int] = CONTEXT.SimpleQueue()  # the store itself is rank 0's: forking must find no threads
+        ranks = [
+            CONTEXT.Process(
+                target=_run_rank, args=(name, rank, num_ranks, ports, measure, directory, num_survivors is None)
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        return cls(ranks, num_survivors)
+
+    def end(self) -> None:
+        """Wait for those that measure, and leave none behind."""
+        for process in self.ranks[: self.num_survivors]:
+            process.join(_PATIENCE_S)
+        for process in self.ranks:
+            process.kill()
+            process.join()
+
+
+def run_world(name: str, num_ranks: int, measure: Measure, directory: Path) -> None:
+    """A world from its start to its end."""
+    World.start(name, num_ranks, measure, directory).end()
+
+
+def run_alone(function: Callable[[], None]) -> None:
+    """Run in a process of its own: whoever has computed gradients had better not be forked."""
+    process = CONTEXT.Process(target=function)
+    process.start()
+    process.join()
 
 
 def _run_rank(

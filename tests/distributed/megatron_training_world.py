@@ -1,5 +1,5 @@
 """Optimizer steps and training states of Megatron stages in several layouts, against one process of transformers
-stages. A program: its argument is a directory.
+stages. A program of `programs.py`.
 
 One world per layout, one after the other; devices write what they measured to DIRECTORY/{layout}-{device}.json.
 Every world loads the training states that the worlds before it saved. The tests assert on what was measured.
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
 from schedules import Pipeline, Problem, random_problems
 
-from .forked import TIMEOUT_S, run_world
+from .forked import TIMEOUT_S, run_alone, run_world
 from .megatron_world import LEARNING_RATE, SHARED, shared_model
 from .pipelines import Run, batches_of, loss
 
@@ -38,6 +37,7 @@ ADAMW = AdamWConfig(weight_decay=0.1, max_grad_norm=0.05, eps=1e-6)
 """AdamW divides by the gradient's own size: with the default eps it makes much of rounding where that is tiny."""
 NUM_MICRO_BATCHES = 4
 NUM_STEPS = 3
+REFERENCE = "reference.pt"
 STAGE_LAYERS = {1: ((0, 3),), 2: ((0, 1), (1, 3))}
 
 
@@ -161,8 +161,10 @@ class Training:
         }
 
 
-def reference() -> Iterator[tuple[dict[str, float], dict[str, Tensor]]]:
-    """Norms and weights after each step of transformers stages in this process alone."""
+def compute_reference(path: Path) -> None:
+    """Write norms and weights after each step of transformers stages in this process alone."""
+    torch.set_num_threads(1)
+    found = []
     stages = {
         name: TransformersStage(
             *SHARED[name], stage=0, num_stages=1, loss=loss if "classifier" in name else logprob_loss
@@ -181,7 +183,8 @@ def reference() -> Iterator[tuple[dict[str, float], dict[str, Tensor]]]:
             norms[name.replace(" ", "_")] = optimizers[name].step(LEARNING_RATE / (step + 1))
             for key, tensor in stage.export_state_dict().items():
                 weights[f"{name.replace(' ', '_')}.{key}"] = tensor.clone()
-        yield norms, weights
+        found.append((norms, weights))
+    torch.save(found, path)
 
 
 def difference(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
@@ -204,7 +207,7 @@ def check(device: int, layout_name: str, directory: Path) -> dict[str, float | s
         found["num_loaded"] += len(loaded)
 
     start = training.exported()
-    for step, (norms, weights) in enumerate(reference()):
+    for step, (norms, weights) in enumerate(torch.load(directory / REFERENCE)):
         got = training.step(step)
         found["norms"] = max(found["norms"], *(abs(got[name] / norm - 1) for name, norm in norms.items()))
         exported = training.exported()
@@ -236,13 +239,12 @@ def check(device: int, layout_name: str, directory: Path) -> dict[str, float | s
 
 
 def main(directory: Path) -> None:
+    for name in SHARED:
+        shared_model(name, 3), shared_model(name, 8)  # once for all processes
+    run_alone(lambda: compute_reference(directory / REFERENCE))
     for name, layout in LAYOUTS.items():
 
         def found(device: int, name: str = name) -> dict[str, float | str]:
             return check(device, name, directory)
 
         run_world(name, layout.num_ranks * layout.tensor_parallel_size, found, directory)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""megatron-core stages on worlds of two processes. A program: its argument is a directory.
+"""megatron-core stages on worlds of two processes. A program of `programs.py`.
 
 Each rank writes what it measured to DIRECTORY/{world}-{rank}.json, by name of the check. The tests assert on those.
 """
@@ -6,9 +6,9 @@ Each rank writes what it measured to DIRECTORY/{world}-{rank}.json, by name of t
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from fuse.trace import SpanRecorder
 from schedules.baselines import serial
 
 from ..tiny_models import ModelKind, build, classifier, language_model, spread
-from .forked import CONTEXT, TIMEOUT_S, run_world
-from .pipelines import ADAMW, LAYERS, Run, batches_of, full_model, loss
+from .forked import CONTEXT, TIMEOUT_S, World, run_world
+from .pipelines import ADAMW, LAYERS, Run, batches_of, full_model, full_weights, loss
 from .world import drawn
 
 SIZES: Mapping[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -77,7 +77,7 @@ def check_pipelines(rank: int) -> dict[str, float]:
     for key, stage in megatron.items():
         exported, expected = stage.export_state_dict(), transformers[key].export_state_dict()
         assert exported.keys() == expected.keys()
-        start = dict(full_model(run.models[key[0]]).named_parameters())
+        start = full_weights(run.models[key[0]])
         found["weights"] = max(found.get("weights", 0.0), difference(exported, expected))
         moved = min((weight - start[name]).abs().max().item() for name, weight in exported.items())
         found["moved"] = min(found.get("moved", 1.0), moved)
@@ -141,7 +141,9 @@ def check_bfloat16(rank: int) -> dict[str, float]:
     return found
 
 
+@cache
 def shared_model(name: str, seed: int) -> PreTrainedModel:
+    """Everyone's: it stays as it is."""
     model: PreTrainedModel = spread(build(SHARED[name], seed=seed))
     return model
 
@@ -283,10 +285,9 @@ def check_lost_peer(rank: int) -> dict[str, str]:
 
 
 def main(directory: Path) -> None:
+    for name in SHARED:
+        shared_model(name, 3)  # once for all processes
     checks = (check_pipelines, check_tensor_parallel, check_bfloat16)
+    lost = World.start("lost", 2, check_lost_peer, directory, num_survivors=1)
     run_world("two", 2, lambda rank: {check.__name__: check(rank) for check in checks}, directory)
-    run_world("lost", 2, check_lost_peer, directory, num_survivors=1)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    lost.end()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fuse.intrastage.communication import open_model, open_pipelines
+from fuse.intrastage.communication import PipelineCommunicators, open_model, open_pipelines
 from fuse.intrastage.executor import execute
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.planned_times import PlannedTimes
@@ -39,9 +41,23 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
     return (head(hidden) * micro_batch.targets).square().mean(), {}
 
 
+@cache
 def full_model(name: str) -> PreTrainedModel:
+    """Everyone's: it stays as it is."""
     model: PreTrainedModel = spread(build(MODELS[name], seed=5))
     return model
+
+
+def full_weights(name: str) -> dict[str, Tensor]:
+    return {key: one.detach() for key, one in full_model(name).named_parameters()}
+
+
+@cache
+def full_gradients(name: str, count: int, seed: int) -> Mapping[str, Tensor]:
+    """Of the whole model on `batches_of(count, seed)`."""
+    model = copy.deepcopy(full_model(name))
+    add_gradients(model, batches_of(count, seed))
+    return {key: one.grad for key, one in model.named_parameters() if one.grad is not None}
 
 
 def batches_of(count: int, seed: int = 0) -> list[MicroBatch]:
@@ -65,6 +81,12 @@ def add_gradients(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> None
     for batch in batches:
         hidden = model.base_model(batch.input_ids).last_hidden_state.flatten(0, 1)[batch.head_index]
         loss(hidden, head, batch)[0].backward()
+
+
+@cache
+def _communicators(pipelines: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[PipelineCommunicators, ...]:
+    """Those that this process has opened for these pipelines; all ranks ask in the same order."""
+    return tuple(open_pipelines(pipelines, TIMEOUT_S))
 
 
 @dataclass(frozen=True)
@@ -110,8 +132,8 @@ class Run:
     def batches(self) -> list[list[MicroBatch]]:
         return [batches_of(one.num_micro_batches, seed) for seed, one in enumerate(self.problem.pipelines)]
 
-    def communicators(self):
-        return open_pipelines([(one.name, one.ranks) for one in self.problem.pipelines], TIMEOUT_S)
+    def communicators(self) -> tuple[PipelineCommunicators, ...]:
+        return _communicators(tuple((one.name, one.ranks) for one in self.problem.pipelines))
 
     def optimizers(self, stages: Mapping[tuple[int, int], TransformersStage]) -> dict[str, ModelOptimizer]:
         """One per model, with this rank's stages by (replica, stage)."""
@@ -131,9 +153,7 @@ class Run:
         execute(schedule, self.rank, stages, self.batches(), self.communicators(), recorder, planned=planned)
         worst = 0.0
         for number, name in enumerate(self.models):
-            model = full_model(name)
-            add_gradients(model, self.batches()[number])
-            expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+            expected = full_gradients(name, self.problem.pipelines[number].num_micro_batches, number)
             for key, stage in stages.items():
                 if key[0] == number:
                     for parameter_name, parameter in stage.named_parameters():

@@ -1,17 +1,25 @@
-"""Programs of this folder, run beside the tests: a process can be in one world at a time."""
+"""Programs of this folder, run beside the tests: a process can be in one world at a time.
+
+As a program: DIRECTORY PROGRAM ..., each of which measures into DIRECTORY/PROGRAM; all in one process, as importing
+takes longer than most of what they do.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
+NAMES = ("world", "megatron_world", "megatron_training_world")
 
-def run_program(module: str, directory: Path, *arguments: str) -> str:
-    """Have a program measure into the directory; what it printed says why something is missing there."""
+
+def run_programs(names: Sequence[str], directory: Path) -> str:
+    """Have programs measure; what they printed says why something is missing."""
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"{__package__}.{module}", str(directory), *arguments],
+        [sys.executable, "-W", "ignore", "-m", __name__, str(directory), *names],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
@@ -20,3 +28,13 @@ def run_program(module: str, directory: Path, *arguments: str) -> str:
         check=False,
     )
     return finished.stdout + finished.stderr
+
+
+def main(directory: Path, *names: str) -> None:
+    for name in names:
+        (directory / name).mkdir()
+        import_module(f"{__package__}.{name}").main(directory / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

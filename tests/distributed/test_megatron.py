@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from .programs import run_program
+from .conftest import Measured
 
+PROGRAM = "megatron_world"
 pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("world")
-    printed = run_program("megatron_world", directory)
+def directory(measured_by: Measured) -> Path:
+    directory, printed = measured_by(PROGRAM)
     assert (directory / "lost-0.json").exists(), printed
     return directory
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from .programs import run_program
+from .conftest import Measured as MeasuredBy
 
+PROGRAM = "megatron_training_world"
 NUM_DEVICES = {"pipeline": 2, "tensor": 2, "one": 1, "both": 4, "replicas": 4}
 NUM_STATE_TENSORS = 3 * (30 + 38 + 36 + 30)
 """Parameters and two moments of the four models: three layers of 9, 12 and 11 weights, and embedding, norm and head."""
@@ -23,10 +24,9 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+def measured(measured_by: MeasuredBy) -> Measured:
     """What each device found, by layout, in the order in which they ran."""
-    directory = tmp_path_factory.mktemp("world")
-    printed = run_program("megatron_training_world", directory)
+    directory, printed = measured_by(PROGRAM)
     paths = {name: [directory / f"{name}-{device}.json" for device in range(n)] for name, n in NUM_DEVICES.items()}
     assert all(path.exists() for own in paths.values() for path in own), printed
     return {name: [json.loads(path.read_text()) for path in own] for name, own in paths.items()}

@@ -1,4 +1,7 @@
-"""What every generation engine must do: one suite, run on each of them."""
+"""What every generation engine must do: one suite, run on each of them.
+
+Batches are of 2, 16 or 1, in this order, for some engines take seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +107,76 @@ def test_an_engine_says_how_much_kv_it_holds(make_engine: MakeEngine) -> None:
     assert capacity is None or capacity >= MAX_CONTEXT
 
 
+def test_a_finished_sample_frees_its_place_for_the_next_step(make_engine: MakeEngine) -> None:
+    short, long, waiting = (request(0, max_new_tokens=2), request(1, max_new_tokens=9), request(2, max_new_tokens=3))
+    engine = make_engine([short, long, waiting], 2)
+    for one in (short, long, waiting):
+        engine.submit(one)
+    present = [{token.sample_id for token in engine.step()} for _ in range(4)]
+    assert present == [{0, 1}, {0, 1}, {1, 2}, {1, 2}]
+
+
+def test_an_id_is_refused_while_its_sample_is_present(make_engine: MakeEngine) -> None:
+    one = request(4, max_new_tokens=2)
+    engine = make_engine([one], 2)
+    engine.submit(one)
+    for _ in range(2):  # queued, then running
+        with pytest.raises(ValueError, match="sample 4 is already in the engine"):
+            engine.submit(one)
+        with pytest.raises(ValueError, match="sample 4 is already in the engine"):
+            engine.admit(Evicted(one))
+        engine.step()
+    run(engine)
+    engine.submit(one)  # it left, so it may come again
+    assert len(run(engine)[4][0]) == 2
+
+
+def test_an_unknown_id_cannot_be_evicted(make_engine: MakeEngine) -> None:
+    engine = make_engine(RAGGED, 2)
+    with pytest.raises(ValueError, match="sample 77 is not in the engine"):
+        engine.evict(77)
+
+
+def test_weights_are_refused_while_samples_are_present(
+    make_engine: MakeEngine, build_model: Callable[..., PreTrainedModel]
+) -> None:
+    engine = make_engine([request(0)], 2)
+    weights = build_model(seed=1, hidden_size=HIDDEN_SIZE).state_dict()
+    engine.submit(request(0))
+    for _ in range(2):  # queued, then running
+        with pytest.raises(ValueError, match="cannot load weights while 1 samples"):
+            engine.load_weights(weights)
+        engine.step()
+    run(engine)
+    engine.load_weights(weights)
+
+
+def test_an_evicted_sample_is_gone_and_the_others_do_not_notice(make_engine: MakeEngine) -> None:
+    engine = make_engine(RAGGED, 2)
+    for one in RAGGED:
+        engine.submit(one)
+    outputs: Outputs = {}
+    collect(outputs, engine.step())
+    running, queued = 1, 8
+    engine.evict(running)
+    assert engine.evict(queued).request == RAGGED[queued]
+    run(engine, outputs=outputs)
+    expected = generate(make_engine, RAGGED)
+    assert queued not in outputs
+    assert len(outputs.pop(running)[0]) == 1
+    assert_same(outputs, {sample_id: expected[sample_id] for sample_id in outputs})
+    with pytest.raises(ValueError, match="sample 1 is not in the engine"):
+        engine.evict(running)
+
+
+@WITH_AND_WITHOUT
+@pytest.mark.parametrize("max_batch", [2, 1])
+def test_neither_batch_nor_order_changes_a_token(
+    make_engine: MakeEngine, max_batch: int, requests: list[GenerationRequest]
+) -> None:
+    assert_same(generate(make_engine, requests[::-1], max_batch), generate(make_engine, requests))
+
+
 def test_every_sample_gets_its_tokens_and_finishes_in_the_step_of_its_last(make_engine: MakeEngine) -> None:
     engine = make_engine(RAGGED, 16)
     for one in RAGGED:
@@ -124,15 +197,6 @@ def test_every_sample_gets_its_tokens_and_finishes_in_the_step_of_its_last(make_
     assert engine.step() == []
 
 
-def test_a_finished_sample_frees_its_place_for_the_next_step(make_engine: MakeEngine) -> None:
-    short, long, waiting = (request(0, max_new_tokens=2), request(1, max_new_tokens=9), request(2, max_new_tokens=3))
-    engine = make_engine([short, long, waiting], 2)
-    for one in (short, long, waiting):
-        engine.submit(one)
-    present = [{token.sample_id for token in engine.step()} for _ in range(4)]
-    assert present == [{0, 1}, {0, 1}, {1, 2}, {1, 2}]
-
-
 def test_samples_may_be_submitted_at_any_step(make_engine: MakeEngine) -> None:
     engine = make_engine(RAGGED, 16)
     outputs: Outputs = {}
@@ -140,14 +204,6 @@ def test_samples_may_be_submitted_at_any_step(make_engine: MakeEngine) -> None:
         engine.submit(one)
         collect(outputs, engine.step())
     assert_same(run(engine, outputs=outputs), generate(make_engine, RAGGED))
-
-
-@WITH_AND_WITHOUT
-@pytest.mark.parametrize("max_batch", [1, 3])
-def test_neither_batch_nor_order_changes_a_token(
-    make_engine: MakeEngine, max_batch: int, requests: list[GenerationRequest]
-) -> None:
-    assert_same(generate(make_engine, requests[::-1], max_batch), generate(make_engine, requests))
 
 
 def test_the_stop_token_ends_a_response_and_belongs_to_it(make_engine: MakeEngine) -> None:
@@ -191,7 +247,7 @@ def test_a_moved_sample_continues_as_if_it_had_stayed(
 
 def test_a_sample_moves_often_and_returns(make_engine: MakeEngine) -> None:
     one = request(2, max_new_tokens=40, num_prompt_tokens=50)
-    engines = [make_engine([one], 2), make_engine([one], 2)]
+    engines = [make_engine([one], 16), make_engine([one], 16)]
     outputs: Outputs = {}
     evicted = Evicted(one)
     for turn in range(6):
@@ -215,59 +271,6 @@ def test_a_sample_resumes_from_the_tokens_already_received(
     ]
     rest = generate(make_engine, resumed)
     assert_same(rest, {sample_id: (tokens[3:], logprobs[3:]) for sample_id, (tokens, logprobs) in expected.items()})
-
-
-def test_an_evicted_sample_is_gone_and_the_others_do_not_notice(make_engine: MakeEngine) -> None:
-    engine = make_engine(RAGGED, 4)
-    for one in RAGGED:
-        engine.submit(one)
-    outputs: Outputs = {}
-    collect(outputs, engine.step())
-    running, queued = 1, 8
-    engine.evict(running)
-    assert engine.evict(queued).request == RAGGED[queued]
-    run(engine, outputs=outputs)
-    expected = generate(make_engine, RAGGED)
-    assert queued not in outputs
-    assert len(outputs.pop(running)[0]) == 1
-    assert_same(outputs, {sample_id: expected[sample_id] for sample_id in outputs})
-    with pytest.raises(ValueError, match="sample 1 is not in the engine"):
-        engine.evict(running)
-
-
-def test_an_id_is_refused_while_its_sample_is_present(make_engine: MakeEngine) -> None:
-    one = request(4, max_new_tokens=2)
-    engine = make_engine([one], 2)
-    engine.submit(one)
-    for _ in range(2):  # queued, then running
-        with pytest.raises(ValueError, match="sample 4 is already in the engine"):
-            engine.submit(one)
-        with pytest.raises(ValueError, match="sample 4 is already in the engine"):
-            engine.admit(Evicted(one))
-        engine.step()
-    run(engine)
-    engine.submit(one)  # it left, so it may come again
-    assert len(run(engine)[4][0]) == 2
-
-
-def test_an_unknown_id_cannot_be_evicted(make_engine: MakeEngine) -> None:
-    engine = make_engine(RAGGED, 2)
-    with pytest.raises(ValueError, match="sample 77 is not in the engine"):
-        engine.evict(77)
-
-
-def test_weights_are_refused_while_samples_are_present(
-    make_engine: MakeEngine, build_model: Callable[..., PreTrainedModel]
-) -> None:
-    engine = make_engine([request(0)], 2)
-    weights = build_model(seed=1, hidden_size=HIDDEN_SIZE).state_dict()
-    engine.submit(request(0))
-    for _ in range(2):  # queued, then running
-        with pytest.raises(ValueError, match="cannot load weights while 1 samples"):
-            engine.load_weights(weights)
-        engine.step()
-    run(engine)
-    engine.load_weights(weights)
 
 
 @pytest.mark.parametrize("make_engine", ["transformers", VLLM], indirect=True)

@@ -19,7 +19,7 @@ from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 
 Ints = NDArray[np.int64]
-LONGEST, NUM_BATCHES = 1000, 4
+LONGEST, NUM_BATCHES, NUM_PAST = 1000, 2, 1000
 MIXES: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
     "uniform": lambda random, size: random.uniform(1, LONGEST, size),
     "exponential": lambda random, size: random.exponential(120, size),
@@ -45,7 +45,7 @@ def rollout(mix: str, seed: int, num_devices: int, num_samples: int, profile: st
 
 
 def adaptive(mix: str, case: Rollout) -> Adaptive:
-    past = [Observation(int(tokens)) for tokens in lengths_of(mix, 99, 1000)]
+    past = [Observation(int(tokens)) for tokens in lengths_of(mix, 99, NUM_PAST)]
     return Adaptive(case.costs, learn(past, LONGEST).for_samples(), case.can_transfer)
 
 
@@ -53,7 +53,7 @@ def adaptive(mix: str, case: Rollout) -> Adaptive:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_adaptive_keeps_up_with_a_tuned_threshold(mix: str, setting: tuple[int, int, str]) -> None:
     cases = [rollout(mix, seed, *setting) for seed in range(NUM_BATCHES)]
-    history = LengthHistory(prompt_tokens=np.full(1000, 200), response_tokens=lengths_of(mix, 99, 1000))
+    history = LengthHistory(prompt_tokens=np.full(NUM_PAST, 200), response_tokens=lengths_of(mix, 99, NUM_PAST))
     threshold = tune_threshold(
         history, num_samples=cases[0].num_samples, num_devices=cases[0].num_devices, costs=cases[0].costs,
         limits=cases[0].limits, remaining_shares=(0.1, 0.4, 1.0), kept_shares=(0.25, 0.5, 1.0),

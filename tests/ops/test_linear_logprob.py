@@ -19,6 +19,8 @@ from fuse.ops.logprob import token_logprobs
 
 TEMPERATURE = 0.7
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}
+SMALL, LARGE = ((0, 5), (1, 1), (13, 11)), ((1, 3000), (33, 2065))  # tokens and vocabulary
+CHUNKS = (None, (16, 1024), (1, 1000))
 
 
 def example(
@@ -65,8 +67,13 @@ def test_native_code_serves() -> None:
     assert linear_logprob.implementation(torch.zeros(1, dtype=torch.bfloat16)) == "native C++"
 
 
-@pytest.mark.parametrize("chunk", [None, (16, 1024), (7, 5), (1, 1000)])
-@pytest.mark.parametrize(("num_tokens", "vocab_size"), [(0, 5), (1, 1), (1, 3000), (13, 11), (33, 2065)])
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size", "chunk"),
+    [
+        *((*shape, chunk) for shape in SMALL for chunk in (*CHUNKS, (7, 5))),
+        *((*shape, chunk) for shape in LARGE for chunk in (*CHUNKS, (7, 500))),
+    ],
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_log_softmax_of_all_logits(

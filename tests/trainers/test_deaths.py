@@ -161,10 +161,10 @@ def test_the_end_of_a_process_of_rays_ends_the_run_in_a_line(name: str, called: 
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
-    whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0)
+    whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0, num_devices=2)
 
     output_dir = tmp_path / "killed"
-    process = program(output_dir, "--devices", "2")
+    process = program(output_dir)
     children: list[psutil.Process] = []
     assert process.stdout is not None
     try:
@@ -180,11 +180,11 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_
     resumed = tiny.trainer(output_dir, total_episodes=32, num_sample_generations=0)
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed.state.log_history) == 4
-    assert_same_models(whole, resumed)  # two devices, then one
+    assert_same_models(whole, resumed)  # on two devices, and on one twice
     assert not [path.name for path in output_dir.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("pooled_workers")
 def test_a_dead_worker_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, num_devices=2, save_strategy="steps", save_steps=1)
 

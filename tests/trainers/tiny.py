@@ -135,7 +135,6 @@ if __name__ == "__main__":
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--updates", type=int, default=4)
-    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--save-steps", type=int, default=1)
     parser.add_argument("--grace", type=float, default=25.0)
     arguments = parser.parse_args()
@@ -144,7 +143,6 @@ if __name__ == "__main__":
         arguments.output_dir,
         reward=announce.reward,
         total_episodes=8 * arguments.updates,
-        num_devices=arguments.devices,
         save_strategy="steps",
         save_steps=arguments.save_steps,
         sigterm_grace_s=arguments.grace,

@@ -63,11 +63,13 @@ class CarryingWorker(GenerationWorker):
 
 
 class Workers:
-    """Two workers with each engine, which outlive a test unless it ends them: an engine takes long to start."""
+    """Two workers, which outlive a test unless it ends them, and take one engine after the other: all of transformers
+    first, for vLLM replaces parts of it."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._workers: dict[tuple[str, int], Worker] = {}
+        self._workers: dict[int, Worker] = {}
+        self._engines: dict[int, EngineKind | None] = {}
         self._model: LlamaForCausalLM = build(
             language_model(
                 vocab_size=97,
@@ -90,27 +92,36 @@ class Workers:
         return pair
 
     def _take(self, engine: EngineKind, device: int) -> Worker:
-        if (engine, device) not in self._workers:
-            chosen = choose_engine(engine, max_batch=MAX_BATCH)
-            make_engine = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu")
+        chosen = choose_engine(engine, max_batch=MAX_BATCH)
+        make_engine = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu")
+        worker = self._workers.get(device)
+        if worker is None:
             worker = self._cluster.spawn("generation worker", device, CarryingWorker, make_engine)
-            self._workers[engine, device] = worker
-        return self._workers[engine, device]
+            self._workers[device] = worker
+        elif self._engines[device] != engine:
+            self.close(worker)
+            worker._started = worker._actor.start.remote(None, CarryingWorker, (make_engine,), {})
+        self._engines[device] = engine
+        return worker
+
+    def close(self, *workers: Worker) -> None:
+        """Their engines; the processes wait for others."""
+        for device, worker in self._workers.items():
+            if worker in workers and self._engines[device] is not None:
+                ask(worker, CarryingWorker.close)
+                self._engines[device] = None
 
     def end(self, *workers: Worker) -> None:
-        for key, worker in list(self._workers.items()):
+        for device, worker in list(self._workers.items()):
             if worker in workers:
-                self._cluster.kill(self._workers.pop(key))
-
-    def close(self) -> None:
-        self.end(*self._workers.values())
+                self._cluster.kill(self._workers.pop(device))
 
 
 @pytest.fixture(scope="module")
 def workers(cluster: Cluster) -> Iterator[Workers]:
     started = Workers(cluster)
     yield started
-    started.close()
+    started.end(*started._workers.values())
 
 
 def ask(worker: Worker, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -149,43 +160,6 @@ def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> N
     for sample_id, (token_ids, logprobs) in expected.items():
         assert actual[sample_id][0] == token_ids
         assert actual[sample_id][1] == pytest.approx(logprobs, abs=1e-5)
-
-
-@pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
-    workers: Workers, engine: EngineKind, carrier: KVCarrier
-) -> None:
-    """Into an engine that runs the first, and that is full and sends the others back before it could."""
-    source, target = workers.take(engine, carrier)
-    requests = [request(index, context) for index, context in enumerate(CONTEXTS)]
-    moved: dict[int, Response] = {}
-    departures = []
-    for one in requests:
-        ask(source, CarryingWorker.submit, [one])
-        wait_for_tokens(source, moved, one.sample_id)
-        departures += evict(source, moved, [one.sample_id])
-    assert all(one.kv is not None for one in departures)
-    admits = [target.call(CarryingWorker.admit, some) for some in (departures[:2], departures[2:3], departures[3:])]
-    back = evict(target, moved, [2, 3])  # next, for calls run in order
-    gather(admits)
-    assert all(one.kv is not None for one in back)
-    assert [one.request for one in back] == [one.request for one in departures[2:]], "they left before they ran"
-    ask(source, CarryingWorker.admit, back)
-    finish(target, moved, 2)
-    finish(source, moved, 2)
-    num_bytes = sum(one.kv.num_bytes for one in (*departures, *back) if one.kv is not None)
-    all_spans = [ask(worker, CarryingWorker.drain_spans) for worker in (source, target)]
-    admitted = [span.arguments for one in all_spans for span in one if span.name == "admit"]
-    assert sum(sizes["bytes"] for sizes in admitted) == num_bytes
-    assert sum(sizes["lost"] for sizes in admitted) == 0
-    computed = sum(span.arguments["prefill_tokens"] for span in all_spans[1] if span.name == "decode")
-    assert computed == 0, "KV spares the prefill"
-
-    stayed: dict[int, Response] = {}
-    ask(source, CarryingWorker.submit, requests)
-    finish(source, stayed, len(requests))
-    assert_same(moved, stayed)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -235,6 +209,41 @@ def test_what_was_never_fetched_is_taken_back_with_the_next_weights(workers: Wor
     ask(target, CarryingWorker.admit, [departure])
     finish(target, responses, 1)
     assert len(responses[2][0]) == NEW_TOKENS
-    ask(source, CarryingWorker.close)
-    ask(target, CarryingWorker.close)
-    workers.end(source, target)
+    workers.close(source, target)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
+    workers: Workers, engine: EngineKind, carrier: KVCarrier
+) -> None:
+    """Into an engine that runs the first, and that is full and sends the others back before it could."""
+    source, target = workers.take(engine, carrier)
+    requests = [request(index, context) for index, context in enumerate(CONTEXTS)]
+    moved: dict[int, Response] = {}
+    departures = []
+    for one in requests:
+        ask(source, CarryingWorker.submit, [one])
+        wait_for_tokens(source, moved, one.sample_id)
+        departures += evict(source, moved, [one.sample_id])
+    assert all(one.kv is not None for one in departures)
+    admits = [target.call(CarryingWorker.admit, some) for some in (departures[:2], departures[2:3], departures[3:])]
+    back = evict(target, moved, [2, 3])  # next, for calls run in order
+    gather(admits)
+    assert all(one.kv is not None for one in back)
+    assert [one.request for one in back] == [one.request for one in departures[2:]], "they left before they ran"
+    ask(source, CarryingWorker.admit, back)
+    finish(target, moved, 2)
+    finish(source, moved, 2)
+    num_bytes = sum(one.kv.num_bytes for one in (*departures, *back) if one.kv is not None)
+    all_spans = [ask(worker, CarryingWorker.drain_spans) for worker in (source, target)]
+    admitted = [span.arguments for one in all_spans for span in one if span.name == "admit"]
+    assert sum(sizes["bytes"] for sizes in admitted) == num_bytes
+    assert sum(sizes["lost"] for sizes in admitted) == 0
+    computed = sum(span.arguments["prefill_tokens"] for span in all_spans[1] if span.name == "decode")
+    assert computed == 0, "KV spares the prefill"
+
+    stayed: dict[int, Response] = {}
+    ask(source, CarryingWorker.submit, requests)
+    finish(source, stayed, len(requests))
+    assert_same(moved, stayed)

@@ -178,9 +178,11 @@ def node_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("node_that_ends")
-def test_a_node_that_ends_while_it_starts_is_started_again() -> None:
-    with local_cluster(num_cpus=1):
+def test_a_node_that_ends_while_it_starts_is_started_again_and_nobody_else_can_look_into_its_files() -> None:
+    with local_cluster(num_cpus=1) as directory:
         assert ray.is_initialized()
+        assert directory.stat().st_mode & 0o077 == 0
+        assert (directory / ray_session.RAY_FILES / "session_latest").exists()
 
 
 @pytest.mark.usefixtures("node_that_ends")
@@ -189,12 +191,6 @@ def test_a_node_that_ends_every_time_is_reported(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match="has ended with exit code -9 while it was starting"):
         local_cluster(num_cpus=1).__enter__()
     assert not ray.is_initialized()
-
-
-def test_nobody_else_can_look_into_a_runs_files() -> None:
-    with local_cluster(num_cpus=1) as directory:
-        assert directory.stat().st_mode & 0o077 == 0
-        assert (directory / ray_session.RAY_FILES / "session_latest").exists()
 
 
 def test_more_devices_than_cores_are_refused_before_anything_starts() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,24 @@ import pytest
 from fuse import cli
 from fuse.benchmarks.iteration import command, rounds
 
+from ...worker_pool import WorkerPool
+
 FIELDS = {"variant", "samples_per_s", "tokens_per_s", "ratio_to_serial", "ratio_to_trl", "phases", "idle_share"} | {
     "peak_bytes", "outside_share", "bubbles"
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any], Path]:
-    """Results of a real run with TRL beside it, and where its traces are."""
+def smoke(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> tuple[Mapping[str, Any], Path]:
+    """Results of a run of two variants, side by side, with TRL beside them, and where its traces are."""
     directory = tmp_path_factory.mktemp("iteration")
     path, traces = directory / "out.json", directory / "traces"
     argv = ["bench", "iteration", "--smoke", "--peer", "trl", "--json", str(path), "--traces", str(traces)]
-    assert cli.main(argv) == 0
+    num_cpus: list[int] = []
+    with worker_pool.in_use(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "local_cluster", lambda number: nullcontext(num_cpus.append(number)))  # the pool has one
+        assert cli.main(argv) == 0
+    assert num_cpus == [2 * 3], "of two devices for each"
     return json.loads(path.read_text()), traces
 
 
@@ -65,8 +72,9 @@ def test_all_variants_compute_the_same(smoke: tuple[Mapping[str, Any], Path]) ->
 
 @pytest.mark.slow
 def test_responses_end_where_the_model_ends_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooled_workers: None
 ) -> None:
+    monkeypatch.setattr(rounds, "local_cluster", nullcontext)
     monkeypatch.setitem(command._SMOKE, "variants", ["off"])
     path = tmp_path / "out.json"
     options = ["--smoke", "--lengths", "natural", "--peer", "trl", "--json", str(path)]

@@ -44,7 +44,9 @@ def test_writes_a_row_per_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "chat: 5 responses" in capsys.readouterr().out
 
 
-def test_writes_a_row_per_mix_and_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_a_row_per_mix_and_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pooled_workers: None
+) -> None:
     path = tmp_path / "out.json"
     chat_csv = lengths_file(tmp_path / "chat.csv", *range(1, 41))
     assert run("--devices", "2", "--num-samples", "12", "--lengths", chat_csv, "--json", str(path)) == 0

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fuse.benchmarks.training import command, tables
+from fuse.benchmarks.training import command, steps, tables
 from fuse.intrastage.cost_profile import profile_from_json
+
+from ...worker_pool import WorkerPool
 
 INSTANCE = {
     "name": "tiny",
@@ -46,13 +48,15 @@ def run(*options: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trained(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> dict[str, Any]:
     """One run on two devices; its lengths make micro-batches of unequal size."""
     directory = tmp_path_factory.mktemp("training")
     lengths, out = directory / "chat.csv", directory / "out.json"
     lengths.write_text("prompt_tokens,output_tokens\n" + "".join(f"7,{length}\n" for length in (10, 2, 4, 8, 100)))
     sizes = ["--sizes", "2:1", "--micro-batches", "2", "--tokens", "16", "--hidden", "16", "--repeats", "2"]
-    assert run(*sizes, "--solve-seconds", "0.5", "--lengths", str(lengths), "--json", str(out)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "Cluster", worker_pool)
+        assert run(*sizes, "--solve-seconds", "0.5", "--lengths", str(lengths), "--json", str(out)) == 0
     results: dict[str, Any] = json.loads(out.read_text())
     return results
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from fuse.driver import fleet, live, model_start, stage_by_stage
+from fuse.driver import early_start, fleet, live, model_start, stage_by_stage
 from fuse.intrastage import communication
 
 _LOOPBACK = "127.0.0.1"
@@ -53,6 +53,9 @@ class _Cluster:
     def host(self, device: int) -> str:
         return _LOOPBACK
 
+    def warm(self, *arguments: object) -> None:
+        """There are no processes to start."""
+
     def spawn(self, role: str, device: int, worker_class: type, *args: Any, **kwargs: Any) -> _Worker:
         self._workers.append(_Worker(role, device, worker_class(*args, **kwargs)))
         return self._workers[-1]
@@ -69,7 +72,8 @@ def _wait_ended(futures: Sequence[_Future], timeout_s: float | None = None) -> l
 def use(patch: pytest.MonkeyPatch) -> None:
     """Have runs on one device start no processes."""
     patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    patch.setattr(fleet, "Cluster", _Cluster)
+    for module in (fleet, early_start):
+        patch.setattr(module, "Cluster", _Cluster)
     patch.setattr(fleet, "gather", _gather)
     patch.setattr(model_start, "gather", _gather)
     patch.setattr(stage_by_stage, "gather", _gather)
