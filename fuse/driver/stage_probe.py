@@ -171,7 +171,8 @@ class _Probe:
         with self._shapes_alone, torch.no_grad(), LiveMemory() as live:
             batch = _micro_batch(tokens)
             self._stage.forward(tokens, batch, torch.empty_like(self._stage.boundary(batch)))
-            return live.peak_bytes
+            peak_bytes: int = live.peak_bytes
+        return peak_bytes
 
 
 class _ShapeStage(TransformersStage):
