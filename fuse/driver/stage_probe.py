@@ -172,7 +172,7 @@ class _Probe:
             batch = _micro_batch(tokens)
             self._stage.forward(tokens, batch, torch.empty_like(self._stage.boundary(batch)))
             peak_bytes: int = live.peak_bytes
-            return peak_bytes
+        return peak_bytes
 
 
 class _ShapeStage(TransformersStage):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fuse.algorithms.policy_loss import PolicyTargets
+from fuse.algorithms.value_loss import ValueTargets
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import Replica, place
 from fuse.intrastage.training_schedule import Plan, halved_serial_schedule
@@ -23,7 +25,8 @@ from schedules.fused.greedy import greedy
 from ..distributed.fake_nccl import FakeNccl
 from ..tiny_models import build, classifier, language_model, spread
 
-EXPERIENCE = layer_costs._experience(TypicalBatch(num_sequences=8, prompt_tokens=3, response_tokens=4), 64)
+TARGETS = {"actor": PolicyTargets, "critic": ValueTargets}
+EXPERIENCE = layer_costs._experience(TypicalBatch(num_sequences=8, prompt_tokens=3, response_tokens=4), 64, TARGETS)
 MODELS = {
     "actor": spread(build(language_model("qwen2", num_hidden_layers=4, tie_word_embeddings=True))),
     "critic": spread(build(classifier(num_hidden_layers=4))),
@@ -39,6 +42,7 @@ SETTINGS = TrainingSettings(
     backend="transformers",
     split_backward=True,
     losses={"actor": loss, "critic": loss},
+    targets=TARGETS,
     layout=RaggedLayout(),
     adamw=AdamWConfig(max_grad_norm=0.1),
     autocast=None,
@@ -60,7 +64,7 @@ def trained(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> dict[
             training.load_weights(name, model.state_dict())
         training.profile(EXPERIENCE, [[0, 1]])
         for of_update in plans:
-            training.train(EXPERIENCE, steps, 1e-2, of_update)
+            training.train(EXPERIENCE, steps, [1e-2], of_update)
         return {
             f"{model}: {name}": weight for model in specs for name, weight in training.export_weights(model).items()
         }
