@@ -339,7 +339,9 @@ def _message_options(timeout_s: float) -> Any:
 
 def _element() -> Tensor:
     """Something to send, on this rank's device."""
-    return torch.zeros(1, device=dist.group.WORLD.bound_device_id or "cpu")
+    world = dist.group.WORLD
+    assert world is not None
+    return torch.zeros(1, device=world.bound_device_id or "cpu")
 
 
 def _is_loopback(host: str) -> bool:
