@@ -76,17 +76,17 @@ def connect(
     timeout = timedelta(seconds=timeout_s)
     with naming(f"rank {rank}: joining the world of {world_size} model workers at {store_host}:{store_port}"):
         store = TCPStore(store_host, store_port, is_master=False, timeout=timeout)
+        bound = None
         if device.type == "cuda":
             for variable, value in _NCCL_ENVIRONMENT.items():
                 os.environ.setdefault(variable, value)
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-            torch.cuda.set_device(device)  # where torch.distributed puts what it sends of its own
-            # With a device_id a communicator is set up as its group opens, and serves collectives and messages alike.
-            dist.init_process_group(
-                "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
-            )
-        else:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+            # Communicators of a bound device are set up as groups open, and serve collectives and messages alike.
+            bound = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            torch.cuda.set_device(bound)  # where torch.distributed puts what it sends of its own
+        backend = "gloo" if bound is None else "nccl"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=bound
+        )
     _set_up_collectives(None, "the world", timeout_s)
 
 
@@ -339,7 +339,8 @@ def _message_options(timeout_s: float) -> Any:
 
 def _element() -> Tensor:
     """Something to send, on this rank's device."""
-    world: Any = dist.group.WORLD
+    world = dist.group.WORLD
+    assert world is not None
     return torch.zeros(1, device=world.bound_device_id or "cpu")
 
 

@@ -249,7 +249,7 @@ TRAINED += ["per-device-train-batch-size", "engine-batch-size", "save-steps", "l
 
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
-    made = cli.Parser(prog="fuse train", parents=train.parents())
+    made = cli.Parser(prog="fuse train", parents=train.parents([]))
     train.add_arguments(made)
     return made
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fuse import PPOConfig, cli
+from fuse import GRPOConfig, PPOConfig, RLOOConfig, cli
 from fuse.commands import train
 from fuse.commands.make_trainer import make_trainer
 from fuse.commands.models import critic_from_policy
@@ -265,7 +265,7 @@ def test_chats_reach_reward_functions_that_take_messages(
     tokenizer = arithmetic_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(project / "tokenizer")
-    parser = cli.Parser(parents=train.parents())
+    parser = cli.Parser(parents=train.parents([]))
     train.add_arguments(parser)
     options = arguments(models, tokenizer="tokenizer", reward_function=f"project_rewards:{function}")
     parsed = parser.parse_args(options[1:])
@@ -277,21 +277,28 @@ def test_chats_reach_reward_functions_that_take_messages(
             assert sample.columns["messages"] == chats[int(str(sample.columns["answer"])) - 1]["question"]
 
 
-def _walked(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+CONFIGS = {"ppo": PPOConfig, "grpo": GRPOConfig, "rloo": RLOOConfig}
+BY_ALGORITHM = pytest.mark.parametrize("algorithm", CONFIGS)
+
+
+def _walked(capsys: pytest.CaptureFixture[str], algorithm: str = "ppo") -> dict[str, str]:
     """The options that --help-all lists, and what it says of each."""
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help-all"])
+        cli.main(["train", "--algorithm", algorithm, "--help-all"])
     entries = re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
     texts = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
     return {name: re.sub(r"(?<=\w)- (?=\w)", "-", text) for name, text in texts.items()}  # lines break at hyphens
 
 
-def test_every_option_of_the_help_works_and_says_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    texts = _walked(capsys)
+@BY_ALGORITHM
+def test_every_option_of_the_help_works_and_says_its_default(
+    algorithm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = _walked(capsys, algorithm)
     names = {option.removeprefix("--").removeprefix("no-").replace("-", "_") for option in texts}
-    config = {field.name for field in dataclasses.fields(PPOConfig)}
+    config = {field.name for field in dataclasses.fields(CONFIGS[algorithm])}
     commands = {"model", "ref_model", "reward_function", "reward_model", "value_model", "tokenizer", "pad_token"}
-    commands |= {"dataset", "eval_dataset", "prompt_column", "json"}
+    commands |= {"dataset", "eval_dataset", "prompt_column", "json", "algorithm"}
     assert names >= commands
     unknown = names - config - commands - {"help", "help_all"}
     assert not unknown
@@ -313,13 +320,17 @@ def test_inherited_options_are_described_in_words_of_this_trainer(capsys: pytest
     assert "num_devices" not in texts["--gradient-accumulation-steps"]
 
 
-def test_every_value_that_the_help_lists_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@BY_ALGORITHM
+def test_every_value_that_the_help_lists_is_accepted(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     listed = {
         option.removeprefix("--").replace("-", "_"): found[1].split(",")
-        for option, text in _walked(capsys).items()
+        for option, text in _walked(capsys, algorithm).items()
         if (found := re.match(r"--\S+ \{(.+?)\}", text))
     }
-    assert {"lr_scheduler_type", "save_strategy", "kl_estimator", "reward_workers"} <= listed.keys()
+    assert {"lr_scheduler_type", "save_strategy", "migration_policy", "reward_workers"} <= listed.keys()
+    del listed["algorithm"]
     for name, values in listed.items():
         for value in values:
-            PPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+            CONFIGS[algorithm](output_dir=str(tmp_path), use_cpu=True, **{name: value})

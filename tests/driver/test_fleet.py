@@ -55,7 +55,7 @@ class LearningPlanner(RolloutPlanner):
     """Plans by a policy of its own, and counts what it is taught."""
 
     def __init__(self, settings: RolloutSettings) -> None:
-        super().__init__(settings)
+        super().__init__(settings, num_scoring=3)
         self.num_taught = 0
 
     def policy(self, samples: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fuse.algorithms.policy_loss import (
@@ -11,19 +13,35 @@ from fuse.algorithms.policy_loss import (
     SAMPLER_DIFFERENCE,
     SAMPLER_TOKENS,
 )
+from fuse.micro_batch import Metric
 from fuse.trainers.metrics import reduce_metrics
+from fuse.training.steps import StepReport
+
+
+def reduced(rows: list[list[dict[Metric, float]]], **options: Any) -> dict[str, float]:
+    """Of steps without gradients."""
+    return reduce_metrics([StepReport(metrics=row, gradient_norms={}) for row in rows], **options)
+
+
+def test_gradient_norms_are_means_over_steps() -> None:
+    def norms(*of_steps: dict[str, float]) -> dict[str, float]:
+        return reduce_metrics([StepReport(metrics=[{POLICY_LOSS: 0.0}], gradient_norms=norms) for norms in of_steps])
+
+    assert norms({"actor": 1.0}, {"actor": 3.0})["grad_norm"] == 2.0
+    both = norms({"actor": 1.0, "critic": 5.0})
+    assert (both["grad_norm/actor"], both["grad_norm/critic"]) == (1.0, 5.0)
 
 
 def test_means_are_of_all_micro_batches() -> None:
     rows = [[{POLICY_LOSS: 1.0}, {POLICY_LOSS: 3.0}], [{POLICY_LOSS: 5.0}]]
-    assert reduce_metrics(rows) == {"loss/policy_avg": 3.0}
+    assert reduced(rows) == {"loss/policy_avg": 3.0}
 
 
 def test_places_without_a_micro_batch_count_as_zero() -> None:
     rows = [[{RATIO: 1.0}, {RATIO: 3.0}]]
-    assert reduce_metrics(rows) == {"val/ratio": 2.0, "val/ratio_var": 2.0}
-    assert reduce_metrics(rows, num_places=4) == {"val/ratio": 1.0, "val/ratio_var": 2.0}
-    assert reduce_metrics([[{RATIO: 1.0}]])["val/ratio_var"] == 0.0
+    assert reduced(rows) == {"val/ratio": 2.0, "val/ratio_var": 2.0}
+    assert reduced(rows, num_places=4) == {"val/ratio": 1.0, "val/ratio_var": 2.0}
+    assert reduced([[{RATIO: 1.0}]])["val/ratio_var"] == 0.0
 
 
 def test_the_sampler_is_compared_on_the_tokens_of_the_first_step_alone() -> None:
@@ -32,7 +50,9 @@ def test_the_sampler_is_compared_on_the_tokens_of_the_first_step_alone() -> None
         {SAMPLER_DIFFERENCE: 0.1, LARGEST_SAMPLER_DIFFERENCE: 0.1, SAMPLER_TOKENS: 6.0},
     ]
     later = [{SAMPLER_DIFFERENCE: 9.0, LARGEST_SAMPLER_DIFFERENCE: 9.0, SAMPLER_TOKENS: 9.0}]
-    reduced = reduce_metrics([first, later], num_places=8)
-    assert reduced == {"val/sampler_logprob_diff": pytest.approx(0.05), "val/sampler_logprob_diff_max": 0.2}
+    assert reduced([first, later], num_places=8) == {
+        "val/sampler_logprob_diff": pytest.approx(0.05),
+        "val/sampler_logprob_diff_max": 0.2,
+    }
     empty = {SAMPLER_DIFFERENCE: 0.0, LARGEST_SAMPLER_DIFFERENCE: 0.0, SAMPLER_TOKENS: 0.0}
-    assert reduce_metrics([[empty]])["val/sampler_logprob_diff"] == 0.0
+    assert reduced([[empty]])["val/sampler_logprob_diff"] == 0.0

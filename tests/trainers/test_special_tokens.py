@@ -47,5 +47,5 @@ def test_no_end_is_refused(stop_token: str, tmp_path: Path) -> None:
 def test_a_padded_vocabulary_is_known_but_in_trls_layout(tmp_path: Path) -> None:
     policy = tiny.policy(vocab_size=40)
     for quirks, expected in ((False, len(tiny.VOCABULARY)), (True, None)):
-        config = tiny.config(tmp_path, trl_quirks=quirks)
-        assert special_tokens(config, tiny.tokenizer(), policy).num_tokens == expected
+        found = special_tokens(tiny.config(tmp_path), tiny.tokenizer(), policy, samples_padding=quirks)
+        assert found.num_tokens == expected
