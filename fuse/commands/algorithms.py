@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import fuse
@@ -14,7 +15,7 @@ OPTION = "--algorithm"
 def asked_for(argv: Sequence[str]) -> str:
     """The algorithm that a command line names last, or the first of NAMES; the parser says where there is none such."""
     name = NAMES[0]
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         option, separator, value = argument.partition("=")
         if option == OPTION:
             name = value if separator else following
