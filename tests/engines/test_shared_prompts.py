@@ -38,8 +38,9 @@ class Engine(TransformersEngine):
         model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Tensor]) -> None:
-        if options["input_ids"].shape[1] > 1:
-            self.computed += int((options["input_ids"] != 0).sum())
+        input_ids = args[0] if args else options["input_ids"]
+        if input_ids.shape[1] > 1:
+            self.computed += int((input_ids != 0).sum())
 
 
 def drain(engine: GenerationEngine, outputs: Outputs) -> dict[int, int]:
