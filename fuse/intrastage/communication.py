@@ -84,9 +84,7 @@ def connect(
             bound = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(bound)  # where torch.distributed puts what it sends of its own
         backend = "gloo" if bound is None else "nccl"
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=bound
-        )
+        dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=bound)
     _set_up_collectives(None, "the world", timeout_s)
 
 
@@ -322,8 +320,7 @@ def _set_up_collectives(group: dist.ProcessGroup | None, what: str, timeout_s: f
 
 
 def _open_group(ranks: Sequence[int], timeout_s: float, options: Any = None) -> dist.ProcessGroup:
-    timeout = timedelta(seconds=timeout_s)
-    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timedelta(seconds=timeout_s), pg_options=options)
     return group
 
 

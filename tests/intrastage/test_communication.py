@@ -44,7 +44,7 @@ def test_gpus_meet_by_nccl_on_their_devices(monkeypatch: pytest.MonkeyPatch) -> 
     in_use: list[torch.device] = []
     sum_of_one = SimpleNamespace(wait=lambda: None)
     world = SimpleNamespace(
-        init_process_group=lambda backend, **options: asked.update(options, backend=backend),
+        init_process_group=lambda backend, *_, **options: asked.update(options, backend=backend),
         get_rank=lambda: 0,
         all_reduce=lambda *_, **__: sum_of_one,
         group=SimpleNamespace(WORLD=SimpleNamespace(bound_device_id=None)),
