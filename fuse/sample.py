@@ -31,6 +31,14 @@ _NEXT_STATES: Mapping[SampleState, frozenset[SampleState]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Samples that answer one prompt. number: the same for all of them, another in every group. size: how many."""
+
+    number: int
+    size: int
+
+
 @dataclass(slots=True)
 class Sample:
     """One prompt, the response generated for it and what inference says of it.
@@ -44,6 +52,7 @@ class Sample:
     id: int
     prompt_ids: tuple[int, ...]
     columns: Mapping[str, object] = field(default_factory=dict)
+    group: Group | None = None
     state: SampleState = SampleState.QUEUED
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -22,7 +22,7 @@ from fuse.algorithms.algorithm import Algorithm
 from fuse.algorithms.group_batch import GroupSettings, rollout_metrics
 from fuse.config.group import GroupConfig
 from fuse.driver.fleet import Fleet
-from fuse.sample import Sample, SpecialTokens
+from fuse.sample import Group, Sample, SpecialTokens
 from fuse.trace import PhaseClock
 from fuse.trainers import checks
 from fuse.trainers.completions import show_completions
@@ -176,9 +176,15 @@ class GroupTrainer(Trainer):
         return usable_prompts(rows, argument, policy.config, self.args, special.pad)
 
     def _training_samples(self, batch: Any) -> list[Sample]:
-        repeated = [row for row in batch for _ in range(self.args.num_generations)]
-        samples = self._samples(repeated, self.state.episode)
+        samples = self._grouped(batch, self.state.episode, self.args.num_generations)
         self.state.episode += len(samples)
+        return samples
+
+    def _grouped(self, rows: Any, first_id: int, num_generations: int) -> list[Sample]:
+        """So many samples of each row, side by side."""
+        samples = self._samples([row for row in rows for _ in range(num_generations)], first_id)
+        for index, sample in enumerate(samples):
+            sample.group = Group(first_id + index // num_generations, num_generations)
         return samples
 
     def _optimizer_steps(self, update: int) -> Sequence[OptimizerStep]:
@@ -226,8 +232,7 @@ class GroupTrainer(Trainer):
             with self._workers(None):
                 return self.evaluate()
         num_generations = self.args.num_generations_eval or self.args.num_generations
-        rows = [row for row in self.eval_dataset for _ in range(num_generations)]
-        samples = self._samples(rows, FIRST_EVALUATION_ID)
+        samples = self._grouped(self.eval_dataset, FIRST_EVALUATION_ID, num_generations)
         params = self._sampling_params(self.args.sampling_temperature)
         self._rollouts.roll_out(self._fleet, samples, params, PhaseClock(), teaches=False)
         metrics = rollout_metrics(samples, num_generations=num_generations, settings=self._group, special=self._special)

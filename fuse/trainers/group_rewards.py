@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from fuse.sample import Sample
+from fuse.sample import Group, Sample
 from fuse.trainers.reward_calls import RewardCalls, RewardSettings
 from fuse.trainers.rewards import RewardFunction, function_name
 
@@ -97,7 +97,7 @@ class Journal:
 
 
 class GroupRewards:
-    """Calls every reward function on samples as they come, and has a reward model read them.
+    """Calls every reward function on groups as they are complete, and has a reward model read samples as they come.
 
     sources: functions, and a model at most. weights: of the sources. tokenizers: of the model, by the sources' order.
     state: of the run, which functions are given.
@@ -129,6 +129,7 @@ class GroupRewards:
             if not isinstance(source, PreTrainedModel)
         ]
         self._samples: list[Sample] = []
+        self._incomplete: dict[int, list[Sample]] = {}
         self._resources = ExitStack()
 
     def __enter__(self) -> GroupRewards:
@@ -152,9 +153,15 @@ class GroupRewards:
             sample.rewarded_ids = self._model_tokens(sample.columns[_PROMPT], response)
 
     def submit(self, samples: Sequence[Sample]) -> None:
-        for calls in self._calls:
-            calls.submit(samples)
         self._samples += samples
+        for sample in samples:
+            group = sample.group or Group(sample.id, 1)
+            siblings = self._incomplete.setdefault(group.number, [])
+            siblings.append(sample)
+            if len(siblings) == group.size:
+                complete = sorted(self._incomplete.pop(group.number), key=lambda one: one.id)
+                for calls in self._calls:
+                    calls.submit(complete)
 
     def finish(self) -> dict[str, float]:
         """As `RewardCalls.finish`, of all functions: samples then have `rewards`, and their weighted sum as score."""

@@ -98,8 +98,10 @@ def test_rewards_of_several_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         prompts: list[str], completions: list[str], target: list[str], trainer_state: TrainerState, **kwargs: Any
     ) -> list[float | None]:
         states.append(trainer_state)
+        assert len(prompts) == 4, "functions see whole groups"
+        assert len(set(prompts)) == 1
         rewards = tiny_group.count_target(completions, target)
-        return [None if prompt == prompts[0] else reward for prompt, reward in zip(prompts, rewards, strict=True)]
+        return [None if prompts[0].endswith("a") else reward for reward in rewards]
 
     model = tiny.scorer(3)
     trainer = tiny_group.train(
@@ -114,6 +116,18 @@ def test_rewards_of_several_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert 1 <= logged["longest"] <= 8
     assert logged["rewards/brevity/mean"] == pytest.approx(-0.1 * logged["completions/mean_length"])
     assert {name for name in logged if name.startswith("rewards/")} >= {"rewards/of_one_prompt/std"}
+
+
+def test_filters_reach_the_engines_and_functions_may_have_processes(tmp_path: Path) -> None:
+    """Of the one likeliest token alone, the responses to a prompt are all the same."""
+
+    def share(completions: list[str], target: list[str], **kwargs: Any) -> list[float]:
+        return [text.count(letter) / max(1, len(text)) for text, letter in zip(completions, target, strict=True)]
+
+    options: dict[str, Any] = {"top_k": 1, "reward_workers": "process", "max_steps": 1}
+    logged = logs(tiny_group.train(tmp_path, rewards=share, **options))[0]
+    assert logged["frac_reward_zero_std"] == 1
+    assert logs(tiny_group.train(tmp_path, max_steps=1))[0]["frac_reward_zero_std"] < 1
 
 
 def test_what_a_reward_model_reads(tmp_path: Path) -> None:
