@@ -215,7 +215,7 @@ def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, monkeypatc
             responses.extend(completions)
             return tiny.count_a(prompts, completions, target)
 
-        policy = tiny.policy(head_dim=32)
+        policy = tiny.policy(tie_word_embeddings=True, head_dim=32)
         trainer = trained(
             tmp_path / engine,
             policy,
