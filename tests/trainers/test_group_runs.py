@@ -61,14 +61,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(plain: GRPOTrainer, tmp_path: Pa
 
 
 def test_a_dead_engine_costs_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Killed when the first sample is finished; without a reference nobody is asked for scores."""
+    """Killed when the first group is finished; without a reference nobody is asked for scores."""
     options: dict[str, Any] = {"num_devices": 2, "max_steps": 1, "max_completion_length": 400, "stop_token": "none"}
 
     def model() -> Any:
         return tiny.policy(max_position_embeddings=1024)
 
     undisturbed = tiny_group.trainer(tmp_path / "undisturbed", model=model(), **options)
-    undisturbed.max_new_tokens = {0: 4}
+    undisturbed.max_new_tokens = dict.fromkeys(range(4), 4)
     undisturbed.train()
     engines: list[int] = []
 
@@ -78,7 +78,7 @@ def test_a_dead_engine_costs_no_sample(tmp_path: Path, caplog: pytest.LogCapture
         return tiny_group.count_target(completions, target)
 
     disturbed = tiny_group.trainer(tmp_path / "disturbed", model=model(), rewards=kill_an_engine, **options)
-    disturbed.max_new_tokens = {0: 4}
+    disturbed.max_new_tokens = dict.fromkeys(range(4), 4)
     with caplog.at_level(logging.WARNING), disturbed.updates() as updates:
         engines.append(engine_of_device_1(disturbed))
         list(updates)

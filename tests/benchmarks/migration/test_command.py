@@ -36,6 +36,7 @@ def after_short_ones(
         yield request
 
 
+@pytest.mark.processes
 def test_writes_a_row_per_length_and_carrier(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
