@@ -71,6 +71,20 @@ def test_all_variants_compute_the_same(smoke: tuple[Mapping[str, Any], Path]) ->
 
 
 @pytest.mark.slow
+def test_groups_of_responses_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooled_workers: None) -> None:
+    monkeypatch.setattr(rounds, "local_cluster", lambda number: nullcontext())  # the pool has one
+    path = tmp_path / "out.json"
+    options = ["--algorithm", "grpo", "--num-generations", "4", "--smoke", "--peer", "trl", "--json", str(path)]
+    assert cli.main(["bench", "iteration", *options]) == 0
+    off, both, trl = json.loads(path.read_text())["rows"]
+    assert (off["variant"], both["variant"], trl["variant"]) == ("off", "both", "trl")
+    assert off["metrics"].keys() == {"entropy", "reward", "kl"}
+    for row in (both, trl):
+        assert row["metrics"] == pytest.approx(off["metrics"], rel=1e-4, abs=1e-6)
+    assert trl["phases"].keys() == {"generation", "inference", "training"}
+
+
+@pytest.mark.slow
 def test_responses_end_where_the_model_ends_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooled_workers: None
 ) -> None:
@@ -187,17 +201,3 @@ def test_help_names_every_option() -> None:
     for option in ("--model", "--prompts", "--lengths", "--peer", "--smoke", "--json", "--traces", "--from-json"):
         assert option in parser.format_help()
     assert "it proves nothing about speed" in " ".join(parser.format_help().split())
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_groups_of_responses_beside_trl(tmp_path: Path) -> None:
-    path = tmp_path / "out.json"
-    options = ["--algorithm", "grpo", "--num-generations", "4", "--smoke", "--peer", "trl", "--json", str(path)]
-    assert cli.main(["bench", "iteration", *options]) == 0
-    off, both, trl = json.loads(path.read_text())["rows"]
-    assert (off["variant"], both["variant"], trl["variant"]) == ("off", "both", "trl")
-    assert off["metrics"].keys() == {"entropy", "reward", "kl"}
-    for row in (both, trl):
-        assert row["metrics"] == pytest.approx(off["metrics"], rel=1e-4, abs=1e-6)
-    assert trl["phases"].keys() == {"generation", "inference", "training"}

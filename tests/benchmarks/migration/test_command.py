@@ -17,6 +17,8 @@ import pytest
 from fuse.benchmarks.migration import command
 from fuse.engines.engine import GenerationRequest
 
+from ...worker_pool import WorkerPool
+
 CARRIERS = ["object_store"] + ["nixl"] * (importlib.util.find_spec("nixl") is not None)  # see make setup-vllm-cpu
 
 
@@ -36,10 +38,10 @@ def after_short_ones(
         yield request
 
 
-@pytest.mark.processes
 def test_writes_a_row_per_length_and_carrier(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, worker_pool: WorkerPool
 ) -> None:
+    monkeypatch.setattr(command, "Cluster", worker_pool)
     monkeypatch.setattr(command, "_requests", partial(after_short_ones, requests=command._requests))
     path = tmp_path / "out.json"
     assert run("--context-tokens", "8", "40", "--kv-transfer", *CARRIERS, "--json", str(path)) == 0
