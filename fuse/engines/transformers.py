@@ -133,7 +133,8 @@ class TransformersEngine:
 
     def _fill_slots(self) -> None:
         """Give free slots to the queue's first samples, within the prefill budget."""
-        computed, shared = [], []
+        computed: list[GenerationRequest] = []
+        shared: list[GenerationRequest] = []
         for evicted, is_shared in self._next_samples():
             request = evicted.request
             del self._queue[request.sample_id]
