@@ -100,6 +100,7 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # for want of a whole call of `generate`
 def test_filtered_tokens_are_drawn_from_what_generate_leaves(build_model: BuildModel) -> None:
     """By the processors that `generate` makes of the same options, in its order, and this project's noise."""
     requests = [
