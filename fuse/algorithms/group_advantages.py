@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fuse.algorithms.groups import by_group
+
 Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
@@ -40,7 +42,7 @@ def group_advantages(
         deviations = deviation(total, dim=0).expand_as(total)
         return _finite((total - total.nanmean()) / (deviations + _EPSILON)), deviations
     total = weighted_sum(rewards, weights)
-    grouped = total.view(-1, num_generations)
+    grouped = by_group(total, num_generations)
     deviations = (deviation(total, dim=0) if scale == "batch" else deviation(grouped, dim=1)).expand_as(grouped)
     advantages = grouped - grouped.nanmean(dim=1, keepdim=True)
     if scale != "none":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fuse.algorithms.batch import Experience, Positions, Segments, counted_tokens
 from fuse.algorithms.group_advantages import deviation, weighted_sum
+from fuse.algorithms.groups import by_group
 from fuse.sample import Sample, SampleState, SpecialTokens
 
 
@@ -126,7 +127,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Metrics of one rollout of groups of so many samples that nothing is learnt from."""
     rewards = _rewards(samples)
-    total = weighted_sum(rewards, torch.tensor(settings.reward_weights)).view(-1, num_generations)
+    total = by_group(weighted_sum(rewards, torch.tensor(settings.reward_weights)), num_generations)
     metrics = _length_metrics(samples, _ended(samples, special))
     return _means([metrics | _reward_metrics(rewards, deviation(total, dim=1), settings)])
 

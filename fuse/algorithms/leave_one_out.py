@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuse.algorithms.group_advantages import deviation
+from fuse.algorithms.groups import by_group
 
 _EPSILON = 1e-4
 
@@ -19,7 +20,7 @@ def leave_one_out(rewards: Tensor, *, num_generations: int, normalize: bool) -> 
     rewards: [samples], those of a prompt's `num_generations` responses side by side; NaN is no reward: its advantage is
     0, and it is not compared with.
     """
-    grouped = rewards.view(-1, num_generations)
+    grouped = by_group(rewards, num_generations)
     others = grouped.isfinite().sum(dim=1, keepdim=True) - 1
     baselines = (grouped.nansum(dim=1, keepdim=True) - grouped) / others
     advantages = torch.where(others > 0, grouped - baselines, torch.nan).reshape(-1)

@@ -15,7 +15,7 @@ _NO_EFFECT = "Accepted for compatibility; no effect."
 _REFUSED = "Accepted for compatibility; must stay unset."
 
 _VLLM = "leave it out: set engine='vllm', num_devices and generation_cache_bytes"
-_ENGINES = "leave it out: set engine and generation_batch_size"
+_ENGINES = "leave it out: set engine and engine_batch_size"
 
 
 @dataclass
@@ -146,23 +146,23 @@ class GroupConfig(RunConfig):
         return self.rollout_size // self.per_device_train_batch_size
 
     @property
+    def uses_per_rollout(self) -> int:
+        """Micro-batches that are trained on, each as often as it is."""
+        return self.micro_batches_per_rollout * self.num_iterations
+
+    @property
     def is_on_policy(self) -> bool:
         """Whether every sample is trained on by the weights that generated it."""
-        return self.gradient_accumulation_steps % (self.micro_batches_per_rollout * self.num_iterations) == 0
+        return self.gradient_accumulation_steps % self.uses_per_rollout == 0
 
     @property
     def rollouts_per_update(self) -> int:
         """Rollouts with the same weights: of which one optimizer step consists, where it has several."""
-        uses = self.micro_batches_per_rollout * self.num_iterations
-        return max(1, self.gradient_accumulation_steps // uses)
+        return max(1, self.gradient_accumulation_steps // self.uses_per_rollout)
 
     def run_length(self, num_rows: int) -> RunLength:
-        """How much a run on so many prompts trains.
-
-        Raises:
-            ValueError: fewer prompts than one update takes.
-        """
-        micro_batches = self.rollouts_per_update * self.micro_batches_per_rollout * self.num_iterations
+        """How much a run on so many prompts trains."""
+        micro_batches = self.rollouts_per_update * self.uses_per_rollout
         steps_per_update = micro_batches // self.gradient_accumulation_steps
         prompts_per_update = self.rollouts_per_update * self.rollout_size // self.num_generations
         updates_per_pass = num_rows // prompts_per_update
@@ -213,7 +213,7 @@ class GroupConfig(RunConfig):
     def _check_combinations(self) -> None:
         super()._check_combinations()
         self._fill_rollout_size()
-        size, uses = self.rollout_size, self.micro_batches_per_rollout * self.num_iterations
+        size, uses = self.rollout_size, self.uses_per_rollout
         if size % self.num_generations:
             raise ValueError(
                 f"generation_batch_size={size} (per_device_train_batch_size x steps_per_generation) is no multiple of "

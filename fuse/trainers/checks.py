@@ -22,8 +22,6 @@ from fuse.training.model_support import check_trainable
 
 _logger = logging.getLogger(__name__)
 
-_OPTIMIZERS = "optimizers must be (None, None): AdamW runs sharded in the workers; set its options in args"
-
 
 def check_arguments(
     model: object,
@@ -51,10 +49,7 @@ def check_arguments(
     for name, given in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
         if not isinstance(given, PreTrainedModel) and not (name == "ref_model" and given is None):
             raise ValueError(f"{name} is {given!r}: pass a transformers model, e.g. by from_pretrained")
-    if any(item is not None for item in optimizers):
-        raise ValueError(_OPTIMIZERS)
-    if peft_config is not None:
-        raise ValueError("peft_config is not supported: merge the adapter into the model, or train all weights")
+    check_unset({"peft_config": peft_config}, optimizers)
 
 
 def check_unset(arguments: Mapping[str, object], optimizers: tuple[object, object]) -> None:
@@ -66,7 +61,7 @@ def check_unset(arguments: Mapping[str, object], optimizers: tuple[object, objec
             )
             raise ValueError(f"{name} is not supported: {remedy}")
     if any(item is not None for item in optimizers):
-        raise ValueError(_OPTIMIZERS)
+        raise ValueError("optimizers must be (None, None): AdamW runs sharded in the workers; set its options in args")
 
 
 def check_policy(model: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,17 +30,15 @@ from fuse.trainers.device_memory import replicas_fit
 from fuse.trainers.group_rewards import GroupRewards, RewardSource
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
-from fuse.trainers.reward_calls import RewardSettings
 from fuse.trainers.reward_columns import check_named_arguments
 from fuse.trainers.rewards import function_name
+from fuse.trainers.rollouts import reward_settings
 from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import FIRST_EVALUATION_ID, Trainer
 from fuse.training.layout import RaggedLayout
 from fuse.training.steps import OptimizerStep, rollout_steps
 from schedules.files import check_writable
-
-_logger = logging.getLogger(__name__)
 
 PROMPT = "prompt"
 
@@ -197,16 +194,12 @@ class GroupTrainer(Trainer):
         )
 
     def _make_rewards(self) -> AbstractContextManager[GroupRewards]:
-        args = self.args
-        settings = RewardSettings(
-            workers=args.reward_workers, timeout_s=args.reward_timeout_s, error_score=args.reward_error_score
-        )
         return GroupRewards(
             self.reward_funcs,
             self._weights,
             self.processing_class,
             self._reward_tokenizer,
-            settings,
+            reward_settings(self.args),
             lambda: self.state,
         )
 
@@ -251,9 +244,7 @@ def _name_of(model: PreTrainedModel | str) -> str:
 
 
 def _source_name(source: RewardSource) -> str:
-    if isinstance(source, PreTrainedModel):
-        return str(source.config._name_or_path).rstrip("/").rpartition("/")[2]
-    return function_name(source)
+    return _name_of(source) if isinstance(source, PreTrainedModel) else function_name(source)
 
 
 def _reward_sources(

@@ -18,13 +18,17 @@ from fuse.trainers.reward_calls import RewardCalls, RewardSettings
 from fuse.trainers.rewards import RewardFunction
 
 
-def reward_calls(args: RunConfig, reward: object, tokenizer: PreTrainedTokenizerBase) -> RewardCalls:
-    """What calls `reward`, where that is a function."""
-    settings = RewardSettings(
+def reward_settings(args: RunConfig) -> RewardSettings:
+    """How `args` has reward functions called."""
+    return RewardSettings(
         workers=args.reward_workers, timeout_s=args.reward_timeout_s, error_score=args.reward_error_score
     )
+
+
+def reward_calls(args: RunConfig, reward: object, tokenizer: PreTrainedTokenizerBase) -> RewardCalls:
+    """What calls `reward`, where that is a function."""
     function = None if isinstance(reward, PreTrainedModel) else cast(RewardFunction, reward)
-    return RewardCalls(function, partial(tokenizer.batch_decode, skip_special_tokens=True), settings)
+    return RewardCalls(function, partial(tokenizer.batch_decode, skip_special_tokens=True), reward_settings(args))
 
 
 class Rewards(Protocol):
