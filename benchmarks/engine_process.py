@@ -62,6 +62,9 @@ class EngineProcess(PeerProcess):
     def admit(self, evicted: Evicted) -> None:
         self.run(methodcaller("admit", evicted))
 
+    def sleep(self) -> None:
+        self.run(methodcaller("sleep"))
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         self.run(methodcaller("load_weights", dict(state_dict)))
 

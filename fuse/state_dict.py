@@ -101,6 +101,8 @@ class WeightLayout:
 def adopt_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Let `state_dict` be the model's weights: no copy is made where type and device are the model's own.
 
+    The model may have released its own.
+
     For models that only compute: what they share with others must never be written. Names as in `load_state_dict`.
 
     Raises:
@@ -110,10 +112,17 @@ def adopt_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
     own = model.state_dict(keep_vars=True)  # a tied tensor is one object under all of its names
     with torch.no_grad():
         for name, tensor in state_dict.items():
-            if (own[name].dtype, own[name].device) == (tensor.dtype, tensor.device):
-                own[name].data = tensor
-            else:
-                own[name].copy_(tensor)
+            own[name].data = tensor.to(own[name].device, own[name].dtype)
+
+
+def release_weights(model: nn.Module) -> None:
+    """Free the parameters of a model that only computes. It keeps their shapes, and takes others by `adopt_state_dict`.
+
+    Ties stay. Until then it must not compute: parameters read as one undefined value.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.new_empty(()).expand(parameter.shape)
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

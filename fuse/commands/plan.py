@@ -70,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "first of these that fits (default: whole)",
     )
     parser.add_argument(
-        "--sleep", action=yes_or_no, default=False, help="engines free weights and cache while idle, as none does yet"
+        "--sleep", action=yes_or_no, default=False, help="engines free weights and cache during training (default: no)"
+    )
+    parser.add_argument(
+        "--offload", action=yes_or_no, default=False, help="what trains lies in host memory meanwhile (default: no)"
     )
     parser.add_argument("--bf16", action=yes_or_no, default=True, help="compute in bfloat16 (default: yes)")
     parser.add_argument("--gradient-checkpointing", action=yes_or_no, default=False, help="recompute layers")
@@ -156,6 +159,7 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         engine_devices=arguments.engine_devices,
         scoring="sharded" if arguments.scoring == "sharded" else "whole",
         engines_sleep=arguments.sleep,
+        offloads_training=arguments.offload,
     )
 
 

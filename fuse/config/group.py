@@ -44,7 +44,7 @@ class GroupConfig(RunConfig):
         "transformers_continuous_batching_config": _ENGINES,
         "use_transformers_paged": _ENGINES,
         "vllm_model_impl": _VLLM,
-        "vllm_enable_sleep_mode": _VLLM,
+        "vllm_enable_sleep_mode": "leave it out: engines_sleep is for every engine",
         "vllm_structured_outputs_regex": "leave it out: every token is drawn from the policy",
         "vllm_server_base_url": _VLLM,
         "vllm_gpu_memory_utilization": _VLLM,

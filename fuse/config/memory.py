@@ -39,17 +39,30 @@ def within_memory(
     if prompts.most is not None:
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
         settings = replace(settings, plan=replace(settings.plan, longest=longest))
+    sharing = _sharing(config)
     if config.accelerator == "cpu":
         if config.ray_address is None:
             _check_host(settings, models)
-        return settings
+        return replace(settings, engines_sleep=sharing[0][0], offloads_training=sharing[0][1])
     try:
         setup = _setup(config, settings, models, prompts, device_memory_bytes())
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
-        return settings
-    _check_devices(ledger(setup, plans_fusion=False))
-    return replace(settings, memory=setup)
+        sleeps, offloads = sharing[-1]
+        return replace(settings, engines_sleep=sleeps, offloads_training=offloads and config.offload_training == "on")
+    for sleeps, offloads in sharing:
+        setup = replace(setup, engines_sleep=sleeps, offloads_training=offloads)
+        planned = ledger(setup, plans_fusion=False)
+        if planned.fits:
+            return replace(settings, memory=setup, engines_sleep=sleeps, offloads_training=offloads)
+    raise _does_not_fit(planned)
+
+
+def _sharing(config: RunConfig) -> list[tuple[bool, bool]]:
+    """How a device may be shared in time, what costs least first: whether engines sleep, and training is offloaded."""
+    sleeps = {"on": (True,), "off": (False,), "auto": (False, True)}[config.engines_sleep]
+    offloads = {"on": (True,), "off": (False,), "auto": (False, True)}[config.offload_training]
+    return [(one, other) for other in offloads for one in sleeps]
 
 
 def device_memory_bytes() -> int:
@@ -104,14 +117,12 @@ def _setup(
     )
 
 
-def _check_devices(planned: Ledger) -> None:
-    if planned.fits:
-        return
+def _does_not_fit(planned: Ledger) -> ValueError:
     device, memory_bytes = planned.fullest_device, planned.setup.device_memory_bytes
     phase = max(Phase, key=lambda one: planned.total(device, one))
     largest = sorted(planned.devices[device], key=lambda entry: -entry.bytes.get(phase, 0))[:3]
     parts = ", ".join(f"{one.role} {one.what} {one.bytes.get(phase, 0) / _GB:.1f} GB" for one in largest)
-    raise ValueError(
+    return ValueError(
         f"the run does not fit: device {device} would hold {planned.total(device, phase)} bytes in {phase} and has "
         f"{memory_bytes} (most of it: {parts}): use more devices or smaller models, gradient_checkpointing, a lower "
         f"per_device_train_batch_size, response length or engine_batch_size; `fuse plan` says what fits"

@@ -63,6 +63,8 @@ class RunConfig(TrainingArguments):
         "train_backend": ("transformers", "megatron"),
         "engine": ("transformers", "vllm"),
         "kv_transfer": ("object_store", "nixl"),
+        "engines_sleep": ("auto", "on", "off"),
+        "offload_training": ("auto", "on", "off"),
         "reward_workers": ("thread", "process"),
         "long_prompts": ("error", "drop", "truncate"),
     }
@@ -122,6 +124,16 @@ class RunConfig(TrainingArguments):
         None,
         "Bytes of KV cache of each vLLM engine. Default: engine_batch_size of the longest prompts and responses, "
         "but at most a quarter of the device's memory.",
+    )
+    engines_sleep: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Engines free their weights and cache during training, and get both back with the new weights: auto where a "
+        "GPU's memory does not hold all at once, or is not known.",
+    )
+    offload_training: Literal["auto", "on", "off"] = option(
+        "auto",
+        "What trains moves to host memory while samples are generated, which costs two copies an update: auto where a "
+        "GPU's memory does not hold all at once, even while engines sleep during training.",
     )
     kv_transfer: Literal["object_store", "nixl"] = option(
         "object_store",

@@ -105,6 +105,9 @@ class Fleet:
         for device, engine in enumerate(self._generation_workers):
             self._tell(f"starting: the engine of device {device}")
             engine.worker.wait_started()
+        if settings.offloads_training:  # from the first update on, a device never holds both
+            self._send_engines_to_sleep()
+            self.synchronise()
         capacities = gather([engine.kv_capacity_tokens() for engine in self._generation_workers])
         self._rollouts = RolloutPlanner(
             settings.rollout.within(one for one in capacities if one is not None), num_scoring=len(self._scoring)
@@ -152,6 +155,7 @@ class Fleet:
         An engine that dies loses no sample, and another takes its place.
         """
         settings, rollouts = self.settings, self._rollouts
+        self._offload_training()
         if policy is None:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         report = LiveRollout(
@@ -183,6 +187,7 @@ class Fleet:
         self, samples: Sequence[Sample], params: SamplingParams, *, max_new_tokens: Mapping[int, int] | None = None
     ) -> None:
         """Fill in the samples' responses. max_new_tokens: as of `roll_out`."""
+        self._offload_training()
         stage_by_stage.generate(
             self._generation_workers,
             samples,
@@ -205,7 +210,9 @@ class Fleet:
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
     ) -> list[StepReport]:
-        """Take the steps, each with its learning rate."""
+        """Take the steps, each with its learning rate. Engines that sleep then do so until `synchronise`."""
+        if self.settings.engines_sleep:
+            self._send_engines_to_sleep()
         counts = {len(step.micro_batches) for step in steps}
         shape_of = self.settings.training.layout.shape
         shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
@@ -243,11 +250,20 @@ class Fleet:
     def synchronise(self) -> None:
         """Give the trained weights to the engines, and to what scores with a copy of a model that trains."""
         self._tell("weights: to engines and inference")
-        weights = self._exported(GENERATING)
-        self._on_engines(lambda engine: engine.load_weights(weights))
-        for role in self._trained.keys() & self._scoring.keys():
-            exported = self._exported(role)
-            gather([worker.load_scoring_weights(role, exported) for worker in self._model_workers])
+        copied = [role for role in self._trained if role in self._scoring]
+        exported = {role: self._exported(role) for role in {GENERATING, *copied}}
+        self._offload_training()
+        self._on_engines(lambda engine: engine.load_weights(exported[GENERATING]))
+        for role in copied:
+            gather([worker.load_scoring_weights(role, exported[role]) for worker in self._model_workers])
+
+    def _send_engines_to_sleep(self) -> None:
+        self._on_engines(GenerationHandle.sleep)
+
+    def _offload_training(self) -> None:
+        """Where asked for; what is there already stays."""
+        if self.settings.offloads_training:
+            gather([worker.offload_training() for worker in self._model_workers])
 
     # Weights, checkpoints, traces
 

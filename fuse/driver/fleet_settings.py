@@ -25,6 +25,7 @@ class FleetSettings:
     placement: every replica of the models that train, in the order of the schedules' pipelines.
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     memory: what the run's memory depends on; None where it is not planned.
+    engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
     """
 
     num_devices: int
@@ -41,6 +42,8 @@ class FleetSettings:
     plan: PlanSettings
     rollout: RolloutSettings
     memory: MemorySetup | None = None
+    engines_sleep: bool = False
+    offloads_training: bool = False
 
     def for_updates(self, num_updates: int) -> FleetSettings:
         """The same for a run that has so many left."""

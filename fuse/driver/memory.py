@@ -82,6 +82,8 @@ class Ledger:
         """In host memory: the driver's models, and what trains as exported to what computes."""
         setup = self.setup
         own = sum(model.size.total * model.spec.dtype.itemsize for model in setup.models.values())
+        if setup.offloads_training:
+            own += sum(12 * setup.models[replica.model].size.total for replica in setup.placement)
         copied = [role for role in roles.training(setup.models) if role == GENERATING or setup.scoring == "whole"]
         return own + sum(4 * setup.models[role].size.total for role in copied)
 
@@ -175,11 +177,15 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
         ]
         parameters = -(-sum(held) // setup.tensor_parallel_size)
         trained = round(size.trained * parameters)
-        yield _always(role, "weights", 4 * parameters)
+        away = (Phase.TRAINING,) if setup.offloads_training else tuple(Phase)
+        scores_here = role in roles.scoring(setup.models) and (
+            setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
+        )
+        yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, 4 * parameters))
         if setup.tensor_parallel_size > 1:  # every rank gathers whole stages to export them
             yield Entry(role, "exports", {Phase.GENERATION: 4 * sum(held)})
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
-        yield _always(role, "moments", 8 * trained)
+        yield Entry(role, "moments", dict.fromkeys(away, 8 * trained))
 
 
 def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:
@@ -209,7 +215,7 @@ def _scoring_dtype(setup: MemorySetup, role: str) -> torch.dtype:
 
 def _engine(setup: MemorySetup) -> Iterator[Entry]:
     size, itemsize = setup.models[GENERATING].size, setup.generation_dtype.itemsize
-    awake = (Phase.GENERATION,) if setup.engines_sleep else tuple(Phase)
+    awake = (Phase.GENERATION, Phase.INFERENCE) if setup.engines_sleep else tuple(Phase)
     weights = -(-size.total * itemsize // setup.engine_devices)
     yield Entry("engine", "weights", dict.fromkeys(awake, weights))
     yield Entry("engine", "KV cache", dict.fromkeys(awake, -(-kv_cache_bytes(setup) // setup.engine_devices)))

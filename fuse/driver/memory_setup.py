@@ -38,7 +38,8 @@ class MemorySetup:
     generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
     scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by
         layers, while the critic is scored through the stages that train.
-    engines_sleep: engines drop weights and cache while they do not generate.
+    engines_sleep: engines drop weights and cache during training.
+    offloads_training: what trains lies in host memory but during training, save weights that score where they train.
     """
 
     models: Mapping[str, PlannedModel]
@@ -62,6 +63,7 @@ class MemorySetup:
     engine_devices: int = 1
     scoring: Scoring = "whole"
     engines_sleep: bool = False
+    offloads_training: bool = False
 
     @property
     def longest(self) -> Shape:

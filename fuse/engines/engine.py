@@ -190,8 +190,15 @@ class GenerationEngine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Free the memory of weights, keys and values, as far as the engine can, until `load_weights` wakes it.
+
+        Pre: no sample is in the engine. Post: it takes none until it is awake. Raises: ValueError when one is.
+        """
+        ...
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take new weights, by their global Hugging Face names.
+        """Take new weights, by their global Hugging Face names; the engine is awake then.
 
         The engine may keep the tensors themselves: nobody writes to them before the next ones come.
 
@@ -217,3 +224,14 @@ def still_live(num_samples: int) -> ValueError:
         f"cannot load weights while {num_samples} samples are in the engine: they would mix two policies; "
         "let them finish or evict them first"
     )
+
+
+def not_idle(num_samples: int) -> ValueError:
+    return ValueError(
+        f"cannot sleep while {num_samples} samples are in the engine: it would lose them; let them finish or evict "
+        "them first"
+    )
+
+
+def asleep(sample_id: int) -> ValueError:
+    return ValueError(f"sample {sample_id} was given to an engine that is asleep: load weights first")

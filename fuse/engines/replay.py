@@ -12,6 +12,8 @@ from fuse.engines.engine import (
     GeneratedToken,
     GenerationRequest,
     already_present,
+    asleep,
+    not_idle,
     not_present,
     still_live,
 )
@@ -40,6 +42,7 @@ class ReplayEngine:
         self._max_batch = max_batch
         self._requests: dict[int, GenerationRequest] = {}  # in order of submission: the first max_batch are running
         self._num_generated: dict[int, int] = {}
+        self._is_asleep = False
 
     @property
     def kv_capacity_tokens(self) -> None:
@@ -48,6 +51,8 @@ class ReplayEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         sample_id = request.sample_id
+        if self._is_asleep:
+            raise asleep(sample_id)
         if sample_id in self._requests:
             raise already_present(sample_id)
         if sample_id not in self._recordings:
@@ -88,10 +93,17 @@ class ReplayEngine:
     def admit(self, evicted: Evicted) -> None:
         self.submit(evicted.request)
 
+    def sleep(self) -> None:
+        """Nothing is held that could be freed."""
+        if self._requests:
+            raise not_idle(len(self._requests))
+        self._is_asleep = True
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Recorded tokens depend on no weights: any are taken and none kept."""
         if self._requests:
             raise still_live(len(self._requests))
+        self._is_asleep = False
 
     def close(self) -> None:
         self._requests.clear()

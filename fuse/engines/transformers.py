@@ -16,6 +16,8 @@ from fuse.engines.engine import (
     GenerationRequest,
     SamplingParams,
     already_present,
+    asleep,
+    not_idle,
     not_present,
     still_live,
 )
@@ -23,7 +25,7 @@ from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
-from fuse.state_dict import adopt_state_dict
+from fuse.state_dict import adopt_state_dict, release_weights
 
 
 class TransformersEngine:
@@ -68,6 +70,7 @@ class TransformersEngine:
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
+        self._is_asleep = False
         self._check_that_it_decodes()
 
     @property
@@ -80,6 +83,8 @@ class TransformersEngine:
 
     def admit(self, evicted: Evicted) -> None:
         request = evicted.request
+        if self._is_asleep:
+            raise asleep(request.sample_id)
         if request.sample_id in self._queue or request.sample_id in self._rows:
             raise already_present(request.sample_id)
         check_request(request, max_context=self._max_context, vocab_size=self._vocab_size)
@@ -115,16 +120,28 @@ class TransformersEngine:
         self._remove(index)
         return Evicted(request, kv)
 
+    def sleep(self) -> None:
+        """Free keys, values and weights. Buffers stay: they are no weights, and few."""
+        if self._num_samples:
+            raise not_idle(self._num_samples)
+        self._is_asleep = True
+        self._cache.clear()
+        release_weights(self._model)
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take new weights; a tied tensor may come under either of its names.
 
         Those of the model's type and device are taken as they are: nobody may write to them until the next ones come.
         Others are copied.
         """
-        num_live = len(self._rows) + len(self._queue)
-        if num_live:
-            raise still_live(num_live)
+        if self._num_samples:
+            raise still_live(self._num_samples)
         adopt_state_dict(self._model, state_dict)
+        self._is_asleep = False
+
+    @property
+    def _num_samples(self) -> int:
+        return len(self._rows) + len(self._queue)
 
     def close(self) -> None:
         self._queue.clear()

@@ -17,6 +17,8 @@ from fuse.engines.engine import (
     GenerationRequest,
     SamplingParams,
     already_present,
+    asleep,
+    not_idle,
     not_present,
     still_live,
 )
@@ -124,6 +126,8 @@ class VllmEngine:
 
     def admit(self, evicted: Evicted) -> None:
         request = evicted.request
+        if self._core.is_asleep:
+            raise asleep(request.sample_id)
         if request.sample_id in self._live:
             raise already_present(request.sample_id)
         check_request(request, max_context=self._max_context, vocab_size=self._vocab_size)
@@ -148,6 +152,12 @@ class VllmEngine:
         del self._live[sample_id]
         self._core.abort(live.internal_id)
         return Evicted(live.to_request(), kv)
+
+    def sleep(self) -> None:
+        """Free keys, values and weights. On CPUs weights stay that vLLM has packed in a form of its own."""
+        if self._live:
+            raise not_idle(len(self._live))
+        self._core.sleep()
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy new weights, cast to the model's dtype. A tied tensor may come under either of its names."""

@@ -23,6 +23,7 @@ from fuse.engines.engine import Evicted, GeneratedToken
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.vllm_kv import MigrationConnector
 from fuse.engines.vllm_sampling import CounterSampling, as_extra_args
+from fuse.storages import Storages
 
 
 class VllmCore:
@@ -76,6 +77,7 @@ class VllmCore:
             self._departing: MigrationConnector = get_kv_transfer_group()
             self._arriving: MigrationConnector = self._scheduler.connector
             self._without_kv: set[int] = set()  # samples that have entered so, until their first token
+            self._storages = Storages()
             self._resources = resources.pop_all()
 
     def add(self, evicted: Evicted) -> str:
@@ -144,8 +146,19 @@ class VllmCore:
             generated.append(GeneratedToken(sample_id, token_id, logprob, output.finished, shared_tokens))
         return generated
 
+    @property
+    def is_asleep(self) -> bool:
+        return self._storages.are_released
+
+    def sleep(self) -> None:
+        """Free the cache, and the weights but for those that vLLM holds elsewhere. Pre: no request is here."""
+        if not self.is_asleep:
+            (model,) = self._llm.collective_rpc(_find_model)
+            self._storages.release((*self._departing.caches, *model.parameters()), keep_bits=False)
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Replace all weights, by their Hugging Face names, tied ones under each of theirs. Pre: no request is here."""
+        self._storages.restore()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state_dict.items())})
         was_reset = self._llm.reset_prefix_cache()
         assert was_reset, "vLLM keeps prefixes computed by the old weights: it still has a request"
@@ -224,6 +237,11 @@ def _kv_cache(vllm_config: Any, wanted_bytes: int | None) -> tuple[int, int]:
             f"which needs {least_bytes}: raise it, or shorten prompts or responses"
         )
     return num_bytes, (num_bytes // block_bytes - 1) * block_tokens
+
+
+def _find_model(worker: Any) -> torch.nn.Module:
+    model: torch.nn.Module = worker.model_runner.get_model()
+    return model
 
 
 def _find_sampling(worker: Any) -> CounterSampling:

@@ -43,7 +43,7 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._block_tokens: int = vllm_config.cache_config.block_size
         self._arriving: dict[str, tuple[Tensor, ...]] = {}
         self._loads: list[_Load] = []
-        self._caches: tuple[Tensor, ...] = ()
+        self.caches: tuple[Tensor, ...] = ()
 
     @classmethod
     def config(cls) -> KVTransferConfig:
@@ -88,16 +88,16 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # The worker's side
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        self._caches = tuple(kv_caches.values())
+        self.caches = tuple(kv_caches.values())
 
     def read(self, blocks: Sequence[int], allocate: Allocate | None = None) -> tuple[Tensor, ...]:
         """A copy of these blocks of every layer, on the host, or in the memory that `allocate` gives."""
         index = torch.tensor(blocks)
         if allocate is None:
-            return tuple(cache[index.to(cache.device)].cpu() for cache in self._caches)
-        layout = [(cache.dtype, (len(blocks), *cache.shape[1:])) for cache in self._caches]
+            return tuple(cache[index.to(cache.device)].cpu() for cache in self.caches)
+        layout = [(cache.dtype, (len(blocks), *cache.shape[1:])) for cache in self.caches]
         kv = views(allocate(num_bytes(layout)), layout)
-        for cache, layer in zip(self._caches, kv, strict=True):
+        for cache, layer in zip(self.caches, kv, strict=True):
             torch.index_select(cache, 0, index.to(cache.device), out=layer)
         return kv
 
@@ -105,13 +105,13 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Whether KV is that of so many tokens, in blocks like ours."""
         num_blocks = -(-num_tokens // self._block_tokens)
         return [(layer.dtype, layer.shape) for layer in kv] == [
-            (cache.dtype, (num_blocks, *cache.shape[1:])) for cache in self._caches
+            (cache.dtype, (num_blocks, *cache.shape[1:])) for cache in self.caches
         ]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         for load in self._get_connector_metadata().loads:
             index = torch.tensor(load.blocks)
-            for cache, layer in zip(self._caches, load.kv, strict=True):
+            for cache, layer in zip(self.caches, load.kv, strict=True):
                 cache[index.to(cache.device)] = layer.to(cache.device)
 
     def wait_for_layer_load(self, layer_name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch
+from fuse.storages import Storages
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
 from fuse.training.layout import Layout
@@ -113,6 +114,7 @@ class TrainingRank:
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._is_observed = False
+        self._storages = Storages()
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 replica.model,
@@ -156,6 +158,25 @@ class TrainingRank:
             if self._placement[pipeline].model == model
         }
 
+    def offload(self, kept: Collection[str]) -> None:
+        """Move weights and moments to host memory until one of the other methods needs them.
+
+        kept: models whose weights stay, since they score where they train.
+        """
+        if self._storages.are_released:
+            return
+        with self._recorder.span("offload", "weights"):
+            for model, optimizer in self._optimizers.items():
+                for _, parts in optimizer.state():
+                    away = [tensor for part, tensor in parts.items() if part != "parameter" or model not in kept]
+                    self._storages.release(away, keep_bits=True)
+            _empty_cache(self._device)
+
+    def _be_resident(self) -> None:
+        if self._storages.are_released:
+            with self._recorder.span("restore", "weights"):
+                self._storages.restore()
+
     def train(
         self,
         experience: Experience,
@@ -164,6 +185,7 @@ class TrainingRank:
         plans: Mapping[int, Plan],
     ) -> list[RankStep]:
         """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has."""
+        self._be_resident()
         return [
             self._step(experience, step, learning_rate, plans[len(step.micro_batches)])
             for step, learning_rate in zip(steps, learning_rates, strict=True)
@@ -247,6 +269,7 @@ class TrainingRank:
 
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
         """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
+        self._be_resident()
         made = [self._micro_batches(experience, samples, 1.0) for samples in micro_batches]
         per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
@@ -258,11 +281,13 @@ class TrainingRank:
 
     def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copy a whole model's weights into the stages held here."""
+        self._be_resident()
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
     def export_weights(self, model: str) -> dict[str, Tensor]:
         """What this device tells of a model, under Hugging Face names; each weight is told by one device alone."""
+        self._be_resident()
         state_dict: dict[str, Tensor] = {}
         for (replica, _), stage in self.stages_of(model).items():
             if replica == 0:
@@ -271,11 +296,19 @@ class TrainingRank:
 
     def save(self, directory: Path) -> dict[str, int]:
         """Write this rank's part of the training state; returns the bytes of the files it sees there, by name."""
+        self._be_resident()
         return state.save_state(directory, self._optimizers)
 
     def load(self, directory: Path) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it."""
+        self._be_resident()
         state.load_state(directory, self._optimizers)
+
+
+def _empty_cache(device: torch.device) -> None:
+    """Give freed memory back to the device, where another process needs it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _largest(micro_batches: Sequence[MicroBatch]) -> int:

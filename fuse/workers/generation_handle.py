@@ -58,6 +58,10 @@ class GenerationHandle:
         """The tokens since the last poll, once a sample has finished or after `timeout_s`; runs beside other calls."""
         return self.worker.call(GenerationWorker.poll, timeout_s)
 
+    def sleep(self) -> Future[None]:
+        """Free the memory of the engine, which must be empty, until it gets weights."""
+        return self.worker.call(GenerationWorker.sleep)
+
     def load_weights(self, weights: Sequence[WeightsRef]) -> Future[None]:
         """Copy weights into the engine, which must be empty."""
         return self.worker.call(GenerationWorker.load_weights, weights)

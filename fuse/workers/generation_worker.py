@@ -123,6 +123,10 @@ class GenerationWorker:
             self._has_finished = False
             return self._take_progress()
 
+    def sleep(self) -> None:
+        """Free the memory of the engine, which must be empty, until it gets weights."""
+        self._command(self._sleep).result()
+
     def load_weights(self, weights: Sequence[WeightsRef]) -> None:
         """Copy weights into the engine, which must be empty."""
         self._command(lambda: self._load_weights(weights)).result()
@@ -275,6 +279,11 @@ class GenerationWorker:
         """The engine has copied the KV that a sample brought, if it brought any, or never will."""
         if (kv := self._fetched.pop(sample_id, None)) is not None:
             self._kv_transfer.release(kv)
+
+    def _sleep(self) -> None:
+        self._engine.sleep()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the device's other process
 
     def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
         start_s = now_s()

@@ -75,6 +75,10 @@ class ModelHandle:
             ModelWorker.train, as_received(experience), as_received(steps), learning_rates, as_received(plans)
         )
 
+    def offload_training(self) -> Future[None]:
+        """Move what trains to host memory until it is needed."""
+        return self.worker.call(ModelWorker.offload_training)
+
     def free_bytes(self) -> Future[int | None]:
         """Memory that training could still take on the device; None on a CPU."""
         return self.worker.call(ModelWorker.free_bytes)

@@ -100,6 +100,10 @@ class ModelWorker:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         return self._training.train(experience, steps, learning_rates, plans)
 
+    def offload_training(self) -> None:
+        """Move what trains to host memory until it is needed, but for weights that score where they train."""
+        self._training.offload([role for role in self._scoring if self._trained_here(role) is not None])
+
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
         if self._device.type != "cuda":
