@@ -34,7 +34,8 @@ def put_state_dict(state_dict: Mapping[str, Tensor]) -> WeightsRef:
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if identity not in arrays:
             host = tensor.detach().cpu().contiguous()
-            arrays[identity] = host.view(_CARRIERS.get(tensor.dtype, tensor.dtype)).numpy()
+            # Not by Tensor.numpy(), after which the tensor's memory could not be released any more.
+            arrays[identity] = np.from_dlpack(host.view(_CARRIERS.get(tensor.dtype, tensor.dtype)))
         entries[name] = (arrays[identity], tensor.dtype)
     return WeightsRef(ray.put(entries), sum(array.nbytes for array in arrays.values()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,37 @@ def test_a_model_that_cannot_be_measured_is_not_refused(
         trainer: Any = tiny.trainer(tmp_path, num_devices=2)
     assert "memory is not planned: memory of M cannot be foreseen" in caplog.text
     assert trainer._settings.memory is None
+
+
+@pytest.mark.usefixtures("on_gpus")
+def test_a_device_is_shared_in_time_where_it_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First engines sleep, then training is offloaded, too; `off` refuses, `on` does not ask."""
+    fits = {(False, False): False, (True, False): False, (False, True): False, (True, True): False}
+    asked: list[tuple[bool, bool]] = []
+
+    def made_up(setup: Any, **_: Any) -> Any:
+        asked.append((setup.engines_sleep, setup.offloads_training))
+        planned = real_ledger(replace(setup, device_memory_bytes=10**12 if fits[asked[-1]] else 10**9))
+        assert planned.fits == fits[asked[-1]]
+        return planned
+
+    real_ledger = memory.ledger
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 10**12)
+    monkeypatch.setattr(memory, "ledger", made_up)
+    with pytest.raises(ValueError, match="the run does not fit"):
+        tiny.trainer(tmp_path, num_devices=2)
+    assert asked == [(False, False), (True, False), (False, True), (True, True)]
+    fits[True, False] = True
+    settings: Any = tiny.trainer(tmp_path, num_devices=2)._settings
+    assert (settings.engines_sleep, settings.offloads_training) == (True, False)
+    with pytest.raises(ValueError, match="the run does not fit"):
+        tiny.trainer(tmp_path, num_devices=2, engines_sleep="off")
+    fits[True, True] = True
+    settings = tiny.trainer(tmp_path, num_devices=2, offload_training="on")._settings
+    assert (settings.engines_sleep, settings.offloads_training) == (True, True)
+
+
+@pytest.mark.parametrize("asked", ["auto", "off"])
+def test_cores_are_not_shared_in_time_unless_asked(tmp_path: Path, asked: str) -> None:
+    settings: Any = tiny.trainer(tmp_path, engines_sleep=asked, offload_training=asked)._settings
+    assert (settings.engines_sleep, settings.offloads_training) == (False, False)

@@ -241,6 +241,27 @@ def test_whole_scoring_copies_everything_to_every_device(seven_billion: MemorySe
     assert not planned.fits
 
 
+def test_what_is_shared_in_time_is_counted_when_it_is_there(seven_billion: MemorySetup) -> None:
+    """Moments are away but for training; weights of what scores by a copy, too."""
+    before, after = ledger(seven_billion), ledger(replace(seven_billion, engines_sleep=True, offloads_training=True))
+
+    def held(planned: Ledger, phase: Phase, *whats: str) -> int:
+        entries = planned.devices[0]
+        return sum(
+            entry.bytes.get(phase, 0)
+            for entry in entries
+            if entry.what in whats and entry.role in ("actor", "critic", "engine")
+        )
+
+    assert held(after, Phase.GENERATION, "moments") == held(after, Phase.INFERENCE, "moments") == 0
+    assert held(after, Phase.TRAINING, "moments") == held(before, Phase.TRAINING, "moments") > 0
+    assert held(after, Phase.TRAINING, "KV cache") == 0 < held(before, Phase.TRAINING, "KV cache")
+    assert held(after, Phase.INFERENCE, "KV cache") == held(before, Phase.INFERENCE, "KV cache")
+    moved = sum(held(before, Phase.GENERATION, what) for what in ("weights", "moments"))
+    assert held(after, Phase.GENERATION, "weights") < held(before, Phase.GENERATION, "weights") < moved
+    assert after.host_bytes > before.host_bytes
+
+
 def test_shares_and_sleeping_engines_leave_room(seven_billion: MemorySetup) -> None:
     planned = ledger(replace(seven_billion, scoring="sharded", engines_sleep=True))
     assert parts(planned, "critic", "scoring copy") == parts(planned, "critic", "scoring share") == 0
@@ -248,7 +269,8 @@ def test_shares_and_sleeping_engines_leave_room(seven_billion: MemorySetup) -> N
         assert parts(planned, role, "scoring share") == 2 * seven_billion.models[role].size.total
     for what in ("weights", "KV cache"):
         assert parts(planned, "engine", what, Phase.GENERATION) > 0
-        assert parts(planned, "engine", what) == parts(planned, "engine", what, Phase.INFERENCE) == 0
+        assert parts(planned, "engine", what) == 0
+        assert parts(planned, "engine", what, Phase.INFERENCE) > 0  # samples are scored while others are generated
     assert planned.spare_bytes >= 10 * 10**9
 
 
@@ -260,7 +282,8 @@ def test_a_critic_that_one_device_trains_whole_is_scored_as_it_is() -> None:
 
 
 def test_a_fused_schedule_is_planned_within_what_is_free(seven_billion: MemorySetup) -> None:
-    roomy = replace(seven_billion, scoring="sharded", engines_sleep=True, device_memory_bytes=10**12)
+    shared = replace(seven_billion, scoring="sharded", engines_sleep=True, offloads_training=True)
+    roomy = replace(shared, device_memory_bytes=10**12)
     free = ledger(roomy)
     assert free.fused_bytes > free.serial_bytes
     between = (free.serial_bytes + free.fused_bytes) / 2 - RESERVE_SHARE * 10**12

@@ -151,6 +151,61 @@ def test_weights_are_refused_while_samples_are_present(
     engine.load_weights(weights)
 
 
+def test_an_engine_sleeps_when_it_is_empty_and_wakes_with_new_weights(
+    make_engine: MakeEngine, build_model: Callable[..., PreTrainedModel]
+) -> None:
+    weights = build_model(seed=1, hidden_size=HIDDEN_SIZE).state_dict()
+    engine = make_engine(RAGGED, 16)
+    engine.load_weights(weights)
+    expected = run(engine, RAGGED)
+    engine.submit(RAGGED[0])
+    with pytest.raises(ValueError, match="cannot sleep while 1 samples"):
+        engine.sleep()
+    run(engine)
+    engine.load_weights(build_model(seed=2, hidden_size=HIDDEN_SIZE).state_dict())
+    for _ in range(2):
+        engine.sleep()
+        with pytest.raises(ValueError, match="sample 0 was given to an engine that is asleep: load weights first"):
+            engine.submit(RAGGED[0])
+    engine.load_weights(weights)
+    assert run(engine, RAGGED) == expected
+
+
+@pytest.mark.parametrize("make_engine", ["transformers", VLLM], indirect=True)
+def test_an_engine_that_sleeps_holds_no_cache(make_engine: MakeEngine) -> None:
+    engine = make_engine(RAGGED, 16)
+    run(engine, RAGGED)
+    assert cache_bytes(engine) > 0
+    engine.sleep()
+    assert cache_bytes(engine) == 0
+
+
+def cache_bytes(engine: Any) -> int:
+    """Memory of keys and values."""
+    if isinstance(engine, TransformersEngine):
+        return sum(layer.keys.untyped_storage().nbytes() for layer in engine._cache._layers)
+    held: int = engine.run(_vllm_cache_bytes)
+    return held
+
+
+def _vllm_cache_bytes(engine: Any) -> int:
+    return sum(cache.untyped_storage().nbytes() for cache in engine._core._departing.caches)
+
+
+def test_a_transformers_engine_that_sleeps_holds_no_weights(build_model: Callable[..., PreTrainedModel]) -> None:
+    """Ties are what they were."""
+    model = build_model(tied=True)
+    engine = TransformersEngine(model, max_context=MAX_CONTEXT)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = build_model(seed=1, tied=True).state_dict()
+    engine.sleep()
+    assert all(parameter.untyped_storage().nbytes() <= 8 for parameter in model.parameters())
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    engine.load_weights({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"})
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
 def test_an_evicted_sample_is_gone_and_the_others_do_not_notice(make_engine: MakeEngine) -> None:
     engine = make_engine(RAGGED, 2)
     for one in RAGGED:

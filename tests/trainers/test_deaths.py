@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,10 @@ import pytest
 from transformers import TrainerCallback
 
 from fuse import PPOTrainer
+from fuse.driver.fleet import Fleet
 from fuse.workers.errors import WorkerError
+from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.model_handle import ModelHandle
 
 from . import tiny
 
@@ -88,6 +92,43 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     assert killed == ["completions", "estimate"]
     assert caplog.text.count(DEATH) == 2
     assert_same_models(disturbed, undisturbed)
+
+
+def test_engines_that_sleep_and_training_that_is_offloaded_change_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, pooled_workers: None
+) -> None:
+    """One engine dies asleep, in the first update: another takes its place, with the new weights."""
+    options: dict[str, Any] = {"num_devices": 2, "total_episodes": 24, "save_strategy": "steps", "save_steps": 1}
+    plain = tiny.train(tmp_path / "plain", **options)
+    sharing = tiny.trainer(tmp_path / "sharing", engines_sleep="on", offload_training="on", **options)
+    train, sleep, offload = Fleet.train, GenerationHandle.sleep, ModelHandle.offload_training
+    calls: Counter[str] = Counter()
+
+    def count_sleep(engine: GenerationHandle) -> Any:
+        calls["sleep"] += 1
+        return sleep(engine)
+
+    def count_offload(worker: ModelHandle) -> Any:
+        calls["offload"] += 1
+        return offload(worker)
+
+    def train_and_kill(fleet: Fleet, *arguments: Any) -> Any:
+        reports = train(fleet, *arguments)
+        if not calls["train"]:
+            os.kill(engine_of_device_1(sharing), signal.SIGKILL)
+        calls["train"] += 1
+        return reports
+
+    monkeypatch.setattr(Fleet, "train", train_and_kill)
+    monkeypatch.setattr(GenerationHandle, "sleep", count_sleep)
+    monkeypatch.setattr(ModelHandle, "offload_training", count_offload)
+    with caplog.at_level(logging.WARNING):
+        sharing.train()
+    assert DEATH in caplog.text
+    assert calls["train"] == 3
+    assert calls["sleep"] == 2 * (1 + 3)  # before the first update's samples, too
+    assert calls["offload"] >= 2 * (1 + 3)
+    assert_same_models(sharing, plain)
 
 
 def engine_of_device_1(trainer: PPOTrainer) -> int:

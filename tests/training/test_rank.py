@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -51,8 +53,13 @@ SETTINGS = TrainingSettings(
 )
 
 
-def trained(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> dict[str, Tensor]:
-    """The weights after a profile, an update with halved backwards, which observes costs, and a fused one."""
+def trained(
+    num_ranks: int, placement: tuple[Replica, ...], slots: int, *, kept: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """The weights after a profile, an update with halved backwards, which observes costs, and a fused one.
+
+    kept: offload everything but the weights of these before each.
+    """
     serial = halved_serial_schedule(placement, 4)
     plans = [{4: Plan(serial)}, {4: Plan(greedy(serial.problem))}]
     steps = optimizer_steps([np.arange(8)], num_mini_batches=1, micro_batch_size=2)
@@ -64,12 +71,32 @@ def trained(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> dict[
             training.load_weights(name, model.state_dict())
         training.profile(EXPERIENCE, [[0, 1]])
         for of_update in plans:
+            if kept is not None:
+                training.offload(kept)
+                training.offload(kept)
+                assert set(resident(training)) == {f"{role} parameter" for role in kept}
             training.train(EXPERIENCE, steps, [1e-2], of_update)
         return {
             f"{model}: {name}": weight for model in specs for name, weight in training.export_weights(model).items()
         }
 
     return {name: weight for of_rank in FakeNccl(num_ranks, slots).run(run) for name, weight in of_rank.items()}
+
+
+def resident(training: TrainingRank) -> Iterator[str]:
+    """What has memory on the device."""
+    for role, optimizer in training._optimizers.items():
+        for _, parts in optimizer.state():
+            yield from (f"{role} {part}" for part, tensor in parts.items() if tensor.untyped_storage().nbytes())
+
+
+@pytest.mark.parametrize("kept", [(), ("critic",)])
+def test_what_was_offloaded_trains_as_if_it_had_stayed(kept: tuple[str, ...]) -> None:
+    placement = (*place("actor", 2, 2), *place("critic", 2, 2, reverse=True))
+    expected = trained(2, placement, 64)
+    found = trained(2, placement, 64, kept=kept)
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    assert found.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("slots", [0, 64])
