@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 _EPOCH_S = time.time() - time.monotonic()
 
@@ -15,6 +16,28 @@ _EPOCH_S = time.time() - time.monotonic()
 def now_s() -> float:
     """Seconds since the epoch by the clock as it was when this process began: setting it later changes no duration."""
     return _EPOCH_S + time.monotonic()
+
+
+class Clock(Protocol):
+    """Marks moments on a device's time line, and tells them in seconds later, so that nobody waits in between."""
+
+    def mark(self) -> Any:
+        """The moment when the device has done what it was given so far; returns at once."""
+        ...
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        """When these moments were, in seconds of `now_s`; waits until they have passed."""
+        ...
+
+
+class HostClock:
+    """Of a device that has done what it was given when the call returns."""
+
+    def mark(self) -> float:
+        return now_s()
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        return list(marks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +55,63 @@ class Span:
         return self.end_s - self.start_s
 
 
-class SpanRecorder:
-    """Collects the spans of one worker until they are drained."""
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A span whose times are marks of a clock."""
 
-    def __init__(self) -> None:
-        self._spans: list[Span] = []
+    name: str
+    category: str
+    ready: Any
+    start: Any
+    end: Any
+    arguments: Mapping[str, object]
+
+
+class SpanRecorder:
+    """Collects the spans of one worker until they are drained. clock: of the device on which they happen."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or HostClock()
+        self._spans: list[Span | _Marked] = []
 
     @contextmanager
     def span(self, name: str, category: str, **arguments: object) -> Iterator[None]:
-        """Record the body's wall time, also when it raises."""
-        start_s = now_s()
+        """Record the time that the device takes for what the body gives it, also when it raises."""
+        start = self._clock.mark()
         try:
             yield
         finally:
-            self._spans.append(Span(name, category, start_s, now_s(), arguments))
+            self._spans.append(_Marked(name, category, None, start, self._clock.mark(), arguments))
+
+    def mark(self) -> Any:
+        """This moment, for `record`."""
+        return self._clock.mark()
+
+    def record(
+        self, name: str, category: str, *, ready: Any, start: Any, end: Any, arguments: Mapping[str, object]
+    ) -> None:
+        """Record a span by its marks. `wait_s` tells how much later it began than at `ready`, when it could have."""
+        self._spans.append(_Marked(name, category, ready, start, end, arguments))
 
     def add(self, span: Span) -> None:
         self._spans.append(span)
 
     def drain(self) -> list[Span]:
-        """Return the spans recorded so far and forget them."""
+        """Return the spans recorded so far and forget them; waits until the last has ended."""
         spans, self._spans = self._spans, []
-        return spans
+        marked = [span for span in spans if isinstance(span, _Marked)]
+        marks = [mark for span in marked for mark in (span.ready, span.start, span.end) if mark is not None]
+        seconds = iter(self._clock.seconds(marks))
+        return [_told(span, seconds) if isinstance(span, _Marked) else span for span in spans]
+
+
+def _told(span: _Marked, seconds: Iterator[float]) -> Span:
+    arguments = dict(span.arguments)
+    ready_s = None if span.ready is None else next(seconds)
+    start_s, end_s = next(seconds), next(seconds)
+    if ready_s is not None:
+        arguments["wait_s"] = start_s - ready_s
+    return Span(span.name, span.category, start_s, end_s, arguments)
 
 
 class PhaseClock:

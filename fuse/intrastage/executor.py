@@ -18,7 +18,7 @@ from fuse.intrastage.message_order import Action, rank_steps
 from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
-from fuse.trace import Span, SpanRecorder, now_s
+from fuse.trace import SpanRecorder
 from schedules import Kind, Op, Schedule
 
 MOST_IN_FLIGHT = 8
@@ -58,7 +58,7 @@ def execute(
         elif step.action is Action.RECEIVE:
             run.receive(step.op)
         else:
-            trace.add(run.compute(step.op, planned))
+            run.compute(step.op, planned, trace)
     run.finish()
 
 
@@ -98,24 +98,21 @@ class _Run:
         self._results: dict[_Message, Tensor] = {}
         self._in_flight: dict[_Message, Transfer] = {}
 
-    def compute(self, op: Op, planned: PlannedTimes | None) -> Span:
+    def compute(self, op: Op, planned: PlannedTimes | None, trace: SpanRecorder) -> None:
         """Run the operation on its input, which it waits for, and keep its result."""
-        ready_s = now_s()
+        ready = trace.mark()
         received = self._take_input(op)
-        start_s = now_s()
+        start = trace.mark()
         result = self._run_stage(op, received)
-        end_s = now_s()
+        end = trace.mark()
         if result is not None:
             self._results[_message_from(op)] = result
         sequences, tokens = self._micro_batches[op.pipeline][op.micro_batch].input_ids.shape
-        arguments: dict[str, object] = {
-            "tokens": sequences * tokens,
-            "sequences": sequences,
-            "wait_s": start_s - ready_s,
-        }
+        arguments: dict[str, object] = {"tokens": sequences * tokens, "sequences": sequences}
         if planned is not None:
             arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
-        return Span(operation_name(self._problem, op), "train", start_s, end_s, arguments)
+        name = operation_name(self._problem, op)
+        trace.record(name, "train", ready=ready, start=start, end=end, arguments=arguments)
 
     def send(self, op: Op) -> None:
         """Start sending what the operation made to the neighbouring stage on another rank."""

@@ -102,9 +102,11 @@ def _ping(pair: PipelineCommunicators, stage: int, boundary: Tensor) -> float:
     Both ends have the messages in the order they are made, and so do pairs: the answer's receive comes after the send.
     """
     answer = torch.empty_like(boundary)
+    _wait_for(boundary.device)
     start_s = time.perf_counter()
     pair.forward.send(boundary, stage=stage, micro_batch=0, op="a measurement").wait()
     pair.backward.receive(answer, stage=stage, micro_batch=0, op="a measurement").wait()
+    _wait_for(boundary.device)
     return (time.perf_counter() - start_s) / 2
 
 
@@ -196,15 +198,17 @@ class _Bench:
 
     @contextmanager
     def _timed(self, kind: Kind) -> Iterator[None]:
-        self._synchronize()
+        _wait_for(self._device)
         start_s = self._clock()
         yield
-        self._synchronize()
+        _wait_for(self._device)
         self._seconds[kind].append(self._clock() - start_s)
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+def _wait_for(device: torch.device) -> None:
+    """Until it has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _ticks(seconds: Sequence[float], tick_s: float) -> int:

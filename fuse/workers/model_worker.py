@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fuse.algorithms.batch import Experience
+from fuse.device_clock import clock_of
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
@@ -46,7 +47,7 @@ class ModelWorker:
         self._rank, self._device = rank, torch.device(device)
         self._trained, self._scoring_specs = trained, scoring
         self._settings, self._scoring_settings = settings, scoring_settings
-        self._recorder = SpanRecorder()
+        self._recorder = SpanRecorder(clock_of(self._device))
         self._num_inferences = 0
 
     # The world

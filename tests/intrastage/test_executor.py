@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fuse.intrastage import training_planner
 from fuse.intrastage.executor import execute
-from fuse.intrastage.planned_times import PlannedTimes
+from fuse.intrastage.planned_times import PlannedTimes, times_of
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
-from schedules import Op, Pipeline, Problem, Schedule
+from schedules import Kind, Op, Pipeline, Problem, Schedule
 from schedules.baselines import one_f_one_b
 
 BATCHES = [
@@ -112,6 +113,62 @@ def test_spans_say_when_the_operation_was_planned() -> None:
     assert [span.arguments["planned_end_s"] for span in spans] == [index + 0.5 for index in range(8)]
     _, unplanned = run(schedule)
     assert "planned_start_s" not in unplanned.drain()[0].arguments
+
+
+class FakeDevice:
+    """Works later than it is asked to, as a GPU does: operations take their planned seconds, one after the other."""
+
+    def __init__(self, planned: PlannedTimes) -> None:
+        self.planned, self.done_s, self.num_waits = planned, 100.0, 0
+
+    def run(self, op: Op) -> None:
+        self.done_s += self.planned.end_s[op] - self.planned.start_s[op]
+
+    def mark(self) -> float:
+        return self.done_s
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        self.num_waits += 1
+        return list(marks)
+
+
+class FakeDeviceStage(RecordingStage):
+    def __init__(self, number: int, is_last: bool, device: FakeDevice) -> None:
+        super().__init__(number, is_last, [])
+        self.device = device
+
+    def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
+        self.device.run(Op.parse(f"F0.{self.number}.{index}"))
+        return super().forward(index, micro_batch, stage_input)
+
+    def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
+        self.device.run(Op.parse(f"B0.{self.number}.{index}"))
+        return super().backward(index, output_grad)
+
+
+@pytest.mark.parametrize("slower", [1.0, 2.0])
+def test_a_plan_carried_out_exactly_on_a_device_does_not_drift(slower: float) -> None:
+    """Times are the device's, not those of the host, which has asked for everything at once."""
+    schedule = schedule_of(*LEGAL)
+    seconds = {op: 0.25 if op.kind is Kind.F else 0.5 + 0.1 * op.stage for op in schedule.ranks[0]}
+    planned = times_of(schedule, seconds, (0.0,))
+    device = FakeDevice(planned)
+    stages = {(0, number): FakeDeviceStage(number, number == 1, device) for number in range(2)}
+    recorder = SpanRecorder(device)
+    seconds_of_stage_1 = {op: slower * second if op.stage == 1 else second for op, second in seconds.items()}
+    device.planned = times_of(schedule, seconds_of_stage_1, (0.0,))
+    execute(schedule, 0, stages, [BATCHES], [], recorder, planned=planned)
+    assert device.num_waits == 0, "a step does not wait for the device"
+    spans = recorder.drain()
+    assert device.num_waits == 1
+    drift = training_planner._drift(spans)
+    assert drift is not None
+    if slower == 1:
+        assert drift == pytest.approx(0, abs=1e-9)
+        starts = [span.start_s - 100 for span in spans]
+        assert starts == pytest.approx([planned.start_s[op] for op in schedule.ranks[0]])
+    else:
+        assert drift > 0.3
 
 
 def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
