@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -16,8 +18,9 @@ from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, ledger
-from fuse.driver.memory_setup import MemorySetup, planned_models
+from fuse.driver.memory_setup import MemorySetup, Scoring, planned_models
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.transformers_stage import check_stages
 from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
@@ -32,24 +35,55 @@ def within_memory(
     """The settings with what training may take of memory, once the run is known to fit. models: by role.
 
     On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here.
+    Models score whole or in shares as `config` says, or as it fits.
 
     Raises:
-        ValueError: the run does not fit.
+        ValueError: the run does not fit, or a model that is to score in shares cannot be cut.
     """
     if prompts.most is not None:
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
         settings = replace(settings, plan=replace(settings.plan, longest=longest))
+    choices = _CHOICES[config.scoring]
     if config.accelerator == "cpu":
         if config.ray_address is None:
-            _check_host(settings, models)
-        return settings
+            chosen = _first_that_fits(choices, partial(_check_host, settings, models))
+        else:
+            chosen = choices[0]
+        return _scoring(settings, models, chosen)
     try:
         setup = _setup(config, settings, models, prompts, device_memory_bytes())
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
-        return settings
-    _check_devices(ledger(setup, plans_fusion=False))
-    return replace(settings, memory=setup)
+        return _scoring(settings, models, choices[0])
+    chosen = _first_that_fits(
+        choices, lambda one: _check_devices(ledger(replace(setup, scoring=one), plans_fusion=False))
+    )
+    return replace(_scoring(settings, models, chosen), memory=replace(setup, scoring=chosen))
+
+
+_CHOICES: Mapping[str, tuple[Scoring, ...]] = MappingProxyType(
+    {"auto": ("whole", "sharded"), "whole": ("whole",), "sharded": ("sharded",)}
+)
+
+
+def _first_that_fits(choices: Sequence[Scoring], check: Callable[[Scoring], None]) -> Scoring:
+    """Raises: ValueError of the last where none fits."""
+    *others, last = choices
+    for one in others:
+        try:
+            check(one)
+        except ValueError:
+            continue
+        return one
+    check(last)
+    return last
+
+
+def _scoring(settings: FleetSettings, models: Mapping[str, PreTrainedModel], scoring: Scoring) -> FleetSettings:
+    if scoring == "sharded":
+        for role in roles.scoring(models):
+            check_stages(models[role])
+    return replace(settings, scoring=replace(settings.scoring, is_sharded=scoring == "sharded"))
 
 
 def device_memory_bytes() -> int:
@@ -111,19 +145,25 @@ def _check_devices(planned: Ledger) -> None:
     phase = max(Phase, key=lambda one: planned.total(device, one))
     largest = sorted(planned.devices[device], key=lambda entry: -entry.bytes.get(phase, 0))[:3]
     parts = ", ".join(f"{one.role} {one.what} {one.bytes.get(phase, 0) / _GB:.1f} GB" for one in largest)
+    remedy = ", or scoring='sharded'" if planned.setup.scoring == "whole" else ""
     raise ValueError(
-        f"the run does not fit: device {device} would hold {planned.total(device, phase)} bytes in {phase} and has "
-        f"{memory_bytes} (most of it: {parts}): use more devices or smaller models, gradient_checkpointing, a lower "
-        f"per_device_train_batch_size, response length or engine_batch_size; `fuse plan` says what fits"
+        f"the run does not fit with {planned.setup.scoring} scoring: device {device} would hold "
+        f"{planned.total(device, phase)} bytes in {phase} and has {memory_bytes} (most of it: {parts}): use more "
+        f"devices or smaller models, gradient_checkpointing, a lower per_device_train_batch_size, response length or "
+        f"engine_batch_size{remedy}; `fuse plan` says what fits"
     )
 
 
-def _check_host(settings: FleetSettings, models: Mapping[str, PreTrainedModel]) -> None:
-    """Engines and copies that score read weights where they lie in shared memory, once for all devices."""
+def _check_host(settings: FleetSettings, models: Mapping[str, PreTrainedModel], scoring: Scoring) -> None:
+    """Engines and copies that score read weights where they lie in shared memory, once for all devices.
+
+    In shares, what trains has none but the engines', and of others there is as much.
+    """
     counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
     trains = roles.training(models)
     needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
-    needed += sum(4 * count for count in counts.values())
+    in_place = {role for role in trains if role != roles.GENERATING and scoring == "sharded"}
+    needed += sum(4 * count for role, count in counts.items() if role not in in_place)
     for role in trains:
         trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
         num_replicas = sum(replica.model == role for replica in settings.placement)

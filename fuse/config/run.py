@@ -63,6 +63,7 @@ class RunConfig(TrainingArguments):
         "train_backend": ("transformers", "megatron"),
         "engine": ("transformers", "vllm"),
         "kv_transfer": ("object_store", "nixl"),
+        "scoring": ("auto", "whole", "sharded"),
         "reward_workers": ("thread", "process"),
         "long_prompts": ("error", "drop", "truncate"),
     }
@@ -132,6 +133,12 @@ class RunConfig(TrainingArguments):
         None,
         "Most tokens, padding included, in one inference micro-batch. Default: 16384 on GPUs, 2048 on CPUs, where more "
         "would leave the caches.",
+    )
+    scoring: Literal["auto", "whole", "sharded"] = option(
+        "auto",
+        "Models that score: 'whole' on every device, or 'sharded': every device has some of their layers, and samples "
+        "flow through all devices; a critic is then scored through the stages that train. 'auto' is whole where that "
+        "fits into memory.",
     )
     worker_timeout_s: float = option(
         1800.0, "Seconds without a token, a score or a message after which a worker counts as lost."

@@ -161,6 +161,7 @@ class Fleet:
             params,
             policy=policy,
             limits=rollouts.limits,
+            flow_roles=tuple(self._scoring) if settings.scoring.is_sharded else (),
             pad_token_id=settings.pad_token_id,
             costs=rollouts.costs(),
             on_generated=on_generated,
@@ -200,7 +201,8 @@ class Fleet:
             return
         workers = self._model_workers
         self._tell("scoring")
-        stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)
+        roles = tuple(self._scoring) if self.settings.scoring.is_sharded else ()
+        stage_by_stage.infer(workers, samples, flow_roles=roles, timeout_s=self.settings.training.timeout_s)
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
@@ -246,6 +248,8 @@ class Fleet:
         weights = self._exported(GENERATING)
         self._on_engines(lambda engine: engine.load_weights(weights))
         for role in self._trained.keys() & self._scoring.keys():
+            if self.settings.scoring.is_sharded:  # scored through the stages that train
+                continue
             exported = self._exported(role)
             gather([worker.load_scoring_weights(role, exported) for worker in self._model_workers])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fuse.micro_batch import Metrics, MicroBatch
 
 Readout = Callable[[Tensor, nn.Module, MicroBatch], Tensor]
-"""(hidden [selected, hidden], head, micro-batch) -> [selected]: what a model says of a micro-batch, without gradient."""
+"""(hidden [selected, hidden], head, micro-batch) -> [selected]: what a model says of it, without gradient."""
 
 
 class Stage(Protocol):

@@ -108,8 +108,8 @@ class TrainingRank:
         recorder: SpanRecorder,
         tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._rank, lane = divmod(device_index, settings.tensor_parallel_size)
-        self._is_first_of_group = lane == 0
+        self._rank, self._lane = divmod(device_index, settings.tensor_parallel_size)
+        self._is_first_of_group = self._lane == 0
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._is_observed = False
@@ -155,6 +155,24 @@ class TrainingRank:
             for (pipeline, stage), held in self._stages.items()
             if self._placement[pipeline].model == model
         }
+
+    def forward_pipelines(
+        self,
+    ) -> list[tuple[Replica, tuple[int, ...], dict[int, TrainedStage], communication.Communicator]]:
+        """Of each replica: the devices of its stages in this lane, the stages held here, and what messages go through.
+
+        Messages of training and of others may not be under way at once.
+        """
+        size = self._settings.tensor_parallel_size
+        return [
+            (
+                replica,
+                tuple(rank * size + self._lane for rank in replica.ranks),
+                {stage: held for (number, stage), held in self._stages.items() if number == pipeline},
+                self._communicators[pipeline].forward,
+            )
+            for pipeline, replica in enumerate(self._placement)
+        ]
 
     def train(
         self,
