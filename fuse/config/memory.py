@@ -135,6 +135,7 @@ def _setup(
         tensor_parallel_size=training.tensor_parallel_size,
         engine=config.engine,
         generation_cache_bytes=config.generation_cache_bytes,
+        recomputes_logprobs=config.recomputes_logprobs,
     )
 
 

@@ -22,6 +22,7 @@ from fuse.driver.live import LiveRollout
 from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
+from fuse.driver.score_flow import score_through
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
@@ -203,6 +204,15 @@ class Fleet:
         self._tell("scoring")
         roles = tuple(self._scoring) if self.settings.scoring.is_sharded else ()
         stage_by_stage.infer(workers, samples, flow_roles=roles, timeout_s=self.settings.training.timeout_s)
+
+    def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
+        """Fill in log-probabilities of the samples' tokens as the actor's training stages compute them now."""
+        workers = self._model_workers
+        self._tell("log-probabilities of the policy")
+        sequences = [stage_by_stage.sequence_of(sample) for sample in samples]
+        (found,) = score_through(workers, (GENERATING,), [sequences], self.settings.training.timeout_s)
+        for sample, logprobs in zip(samples, found[GENERATING], strict=True):
+            sample.trainer_logprobs = logprobs
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]

@@ -243,7 +243,8 @@ def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
 
     longest = setup.prompt_tokens + setup.response_tokens
     tokens = max(longest, min(setup.inference_batch_tokens, setup.inference_batch_size * longest))
-    scoring = [setup.models[role].bytes for role in roles.scoring(setup.models)]
+    forward = (*roles.scoring(setup.models), *((GENERATING,) if setup.recomputes_logprobs else ()))
+    scoring = [setup.models[role].bytes for role in forward]
     most = max((one.scoring.at(tokens) + one.head.scoring() for one in scoring), default=0)
     yield Entry("scoring", WORKING, {Phase.INFERENCE: most})
     if setup.scoring == "sharded" and setup.num_devices > 1:

@@ -38,6 +38,7 @@ class MemorySetup:
     generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
     scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by
         layers, while the critic is scored through the stages that train.
+    recomputes_logprobs: the stages that train compute the actor's log-probabilities before an update.
     engines_sleep: engines drop weights and cache while they do not generate.
     """
 
@@ -62,6 +63,7 @@ class MemorySetup:
     engine_devices: int = 1
     scoring: Scoring = "whole"
     engines_sleep: bool = False
+    recomputes_logprobs: bool = False
 
     @property
     def longest(self) -> Shape:

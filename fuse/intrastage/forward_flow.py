@@ -32,7 +32,7 @@ class ForwardPipeline:
     """A model's stages, of which this rank has some.
 
     ranks: of each stage. stages: those held here. communicator: of hidden states from stage to stage.
-    read: what the last stage gives of a micro-batch.
+    read: what the last stage gives of a micro-batch. category: of its spans.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ForwardPipeline:
     stages: Mapping[int, ForwardStage]
     communicator: Communicator
     read: Readout
+    category: str = "infer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class ForwardFlow:
         start_s = now_s()
         output = pipeline.stages[one.stage].infer(one.micro_batch, received, pipeline.read)
         sizes = {**one.sizes, "stage": one.stage, "stages": len(pipeline.ranks)}
-        self._recorder.add(Span(pipeline.name, "infer", start_s, now_s(), sizes))
+        self._recorder.add(Span(pipeline.name, pipeline.category, start_s, now_s(), sizes))
         return output
 
     def _take_input(self, place: _Place) -> Tensor:

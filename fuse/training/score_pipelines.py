@@ -105,20 +105,26 @@ class ScorePipelines:
         pipelines: list[ForwardPipeline] = []
         self._numbers: dict[str, list[int]] = {}
 
-        def add(role: str, name: str, ranks: Sequence[int], stages: Mapping[int, Any], communicator: Any) -> None:
+        def add(role: str, ranks: Sequence[int], stages: Mapping[int, Any], communicator: Any) -> None:
             self._numbers.setdefault(role, []).append(len(pipelines))
-            read = readout_of(kind_of(role), settings)
             pipelines.append(
-                ForwardPipeline(name=name, ranks=tuple(ranks), stages=stages, communicator=communicator, read=read)
+                ForwardPipeline(
+                    name=role,
+                    ranks=tuple(ranks),
+                    stages=stages,
+                    communicator=communicator,
+                    read=readout_of(kind_of(role), settings),
+                    category="infer" if ROLES[role].scores else "logprobs",
+                )
             )
 
         for replica, devices, stages, communicator in training.forward_pipelines():
-            add(replica.model, replica.model, devices, stages, communicator)
+            add(replica.model, devices, stages, communicator)
         if specs:
             every = range(num_devices)
             shared = Communicator("scoring", every, step=1, timeout_s=timeout_s)
             for role, share in self.shares.items():
-                add(role, role, every, {device_index: share}, shared)
+                add(role, every, {device_index: share}, shared)
         self._flow = ForwardFlow(device_index, pipelines, recorder)
         self._num_entered = Counter[str]()
         self._num_waves = 0
