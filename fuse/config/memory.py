@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, ledger
-from fuse.driver.memory_setup import MemorySetup, Scoring, planned_models
+from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.transformers_stage import check_stages
 from fuse.training.model_spec import ModelSpec
@@ -43,7 +42,7 @@ def within_memory(
     if prompts.most is not None:
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
         settings = replace(settings, plan=replace(settings.plan, longest=longest))
-    choices = _CHOICES[config.scoring]
+    choices = SCORING_CHOICES[config.scoring]
     if config.accelerator == "cpu":
         if config.ray_address is None:
             chosen = _first_that_fits(choices, partial(_check_host, settings, models))
@@ -59,11 +58,6 @@ def within_memory(
         choices, lambda one: _check_devices(ledger(replace(setup, scoring=one), plans_fusion=False))
     )
     return replace(_scoring(settings, models, chosen), memory=replace(setup, scoring=chosen))
-
-
-_CHOICES: Mapping[str, tuple[Scoring, ...]] = MappingProxyType(
-    {"auto": ("whole", "sharded"), "whole": ("whole",), "sharded": ("sharded",)}
-)
 
 
 def _first_that_fits(choices: Sequence[Scoring], check: Callable[[Scoring], None]) -> Scoring:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -16,6 +17,10 @@ from fuse.intrastage.placement import Replica
 from fuse.training.model_spec import ModelSpec
 
 Scoring = Literal["whole", "sharded"]
+SCORING_CHOICES: Mapping[str, tuple[Scoring, ...]] = MappingProxyType(
+    {"auto": ("whole", "sharded"), "whole": ("whole",), "sharded": ("sharded",)}
+)
+"""By what users ask for, what is tried, the first that fits."""
 
 
 @dataclass(frozen=True, slots=True)
