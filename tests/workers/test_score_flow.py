@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from fuse.sample import Sample, SampleState
 from fuse.workers.errors import WorkerError
 
-from ..trainers import tiny, tiny_group
+from ..trainers import tiny
 
 pytestmark = pytest.mark.usefixtures("pooled_workers")
 
@@ -115,27 +115,3 @@ def test_a_dead_worker_ends_the_run(tmp_path: Path) -> None:
     trainer.add_callback(KillAWorker())
     with pytest.raises(WorkerError, match=r"model worker on device \d failed: "):
         trainer.train()
-
-
-@pytest.mark.parametrize(("stages", "num_devices"), [(1, 1), (1, 2), (2, 2)])
-def test_the_trainers_log_probabilities_are_the_engines_but_for_rounding(
-    tmp_path: Path, stages: int, num_devices: int
-) -> None:
-    """Before each of several steps on one rollout; what is learnt is the same."""
-    options: dict[str, Any] = {"num_devices": num_devices, "actor_stages": stages, "num_iterations": 2, "beta": 0.04}
-    logs, models = [], []
-    for old_logprobs in ("engine", "trainer"):
-        trainer = tiny_group.trainer(tmp_path / old_logprobs, old_logprobs=old_logprobs, **options)
-        with trainer.updates() as updates:
-            for one in updates:
-                for sample in one.samples:
-                    assert (sample.trainer_logprobs is None) == (old_logprobs == "engine")
-                    np.testing.assert_allclose(sample.old_logprobs, sample.logprobs[: sample.length], atol=1e-4)
-        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
-        models.append(trainer.model)
-    assert tiny.difference(*models) < tiny.ROUNDING
-    for engine, own in zip(*logs, strict=True):
-        assert own["loss"] == pytest.approx(engine["loss"], abs=1e-4)
-        assert own["val/sampler_logprob_diff"] == pytest.approx(engine["val/sampler_logprob_diff"], abs=1e-5)
-        assert "time/logprobs" in own
-        assert "time/logprobs" not in engine
