@@ -19,7 +19,7 @@ LENGTHS = (3, 2)
 
 
 def loss_of(mode: Any, *, shift: float, drift: float) -> tuple[float, dict[str, float]]:
-    """shift: of the sampler's log-probabilities below the trainer's old ones. drift: of these below what they are now."""
+    """shift: of the sampler's log-probabilities below the old ones of the trainer. drift: of these below its own now."""
     head, hidden, now = model()
     num_tokens = sum(LENGTHS)
     old = now - drift
