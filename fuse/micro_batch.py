@@ -28,6 +28,10 @@ class MicroBatch:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
 
+    def selected(self, hidden: Tensor) -> Tensor:
+        """Of the final hidden states [batch, tokens, hidden] the rows [selected, hidden] that the head sees."""
+        return hidden.flatten(0, 1).index_select(0, self.head_index)
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on a device, with the targets' tensors if those are one, or a dataclass of some."""
         moved: MicroBatch = _moved(self, device)

@@ -46,7 +46,9 @@ class Sample:
     `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
     `response_length`), known once it is generated; a response may hold more. `rewards` are those of several reward
-    functions, NaN for none. `rewarded_ids` are what a reward model reads whose tokens are not the policy's.
+    functions, NaN for none. `logprobs` are the engine's, `trainer_logprobs` those of the same weights as the trainer
+    computes them, where that was asked for. `rewarded_ids` are what a reward model reads whose tokens are not the
+    policy's.
     """
 
     id: int
@@ -58,10 +60,17 @@ class Sample:
     logprobs: list[float] = field(default_factory=list)
     length: int = 0
     reference_logprobs: NDArray[np.float32] | None = None
+    trainer_logprobs: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
     score: float | None = None
     rewards: list[float] = field(default_factory=list)
     rewarded_ids: tuple[int, ...] | None = None
+
+    @property
+    def old_logprobs(self) -> NDArray[np.float32]:
+        """Of the response tokens that count, before the update: the trainer's where it told them, or the engine's."""
+        known = self.logprobs if self.trainer_logprobs is None else self.trainer_logprobs
+        return np.asarray(known[: self.length], dtype=np.float32)
 
     def advance(self, state: SampleState) -> None:
         """Move to the next state; a step the life cycle does not have is a bug."""

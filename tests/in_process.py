@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from fuse.driver import early_start, fleet, live, model_start, stage_by_stage
+from fuse.driver import early_start, fleet, live, model_start, score_flow, stage_by_stage
 from fuse.intrastage import communication
 
 _LOOPBACK = "127.0.0.1"
@@ -79,3 +79,4 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stage_by_stage, "gather", _gather)
     patch.setattr(stage_by_stage, "wait_ended", _wait_ended)
     patch.setattr(live, "wait_ended", _wait_ended)
+    patch.setattr(score_flow, "wait_ended", _wait_ended)

@@ -54,7 +54,7 @@ def estimate(
     width = max(len(response) for response in responses)
     segments = Segments.from_lengths(lengths, width)
 
-    logprobs = _flat([sample.logprobs[:length] for sample, length in zip(samples, lengths, strict=True)])
+    logprobs = _flat([sample.old_logprobs for sample in samples])
     reference = _flat([sample.reference_logprobs for sample in samples])
     values = _flat([_present(sample.values)[: segments.num_values(index)] for index, sample in enumerate(samples)])
     scores = torch.tensor([_present(sample.score) for sample in samples])

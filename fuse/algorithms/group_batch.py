@@ -20,7 +20,8 @@ from fuse.sample import Sample, SampleState, SpecialTokens
 class GroupTargets:
     """What losses without a critic compare with, all [positions]: token_ids int64, mask bool, the others fp32.
 
-    sampler_logprobs: of the engine that sampled. reference_logprobs: zero where there is no reference.
+    sampler_logprobs: of the engine that sampled. old_logprobs: that ratios are to: these or the trainer's of before the
+    update. reference_logprobs: zero where there is no reference.
     batch_weights: the reciprocal of the number of tokens in the rollout that a token was sampled in.
     """
 
@@ -29,6 +30,7 @@ class GroupTargets:
 
     token_ids: Tensor
     sampler_logprobs: Tensor
+    old_logprobs: Tensor
     reference_logprobs: Tensor
     advantages: Tensor
     batch_weights: Tensor
@@ -39,7 +41,7 @@ class GroupTargets:
 class Scored:
     """One rollout, scored.
 
-    rewards: [samples, functions], NaN for none. kl: [samples], log-ratios of sampler to reference, summed over tokens.
+    rewards: [samples, functions], NaN for none. kl: [samples], log-ratios of policy to reference, summed over tokens.
     """
 
     rewards: Tensor
@@ -78,6 +80,7 @@ def estimate(
     lengths = [0 if is_masked else sample.length for sample, is_masked in zip(samples, masked.tolist(), strict=True)]
     rewards = _rewards(samples)
     sampler = [np.asarray(one.logprobs[:n], dtype=np.float32) for one, n in zip(samples, lengths, strict=True)]
+    old = [one.old_logprobs[:n] for one, n in zip(samples, lengths, strict=True)]
     reference = [
         np.zeros(n, dtype=np.float32) if one.reference_logprobs is None else one.reference_logprobs[:n]
         for one, n in zip(samples, lengths, strict=True)
@@ -85,7 +88,7 @@ def estimate(
     kl = torch.tensor(
         [
             0.0 if one.reference_logprobs is None else float((own - other).sum())
-            for one, own, other in zip(samples, sampler, reference, strict=True)
+            for one, own, other in zip(samples, old, reference, strict=True)
         ]
     )
     all_advantages, all_metrics, num_tokens = [], [], []
@@ -106,6 +109,7 @@ def estimate(
     targets = GroupTargets(
         token_ids=counted_tokens(responses, lengths),
         sampler_logprobs=torch.from_numpy(np.concatenate(sampler)),
+        old_logprobs=torch.from_numpy(np.concatenate(old)),
         reference_logprobs=torch.from_numpy(np.concatenate(reference)),
         advantages=torch.cat(all_advantages).repeat_interleave(counts),
         batch_weights=(1 / torch.tensor(num_tokens)).repeat_interleave(size).repeat_interleave(counts),

@@ -68,7 +68,7 @@ def grpo_loss(
         hidden, head, targets.token_ids, settings.temperature, num_tokens=settings.num_tokens
     )
     entropy = entropy.detach()
-    old_logprobs = logprobs.detach() if settings.is_on_policy else targets.sampler_logprobs
+    old_logprobs = logprobs.detach() if settings.is_on_policy else targets.old_logprobs
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp() if settings.level == "token" else sequences.expand(sequences.mean(log_ratio)).exp()
     correction = None

@@ -34,7 +34,7 @@ def rloo_loss(
     assert isinstance(targets, GroupTargets)
     sequences = Sequences.of(micro_batch)
     logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature, num_tokens=num_tokens)
-    ratio = sequences.sum(logprobs - targets.sampler_logprobs).exp()
+    ratio = sequences.sum(logprobs - targets.old_logprobs).exp()
     advantages = sequences.mean(targets.advantages)
     bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     loss = -torch.min(ratio * advantages, bounded * advantages).mean()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from fuse.commands.known_models import config_of, spec_of
 from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
 from fuse.driver.memory import Ledger, Phase, ledger
-from fuse.driver.memory_setup import MemorySetup, planned_models
+from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.engines.limits import num_positions
 from fuse.intrastage.placement import place
 from fuse.roles import ROLES, training
@@ -65,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scoring",
         choices=["whole", "sharded", "auto"],
-        default="whole",
-        help="models that score: whole on every device, as runs have them, in shares, which no run has yet, or the "
-        "first of these that fits (default: whole)",
+        default="auto",
+        help="models that score: whole on every device, in shares, or, as runs have it, the first of these that fits "
+        "(default: auto)",
     )
     parser.add_argument(
         "--sleep", action=yes_or_no, default=False, help="engines free weights and cache during training (default: no)"
@@ -93,11 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the ledger of the fullest device, whether the run fits, and the largest that does."""
     setup = _setup(arguments)
-    planned = ledger(setup)
-    if arguments.scoring == "auto" and not planned.fits:
-        setup = replace(setup, scoring="sharded")
-        planned = ledger(setup)
-    figures = _figures(planned, num_positions(config_of(arguments.model)) or _MOST_TOKENS)
+    choices = SCORING_CHOICES[arguments.scoring]
+    for scoring in choices:
+        planned = ledger(replace(setup, scoring=scoring))
+        if planned.fits:
+            break
+    figures = _figures(planned, choices, num_positions(config_of(arguments.model)) or _MOST_TOKENS)
     _show(Console(highlight=False), planned, figures)
     if arguments.json:
         write_json(arguments.json, figures)
@@ -157,7 +158,6 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         tensor_parallel_size=arguments.tensor_parallel_size,
         engine=arguments.engine,
         engine_devices=arguments.engine_devices,
-        scoring="sharded" if arguments.scoring == "sharded" else "whole",
         engines_sleep=arguments.sleep,
         offloads_training=arguments.offload,
     )
@@ -190,11 +190,12 @@ def _device_memory_bytes(given_gb: float | None) -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _figures(planned: Ledger, positions: int) -> dict[str, Any]:
+def _figures(planned: Ledger, choices: Sequence[Scoring], positions: int) -> dict[str, Any]:
     setup = planned.setup
 
     def fits(**changes: int) -> bool:
-        return ledger(replace(setup, **changes), plans_fusion=False).fits  # type: ignore[arg-type]
+        changed: MemorySetup = replace(setup, **changes)  # type: ignore[arg-type]
+        return any(ledger(replace(changed, scoring=one), plans_fusion=False).fits for one in choices)
 
     return {
         "fits": planned.fits,

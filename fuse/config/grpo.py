@@ -96,6 +96,12 @@ class GRPOConfig(GroupConfig):
         """Whether samples are weighted by how likely the trainer finds them."""
         return self.engine == "vllm" and self.vllm_importance_sampling_correction
 
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Where all is trained on by the weights that generated it, the loss has the trainer's own without a pass."""
+        is_asked = self.old_logprobs == "trainer" or (self.old_logprobs == "auto" and self.corrects_sampler)
+        return is_asked and not self.is_on_policy
+
     def __post_init__(self) -> None:
         words: Mapping[Any, str] = {True: "group", False: "none", "true": "group", "false": "none"}
         self.scale_rewards = words.get(self.scale_rewards, self.scale_rewards)
@@ -125,9 +131,9 @@ class GRPOConfig(GroupConfig):
                 f"loss_type='vespo' with vllm_importance_sampling_mode={mode!r}: it weights sequences itself, so set "
                 f"'token_truncate' or 'token_mask'"
             )
-        if not self.is_on_policy:
+        if self.old_logprobs == "engine" and not self.is_on_policy:
             raise ValueError(
-                "vllm_importance_sampling_correction=True with several optimizer steps per rollout, for which the "
-                "trainer's log-probabilities of before the first are not kept: set it to False, or "
-                "gradient_accumulation_steps to a multiple of steps_per_generation x num_iterations"
+                "vllm_importance_sampling_correction=True and old_logprobs='engine' with several optimizer steps per "
+                "rollout: samples are weighted by the trainer's log-probabilities of before the first, so set "
+                "old_logprobs='trainer'"
             )

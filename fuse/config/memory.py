@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, ledger
-from fuse.driver.memory_setup import MemorySetup, planned_models
+from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.transformers_stage import check_stages
 from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
@@ -32,37 +34,67 @@ def within_memory(
     """The settings with what training may take of memory, once the run is known to fit. models: by role.
 
     On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here.
+    Models score whole or in shares as `config` says, or as it fits.
 
     Raises:
-        ValueError: the run does not fit.
+        ValueError: the run does not fit, or a model that is to score in shares cannot be cut.
     """
     if prompts.most is not None:
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
         settings = replace(settings, plan=replace(settings.plan, longest=longest))
-    sharing = _sharing(config)
+    sharings = _sharings(config)
     if config.accelerator == "cpu":
-        if config.ray_address is None:
-            _check_host(settings, models)
-        return replace(settings, engines_sleep=sharing[0][0], offloads_training=sharing[0][1])
+        if config.ray_address is not None:
+            return _shared(settings, models, sharings[0])
+        most = host_memory_bytes()
+        for sharing in sharings:
+            needed = _host_bytes(settings.placement, models, sharing.scoring)
+            if needed <= most:
+                return _shared(settings, models, sharing)
+        raise _exceeds_host(needed, most, models)
     try:
         setup = _setup(config, settings, models, prompts, device_memory_bytes())
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
-        sleeps, offloads = sharing[-1]
-        return replace(settings, engines_sleep=sleeps, offloads_training=offloads and config.offload_training == "on")
-    for sleeps, offloads in sharing:
-        setup = replace(setup, engines_sleep=sleeps, offloads_training=offloads)
-        planned = ledger(setup, plans_fusion=False)
+        return _shared(settings, models, sharings[0])
+    for sharing in sharings:
+        planned = ledger(replace(setup, **asdict(sharing)), plans_fusion=False)
         if planned.fits:
-            return replace(settings, memory=setup, engines_sleep=sleeps, offloads_training=offloads)
+            return replace(_shared(settings, models, sharing), memory=planned.setup)
     raise _does_not_fit(planned)
 
 
-def _sharing(config: RunConfig) -> list[tuple[bool, bool]]:
-    """How a device may be shared in time, what costs least first: whether engines sleep, and training is offloaded."""
-    sleeps = {"on": (True,), "off": (False,), "auto": (False, True)}[config.engines_sleep]
-    offloads = {"on": (True,), "off": (False,), "auto": (False, True)}[config.offload_training]
-    return [(one, other) for other in offloads for one in sleeps]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sharing:
+    """How devices share models, and are shared in time, as of `MemorySetup`."""
+
+    scoring: Scoring
+    engines_sleep: bool
+    offloads_training: bool
+
+
+def _sharings(config: RunConfig) -> list[_Sharing]:
+    """What users allow, what costs least first."""
+    yes_or_no = {"on": (True,), "off": (False,), "auto": (False, True)}
+    return [
+        _Sharing(scoring=scoring, engines_sleep=sleeps, offloads_training=offloads)
+        for offloads in yes_or_no[config.offload_training]
+        for scoring in SCORING_CHOICES[config.scoring]
+        for sleeps in yes_or_no[config.engines_sleep]
+    ]
+
+
+def _shared(settings: FleetSettings, models: Mapping[str, PreTrainedModel], sharing: _Sharing) -> FleetSettings:
+    is_sharded = sharing.scoring == "sharded"
+    if is_sharded:
+        for role in roles.scoring(models):
+            check_stages(models[role])
+    return replace(
+        settings,
+        scoring=replace(settings.scoring, is_sharded=is_sharded),
+        engines_sleep=sharing.engines_sleep,
+        offloads_training=sharing.offloads_training,
+    )
 
 
 def device_memory_bytes() -> int:
@@ -114,34 +146,48 @@ def _setup(
         tensor_parallel_size=training.tensor_parallel_size,
         engine=config.engine,
         generation_cache_bytes=config.generation_cache_bytes,
+        recomputes_logprobs=config.recomputes_logprobs,
     )
 
 
 def _does_not_fit(planned: Ledger) -> ValueError:
-    device, memory_bytes = planned.fullest_device, planned.setup.device_memory_bytes
+    device, setup = planned.fullest_device, planned.setup
     phase = max(Phase, key=lambda one: planned.total(device, one))
     largest = sorted(planned.devices[device], key=lambda entry: -entry.bytes.get(phase, 0))[:3]
     parts = ", ".join(f"{one.role} {one.what} {one.bytes.get(phase, 0) / _GB:.1f} GB" for one in largest)
+    allowed = {
+        "scoring='sharded'": setup.scoring == "whole",
+        "engines_sleep='on'": not setup.engines_sleep,
+        "offload_training='on'": not setup.offloads_training,
+    }
+    remedies = "".join(f", {option}" for option, is_left in allowed.items() if is_left)
     return ValueError(
-        f"the run does not fit: device {device} would hold {planned.total(device, phase)} bytes in {phase} and has "
-        f"{memory_bytes} (most of it: {parts}): use more devices or smaller models, gradient_checkpointing, a lower "
-        f"per_device_train_batch_size, response length or engine_batch_size; `fuse plan` says what fits"
+        f"the run does not fit with {setup.scoring} scoring: device {device} would hold "
+        f"{planned.total(device, phase)} bytes in {phase} and has {setup.device_memory_bytes} (most of it: {parts}): "
+        f"use more devices or smaller models, gradient_checkpointing, a lower per_device_train_batch_size, response "
+        f"length or engine_batch_size{remedies}; `fuse plan` says what fits"
     )
 
 
-def _check_host(settings: FleetSettings, models: Mapping[str, PreTrainedModel]) -> None:
-    """Engines and copies that score read weights where they lie in shared memory, once for all devices."""
+def _host_bytes(placement: Sequence[Replica], models: Mapping[str, PreTrainedModel], scoring: Scoring) -> int:
+    """Engines and copies that score read weights where they lie in shared memory, once for all devices.
+
+    In shares, what trains has none but the engines', and of others there is as much.
+    """
     counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
     trains = roles.training(models)
     needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
-    needed += sum(4 * count for count in counts.values())
+    in_place = {role for role in trains if role != roles.GENERATING and scoring == "sharded"}
+    needed += sum(4 * count for role, count in counts.items() if role not in in_place)
     for role in trains:
         trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
-        num_replicas = sum(replica.model == role for replica in settings.placement)
+        num_replicas = sum(replica.model == role for replica in placement)
         needed += num_replicas * (4 * counts[role] + 12 * trained)
-    most = host_memory_bytes()
-    if needed > most:
-        raise ValueError(
-            f"the run does not fit: weights, gradients and moments of {', '.join(models)} take {needed} bytes and this "
-            f"machine has {most}: use smaller models, or fewer replicas of them (more actor_stages, critic_stages)"
-        )
+    return needed
+
+
+def _exceeds_host(needed: int, most: int, models: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"the run does not fit: weights, gradients and moments of {', '.join(models)} take {needed} bytes and this "
+        f"machine has {most}: use smaller models, or fewer replicas of them (more actor_stages, critic_stages)"
+    )

@@ -65,6 +65,8 @@ class RunConfig(TrainingArguments):
         "kv_transfer": ("object_store", "nixl"),
         "engines_sleep": ("auto", "on", "off"),
         "offload_training": ("auto", "on", "off"),
+        "scoring": ("auto", "whole", "sharded"),
+        "old_logprobs": ("auto", "engine", "trainer"),
         "reward_workers": ("thread", "process"),
         "long_prompts": ("error", "drop", "truncate"),
     }
@@ -144,6 +146,18 @@ class RunConfig(TrainingArguments):
         None,
         "Most tokens, padding included, in one inference micro-batch. Default: 16384 on GPUs, 2048 on CPUs, where more "
         "would leave the caches.",
+    )
+    scoring: Literal["auto", "whole", "sharded"] = option(
+        "auto",
+        "Models that score: 'whole' on every device, or 'sharded': every device has some of their layers, and samples "
+        "flow through all devices; a critic is then scored through the stages that train. 'auto' is whole where that "
+        "fits into memory.",
+    )
+    old_logprobs: Literal["auto", "engine", "trainer"] = option(
+        "auto",
+        "Log-probabilities of before the update, which ratios are to: those of the 'engine' that sampled, or computed "
+        "anew by the 'trainer', at the cost of a forward. 'auto' is the engine's but where "
+        "vllm_importance_sampling_correction needs both.",
     )
     worker_timeout_s: float = option(
         1800.0, "Seconds without a token, a score or a message after which a worker counts as lost."
@@ -287,6 +301,11 @@ class RunConfig(TrainingArguments):
     def max_response_tokens(self) -> int:
         """Most tokens of a response."""
         raise NotImplementedError
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether the trainer computes old log-probabilities before each update."""
+        return self.old_logprobs == "trainer"
 
     @property
     def max_inference_samples(self) -> int:

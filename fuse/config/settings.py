@@ -102,6 +102,7 @@ def fleet_settings(
             limit=MicroBatchLimit(max_samples=config.max_inference_samples, max_tokens=inference_batch_tokens),
             autocast=training.autocast,
             num_tokens=special.num_tokens,
+            is_sharded=config.scoring == "sharded",
         ),
         training=training,
         placement=placement,

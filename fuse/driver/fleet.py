@@ -22,6 +22,7 @@ from fuse.driver.live import LiveRollout
 from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
+from fuse.driver.score_flow import score_through
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
@@ -165,6 +166,7 @@ class Fleet:
             params,
             policy=policy,
             limits=rollouts.limits,
+            flow_roles=tuple(self._scoring) if settings.scoring.is_sharded else (),
             pad_token_id=settings.pad_token_id,
             costs=rollouts.costs(),
             on_generated=on_generated,
@@ -205,7 +207,19 @@ class Fleet:
             return
         workers = self._model_workers
         self._tell("scoring")
-        stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)
+        roles = tuple(self._scoring) if self.settings.scoring.is_sharded else ()
+        stage_by_stage.infer(workers, samples, flow_roles=roles, timeout_s=self.settings.training.timeout_s)
+
+    def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
+        """Fill in log-probabilities of the samples' tokens as the actor's training stages compute them now."""
+        if self.settings.engines_sleep:
+            self._send_engines_to_sleep()
+        workers = self._model_workers
+        self._tell("log-probabilities of the policy")
+        sequences = [stage_by_stage.sequence_of(sample) for sample in samples]
+        (found,) = score_through(workers, (GENERATING,), [sequences], self.settings.training.timeout_s)
+        for sample, logprobs in zip(samples, found[GENERATING], strict=True):
+            sample.trainer_logprobs = logprobs
 
     def train(
         self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
@@ -250,7 +264,8 @@ class Fleet:
     def synchronise(self) -> None:
         """Give the trained weights to the engines, and to what scores with a copy of a model that trains."""
         self._tell("weights: to engines and inference")
-        copied = [role for role in self._trained if role in self._scoring]
+        is_sharded = self.settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
+        copied = [role for role in self._trained if role in self._scoring and not is_sharded]
         exported = {role: self._exported(role) for role in {GENERATING, *copied}}
         self._offload_training()
         self._on_engines(lambda engine: engine.load_weights(exported[GENERATING]))

@@ -14,12 +14,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from fuse.activity import silent
 from fuse.driver.rollout_state import RolloutDevice, RolloutReport, visible_state
+from fuse.driver.score_flow import Pending, ScoreFlow, Scorers, WholeScorers
 from fuse.driver.stage_by_stage import (
     WAIT_S,
     apply_inference,
@@ -53,6 +54,8 @@ class LiveRollout:
     engines: a generation worker per device; a device without one only scores.
     scorers: gives a model worker per device; called when one is first needed, for they may still be starting. None
         where no model scores.
+    flow_roles: the models that score through pipelines over all devices; none where every device scores by itself. A
+        device that the policy has score is then one whose samples may be under way: it still is released, and empty.
     policy: called at the start, whenever samples finish, and whenever a device has scored what it was given.
     costs: choose between moving KV and computing it again; None, or an engine without KV to move, always computes.
     on_generated: called with samples as they finish, before they are scored.
@@ -71,6 +74,7 @@ class LiveRollout:
         *,
         policy: Policy,
         limits: EngineLimits,
+        flow_roles: Sequence[str] = (),
         pad_token_id: int | None,
         costs: CostModel | None = None,
         on_generated: Callable[[Sequence[Sample]], None] = lambda samples: None,
@@ -79,7 +83,8 @@ class LiveRollout:
         tell: Callable[[str], None] = silent,
     ) -> None:
         self._devices = [RolloutDevice(index, engine) for index, engine in enumerate(engines)]
-        self._scorers = scorers
+        self._scorers, self._flow_roles = scorers, tuple(flow_roles)
+        self._scorers_here: Scorers | None = None
         self._batch = tuple(samples)  # policies know a sample by its index here
         self._samples: Mapping[int, Sample] = {sample.id: sample for sample in samples}
         self._params, self._policy, self._limits, self._costs = params, policy, limits, costs
@@ -87,7 +92,7 @@ class LiveRollout:
         self._max_new_tokens = max_new_tokens or {}
         self._timeout_s, self._tell = timeout_s, tell
         self._home: dict[int, int] = {}  # live samples: where each is, or is going to
-        self._pending: dict[Future[Any], Callable[[], None]] = {}
+        self._pending: Pending = {}
         self._num_scored = self._num_migrations = self._moved_bytes = 0
         self._lost_engines: list[int] = []
         self._has_news = False
@@ -273,12 +278,15 @@ class LiveRollout:
             self._has_news = True
             self._admit(device)
 
-        future = self._scorer(device).infer([sequence_of(sample) for sample in samples])
-        self._pending[future] = lambda: scored(future.result())
+        self._scoring().put(device.index, [sequence_of(sample) for sample in samples], scored)
 
-    def _scorer(self, device: RolloutDevice) -> ModelHandle:
-        assert self._scorers is not None, "no model scores"
-        return self._scorers()[device.index]
+    def _scoring(self) -> Scorers:
+        if self._scorers_here is None:
+            assert self._scorers is not None, "no model scores"
+            workers, roles = self._scorers(), self._flow_roles
+            pending = self._pending
+            self._scorers_here = ScoreFlow(workers, roles, pending) if roles else WholeScorers(workers, pending)
+        return self._scorers_here
 
     # The policy
 
@@ -339,8 +347,8 @@ class LiveRollout:
         latest_s = time.monotonic() - self._timeout_s
         for device in self._devices:
             if device.is_scoring and device.scoring_s < latest_s:
-                scorer = self._scorer(device).worker
-                raise WorkerError(device.index, scorer.role, f"no scores within {self._timeout_s:g} s")
+                scorer = self._scoring().late(device.index).worker
+                raise WorkerError(scorer.device, scorer.role, f"no scores within {self._timeout_s:g} s")
             if device.engine is not None and device.held and device.heard_s < latest_s:
                 worker = device.engine.worker
                 cause = f"no token within {self._timeout_s:g} s"

@@ -159,6 +159,7 @@ def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
     yield from _working(setup, device)
     if setup.accelerator == "cuda":
         links = sum(2 * (len(replica.ranks) > 1) for replica in setup.placement) + len(roles.training(setup.models))
+        links += setup.num_devices > 1 and bool(_shared_roles(setup))
         yield _always("device", "contexts", 2 * PROCESS_BYTES + 2 * links * COMMUNICATOR_BYTES)
         yield _always("device", RESERVE, round(RESERVE_SHARE * setup.device_memory_bytes))
 
@@ -193,12 +194,18 @@ def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:
     for role in roles.scoring(setup.models):
         model = setup.models[role]
         if setup.scoring == "sharded":
-            if role not in roles.training(setup.models):
+            if role in _shared_roles(setup):
                 start, stop = even_layer_range(len(model.size.layers), device, setup.num_devices)
                 share = model.size.stage(device, setup.num_devices, (start, stop))
                 yield _always(role, "scoring share", share * _scoring_dtype(setup, role).itemsize)
         elif not _is_scored_in_place(setup, role, device):
             yield _always(role, "scoring copy", model.size.total * _scoring_dtype(setup, role).itemsize)
+
+
+def _shared_roles(setup: MemorySetup) -> tuple[str, ...]:
+    """Those of which every device has a share to score with."""
+    trained = roles.training(setup.models)
+    return tuple(role for role in roles.scoring(setup.models) if setup.scoring == "sharded" and role not in trained)
 
 
 def _is_scored_in_place(setup: MemorySetup, role: str, device: int) -> bool:
@@ -242,9 +249,13 @@ def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
 
     longest = setup.prompt_tokens + setup.response_tokens
     tokens = max(longest, min(setup.inference_batch_tokens, setup.inference_batch_size * longest))
-    scoring = [setup.models[role].bytes for role in roles.scoring(setup.models)]
+    forward = (*roles.scoring(setup.models), *((GENERATING,) if setup.recomputes_logprobs else ()))
+    scoring = [setup.models[role].bytes for role in forward]
     most = max((one.scoring.at(tokens) + one.head.scoring() for one in scoring), default=0)
     yield Entry("scoring", WORKING, {Phase.INFERENCE: most})
+    if setup.scoring == "sharded" and setup.num_devices > 1:
+        hidden = sum(setup.models[role].bytes.boundary.at(tokens) for role in roles.scoring(setup.models))
+        yield Entry("scoring", MESSAGES, {Phase.INFERENCE: _MESSAGES // 2 * hidden})
 
     rank = device // setup.tensor_parallel_size
     working, messages = [0], 0
@@ -264,7 +275,8 @@ def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
 
 
 _MESSAGES = 4
-"""To and from a neighbour, there and back: two receives are posted ahead, and two sends are on their way."""
+"""To and from a neighbour, there and back: two receives are posted ahead, and two sends are on their way. Half of that
+in scoring, which goes one way."""
 
 
 def _always(role: str, what: str, num_bytes: int) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -16,6 +17,10 @@ from fuse.intrastage.placement import Replica
 from fuse.training.model_spec import ModelSpec
 
 Scoring = Literal["whole", "sharded"]
+SCORING_CHOICES: Mapping[str, tuple[Scoring, ...]] = MappingProxyType(
+    {"auto": ("whole", "sharded"), "whole": ("whole",), "sharded": ("sharded",)}
+)
+"""By what users ask for, what is tried, the first that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class MemorySetup:
         layers, while the critic is scored through the stages that train.
     engines_sleep: engines drop weights and cache during training.
     offloads_training: what trains lies in host memory but during training, save weights that score where they train.
+    recomputes_logprobs: the stages that train compute the actor's log-probabilities before an update.
     """
 
     models: Mapping[str, PlannedModel]
@@ -64,6 +70,7 @@ class MemorySetup:
     scoring: Scoring = "whole"
     engines_sleep: bool = False
     offloads_training: bool = False
+    recomputes_logprobs: bool = False
 
     @property
     def longest(self) -> Shape:

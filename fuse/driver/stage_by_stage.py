@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 from fuse.activity import silent
+from fuse.driver.score_flow import score_through
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.migration import balance
 from fuse.sample import Sample, SampleState, response_length
+from fuse.training.score_pipelines import inferences
 from fuse.training.scoring import Inference, TokenSequence
 from fuse.workers.calls import Future, gather, wait_ended
 from fuse.workers.errors import WorkerError
@@ -72,8 +74,16 @@ def generate(
                 raise WorkerError(engine.worker.device, engine.worker.role, f"no token within {timeout_s:g} s")
 
 
-def infer(scorers: Sequence[ModelHandle], samples: Sequence[Sample], *, timeout_s: float | None = None) -> None:
+def infer(
+    scorers: Sequence[ModelHandle],
+    samples: Sequence[Sample],
+    *,
+    flow_roles: Sequence[str] = (),
+    timeout_s: float | None = None,
+) -> None:
     """Fill in what models say of every sample; devices get equal shares of the tokens.
+
+    flow_roles: as of `LiveRollout`; the shares then follow one another through the pipelines.
 
     Raises:
         WorkerError: a model worker died, raised, or did not answer within `timeout_s`.
@@ -82,10 +92,12 @@ def infer(scorers: Sequence[ModelHandle], samples: Sequence[Sample], *, timeout_
     shares = [[samples[index] for index in share] for share in balance(tokens, len(scorers)) if share]
     for sample in samples:
         sample.advance(SampleState.INFERRING)
-    futures = [
-        scorer.infer([sequence_of(sample) for sample in share]) for scorer, share in zip(scorers, shares, strict=False)
-    ]
-    for share, results in zip(shares, gather(futures, timeout_s), strict=True):
+    pieces = [[sequence_of(sample) for sample in share] for share in shares]
+    if flow_roles:
+        found = [inferences(one) for one in score_through(scorers, flow_roles, pieces, timeout_s)]
+    else:
+        found = gather([scorer.infer(one) for scorer, one in zip(scorers, pieces, strict=False)], timeout_s)
+    for share, results in zip(shares, found, strict=True):
         apply_inference(share, results)
 
 

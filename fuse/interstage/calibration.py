@@ -48,7 +48,8 @@ class Calibration:
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
             elif span.category == "infer":  # the models that score take turns on the same sequences
                 key = sizes["call"], sizes["tokens"]
-                inference[key] = inference.get(key, 0.0) + span.duration_s
+                stages = _number(sizes.get("stages", 1))  # of which this device runs one; the others take as long
+                inference[key] = inference.get(key, 0.0) + span.duration_s * stages
         self._inference.extend((_number(tokens), seconds) for (_, tokens), seconds in inference.items())
 
     def costs(self) -> CostModel | None:

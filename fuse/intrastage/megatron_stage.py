@@ -27,6 +27,7 @@ from fuse.intrastage.megatron_parallel import take_over_parallel_layers
 from fuse.intrastage.megatron_support import check_frozen, check_supported
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
 from fuse.intrastage.split_backward import SplitBackward
+from fuse.intrastage.stage import Readout
 from fuse.intrastage.transformers_stage import head_of, without_memory
 from fuse.micro_batch import Loss, Metrics, MicroBatch
 from fuse.state_dict import check_state_dict
@@ -130,26 +131,36 @@ class MegatronStage:
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
         assert (stage_input is None) == self.is_first
-        decoder = self.model.decoder
         with self._precision():
-            hidden = None  # [tokens, batch, hidden] inside megatron-core
-            if stage_input is None:
-                hidden = self.model.embedding(micro_batch.input_ids, None)
-                # The residual stream is in one type from the start, so a cut between stages never rounds it.
-                hidden = hidden.to(self._autocast or hidden.dtype)
-            else:
-                decoder.set_input_tensor(stage_input.requires_grad_(True).transpose(0, 1))
-            output = decoder(
-                hidden_states=hidden,
-                attention_mask=attention_mask(micro_batch.attention_mask),
-                rotary_pos_emb=self._rotary(micro_batch.input_ids.size(1), micro_batch.position_ids),
-            ).transpose(0, 1)
-            decoder.set_input_tensor(None)
+            output = self._run(micro_batch, None if stage_input is None else stage_input.requires_grad_(True))
             if self.is_last:
-                selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
-                output, self.metrics[index] = self._loss(selected, self._head, micro_batch)
+                output, self.metrics[index] = self._loss(micro_batch.selected(output), self._head, micro_batch)
         self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
+
+    def infer(self, micro_batch: MicroBatch, stage_input: Tensor | None, read: Readout) -> Tensor:
+        assert (stage_input is None) == self.is_first
+        with torch.no_grad(), self._precision():
+            output = self._run(micro_batch, stage_input)
+            return read(micro_batch.selected(output), self._head, micro_batch) if self.is_last else output
+
+    def _run(self, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor:
+        """The layers kept here: [batch, tokens, hidden]."""
+        decoder = self.model.decoder
+        hidden = None  # [tokens, batch, hidden] inside megatron-core
+        if stage_input is None:
+            hidden = self.model.embedding(micro_batch.input_ids, None)
+            # The residual stream is in one type from the start, so a cut between stages never rounds it.
+            hidden = hidden.to(self._autocast or hidden.dtype)
+        else:
+            decoder.set_input_tensor(stage_input.transpose(0, 1))
+        output: Tensor = decoder(
+            hidden_states=hidden,
+            attention_mask=attention_mask(micro_batch.attention_mask),
+            rotary_pos_emb=self._rotary(micro_batch.input_ids.size(1), micro_batch.position_ids),
+        ).transpose(0, 1)
+        decoder.set_input_tensor(None)
+        return output
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
         assert (output_grad is None) == self.is_last

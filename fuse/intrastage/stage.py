@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fuse.micro_batch import Metrics, MicroBatch
+
+Readout = Callable[[Tensor, nn.Module, MicroBatch], Tensor]
+"""(hidden [selected, hidden], head, micro-batch) -> [selected]: what a model says of it, without gradient."""
 
 
 class Stage(Protocol):
@@ -58,7 +61,23 @@ class Stage(Protocol):
         ...
 
 
-class TrainedStage(Stage, Protocol):
+class ForwardStage(Protocol):
+    """One stage of one model, as forward-only pipelines see it."""
+
+    def boundary(self, micro_batch: MicroBatch) -> Tensor:
+        """As of `Stage`."""
+        ...
+
+    def infer(self, micro_batch: MicroBatch, stage_input: Tensor | None, read: Readout) -> Tensor:
+        """Run a micro-batch forward and remember nothing of it.
+
+        `stage_input` is what the previous stage returned, None at the first stage. Returns the hidden states
+        [batch, tokens, hidden] for the next stage, and at the last one what `read` makes of those of its rows.
+        """
+        ...
+
+
+class TrainedStage(Stage, ForwardStage, Protocol):
     """A stage of a Hugging Face model, as optimizer and training state see it.
 
     metrics: of a last stage, by index, what the loss gave of each micro-batch when it last went forward.

@@ -22,6 +22,7 @@ from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
 from fuse.intrastage.split_backward import SplitBackward
+from fuse.intrastage.stage import Readout
 from fuse.micro_batch import Loss, Metrics, MicroBatch
 from fuse.state_dict import check_state_dict
 
@@ -87,6 +88,7 @@ class TransformersStage:
     autocast: run forward and backward, and send hidden states, in this type (bfloat16); parameters stay float32.
     split_backward: linear layers can defer their weight gradients, for `backward_input` and `backward_weight`; this
         costs some tens of microseconds per linear layer and micro-batch, and changes no bit of a whole backward.
+    dtype: of parameters; another than float32 is for stages that do not train.
 
     Parameters are uninitialised until `load_state_dict`. Modules stay in evaluation mode: dropout would make a
     step depend on the schedule.
@@ -107,6 +109,7 @@ class TransformersStage:
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
         split_backward: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.stage, self.num_stages = stage, num_stages
         self._loss = loss
@@ -130,7 +133,7 @@ class TransformersStage:
         self._head_name = _name_in(self.model, self._head)
         self._tied_source = _tied_source(self.model, self._head)
         self._prune(plan)
-        self._materialise()
+        self._materialise(dtype)
         self._in_flight = InFlight(SplitBackward(self.model) if split_backward else None)
         if gradient_checkpointing:
             recompute_in_backward(getattr(self._base, plan.layers))
@@ -155,23 +158,17 @@ class TransformersStage:
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
         assert (stage_input is None) == self.is_first
         with self._precision():
-            if stage_input is None:
-                hidden = self.model.get_input_embeddings()(micro_batch.input_ids)
-                # The residual stream is in one type from the start, so a cut between stages never rounds it.
-                hidden = hidden.to(self._autocast or hidden.dtype)
-            else:
-                hidden = stage_input.requires_grad_(True)
-            output = self._base(
-                inputs_embeds=hidden,
-                attention_mask=micro_batch.attention_mask,
-                position_ids=micro_batch.position_ids,
-                use_cache=False,
-            ).last_hidden_state
+            output = self._run(micro_batch, None if stage_input is None else stage_input.requires_grad_(True))
             if self.is_last:
-                selected = output.flatten(0, 1).index_select(0, micro_batch.head_index)
-                output, self.metrics[index] = self._loss(selected, self._head, micro_batch)
+                output, self.metrics[index] = self._loss(micro_batch.selected(output), self._head, micro_batch)
         self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
+
+    def infer(self, micro_batch: MicroBatch, stage_input: Tensor | None, read: Readout) -> Tensor:
+        assert (stage_input is None) == self.is_first
+        with torch.inference_mode(), self._precision():
+            output = self._run(micro_batch, stage_input)
+            return read(micro_batch.selected(output), self._head, micro_batch) if self.is_last else output
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
         assert (output_grad is None) == self.is_last
@@ -237,6 +234,21 @@ class TransformersStage:
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])
 
+    def _run(self, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor:
+        """The layers kept here: [batch, tokens, hidden]."""
+        hidden = stage_input
+        if hidden is None:
+            embedded: Tensor = self.model.get_input_embeddings()(micro_batch.input_ids)
+            # The residual stream is in one type from the start, so a cut between stages never rounds it.
+            hidden = embedded.to(self._autocast or embedded.dtype)
+        output: Tensor = self._base(
+            inputs_embeds=hidden,
+            attention_mask=micro_batch.attention_mask,
+            position_ids=micro_batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return output
+
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast is None:
             return contextlib.nullcontext()
@@ -256,8 +268,11 @@ class TransformersStage:
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = config.layer_types[start:stop]
 
-    def _materialise(self) -> None:
+    def _materialise(self, dtype: torch.dtype) -> None:
         """Give the modules kept memory, and the buffers that no state dict holds (rotary frequencies) their values."""
+        if dtype is not torch.float32:
+            for parameter in self.model.parameters():  # buffers keep the type that they are computed in
+                parameter.data = parameter.data.to(dtype)
         self.model.to_empty(device=self._device)
         if self._tied_source is not None and self.num_stages == 1:
             self._head.weight = self.model.get_input_embeddings().weight

@@ -45,4 +45,4 @@ def updates(
             reports = fleet.train(experience, steps, learning_rates)
         with clock.phase("weights"):
             fleet.synchronise()
-        yield run.finish_update(fleet, samples, metrics | rewarding | reduce_metrics(reports, num_places), clock)
+        yield run.finish_update(fleet, samples, metrics | reduce_metrics(reports, num_places) | rewarding, clock)

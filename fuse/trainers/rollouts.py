@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fuse.algorithms.policy_loss import LARGEST_SAMPLER_DIFFERENCE, SAMPLER_DIFFERENCE
 from fuse.config.run import RunConfig
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
@@ -50,12 +52,13 @@ class Rollouts:
     """How samples are generated and scored.
 
     rewards: calls the reward function, where there is one. fused: samples are scored while others are generated.
-    tell: hears what is being done.
+    tell: hears what is being done. recomputes_logprobs: the trainer computes those of samples to learn from, too.
     """
 
     rewards: Rewards
     fused: bool
     tell: Callable[[str], None]
+    recomputes_logprobs: bool = False
 
     def roll_out(
         self,
@@ -72,7 +75,7 @@ class Rollouts:
         max_new_tokens: by sample id, in place of that of `params`. teaches: whether policies and costs of later
             rollouts may be learnt from this one; not from an evaluation, whose samples are few and others.
 
-        Returns the metrics of the reward function's calls.
+        Returns the metrics of the reward function's calls, and of the log-probabilities.
         """
         if self.fused:
             with clock.phase("rollout"):
@@ -84,13 +87,30 @@ class Rollouts:
             with clock.phase("inference"):
                 fleet.infer(samples)
             self.rewards.submit(samples)
+        differences = {}
+        if teaches and self.recomputes_logprobs:
+            with clock.phase("logprobs"):
+                fleet.recompute_logprobs(samples)
+            differences = sampler_differences(samples)
         with clock.phase("reward"):
             self.tell("waiting: for rewards")
             metrics = self.rewards.finish()
         if not teaches:
             fleet.forget_spans()
-        return metrics
+        return metrics | differences
 
     def _generated(self, samples: Sequence[Sample]) -> None:
         self.rewards.prepare(samples)
         self.rewards.submit(samples)
+
+
+def sampler_differences(samples: Sequence[Sample]) -> dict[str, float]:
+    """How far the engines' log-probabilities are from the trainer's, by the names of the losses' metrics."""
+    pairs = [(sample.old_logprobs, np.asarray(sample.logprobs[: sample.length])) for sample in samples]
+    differences = np.abs(np.concatenate([own - sampled for own, sampled in pairs]))
+    if not len(differences):
+        return {}
+    return {
+        SAMPLER_DIFFERENCE.name: float(differences.mean()),
+        LARGEST_SAMPLER_DIFFERENCE.name: float(differences.max()),
+    }

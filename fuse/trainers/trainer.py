@@ -222,7 +222,8 @@ class Trainer(TrainerFace):
     @property
     def _rollouts(self) -> Rollouts:
         assert self._rewards is not None, "only while workers run"
-        return Rollouts(self._rewards, self.args.inter_stage_fusion, self._tell)
+        args = self.args
+        return Rollouts(self._rewards, args.inter_stage_fusion, self._tell, args.recomputes_logprobs)
 
     def _samples(self, batch: Any, first_id: int, *, drop_padding: bool = False) -> list[Sample]:
         pad, most = self._special.pad, self._kept_tokens

@@ -109,12 +109,13 @@ class TrainingRank:
         recorder: SpanRecorder,
         tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._rank, lane = divmod(device_index, settings.tensor_parallel_size)
-        self._is_first_of_group = lane == 0
+        self._rank, self._lane = divmod(device_index, settings.tensor_parallel_size)
+        self._is_first_of_group = self._lane == 0
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._is_observed = False
-        self._storages = Storages()
+        self._moments_away = Storages()
+        self._weights_away = {model: Storages() for model in specs}
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 replica.model,
@@ -163,19 +164,47 @@ class TrainingRank:
 
         kept: models whose weights stay, since they score where they train.
         """
-        if self._storages.are_released:
+        if self._moments_away.are_released:
             return
         with self._recorder.span("offload", "weights"):
             for model, optimizer in self._optimizers.items():
                 for _, parts in optimizer.state():
-                    away = [tensor for part, tensor in parts.items() if part != "parameter" or model not in kept]
-                    self._storages.release(away, keep_bits=True)
-            _empty_cache(self._device)
+                    if model not in kept:
+                        self._weights_away[model].release([parts["parameter"]], keep_bits=True)
+                    self._moments_away.release([parts["exp_avg"], parts["exp_avg_sq"]], keep_bits=True)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # for the device's other process
+
+    def bring_weights(self, model: str) -> None:
+        """Have a model's weights on the device again."""
+        if self._weights_away[model].are_released:
+            with self._recorder.span(f"restore {model}", "weights"):
+                self._weights_away[model].restore()
 
     def _be_resident(self) -> None:
-        if self._storages.are_released:
-            with self._recorder.span("restore", "weights"):
-                self._storages.restore()
+        for model in self._optimizers:
+            self.bring_weights(model)
+        if self._moments_away.are_released:
+            with self._recorder.span("restore moments", "weights"):
+                self._moments_away.restore()
+
+    def forward_pipelines(
+        self,
+    ) -> list[tuple[Replica, tuple[int, ...], dict[int, TrainedStage], communication.Communicator]]:
+        """Of each replica: the devices of its stages in this lane, the stages held here, and what messages go through.
+
+        Messages of training and of others may not be under way at once.
+        """
+        size = self._settings.tensor_parallel_size
+        return [
+            (
+                replica,
+                tuple(rank * size + self._lane for rank in replica.ranks),
+                {stage: held for (number, stage), held in self._stages.items() if number == pipeline},
+                self._communicators[pipeline].forward,
+            )
+            for pipeline, replica in enumerate(self._placement)
+        ]
 
     def train(
         self,
@@ -303,12 +332,6 @@ class TrainingRank:
         """Read this rank's part of a training state, whatever ranks wrote it."""
         self._be_resident()
         state.load_state(directory, self._optimizers)
-
-
-def _empty_cache(device: torch.device) -> None:
-    """Give freed memory back to the device, where another process needs it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _largest(micro_batches: Sequence[MicroBatch]) -> int:

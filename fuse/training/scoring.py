@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fuse.intrastage.stage import Readout
 from fuse.intrastage.transformers_stage import head_of
+from fuse.micro_batch import MicroBatch
 from fuse.ops.logprob import token_logprobs
 from fuse.roles import ScoreKind
 
@@ -28,7 +30,8 @@ _LOGIT_ROWS = 1024
 _BATCH_TOKENS = 128
 """What a micro-batch costs beside its tokens, in tokens: 70 on a CPU core for a Llama of 4 x 256."""
 
-_Rows = Callable[["TokenSequence"], range]
+Rows = Callable[["TokenSequence"], range]
+"""Positions of a sequence that a head sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +62,14 @@ class ScoringSettings:
     """How models score.
 
     temperature, num_tokens: of the sampling. autocast: the type to compute in; None for the model's own.
+    is_sharded: models score through pipelines, of which each device has a share, and not by a copy on every device.
     """
 
     temperature: float
     limit: MicroBatchLimit
     autocast: torch.dtype | None
     num_tokens: int | None = None
+    is_sharded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,20 +114,10 @@ def reference_logprobs(
     Raises: ValueError for a model without a plain head, or a temperature that is not positive.
     """
 
-    def rows(sequence: TokenSequence) -> range:
-        return range(len(sequence.prompt_ids) - 1, len(sequence) - 1)
+    def read(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        return _logprobs(hidden, head, micro_batch.targets, temperature, num_tokens)
 
-    head = head_of(model)
-    results: dict[int, NDArray[np.float32]] = {}
-    with torch.inference_mode(), _precision(model, autocast):
-        for indices, hidden in _selected_hidden(model, sequences, rows, limit, autocast):
-            tokens = [token for index in indices for token in sequences[index].response_ids]
-            targets = torch.tensor(tokens, dtype=torch.int64, device=model.device)
-            logprobs, _ = token_logprobs(
-                hidden, head, targets, temperature, num_tokens=num_tokens, chunk_tokens=_LOGIT_ROWS
-            )
-            results.update(_unpack(logprobs, indices, sequences, rows))
-    return [results[index] for index in range(len(sequences))]
+    return _read_all(model, sequences, _token_rows, read, limit, autocast)
 
 
 def values(
@@ -141,10 +136,9 @@ def values(
     """
 
     def rows(sequence: TokenSequence) -> range:
-        first = len(sequence.prompt_ids) - 1
-        return range(first, first + min(len(sequence.response_ids) + 1, max_response_tokens))
+        return _value_rows(sequence)[:max_response_tokens]
 
-    return _scored(model, sequences, rows, limit, autocast)
+    return _read_all(model, sequences, rows, _one_output, limit, autocast)
 
 
 def scores(
@@ -158,12 +152,29 @@ def scores(
 
     Raises: ValueError for a model without a head of one output.
     """
+    rewarded = [rewarded_sequence(one) for one in sequences]
+    return [float(score[0]) for score in _read_all(model, rewarded, _last_row, _one_output, limit, autocast)]
 
-    def rows(sequence: TokenSequence) -> range:
-        return range(len(sequence) - 1, len(sequence))
 
-    rewarded = [one if one.rewarded_ids is None else TokenSequence(one.rewarded_ids, ()) for one in sequences]
-    return [float(score[0]) for score in _scored(model, rewarded, rows, limit, autocast)]
+def rewarded_sequence(sequence: TokenSequence) -> TokenSequence:
+    """What a reward model reads."""
+    return sequence if sequence.rewarded_ids is None else TokenSequence(sequence.rewarded_ids, ())
+
+
+def rows_of(kind: ScoreKind) -> Rows:
+    """Of which positions of a sequence a model says something of this kind."""
+    return {"reference_logprobs": _token_rows, "values": _value_rows, "score": _last_row}[kind]
+
+
+def readout_of(kind: ScoreKind, settings: ScoringSettings) -> Readout:
+    """What a head says of hidden states of these positions, of this kind."""
+    if kind != "reference_logprobs":
+        return _one_output
+
+    def read(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        return _logprobs(hidden, head, micro_batch.targets, settings.temperature, settings.num_tokens)
+
+    return read
 
 
 def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:
@@ -189,59 +200,76 @@ def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[li
         yield order[begin:end]
 
 
-def _scored(
+def laid_out(sequences: Sequence[TokenSequence], rows: Rows) -> MicroBatch:
+    """Sequences side by side, the longest first; heads see their rows. targets: the tokens of all responses."""
+    width = len(sequences[0])
+    tokens = np.zeros((len(sequences), width), dtype=np.int64)
+    selected: list[int] = []
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = [*sequence.prompt_ids, *sequence.response_ids]
+        selected.extend(row * width + position for position in rows(sequence))
+    return MicroBatch(
+        input_ids=torch.from_numpy(tokens),
+        head_index=torch.tensor(selected, dtype=torch.int64),
+        targets=torch.tensor([token for one in sequences for token in one.response_ids], dtype=torch.int64),
+    )
+
+
+def unpacked(flat: Tensor, sequences: Sequence[TokenSequence], rows: Rows) -> list[NDArray[np.float32]]:
+    """Cut a micro-batch's results [selected] into one array per sequence."""
+    counts = [len(rows(sequence)) for sequence in sequences]
+    return np.split(flat.cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def _token_rows(sequence: TokenSequence) -> range:
+    return range(len(sequence.prompt_ids) - 1, len(sequence) - 1)
+
+
+def _value_rows(sequence: TokenSequence) -> range:
+    return range(len(sequence.prompt_ids) - 1, len(sequence))
+
+
+def _last_row(sequence: TokenSequence) -> range:
+    return range(len(sequence) - 1, len(sequence))
+
+
+def _logprobs(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, num_tokens: int | None) -> Tensor:
+    logprobs, _ = token_logprobs(hidden, head, targets, temperature, num_tokens=num_tokens, chunk_tokens=_LOGIT_ROWS)
+    return logprobs
+
+
+def _one_output(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    outputs: Tensor = head(hidden).float()
+    if outputs.shape[-1] != 1:
+        raise ValueError(
+            f"a model gives {outputs.shape[-1]} scores per token where one is needed: load it with num_labels=1"
+        )
+    return outputs.squeeze(-1)
+
+
+def _read_all(
     model: PreTrainedModel,
     sequences: Sequence[TokenSequence],
-    rows: _Rows,
+    rows: Rows,
+    read: Readout,
     limit: MicroBatchLimit,
     autocast: torch.dtype | None,
 ) -> list[NDArray[np.float32]]:
-    """The one-output head on the rows asked for, for each sequence."""
+    """What is read of the final hidden states of the rows asked for, for each sequence."""
+    assert not model.training
+    base: Any = model.base_model
     head = head_of(model)
     results: dict[int, NDArray[np.float32]] = {}
     with torch.inference_mode(), _precision(model, autocast):
-        for indices, hidden in _selected_hidden(model, sequences, rows, limit, autocast):
-            outputs: Tensor = head(hidden).float()
-            if outputs.shape[-1] != 1:
-                raise ValueError(
-                    f"{type(model).__name__} gives {outputs.shape[-1]} scores per token where one is needed: "
-                    f"load it with num_labels=1"
-                )
-            results.update(_unpack(outputs.squeeze(-1), indices, sequences, rows))
+        for indices in micro_batches([len(sequence) for sequence in sequences], limit):
+            own = [sequences[index] for index in indices]
+            micro_batch = laid_out(own, rows).to(model.device)
+            hidden = model.get_input_embeddings()(micro_batch.input_ids)
+            # As in training: the residual stream is in the type of the computation.
+            hidden = base(inputs_embeds=hidden.to(autocast or hidden.dtype), use_cache=False).last_hidden_state
+            flat = read(micro_batch.selected(hidden), head, micro_batch)
+            results.update(zip(indices, unpacked(flat, own, rows), strict=True))
     return [results[index] for index in range(len(sequences))]
-
-
-def _selected_hidden(
-    model: PreTrainedModel,
-    sequences: Sequence[TokenSequence],
-    rows: _Rows,
-    limit: MicroBatchLimit,
-    autocast: torch.dtype | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Per micro-batch, the indices of its sequences and the final hidden states [selected, hidden] of their rows."""
-    assert not model.training
-    base: Any = model.base_model
-    for indices in micro_batches([len(sequence) for sequence in sequences], limit):
-        width = len(sequences[indices[0]])
-        tokens = np.zeros((len(indices), width), dtype=np.int64)
-        selected: list[int] = []
-        for row, index in enumerate(indices):
-            sequence = sequences[index]
-            tokens[row, : len(sequence)] = [*sequence.prompt_ids, *sequence.response_ids]
-            selected.extend(row * width + position for position in rows(sequence))
-        hidden = model.get_input_embeddings()(torch.from_numpy(tokens).to(model.device))
-        # As in training: the residual stream is in the type of the computation.
-        hidden = base(inputs_embeds=hidden.to(autocast or hidden.dtype), use_cache=False).last_hidden_state
-        yield indices, hidden.flatten(0, 1)[torch.tensor(selected, dtype=torch.int64, device=model.device)]
-
-
-def _unpack(
-    flat: Tensor, indices: Sequence[int], sequences: Sequence[TokenSequence], rows: _Rows
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Cut the micro-batch's results [selected] into one array per sequence."""
-    counts = [len(rows(sequences[index])) for index in indices]
-    arrays = np.split(flat.cpu().numpy(), np.cumsum(counts)[:-1])
-    return zip(indices, arrays, strict=True)
 
 
 def _precision(model: PreTrainedModel, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
 from fuse.training.steps import OptimizerStep, RankStep
 from fuse.workers.calls import Future, Remote, Worker, as_received
@@ -86,6 +87,10 @@ class ModelHandle:
     def infer(self, sequences: Sequence[TokenSequence]) -> Future[list[Inference]]:
         """Score sequences by every model that scores."""
         return self.worker.call(ModelWorker.infer, sequences)
+
+    def advance(self, piece: Piece | None) -> Future[list[Scored]]:
+        """Have a piece enter the pipelines that score, or all come to its end; all ranks are called in one order."""
+        return self.worker.call(ModelWorker.advance, piece)
 
     def load_training_weights(self, model: str, weights: Sequence[WeightsRef]) -> Future[None]:
         """Copy a model's initial weights into the stages held there."""

@@ -1,4 +1,4 @@
-"""The model worker: a device's training stages, and its copies of the models that score."""
+"""The model worker: a device's training stages, and its copies or shares of the models that score."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.roles import ROLES, ScoreKind
 from fuse.state_dict import adopt_state_dict
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, inferences, kind_of
 from fuse.training.steps import OptimizerStep, RankStep
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
@@ -30,7 +30,8 @@ from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 class ModelWorker:
     """Runs on one device, as rank `rank` of the model workers' world.
 
-    trained, scoring: by role; a model that does both scores by a copy, which follows its training stages.
+    trained, scoring: by role; a model that does both scores by a copy, which follows its training stages. Where scoring
+        is sharded, it scores through these stages themselves, and of others there is a share here in place of a copy.
 
     Call `serve_store` on rank 0, then `connect` and `place` on all ranks at once, then `load_training_weights`.
     """
@@ -60,6 +61,7 @@ class ModelWorker:
     def connect(self, host: str, port: int, world_size: int) -> None:
         """Join the world."""
         settings = self._settings
+        self._world_size = world_size
         communication.connect(self._rank, world_size, host, port, self._device, settings.timeout_s)
         self._tensor_group = communication.open_tensor_group(settings.tensor_parallel_size, settings.timeout_s)
 
@@ -73,10 +75,26 @@ class ModelWorker:
         self._training = TrainingRank(
             self._rank, self._device, self._trained, placement, self._settings, self._recorder, self._tensor_group
         )
+        is_sharded = self._scoring_settings.is_sharded
         self._scoring: dict[str, PreTrainedModel] = {
             role: self._trained_here(role) or spec.build(self._device, self._scoring_dtype(role))
             for role, spec in self._scoring_specs.items()
+            if not is_sharded
         }
+        self._pipelines = ScorePipelines(
+            self._rank,
+            self._world_size,
+            self._device,
+            {
+                role: (spec, self._scoring_dtype(role))
+                for role, spec in self._scoring_specs.items()
+                if is_sharded and role not in self._trained
+            },
+            self._training,
+            self._scoring_settings,
+            self._recorder,
+            self._settings.timeout_s,
+        )
 
     def _scoring_dtype(self, role: str) -> torch.dtype:
         """What a copy holds: a type to compute in rounds float32 anew, and what was rounded before may stay so."""
@@ -103,7 +121,10 @@ class ModelWorker:
 
     def offload_training(self) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train."""
-        self._training.offload([role for role in self._scoring if self._trained_here(role) is not None])
+        is_sharded = self._scoring_settings.is_sharded
+        self._training.offload(
+            [role for role in self._scoring_specs if is_sharded or self._trained_here(role) is not None]
+        )
 
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
@@ -119,16 +140,18 @@ class ModelWorker:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
         sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
-        results: dict[ScoreKind, Sequence[Any]] = {}
+        results: dict[str, Sequence[Any]] = {}
         for role, model in self._scoring.items():
-            kind = ROLES[role].scores
-            assert kind is not None
             with self._recorder.span(role, "infer", **sizes):
-                results[kind] = scoring.score(kind, model, sequences, self._scoring_settings)
-        return [
-            scoring.Inference(**dict(zip(results, of_one, strict=True)))
-            for of_one in zip(*results.values(), strict=True)
-        ]
+                results[role] = scoring.score(kind_of(role), model, sequences, self._scoring_settings)
+        return inferences(results)
+
+    def advance(self, piece: Piece | None) -> list[Scored]:
+        """Have a piece enter the pipelines, or all come to its end; all ranks are called in one same order."""
+        for role in () if piece is None else piece.roles:
+            if role in self._trained:
+                self._training.bring_weights(role)
+        return self._pipelines.advance(piece)
 
     # Weights and checkpoints
 
@@ -138,10 +161,12 @@ class ModelWorker:
 
     def load_scoring_weights(self, role: str, weights: Sequence[WeightsRef]) -> None:
         """Have a scoring model compute with these weights; names that tied parameters share may be left out."""
-        if self._trained_here(role) is not None:
-            return
-        with self._recorder.span(f"load {role}", "weights"):
-            adopt_state_dict(self._scoring[role], get_state_dict(weights))
+        if role in self._pipelines.shares:
+            with self._recorder.span(f"load {role}", "weights"):
+                self._pipelines.shares[role].load_state_dict(get_state_dict(weights))
+        elif role in self._scoring and self._trained_here(role) is None:
+            with self._recorder.span(f"load {role}", "weights"):
+                adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
     def export_weights(self, model: str) -> WeightsRef | None:
         """Put this rank's part of a model into the object store; None where another replica's does."""

@@ -11,6 +11,8 @@ import pytest
 
 from fuse.config import memory
 from fuse.config.ppo import PPOConfig
+from fuse.driver import memory as memory_ledger
+from fuse.driver.memory import ledger
 from fuse.intrastage.cost_profile import Shape
 
 from ..trainers import tiny
@@ -23,11 +25,12 @@ def test_a_machine_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pyt
         needed.append(sum(parameter.numel() for parameter in model.parameters()))
     actor, critic, reference = needed
     certain = 8 * (actor + critic + reference) + 16 * (actor + critic)
+    options: dict[str, Any] = {"scoring": "whole"}
     monkeypatch.setattr(memory, "host_memory_bytes", lambda: certain)
-    tiny.trainer(tmp_path / "two")
+    tiny.trainer(tmp_path / "two", **options)
     monkeypatch.setattr(memory, "host_memory_bytes", lambda: certain - 1)
     with pytest.raises(ValueError, match=f"take {certain} bytes and this machine has {certain - 1}: use smaller"):
-        tiny.trainer(tmp_path / "three")
+        tiny.trainer(tmp_path / "three", **options)
 
 
 def test_this_machine_has_memory() -> None:
@@ -72,6 +75,7 @@ def test_a_model_that_cannot_be_measured_is_not_refused(
 @pytest.mark.usefixtures("on_gpus")
 def test_a_device_is_shared_in_time_where_it_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """First engines sleep, then training is offloaded, too; `off` refuses, `on` does not ask."""
+    whole: dict[str, Any] = {"num_devices": 2, "scoring": "whole"}
     fits = {(False, False): False, (True, False): False, (False, True): False, (True, True): False}
     asked: list[tuple[bool, bool]] = []
 
@@ -85,15 +89,15 @@ def test_a_device_is_shared_in_time_where_it_must_be(tmp_path: Path, monkeypatch
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 10**12)
     monkeypatch.setattr(memory, "ledger", made_up)
     with pytest.raises(ValueError, match="the run does not fit"):
-        tiny.trainer(tmp_path, num_devices=2)
+        tiny.trainer(tmp_path, **whole)
     assert asked == [(False, False), (True, False), (False, True), (True, True)]
     fits[True, False] = True
-    settings: Any = tiny.trainer(tmp_path, num_devices=2)._settings
+    settings: Any = tiny.trainer(tmp_path, **whole)._settings
     assert (settings.engines_sleep, settings.offloads_training) == (True, False)
     with pytest.raises(ValueError, match="the run does not fit"):
-        tiny.trainer(tmp_path, num_devices=2, engines_sleep="off")
+        tiny.trainer(tmp_path, **whole, engines_sleep="off")
     fits[True, True] = True
-    settings = tiny.trainer(tmp_path, num_devices=2, offload_training="on")._settings
+    settings = tiny.trainer(tmp_path, **whole, offload_training="on")._settings
     assert (settings.engines_sleep, settings.offloads_training) == (True, True)
 
 
@@ -101,3 +105,49 @@ def test_a_device_is_shared_in_time_where_it_must_be(tmp_path: Path, monkeypatch
 def test_cores_are_not_shared_in_time_unless_asked(tmp_path: Path, asked: str) -> None:
     settings: Any = tiny.trainer(tmp_path, engines_sleep=asked, offload_training=asked)._settings
     assert (settings.engines_sleep, settings.offloads_training) == (False, False)
+
+
+def test_models_score_in_shares_where_whole_copies_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by the ledger: the bytes that whole copies need just fit, and with one less they do not."""
+    alone: dict[str, Any] = {"engines_sleep": "off", "offload_training": "off", "models": {"vocab_size": 1 << 16}}
+    monkeypatch.setattr(memory_ledger, "COMMUNICATOR_BYTES", 0)  # one more is more than these models are
+    needed: dict[str, int] = {}
+    for scoring in ("whole", "sharded"):
+        monkeypatch.setattr(memory, "device_memory_bytes", lambda: 8 * 10**9)
+        made: Any = tiny.trainer(tmp_path / scoring, num_devices=2, scoring=scoring, **alone)
+        setup = made._settings.memory
+        assert setup.scoring == scoring
+        assert made._settings.scoring.is_sharded == (scoring == "sharded")
+        planned = ledger(setup, plans_fusion=False)
+        reserve = memory_ledger.RESERVE_SHARE * setup.device_memory_bytes
+        needed[scoring] = round((max(planned.peak_bytes.values()) - reserve) / (1 - memory_ledger.RESERVE_SHARE))
+    assert needed["sharded"] < needed["whole"]
+
+    def chosen(memory_bytes: int, **options: Any) -> str:
+        monkeypatch.setattr(memory, "device_memory_bytes", lambda: memory_bytes)
+        made: Any = tiny.trainer(tmp_path / "auto", num_devices=2, **alone, **options)
+        assert made._settings.scoring.is_sharded == (made._settings.memory.scoring == "sharded")
+        scoring: str = made._settings.memory.scoring
+        return scoring
+
+    assert chosen(needed["whole"] + 1000) == "whole"
+    assert chosen(needed["whole"] - 1000) == chosen(needed["sharded"] + 1000) == "sharded"
+    with pytest.raises(ValueError, match=r"does not fit with whole scoring: .* bytes .*, or scoring='sharded'"):
+        chosen(needed["whole"] - 1000, scoring="whole")
+    with pytest.raises(ValueError, match=r"does not fit with sharded scoring: device \d would hold \d+ bytes"):
+        chosen(needed["sharded"] - 1000)
+
+
+def test_on_cpus_only_a_critics_copy_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = tiny.trainer(tmp_path / "one")
+    actor, critic, reference = (
+        sum(parameter.numel() for parameter in model.parameters()) for model in made._models.values()
+    )
+    whole = 8 * (actor + critic + reference) + 16 * (actor + critic)
+    assert not made._settings.scoring.is_sharded
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: whole - 4 * critic)
+    made = tiny.trainer(tmp_path / "two")
+    assert made._settings.scoring.is_sharded
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: whole - 4 * critic - 1)
+    with pytest.raises(ValueError, match=f"take {whole - 4 * critic} bytes"):
+        tiny.trainer(tmp_path / "three")

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fuse.engines.engine import Evicted, GenerationEngine, GenerationRequest
+from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, TokenSequence
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
@@ -189,6 +190,7 @@ class FakeScorer(FakeWorker):
     def __init__(self, device: int, engine: FakeEngine | ServedEngine) -> None:
         super().__init__("model worker", device)
         self.engine = engine
+        self.pieces: list[Piece | None] = []
 
     @property
     def handle(self) -> ModelHandle:
@@ -205,6 +207,33 @@ class FakeScorer(FakeWorker):
             )
             for one in sequences
         ]
+
+    def advance(self, piece: Piece | None) -> list[Scored]:
+        """A device in pipelines that says at once what the critic does, and the others a call later, on odd devices."""
+        self.pieces.append(piece)
+        if self.device % 2 == 0:
+            return [] if piece is None else [self._scored(piece, "critic", np.zeros(1, np.float32))]
+        before = self.pieces[-2] if len(self.pieces) > 1 else None
+        return [] if before is None else self.of_others(before)
+
+    def of_others(self, piece: Piece) -> list[Scored]:
+        """By two calls' worth of answers: half of the sequences each."""
+        scores = [float(len(one)) for one in piece.sequences]
+        logprobs = [np.zeros(len(one.response_ids), np.float32) for one in piece.sequences]
+        halves = [tuple(range(first, len(scores), 2)) for first in range(2)]
+        return [
+            Scored(piece.number, role, half, tuple(said[index] for index in half))
+            for half in halves
+            for role, said in (("reward", scores), ("reference", logprobs))
+        ]
+
+    @staticmethod
+    def _scored(piece: Piece, role: str, of_each: Any) -> Scored:
+        count = len(piece.sequences)
+        return Scored(piece.number, role, tuple(range(count)), (of_each,) * count)
+
+
+FLOW_ROLES = ("critic", "reference", "reward")
 
 
 class Chance:

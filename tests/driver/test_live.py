@@ -36,7 +36,7 @@ from fuse.interstage.migration import (
 from fuse.sample import Sample, SampleState
 from fuse.workers.errors import WorkerError
 
-from .fake_workers import Chance, FakeEngine, FakeScorer, token
+from .fake_workers import FLOW_ROLES, Chance, FakeEngine, FakeScorer, token
 
 MAX_NEW_TOKENS = 24
 FIRST_ID = 1000
@@ -80,12 +80,14 @@ def roll_out(
     num_deaths: int = 0,
     death_rate: float = 0.05,
     silent: Sequence[int] = (),
+    flows: bool = False,
 ) -> tuple[RolloutReport, list[Sample], list[int]]:
     by_id = {FIRST_ID + index: length for index, length in enumerate(lengths)}
     engines = [FakeEngine(device, by_id, LIMITS.max_batch) for device in range(num_devices)]
     for device in silent:
         engines[device].is_silent = True
-    scorers = [FakeScorer(device, engine).handle for device, engine in enumerate(engines)]
+    workers = [FakeScorer(device, engine) for device, engine in enumerate(engines)]
+    scorers = [worker.handle for worker in workers]
     samples = [Sample(FIRST_ID + index, (1, 2, 3)) for index in range(len(lengths))]
     announced: list[int] = []
     rollout = LiveRollout(
@@ -95,6 +97,7 @@ def roll_out(
         SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS),
         policy=policy,
         limits=LIMITS,
+        flow_roles=FLOW_ROLES if flows else (),
         pad_token_id=0,
         costs=SMALL_CPU,
         on_generated=lambda finished: announced.extend(sample.id for sample in finished),
@@ -105,6 +108,9 @@ def roll_out(
         patch.setattr(live, "time", clock)
         patch.setattr(live, "wait_ended", Chance(seed, engines, num_deaths, death_rate))
         report = rollout.run()
+    for worker in workers:
+        assert worker.pieces == workers[0].pieces, "pieces come in different orders"
+        assert bool(worker.pieces) == flows
     return report, samples, announced
 
 
@@ -124,9 +130,13 @@ def check(lengths: Sequence[int], samples: Sequence[Sample], announced: Sequence
     num_devices=st.integers(1, 4),
     which=st.integers(0, 3),
     seed=st.integers(0, 1 << 20),
+    flows=st.booleans(),
 )
-def test_every_sample_is_generated_and_scored_once(lengths: list[int], num_devices: int, which: int, seed: int) -> None:
-    report, samples, announced = roll_out(lengths, num_devices, policies(seed)[which], seed)
+def test_every_sample_is_generated_and_scored_once(
+    lengths: list[int], num_devices: int, which: int, seed: int, flows: bool
+) -> None:
+    flows &= num_devices > 1
+    report, samples, announced = roll_out(lengths, num_devices, policies(seed)[which], seed, flows=flows)
     check(lengths, samples, announced)
     assert report.lost_engines == ()
     assert 0 < report.generation_s <= report.makespan_s
@@ -150,11 +160,13 @@ def test_an_engine_that_gives_no_token_for_too_long_is_lost(which: int) -> None:
     num_devices=st.integers(2, 4),
     which=st.integers(0, 3),
     seed=st.integers(0, 1 << 20),
+    flows=st.booleans(),
 )
 def test_samples_of_an_engine_that_dies_go_on_elsewhere(
-    lengths: list[int], num_devices: int, which: int, seed: int
+    lengths: list[int], num_devices: int, which: int, seed: int, flows: bool
 ) -> None:
-    _, samples, announced = roll_out(lengths, num_devices, policies(seed)[which], seed, num_deaths=num_devices - 1)
+    policy, deaths = policies(seed)[which], num_devices - 1
+    _, samples, announced = roll_out(lengths, num_devices, policy, seed, num_deaths=deaths, flows=flows)
     check(lengths, samples, announced)
 
 

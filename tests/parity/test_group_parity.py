@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def test_two_devices(case: GroupCase, stages: int, recorded: Recorded, pooled_wo
     recording = recorded(case)
     outcome = replay(case, recording, tmp_path, num_devices=2, actor_stages=stages)
     assert mismatches(recording, outcome) == []
+
+
+@pytest.mark.parametrize("case", [REUSED["grpo"], GSPO, RLOO], ids=str)
+def test_recomputed_log_probabilities(
+    case: GroupCase, recorded: Recorded, in_process_workers: None, tmp_path: Path
+) -> None:
+    """As the oracle does: whatever the engine tells, which is off here, enters no loss."""
+    recording = recorded(case)
+    off = [replace(one, logprobs=[[p - 0.3 for p in own] for own in one.logprobs]) for one in recording.rollouts]
+    disturbed = replace(recording, rollouts=tuple(off))
+    outcome = replay(case, disturbed, tmp_path / "trainer", num_devices=1, old_logprobs="trainer")
+    assert mismatches(recording, outcome) == []
+    assert outcome.metrics[0]["val/sampler_logprob_diff"] == pytest.approx(0.3, abs=1e-3)
+    assert mismatches(recording, replay(case, disturbed, tmp_path / "engine", num_devices=1, old_logprobs="engine"))
 
 
 # Parity is not vacuous: each plausible mistake makes the comparison fail.

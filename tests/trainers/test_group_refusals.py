@@ -29,7 +29,12 @@ from . import tiny, tiny_group
         ({"entropy_coef": 0.1}, "entropy_coef=0.1 is not supported: leave it out"),
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' is not supported"),
         ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs=.* is not supported: leave it out: set temp"),
-        ({"engine": "vllm", "num_iterations": 2, "steps_per_generation": 2}, "set it to False"),
+        (
+            {"engine": "vllm", "num_iterations": 2, "steps_per_generation": 2, "old_logprobs": "engine"},
+            "set old_logprobs='trainer'",
+        ),
+        ({"old_logprobs": "sampler"}, "old_logprobs='sampler' is unknown: use 'auto', 'engine' or 'trainer'"),
+        ({"scoring": "half"}, "scoring='half' is unknown: use 'auto', 'whole' or 'sharded'"),
         (
             {"engine": "vllm", "loss_type": "vespo"},
             "loss_type='vespo' with vllm_importance_sampling_mode='sequence_mask'",

@@ -1,0 +1,191 @@
+"""Scores that come out of pipelines have the bits that whole copies compute, and devices hold no more than their share.
+
+In worlds of threads under NCCL's rules of waiting. Worlds of processes: tests/workers/test_score_flow.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fuse.driver.memory import ledger
+from fuse.driver.memory_setup import MemorySetup, planned_models
+from fuse.driver.model_size import ModelSize
+from fuse.intrastage.layer_range import even_layer_range
+from fuse.intrastage.placement import Replica, place
+from fuse.trace import SpanRecorder
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingRank
+from fuse.training.score_pipelines import Piece, ScorePipelines, inferences, kind_of
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings, TokenSequence, score
+
+from ..distributed.fake_nccl import FakeNccl
+from ..tiny_models import build, classifier, language_model, spread
+from .test_rank import SETTINGS
+
+CPU = torch.device("cpu")
+LAYERS: Mapping[str, Any] = {"num_hidden_layers": 5}
+MODELS = {
+    "actor": spread(build(language_model("qwen2", **LAYERS, tie_word_embeddings=True))),
+    "critic": spread(build(classifier(**LAYERS))),
+    "reference": spread(build(language_model("qwen2", **LAYERS, tie_word_embeddings=True), seed=2)),
+    "reward": spread(build(classifier("gpt_neox", num_hidden_layers=3), seed=3)),
+}
+TRAINED = ("actor", "critic")
+SCORING = ("critic", "reference", "reward")
+LIMIT = MicroBatchLimit(max_samples=3, max_tokens=40)
+
+
+def scoring_settings(autocast: torch.dtype | None = None) -> ScoringSettings:
+    return ScoringSettings(temperature=0.7, limit=LIMIT, autocast=autocast, num_tokens=60, is_sharded=True)
+
+
+def pieces() -> list[list[TokenSequence]]:
+    """Of one micro-batch and of many; a reward model reads some in its own tokens."""
+    generator = np.random.default_rng(0)
+
+    def draw(count: int) -> list[int]:
+        return list(map(int, generator.integers(0, 60, count)))
+
+    lengths = [[(3, 4)], [(1, 9), (7, 1), (2, 0), (30, 20), (4, 4), (5, 6), (1, 1)], [(4, 2), (4, 3)], [(2, 2)] * 9]
+    made = [[TokenSequence(draw(prompt), draw(response)) for prompt, response in one] for one in lengths]
+    made[2][0] = TokenSequence(made[2][0].prompt_ids, made[2][0].response_ids, rewarded_ids=draw(11))
+    return made
+
+
+def scored(
+    num_devices: int,
+    placement: tuple[Replica, ...],
+    roles: Sequence[str],
+    *,
+    slots: int = 0,
+    autocast: torch.dtype | None = None,
+) -> tuple[list[dict[str, list[Any]]], list[dict[str, int]]]:
+    """By piece and role what pipelines say; by device, the bytes of each share."""
+
+    def run(device: int) -> tuple[list[Any], dict[str, int]]:
+        specs = {role: ModelSpec.of(MODELS[role]) for role in MODELS}
+        trained = {role: specs[role] for role in TRAINED}
+        recorder = SpanRecorder()
+        training = TrainingRank(device, CPU, trained, placement, SETTINGS, recorder)
+        dtype = autocast or torch.float32
+        shares = {role: (specs[role], dtype) for role in roles if role not in TRAINED}
+        pipelines = ScorePipelines(
+            device, num_devices, CPU, shares, training, scoring_settings(autocast), recorder, SETTINGS.timeout_s
+        )
+        for role in TRAINED:
+            training.load_weights(role, MODELS[role].state_dict())
+        for role, share in pipelines.shares.items():
+            share.load_state_dict(MODELS[role].state_dict())
+        sent = [Piece(number, tuple(roles), tuple(piece)) for number, piece in enumerate(pieces())]
+        found = [one for piece in (*sent[:2], None, *sent[2:], None, None) for one in pipelines.advance(piece)]
+        spans = recorder.drain()
+        assert {span.category for span in spans} <= {"infer", "logprobs"}
+        for share in pipelines.shares.values():
+            assert not any(parameter.requires_grad for parameter in share.model.parameters())
+        held = {
+            role: sum(parameter.nbytes for parameter in share.model.parameters())
+            for role, share in pipelines.shares.items()
+        }
+        return found, held
+
+    by_device = FakeNccl(num_devices, slots).run(run)
+    results: list[dict[str, list[Any]]] = [{role: [None] * len(piece) for role in roles} for piece in pieces()]
+    for found, _ in by_device:
+        for one in found:
+            for index, result in zip(one.indices, one.results, strict=True):
+                known = results[one.piece][one.role]
+                assert known[index] is None, "it is told twice"
+                known[index] = result
+    return results, [held for _, held in by_device]
+
+
+def by_whole_copies(role: str, piece: Sequence[TokenSequence]) -> Sequence[Any]:
+    return score(kind_of(role), MODELS[role], piece, scoring_settings())
+
+
+LAYOUTS: dict[str, tuple[int, tuple[Replica, ...]]] = {
+    "one device": (1, (*place("actor", 1, 1), *place("critic", 1, 1))),
+    "two devices": (2, (*place("actor", 2, 2), *place("critic", 2, 2, reverse=True))),
+    "four devices": (4, (*place("actor", 4, 4), *place("critic", 4, 4, reverse=True))),
+    "replicas": (4, (*place("actor", 4, 1), *place("critic", 4, 2, reverse=True))),
+    "virtual stages, cut unevenly": (
+        2,
+        (Replica("actor", 0, (0, 1, 0, 1), ((0, 2), (2, 3), (3, 3), (3, 5))), Replica("critic", 0, (1,))),
+    ),
+}
+
+
+@pytest.mark.parametrize("slots", [0, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_have_the_bits_of_whole_copies(layout: str, slots: int) -> None:
+    num_devices, placement = LAYOUTS[layout]
+    results, _ = scored(num_devices, placement, SCORING, slots=slots)
+    for piece, of_piece in zip(pieces(), results, strict=True):
+        for role in SCORING:
+            for found, expected in zip(of_piece[role], by_whole_copies(role, piece), strict=True):
+                np.testing.assert_array_equal(found, expected)
+        assert [one.score for one in inferences(of_piece)] == of_piece["reward"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_trains_tells_log_probabilities_through_its_stages(layout: str) -> None:
+    """Those of its weights as they are, to the bit, whatever its layout."""
+    num_devices, placement = LAYOUTS[layout]
+    results, held = scored(num_devices, placement, ["actor"])
+    assert held == [{}] * num_devices
+    for piece, of_piece in zip(pieces(), results, strict=True):
+        for found, expected in zip(of_piece["actor"], by_whole_copies("actor", piece), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_shares_may_be_rounded() -> None:
+    num_devices, placement = LAYOUTS["two devices"]
+    rounded, held = scored(num_devices, placement, SCORING, autocast=torch.bfloat16)
+    exact, whole = scored(num_devices, placement, SCORING)
+    assert [{role: 2 * one for role, one in of_device.items()} for of_device in held] == whole
+    for role in ("reference", "reward"):
+        one, other = (np.concatenate([np.ravel(a) for of in each for a in of[role]]) for each in (rounded, exact))
+        assert 0 < np.abs(one - other).max() < 0.5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_devices_hold_the_shares_that_the_ledger_has(layout: str) -> None:
+    """The critic has none, and together they are the models, with a second copy of a tied embedding."""
+    num_devices, placement = LAYOUTS[layout]
+    _, held = scored(num_devices, placement, SCORING)
+    specs = {role: ModelSpec.of(model) for role, model in MODELS.items()}
+    sizes = {role: ModelSize.of(spec) for role, spec in specs.items()}
+    setup = MemorySetup(
+        models=planned_models(specs, autocast=None, gradient_checkpointing=False, split_backward=True, device="cpu"),
+        placement=placement,
+        num_devices=num_devices,
+        device_memory_bytes=10**9,
+        accelerator="cpu",
+        prompt_tokens=8,
+        response_tokens=8,
+        micro_batch_size=2,
+        num_micro_batches=4,
+        autocast=None,
+        generation_dtype=torch.float32,
+        engine_batch_size=4,
+        inference_batch_size=4,
+        inference_batch_tokens=64,
+        scoring="sharded",
+    )
+    planned = ledger(setup, plans_fusion=False)
+    for device, shares in enumerate(held):
+        told = {one.role: max(one.bytes.values()) for one in planned.devices[device] if one.what == "scoring share"}
+        assert shares == told
+        for role, size in sizes.items():
+            if role in shares:
+                own = even_layer_range(len(size.layers), device, num_devices)
+                assert shares[role] == 4 * size.stage(device, num_devices, own)
+        assert not [one for one in planned.devices[device] if one.what == "scoring copy"]
+    tied = 4 * sizes["reference"].tied * (num_devices > 1)
+    assert sum(one["reference"] for one in held) == 4 * sizes["reference"].total + tied
+    assert sum(one["reward"] for one in held) == 4 * sizes["reward"].total
