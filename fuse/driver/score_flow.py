@@ -108,6 +108,8 @@ class ScoreFlow:
 
     def _ended(self, future: Future[list[Scored]], call: dict[Future[list[Scored]], ModelHandle]) -> None:
         for scored in future.result():
+            if scored.piece not in self._under_way:
+                continue  # several devices share the last stage, and one has told before
             known = self._under_way[scored.piece].results[scored.role]
             for index, result in zip(scored.indices, scored.results, strict=True):
                 known[index] = result
