@@ -75,7 +75,12 @@ def fleet(planner: LearningPlanner, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     monkeypatch.setattr(FakeRollout, "policies", [], raising=False)
     monkeypatch.setattr(fleet_module, "LiveRollout", FakeRollout)
     made: Any = Fleet(
-        SimpleNamespace(training=SimpleNamespace(tensor_parallel_size=1, timeout_s=1.0), pad_token_id=0), {}
+        SimpleNamespace(
+            training=SimpleNamespace(tensor_parallel_size=1, timeout_s=1.0),
+            scoring=SimpleNamespace(is_sharded=False),
+            pad_token_id=0,
+        ),
+        {},
     )  # type: ignore[arg-type]
     made._rollouts, made._generation_workers = planner, []
     return made  # type: ignore[no-any-return]
