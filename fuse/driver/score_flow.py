@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from fuse.training.score_pipelines import Piece, Scored, inferences
@@ -103,10 +104,12 @@ class ScoreFlow:
         call = {worker.advance(piece): worker for worker in self._workers}
         self._calls.append(call)
         for future in call:
-            self._pending[future] = lambda future=future, call=call: self._ended(future, call)  # type: ignore[misc]
+            self._pending[future] = partial(self._ended, future, call)
 
     def _ended(self, future: Future[list[Scored]], call: dict[Future[list[Scored]], ModelHandle]) -> None:
         for scored in future.result():
+            if scored.piece not in self._under_way:
+                continue  # several devices share the last stage, and one has told before
             known = self._under_way[scored.piece].results[scored.role]
             for index, result in zip(scored.indices, scored.results, strict=True):
                 known[index] = result
@@ -134,7 +137,7 @@ def score_through(
     flow = ScoreFlow(workers, roles, pending)
     found: dict[int, Results] = {}
     for number, piece in enumerate(pieces):
-        flow.put_piece(piece, lambda results, number=number: found.__setitem__(number, results))  # type: ignore[misc]
+        flow.put_piece(piece, partial(found.__setitem__, number))
     while pending:
         ended = wait_ended(list(pending), timeout_s)
         if not ended:

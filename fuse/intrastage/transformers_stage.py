@@ -133,7 +133,9 @@ class TransformersStage:
         self._head_name = _name_in(self.model, self._head)
         self._tied_source = _tied_source(self.model, self._head)
         self._prune(plan)
-        self._materialise(dtype)
+        for parameter in self.model.parameters():  # buffers keep the type that they are computed in
+            parameter.data = parameter.data.to(dtype)
+        self._materialise()
         self._in_flight = InFlight(SplitBackward(self.model) if split_backward else None)
         if gradient_checkpointing:
             recompute_in_backward(getattr(self._base, plan.layers))
@@ -268,11 +270,8 @@ class TransformersStage:
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = config.layer_types[start:stop]
 
-    def _materialise(self, dtype: torch.dtype) -> None:
+    def _materialise(self) -> None:
         """Give the modules kept memory, and the buffers that no state dict holds (rotary frequencies) their values."""
-        if dtype is not torch.float32:
-            for parameter in self.model.parameters():  # buffers keep the type that they are computed in
-                parameter.data = parameter.data.to(dtype)
         self.model.to_empty(device=self._device)
         if self._tied_source is not None and self.num_stages == 1:
             self._head.weight = self.model.get_input_embeddings().weight

@@ -19,7 +19,7 @@ LENGTHS = (3, 2)
 
 
 def loss_of(mode: Any, *, shift: float, drift: float) -> tuple[float, dict[str, float]]:
-    """shift: how far the sampler's log-probabilities are below the old ones; drift: and those below the new ones."""
+    """shift: how far log-probabilities of the sampler are below the old ones. drift: how far those below the new."""
     head, hidden, now = model()
     num_tokens = sum(LENGTHS)
     old = now - drift

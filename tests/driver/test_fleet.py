@@ -76,7 +76,11 @@ def fleet(planner: LearningPlanner, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     monkeypatch.setattr(fleet_module, "LiveRollout", FakeRollout)
     made: Any = Fleet(
         SimpleNamespace(
-            training=SimpleNamespace(tensor_parallel_size=1, timeout_s=1.0), pad_token_id=0, offloads_training=False
+            training=SimpleNamespace(tensor_parallel_size=1, timeout_s=1.0),
+            scoring=SimpleNamespace(is_sharded=False),
+            pad_token_id=0,
+            offloads_training=False,
+            engines_sleep=False,
         ),
         {},
     )  # type: ignore[arg-type]

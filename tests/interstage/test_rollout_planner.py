@@ -69,6 +69,26 @@ def test_costs_are_those_behind_the_spans() -> None:
     assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3), "the other one waited for a process that had died"
 
 
+def test_the_time_of_one_stage_tells_that_of_all() -> None:
+    """Of models that score through pipelines a device runs a part alone, and samples pass through all of them."""
+    calibrations = [Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3) for _ in range(2)]
+    whole = spans_of(SMALL_CPU)
+    staged = [
+        replace(one, end_s=one.start_s + one.duration_s / 4, arguments={**one.arguments, "stage": 1, "stages": 4})
+        if one.category == "infer"
+        else one
+        for one in whole
+    ]
+    found = []
+    for calibration, spans in zip(calibrations, (whole, staged), strict=True):
+        calibration.add(spans)
+        found.append(calibration.costs())
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[1].inference_s == pytest.approx(found[0].inference_s)
+    assert found[1].inference_token_s == pytest.approx(found[0].inference_token_s)
+
+
 def test_what_was_hardly_seen_is_assumed_or_missing() -> None:
     calibration = Calibration(2048, 16384, 3)
     calibration.add([decode(SMALL_CPU, 2, 10), decode(SMALL_CPU, 3, 10), *inference(SMALL_CPU, 0, 100)])
