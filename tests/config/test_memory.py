@@ -107,6 +107,7 @@ def test_cores_are_not_shared_in_time_unless_asked(tmp_path: Path, asked: str) -
     assert (settings.engines_sleep, settings.offloads_training) == (False, False)
 
 
+@pytest.mark.usefixtures("on_gpus")
 def test_models_score_in_shares_where_whole_copies_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the ledger: the bytes that whole copies need just fit, and with one less they do not."""
     alone: dict[str, Any] = {"engines_sleep": "off", "offload_training": "off", "models": {"vocab_size": 1 << 16}}
