@@ -86,7 +86,7 @@ def run_ticks(flow: ForwardFlow, ticks: Ticks) -> dict[int, Tensor]:
     return found
 
 
-def check(num_ranks: int, pipelines: Sequence[Sequence[int]], ticks: Ticks, slots: int) -> None:
+def check(num_ranks: int, pipelines: Sequence[Sequence[int]], ticks: Ticks, slots: int) -> FakeNccl:
     """Every micro-batch comes out of its last stage's rank, as it does in one process, and of no other."""
 
     def body(rank: int) -> dict[int, Tensor]:
@@ -102,6 +102,7 @@ def check(num_ranks: int, pipelines: Sequence[Sequence[int]], ticks: Ticks, slot
         assert [key in of_rank for of_rank in found] == [rank == pipelines[number][-1] for rank in range(num_ranks)]
         assert torch.equal(found[pipelines[number][-1]][key], expected)  # type: ignore[arg-type]
     assert world.most_held <= MOST_IN_FLIGHT
+    return world
 
 
 @pytest.mark.parametrize("slots", [0, 1, PLENTY])
@@ -117,8 +118,8 @@ def check(num_ranks: int, pipelines: Sequence[Sequence[int]], ticks: Ticks, slot
     ],
 )
 def test_what_flows_comes_out_right(num_ranks: int, pipelines: Sequence[Sequence[int]], slots: int) -> None:
-    together = [[(number, 10 * tick + number) for number in range(len(pipelines))] for tick in range(5)]
-    alone = [[(number, 100 + number)] for number in range(len(pipelines))]
+    together = [[(number, 50 * tick + number) for number in range(len(pipelines))] for tick in range(5)]
+    alone = [[(number, 1000 + number)] for number in range(len(pipelines))]
     gaps: Ticks = [[], *alone[:1], [], [], *alone[1:], []]
     check(num_ranks, pipelines, [*together, *gaps], slots)
 
@@ -165,7 +166,7 @@ def test_training_and_scoring_take_turns_on_the_same_connections(slots: int) -> 
     assert all(gradients and "None" not in gradients for gradients, _ in results)
 
 
-def test_ticks_that_ranks_see_in_different_orders_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ticks_that_ranks_see_in_different_orders_are_seen() -> None:
     """Messages then meet other micro-batches' receives: the order of entries decides, and must be the driver's."""
 
     def body(rank: int) -> None:
@@ -178,4 +179,5 @@ def test_ticks_that_ranks_see_in_different_orders_are_seen(monkeypatch: pytest.M
 
 def test_few_messages_are_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_flow, "MOST_IN_FLIGHT", 2)
-    check(4, [[0, 1, 2, 3]] * 3 + [[3, 2, 1, 0]] * 3, [[(number, number) for number in range(6)]] * 1, slots=0)
+    pipelines = [[0, 1, 2, 3]] * 3 + [[3, 2, 1, 0]] * 3
+    assert check(4, pipelines, [[(number, number) for number in range(6)]], PLENTY).most_held == 2
