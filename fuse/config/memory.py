@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.opposite import has_opposites
+from fuse.intrastage.placement import Replica
 from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ def within_memory(
 ) -> FleetSettings:
     """The settings with what training may take of memory, once the run is known to fit. models: by role.
 
-    On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here.
+    On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here. An
+    alternative placement that does not fit is dropped.
 
     Raises:
         ValueError: the run does not fit.
@@ -40,16 +43,26 @@ def within_memory(
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
         settings = replace(settings, plan=replace(settings.plan, longest=longest))
     if config.accelerator == "cpu":
-        if config.ray_address is None:
-            _check_host(settings, models)
-        return settings
+        if config.ray_address is not None:
+            return settings
+        _check_host(settings, models)
+        fits = settings.alternative is None or _host_bytes(settings.alternative, models) <= host_memory_bytes()
+        return settings if fits else _without_alternative(settings)
     try:
         setup = _setup(config, settings, models, prompts, device_memory_bytes())
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
-        return settings
+        return replace(settings, alternative=None)
     _check_devices(ledger(setup, plans_fusion=False))
+    alternative = settings.alternative
+    if alternative is not None and not ledger(replace(setup, placement=alternative), plans_fusion=False).fits:
+        settings = _without_alternative(settings)
     return replace(settings, memory=setup)
+
+
+def _without_alternative(settings: FleetSettings) -> FleetSettings:
+    _logger.info("plain 1F1B: memory has no room for two opposite replicas of the actor")
+    return replace(settings, alternative=None)
 
 
 def device_memory_bytes() -> int:
@@ -113,24 +126,34 @@ def _check_devices(planned: Ledger) -> None:
     parts = ", ".join(f"{one.role} {one.what} {one.bytes.get(phase, 0) / _GB:.1f} GB" for one in largest)
     raise ValueError(
         f"the run does not fit: device {device} would hold {planned.total(device, phase)} bytes in {phase} and has "
-        f"{memory_bytes} (most of it: {parts}): use more devices or smaller models, gradient_checkpointing, a lower "
-        f"per_device_train_batch_size, response length or engine_batch_size; `fuse plan` says what fits"
+        f"{memory_bytes} (most of it: {parts}): {_leave_out(planned.setup.placement)}use more devices or smaller "
+        f"models, gradient_checkpointing, a lower per_device_train_batch_size, response length or engine_batch_size; "
+        f"`fuse plan` says what fits"
     )
 
 
 def _check_host(settings: FleetSettings, models: Mapping[str, PreTrainedModel]) -> None:
-    """Engines and copies that score read weights where they lie in shared memory, once for all devices."""
-    counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
-    trains = roles.training(models)
-    needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
-    needed += sum(4 * count for count in counts.values())
-    for role in trains:
-        trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
-        num_replicas = sum(replica.model == role for replica in settings.placement)
-        needed += num_replicas * (4 * counts[role] + 12 * trained)
+    needed = _host_bytes(settings.placement, models)
     most = host_memory_bytes()
     if needed > most:
         raise ValueError(
             f"the run does not fit: weights, gradients and moments of {', '.join(models)} take {needed} bytes and this "
-            f"machine has {most}: use smaller models, or fewer replicas of them (more actor_stages, critic_stages)"
+            f"machine has {most}: {_leave_out(settings.placement)}use smaller models, or fewer replicas of them (more "
+            f"actor_stages, critic_stages)"
         )
+
+
+def _leave_out(placement: Sequence[Replica]) -> str:
+    return "leave bidirectional out, " if has_opposites(placement) else ""
+
+
+def _host_bytes(placement: Sequence[Replica], models: Mapping[str, PreTrainedModel]) -> int:
+    """Engines and copies that score read weights where they lie in shared memory, once for all devices."""
+    counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
+    needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
+    needed += sum(4 * count for count in counts.values())
+    for role in roles.training(models):
+        trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
+        num_replicas = sum(replica.model == role for replica in placement)
+        needed += num_replicas * (4 * counts[role] + 12 * trained)
+    return needed
