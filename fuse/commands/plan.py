@@ -98,8 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
     setups = _setups(arguments)
     if arguments.scoring == "auto":
         setups += [replace(setup, scoring="sharded") for setup in setups]
-    ledgers = map(ledger, setups)
-    planned = next((one for one in ledgers if one.fits), None) or ledger(setups[-1])
+    for setup in setups:  # there is at least one
+        planned = ledger(setup)
+        if planned.fits:
+            break
     figures = _figures(planned, num_positions(config_of(arguments.model)) or _MOST_TOKENS)
     _show(Console(highlight=False), planned, figures)
     if arguments.json:

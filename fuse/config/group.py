@@ -93,7 +93,7 @@ class GroupConfig(RunConfig):
         "Train two replicas of the policy at once, through pipelines in opposite directions, each on half of the "
         "micro-batches, so that each fills the other's bubbles; both are held in memory, with gradients and moments. "
         "Default: where the policy is trained through a pipeline, memory allows, and measured times say that it is "
-        "faster (which needs balance_stages); else plain 1F1B.",
+        "faster (which needs balance_stages and intra_stage_fusion); else plain 1F1B.",
     )
 
     model_init_kwargs: dict[str, Any] | str | None = option(

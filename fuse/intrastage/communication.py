@@ -4,7 +4,7 @@ Every function that opens groups must be called on every rank with the same argu
 creates a group on all ranks or not at all. Each group carries one message as soon as it is open, before the next one
 opens: NCCL sets a connection up by its first message, and blocks both ends' hosts meanwhile. As all ranks come to the
 groups in one order, none waits at a group for a rank that waits for it at another. What is sent later comes in one
-order on all ranks too, messages in that of `fuse.intrastage.message_order`.
+order on all ranks too, messages in that of `fuse.intrastage.message_order`, sums in that of `ModelOptimizer`.
 
 With tensor parallelism of size t, a stage is on t devices that each hold a part of its matrices: what placements and
 schedules call rank r is devices r * t to r * t + t - 1, in the world's numbering. Device d is in lane d % t. Messages

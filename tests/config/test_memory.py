@@ -15,6 +15,7 @@ from fuse.config.ppo import PPOConfig
 from fuse.driver.memory import RESERVE_SHARE, ledger
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import with_opposites
+from fuse.trainers import device_memory
 
 from ..trainers import tiny, tiny_group
 
@@ -103,6 +104,7 @@ def test_opposite_replicas_are_an_alternative_where_gpus_hold_them(
 ) -> None:
     monkeypatch.setattr(GRPOConfig, "accelerator", property(lambda _: "cuda"))
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(device_memory, "device_memory_bytes", lambda: 8 * 10**9)
     options: dict[str, Any] = {"num_devices": 2, "actor_stages": 2}
     roomy: Any = tiny_group.trainer(tmp_path / "roomy", **options)
     assert roomy._settings.alternative is not None
