@@ -4,6 +4,8 @@ Random Llamas take real PPO steps on the CPU, by the serial and by the fused sch
 sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
 plan said, and what explains the difference.
 
+--bidirectional trains the actor alone, of two layers per device: in two opposite replicas against plain 1F1B.
+
 --profile-only stops at what the plan is made of: seconds and memory of every operation. --emulate N executes schedules
 of N ranks with waits in place of computation, and says how far that is from the plan.
 """
@@ -25,7 +27,7 @@ LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 _VOCAB_SIZE = 512
 _OPTIONS = (
     "devices", "repeats", "sizes", "micro_batches", "lengths", "tokens", "sequences", "hidden", "solve_seconds",
-    "emulate", "instances", "operation_ms",
+    "emulate", "instances", "operation_ms", "bidirectional",
 )  # fmt: skip
 
 
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solve-seconds", type=float, default=2.0, metavar="S", help="for each fused schedule, at most (default: 2)"
     )
+    parser.add_argument(
+        "--bidirectional", action="store_true", help="train the actor alone, in two opposite replicas and by plain 1F1B"
+    )
     parser.add_argument("--profile-only", action="store_true", help="print and write the measured costs, and stop")
     parser.add_argument(
         "--emulate", type=int, metavar="N", help="execute schedules of N ranks with operations replaced by waits"
@@ -75,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats is None:
         arguments.repeats = 9 if arguments.emulate is None else 1
     _check(arguments)
-    results = _train(arguments) if arguments.emulate is None else _emulate(arguments)
+    train = _train_both_ways if arguments.bidirectional else _train
+    results = train(arguments) if arguments.emulate is None else _emulate(arguments)
     write_rows(arguments, describe_machine(), _OPTIONS, **results)
     return 0
 
@@ -96,6 +102,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--solve-seconds and --operation-ms must be positive")
     if arguments.emulate is None and arguments.instances is not None:
         raise ValueError("--instances names problems to emulate: add --emulate N, their number of ranks")
+    if arguments.bidirectional and (arguments.emulate is not None or min(arguments.micro_batches) < 2):
+        raise ValueError(
+            "--bidirectional trains two replicas for real: leave out --emulate, and give at least 2 --micro-batches"
+        )
+    if arguments.bidirectional and arguments.sizes != list(LAYERS_PER_DEVICE):
+        raise ValueError("--bidirectional trains no critic, and --sizes are of actor and critic: leave one of them out")
     if arguments.emulate is not None and arguments.profile_only:
         raise ValueError("--profile-only measures and --emulate does not compute: choose one of them")
 
@@ -139,6 +151,41 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
         console.print(tables.steps_table(rows))
         print(tables.summary(rows))
     return {"rows": rows, "profiles": profiles}
+
+
+def _train_both_ways(arguments: argparse.Namespace) -> dict[str, object]:
+    from fuse.benchmarks.training.batches import load_of
+    from fuse.benchmarks.training.both_ways import BothWays
+    from fuse.intrastage.cost_profile import profile_to_json
+
+    load = load_of(
+        arguments.lengths,
+        arguments.micro_batches,
+        num_sequences=arguments.sequences,
+        sequence_tokens=arguments.tokens // arguments.sequences,
+        vocab_size=_VOCAB_SIZE,
+    )
+    layers = 2 * arguments.devices
+    rows: list[Row] = []
+    console = Console()
+    with BothWays.start(arguments.devices) as trainers:
+        print("measuring operations ...", file=sys.stderr, flush=True)
+        trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
+        profiles = trainers.profiles(load)
+        for task in load.tasks if not arguments.profile_only else ():
+            rows.append(
+                trainers.row(load, task, profiles, layers, repeats=arguments.repeats, solve_s=arguments.solve_seconds)
+            )
+            print(f"[{len(rows)}/{len(load.tasks)}] {tables.line(rows[-1])}", flush=True)
+    if arguments.profile_only:
+        for name, profile in profiles.items():
+            console.print(tables.profile_table(name, profile))
+    else:
+        table = tables.steps_table(rows)
+        table.title = "Steps of the actor, ms: plain 1F1B (serial) and two opposite replicas (fused)"
+        console.print(table)
+        print(tables.summary(rows))
+    return {"rows": rows, "profiles": {name: profile_to_json(profile) for name, profile in profiles.items()}}
 
 
 def _emulate(arguments: argparse.Namespace) -> dict[str, object]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,8 @@ from fuse.commands.tables import figures_table
 from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.engines.limits import num_positions
-from fuse.intrastage.placement import place
+from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
+from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.roles import ROLES, training
 
 _MOST_SEQUENCES = 1 << 12
@@ -87,15 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="devices that share an engine, as none do yet (default: 1)",
     )
+    parser.add_argument(
+        "--bidirectional",
+        action=yes_or_no,
+        help="without a critic, two replicas of the policy in opposite pipelines (default: where they fit)",
+    )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the ledger of the fullest device, whether the run fits, and the largest that does."""
-    setup = _setup(arguments)
-    choices = SCORING_CHOICES[arguments.scoring]
-    for scoring in choices:
-        planned = ledger(replace(setup, scoring=scoring))
+    choices, setups = SCORING_CHOICES[arguments.scoring], _setups(arguments)
+    for setup in (replace(one, scoring=scoring) for scoring in choices for one in setups):  # there is at least one
+        planned = ledger(setup)
         if planned.fits:
             break
     figures = _figures(planned, choices, num_positions(config_of(arguments.model)) or _MOST_TOKENS)
@@ -103,6 +108,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, figures)
     return 0
+
+
+def _setups(arguments: argparse.Namespace) -> list[MemorySetup]:
+    """What is asked for; where that is left open, first with opposite replicas and then without."""
+    setup = _setup(arguments)
+    if arguments.bidirectional is None and has_opposites(setup.placement):
+        return [setup, replace(setup, placement=without_opposites(setup.placement), is_fused=False)]
+    return [setup]
 
 
 def _setup(arguments: argparse.Namespace) -> MemorySetup:
@@ -120,7 +133,16 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         role: config_of(name) if name else actor for role, name in named.items() if name != "none"
     }
     _check_vocabularies(configs)
-    is_fused = num_ranks > 1
+    stages = {"actor": arguments.actor_stages, "critic": arguments.critic_stages}
+    placement = tuple(
+        replica
+        for index, role in enumerate(training(configs))
+        for replica in place(role, num_ranks, stages[role] or num_ranks, reverse=index % 2 == 1)
+    )
+    num_micro_batches = arguments.num_micro_batches or max(8, 2 * num_ranks)
+    if arguments.bidirectional is not False and _can_have_opposites(arguments, configs, placement, num_micro_batches):
+        placement = with_opposites(placement)
+    is_fused = share_ranks(placement)
     scores = {role: ROLES[role].scores in ("values", "score") for role in configs}
     models = planned_models(
         {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()},
@@ -128,7 +150,6 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         gradient_checkpointing=arguments.gradient_checkpointing,
         split_backward=is_fused,
     )
-    stages = {"actor": arguments.actor_stages, "critic": arguments.critic_stages}
     positions = num_positions(actor)
     if positions is not None and arguments.prompt_length + arguments.response_length > positions:
         raise ValueError(
@@ -137,18 +158,14 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         )
     return MemorySetup(
         models=models,
-        placement=tuple(
-            replica
-            for index, role in enumerate(training(models))
-            for replica in place(role, num_ranks, stages[role] or num_ranks, reverse=index % 2 == 1)
-        ),
+        placement=placement,
         num_devices=arguments.num_devices,
         device_memory_bytes=_device_memory_bytes(arguments.device_memory_gb),
         accelerator="cuda",
         prompt_tokens=arguments.prompt_length,
         response_tokens=arguments.response_length,
         micro_batch_size=arguments.micro_batch_size,
-        num_micro_batches=arguments.num_micro_batches or max(8, 2 * num_ranks),
+        num_micro_batches=num_micro_batches,
         autocast=autocast,
         generation_dtype=dtype,
         engine_batch_size=arguments.engine_batch_size,
@@ -161,6 +178,19 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         engines_sleep=arguments.sleep,
         offloads_training=arguments.offload,
     )
+
+
+def _can_have_opposites(
+    arguments: argparse.Namespace, roles: Iterable[str], placement: Sequence[Replica], num_micro_batches: int
+) -> bool:
+    """Raises: ValueError when opposite replicas are asked for and cannot be."""
+    is_possible = len(training(roles)) == 1 and can_have_opposites(placement, num_micro_batches)
+    if arguments.bidirectional and not is_possible:
+        raise ValueError(
+            "--bidirectional needs --critic-model none, stages on at least 2 devices and a micro-batch for each "
+            "replica: change that or leave it out"
+        )
+    return is_possible
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
@@ -209,6 +239,7 @@ def _figures(planned: Ledger, choices: Sequence[Scoring], positions: int) -> dic
         "max_micro_batch_size": _largest(lambda size: fits(micro_batch_size=size), _MOST_SEQUENCES),
         "host_bytes": planned.host_bytes,
         "scoring": setup.scoring,
+        "bidirectional": has_opposites(setup.placement),
         "parameters": {role: model.size.total for role, model in setup.models.items()},
         "fullest_device": planned.fullest_device,
         "devices": [
@@ -239,6 +270,8 @@ def _show(console: Console, planned: Ledger, figures: dict[str, Any]) -> None:
     lines.append(["together", *(_gb(planned.total(device, phase)) for phase in Phase)])
     if setup.is_fused:
         lines.append(["training, serial / fused", "", "", f"{_gb(planned.serial_bytes)} / {_gb(planned.fused_bytes)}"])
+    if figures["bidirectional"]:
+        console.print("two opposite replicas of the policy, if that is faster than plain 1F1B", markup=False)
     title = f"GB on device {device} of {setup.num_devices}, the fullest; {setup.scoring} scoring"
     console.print(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True))
     memory, spare = setup.device_memory_bytes / _GB, planned.spare_bytes / _GB

@@ -88,6 +88,14 @@ class GroupConfig(RunConfig):
     reward_weights: list[float] | None = option(None, "Of the reward functions, in their order. Default: 1 each.")
     mask_truncated_completions: bool = option(False, "Learn nothing from responses that reach their greatest length.")
 
+    bidirectional: bool | None = option(
+        None,
+        "Train two replicas of the policy at once, through pipelines in opposite directions, each on half of the "
+        "micro-batches, so that each fills the other's bubbles; both are held in memory, with gradients and moments. "
+        "Default: where the policy is trained through a pipeline, memory allows, and measured times say that it is "
+        "faster (which needs balance_stages and intra_stage_fusion); else plain 1F1B.",
+    )
+
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "For from_pretrained, where models are given by name."
     )

@@ -18,6 +18,7 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.opposite import has_opposites
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.transformers_stage import check_stages
 from fuse.training.model_spec import ModelSpec
@@ -34,7 +35,8 @@ def within_memory(
     """The settings with what training may take of memory, once the run is known to fit. models: by role.
 
     On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here.
-    Models score whole or in shares as `config` says, or as it fits.
+    Models score whole or in shares, and devices are shared in time, as `config` says, or as it fits. An alternative
+    placement that does not fit beside that is dropped.
 
     Raises:
         ValueError: the run does not fit, or a model that is to score in shares cannot be cut.
@@ -50,16 +52,21 @@ def within_memory(
         for sharing in sharings:
             needed = _host_bytes(settings.placement, models, sharing.scoring)
             if needed <= most:
-                return _shared(settings, models, sharing)
-        raise _exceeds_host(needed, most, models)
+                rival = settings.alternative
+                keeps = rival is None or _host_bytes(rival, models, sharing.scoring) <= most
+                return _shared(settings if keeps else _without_alternative(settings), models, sharing)
+        raise _exceeds_host(needed, most, models, settings.placement)
     try:
         setup = _setup(config, settings, models, prompts, device_memory_bytes())
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
-        return _shared(settings, models, sharings[0])
+        return _shared(replace(settings, alternative=None), models, sharings[0])
     for sharing in sharings:
         planned = ledger(replace(setup, **asdict(sharing)), plans_fusion=False)
         if planned.fits:
+            rival = settings.alternative
+            if rival is not None and not ledger(replace(planned.setup, placement=rival), plans_fusion=False).fits:
+                settings = _without_alternative(settings)
             return replace(_shared(settings, models, sharing), memory=planned.setup)
     raise _does_not_fit(planned)
 
@@ -95,6 +102,11 @@ def _shared(settings: FleetSettings, models: Mapping[str, PreTrainedModel], shar
         engines_sleep=sharing.engines_sleep,
         offloads_training=sharing.offloads_training,
     )
+
+
+def _without_alternative(settings: FleetSettings) -> FleetSettings:
+    _logger.info("plain 1F1B: memory has no room for two opposite replicas of the actor")
+    return replace(settings, alternative=None)
 
 
 def device_memory_bytes() -> int:
@@ -164,8 +176,8 @@ def _does_not_fit(planned: Ledger) -> ValueError:
     return ValueError(
         f"the run does not fit with {setup.scoring} scoring: device {device} would hold "
         f"{planned.total(device, phase)} bytes in {phase} and has {setup.device_memory_bytes} (most of it: {parts}): "
-        f"use more devices or smaller models, gradient_checkpointing, a lower per_device_train_batch_size, response "
-        f"length or engine_batch_size{remedies}; `fuse plan` says what fits"
+        f"{_leave_out(setup.placement)}use more devices or smaller models, gradient_checkpointing, a lower "
+        f"per_device_train_batch_size, response length or engine_batch_size{remedies}; `fuse plan` says what fits"
     )
 
 
@@ -186,8 +198,13 @@ def _host_bytes(placement: Sequence[Replica], models: Mapping[str, PreTrainedMod
     return needed
 
 
-def _exceeds_host(needed: int, most: int, models: Iterable[str]) -> ValueError:
+def _leave_out(placement: Sequence[Replica]) -> str:
+    return "leave bidirectional out, " if has_opposites(placement) else ""
+
+
+def _exceeds_host(needed: int, most: int, models: Iterable[str], placement: Sequence[Replica]) -> ValueError:
     return ValueError(
         f"the run does not fit: weights, gradients and moments of {', '.join(models)} take {needed} bytes and this "
-        f"machine has {most}: use smaller models, or fewer replicas of them (more actor_stages, critic_stages)"
+        f"machine has {most}: {_leave_out(placement)}use smaller models, or fewer replicas of them (more "
+        f"actor_stages, critic_stages)"
     )

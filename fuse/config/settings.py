@@ -19,8 +19,9 @@ from fuse.driver.kv_choice import choose_kv_transfer
 from fuse.engines.limits import num_positions
 from fuse.interstage.migration import EngineLimits
 from fuse.interstage.rollout_planner import RolloutSettings
+from fuse.intrastage.opposite import can_have_opposites, with_opposites
 from fuse.intrastage.optimizer import AdamWConfig
-from fuse.intrastage.placement import place
+from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.sample import SpecialTokens
 from fuse.training.layer_costs import TypicalBatch
@@ -42,10 +43,12 @@ def fleet_settings(
     actor: PretrainedConfig,
     *,
     whole_replicas: bool = False,
+    bidirectional: bool | None = False,
 ) -> FleetSettings:
     """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
 
     whole_replicas: where stages are not asked for, every device trains all of a model on its share of the samples.
+    bidirectional: the one model that trains has opposite replicas; None: where that should be faster.
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
@@ -57,7 +60,6 @@ def fleet_settings(
         raise ValueError(
             f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={count}: choose a divisor"
         )
-    is_fused = config.intra_stage_fusion and num_ranks > 1 and len(algorithm.losses) > 1
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
     placement = tuple(
         replica
@@ -66,6 +68,8 @@ def fleet_settings(
             role, num_ranks, config.stages[role] or (1 if whole_replicas else num_ranks), reverse=index % 2 == 1
         )
     )
+    placement, alternative = opposites(config, placement, length.micro_batches_per_step, bidirectional)
+    is_fused = config.intra_stage_fusion and any(share_ranks(one) for one in (placement, alternative) if one)
     training = TrainingSettings(
         backend=config.train_backend,
         split_backward=is_fused,
@@ -106,6 +110,7 @@ def fleet_settings(
         ),
         training=training,
         placement=placement,
+        alternative=alternative,
         micro_batches_per_step=length.micro_batches_per_step,
         balance=TypicalBatch(config.per_device_train_batch_size, prompts.typical, config.max_response_tokens)
         if config.balance_stages and any(len(replica.ranks) > 1 for replica in placement)
@@ -128,6 +133,28 @@ def fleet_settings(
             inference_batch_tokens=inference_batch_tokens,
         ),
     )
+
+
+def opposites(
+    config: RunConfig, placement: tuple[Replica, ...], num_micro_batches: int, bidirectional: bool | None
+) -> tuple[tuple[Replica, ...], tuple[Replica, ...] | None]:
+    """The placement, with opposite replicas where they are asked for, and what to take instead if that is faster.
+
+    Raises:
+        ValueError: they are asked for where they cannot be.
+    """
+    is_possible = config.intra_stage_fusion and can_have_opposites(placement, num_micro_batches)
+    if not bidirectional:
+        is_chosen_later = bidirectional is None and is_possible and config.balance_stages
+        return placement, with_opposites(placement) if is_chosen_later else None
+    if not is_possible:
+        raise ValueError(
+            f"bidirectional=True with {len(placement[0].ranks)} pipeline stages, {num_micro_batches} micro-batches per "
+            f"optimizer step and intra_stage_fusion={config.intra_stage_fusion}: opposite replicas need fusion, stages "
+            f"on at least 2 devices, and a micro-batch each ({2 * len(placement)} here); change that, or leave "
+            f"bidirectional out"
+        )
+    return with_opposites(placement), None
 
 
 def engine(config: RunConfig, autocast: torch.dtype | None = None, **limits: int | None) -> EngineFactory:

@@ -331,6 +331,11 @@ class Fleet:
         return self._planner.serial_bubble_ratio
 
     @property
+    def opposite_gain(self) -> float | None:
+        """How much faster than by plain 1F1B opposite replicas were planned to train, as of `TrainingPlanner`."""
+        return self._planner.opposite_gain
+
+    @property
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers, by their kind."""
         return {

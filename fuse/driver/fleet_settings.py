@@ -23,6 +23,7 @@ class FleetSettings:
 
     pad_token_id: what ends the tokens of a response that count; None where they all count, up to a stop token.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
+    alternative: a placement to take instead where measured times favour it, which needs `balance`.
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     memory: what the run's memory depends on; None where it is not planned.
     engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
@@ -44,6 +45,7 @@ class FleetSettings:
     memory: MemorySetup | None = None
     engines_sleep: bool = False
     offloads_training: bool = False
+    alternative: tuple[Replica, ...] | None = None
 
     def for_updates(self, num_updates: int) -> FleetSettings:
         """The same for a run that has so many left."""

@@ -13,7 +13,7 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.intrastage.measurement_store import machine
 from fuse.training.model_spec import ModelSpec
 
-_FORMAT = 1
+_FORMAT = 2
 _NO_MATTER = ("architectures", "transformers_version", "_name_or_path", "torch_dtype")
 
 
@@ -24,6 +24,7 @@ def identity(settings: FleetSettings, trained: Mapping[str, ModelSpec]) -> dict[
         "format": _FORMAT,
         "models": {name: _digest(spec) for name, spec in trained.items()},
         "placement": [asdict(replica) for replica in settings.placement],
+        "alternative": None if settings.alternative is None else [asdict(one) for one in settings.alternative],
         "backend": training.backend,
         "fused": settings.plan.fused,
         "tensor_parallel_size": training.tensor_parallel_size,

@@ -38,7 +38,7 @@ class MemorySetup:
 
     models: by role. placement: as of `FleetSettings`. device_memory_bytes: of each device.
     tensor_parallel_size: devices that share each stage, as of `TrainingSettings`.
-    is_fused: actor and critic train at once, in stages that split backwards.
+    is_fused: replicas that share devices, as those of actor and critic do, train at once and split backwards.
     prompt_tokens, response_tokens: of the longest. micro_batch_size: sequences. num_micro_batches: of a step.
     generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
     scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
+from fuse.driver.stage_choice import StageChoice
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
-from fuse.intrastage.stage_balance import LayerCosts, balance_stages, unfused_stages
+from fuse.intrastage.opposite import UpdateCosts, has_opposites
+from fuse.intrastage.stage_balance import LayerCosts
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
 from fuse.training.model_spec import ModelSpec
@@ -122,10 +124,10 @@ class ModelStart:
                 gather([worker.load_training_weights(role, [weights]) for worker in self._workers])
             if role in self._scoring:
                 gather([worker.load_scoring_weights(role, [weights]) for worker in self._workers])
-        return Models(self._workers, TrainingPlanner(placement, settings.plan, store, stages.unfused))
+        return Models(self._workers, TrainingPlanner(placement, settings.plan, store, stages.unfused, stages.update_s))
 
     def _stages(self, store: MeasurementStore) -> Measured:
-        """The placement asked for, cut where measured times favour it, now or in an earlier run."""
+        """The placement asked for or its alternative, cut where measured times favour it, now or in an earlier run."""
         settings = self._settings
         if settings.balance is None:
             return Measured(settings.placement, None)
@@ -135,14 +137,23 @@ class ModelStart:
             return known
         self._doing = "measuring a layer and a head of each model"
         profiles = gather([worker.measure_layer_costs(settings.balance, _TICK_S) for worker in self._workers])
-        asked = (
-            {model: LayerCosts.of(profiles, model) for model in self._specs},
-            settings.placement,
-            {model: spec.num_layers for model, spec in self._specs.items()},
-            settings.micro_batches_per_step,
+        choice = StageChoice(
+            specs=self._specs,
+            costs={model: LayerCosts.of(profiles, model) for model in self._specs},
+            num_micro_batches=settings.micro_batches_per_step,
+            is_fused=settings.plan.fused,
+            tensor_parallel_size=settings.training.tensor_parallel_size,
+            tick_s=_TICK_S,
         )
-        placement = balance_stages(*asked, is_fused=settings.plan.fused, tick_s=_TICK_S)
-        unfused = unfused_stages(*asked, tick_s=_TICK_S) if settings.plan.fused else None
-        stages = Measured(placement, None, unfused)
+        stages = self._chosen(choice)
         store.save(stages)
         return stages
+
+    def _chosen(self, choice: StageChoice) -> Measured:
+        asked, alternative = self._settings.placement, self._settings.alternative
+        if alternative is None and not has_opposites(asked):
+            return choice.cut(asked)
+        costs = UpdateCosts.slowest(gather([worker.measure_update_costs() for worker in self._workers]))
+        if alternative is None:
+            return choice.cut_with_update(asked, costs)
+        return choice.soonest(asked, alternative, costs)

@@ -4,7 +4,7 @@ Every function that opens groups must be called on every rank with the same argu
 creates a group on all ranks or not at all. Each group carries one message as soon as it is open, before the next one
 opens: NCCL sets a connection up by its first message, and blocks both ends' hosts meanwhile. As all ranks come to the
 groups in one order, none waits at a group for a rank that waits for it at another. What is sent later comes in one
-order on all ranks too, messages in that of `fuse.intrastage.message_order`.
+order on all ranks too, messages in that of `fuse.intrastage.message_order`, sums in that of `ModelOptimizer`.
 
 With tensor parallelism of size t, a stage is on t devices that each hold a part of its matrices: what placements and
 schedules call rank r is devices r * t to r * t + t - 1, in the world's numbering. Device d is in lane d % t. Messages
@@ -221,7 +221,7 @@ def open_pipelines(
 class ModelGroups:
     """The groups in which the replicas and stages of one model agree on a step, as far as this device is in them.
 
-    replicas: by stage, the devices of the lane that hold a copy of it; none where there is one copy.
+    replicas: by stage, the devices of the lane that hold copies of it; none where one device has all.
     ends: by replica, its first and last device in the lane, which both hold a tied embedding; none where they are one.
     members: by replica, all its devices of all lanes; none where it is one device.
     lane: this device's, 0 without tensor parallelism.
@@ -238,15 +238,14 @@ class ModelGroups:
 def open_model(replicas: Sequence[Sequence[int]], timeout_s: float, tensor_parallel_size: int = 1) -> ModelGroups:
     """Groups of a model whose replica r has stage s on rank `replicas[r][s]`.
 
-    Raises: ValueError when replicas differ in their number of stages, or share a rank at the same stage.
+    Raises: ValueError when replicas differ in their number of stages, or two have all stages on the same ranks.
     """
     num_stages = len(replicas[0])
     if any(len(ranks) != num_stages for ranks in replicas):
         raise ValueError(f"replicas {list(replicas)} differ in their number of stages: cut every replica alike")
+    if len({tuple(ranks) for ranks in replicas}) < len(replicas):
+        raise ValueError(f"two of the replicas {list(replicas)} have the same ranks: put each on ranks of its own")
     holders = list(zip(*replicas, strict=True))
-    for stage, ranks in enumerate(holders):
-        if len(set(ranks)) < len(ranks):
-            raise ValueError(f"stage {stage} has two replicas on one rank of {ranks}: put each on a rank of its own")
     mine = dist.get_rank()
 
     def opened(rank_lists: Sequence[Sequence[int]], *, across_lanes: bool = False) -> dict[int, dist.ProcessGroup]:
@@ -270,8 +269,8 @@ def open_model(replicas: Sequence[Sequence[int]], timeout_s: float, tensor_paral
     )
 
 
-def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup, what: str) -> None:
-    """Sum over the group, in place and with the same bits on every rank; `what` is named in errors."""
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, what: str) -> None:
+    """Sum over the group, or all, in place and with the same bits on every rank; `what` is named in errors."""
     with naming(f"rank {dist.get_rank()}: summing {what}"):
         dist.all_reduce(tensor, group=group)
 

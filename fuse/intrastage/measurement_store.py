@@ -27,11 +27,13 @@ class Measured:
 
     unfused: the stages that training one model after the other would have, and what they would cost; None where that
     would have the same ones.
+    update_s: seconds of an optimizer step in these stages after its last micro-batch; None where nobody asked.
     """
 
     placement: tuple[Replica, ...]
     profile: Profile | None
     unfused: Measured | None = None
+    update_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def _to_json(measured: Measured) -> dict[str, object]:
         "placement": [asdict(replica) for replica in measured.placement],
         "profile": None if measured.profile is None else profile_to_json(measured.profile),
         "unfused": None if measured.unfused is None else _to_json(measured.unfused),
+        "update_s": measured.update_s,
     }
 
 
@@ -84,6 +87,7 @@ def _from_json(value: Mapping[str, Any]) -> Measured:
         tuple(replica_from_json(one) for one in value["placement"]),
         None if profile is None else profile_from_json(profile),
         None if unfused is None else _from_json(unfused),
+        value["update_s"],
     )
 
 

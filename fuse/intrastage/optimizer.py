@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,9 @@ class ModelOptimizer:
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
     the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
-    stages of several models step them in the same order.
+    stages of several models step them in the same order, and come to sums in the same order within each: of replicas
+    stage by stage, then of tied copies replica by replica, then of the norm. Opposite replicas, of which a rank holds
+    different stages, meet in that order too, so that none waits for a rank that waits for it.
     """
 
     def __init__(
@@ -183,10 +185,15 @@ class ModelOptimizer:
 
     def _add_replicas(self) -> None:
         # Stage by stage: ranks that hold several stages meet in the same order everywhere.
-        for (_, stage), parameters in self._parameters.items():
+        for stage in dict.fromkeys(stage for _, stage in self._parameters):
+            copies = [list(held.values()) for (_, number), held in self._parameters.items() if number == stage]
+            if not copies[0]:
+                continue
+            _add_onto_first(copies)
             group = self._groups.replicas.get(stage)
-            if group is not None and parameters:
-                _all_reduce_gradients(parameters.values(), group, f"gradients of {self._name} stage {stage}")
+            if group is not None:
+                _all_reduce_gradients(copies[0], group, f"gradients of {self._name} stage {stage}")
+            _give_first_to_others(copies)
 
     def _add_tied_copies(self) -> None:
         last = self._groups.num_stages - 1
@@ -201,9 +208,8 @@ class ModelOptimizer:
             if group is not None:
                 _all_reduce_gradients(copies[0], group, f"tied embedding gradients of {self._name}")
             else:
-                for first, other in zip(*copies, strict=True):
-                    total = _grad(first) + _grad(other)
-                    first.grad, other.grad = total, total.clone()
+                _add_onto_first(copies)
+                _give_first_to_others(copies)
 
     def _gradient_norm(self) -> float:
         norm = 0.0
@@ -241,6 +247,17 @@ def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Proces
     flat = _flatten_dense_tensors(gradients)
     all_reduce_sum(flat, group, what)
     torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+
+
+def _add_onto_first(copies: Sequence[Sequence[nn.Parameter]]) -> None:
+    """Add the gradients of other copies of some parameters, on this device, to those of the first."""
+    for other in copies[1:]:
+        torch._foreach_add_([_grad(one) for one in copies[0]], [_grad(one) for one in other])
+
+
+def _give_first_to_others(copies: Sequence[Sequence[nn.Parameter]]) -> None:
+    for other in copies[1:]:
+        torch._foreach_copy_([_grad(one) for one in other], [_grad(one) for one in copies[0]])
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,12 @@ def place(role: str, num_ranks: int, num_stages: int, *, reverse: bool = False) 
         Replica(role, index, tuple(range(index * span, (index + 1) * span))[::order] * (num_stages // span))
         for index in range(num_ranks // span)
     )
+
+
+def share_ranks(placement: Sequence[Replica]) -> bool:
+    """Whether several replicas, of one model or of several, are on some rank of a world of more than one."""
+    held = [rank for replica in placement for rank in set(replica.ranks)]
+    return len(set(held)) > 1 and len(set(held)) < len(held)
 
 
 def replica_micro_batches(num_micro_batches: int, num_replicas: int, index: int) -> range:

@@ -15,8 +15,9 @@ from statistics import median
 from fuse.intrastage.cost_profile import Profile, StageCosts
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.measurement_store import Measured
+from fuse.intrastage.opposite import without_opposites
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.training_schedule import fused_problem, serial_schedule
+from fuse.intrastage.training_schedule import fused_problem, serial_schedule, unfused
 from schedules import Problem, evaluate
 from schedules.fused.greedy import greedy
 
@@ -81,12 +82,12 @@ def balance_stages(
     def problem(candidate: tuple[Replica, ...]) -> Problem:
         return fused_problem(_predicted(costs, candidate, tick_s), candidate, num_micro_batches, shape)
 
-    def unfused(candidate: tuple[Replica, ...]) -> int:
+    def serial(candidate: tuple[Replica, ...]) -> int:
         return evaluate(replace(serial_schedule(candidate, num_micro_batches), problem=problem(candidate))).makespan
 
     even = _even(placement, num_layers)
     if not is_fused:
-        return _descend(even, unfused)
+        return _descend(even, serial)
     from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
 
     descended = [_descend(start, lambda one: evaluate(greedy(problem(one))).makespan) for start in _directions(even)]
@@ -105,9 +106,31 @@ def unfused_stages(
     *,
     tick_s: float,
 ) -> Measured:
-    """The stages that suit training one model after the other best, and what they would cost; as `balance_stages`."""
-    balanced = balance_stages(costs, placement, num_layers, num_micro_batches, is_fused=False, tick_s=tick_s)
+    """The stages that suit training one model after the other best, and what they would cost; as `balance_stages`.
+
+    Without opposite replicas.
+    """
+    plain = without_opposites(placement)
+    balanced = balance_stages(costs, plain, num_layers, num_micro_batches, is_fused=False, tick_s=tick_s)
     return Measured(balanced, _predicted(costs, balanced, tick_s))
+
+
+def predicted_step_s(
+    costs: Mapping[str, LayerCosts],
+    placement: tuple[Replica, ...],
+    num_micro_batches: int,
+    *,
+    is_fused: bool,
+    tick_s: float,
+) -> float:
+    """Seconds of a step's operations in balanced stages, messages left out: all replicas at once, or model by model."""
+    shape = costs[placement[0].model].layer.shape
+    problem = fused_problem(_predicted(costs, placement, tick_s), placement, num_micro_batches, shape)
+    if not is_fused:
+        return tick_s * evaluate(unfused(problem)).makespan
+    from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
+
+    return tick_s * solve(problem, time_limit_s=_SOLVE_S, num_workers=1, objective=Objective.MAKESPAN).makespan
 
 
 def _descend(placement: tuple[Replica, ...], makespan: Callable[[tuple[Replica, ...]], int]) -> tuple[Replica, ...]:

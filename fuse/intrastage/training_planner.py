@@ -16,7 +16,8 @@ from pathlib import Path
 from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.observed import TRAIN, ObservedCosts, one_of_each
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.opposite import has_opposites
+from fuse.intrastage.placement import Replica, share_ranks
 from fuse.intrastage.training_schedule import (
     Plan,
     fused_schedule,
@@ -25,6 +26,7 @@ from fuse.intrastage.training_schedule import (
     unfused_bubble_ratio,
 )
 from fuse.trace import Span
+from schedules import evaluate
 from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class TrainingPlanner:
     """Decides the schedule of every optimizer step.
 
     store: what earlier runs of the same models have measured; it keeps what this one measures.
-    unfused: as of `Measured`.
+    unfused, update_s: as of `Measured`.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class TrainingPlanner:
         settings: PlanSettings,
         store: MeasurementStore,
         unfused: Measured | None = None,
+        update_s: float | None = None,
     ) -> None:
         self.placement, self._settings, self._store, self._unfused = placement, settings, store, unfused
-        self._is_fused = settings.fused and len({rank for replica in placement for rank in replica.ranks}) > 1
+        self._planned_update_s = update_s
+        self._is_fused = settings.fused and share_ranks(placement)
         self._plans: dict[int, Plan] = {}
         self._profile: Profile | None = None
         known = store.load() if self._is_fused else None
@@ -87,6 +91,7 @@ class TrainingPlanner:
         self._num_drifted = 0
         self._lasting = 1 if self._profile is None else DRIFT_UPDATES
         self._serial_bubble_ratios: dict[int, float] = {}  # by number of micro-batches, as the plans
+        self._gains: dict[int, float] = {}  # likewise
         self._update_s: float | None = None  # of the last update's training
         self._updates_left = settings.num_updates
 
@@ -109,16 +114,19 @@ class TrainingPlanner:
             self._profile = self._observed.profile(one_of_each(shapes))
             if self._profile is None:
                 return {count: Plan(halved_serial_schedule(self.placement, count)) for count in counts}
-            self._store.save(Measured(self.placement, self._profile, self._unfused))
+            self._store.save(Measured(self.placement, self._profile, self._unfused, self._planned_update_s))
         missing = sorted(set(counts) - self._plans.keys())
         if not self._plans:
             self._serial_bubble_ratios.clear()  # not when plans are dropped: the update's report comes after that
+            self._gains.clear()
         memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
         for count in missing:
             limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
             num_steps = self._updates_left * self._settings.steps_per_update // len(missing)
             self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s, num_steps)
             self._serial_bubble_ratios[count] = self._unfused_bubble_ratio(self._profile, count, one_of_each(shapes)[1])
+            if has_opposites(self.placement):
+                self._gains[count] = self._gain(self._profile, count)
         return {count: self._plans[count] for count in counts}
 
     def will_solve(self, counts: Iterable[int]) -> bool:
@@ -133,6 +141,14 @@ class TrainingPlanner:
         Of several plans in use, the mean.
         """
         return statistics.fmean(self._serial_bubble_ratios.values()) if self._serial_bubble_ratios else None
+
+    @property
+    def opposite_gain(self) -> float | None:
+        """Seconds of a step by plain 1F1B over those planned, less one; None without opposite replicas.
+
+        Of several plans in use, the mean.
+        """
+        return statistics.fmean(self._gains.values()) if self._gains else None
 
     def observe(self, spans: Iterable[Span]) -> None:
         """Learn from an update's spans of all ranks; forget plans that no longer hold."""
@@ -192,6 +208,23 @@ class TrainingPlanner:
             num_workers=settings.num_workers,
         )
         return Plan(schedule, profile)
+
+    def _gain(self, profile: Profile, count: int) -> float:
+        """The same operations take as much longer by plain 1F1B as it is busy less; updates are counted where known."""
+        planned = evaluate(self._plans[count].schedule)
+        step_s = planned.makespan * profile.tick_s
+        plain_s = step_s * (1 - planned.bubble_ratio) / (1 - self._serial_bubble_ratios[count])
+        plain_update_s = None if self._unfused is None else self._unfused.update_s
+        counted = "gradients' sums and optimizer not counted"
+        if self._planned_update_s is not None and plain_update_s is not None:
+            step_s, plain_s = step_s + self._planned_update_s, plain_s + plain_update_s
+            counted = "gradients' sums and optimizer included"
+        _logger.info(
+            "two opposite replicas: a step of %d micro-batches is planned to take %.3f s, by plain 1F1B %.3f s, %.2f "
+            "times as fast (%s)",
+            *(count, step_s, plain_s, plain_s / step_s, counted),
+        )
+        return plain_s / step_s - 1
 
     def _unfused_bubble_ratio(self, profile: Profile, count: int, typical: Shape) -> float:
         unfused = self._unfused

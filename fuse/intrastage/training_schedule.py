@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
+from fuse.intrastage.opposite import has_opposites, plain_profile, without_opposites
 from fuse.intrastage.placement import Replica, replica_micro_batches
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.baselines.interleaved import interleaved
@@ -140,9 +141,12 @@ def unfused_bubble_ratio(
 ) -> float:
     """Idle share of all ranks if the models trained one after the other, in the stages that suit that best.
 
+    Opposite replicas are not used then: one of the two has all micro-batches.
+
     profile, replicas, shape: as of `fused_schedule`. unfused_replicas, unfused_profile: those stages and what they
     would cost, messages left out; None where they are the same.
     """
+    profile, replicas = plain_profile(profile, replicas), without_opposites(replicas)
     problem = fused_problem(profile, replicas, num_micro_batches, shape)
     if unfused_replicas is not None and unfused_profile is not None:
         in_own_stages = fused_problem(unfused_profile, unfused_replicas, num_micro_batches, shape)
@@ -206,9 +210,10 @@ def _problem(replicas: Sequence[Replica], num_micro_batches: int) -> Problem:
     num_replicas = {replica.model: sum(other.model == replica.model for other in replicas) for replica in replicas}
     most = max(num_replicas.values())
     if num_micro_batches < most:
+        remedy = "train without opposite replicas" if has_opposites(replicas) else "use more pipeline stages"
         raise ValueError(
             f"{num_micro_batches} micro-batches per optimizer step cannot feed {most} data-parallel replicas: "
-            f"lower per_device_train_batch_size or num_mini_batches, or use more pipeline stages"
+            f"lower per_device_train_batch_size or num_mini_batches, or {remedy}"
         )
     pipelines = tuple(
         Pipeline(

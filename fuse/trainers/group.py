@@ -144,7 +144,8 @@ class GroupTrainer(Trainer):
             data_collator=None,
             callbacks=callbacks,
             shuffles=args.shuffle_dataset,
-            whole_replicas=replicas_fit(policy, args),
+            whole_replicas=not args.bidirectional and replicas_fit(policy, args),
+            bidirectional=args.bidirectional,
             rate_name="learning_rate",
         )
 

@@ -12,14 +12,18 @@ _MOST_DEVICES = 8
 
 
 def iteration_report(
-    tracks: Mapping[str, Mapping[str, Sequence[Span]]], clock: PhaseClock, serial_bubble_ratio: float | None = None
+    tracks: Mapping[str, Mapping[str, Sequence[Span]]],
+    clock: PhaseClock,
+    serial_bubble_ratio: float | None = None,
+    opposite_gain: float | None = None,
 ) -> dict[str, float]:
     """What an iteration's spans, by device and worker, say.
 
     `time/{phase}` and `time/total` in seconds; `idle/{device}`: the share in which no worker of it computed, and of
     more than 8 devices `idle/min`, `idle/mean` and `idle/max`, so that logs do not grow with devices; and where
     training was planned, `bubble/planned`, `bubble/executed` and `bubble/serial`: idle shares of all devices while they
-    train, in the plan, in fact, and as `serial_bubble_ratio` has it without fusion.
+    train, in the plan, in fact, and as `serial_bubble_ratio` has it without fusion. Then, too, `gain/bidirectional`:
+    how much faster than by plain 1F1B two opposite replicas were planned to train, a ratio less one.
     """
     total_s = clock.end_s - clock.start_s
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
@@ -34,6 +38,8 @@ def iteration_report(
     bubbles = _bubbles([workers["model"] for workers in tracks.values()])
     if bubbles and serial_bubble_ratio is not None:
         bubbles["bubble/serial"] = serial_bubble_ratio
+    if bubbles and opposite_gain is not None:
+        bubbles["gain/bidirectional"] = opposite_gain
     return report | bubbles
 
 
@@ -84,4 +90,9 @@ def summary_line(report: Mapping[str, float]) -> str:
     bubbles = ", ".join(
         f"{name.removeprefix('bubble/')} {share:.0%}" for name, share in report.items() if name.startswith("bubble/")
     )
-    return f"{report['time/total']:.2f} s ({phases}), idle {idle}" + (f", bubbles {bubbles}" if bubbles else "")
+    gain = report.get("gain/bidirectional")
+    return (
+        f"{report['time/total']:.2f} s ({phases}), idle {idle}"
+        + (f", bubbles {bubbles}" if bubbles else "")
+        + (f", planned {1 + gain:.2f} times as fast as plain 1F1B" if gain is not None else "")
+    )

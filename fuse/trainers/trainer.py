@@ -75,11 +75,12 @@ class Trainer(TrainerFace):
         num_places: int | None = None,
         shuffles: bool = True,
         whole_replicas: bool = False,
+        bidirectional: bool | None = False,
         rate_name: str = "lr",
     ) -> None:
         """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
 
-        num_places: see `fuse.training.layout.Layout`. whole_replicas: see `fleet_settings`.
+        num_places: see `fuse.training.layout.Layout`. whole_replicas, bidirectional: see `fleet_settings`.
         shuffles: whether prompts are drawn at random.
         rate_name: what the learning rate is logged as.
 
@@ -104,7 +105,15 @@ class Trainer(TrainerFace):
         tokens = prompts.prompt_tokens(train_dataset, eval_dataset, self._kept_tokens, collates=collates)
         checks.check_engine(args, policy, tokens)
         self._settings = fleet_settings(
-            args, algorithm, length, layout, special, tokens, policy.config, whole_replicas=whole_replicas
+            args,
+            algorithm,
+            length,
+            layout,
+            special,
+            tokens,
+            policy.config,
+            whole_replicas=whole_replicas,
+            bidirectional=bidirectional,
         )
         self._settings = within_memory(args, self._settings, models, tokens)
         self._run = Run(

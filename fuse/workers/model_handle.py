@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Profile
+from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.trace import Span
@@ -59,6 +60,10 @@ class ModelHandle:
     def measure_layer_costs(self, batch: TypicalBatch, tick_s: float) -> Future[Profile]:
         """What parts of the trained models cost there; all ranks are called at once."""
         return self.worker.call(ModelWorker.measure_layer_costs, batch, tick_s)
+
+    def measure_update_costs(self) -> Future[UpdateCosts]:
+        """What sums of gradients and the optimizer cost there; all ranks are called at once."""
+        return self.worker.call(ModelWorker.measure_update_costs)
 
     def place(self, placement: tuple[Replica, ...]) -> Future[None]:
         """Build the stages and the scoring models that belong there; all ranks are called at once."""

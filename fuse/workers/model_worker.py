@@ -13,6 +13,7 @@ from fuse.algorithms.batch import Experience
 from fuse.device_clock import clock_of
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
+from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -24,6 +25,7 @@ from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, inferences, kind_of
 from fuse.training.steps import OptimizerStep, RankStep
+from fuse.training.update_costs import measure_update_costs
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 
@@ -60,8 +62,7 @@ class ModelWorker:
 
     def connect(self, host: str, port: int, world_size: int) -> None:
         """Join the world."""
-        settings = self._settings
-        self._world_size = world_size
+        settings, self._world_size = self._settings, world_size
         communication.connect(self._rank, world_size, host, port, self._device, settings.timeout_s)
         self._tensor_group = communication.open_tensor_group(settings.tensor_parallel_size, settings.timeout_s)
 
@@ -69,6 +70,10 @@ class ModelWorker:
         """What layers of the trained models cost here; all ranks call this at once."""
         rank = self._rank // self._settings.tensor_parallel_size
         return measure_layer_costs(rank, self._device, self._tensor_group, self._trained, self._settings, batch, tick_s)
+
+    def measure_update_costs(self) -> UpdateCosts:
+        """What sums of gradients and the optimizer cost here; all ranks call this at once."""
+        return measure_update_costs(self._world_size, self._device)
 
     def place(self, placement: tuple[Replica, ...]) -> None:
         """Build the stages and the scoring models that belong here; all ranks call this at once."""

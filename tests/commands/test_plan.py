@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fuse.cli import main
+from fuse.driver.memory import RESERVE_SHARE
 
 from ..tiny_models import config
 
@@ -102,3 +103,31 @@ def test_bad_input_is_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert status == 2
     assert line in error_output
     assert error_output.count("\n") == 1
+
+
+def test_two_opposite_replicas_are_counted_where_they_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    """Without a critic, and unless one pipeline is asked for."""
+    arguments = ("--model", model, "--critic-model", "none", "--device-memory-gb")
+    both = plan(tmp_path, *arguments, "8")
+    assert "two opposite replicas of the policy" in capsys.readouterr().out
+    plain = plan(tmp_path, *arguments, "8", "--no-bidirectional")
+    assert "two opposite replicas" not in capsys.readouterr().out
+    assert (both["bidirectional"], plain["bidirectional"]) == (True, False)
+    peaks = [max(one["peak_bytes"].values()) for one in (both, plain)]
+    assert peaks[0] > peaks[1]
+    between = (sum(peaks) / 2e9 - RESERVE_SHARE * 8) / (1 - RESERVE_SHARE)
+    assert not plan(tmp_path, *arguments, str(between))["bidirectional"]
+    forced = plan(tmp_path, *arguments, str(between), "--bidirectional")
+    assert (forced["bidirectional"], forced["fits"]) == (True, False)
+
+
+def test_a_critic_leaves_no_place_for_opposite_replicas(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    assert not plan(tmp_path, "--model", model, "--device-memory-gb", "8")["bidirectional"]
+    arguments = ["plan", "--num-devices", "2", "--model", model, "--device-memory-gb", "8", "--bidirectional"]
+    assert main(arguments) == 2
+    assert "--bidirectional needs --critic-model none" in capsys.readouterr().err
+    assert main([*arguments, "--critic-model", "none", "--actor-stages", "1"]) == 2

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from fuse.config import memory
+from fuse.config.grpo import GRPOConfig
 from fuse.config.ppo import PPOConfig
 from fuse.driver import memory as memory_ledger
-from fuse.driver.memory import ledger
+from fuse.driver.memory import RESERVE_SHARE, ledger
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.opposite import with_opposites
+from fuse.trainers import device_memory
 
-from ..trainers import tiny
+from ..trainers import tiny, tiny_group
 
 
 def test_a_machine_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +155,75 @@ def test_on_cpus_only_a_critics_copy_is_saved(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(memory, "host_memory_bytes", lambda: whole - 4 * critic - 1)
     with pytest.raises(ValueError, match=f"take {whole - 4 * critic} bytes"):
         tiny.trainer(tmp_path / "three")
+
+
+def test_opposite_replicas_are_an_alternative_where_this_machine_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"num_devices": 2, "actor_stages": 2}
+
+    def settings_of(name: str, **more: Any) -> Any:
+        trainer: Any = tiny_group.trainer(tmp_path / name, **options, **more)
+        return trainer._settings
+
+    count = tiny.policy().num_parameters()
+    plain, both = 8 * count + 16 * count, 8 * count + 32 * count
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: both)
+    settings = settings_of("enough")
+    assert settings.alternative == with_opposites(settings.placement)
+    assert settings.plan.fused
+    assert settings_of("asked", bidirectional=True).placement == settings.alternative
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: both - 1)
+    with caplog.at_level(logging.INFO, logger=memory.__name__):
+        assert settings_of("too little").alternative is None
+    assert "plain 1F1B: memory has no room for two opposite replicas" in caplog.text
+    with pytest.raises(ValueError, match=rf"take {both} bytes .* leave bidirectional out, use smaller"):
+        settings_of("asked all the same", bidirectional=True)
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: plain)
+    assert settings_of("left out", bidirectional=False).alternative is None
+
+
+def test_opposite_replicas_are_an_alternative_where_gpus_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GRPOConfig, "accelerator", property(lambda _: "cuda"))
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(device_memory, "device_memory_bytes", lambda: 8 * 10**9)
+    options: dict[str, Any] = {"num_devices": 2, "actor_stages": 2}
+    roomy: Any = tiny_group.trainer(tmp_path / "roomy", **options)
+    assert roomy._settings.alternative is not None
+    setup = roomy._settings.memory
+    peaks = [
+        max(ledger(replace(setup, placement=one), plans_fusion=False).peak_bytes.values())
+        for one in (roomy._settings.placement, roomy._settings.alternative)
+    ]
+    between = round(sum(peaks) / 2 - RESERVE_SHARE * 8 * 10**9)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: round(between / (1 - RESERVE_SHARE)))
+    tight: Any = tiny_group.trainer(tmp_path / "tight", **options)
+    assert tight._settings.alternative is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_devices": 1},
+        {"num_devices": 2, "actor_stages": 1},
+        {"num_devices": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 1},
+        {"num_devices": 2, "intra_stage_fusion": False},
+    ],
+)
+def test_opposite_replicas_that_cannot_be_are_refused_when_asked_for(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"bidirectional=True with .* leave bidirectional out"):
+        tiny_group.trainer(tmp_path / "asked", bidirectional=True, **options)
+    trainer: Any = tiny_group.trainer(tmp_path / "left open", **options)
+    assert trainer._settings.alternative is None
+
+
+def test_whole_replicas_stay_the_default_where_they_fit(tmp_path: Path) -> None:
+    whole: Any = tiny_group.trainer(tmp_path / "whole", num_devices=2)
+    assert [replica.ranks for replica in whole._settings.placement] == [(0,), (1,)]
+    assert whole._settings.alternative is None
+    asked: Any = tiny_group.trainer(tmp_path / "asked", num_devices=2, bidirectional=True)
+    assert [replica.ranks for replica in asked._settings.placement] == [(0, 1), (1, 0)]
+    evenly: Any = tiny_group.trainer(tmp_path / "evenly", num_devices=2, actor_stages=2, balance_stages=False)
+    assert evenly._settings.alternative is None, "nothing is measured that could tell"

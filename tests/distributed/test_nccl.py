@@ -14,6 +14,7 @@ from fuse.intrastage import communication
 from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer, open_model, open_pipelines
 from fuse.intrastage.executor import MOST_IN_FLIGHT
 from fuse.intrastage.measure import measure_messages
+from fuse.intrastage.optimizer import ModelOptimizer
 from fuse.intrastage.training_schedule import unfused
 from schedules import Kind, Op, Problem, Schedule
 from schedules.baselines import (
@@ -51,6 +52,10 @@ def drawn(problem: Problem) -> Schedule:
 OPPOSITE: Placed = [("actor", range(4), 5), ("critic", range(4)[::-1], 4)]
 REPLICAS: Placed = [("actor", range(4), 6), ("critic", [1, 0], 3), ("critic", [3, 2], 2)]
 """The critic with half the stages and two replicas, as the published placement has it."""
+BOTH_WAYS: Placed = [("actor", range(4), 4), ("actor", range(4)[::-1], 3)]
+ODD: Placed = [("actor", range(3), 3), ("actor", range(3)[::-1], 2)]
+"""Opposite replicas; of the middle stage, where there is one, a rank holds both."""
+PAIRS: Placed = [("actor", ranks[::step], 2) for ranks in ([0, 1, 2], [3, 4, 5]) for step in (1, -1)]
 EIGHT: Placed = [("actor", range(8), 6), ("critic", range(8)[::-1], 5)]
 FAMILIES: dict[str, tuple[Callable[[Problem], Schedule], Placed, bool]] = {
     "one rank": (one_f_one_b, [("actor", [0], 2)], False),
@@ -67,6 +72,16 @@ FAMILIES: dict[str, tuple[Callable[[Problem], Schedule], Placed, bool]] = {
     "replicas, serial": (serial, REPLICAS, False),
     "replicas, fused": (greedy, REPLICAS, False),
     "replicas in a ring": (drawn, [("actor", [(r + s) % 3 for s in range(3)], 3) for r in range(3)], True),
+    "opposite replicas": (greedy, BOTH_WAYS, True),
+    "opposite replicas, serial": (serial, BOTH_WAYS, False),
+    "opposite replicas, two ranks": (greedy, [("actor", [0, 1], 2), ("actor", [1, 0], 1)], True),
+    "opposite replicas, odd": (solved, ODD, True),
+    "opposite replicas beside one another": (drawn, PAIRS, False),
+    "opposite replicas, several stages per device": (
+        unfused,
+        [("actor", [0, 1] * 2, 2), ("actor", [1, 0] * 2, 2)],
+        False,
+    ),
     "fused": (greedy, OPPOSITE, False),
     "fused, eight ranks": (greedy, EIGHT, False),
     "fused by the solver": (solved, [("actor", range(4), 4), ("critic", [3, 2, 1, 0], 4)], True),
@@ -111,6 +126,21 @@ def test_random_schedules_train(seed: int) -> None:
 def test_devices_that_share_stages_train(slots: int) -> None:
     problem, models = problem_of(2, [("actor", [0, 1], 4), ("critic", [1, 0], 3)])
     check(Training(greedy(problem), models, tensor_parallel_size=2), slots)
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_opposite_replicas_in_lanes_train(slots: int) -> None:
+    problem, models = problem_of(3, ODD)
+    check(Training(greedy(problem), models, tensor_parallel_size=2), slots)
+
+
+@pytest.mark.parametrize("family", ["opposite replicas", "opposite replicas, odd"])
+def test_opposite_replicas_whose_gradients_are_not_added_up_train_something_else(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(ModelOptimizer, "_add_replicas", lambda *_: None)
+    with pytest.raises(AssertionError, match="not close"):
+        check(training_of(family), PLENTY)
 
 
 def test_messages_hold_few_blocks_of_a_device_and_sums_as_many_as_nccl_likes() -> None:
@@ -205,7 +235,9 @@ def test_receives_posted_ahead_wait_for_ever_where_they_fill_the_device(family: 
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("family", ["1F1B, eight ranks", "fused", "ZB-V", "several stages per device"])
+@pytest.mark.parametrize(
+    "family", ["1F1B, eight ranks", "fused", "ZB-V", "several stages per device", "opposite replicas, odd"]
+)
 def test_messages_in_order_need_no_connection_set_up(monkeypatch: pytest.MonkeyPatch, family: str, slots: int) -> None:
     cold(monkeypatch)
     check(training_of(family), slots)
@@ -245,6 +277,20 @@ def test_groups_that_ranks_open_in_different_orders_are_seen() -> None:
 
     with pytest.raises(AssertionError, match="different orders"):
         FakeNccl(3, PLENTY).run(opened)
+
+
+def test_sums_of_opposite_replicas_in_each_ones_own_order_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's stage of the one replica first, and then of the other: ranks 0 and 3 begin with different stages."""
+    construct = ModelOptimizer.__init__
+
+    def by_replica(self: ModelOptimizer, *arguments: Any, **options: Any) -> None:
+        construct(self, *arguments, **options)
+        self._parameters = dict(sorted(self._parameters.items()))
+
+    monkeypatch.setattr(ModelOptimizer, "__init__", by_replica)
+    for slots in SLOTS:
+        with pytest.raises(Deadlock, match=r"sum among \(0, 3\)"):
+            check(training_of("opposite replicas"), slots)
 
 
 def test_the_world_is_torchs_again_afterwards() -> None:

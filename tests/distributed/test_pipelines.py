@@ -145,6 +145,42 @@ def test_clipped_and_decayed_steps_equal_one_process(measured: Path, world: str)
     assert {key for found in everywhere for key in found} >= {"qwen2 tied norm", "qwen2 tied weights"}
 
 
+@pytest.mark.parametrize("world", PIPELINES)
+def test_two_opposite_replicas_train_what_one_pipeline_does(measured: Path, world: str) -> None:
+    """Tied embeddings, clipping, decay and an odd number of micro-batches included; checkpoints go either way."""
+    for found in results(measured, world, "check_opposites"):
+        for count in (5, 4):
+            assert found[f"norm {count}"] <= 1e-6
+            assert found[f"weights {count}"] <= 2e-6
+            assert found[f"moved {count}"] > 1e-3
+        assert found["without exchange"] > 1e-4
+        assert [found[key] for key in found if "loaded" in key] == [0.0] * 5
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_opposite_replicas_have_the_same_bits_after_every_step(measured: Path, world: str) -> None:
+    bits: dict[str, list[str]] = {}
+    for found in results(measured, world, "check_opposites"):
+        for key, value in found.items():
+            if key.startswith("bits"):
+                bits.setdefault(key.rpartition(" ")[0], []).append(value)
+    assert len(bits) == 2 * 3 * NUM_RANKS[world], "numbers of micro-batches, steps, stages"
+    for key, copies in bits.items():
+        assert len(copies) == 2, key
+        assert copies[0] == copies[1], key
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_a_checkpoint_of_opposite_replicas_has_each_tensor_once(measured: Path, world: str) -> None:
+    results(measured, world, "check_opposites")
+    keys = {}
+    for name in ("plain", "both"):
+        files = (measured / f"opposites-{NUM_RANKS[world]}-{name}").iterdir()
+        keys[name] = sorted(key for path in files for key in load_file(path))
+        assert len(keys[name]) == len(set(keys[name]))
+    assert keys["both"] == keys["plain"]
+
+
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [("2", "1"), ("1", "2"), ("4", "1"), ("1", "4"), ("2", "4")])
 def test_state_saved_by_some_ranks_loads_on_others_bit_for_bit(measured: Path, saved_by: str, loaded_by: str) -> None:
     saved: dict[str, torch.Tensor] = {}

@@ -34,6 +34,7 @@ from schedules.baselines import gpipe, one_f_one_b, serial
 from schedules.formats import schedule_to_text
 
 from .forked import CONTEXT, TIMEOUT_S, World, run_world
+from .opposites import check_opposites
 from .pipelines import ADAMW, LAYERS, MODELS, Run, add_gradients, batches_of, full_model, full_weights
 
 
@@ -267,9 +268,22 @@ WORLDS: list[tuple[str, int, list[Check]]] = [
     (
         "two",
         2,
-        [check_gradients, check_two_models, check_placements, check_splits, check_measure, check_steps, check_state],
+        [
+            check_gradients,
+            check_two_models,
+            check_placements,
+            check_splits,
+            check_measure,
+            check_steps,
+            check_opposites,
+            check_state,
+        ],
     ),
-    ("four", 4, [check_gradients, check_two_models, check_replicas, check_splits, check_steps, check_state]),
+    (
+        "four",
+        4,
+        [check_gradients, check_two_models, check_replicas, check_splits, check_steps, check_opposites, check_state],
+    ),
     ("again", 1, [check_state]),
 ]
 

@@ -24,6 +24,7 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.live_memory import LiveMemory
+from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Replica, place
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -320,3 +321,29 @@ def test_more_takes_more(seven_billion: MemorySetup) -> None:
     ):
         assert max(ledger(replace(seven_billion, **changes)).peak_bytes.values()) > least
     assert max(ledger(replace(seven_billion, scoring="sharded")).peak_bytes.values()) < least
+
+
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_opposite_replicas_hold_everything_that_trains_twice(num_devices: int) -> None:
+    """Each rank its own stage and the one of the rank it exchanges gradients with."""
+    models = {"actor": spec(language_model(**LLAMA, num_key_value_heads=2))}
+    placement = place("actor", num_devices, num_devices)
+    plain = ledger(setup_of(models, num_devices, placement=placement))
+    both = ledger(setup_of(models, num_devices, placement=with_opposites(placement)))
+    for what in ("weights", "gradients", "moments"):
+        own = [
+            sum(one.bytes[Phase.TRAINING] for one in entries if (one.role, one.what) == ("actor", what))
+            for entries in plain.devices
+        ]
+        found = [
+            sum(one.bytes[Phase.TRAINING] for one in entries if (one.role, one.what) == ("actor", what))
+            for entries in both.devices
+        ]
+        assert found == [one + other for one, other in zip(own, own[::-1], strict=True)]
+        assert parts(both, "actor", what) == 2 * parts(plain, "actor", what) > 0
+    assert parts(both, "engine", "weights") == parts(plain, "engine", "weights")
+    # As much is under way at once as fills the bubbles, of half as many micro-batches each.
+    assert both.fused_bytes > plain.serial_bytes
+    # Gradients are summed in one piece of memory.
+    largest = max(entry.bytes.get(Phase.TRAINING, 0) for entry in both.devices[0] if entry.what == "gradients") // 2
+    assert parts(both, "training", "working memory") >= largest

@@ -86,5 +86,5 @@ disconnect()
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     stages, replicas, tensor = finished.stdout.splitlines()
     assert "differ in their number of stages" in stages
-    assert "two replicas on one rank" in replicas
+    assert "two of the replicas [(0,), (0,)] have the same ranks: put each on ranks of its own" in replicas
     assert "tensor_parallel_size=2 does not divide the 1 devices: choose a divisor" in tensor

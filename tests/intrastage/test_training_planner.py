@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from fuse.intrastage import training_planner
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
+from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import DRIFT_UPDATES, PlanSettings, TrainingPlanner
 from fuse.intrastage.training_schedule import fused_schedule
@@ -250,3 +252,47 @@ def test_only_lasting_drift_of_a_stage_against_the_others_plans_again(tmp_path: 
     assert not plans_again_after([spans(1.0)])
     assert not plans_again_after([drifted] * (DRIFT_UPDATES - 1)), "not in a row"
     assert plans_again_after([spans(1.0, of_one_stage=0.5)])
+
+
+def test_opposite_replicas_are_compared_with_one_pipeline_of_all_micro_batches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    placement = with_opposites((Replica("actor", 0, (0, 1)),))
+    spans = [
+        replace(span, name=span.name.replace("actor", "actor.0").replace("critic", "actor.1"))
+        for span in watched([Shape(1, 64)] * 4)
+    ]
+    gains = []
+    for name, updates in (("operations", None), ("updates, too", (0.02, 0.01))):
+        directory = tmp_path / name
+        both_s, plain_s = updates or (None, None)
+        unfused = Measured((Replica("actor", 0, (0, 1)),), None, None, plain_s)
+        planner = TrainingPlanner(
+            placement, settings(directory), MeasurementStore(directory, {"of": name}), unfused, both_s
+        )
+        assert planner.opposite_gain is None
+        planner.plans({4}, [Shape(1, 64)])
+        planner.observe(spans)
+        with caplog.at_level(logging.INFO):
+            (plan,) = planner.plans({4}, [Shape(1, 64)]).values()
+        assert [one.num_micro_batches for one in plan.schedule.problem.pipelines] == [2, 2]
+        # Operations take 6.4 ms. Of one pipeline, 3 of 15 are bubbles: forward 1, backward 2, four micro-batches.
+        assert planner.serial_bubble_ratio == pytest.approx(1 / 5)
+        gains.append(planner.opposite_gain)
+        kept = MeasurementStore(directory, {"of": name}).load()
+        assert kept is not None
+        assert kept.update_s == both_s
+    makespan_s = 1e-5 * evaluate(plan.schedule).makespan
+    assert makespan_s < 15 * 6.4e-3
+    assert gains[0] == pytest.approx(15 * 6.4e-3 / makespan_s - 1)
+    assert gains[1] == pytest.approx((15 * 6.4e-3 + 0.01) / (makespan_s + 0.02) - 1)
+    assert "by plain 1F1B 0.096 s" in caplog.text
+    assert "by plain 1F1B 0.106 s" in caplog.text
+
+
+def test_one_pipeline_is_not_fused_with_itself(tmp_path: Path) -> None:
+    planner = TrainingPlanner((Replica("actor", 0, (0, 1)),), settings(tmp_path), MeasurementStore(tmp_path, {}))
+    planner.observe(watched(SHAPES))
+    (plan,) = planner.plans({4}, SHAPES).values()
+    assert plan.profile is None
+    assert {op.kind for ops in plan.schedule.ranks for op in ops} == {Kind.F, Kind.B}

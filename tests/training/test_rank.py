@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
+from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import Replica, place
 from fuse.intrastage.training_schedule import Plan, halved_serial_schedule
@@ -21,7 +23,7 @@ from fuse.training.layer_costs import TypicalBatch
 from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.steps import optimizer_steps
+from fuse.training.steps import OptimizerStep, optimizer_steps
 from schedules.fused.greedy import greedy
 
 from ..distributed.fake_nccl import FakeNccl
@@ -107,3 +109,52 @@ def test_a_rank_profiles_observes_and_trains_under_nccls_rules(slots: int) -> No
     assert not torch.equal(found["critic: score.weight"], MODELS["critic"].score.weight)
     for name, weight in found.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+FIVE = OptimizerStep(micro_batches=((0, 1), (2,), (3, 4), (5,), (6, 7)), weight=1 / 5)
+"""An odd number of micro-batches of different sizes, as halves of which one replica trains three."""
+
+
+def actor_steps(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> list[Any]:
+    """By rank, after two steps on five micro-batches: norms, weights told, and bits of (replica, stage)."""
+    serial = halved_serial_schedule(placement, 5)
+    plans = [Plan(serial), Plan(greedy(serial.problem))]
+    spec = ModelSpec.of(MODELS["actor"])
+
+    def run(rank: int) -> Any:
+        training = TrainingRank(rank, torch.device("cpu"), {"actor": spec}, placement, SETTINGS, SpanRecorder())
+        training.load_weights("actor", MODELS["actor"].state_dict())
+        steps = [training.train(EXPERIENCE, [FIVE], [1e-2], {5: plan})[0] for plan in plans]
+        held = {key: dict(stage.named_parameters()) for key, stage in training.stages_of("actor").items()}
+        rows = [len(of_step.metrics.get("actor", ())) for of_step in steps]
+        norms = [of_step.gradient_norms["actor"] for of_step in steps]
+        return norms, training.export_weights("actor"), held, rows
+
+    return FakeNccl(num_ranks, slots).run(run)
+
+
+@pytest.mark.parametrize("slots", [0, 64])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_opposite_replicas_train_what_one_pipeline_does(num_ranks: int, slots: int) -> None:
+    """Of three ranks, the middle one holds its stage twice."""
+    plain = place("actor", num_ranks, num_ranks)
+    expected, found = (actor_steps(num_ranks, one, slots) for one in (plain, with_opposites(plain)))
+    weights = {name: weight for _, told, _, _ in expected for name, weight in told.items()}
+    told_here = [name for _, told, _, _ in found for name in told]
+    assert sorted(told_here) == sorted(weights), "each once"
+    for norms, told, _, _ in found:
+        assert norms == found[0][0], "the same on all ranks"
+        assert norms == pytest.approx(expected[0][0], rel=1e-5)
+        for name, weight in told.items():
+            torch.testing.assert_close(
+                weight, weights[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    copies: dict[int, list[dict[str, Tensor]]] = {}
+    for _, _, held, _ in found:
+        for (_, stage), parameters in held.items():
+            copies.setdefault(stage, []).append(parameters)
+    assert [len(copies[stage]) for stage in range(num_ranks)] == [2] * num_ranks
+    for first, second in copies.values():
+        for name, weight in first.items():
+            assert torch.equal(weight, second[name]), name
+    assert [rows for _, _, _, rows in found] == [[2, 2], *[[0, 0]] * (num_ranks - 2), [3, 3]]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fuse.benchmarks.training import command, steps, tables
+from fuse.benchmarks.training import both_ways, command, steps, tables
 from fuse.intrastage.cost_profile import profile_from_json
 
 from ...worker_pool import WorkerPool
@@ -83,6 +83,30 @@ def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
     assert mixed["micro_batch_tokens"] == [18, 14]
 
 
+def test_compares_opposite_replicas_with_plain_1f1b(
+    tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(both_ways, "Cluster", worker_pool)
+    out = tmp_path / "out.json"
+    sizes = ["--micro-batches", "3", "--tokens", "16", "--hidden", "16", "--repeats", "1", "--solve-seconds", "0.5"]
+    assert run("--bidirectional", *sizes, "--json", str(out)) == 0
+    results = json.loads(out.read_text())
+    uniform, mixed = results["rows"]
+    assert (uniform["setting"], mixed["setting"]) == ("both ways uniform 3", "both ways mixed 3")
+    for row in (uniform, mixed):
+        assert row.keys() == KEYS
+        assert (row["actor_layers"], row["critic_layers"], row["num_micro_batches"]) == (4, 0, 3)
+        plain, both = row["serial"], row["fused"]
+        assert plain.keys() == both.keys() == SIDE_KEYS
+        predicted = (plain["planned_ms"] + plain["optimizer_ms"]) / (both["planned_ms"] + both["optimizer_ms"])
+        assert row["predicted_ratio"] == pytest.approx(predicted)
+    assert results["options"]["bidirectional"] is True
+    of_plain, of_both = (profile_from_json(results["profiles"][name]) for name in ("plain", "both ways"))
+    assert {one.pipeline for one in of_plain.stages} == {"actor.0"}
+    assert {one.pipeline for one in of_both.stages} == {"actor.0", "actor.1"}
+    assert "two opposite replicas (fused)" in capsys.readouterr().out
+
+
 def test_writes_profiles_of_every_shape(trained: dict[str, Any]) -> None:
     profile = profile_from_json(trained["profiles"]["2:1"])
     assert {cost.shape.num_tokens for cost in profile.stages} == {7, 8, 9}
@@ -135,6 +159,9 @@ def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         (["--instances", "x.json"], "add --emulate N"),
         (["--emulate", "2", "--profile-only"], "choose one of them"),
         (["--emulate", "1"], "--emulate is 1"),
+        (["--bidirectional", "--emulate", "2"], "leave out --emulate"),
+        (["--bidirectional", "--micro-batches", "1"], "at least 2 --micro-batches"),
+        (["--bidirectional", "--sizes", "1:1"], "leave one of them out"),
         (["--emulate", "8", "--instances", "{file}"], r"has no instance of 8 ranks: choose --emulate from \[2\]"),
         (["--lengths", "{short}"], "has 1 rows, and 16 responses are needed"),
         (["--lengths", "{file}"], "has no column output_tokens"),

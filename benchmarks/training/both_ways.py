@@ -1,0 +1,156 @@
+"""Steps of an actor without a critic: two opposite replicas against plain 1F1B, on the same micro-batches in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM
+
+from fuse.algorithms.batch import Experience
+from fuse.benchmarks.llama import llama_config
+from fuse.benchmarks.options import Row
+from fuse.benchmarks.training.batches import Task, Workload
+from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
+from fuse.benchmarks.training.steps import SETTINGS
+from fuse.benchmarks.training.worker import TimedStep, TrainingWorker
+from fuse.intrastage.cost_profile import Profile, merge
+from fuse.intrastage.opposite import with_opposites
+from fuse.intrastage.placement import Replica, place, replica_micro_batches
+from fuse.intrastage.planned_times import planned_times
+from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
+from fuse.trace import now_s
+from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingRank
+from fuse.training.steps import OptimizerStep
+from fuse.workers.calls import Worker, gather
+from fuse.workers.cluster import Cluster
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+PLAIN, BOTH = "plain", "both ways"
+_WARMUP = 1
+_CONTEXT = 8192
+_LEARNING_RATE = 1e-6
+
+
+class BothWaysWorker(TrainingWorker):
+    """A training worker that holds its stages of the actor in several placements at once."""
+
+    def place_each(self, spec: ModelSpec, placements: Mapping[str, tuple[Replica, ...]]) -> None:
+        """Build the stages that belong here, with the same random weights in each placement."""
+        self._trainings: dict[str, TrainingRank] = {}
+        for name, placement in placements.items():
+            training = TrainingRank(
+                self._rank, torch.device("cpu"), {"actor": spec}, placement, self._settings, self._recorder
+            )
+            torch.manual_seed(0)
+            training.load_weights("actor", spec.model_class(spec.config).state_dict())
+            self._trainings[name] = training
+
+    def profile_each(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> dict[str, Profile]:
+        """This rank's part of each placement's profile."""
+        profiles = {name: training.profile(experience, micro_batches) for name, training in self._trainings.items()}
+        self._recorder.drain()
+        return profiles
+
+    def take_turns(
+        self, experience: Experience, step: OptimizerStep, plans: Mapping[str, Plan], repeats: int
+    ) -> dict[str, list[TimedStep]]:
+        """Take the step in each placement in turn, `repeats` times after one that warms up."""
+        steps: dict[str, list[TimedStep]] = {name: [] for name in plans}
+        gc.collect()
+        for repeat in range(_WARMUP + repeats):
+            for name, plan in plans.items():
+                dist.barrier()
+                start_s = now_s()
+                self._trainings[name].train(experience, [step], [_LEARNING_RATE], {len(step.micro_batches): plan})
+                timed = TimedStep(start_s, now_s(), self._recorder.drain())
+                if repeat >= _WARMUP:
+                    steps[name].append(timed)
+        return steps
+
+
+class BothWays:
+    """Workers on all devices, which hold one actor twice: in one pipeline, and in two opposite replicas."""
+
+    def __init__(self, workers: Sequence[Worker[BothWaysWorker]]) -> None:
+        plain = place("actor", len(workers), len(workers))
+        self._workers = workers
+        self._placements = {PLAIN: plain, BOTH: with_opposites(plain)}
+
+    @classmethod
+    @contextmanager
+    def start(cls, num_devices: int) -> Iterator[BothWays]:
+        """One worker per device, in a cluster of their own.
+
+        Raises:
+            ValueError: there are fewer devices.
+        """
+        with Cluster(num_devices) as cluster:
+            devices = range(num_devices)
+            workers = [cluster.spawn("training worker", one, BothWaysWorker, one, SETTINGS) for one in devices]
+            started = cls(workers)
+            port = workers[0].call(BothWaysWorker.serve_store, cluster.host(0)).result()
+            started._on_all(BothWaysWorker.connect, cluster.host(0), port, num_devices)
+            yield started
+
+    def build(self, num_layers: int, *, hidden_size: int, vocab_size: int) -> None:
+        """A random Llama, spread evenly over the devices."""
+        config = llama_config(num_layers=num_layers, context=_CONTEXT, hidden_size=hidden_size, vocab_size=vocab_size)
+        spec = ModelSpec(model_class=LlamaForCausalLM, config=config, dtype=torch.float32)
+        self._on_all(BothWaysWorker.place_each, spec, self._placements)
+
+    def profiles(self, load: Workload) -> dict[str, Profile]:
+        """What every stage costs on micro-batches of all kinds, by placement."""
+        of_ranks = self._on_all(BothWaysWorker.profile_each, load.experience, load.buckets())
+        return {name: merge(of_rank[name] for of_rank in of_ranks) for name in self._placements}
+
+    def row(
+        self, load: Workload, task: Task, profiles: Mapping[str, Profile], layers: int, *, repeats: int, solve_s: float
+    ) -> Row:
+        """Take the task's step in both placements, in turn. The row is of `row_of`: serial is plain 1F1B.
+
+        predicted_ratio: each side's planned operations with its own measured sums of gradients and optimizer.
+        """
+        sides = self._sides(load, task, profiles, repeats=repeats, solve_s=solve_s)
+        plain, both = sides[PLAIN], sides[BOTH]
+        tokens = [load.shape(samples).size for samples in task.micro_batches]
+        row = row_of(BOTH, {"actor": layers, "critic": 0}, task, tokens, plain, both)
+        predicted = (plain["planned_ms"] + plain["optimizer_ms"]) / (both["planned_ms"] + both["optimizer_ms"])
+        return row | {
+            "predicted_ratio": predicted,
+            "gain_share": (row["ratio"] - 1) / (predicted - 1) if predicted != 1 else 1.0,
+        }
+
+    def _sides(
+        self, load: Workload, task: Task, profiles: Mapping[str, Profile], *, repeats: int, solve_s: float
+    ) -> dict[str, Side]:
+        count = len(task.micro_batches)
+        shapes = [load.shape(samples) for samples in task.micro_batches]
+        middle = sorted(shapes, key=lambda shape: shape.size)[count // 2]
+        schedules = {
+            PLAIN: serial_schedule(self._placements[PLAIN], count),
+            BOTH: fused_schedule(profiles[BOTH], self._placements[BOTH], count, middle, time_limit_s=solve_s),
+        }
+        plans = {name: Plan(schedule, profiles[name]) for name, schedule in schedules.items()}
+        step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
+        by_rank = self._on_all(BothWaysWorker.take_turns, load.experience, step, plans, repeats)
+        sides = {}
+        for name, schedule in schedules.items():
+            replicas = self._placements[name]
+            dealt = [[shapes[i] for i in replica_micro_batches(count, len(replicas), one.index)] for one in replicas]
+            planned = planned_times(schedule, profiles[name], [one.name for one in replicas], dealt)
+            by_repeat = zip(*(steps[name] for steps in by_rank), strict=True)
+            sides[name] = medians([side_of(schedule, planned, ranks) for ranks in by_repeat])
+        return sides
+
+    def _on_all(
+        self, method: Callable[Concatenate[BothWaysWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> list[_T]:
+        return gather([worker.call(method, *args, **kwargs) for worker in self._workers])
