@@ -18,7 +18,6 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.intrastage.cost_profile import Shape
-from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def _setup(
     most_replicas = 1 + max(replica.index for replica in settings.placement)
     return MemorySetup(
         models=planned_models(
-            {role: ModelSpec.of(model) for role, model in models.items()},
+            {role: settings.spec(role, model) for role, model in models.items()},
             autocast=training.autocast,
             gradient_checkpointing=training.gradient_checkpointing,
             split_backward=training.split_backward,
@@ -119,11 +118,13 @@ def _check_devices(planned: Ledger) -> None:
 
 
 def _check_host(settings: FleetSettings, models: Mapping[str, PreTrainedModel]) -> None:
-    """Engines and copies that score read weights where they lie in shared memory, once for all devices."""
+    """Engines and copies that score read weights where they lie in shared memory, once for all devices; copies that
+    are mixed become each device's own."""
     counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
     trains = roles.training(models)
     needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
     needed += sum(4 * count for count in counts.values())
+    needed += sum(4 * counts[role] * settings.num_devices for role in settings.mixed_roles)
     for role in trains:
         trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
         num_replicas = sum(replica.model == role for replica in settings.placement)

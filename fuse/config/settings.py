@@ -104,6 +104,7 @@ def fleet_settings(
             num_tokens=special.num_tokens,
         ),
         training=training,
+        mixing=config.mixing,
         placement=placement,
         micro_batches_per_step=length.micro_batches_per_step,
         balance=TypicalBatch(config.per_device_train_batch_size, prompts.typical, config.max_response_tokens)

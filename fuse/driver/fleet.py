@@ -20,16 +20,16 @@ from fuse.driver import stage_by_stage
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
 from fuse.driver.memory import free_for_micro_batches
+from fuse.driver.mixing import Mixing
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
+from fuse.driver.step_report import step_report
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
-from fuse.intrastage.placement import replica_micro_batches
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import Plan
-from fuse.micro_batch import Metric
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
@@ -76,7 +76,6 @@ class Fleet:
         self._trained = {role: models[role] for role in roles.training(models)}
         self._scoring = {role: models[role] for role in roles.scoring(models)}
         self._tell = tell
-        self._tensor_parallel_size = settings.training.tensor_parallel_size
         self._resources = ExitStack()
 
     def __enter__(self) -> Fleet:
@@ -203,9 +202,16 @@ class Fleet:
         stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
+        self,
+        experience: Experience,
+        steps: Sequence[OptimizerStep],
+        learning_rates: Sequence[float],
+        num_before: int = 0,
     ) -> list[StepReport]:
-        """Take the steps, each with its learning rate."""
+        """Take the steps, each with its learning rate, and between them have what follows the policy move.
+
+        num_before: steps that the run has taken.
+        """
         counts = {len(step.micro_batches) for step in steps}
         shape_of = self.settings.training.layout.shape
         shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
@@ -213,24 +219,24 @@ class Fleet:
             self._tell("solving: the fused schedule")
         plans: Mapping[int, Plan] = self._planner.plans(counts, shapes, self._free_bytes)
         self._tell("training")
-        shared = ray.put(experience), ray.put(steps), learning_rates, ray.put(plans)
-        results = gather([worker.train(*shared) for worker in self._model_workers])
+        shared, planned, mixing = ray.put(experience), ray.put(plans), self.settings.mixing
+        pieces = [slice(len(steps))] if mixing is None else mixing.pieces(num_before, len(steps))
+        results: list[list[RankStep]] = [[] for _ in self._model_workers]
+        for index, piece in enumerate(pieces):
+            if index and mixing is not None:
+                self._mix(mixing, self._exported(GENERATING))
+            told = shared, ray.put(steps[piece]), learning_rates[piece], planned
+            for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
+                taken += more
         return [
-            self._report(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
+            step_report(
+                len(step.micro_batches),
+                [result[index] for result in results[:: self.settings.training.tensor_parallel_size]],
+                self._planner.placement,
+                self._trained,
+            )
             for index, step in enumerate(steps)
         ]
-
-    def _report(self, num_micro_batches: int, by_rank: Sequence[RankStep]) -> StepReport:
-        """One row of metrics per micro-batch: a replica's last rank has those of the replica's micro-batches."""
-        merged: list[dict[Metric, float]] = [{} for _ in range(num_micro_batches)]
-        placement = self._planner.placement
-        for replica in placement:
-            num_replicas = sum(other.model == replica.model for other in placement)
-            indices = replica_micro_batches(num_micro_batches, num_replicas, replica.index)
-            for index, row in zip(indices, by_rank[replica.ranks[-1]].metrics[replica.model], strict=True):
-                merged[index] |= row
-        norms = {role: max(of_rank.gradient_norms[role] for of_rank in by_rank) for role in self._trained}
-        return StepReport(metrics=merged, gradient_norms=norms)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""
@@ -240,14 +246,24 @@ class Fleet:
             on_devices = free_for_micro_batches(replace(memory, placement=self._planner.placement), on_devices)
         return min((free for free in on_devices if free is not None), default=None)
 
-    def synchronise(self) -> None:
-        """Give the trained weights to the engines, and to what scores with a copy of a model that trains."""
+    def synchronise(self, num_steps: int | None = None) -> None:
+        """Give the trained weights to engines and to copies that score.
+
+        num_steps: that the run has taken; None where what follows the policy is to stay.
+        """
         self._tell("weights: to engines and inference")
         weights = self._exported(GENERATING)
         self._on_engines(lambda engine: engine.load_weights(weights))
         for role in self._trained.keys() & self._scoring.keys():
             exported = self._exported(role)
             gather([worker.load_scoring_weights(role, exported) for worker in self._model_workers])
+        mixing = self.settings.mixing
+        if num_steps is not None and mixing is not None and mixing.is_due(num_steps):
+            self._mix(mixing, weights)
+
+    def _mix(self, mixing: Mixing, weights: Sequence[WeightsRef]) -> None:
+        """Move the model that follows the policy towards these weights of it, where its copies are."""
+        gather([worker.mix_scoring_weights(mixing.role, weights, mixing.alpha) for worker in self._model_workers])
 
     # Weights, checkpoints, traces
 
@@ -257,14 +273,20 @@ class Fleet:
         for role, model in self._trained.items():
             load_state_dict(model, get_state_dict(self._exported(role)))
 
+    def fetch_mixed_weights(self) -> None:
+        """Copy what follows the policy into the model that the run was started with."""
+        for role in self.settings.mixed_roles:
+            exported = gather([self._model_workers[0].export_scoring_weights(role)])
+            load_state_dict(self._scoring[role], get_state_dict(exported))
+
     def save(self, directory: Path) -> None:
-        """Write the training state of all models that train.
+        """Write the training state of all models that change.
 
         Raises: OSError when a worker could not write it, or wrote it where it is not seen from here.
         """
         self._tell("saving: the training state")
         try:
-            seen = gather([worker.save(directory) for worker in self._model_workers])
+            seen = gather([worker.save(directory, self.settings.mixed_roles) for worker in self._model_workers])
         except WorkerError as error:
             if isinstance(error.raised, OSError):
                 raise OSError(str(error)) from error
@@ -274,7 +296,7 @@ class Fleet:
     def load(self, directory: Path) -> None:
         """Read a training state, and give its weights to whoever holds copies."""
         self._tell("loading: the checkpoint")
-        gather([worker.load(directory) for worker in self._model_workers])
+        gather([worker.load(directory, self.settings.mixed_roles) for worker in self._model_workers])
         self.synchronise()
 
     def drain_spans(self) -> dict[str, dict[str, list[Span]]]:
@@ -296,7 +318,7 @@ class Fleet:
 
     @property
     def serial_bubble_ratio(self) -> float | None:
-        """Idle share that the last update's training would have had without fusion; None where it is not known."""
+        """Idle share that the last update would have trained with but for fusion; None where it is not known."""
         return self._planner.serial_bubble_ratio
 
     @property

@@ -193,6 +193,7 @@ class Trainer(TrainerFace):
             if termination.is_requested:
                 run.terminate(fleet)
         fleet.fetch_weights()
+        fleet.fetch_mixed_weights()
         run.end(fleet)
 
     @property

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fuse.config import memory
 from fuse.config.ppo import PPOConfig
 from fuse.intrastage.cost_profile import Shape
 
-from ..trainers import tiny
+from ..trainers import tiny, tiny_group
 
 
 def test_a_machine_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +67,20 @@ def test_a_model_that_cannot_be_measured_is_not_refused(
         trainer: Any = tiny.trainer(tmp_path, num_devices=2)
     assert "memory is not planned: memory of M cannot be foreseen" in caplog.text
     assert trainer._settings.memory is None
+
+
+def test_a_reference_that_is_mixed_is_each_devices_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, in which small moves are not rounded away."""
+    options: dict[str, Any] = {"beta": 0.1, "num_devices": 2, "model": tiny.policy().bfloat16()}
+    needed = []
+    for follows in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "host_memory_bytes", lambda: 0)
+            with pytest.raises(ValueError, match="the run does not fit") as error:
+                tiny_group.trainer(tmp_path / str(follows), sync_ref_model=follows, **options)
+        needed.append(int(str(error.value).split(" take ")[1].split()[0]))
+    size = sum(parameter.numel() for parameter in options["model"].parameters())
+    assert needed[1] - needed[0] == 2 * 4 * size
+    for follows, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        trainer: Any = tiny_group.trainer(tmp_path / str(follows), sync_ref_model=follows, **options)
+        assert trainer._settings.spec("reference", trainer.ref_model).dtype == dtype

@@ -60,6 +60,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(plain: GRPOTrainer, tmp_path: Pa
         assert tiny.difference(trainer.model, plain.model) == 0
 
 
+def test_a_reference_that_follows_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    """It moves in the middle of the update before the checkpoint and of the one after it; see also tests/parity."""
+    following = {"sync_ref_model": True, "ref_model_sync_steps": 3, **REUSED}
+    saving = {"save_strategy": "steps", "save_steps": 4, **following}
+    whole = tiny_group.train(tmp_path, **saving)
+    assert whole.ref_model is not None
+    for num_devices, most in ((1, 0.0), (2, tiny.ROUNDING)):
+        resumed = tiny_group.trainer(tmp_path, num_devices=num_devices, **saving)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert resumed.ref_model is not None
+        assert tiny.difference(resumed.ref_model, whole.ref_model) <= most
+        assert tiny.difference(resumed.model, whole.model) <= most
+    assert tiny.difference(whole.ref_model, tiny.policy()) > 10 * tiny.ROUNDING
+    assert tiny.difference(whole.ref_model, whole.model) > 10 * tiny.ROUNDING
+    staying = tiny_group.trainer(tmp_path, **{**saving, "sync_ref_model": False})
+    with pytest.raises(ValueError, match="was written with sync_ref_model=1, this run has sync_ref_model=0: resume"):
+        staying.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_a_dead_engine_costs_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Killed when the first group is finished; without a reference nobody is asked for scores."""
     options: dict[str, Any] = {"num_devices": 2, "max_steps": 1, "max_completion_length": 400, "stop_token": "none"}
