@@ -26,7 +26,7 @@ from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.engines.limits import num_positions
 from fuse.intrastage.placement import place
-from fuse.roles import ROLES, training
+from fuse.roles import role_of, training
 
 _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
@@ -117,7 +117,7 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
     }
     _check_vocabularies(configs)
     is_fused = num_ranks > 1
-    scores = {role: ROLES[role].scores in ("values", "score") for role in configs}
+    scores = {role: role_of(role).scores in ("values", "scores") for role in configs}
     models = planned_models(
         {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()},
         autocast=autocast,

@@ -123,11 +123,13 @@ def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, p
 
 
 def apply_inference(samples: Sequence[Sample], results: Sequence[Inference]) -> None:
-    """Write down what the models say; a score from elsewhere stays where there is no reward model."""
+    """Write down what the models say; a score from elsewhere stays where there is no reward model, several add up."""
     for sample, result in zip(samples, results, strict=True):
         for field in fields(result):
             if (said := getattr(result, field.name)) is not None:
                 setattr(sample, field.name, said)
+        if result.scores is not None:
+            sample.score = sum(result.scores.values())
         sample.advance(SampleState.SCORED)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fuse.intrastage.transformers_stage import head_of
 from fuse.ops.logprob import token_logprobs
-from fuse.roles import ScoreKind
+from fuse.roles import ScoreKind, role_of
 
 _LOGIT_ROWS = 1024
 """Rows of logits held at once."""
@@ -35,15 +35,19 @@ _Rows = Callable[["TokenSequence"], range]
 class TokenSequence:
     """A prompt of at least one token and the response to it.
 
-    rewarded_ids: what a reward model reads in place of these; None where its tokens are the same.
+    rewarded_ids: what reward models read in place of these whose tokens are others, by role.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
-    rewarded_ids: Sequence[int] | None = None
+    rewarded_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def read_by(self, role: str) -> TokenSequence:
+        """What this model reads."""
+        return TokenSequence(self.rewarded_ids[role], ()) if role in self.rewarded_ids else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +75,28 @@ class ScoringSettings:
 class Inference:
     """What the scoring models say of a sequence of n response tokens; None for what no model of the run says.
 
-    reference_logprobs: [n]. values: [n + 1], before each token and after the last.
+    reference_logprobs: [n]. values: [n + 1], before each token and after the last. scores: by role.
     """
 
     reference_logprobs: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
-    score: float | None = None
+    scores: Mapping[str, float] | None = None
+
+
+def inferences(said: Mapping[str, Sequence[Any]]) -> list[Inference]:
+    """What models say of each sequence. said: by role, of all sequences."""
+    made = []
+    for of_one in zip(*said.values(), strict=True):
+        fields: dict[str, Any] = {}
+        for role, one in zip(said, of_one, strict=True):
+            kind = role_of(role).scores
+            assert kind is not None
+            if kind == "scores":
+                fields.setdefault(kind, {})[role] = one
+            else:
+                fields[kind] = one
+        made.append(Inference(**fields))
+    return made
 
 
 def score(
@@ -154,7 +174,7 @@ def scores(
     limit: MicroBatchLimit = MicroBatchLimit(),
     autocast: torch.dtype | None = None,
 ) -> list[float]:
-    """The score head at the last token of prompt and response, or of `rewarded_ids`.
+    """The score head at the last token of prompt and response.
 
     Raises: ValueError for a model without a head of one output.
     """
@@ -162,8 +182,7 @@ def scores(
     def rows(sequence: TokenSequence) -> range:
         return range(len(sequence) - 1, len(sequence))
 
-    rewarded = [one if one.rewarded_ids is None else TokenSequence(one.rewarded_ids, ()) for one in sequences]
-    return [float(score[0]) for score in _scored(model, rewarded, rows, limit, autocast)]
+    return [float(score[0]) for score in _scored(model, sequences, rows, limit, autocast)]
 
 
 def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.roles import ROLES, ScoreKind
+from fuse.roles import role_of
 from fuse.state_dict import adopt_state_dict, mix_state_dict
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
@@ -114,16 +114,14 @@ class ModelWorker:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
         sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
-        results: dict[ScoreKind, Sequence[Any]] = {}
+        said: dict[str, Sequence[Any]] = {}
         for role, model in self._scoring.items():
-            kind = ROLES[role].scores
+            kind = role_of(role).scores
             assert kind is not None
             with self._recorder.span(role, "infer", **sizes):
-                results[kind] = scoring.score(kind, model, sequences, self._scoring_settings)
-        return [
-            scoring.Inference(**dict(zip(results, of_one, strict=True)))
-            for of_one in zip(*results.values(), strict=True)
-        ]
+                read = [sequence.read_by(role) for sequence in sequences]
+                said[role] = scoring.score(kind, model, read, self._scoring_settings)
+        return scoring.inferences(said)
 
     # Weights and checkpoints
 

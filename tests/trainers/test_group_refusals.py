@@ -41,7 +41,14 @@ from . import tiny, tiny_group
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 weights for 1 reward functions"),
         ({"rewards": []}, "reward_funcs is empty: pass a function"),
         ({"rewards": [3]}, "reward_funcs has 3: pass functions"),
-        ({"rewards": [tiny.scorer(1), tiny.scorer(2)]}, "reward_funcs has several models"),
+        (
+            {"rewards": [tiny.scorer(1), tiny.scorer(2)], "reward_processing_classes": [tiny.tokenizer()]},
+            "reward_processing_classes has 1 tokenizers for 2 reward functions",
+        ),
+        (
+            {"rewards": [tiny.scorer(1), tiny.scorer(2, num_labels=2)]},
+            "is a LlamaForSequenceClassification with 2 labels",
+        ),
         ({"train_dataset": [{"question": "ab"}] * 8}, "the dataset has no column 'prompt'"),
         ({"train_dataset": [{"prompt": "ab", "completions": 1}] * 8}, "has a column 'completions'"),
         ({"model": tiny.scorer(1)}, "without output embeddings: pass a causal language model"),
