@@ -19,7 +19,7 @@ from fuse.driver.mixing import Mixing
 from fuse.trainers import group
 from fuse.workers import model_worker
 
-from .group_cases import CASES, DAPO, FOLLOWING, GSPO, REUSED, RLOO, GroupCase
+from .group_cases import CASES, DAPO, ENTROPY, FOLLOWING, GSPO, REUSED, RLOO, GroupCase
 from .group_oracle import GroupRecording, record
 from .group_replay import mismatches, replay
 
@@ -114,6 +114,16 @@ def end_tokens_not_trained_on(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(group_batch, "counted_tokens", counted_tokens)
 
 
+def entropy_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    right = grpo_loss.token_logprobs
+
+    def token_logprobs(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = right(*arguments, **options)
+        return logprobs, entropy.detach()
+
+    patch.setattr(grpo_loss, "token_logprobs", token_logprobs)
+
+
 def reference_that_moves_between_updates_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Mixing, "pieces", lambda mixing, num_before, num_steps: [slice(num_steps)])
 
@@ -137,6 +147,7 @@ def reference_that_forgets_itself(patch: pytest.MonkeyPatch) -> None:
         (baseline_with_the_sample_itself, RLOO),
         (samples_in_the_order_of_generation, REUSED["dapo"]),
         (end_tokens_not_trained_on, DAPO),
+        (entropy_without_a_gradient, ENTROPY),
         (reference_that_moves_between_updates_alone, FOLLOWING),
         (reference_that_forgets_itself, FOLLOWING),
     ],

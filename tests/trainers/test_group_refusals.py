@@ -26,7 +26,7 @@ from . import tiny, tiny_group
         ({"loss_type": "ppo"}, "loss_type='ppo' is unknown: use 'grpo', "),
         ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is unknown"),
         ({"scale_rewards": "all"}, "scale_rewards='all' is unknown"),
-        ({"entropy_coef": 0.1}, "entropy_coef=0.1 is not supported: leave it out"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True is not supported: leave it out"),
         ({"sync_ref_model": True}, "sync_ref_model=True with beta=0.0, for which there is no reference"),
         ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha=1.5 must lie between 0 and 1"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0 must be at least 1"),
