@@ -124,9 +124,10 @@ class GroupTrainer(Trainer):
                 models[roles[index]] = source
             else:
                 checks.check_reward_options(args, source)
-        train_dataset = self._rows(train_dataset, "train_dataset", policy, special)
+        train_dataset, lengths = self._rows(train_dataset, "train_dataset", policy, special)
+        eval_lengths: list[int] = []
         if eval_dataset is not None:
-            eval_dataset = self._rows(eval_dataset, "eval_dataset", policy, special)
+            eval_dataset, eval_lengths = self._rows(eval_dataset, "eval_dataset", policy, special)
         length = args.run_length(len(train_dataset))
         self._permutation = seeded(args.seed, args.rollout_size)
         self._group = GroupSettings(
@@ -145,6 +146,7 @@ class GroupTrainer(Trainer):
             shown=policy,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            prompt_lengths=[lengths, eval_lengths],
             data_collator=None,
             callbacks=callbacks,
             shuffles=args.shuffle_dataset,
@@ -158,8 +160,10 @@ class GroupTrainer(Trainer):
 
     # Data
 
-    def _rows(self, dataset: Any, argument: str, policy: PreTrainedModel, special: SpecialTokens) -> Any:
-        """The rows to be used, tokenised unless they are, each with its prompt as it was.
+    def _rows(
+        self, dataset: Any, argument: str, policy: PreTrainedModel, special: SpecialTokens
+    ) -> tuple[Any, list[int]]:
+        """The rows to be used, tokenised unless they are, each with its prompt as it was; and these prompts' lengths.
 
         Raises: ValueError for those that cannot be.
         """
