@@ -162,6 +162,7 @@ class Fleet:
             limits=rollouts.limits,
             pad_token_id=settings.pad_token_id,
             costs=rollouts.costs(),
+            dealing=rollouts.dealing(),
             on_generated=on_generated,
             max_new_tokens=max_new_tokens,
             timeout_s=settings.training.timeout_s,
@@ -189,6 +190,7 @@ class Fleet:
             self.settings.pad_token_id,
             self._tell,
             max_new_tokens=max_new_tokens,
+            dealing=self._rollouts.dealing(),
             timeout_s=self.settings.training.timeout_s,
         )
 
@@ -228,14 +230,10 @@ class Fleet:
             told = shared, ray.put(steps[piece]), learning_rates[piece], planned
             for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
                 taken += more
+        by_rank = results[:: self.settings.training.tensor_parallel_size]
         return [
-            step_report(
-                len(step.micro_batches),
-                [result[index] for result in results[:: self.settings.training.tensor_parallel_size]],
-                self._planner.placement,
-                self._trained,
-            )
-            for index, step in enumerate(steps)
+            step_report(len(step.micro_batches), of_step, self._planner.placement, self._trained)
+            for step, of_step in zip(steps, zip(*by_rank, strict=True), strict=True)
         ]
 
     def _free_bytes(self) -> int | None:

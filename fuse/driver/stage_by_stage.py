@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 from fuse.activity import silent
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.interstage.dealing import Dealing
 from fuse.interstage.migration import balance
 from fuse.sample import Sample, SampleState, response_length
 from fuse.training.scoring import Inference, TokenSequence
@@ -31,24 +32,21 @@ def generate(
     tell: Callable[[str], None] = silent,
     *,
     max_new_tokens: Mapping[int, int] | None = None,
+    dealing: Dealing | None = None,
     timeout_s: float = math.inf,
 ) -> None:
-    """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
+    """Fill in every sample's response; each engine keeps its samples to the end.
 
-    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`. timeout_s: an engine without
-    a token for so long counts as lost.
+    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`. dealing: which samples each
+    engine gets. timeout_s: an engine without a token for so long counts as lost.
 
     Raises:
         WorkerError: an engine died, raised or was silent.
     """
     by_id = {sample.id: sample for sample in samples}
-    shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
+    shares = dict(zip(engines, (dealing or Dealing()).shares(samples, len(engines)), strict=True))
     limits = max_new_tokens or {}
-    submissions = []
-    for engine, share in shares.items():
-        requests = [_request(sample, params, limits.get(sample.id, params.max_new_tokens)) for sample in share]
-        submissions.append(engine.submit(requests))
-    gather(submissions)
+    gather([engine.submit([request_of(one, params, limits) for one in share]) for engine, share in shares.items()])
     for sample in samples:
         sample.advance(SampleState.GENERATING)
 
@@ -102,9 +100,16 @@ def progress_text(samples: Sequence[Sample]) -> str:
 _LIVE = frozenset({SampleState.QUEUED, SampleState.GENERATING, SampleState.MIGRATING})
 
 
-def _request(sample: Sample, params: SamplingParams, max_new_tokens: int) -> GenerationRequest:
-    params = replace(params, max_new_tokens=max_new_tokens)
-    return GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=params)
+def request_of(sample: Sample, params: SamplingParams, max_new_tokens: Mapping[int, int]) -> GenerationRequest:
+    """What an engine is given, with the tokens that there are already. max_new_tokens: see `generate`."""
+    most = max_new_tokens.get(sample.id, params.max_new_tokens)
+    return GenerationRequest(
+        sample_id=sample.id,
+        prompt_ids=sample.prompt_ids,
+        params=replace(params, max_new_tokens=most),
+        response_ids=tuple(sample.response_ids),
+        logprobs=tuple(sample.logprobs),
+    )
 
 
 def sequence_of(sample: Sample) -> TokenSequence:

@@ -86,7 +86,7 @@ def roll_out(
     for device in silent:
         engines[device].is_silent = True
     scorers = [FakeScorer(device, engine).handle for device, engine in enumerate(engines)]
-    samples = [Sample(FIRST_ID + index, (1, 2, 3)) for index in range(len(lengths))]
+    samples = [Sample(FIRST_ID + index, (1, 2, 3 + index)) for index in range(len(lengths))]
     announced: list[int] = []
     rollout = LiveRollout(
         [engine.handle for engine in engines],
