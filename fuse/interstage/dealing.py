@@ -46,7 +46,7 @@ def deal(
     groups: dict[Hashable, list[int]] = {}
     for sample, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(sample)
-    apart = np.arange(len(prompts)) % num_engines
+    apart: Ints = np.arange(len(prompts), dtype=np.int64) % num_engines
     if len(groups) == len(prompts):
         return apart
     siblings = list(groups.values())

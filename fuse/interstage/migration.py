@@ -135,7 +135,7 @@ class Policy(Protocol):
 
 def evens_out(policy: Policy) -> bool:
     """Whether a policy moves samples from engines that have much to do to those that have little."""
-    return getattr(policy, "evens_out", False)
+    return bool(getattr(policy, "evens_out", False))
 
 
 @dataclass(frozen=True, slots=True)

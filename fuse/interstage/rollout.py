@@ -68,7 +68,7 @@ class Rollout:
     @property
     def prompt_numbers(self) -> Ints:
         """Of each sample, equal for siblings alone, [samples]."""
-        return np.arange(self.num_samples) if self.prompts is None else self.prompts
+        return np.arange(self.num_samples, dtype=np.int64) if self.prompts is None else self.prompts
 
     @property
     def distinct_prompt_tokens(self) -> int:

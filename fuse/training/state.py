@@ -94,8 +94,8 @@ def load_state(
             tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes(part).items()}
             _read(reader, tensors)
             optimizer.import_state(part, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
-    for name, model in models.items():
-        parameters = _parameters(name, model)
+    for name, whole in models.items():
+        parameters = _parameters(name, whole)
         tensors = {key: torch.empty(one.shape, dtype=one.dtype) for key, one in parameters.items()}
         _read(reader, tensors)
         for key, parameter in parameters.items():

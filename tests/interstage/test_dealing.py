@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from fuse.sample import Sample
 FREE_PREFILL = replace(SMALL_CPU, prefill_s=0.0, prefill_token_s=0.0)
 
 
-def dealt(prompts: Sequence[object], num_engines: int, *, tokens: int = 100, **options: object) -> list[int]:
-    return deal(prompts, [tokens] * len(prompts), num_engines, **options).tolist()  # type: ignore[arg-type]
+def dealt(prompts: Sequence[Hashable], num_engines: int, *, tokens: int = 100, **options: Any) -> list[int]:
+    engines: list[int] = deal(prompts, [tokens] * len(prompts), num_engines, **options).tolist()
+    return engines
 
 
 def test_samples_without_siblings_go_round() -> None:
@@ -40,7 +42,7 @@ def test_groups_stay_whole_and_what_is_uneven_is_split() -> None:
 
 
 def test_costs_say_whether_a_group_is_split() -> None:
-    options = {"costs": SMALL_CPU, "response_tokens": 100.0, "is_evened_out": True}
+    options: dict[str, Any] = {"costs": SMALL_CPU, "response_tokens": 100.0, "is_evened_out": True}
     short, long = (dealt("aaaabbbbcccc", 2, tokens=tokens, **options) for tokens in (100, 10_000))
     assert sorted(np.bincount(short)) == [6, 6]
     assert sorted(np.bincount(long)) == [4, 8], "the prompt costs more than two samples too many"
@@ -52,7 +54,7 @@ def test_costs_say_whether_siblings_are_side_by_side() -> None:
     groups, together, apart = "aabbccdd", [0, 0, 1, 1, 0, 0, 1, 1], [0, 1] * 4
     assert dealt(groups, 2, costs=FREE_PREFILL, response_tokens=100.0) == apart
     assert dealt(groups, 2, costs=SMALL_CPU, tokens=2000, response_tokens=10.0) == together
-    options = {"costs": SMALL_CPU, "tokens": 200, "response_tokens": 800.0}
+    options: dict[str, Any] = {"costs": SMALL_CPU, "tokens": 200, "response_tokens": 800.0}
     assert dealt(groups, 2, **options) == apart
     assert dealt(groups, 2, **options, is_evened_out=True) == together
 
