@@ -51,10 +51,10 @@ class RunState:
             ValueError: the checkpoint's run differs, naming what; or the file is damaged.
         """
         state = cls.read(path)
-        for name, value in run.items():
-            if state.run.get(name) != value:
+        for name in (*run, *(state.run.keys() - run.keys())):
+            if (written := state.run.get(name, 0)) != (value := run.get(name, 0)):
                 raise ValueError(
-                    f"{path.parent} was written with {name}={state.run.get(name)}, this run has {name}={value}: "
+                    f"{path.parent} was written with {name}={written}, this run has {name}={value}: "
                     "resume with the same value or start afresh"
                 )
         return state

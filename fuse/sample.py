@@ -45,10 +45,10 @@ class Sample:
 
     `id` is unique over a whole run and keys the sampling noise, so a sample's tokens never depend on
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
-    `response_length`), known once it is generated; a response may hold more. `rewards` are those of several reward
-    functions, NaN for none. `logprobs` are the engine's, `trainer_logprobs` those of the same weights as the trainer
-    computes them, where that was asked for. `rewarded_ids` are what a reward model reads whose tokens are not the
-    policy's.
+    `response_length`), known once it is generated; a response may hold more. `scores` are those of reward models by
+    role, `rewards` those of all models and functions in their order, NaN for none; `score` is what they come to.
+    `logprobs` are the engine's, `trainer_logprobs` those of the same weights as the trainer computes them, where that was
+    asked for. `rewarded_ids` are what reward models read whose tokens are not the policy's, by role.
     """
 
     id: int
@@ -62,9 +62,10 @@ class Sample:
     reference_logprobs: NDArray[np.float32] | None = None
     trainer_logprobs: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
+    scores: Mapping[str, float] | None = None
     score: float | None = None
     rewards: list[float] = field(default_factory=list)
-    rewarded_ids: tuple[int, ...] | None = None
+    rewarded_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def old_logprobs(self) -> NDArray[np.float32]:

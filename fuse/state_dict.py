@@ -125,6 +125,23 @@ def release_weights(model: nn.Module) -> None:
             parameter.data = parameter.new_empty(()).expand(parameter.shape)
 
 
+def mix_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], alpha: float) -> None:
+    """Let parameters w become alpha * s + (1 - alpha) * w, for s of their names in `state_dict`, cast to their types.
+
+    Parameters get tensors of their own, for adopted ones must not be written. Names as in `load_state_dict`.
+
+    Raises:
+        ValueError: names or shapes that do not match; then nothing has changed.
+    """
+    WeightLayout.of(model).check(state_dict)
+    own = model.state_dict(keep_vars=True)
+    # A tied tensor is one object under all of its names, and is mixed once.
+    given = {own[name]: tensor for name, tensor in state_dict.items() if isinstance(own[name], nn.Parameter)}
+    with torch.no_grad():
+        for parameter, tensor in given.items():
+            parameter.data = parameter.data.mul(1.0 - alpha).add_(tensor.to(parameter), alpha=alpha)
+
+
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy `state_dict` into the model's own tensors, cast to their types.
 

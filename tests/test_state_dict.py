@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from trl.trainer.callbacks import SyncRefModelCallback
 
-from fuse.state_dict import WeightLayout, check_fit, check_state_dict, load_state_dict
+from fuse.state_dict import WeightLayout, adopt_state_dict, check_fit, check_state_dict, load_state_dict, mix_state_dict
 
 EXPECTED = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
 
@@ -55,3 +56,19 @@ def test_a_tied_tensor_may_come_under_any_of_its_names(name: str) -> None:
     assert torch.equal(model.head.weight, torch.ones(5, 2))
     with pytest.raises(ValueError, match=r"embedding.weight is missing; head.weight is missing"):
         WeightLayout.of(model).check({"positions": torch.arange(3)})
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
+def test_weights_are_mixed_as_trl_mixes_them(name: str) -> None:
+    """To the bit, tied ones once, and without writing to what the model had adopted."""
+    model, oracle, policy = Tied(), Tied(), Tied()
+    adopted = oracle.embedding.weight.detach().clone()
+    before = adopted.clone()
+    adopt_state_dict(model, {name: adopted, "positions": torch.arange(3)})
+    for _ in range(3):
+        mix_state_dict(model, {name: policy.embedding.weight}, 0.3)
+        SyncRefModelCallback._sync_target_model(policy, oracle, 0.3)
+        assert torch.equal(model.head.weight, oracle.head.weight)
+    assert torch.equal(adopted, before)
+    with pytest.raises(ValueError, match="is not part of the model"):
+        mix_state_dict(model, {"other": torch.zeros(1)}, 0.5)

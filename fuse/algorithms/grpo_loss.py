@@ -25,6 +25,7 @@ from fuse.micro_batch import Metric, Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
 
 LOSS, KL, ENTROPY = Metric("loss"), Metric("kl"), Metric("entropy")
+POLICY_LOSS, ENTROPY_COEF = Metric("policy_loss"), Metric("entropy_coef")
 CISPO_CLIPPED = Metric("cispo_clip_ratio")
 VESPO_WEIGHT = Metric("vespo/phi_seq_mean")
 
@@ -37,6 +38,7 @@ class GRPOLossSettings:
     beta: weight of the KL penalty. weighs_kl: whether that is multiplied by the ratio.
     is_on_policy: whether samples are of the weights that are trained: ratios are then 1, whatever the engine rounds.
     top_entropy_quantile: the share of tokens, by entropy, that are trained on.
+    entropy_coef: weight of the entropy, in the mean over the tokens that are trained on, which is to be large.
     off_policy_threshold: largest mean log-ratio of a sequence with a negative advantage; None for any.
     correction: of the sampler's distribution; None for none. max_tokens: of a response.
     micro_batches_per_rollout: that its samples are cut into.
@@ -52,6 +54,7 @@ class GRPOLossSettings:
     max_tokens: int
     micro_batches_per_rollout: int
     top_entropy_quantile: float = 1.0
+    entropy_coef: float = 0.0
     off_policy_threshold: float | None = None
     correction: CorrectionSettings | None = None
     num_tokens: int | None = None
@@ -67,7 +70,7 @@ def grpo_loss(
     logprobs, entropy = token_logprobs(
         hidden, head, targets.token_ids, settings.temperature, num_tokens=settings.num_tokens
     )
-    entropy = entropy.detach()
+    bonus, entropy = entropy, entropy.detach()
     old_logprobs = logprobs.detach() if settings.is_on_policy else targets.old_logprobs
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp() if settings.level == "token" else sequences.expand(sequences.mean(log_ratio)).exp()
@@ -87,7 +90,8 @@ def grpo_loss(
         old = targets.sampler_logprobs if settings.correction is not None else old_logprobs
         losses = losses * _kept(sequences.mean(old - logprobs.detach()), terms, settings.off_policy_threshold)
     if settings.top_entropy_quantile < 1 and len(entropy):
-        losses = losses * (entropy >= torch.quantile(entropy.float(), 1 - settings.top_entropy_quantile))
+        is_trained_on = entropy >= torch.quantile(entropy.float(), 1 - settings.top_entropy_quantile)
+        losses, bonus = losses * is_trained_on, bonus[is_trained_on]
     if correction is not None and settings.loss_type != "vespo":
         losses = losses * correction
     metrics: dict[Metric, Tensor] = {}
@@ -98,6 +102,9 @@ def grpo_loss(
         losses = losses + settings.beta * kl
         metrics[KL] = _token_mean(kl.detach())
     loss = _MEANS[settings.loss_type](losses, targets, sequences, settings)
+    if settings.entropy_coef:
+        metrics |= {POLICY_LOSS: loss.detach(), ENTROPY_COEF: loss.new_tensor(settings.entropy_coef)}
+        loss = loss - settings.entropy_coef * _token_mean(bonus)
     with torch.no_grad():
         metrics |= {LOSS: loss.detach(), ENTROPY: _token_mean(entropy)}
         metrics |= _clip_metrics(terms, settings)

@@ -27,7 +27,7 @@ from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, plan
 from fuse.engines.limits import num_positions
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
-from fuse.roles import ROLES, training
+from fuse.roles import role_of, training
 
 _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
@@ -143,7 +143,7 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
     if arguments.bidirectional is not False and _can_have_opposites(arguments, configs, placement, num_micro_batches):
         placement = with_opposites(placement)
     is_fused = share_ranks(placement)
-    scores = {role: ROLES[role].scores in ("values", "score") for role in configs}
+    scores = {role: role_of(role).scores in ("values", "scores") for role in configs}
     models = planned_models(
         {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()},
         autocast=autocast,

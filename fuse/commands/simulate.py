@@ -24,6 +24,7 @@ from fuse.commands.output import output_file
 from fuse.commands.simulation_tables import show_gains, show_policies
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
+from fuse.interstage.dealing import prompt_numbers
 from fuse.interstage.drawing import picture
 from fuse.interstage.length_trace import MOST_TOKENS, LengthTrace, read_length_trace
 from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
@@ -171,6 +172,7 @@ class _Case:
             costs=costs,
             limits=limits,
             can_transfer=self._can_transfer,
+            prompts=prompt_numbers(trace.prompts[batch]),
         )
 
     def policy(self, name: str) -> Policy:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from fuse.config.run import RunConfig, option
 from fuse.config.run_length import RunLength
+from fuse.driver.mixing import Mixing
 
 _NO_EFFECT = "Accepted for compatibility; no effect."
 _REFUSED = "Accepted for compatibility; must stay unset."
@@ -32,7 +33,7 @@ class GroupConfig(RunConfig):
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         *RunConfig.AT_LEAST_ONE,
         *("num_generations", "num_generations_eval", "max_completion_length", "generation_batch_size"),
-        *("steps_per_generation", "num_iterations"),
+        *("steps_per_generation", "num_iterations", "ref_model_sync_steps"),
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*RunConfig.NOT_NEGATIVE, "beta")
     POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "epsilon", "temperature")
@@ -50,7 +51,6 @@ class GroupConfig(RunConfig):
         "vllm_gpu_memory_utilization": _VLLM,
         "vllm_max_model_length": "leave it out: the longest prompt and response are made room for",
         "vllm_tensor_parallel_size": _VLLM,
-        "sync_ref_model": "leave it out: the reference stays as it was",
     }
     """Options of TRL that are refused but for their defaults, and what to do instead."""
     MIN_GENERATIONS: ClassVar[int] = 2
@@ -83,6 +83,11 @@ class GroupConfig(RunConfig):
     chat_template_kwargs: dict[str, Any] | str | None = option(None, "For the chat template, as a JSON object.")
 
     beta: float = option(0.0, "Weight of the KL penalty. 0: there is no reference model.")
+    sync_ref_model: bool = option(False, "Have the reference follow the policy: every ref_model_sync_steps it moves.")
+    ref_model_mixup_alpha: float = option(
+        0.6, "The policy's share in the reference's new weights; the rest is of its own. With sync_ref_model."
+    )
+    ref_model_sync_steps: int = option(512, "Optimizer steps between two moves of the reference. With sync_ref_model.")
     epsilon: float = option(0.2, "How far below 1 a ratio may move the policy, and above without epsilon_high.")
     epsilon_high: float | None = option(None, "How far above 1 a ratio may move the policy.")
     reward_weights: list[float] | None = option(None, "Of the reward functions, in their order. Default: 1 each.")
@@ -115,8 +120,6 @@ class GroupConfig(RunConfig):
     vllm_server_port: int = option(8000, _NO_EFFECT)
     vllm_server_timeout: float = option(240.0, _NO_EFFECT)
     vllm_group_port: int = option(51216, _NO_EFFECT)
-    ref_model_mixup_alpha: float = option(0.6, _NO_EFFECT)
-    ref_model_sync_steps: int = option(512, _NO_EFFECT)
     generation_kwargs: dict[str, Any] | str | None = option(None, _REFUSED)
     cache_implementation: str | None = option(None, _REFUSED)
     use_transformers_continuous_batching: bool = option(False, _REFUSED)
@@ -129,7 +132,6 @@ class GroupConfig(RunConfig):
     vllm_gpu_memory_utilization: float = option(0.3, _REFUSED)
     vllm_max_model_length: int | None = option(None, _REFUSED)
     vllm_tensor_parallel_size: int = option(1, _REFUSED)
-    sync_ref_model: bool = option(False, _REFUSED)
 
     @property
     def sampling_temperature(self) -> float:
@@ -168,6 +170,12 @@ class GroupConfig(RunConfig):
         """Rollouts with the same weights: of which one optimizer step consists, where it has several."""
         return max(1, self.gradient_accumulation_steps // self.uses_per_rollout)
 
+    @property
+    def mixing(self) -> Mixing | None:
+        if not self.sync_ref_model:
+            return None
+        return Mixing(role="reference", alpha=self.ref_model_mixup_alpha, every_steps=self.ref_model_sync_steps)
+
     def run_length(self, num_rows: int) -> RunLength:
         """How much a run on so many prompts trains."""
         micro_batches = self.rollouts_per_update * self.uses_per_rollout
@@ -204,6 +212,11 @@ class GroupConfig(RunConfig):
             raise ValueError(
                 f"vllm_mode={self.vllm_mode!r} is not supported: engines are on num_devices, set 'colocate'"
             )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} must lie between 0 and 1, or be 1 for the policy "
+                f"itself"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie between 0 and 1, or be 1 for every token")
         if self.top_k < 0:
@@ -220,6 +233,10 @@ class GroupConfig(RunConfig):
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
+        if self.sync_ref_model and not self.beta:
+            raise ValueError(
+                "sync_ref_model=True with beta=0.0, for which there is no reference model: set beta, or leave it out"
+            )
         self._fill_rollout_size()
         size, uses = self.rollout_size, self.uses_per_rollout
         if size % self.num_generations:

@@ -10,7 +10,6 @@ from fuse.config.group import GroupConfig
 from fuse.config.run import option
 
 _REFUSED = "Accepted for compatibility; must stay unset."
-_ENTROPY = "leave it out: there is no entropy bonus here; top_entropy_quantile chooses tokens by entropy"
 
 
 @dataclass
@@ -35,8 +34,7 @@ class GRPOConfig(GroupConfig):
     }
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {
         **GroupConfig.UNSUPPORTED,
-        "entropy_coef": _ENTROPY,
-        "use_adaptive_entropy": _ENTROPY,
+        "use_adaptive_entropy": "leave it out: entropy_coef stays as it is set",
         "cast_lm_head_to_fp32": "leave it out: heads compute log-probabilities in float32",
         "max_tool_calling_iterations": "leave it out: responses call no tools",
         "log_completions_hub_repo": "leave it out: completions are printed and given to TensorBoard and W&B",
@@ -59,6 +57,7 @@ class GRPOConfig(GroupConfig):
     )
     delta: float | None = option(None, "Upper bound of ratios for negative advantages, too.")
     top_entropy_quantile: float = option(1.0, "The share of tokens, those of most entropy, that are trained on.")
+    entropy_coef: float = option(0.0, "Weight of the entropy of the tokens that are trained on, which is to be large.")
     use_bias_correction_kl: bool = option(True, "Multiply the KL penalty of a token by its ratio.")
     off_policy_mask_threshold: float | None = option(
         None, "Leave out responses with negative advantage whose log-ratio is, in the mean, larger."
@@ -80,7 +79,6 @@ class GRPOConfig(GroupConfig):
     vllm_importance_sampling_clip_max: float | None = option(3.0, "Largest of these weights.")
     vllm_importance_sampling_clip_min: float | None = option(None, "Smallest of these weights.")
 
-    entropy_coef: float = option(0.0, _REFUSED)
     use_adaptive_entropy: bool = option(False, _REFUSED)
     entropy_coef_min: float = option(0.0, "Accepted for compatibility; no effect.")
     entropy_coef_max: float = option(1.0, "Accepted for compatibility; no effect.")

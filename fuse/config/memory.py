@@ -21,7 +21,6 @@ from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import has_opposites
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.transformers_stage import check_stages
-from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -44,16 +43,16 @@ def within_memory(
     if prompts.most is not None:
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
         settings = replace(settings, plan=replace(settings.plan, longest=longest))
-    sharings = _sharings(config)
+    sharings = _sharings(config, settings)
     if config.accelerator == "cpu":
         if config.ray_address is not None:
             return _shared(settings, models, sharings[0])
         most = host_memory_bytes()
         for sharing in sharings:
-            needed = _host_bytes(settings.placement, models, sharing.scoring)
+            needed = _host_bytes(settings, settings.placement, models, sharing.scoring)
             if needed <= most:
                 rival = settings.alternative
-                keeps = rival is None or _host_bytes(rival, models, sharing.scoring) <= most
+                keeps = rival is None or _host_bytes(settings, rival, models, sharing.scoring) <= most
                 return _shared(settings if keeps else _without_alternative(settings), models, sharing)
         raise _exceeds_host(needed, most, models, settings.placement)
     try:
@@ -80,13 +79,21 @@ class _Sharing:
     offloads_training: bool
 
 
-def _sharings(config: RunConfig) -> list[_Sharing]:
-    """What users allow, what costs least first."""
+def _sharings(config: RunConfig, settings: FleetSettings) -> list[_Sharing]:
+    """What users allow, what costs least first. Copies that follow the policy are whole."""
     yes_or_no = {"on": (True,), "off": (False,), "auto": (False, True)}
+    scorings = SCORING_CHOICES[config.scoring]
+    if settings.mixing is not None:
+        scorings = tuple(scoring for scoring in scorings if scoring == "whole")
+        if not scorings:
+            raise ValueError(
+                f"scoring={config.scoring!r} with sync_ref_model: shares of a reference do not follow the policy; set "
+                f"scoring='auto' or 'whole'"
+            )
     return [
         _Sharing(scoring=scoring, engines_sleep=sleeps, offloads_training=offloads)
         for offloads in yes_or_no[config.offload_training]
-        for scoring in SCORING_CHOICES[config.scoring]
+        for scoring in scorings
         for sleeps in yes_or_no[config.engines_sleep]
     ]
 
@@ -136,7 +143,7 @@ def _setup(
     most_replicas = 1 + max(replica.index for replica in settings.placement)
     return MemorySetup(
         models=planned_models(
-            {role: ModelSpec.of(model) for role, model in models.items()},
+            {role: settings.spec(role, model) for role, model in models.items()},
             autocast=training.autocast,
             gradient_checkpointing=training.gradient_checkpointing,
             split_backward=training.split_backward,
@@ -181,8 +188,14 @@ def _does_not_fit(planned: Ledger) -> ValueError:
     )
 
 
-def _host_bytes(placement: Sequence[Replica], models: Mapping[str, PreTrainedModel], scoring: Scoring) -> int:
-    """Engines and copies that score read weights where they lie in shared memory, once for all devices.
+def _host_bytes(
+    settings: FleetSettings,
+    placement: Sequence[Replica],
+    models: Mapping[str, PreTrainedModel],
+    scoring: Scoring,
+) -> int:
+    """Engines and copies that score read weights where they lie in shared memory, once for all devices; copies that
+    are mixed become each device's own.
 
     In shares, what trains has none but the engines', and of others there is as much.
     """
@@ -191,6 +204,7 @@ def _host_bytes(placement: Sequence[Replica], models: Mapping[str, PreTrainedMod
     needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
     in_place = {role for role in trains if role != roles.GENERATING and scoring == "sharded"}
     needed += sum(4 * count for role, count in counts.items() if role not in in_place)
+    needed += sum(4 * counts[role] * settings.num_devices for role in settings.mixed_roles)
     for role in trains:
         trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
         num_replicas = sum(replica.model == role for replica in placement)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from fuse.config.inherited import check_inherited
+from fuse.driver.mixing import Mixing
 
 _logger = logging.getLogger(__name__)
 
@@ -311,6 +312,11 @@ class RunConfig(TrainingArguments):
     def max_inference_samples(self) -> int:
         """Most samples in one inference micro-batch."""
         return 64
+
+    @property
+    def mixing(self) -> Mixing | None:
+        """How a model that only scores follows the policy; None where none does."""
+        return None
 
     @property
     def stages(self) -> Mapping[str, int | None]:

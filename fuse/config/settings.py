@@ -109,6 +109,7 @@ def fleet_settings(
             is_sharded=config.scoring == "sharded",
         ),
         training=training,
+        mixing=config.mixing,
         placement=placement,
         alternative=alternative,
         micro_batches_per_step=length.micro_batches_per_step,

@@ -20,17 +20,17 @@ from fuse.driver import stage_by_stage
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
 from fuse.driver.memory import free_for_micro_batches
+from fuse.driver.mixing import Mixing
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
 from fuse.driver.score_flow import score_through
+from fuse.driver.step_report import step_report
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
-from fuse.intrastage.placement import replica_micro_batches
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import Plan
-from fuse.micro_batch import Metric
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
@@ -77,7 +77,6 @@ class Fleet:
         self._trained = {role: models[role] for role in roles.training(models)}
         self._scoring = {role: models[role] for role in roles.scoring(models)}
         self._tell = tell
-        self._tensor_parallel_size = settings.training.tensor_parallel_size
         self._resources = ExitStack()
 
     def __enter__(self) -> Fleet:
@@ -169,6 +168,7 @@ class Fleet:
             flow_roles=tuple(self._scoring) if settings.scoring.is_sharded else (),
             pad_token_id=settings.pad_token_id,
             costs=rollouts.costs(),
+            dealing=rollouts.dealing(),
             on_generated=on_generated,
             max_new_tokens=max_new_tokens,
             timeout_s=settings.training.timeout_s,
@@ -197,6 +197,7 @@ class Fleet:
             self.settings.pad_token_id,
             self._tell,
             max_new_tokens=max_new_tokens,
+            dealing=self._rollouts.dealing(),
             timeout_s=self.settings.training.timeout_s,
         )
 
@@ -222,9 +223,16 @@ class Fleet:
             sample.trainer_logprobs = logprobs
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
+        self,
+        experience: Experience,
+        steps: Sequence[OptimizerStep],
+        learning_rates: Sequence[float],
+        num_before: int = 0,
     ) -> list[StepReport]:
-        """Take the steps, each with its learning rate. Engines that sleep then do so until `synchronise`."""
+        """Take the steps, each with its learning rate, and between them have what follows the policy move.
+
+        Engines that sleep do so from now on until `synchronise`. num_before: steps that the run has taken.
+        """
         if self.settings.engines_sleep:
             self._send_engines_to_sleep()
         counts = {len(step.micro_batches) for step in steps}
@@ -234,24 +242,20 @@ class Fleet:
             self._tell("solving: the fused schedule")
         plans: Mapping[int, Plan] = self._planner.plans(counts, shapes, self._free_bytes)
         self._tell("training")
-        shared = ray.put(experience), ray.put(steps), learning_rates, ray.put(plans)
-        results = gather([worker.train(*shared) for worker in self._model_workers])
+        shared, planned, mixing = ray.put(experience), ray.put(plans), self.settings.mixing
+        pieces = [slice(len(steps))] if mixing is None else mixing.pieces(num_before, len(steps))
+        results: list[list[RankStep]] = [[] for _ in self._model_workers]
+        for index, piece in enumerate(pieces):
+            if index and mixing is not None:
+                self._mix(mixing, self._exported(GENERATING))
+            told = shared, ray.put(steps[piece]), learning_rates[piece], planned
+            for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
+                taken += more
+        by_rank = results[:: self.settings.training.tensor_parallel_size]
         return [
-            self._report(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
-            for index, step in enumerate(steps)
+            step_report(len(step.micro_batches), of_step, self._planner.placement, self._trained)
+            for step, of_step in zip(steps, zip(*by_rank, strict=True), strict=True)
         ]
-
-    def _report(self, num_micro_batches: int, by_rank: Sequence[RankStep]) -> StepReport:
-        """One row of metrics per micro-batch: a replica's last rank has those of the replica's micro-batches."""
-        merged: list[dict[Metric, float]] = [{} for _ in range(num_micro_batches)]
-        placement = self._planner.placement
-        for replica in placement:
-            num_replicas = sum(other.model == replica.model for other in placement)
-            indices = replica_micro_batches(num_micro_batches, num_replicas, replica.index)
-            for index, row in zip(indices, by_rank[replica.ranks[-1]].metrics[replica.model], strict=True):
-                merged[index] |= row
-        norms = {role: max(of_rank.gradient_norms[role] for of_rank in by_rank) for role in self._trained}
-        return StepReport(metrics=merged, gradient_norms=norms)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""
@@ -261,8 +265,11 @@ class Fleet:
             on_devices = free_for_micro_batches(replace(memory, placement=self._planner.placement), on_devices)
         return min((free for free in on_devices if free is not None), default=None)
 
-    def synchronise(self) -> None:
-        """Give the trained weights to the engines, and to what scores with a copy of a model that trains."""
+    def synchronise(self, num_steps: int | None = None) -> None:
+        """Give the trained weights to engines and to copies that score.
+
+        num_steps: that the run has taken; None where what follows the policy is to stay.
+        """
         self._tell("weights: to engines and inference")
         is_sharded = self.settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
@@ -271,6 +278,13 @@ class Fleet:
         self._on_engines(lambda engine: engine.load_weights(exported[GENERATING]))
         for role in copied:
             gather([worker.load_scoring_weights(role, exported[role]) for worker in self._model_workers])
+        mixing = self.settings.mixing
+        if num_steps is not None and mixing is not None and mixing.is_due(num_steps):
+            self._mix(mixing, exported[GENERATING])
+
+    def _mix(self, mixing: Mixing, weights: Sequence[WeightsRef]) -> None:
+        """Move the model that follows the policy towards these weights of it, where its copies are."""
+        gather([worker.mix_scoring_weights(mixing.role, weights, mixing.alpha) for worker in self._model_workers])
 
     def _send_engines_to_sleep(self) -> None:
         self._on_engines(GenerationHandle.sleep)
@@ -288,14 +302,20 @@ class Fleet:
         for role, model in self._trained.items():
             load_state_dict(model, get_state_dict(self._exported(role)))
 
+    def fetch_mixed_weights(self) -> None:
+        """Copy what follows the policy into the model that the run was started with."""
+        for role in self.settings.mixed_roles:
+            exported = gather([self._model_workers[0].export_scoring_weights(role)])
+            load_state_dict(self._scoring[role], get_state_dict(exported))
+
     def save(self, directory: Path) -> None:
-        """Write the training state of all models that train.
+        """Write the training state of all models that change.
 
         Raises: OSError when a worker could not write it, or wrote it where it is not seen from here.
         """
         self._tell("saving: the training state")
         try:
-            seen = gather([worker.save(directory) for worker in self._model_workers])
+            seen = gather([worker.save(directory, self.settings.mixed_roles) for worker in self._model_workers])
         except WorkerError as error:
             if isinstance(error.raised, OSError):
                 raise OSError(str(error)) from error
@@ -305,7 +325,7 @@ class Fleet:
     def load(self, directory: Path) -> None:
         """Read a training state, and give its weights to whoever holds copies."""
         self._tell("loading: the checkpoint")
-        gather([worker.load(directory) for worker in self._model_workers])
+        gather([worker.load(directory, self.settings.mixed_roles) for worker in self._model_workers])
         self.synchronise()
 
     def drain_spans(self) -> dict[str, dict[str, list[Span]]]:
@@ -327,7 +347,7 @@ class Fleet:
 
     @property
     def serial_bubble_ratio(self) -> float | None:
-        """Idle share that the last update's training would have had without fusion; None where it is not known."""
+        """Idle share that the last update would have trained with but for fusion; None where it is not known."""
         return self._planner.serial_bubble_ratio
 
     @property

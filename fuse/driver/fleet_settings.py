@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+from transformers import PreTrainedModel
+
 from fuse.driver.engine_choice import EngineFactory
 from fuse.driver.memory_setup import MemorySetup
+from fuse.driver.mixing import Mixing
 from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.intrastage.training_schedule import serial_schedule
 from fuse.training.layer_costs import TypicalBatch
+from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
 from fuse.training.scoring import ScoringSettings
 from fuse.workers.kv.transfer import MakeKVTransfer
@@ -27,6 +32,7 @@ class FleetSettings:
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     memory: what the run's memory depends on; None where it is not planned.
     engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
+    mixing: how a model that only scores follows the policy; None where none does.
     """
 
     num_devices: int
@@ -46,6 +52,17 @@ class FleetSettings:
     engines_sleep: bool = False
     offloads_training: bool = False
     alternative: tuple[Replica, ...] | None = None
+    mixing: Mixing | None = None
+
+    @property
+    def mixed_roles(self) -> tuple[str, ...]:
+        """Models that only score and yet change: part of the training state."""
+        return () if self.mixing is None else (self.mixing.role,)
+
+    def spec(self, role: str, model: PreTrainedModel) -> ModelSpec:
+        """How workers build it. One that is mixed is held in float32, in which small moves are not rounded away."""
+        spec = ModelSpec.of(model)
+        return replace(spec, dtype=torch.float32) if role in self.mixed_roles else spec
 
     def for_updates(self, num_updates: int) -> FleetSettings:
         """The same for a run that has so many left."""

@@ -13,25 +13,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from fuse.activity import silent
-from fuse.driver.rollout_state import RolloutDevice, RolloutReport, visible_state
+from fuse.driver.rollout_state import RolloutDevice, RolloutReport, moves_kv, visible_state
 from fuse.driver.score_flow import Pending, ScoreFlow, Scorers, WholeScorers
 from fuse.driver.stage_by_stage import (
     WAIT_S,
     apply_inference,
     apply_progress,
     progress_text,
+    request_of,
     sequence_of,
     skip_inference,
 )
 from fuse.engines.engine import GenerationRequest, SamplingParams
-from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
-from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy
+from fuse.interstage.costs import CostModel
+from fuse.interstage.dealing import Dealing, prompt_numbers
+from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy, evens_out
 from fuse.sample import Sample, SampleState
 from fuse.training.scoring import Inference
 from fuse.workers.calls import Future, wait_ended
@@ -58,6 +59,7 @@ class LiveRollout:
         device that the policy has score is then one whose samples may be under way: it still is released, and empty.
     policy: called at the start, whenever samples finish, and whenever a device has scored what it was given.
     costs: choose between moving KV and computing it again; None, or an engine without KV to move, always computes.
+    dealing: which samples each engine starts with.
     on_generated: called with samples as they finish, before they are scored.
     max_new_tokens: by sample id, in place of that of `params`; with no stop token it forces lengths.
     timeout_s: an engine with samples and no token for so long counts as lost, and so does a model worker that scores
@@ -77,6 +79,7 @@ class LiveRollout:
         flow_roles: Sequence[str] = (),
         pad_token_id: int | None,
         costs: CostModel | None = None,
+        dealing: Dealing | None = None,
         on_generated: Callable[[Sequence[Sample]], None] = lambda samples: None,
         max_new_tokens: Mapping[int, int] | None = None,
         timeout_s: float = math.inf,
@@ -86,10 +89,11 @@ class LiveRollout:
         self._scorers, self._flow_roles = scorers, tuple(flow_roles)
         self._scorers_here: Scorers | None = None
         self._batch = tuple(samples)  # policies know a sample by its index here
+        self._prompts = prompt_numbers([sample.prompt_ids for sample in samples])
         self._samples: Mapping[int, Sample] = {sample.id: sample for sample in samples}
         self._params, self._policy, self._limits, self._costs = params, policy, limits, costs
         self._pad_token_id, self._on_generated = pad_token_id, on_generated
-        self._max_new_tokens = max_new_tokens or {}
+        self._max_new_tokens, self._dealing = max_new_tokens or {}, dealing or Dealing()
         self._timeout_s, self._tell = timeout_s, tell
         self._home: dict[int, int] = {}  # live samples: where each is, or is going to
         self._pending: Pending = {}
@@ -114,7 +118,8 @@ class LiveRollout:
                 news_s = time.perf_counter()
                 self._has_news = False
                 generated_s = news_s if self._home else generated_s
-                self._act(self._policy(visible_state(self._batch, self._home, self._devices, self._limits)))
+                seen = visible_state(self._batch, self._prompts, self._home, self._devices, self._limits)
+                self._act(self._policy(seen))
                 decision_s.append(time.perf_counter() - news_s)
         while self._pending:  # polls of engines that are empty now; left alone, they would eat the next reports
             self._take_answers()
@@ -139,18 +144,14 @@ class LiveRollout:
 
     def _submit_all(self) -> None:
         alive = self._with_engines()
-        shares: list[list[Sample]] = [[] for _ in alive]
-        for index, sample in enumerate(self._samples.values()):
-            sample.advance(SampleState.GENERATING)
-            self._home[sample.id] = alive[index % len(alive)].index
-            shares[index % len(alive)].append(sample)
+        shares = self._dealing.shares(self._batch, len(alive), is_evened_out=evens_out(self._policy))
         for device, share in zip(alive, shares, strict=True):
-            self._submit(device, share)
-
-    def _submit(self, device: RolloutDevice, samples: Sequence[Sample]) -> None:
-        if samples:
-            assert device.engine is not None
-            self._given(device, samples, device.engine.submit([self._request(sample) for sample in samples]))
+            for sample in share:
+                sample.advance(SampleState.GENERATING)
+                self._home[sample.id] = device.index
+            if share:
+                assert device.engine is not None
+                self._given(device, share, device.engine.submit([self._request(sample) for sample in share]))
 
     def _given(self, device: RolloutDevice, samples: Sequence[Sample], queued: Future[None]) -> None:
         """A device's engine has been handed samples: the end of that call says no more than its error."""
@@ -201,7 +202,7 @@ class LiveRollout:
             sample.advance(SampleState.MIGRATING)
             self._home[sample.id] = move.target
             self._devices[move.target].released = False
-            groups.setdefault((move.source, self._moves_kv(sample)), []).append(sample.id)
+            groups.setdefault((move.source, moves_kv(self._costs, sample)), []).append(sample.id)
         for (source, with_kv), sample_ids in groups.items():
             self._evict(self._devices[source], sample_ids, with_kv)
 
@@ -214,12 +215,6 @@ class LiveRollout:
             self._depart(device, departures)
 
         self._expect(device, device.engine.evict(sample_ids, with_kv), evicted)
-
-    def _moves_kv(self, sample: Sample) -> bool:
-        if self._costs is None or not sample.response_ids:
-            return False
-        context_tokens = len(sample.prompt_ids) + len(sample.response_ids)
-        return cheaper_migration(self._costs, context_tokens).kind is MigrationKind.TRANSFER
 
     def _depart(self, device: RolloutDevice, departures: Sequence[Departure]) -> None:
         for departure in departures:
@@ -359,12 +354,4 @@ class LiveRollout:
         return [device for device in self._devices if device.engine is not None]
 
     def _request(self, sample: Sample) -> GenerationRequest:
-        return GenerationRequest(
-            sample_id=sample.id,
-            prompt_ids=sample.prompt_ids,
-            params=replace(
-                self._params, max_new_tokens=self._max_new_tokens.get(sample.id, self._params.max_new_tokens)
-            ),
-            response_ids=tuple(sample.response_ids),
-            logprobs=tuple(sample.logprobs),
-        )
+        return request_of(sample, self._params, self._max_new_tokens)

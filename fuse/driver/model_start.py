@@ -95,7 +95,7 @@ class ModelStart:
 
     def _start(self, actor: WeightsRef) -> Models:
         settings = self._settings
-        scoring = {role: ModelSpec.of(model) for role, model in self._scoring.items()}
+        scoring = {role: settings.spec(role, model) for role, model in self._scoring.items()}
         self._workers += [
             ModelHandle.spawn(
                 self._cluster,

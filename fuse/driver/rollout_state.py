@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
 from fuse.interstage.migration import EngineLimits, Infer, LiveSamples, RolloutState
 from fuse.sample import Sample, SampleState
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +54,25 @@ class RolloutDevice:
     arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
 
 
+def moves_kv(costs: CostModel | None, sample: Sample) -> bool:
+    """Whether a sample that moves takes its KV along; else it is computed again."""
+    if costs is None or not sample.response_ids:
+        return False
+    context_tokens = len(sample.prompt_ids) + len(sample.response_ids)
+    return cheaper_migration(costs, context_tokens).kind is MigrationKind.TRANSFER
+
+
 def visible_state(
-    samples: Sequence[Sample], home: Mapping[int, int], devices: Sequence[RolloutDevice], limits: EngineLimits
+    samples: Sequence[Sample],
+    prompts: Ints,
+    home: Mapping[int, int],
+    devices: Sequence[RolloutDevice],
+    limits: EngineLimits,
 ) -> RolloutState:
-    """What a policy sees. It knows a sample by its index in `samples`; `home` has each live one's device, by its id."""
+    """What a policy sees. It knows a sample by its index in `samples`; `home` has each live one's device, by its id.
+
+    prompts: of `prompt_numbers`.
+    """
     ids = [index for index, sample in enumerate(samples) if sample.id in home]
     live = [samples[index] for index in ids]
     backlog = [index for index, sample in enumerate(samples) if sample.state is SampleState.GENERATED]
@@ -67,6 +86,7 @@ def visible_state(
             response_tokens=response_tokens,
             started=response_tokens > 0,
             movable=np.array([sample.state is SampleState.GENERATING for sample in live], dtype=np.bool_),
+            prompts=prompts[ids],
         ),
         finished_ids=np.array(backlog, dtype=np.int64),
         finished_tokens=np.array([_num_tokens(samples[index]) for index in backlog], dtype=np.int64),

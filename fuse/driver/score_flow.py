@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from fuse.training.score_pipelines import Piece, Scored, inferences
-from fuse.training.scoring import Inference, TokenSequence
+from fuse.training.score_pipelines import Piece, Scored
+from fuse.training.scoring import Inference, TokenSequence, inferences
 from fuse.workers.calls import Future, wait_ended
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle

@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 from fuse.activity import silent
 from fuse.driver.score_flow import score_through
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.interstage.dealing import Dealing
 from fuse.interstage.migration import balance
 from fuse.sample import Sample, SampleState, response_length
-from fuse.training.score_pipelines import inferences
-from fuse.training.scoring import Inference, TokenSequence
+from fuse.training.scoring import Inference, TokenSequence, inferences
 from fuse.workers.calls import Future, gather, wait_ended
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
@@ -33,24 +33,21 @@ def generate(
     tell: Callable[[str], None] = silent,
     *,
     max_new_tokens: Mapping[int, int] | None = None,
+    dealing: Dealing | None = None,
     timeout_s: float = math.inf,
 ) -> None:
-    """Fill in every sample's response; each engine gets the same number of samples, and keeps them to the end.
+    """Fill in every sample's response; each engine keeps its samples to the end.
 
-    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`. timeout_s: an engine without
-    a token for so long counts as lost.
+    tell: hears how far it is. max_new_tokens: by sample id, in place of that of `params`. dealing: which samples each
+    engine gets. timeout_s: an engine without a token for so long counts as lost.
 
     Raises:
         WorkerError: an engine died, raised or was silent.
     """
     by_id = {sample.id: sample for sample in samples}
-    shares = {engine: samples[index :: len(engines)] for index, engine in enumerate(engines)}
+    shares = dict(zip(engines, (dealing or Dealing()).shares(samples, len(engines)), strict=True))
     limits = max_new_tokens or {}
-    submissions = []
-    for engine, share in shares.items():
-        requests = [_request(sample, params, limits.get(sample.id, params.max_new_tokens)) for sample in share]
-        submissions.append(engine.submit(requests))
-    gather(submissions)
+    gather([engine.submit([request_of(one, params, limits) for one in share]) for engine, share in shares.items()])
     for sample in samples:
         sample.advance(SampleState.GENERATING)
 
@@ -114,9 +111,16 @@ def progress_text(samples: Sequence[Sample]) -> str:
 _LIVE = frozenset({SampleState.QUEUED, SampleState.GENERATING, SampleState.MIGRATING})
 
 
-def _request(sample: Sample, params: SamplingParams, max_new_tokens: int) -> GenerationRequest:
-    params = replace(params, max_new_tokens=max_new_tokens)
-    return GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=params)
+def request_of(sample: Sample, params: SamplingParams, max_new_tokens: Mapping[int, int]) -> GenerationRequest:
+    """What an engine is given, with the tokens that there are already. max_new_tokens: see `generate`."""
+    most = max_new_tokens.get(sample.id, params.max_new_tokens)
+    return GenerationRequest(
+        sample_id=sample.id,
+        prompt_ids=sample.prompt_ids,
+        params=replace(params, max_new_tokens=most),
+        response_ids=tuple(sample.response_ids),
+        logprobs=tuple(sample.logprobs),
+    )
 
 
 def sequence_of(sample: Sample) -> TokenSequence:
@@ -135,11 +139,13 @@ def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, p
 
 
 def apply_inference(samples: Sequence[Sample], results: Sequence[Inference]) -> None:
-    """Write down what the models say; a score from elsewhere stays where there is no reward model."""
+    """Write down what the models say; a score from elsewhere stays where there is no reward model, several add up."""
     for sample, result in zip(samples, results, strict=True):
         for field in fields(result):
             if (said := getattr(result, field.name)) is not None:
                 setattr(sample, field.name, said)
+        if result.scores is not None:
+            sample.score = sum(result.scores.values())
         sample.advance(SampleState.SCORED)
 
 

@@ -10,7 +10,7 @@ that all devices end together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ class Adaptive:
     costs: CostModel
     lengths: RemainingLengths
     can_transfer: bool = True
+
+    evens_out: ClassVar[bool] = True
 
     def __call__(self, state: RolloutState) -> list[Action]:
         is_due = _is_due(state.live)
@@ -187,6 +189,13 @@ class _Forecast:
     shared_s: Floats
 
 
+def _num_sharing(live: LiveSamples) -> Floats:
+    """With how many samples each shares the prefill that it waits for, [live]; without end where it waits for none."""
+    _, places = np.unique(live.devices * (live.prompts.max() + 1) + live.prompts, return_inverse=True)
+    is_there = np.bincount(places, weights=live.started)[places] > 0
+    return np.where(is_there, np.inf, np.bincount(places)[places])
+
+
 def _is_due(live: LiveSamples) -> bool:
     """Whether to plan: at the start, and at each finish but where so many are live that one hardly counts."""
     return len(live) > 0 and (len(live) % (1 + len(live) // _FINISHES) == 0 or not live.started.any())
@@ -197,7 +206,7 @@ def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) 
     # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
     far = lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
     context = live.context_tokens
-    prefill_s = np.where(live.started, 0.0, costs.prefill_token_s * context)
+    prefill_s = costs.prefill_token_s * context / _num_sharing(live)
     # The median of the shorter of two alike.
     shared = lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
     far_s, shared_s = (

@@ -73,7 +73,8 @@ class LiveSamples:
     """The samples that are not finished, as parallel arrays [live].
 
     `devices`: where each is, or is going to; `response_tokens`: generated so far; `started`: it has been in a running
-    batch, so moving it costs a migration; `movable`: it is not on the way already.
+    batch, so moving it costs a migration; `movable`: it is not on the way already; `prompts`: a number, equal for
+    siblings.
     """
 
     ids: Ints
@@ -82,6 +83,7 @@ class LiveSamples:
     response_tokens: Ints
     started: Bools
     movable: Bools
+    prompts: Ints
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -129,6 +131,11 @@ class Policy(Protocol):
         engines are not lost.
         """
         ...
+
+
+def evens_out(policy: Policy) -> bool:
+    """Whether a policy moves samples from engines that have much to do to those that have little."""
+    return bool(getattr(policy, "evens_out", False))
 
 
 @dataclass(frozen=True, slots=True)

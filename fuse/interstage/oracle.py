@@ -34,7 +34,7 @@ def lower_bound_s(rollout: Rollout) -> float:
     fewest_steps = max(int(responses.max()), -(-int(responses.sum()) // _largest_batch(rollout)))
     fewest_batches = -(-int(totals.sum()) // costs.inference_batch_tokens)
     work_s = (
-        costs.prefill_token_s * prompts.sum()
+        costs.prefill_token_s * rollout.distinct_prompt_tokens
         + costs.step_s * fewest_steps
         + own_s.sum()
         + fewest_batches * costs.inference_s
@@ -58,7 +58,7 @@ def blind_bound_s(rollout: Rollout) -> float:
     context = np.cumsum(prompts)[live - 1] / live + age
     batch = np.maximum(1.0, live / rollout.num_devices)
     decode_s = float(np.sum(costs.step_s + batch * (costs.sample_s + costs.context_s * context)))
-    prefill_s = costs.prefill(int(prompts.sum()) // rollout.num_devices)
+    prefill_s = costs.prefill(rollout.distinct_prompt_tokens // rollout.num_devices)
     last_s = costs.inference(int(prompts[0] + lengths.max()))
     return max(lower_bound_s(rollout), prefill_s + decode_s + last_s)
 

@@ -23,7 +23,10 @@ class SpanKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
-    """What to simulate: `prompt_tokens`, `response_tokens` [samples]; sample i starts on device i % num_devices.
+    """What to simulate: `prompt_tokens`, `response_tokens` [samples]; where samples start is for `deal` to say.
+
+    prompts: a number of each sample's, [samples], equal for siblings, of which an engine computes the prompt once; None
+        where no two are siblings.
 
     Raises:
         ValueError: no samples or devices, a response over the limit, or a sample that no engine can hold.
@@ -35,6 +38,7 @@ class Rollout:
     costs: CostModel
     limits: EngineLimits
     can_transfer: bool = True
+    prompts: Ints | None = None
 
     def __post_init__(self) -> None:
         if self.num_devices < 1:
@@ -44,6 +48,8 @@ class Rollout:
                 f"{len(self.prompt_tokens)} prompts and {len(self.response_tokens)} responses: give as many of each, "
                 "at least one"
             )
+        if self.prompts is not None and len(self.prompts) != self.num_samples:
+            raise ValueError(f"prompts has {len(self.prompts)} numbers for {self.num_samples} samples: give one each")
         if self.response_tokens.min() < 1 or self.prompt_tokens.min() < 1:
             raise ValueError("a prompt or a response has less than one token: leave it out")
         if (longest := int(self.response_tokens.max())) > self.limits.max_new_tokens:
@@ -58,6 +64,17 @@ class Rollout:
     @property
     def num_samples(self) -> int:
         return len(self.response_tokens)
+
+    @property
+    def prompt_numbers(self) -> Ints:
+        """Of each sample, equal for siblings alone, [samples]."""
+        return np.arange(self.num_samples, dtype=np.int64) if self.prompts is None else self.prompts
+
+    @property
+    def distinct_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each computed once."""
+        _, first = np.unique(self.prompt_numbers, return_index=True)
+        return int(self.prompt_tokens[first].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +106,7 @@ class SimulationResult:
     num_migrations: int
     moved_bytes: int
     num_inferences: int
+    prefill_tokens: int
     peak_batch: int
     peak_kv_tokens: int
     timeline: tuple[tuple[BusySpan, ...], ...]

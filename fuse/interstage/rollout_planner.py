@@ -13,6 +13,7 @@ import numpy as np
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.calibration import Calibration
 from fuse.interstage.costs import CostModel
+from fuse.interstage.dealing import Dealing
 from fuse.interstage.lengths import LengthModel, Observation, drift, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
 from fuse.interstage.tuning import LengthHistory, tune_threshold
@@ -71,6 +72,12 @@ class RolloutPlanner:
     def costs(self) -> CostModel | None:
         """The costs measured so far; None before there are enough measurements."""
         return self._calibration.costs()
+
+    def dealing(self) -> Dealing:
+        """How samples are dealt to engines."""
+        lengths = [one.tokens for update in self._updates for one in update]
+        mean = sum(lengths) / len(lengths) if lengths else float(self.limits.max_new_tokens)
+        return Dealing(self.costs(), mean)
 
     def policy(self, samples: Sequence[Sample]) -> Policy:
         """The policy for a rollout of these samples."""

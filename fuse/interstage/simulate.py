@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuse.interstage.costs import MigrationKind, cheaper_migration
-from fuse.interstage.migration import Action, Infer, LiveSamples, Migrate, Policy, Release, RolloutState
+from fuse.interstage.dealing import deal
+from fuse.interstage.migration import Action, Infer, LiveSamples, Migrate, Policy, Release, RolloutState, evens_out
 from fuse.interstage.rollout import BusySpan, Rollout, SampleSpan, SimulationResult, SpanKind
 from fuse.interstage.simulated_engine import SimulatedEngine
 
@@ -56,7 +57,15 @@ class _Simulation:
         self._rollout, self._policy, self._costs = rollout, policy, rollout.costs
         num_samples, num_devices = rollout.num_samples, rollout.num_devices
         self._phase = np.full(num_samples, _Phase.WAITING, dtype=np.int8)
-        self._host = np.arange(num_samples) % num_devices  # the engine that has the sample, or had it last
+        self._prompts = rollout.prompt_numbers
+        self._host = deal(  # the engine that has the sample, or had it last
+            self._prompts.tolist(),
+            rollout.prompt_tokens,
+            num_devices,
+            costs=rollout.costs,
+            response_tokens=float(rollout.response_tokens.mean()),
+            is_evened_out=evens_out(policy),
+        )
         self._home = self._host.copy()  # where it is to be: differs while it leaves or travels
         self._tokens = np.zeros(num_samples, dtype=np.int64)  # of the response, when it last entered a batch or left
         self._entered = np.zeros(num_samples, dtype=np.int64)  # the host's step when it entered its batch
@@ -204,6 +213,8 @@ class _Simulation:
             int(self._rollout.response_tokens[sample]) - tokens,
             int(self._reserved[sample]),
             has_kv=has_kv,
+            prompt=int(self._prompts[sample]),
+            is_new=not tokens,
         )
 
     def _interrupt(self, device: int) -> None:
@@ -246,6 +257,7 @@ class _Simulation:
                 response_tokens=np.minimum(tokens, self._rollout.response_tokens[live] - 1),
                 started=self._started[live],
                 movable=self._phase[live] <= _Phase.RUNNING,
+                prompts=self._prompts[live],
             ),
             finished_ids=backlog,
             finished_tokens=self._rollout.prompt_tokens[backlog] + self._tokens[backlog],
@@ -319,6 +331,7 @@ class _Simulation:
             num_migrations=self._num_migrations,
             moved_bytes=self._moved_bytes,
             num_inferences=self._num_inferences,
+            prefill_tokens=sum(engine.prefill_tokens for engine in self._engines),
             peak_batch=max(engine.peak_batch for engine in self._engines),
             peak_kv_tokens=max(engine.peak_kv_tokens for engine in self._engines),
             timeline=tuple(map(tuple, self._timeline)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import EngineLimits
@@ -22,13 +22,15 @@ class SimulatedEngine:
         self._finish_order: list[tuple[int, int]] = []  # heap of (step, sample); what was evicted is skipped
         self._waiting: deque[_Entry] = deque()
         self._reserved: dict[int, int] = {}
+        self._prompts: dict[int, int] = {}  # of those that run
+        self._num_siblings: Counter[int] = Counter()  # that run, by prompt
         self._context_tokens = 0
         self.num_steps = 0
         self.resumed_s = 0.0
         """When the step after `num_steps` starts, if there is one."""
         self.version = 0
         """Counts changes of plan: what was scheduled under an older version is void."""
-        self.peak_batch = self.peak_kv_tokens = self._kv_tokens = 0
+        self.peak_batch = self.peak_kv_tokens = self._kv_tokens = self.prefill_tokens = 0
 
     @property
     def batch(self) -> int:
@@ -48,9 +50,22 @@ class SimulatedEngine:
         """Seconds by which each step is slower than the one before."""
         return self._costs.context_s * self.batch
 
-    def enqueue(self, sample: int, context_tokens: int, remaining: int, reserved: int, *, has_kv: bool) -> None:
-        """Let a sample wait; it runs from the next boundary on, if it fits."""
-        self._waiting.append(_Entry(sample, context_tokens, remaining, reserved, has_kv))
+    def enqueue(
+        self,
+        sample: int,
+        context_tokens: int,
+        remaining: int,
+        reserved: int,
+        *,
+        has_kv: bool,
+        prompt: int,
+        is_new: bool,
+    ) -> None:
+        """Let a sample wait; it runs from the next boundary on, if it fits.
+
+        A new one takes its prompt from a sibling that runs: one with the same `prompt`.
+        """
+        self._waiting.append(_Entry(sample, context_tokens, remaining, reserved, has_kv, prompt, is_new))
 
     def next_boundary(self, now_s: float) -> tuple[int, float]:
         """Steps from `num_steps` to the first boundary not before `now_s`, and its time; no later than a finish."""
@@ -90,6 +105,7 @@ class SimulatedEngine:
             del self._finish_steps[sample]
             self._context_tokens -= context_tokens
             self._kv_tokens -= self._reserved.pop(sample)
+            self._num_siblings[self._prompts.pop(sample)] -= 1
         else:
             self._waiting = deque(entry for entry in self._waiting if entry.sample != sample)
 
@@ -108,8 +124,12 @@ class SimulatedEngine:
             self._reserved[entry.sample] = entry.reserved
             self._kv_tokens = kv_tokens
             self._context_tokens += entry.context_tokens
-            prefill_tokens += 0 if entry.has_kv else entry.context_tokens
+            is_there = entry.is_new and self._num_siblings[entry.prompt] > 0
+            prefill_tokens += 0 if entry.has_kv or is_there else entry.context_tokens
+            self._prompts[entry.sample] = entry.prompt
+            self._num_siblings[entry.prompt] += 1
             started.append(entry.sample)
+        self.prefill_tokens += prefill_tokens
         if prefill_tokens:
             self.resumed_s += self._costs.prefill(prefill_tokens)
         self.peak_batch = max(self.peak_batch, self.batch)
@@ -126,8 +146,17 @@ class SimulatedEngine:
 class _Entry:
     """A waiting sample."""
 
-    __slots__ = ("context_tokens", "has_kv", "remaining", "reserved", "sample")
+    __slots__ = ("context_tokens", "has_kv", "is_new", "prompt", "remaining", "reserved", "sample")
 
-    def __init__(self, sample: int, context_tokens: int, remaining: int, reserved: int, has_kv: bool) -> None:
+    def __init__(
+        self,
+        sample: int,
+        context_tokens: int,
+        remaining: int,
+        reserved: int,
+        has_kv: bool,
+        prompt: int,
+        is_new: bool,
+    ) -> None:
         self.sample, self.context_tokens, self.remaining = sample, context_tokens, remaining
-        self.reserved, self.has_kv = reserved, has_kv
+        self.reserved, self.has_kv, self.prompt, self.is_new = reserved, has_kv, prompt, is_new

@@ -27,7 +27,7 @@ from fuse.trainers import checks
 from fuse.trainers.completions import show_completions
 from fuse.trainers.data import TOKENS, check_dataset, prompt_rows
 from fuse.trainers.device_memory import replicas_fit
-from fuse.trainers.group_rewards import GroupRewards, RewardSource
+from fuse.trainers.group_rewards import GroupRewards, RewardSource, reward_roles
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
 from fuse.trainers.reward_columns import check_named_arguments
@@ -48,11 +48,12 @@ class GroupTrainer(Trainer):
 
     model: a causal language model, or its path or name on the Hub.
     reward_funcs: one or a list of functions `(prompts, completions, completion_ids, **columns) -> list[float | None]`,
-        which are also given `trainer_state`, and `log_extra` and `log_metric` in threads; plain or `async`. One of them
-        may be a sequence classifier with one label, or its path.
+        which are also given `trainer_state`, and `log_extra` and `log_metric` in threads; plain or `async`. Some may be
+        sequence classifiers with one label, or their paths.
     train_dataset: rows with a `prompt`, a string or chat messages, and its `input_ids` where it is tokenised; the other
         columns go to the reward functions.
-    processing_class: the tokenizer; by default the model's. reward_processing_classes: that of a reward model.
+    processing_class: the tokenizer; by default the model's. reward_processing_classes: those of reward
+        models, in the order of reward_funcs.
     eval_dataset, callbacks: as in TRL. What else TRL takes must stay unset.
 
     After `train()` the trained weights are in `model`.
@@ -102,7 +103,9 @@ class GroupTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
         checks.check_tokenizer(processing_class)
         self.processing_class = processing_class
-        self.reward_funcs, self._reward_tokenizer = _reward_sources(reward_funcs, reward_processing_classes, options)
+        self.reward_funcs, self.reward_processing_classes = _reward_sources(
+            reward_funcs, reward_processing_classes, options
+        )
         self.reward_func_names = [_source_name(source) for source in self.reward_funcs]
         self._weights = tuple(args.reward_weights or [1.0] * len(self.reward_funcs))
         if len(self._weights) != len(self.reward_funcs):
@@ -114,15 +117,17 @@ class GroupTrainer(Trainer):
         special = special_tokens(args, processing_class, policy)
         models = {"actor": policy} | ({} if self.ref_model is None else {"reference": self.ref_model})
         checks.check_models(models, args.train_backend)
-        for source in self.reward_funcs:
+        roles = reward_roles(self.reward_funcs)
+        for index, source in enumerate(self.reward_funcs):
             if isinstance(source, PreTrainedModel):
                 checks.check_reward_model(source)
-                models["reward"] = source
+                models[roles[index]] = source
             else:
                 checks.check_reward_options(args, source)
-        train_dataset = self._rows(train_dataset, "train_dataset", policy, special)
+        train_dataset, lengths = self._rows(train_dataset, "train_dataset", policy, special)
+        eval_lengths: list[int] = []
         if eval_dataset is not None:
-            eval_dataset = self._rows(eval_dataset, "eval_dataset", policy, special)
+            eval_dataset, eval_lengths = self._rows(eval_dataset, "eval_dataset", policy, special)
         length = args.run_length(len(train_dataset))
         self._permutation = seeded(args.seed, args.rollout_size)
         self._group = GroupSettings(
@@ -141,6 +146,7 @@ class GroupTrainer(Trainer):
             shown=policy,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            prompt_lengths=[lengths, eval_lengths],
             data_collator=None,
             callbacks=callbacks,
             shuffles=args.shuffle_dataset,
@@ -155,8 +161,10 @@ class GroupTrainer(Trainer):
 
     # Data
 
-    def _rows(self, dataset: Any, argument: str, policy: PreTrainedModel, special: SpecialTokens) -> Any:
-        """The rows to be used, tokenised unless they are, each with its prompt as it was.
+    def _rows(
+        self, dataset: Any, argument: str, policy: PreTrainedModel, special: SpecialTokens
+    ) -> tuple[Any, list[int]]:
+        """The rows to be used, tokenised unless they are, each with its prompt as it was; and these prompts' lengths.
 
         Raises: ValueError for those that cannot be.
         """
@@ -199,7 +207,7 @@ class GroupTrainer(Trainer):
             self.reward_funcs,
             self._weights,
             self.processing_class,
-            self._reward_tokenizer,
+            self.reward_processing_classes,
             reward_settings(self.args),
             lambda: self.state,
         )
@@ -250,10 +258,10 @@ def _source_name(source: RewardSource) -> str:
 
 def _reward_sources(
     given: RewardSource | str | list[RewardSource | str] | None, tokenizers: Any, options: Mapping[str, Any]
-) -> tuple[list[RewardSource], PreTrainedTokenizerBase | None]:
-    """Functions and models, and the tokenizer of the model that is one of them.
+) -> tuple[list[RewardSource], list[PreTrainedTokenizerBase | None]]:
+    """Functions and models, and the tokenizers of those that are models.
 
-    Raises: ValueError for none, several models, or what is neither.
+    Raises: ValueError for none, or what is neither.
     """
     sources: list[Any] = list(given) if isinstance(given, list) else [] if given is None else [given]
     if not sources:
@@ -264,20 +272,16 @@ def _reward_sources(
             f"reward_processing_classes has {len(tokenizers)} tokenizers for {len(sources)} reward functions: give one "
             f"each, or None"
         )
-    tokenizer: PreTrainedTokenizerBase | None = None
+    own: list[PreTrainedTokenizerBase | None] = [None] * len(sources)
     for index, source in enumerate(sources):
         if isinstance(source, str):
             source = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options)
             sources[index] = source
         if isinstance(source, PreTrainedModel):
-            if tokenizer is not None:
-                raise ValueError(
-                    "reward_funcs has several models: pass one, and the others as functions that call them"
-                )
-            tokenizer = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)
+            own[index] = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)
         elif not callable(source):
             raise ValueError(
                 f"reward_funcs has {source!r}: pass functions (prompts, completions, **columns) -> list[float], or a "
                 f"sequence classifier"
             )
-    return sources, tokenizer
+    return sources, own

@@ -1,4 +1,4 @@
-"""Rewards from several functions and a model, by TRL's signature."""
+"""Rewards from several functions and models, by TRL's signature."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from fuse.roles import numbered
 from fuse.sample import Group, Sample
 from fuse.trainers.reward_calls import RewardCalls, RewardSettings
 from fuse.trainers.rewards import RewardFunction, function_name
@@ -97,9 +98,9 @@ class Journal:
 
 
 class GroupRewards:
-    """Calls every reward function on groups as they are complete, and has a reward model read samples as they come.
+    """Calls every reward function on groups as they are complete, and has reward models read samples as they come.
 
-    sources: functions, and a model at most. weights: of the sources. tokenizers: of the model, by the sources' order.
+    sources: functions and models. weights, tokenizers: of the sources; a function has no tokenizer.
     state: of the run, which functions are given.
     """
 
@@ -108,13 +109,13 @@ class GroupRewards:
         sources: Sequence[RewardSource],
         weights: Sequence[float],
         tokenizer: PreTrainedTokenizerBase,
-        model_tokenizer: PreTrainedTokenizerBase | None,
+        tokenizers: Sequence[PreTrainedTokenizerBase | None],
         settings: RewardSettings,
         state: Callable[[], TrainerState],
     ) -> None:
-        self._tokenizer, self._model_tokenizer, self._state = tokenizer, model_tokenizer, state
-        self._weights = weights
-        self._model = next((i for i, source in enumerate(sources) if isinstance(source, PreTrainedModel)), None)
+        self._tokenizer, self._state = tokenizer, state
+        self._weights, self._tokenizers = weights, tokenizers
+        self._models = {role: index for index, role in reward_roles(sources).items()}
         self.journal = Journal()
         journal = self.journal if settings.workers == "thread" else None
         self._calls = [
@@ -143,14 +144,15 @@ class GroupRewards:
         self._resources.close()
 
     def prepare(self, samples: Sequence[Sample]) -> None:
-        """Write what the reward model reads: prompts and completions as texts, in its own tokens."""
+        """Write what reward models read: prompts and completions as texts, in their own tokens."""
         for sample in samples:
             sample.rewards = [math.nan] * len(self._weights)
-        if self._model_tokenizer is None:
+        if not self._models:
             return
         responses = self._decode([sample.response_ids[: sample.length] for sample in samples])
         for sample, response in zip(samples, responses, strict=True):
-            sample.rewarded_ids = self._model_tokens(sample.columns[_PROMPT], response)
+            for role, index in self._models.items():
+                sample.rewarded_ids[role] = _model_tokens(self._tokenizers[index], sample.columns[_PROMPT], response)
 
     def submit(self, samples: Sequence[Sample]) -> None:
         self._samples += samples
@@ -171,9 +173,9 @@ class GroupRewards:
                 metrics[name] = metrics.get(name, 0.0) + value
         samples, self._samples = self._samples, []
         for sample in samples:
-            if self._model is not None:
-                assert sample.score is not None
-                sample.rewards[self._model] = sample.score
+            for role, index in self._models.items():
+                assert sample.scores is not None
+                sample.rewards[index] = sample.scores[role]
             pairs = zip(self._weights, sample.rewards, strict=True)
             sample.score = sum(weight * reward for weight, reward in pairs if not math.isnan(reward))
         without = [sample for sample in samples if all(math.isnan(reward) for reward in sample.rewards)]
@@ -197,14 +199,20 @@ class GroupRewards:
     def _decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         return self._tokenizer.batch_decode([list(one) for one in token_ids], skip_special_tokens=True)
 
-    def _model_tokens(self, prompt: Any, response: str) -> tuple[int, ...]:
-        """Of the whole conversation through the model's template, or of both texts."""
-        tokenizer: Any = self._model_tokenizer
-        if isinstance(prompt, str):
-            text = prompt + response
-        else:
-            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+def reward_roles(sources: Sequence[RewardSource]) -> dict[int, str]:
+    """The role of each source that is a model, by its place."""
+    places = [index for index, source in enumerate(sources) if isinstance(source, PreTrainedModel)]
+    return dict(zip(places, numbered("reward", len(places)), strict=True))
+
+
+def _model_tokens(tokenizer: Any, prompt: Any, response: str) -> tuple[int, ...]:
+    """Of the whole conversation through the model's template, or of both texts."""
+    if isinstance(prompt, str):
+        text = prompt + response
+    else:
+        text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _writer(index: int) -> Callable[[Sample, float], None]:

@@ -59,6 +59,7 @@ def grpo_settings(args: GRPOConfig, group: GroupSettings, special: SpecialTokens
         max_tokens=args.max_completion_length,
         micro_batches_per_rollout=args.micro_batches_per_rollout,
         top_entropy_quantile=args.top_entropy_quantile,
+        entropy_coef=args.entropy_coef,
         off_policy_threshold=args.off_policy_mask_threshold,
         correction=correction if args.corrects_sampler else None,
         num_tokens=special.num_tokens,

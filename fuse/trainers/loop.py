@@ -42,7 +42,7 @@ def updates(
         experience, metrics = algorithm.estimate(samples)
         steps, learning_rates = run.take_steps(steps_of(update))
         with clock.phase("training"):
-            reports = fleet.train(experience, steps, learning_rates)
+            reports = fleet.train(experience, steps, learning_rates, run.state.global_step)
         with clock.phase("weights"):
-            fleet.synchronise()
+            fleet.synchronise(run.state.global_step + len(steps))
         yield run.finish_update(fleet, samples, metrics | reduce_metrics(reports, num_places) | rewarding, clock)

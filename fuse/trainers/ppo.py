@@ -89,9 +89,10 @@ class PPOTrainer(Trainer):
             models["reward"] = reward_model
         checks.check_models(models, args.train_backend)
         checks.check_reward_options(args, reward_model)
-        train_dataset = self._usable(train_dataset, "train_dataset", special, data_collator)
+        train_dataset, lengths = self._usable(train_dataset, "train_dataset", special, data_collator)
+        eval_lengths: list[int] = []
         if eval_dataset is not None:
-            eval_dataset = self._usable(eval_dataset, "eval_dataset", special, data_collator)
+            eval_dataset, eval_lengths = self._usable(eval_dataset, "eval_dataset", special, data_collator)
         checks.check_evaluation(args, eval_dataset)
         check_writable(Path(str(args.output_dir)), "output_dir")
         length = fill_batch_sizes(args, len(train_dataset))
@@ -112,13 +113,14 @@ class PPOTrainer(Trainer):
             shown=PolicyAndValue(model, value_model),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            prompt_lengths=[lengths, eval_lengths],
             data_collator=data_collator,
             callbacks=callbacks,
             num_places=layout.num_places(self._division),
         )
 
-    def _usable(self, dataset: Any, argument: str, special: SpecialTokens, data_collator: Any) -> Any:
-        """The rows to be used. Raises: ValueError for those that cannot be."""
+    def _usable(self, dataset: Any, argument: str, special: SpecialTokens, data_collator: Any) -> tuple[Any, list[int]]:
+        """The rows to be used, and their prompts' lengths. Raises: ValueError for those that cannot be."""
         usable = usable_prompts(dataset, argument, self.policy_model.config, self.args, special.pad)
         if not isinstance(self.reward_model, PreTrainedModel) and data_collator is None:
             check_reward_columns(self.reward_model, dataset, argument)  # a collator's are not known

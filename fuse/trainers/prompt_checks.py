@@ -28,8 +28,10 @@ def usable_prompts(
     policy: PretrainedConfig,
     args: RunConfig,
     pad_token_id: int,
-) -> Any:
+) -> tuple[Any, list[int]]:
     """The rows of `dataset`, which is the trainer's argument of that name, but for what `args.long_prompts` drops.
+
+    And the tokens of each one's prompt, which are counted here alone.
 
     What is dropped, and what is to be truncated, is told in a warning.
 
@@ -56,7 +58,7 @@ def usable_prompts(
     response_length, long_prompts, option = args.max_response_tokens, args.long_prompts, args.MAX_RESPONSE_OPTION
     most = _most_tokens(policy, response_length)
     if most is None or all(length <= most for length in lengths):
-        return dataset
+        return dataset, lengths
     if most < 1:
         raise ValueError(
             f"{option}={response_length} leaves no room for prompts in the model's context of "
@@ -68,11 +70,12 @@ def usable_prompts(
     what = f"{long} of {len(lengths)} prompts of {argument} have more than {most} tokens"
     if long_prompts == "truncate":
         _logger.warning("%s: their last %d are used", what, most)
-        return dataset
+        return dataset, lengths
     if long == len(lengths):
         raise ValueError(f"{what}, so that long_prompts='drop' leaves none: lower {option}, or truncate them")
     _logger.warning("%s and are left out", what)
-    return Subset(dataset, [index for index, length in enumerate(lengths) if length <= most])
+    left = [index for index, length in enumerate(lengths) if length <= most]
+    return Subset(dataset, left), [lengths[index] for index in left]
 
 
 def kept_tokens(policy: PretrainedConfig, args: RunConfig) -> int | None:

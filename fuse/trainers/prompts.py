@@ -122,20 +122,15 @@ def _rows(columns: Mapping[str, Any]) -> list[Row]:
     return [{name: values[index] for name, values in columns.items()} for index in range(length)]
 
 
-def prompt_tokens(
-    dataset: Any, eval_dataset: Any = None, kept: int | None = None, *, collates: bool = False
-) -> PromptTokens:
-    """Typically as the median of the dataset's first rows; the most are not known where a collator may change rows.
+def prompt_tokens(lengths: Sequence[Sequence[int]], kept: int | None = None, *, collates: bool = False) -> PromptTokens:
+    """Typically as the median of the first rows; the most are not known where a collator may change rows.
 
-    kept: of longer prompts so many tokens are used.
+    lengths: of prompts, of the dataset that is trained on and then of others. kept: of longer ones so many tokens are
+        used.
     """
 
-    def length(row: Row, index: int) -> int:
-        counted = len(counted_tokens(row, index))
-        return counted if kept is None else min(counted, kept)
+    def used(length: int) -> int:
+        return length if kept is None else min(length, kept)
 
-    typical = statistics.median_low(length(dataset[index], index) for index in range(min(len(dataset), _TYPICAL_ROWS)))
-    if collates:
-        return PromptTokens(typical)
-    every = (dataset, () if eval_dataset is None else eval_dataset)
-    return PromptTokens(typical, max(length(row, index) for rows in every for index, row in enumerate(rows)))
+    typical = statistics.median_low(map(used, lengths[0][:_TYPICAL_ROWS]))
+    return PromptTokens(typical, None if collates else max(used(length) for each in lengths for length in each))

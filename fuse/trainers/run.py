@@ -268,7 +268,8 @@ class Run:
 
     def _identity(self) -> dict[str, int]:
         """What must not change on resumption."""
-        return {**self.length.identity, "seed": self.args.seed, "dataset_rows": self._num_rows}
+        mixes = {} if self.args.mixing is None else {"sync_ref_model": 1}  # earlier checkpoints have no such entry
+        return {**self.length.identity, "seed": self.args.seed, "dataset_rows": self._num_rows, **mixes}
 
 
 def _delete_oldest(written: Path, most: int) -> None:

@@ -70,6 +70,7 @@ class Trainer(TrainerFace):
         shown: nn.Module,
         train_dataset: Any,
         eval_dataset: Any,
+        prompt_lengths: Sequence[Sequence[int]],
         data_collator: Any,
         callbacks: list[TrainerCallback] | None,
         num_places: int | None = None,
@@ -80,6 +81,7 @@ class Trainer(TrainerFace):
     ) -> None:
         """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
 
+        prompt_lengths: of these, in tokens; first of those that are trained on.
         num_places: see `fuse.training.layout.Layout`. whole_replicas, bidirectional: see `fleet_settings`.
         shuffles: whether prompts are drawn at random.
         rate_name: what the learning rate is logged as.
@@ -102,7 +104,7 @@ class Trainer(TrainerFace):
         self._rewards: Rewards | None = None
         self._kept_tokens = kept_tokens(policy.config, args)
         collates = data_collator is not None
-        tokens = prompts.prompt_tokens(train_dataset, eval_dataset, self._kept_tokens, collates=collates)
+        tokens = prompts.prompt_tokens(prompt_lengths, self._kept_tokens, collates=collates)
         checks.check_engine(args, policy, tokens)
         self._settings = fleet_settings(
             args,
@@ -202,6 +204,7 @@ class Trainer(TrainerFace):
             if termination.is_requested:
                 run.terminate(fleet)
         fleet.fetch_weights()
+        fleet.fetch_mixed_weights()
         run.end(fleet)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fuse.algorithms.batch import Experience, Targets
 from fuse.intrastage import communication
@@ -323,15 +323,18 @@ class TrainingRank:
                 state_dict |= stage.export_state_dict()
         return state_dict if self._is_first_of_group else {}
 
-    def save(self, directory: Path) -> dict[str, int]:
-        """Write this rank's part of the training state; returns the bytes of the files it sees there, by name."""
-        self._be_resident()
-        return state.save_state(directory, self._optimizers)
+    def save(self, directory: Path, models: Mapping[str, nn.Module]) -> dict[str, int]:
+        """Write this rank's part of the training state; returns the bytes of the files it sees there, by name.
 
-    def load(self, directory: Path) -> None:
-        """Read this rank's part of a training state, whatever ranks wrote it."""
+        models: whole ones that are part of it without being trained, by role.
+        """
         self._be_resident()
-        state.load_state(directory, self._optimizers)
+        return state.save_state(directory, self._optimizers, models)
+
+    def load(self, directory: Path, models: Mapping[str, nn.Module]) -> None:
+        """Read this rank's part of a training state, whatever ranks wrote it. models: as of `save`."""
+        self._be_resident()
+        state.load_state(directory, self._optimizers, models)
 
 
 def _largest(micro_batches: Sequence[MicroBatch]) -> int:

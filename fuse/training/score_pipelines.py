@@ -20,18 +20,16 @@ from fuse.intrastage.communication import Communicator
 from fuse.intrastage.forward_flow import ForwardFlow, ForwardPipeline, Passage
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics
-from fuse.roles import ROLES, ScoreKind
+from fuse.roles import ScoreKind, role_of
 from fuse.trace import SpanRecorder
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
 from fuse.training.scoring import (
-    Inference,
     ScoringSettings,
     TokenSequence,
     laid_out,
     micro_batches,
     readout_of,
-    rewarded_sequence,
     rows_of,
     unpacked,
 )
@@ -58,15 +56,7 @@ class Scored:
 
 def kind_of(role: str) -> ScoreKind:
     """What a role's model says: where it does not score, the log-probabilities of what was sampled."""
-    return ROLES[role].scores or "reference_logprobs"
-
-
-def inferences(results: Mapping[str, Sequence[Any]]) -> list[Inference]:
-    """Of each sequence, from what every role's model says of it."""
-    return [
-        Inference(**{kind_of(role): said for role, said in zip(results, of_one, strict=True)})
-        for of_one in zip(*results.values(), strict=True)
-    ]
+    return role_of(role).scores or "reference_logprobs"
 
 
 class ScorePipelines:
@@ -114,7 +104,7 @@ class ScorePipelines:
                     stages=stages,
                     communicator=communicator,
                     read=readout_of(kind_of(role), settings),
-                    category="infer" if ROLES[role].scores else "logprobs",
+                    category="infer" if role_of(role).scores else "logprobs",
                 )
             )
 
@@ -154,7 +144,7 @@ class ScorePipelines:
 
     def _cut(self, role: str, sequences: Sequence[TokenSequence]) -> list[tuple[list[int], list[TokenSequence]]]:
         """Micro-batches: the sequences' indices, and what the model reads of them."""
-        seen = [rewarded_sequence(one) for one in sequences] if kind_of(role) == "score" else sequences
+        seen = [one.read_by(role) for one in sequences]
         cut = micro_batches([len(one) for one in seen], self._settings.limit)
         return [(indices, [seen[index] for index in indices]) for indices in cut]
 
@@ -176,7 +166,7 @@ class ScorePipelines:
         key, flat = result
         kind = kind_of(key.role)
         arrays: list[Any] = unpacked(flat, key.sequences, rows_of(kind))
-        if kind == "score":
+        if kind == "scores":
             arrays = [float(one[0]) for one in arrays]
         return Scored(key.piece, key.role, key.indices, tuple(arrays))
 

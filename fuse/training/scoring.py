@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ from fuse.intrastage.stage import Readout
 from fuse.intrastage.transformers_stage import head_of
 from fuse.micro_batch import MicroBatch
 from fuse.ops.logprob import token_logprobs
-from fuse.roles import ScoreKind
+from fuse.roles import ScoreKind, role_of
 
 _LOGIT_ROWS = 1024
 """Rows of logits held at once."""
@@ -38,15 +38,19 @@ Rows = Callable[["TokenSequence"], range]
 class TokenSequence:
     """A prompt of at least one token and the response to it.
 
-    rewarded_ids: what a reward model reads in place of these; None where its tokens are the same.
+    rewarded_ids: what reward models read in place of these whose tokens are others, by role.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
-    rewarded_ids: Sequence[int] | None = None
+    rewarded_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def read_by(self, role: str) -> TokenSequence:
+        """What this model reads."""
+        return TokenSequence(self.rewarded_ids[role], ()) if role in self.rewarded_ids else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +80,28 @@ class ScoringSettings:
 class Inference:
     """What the scoring models say of a sequence of n response tokens; None for what no model of the run says.
 
-    reference_logprobs: [n]. values: [n + 1], before each token and after the last.
+    reference_logprobs: [n]. values: [n + 1], before each token and after the last. scores: by role.
     """
 
     reference_logprobs: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
-    score: float | None = None
+    scores: Mapping[str, float] | None = None
+
+
+def inferences(said: Mapping[str, Sequence[Any]]) -> list[Inference]:
+    """What models say of each sequence. said: by role, of all sequences."""
+    made = []
+    for of_one in zip(*said.values(), strict=True):
+        fields: dict[str, Any] = {}
+        for role, one in zip(said, of_one, strict=True):
+            kind = role_of(role).scores
+            assert kind is not None
+            if kind == "scores":
+                fields.setdefault(kind, {})[role] = one
+            else:
+                fields[kind] = one
+        made.append(Inference(**fields))
+    return made
 
 
 def score(
@@ -148,22 +168,16 @@ def scores(
     limit: MicroBatchLimit = MicroBatchLimit(),
     autocast: torch.dtype | None = None,
 ) -> list[float]:
-    """The score head at the last token of prompt and response, or of `rewarded_ids`.
+    """The score head at the last token of prompt and response.
 
     Raises: ValueError for a model without a head of one output.
     """
-    rewarded = [rewarded_sequence(one) for one in sequences]
-    return [float(score[0]) for score in _read_all(model, rewarded, _last_row, _one_output, limit, autocast)]
-
-
-def rewarded_sequence(sequence: TokenSequence) -> TokenSequence:
-    """What a reward model reads."""
-    return sequence if sequence.rewarded_ids is None else TokenSequence(sequence.rewarded_ids, ())
+    return [float(score[0]) for score in _read_all(model, sequences, _last_row, _one_output, limit, autocast)]
 
 
 def rows_of(kind: ScoreKind) -> Rows:
     """Of which positions of a sequence a model says something of this kind."""
-    return {"reference_logprobs": _token_rows, "values": _value_rows, "score": _last_row}[kind]
+    return {"reference_logprobs": _token_rows, "values": _value_rows, "scores": _last_row}[kind]
 
 
 def readout_of(kind: ScoreKind, settings: ScoringSettings) -> Readout:

@@ -11,25 +11,31 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fuse.intrastage.optimizer import ModelOptimizer
 from fuse.state_dict import check_fit
 
+_NO_MODELS: Mapping[str, nn.Module] = MappingProxyType({})
 
-def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> dict[str, int]:
+
+def save_state(
+    directory: Path, optimizers: Mapping[str, ModelOptimizer], models: Mapping[str, nn.Module] = _NO_MODELS
+) -> dict[str, int]:
     """Write the models' parameters and optimizer state; every rank of the world calls this with the same directory.
 
     Returns the bytes of every file that this rank now sees there, by name.
 
     directory: new or empty, and seen by every rank; see `check_saved`.
     optimizers: by model name; a rank leaves out models of which it has no stage.
+    models: whole ones that change without being trained, by name; one rank gives them.
 
     When it returns, the files of all ranks are complete and on disk.
 
@@ -38,7 +44,7 @@ def save_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> dic
     writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
     try:
         with _single_process_is_meant():
-            dcp.save(_saved(optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
+            dcp.save(_saved(optimizers, models), storage_writer=writer, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # not an Exception: nothing above would handle it
         rank, cause = next(iter(error.failures.items()))
         raise OSError(f"cannot save the training state in {directory}: rank {rank}: {cause[0]}") from error
@@ -60,10 +66,13 @@ def check_saved(directory: Path, seen: Sequence[Mapping[str, int]]) -> None:
             )
 
 
-def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> None:
+def load_state(
+    directory: Path, optimizers: Mapping[str, ModelOptimizer], models: Mapping[str, nn.Module] = _NO_MODELS
+) -> None:
     """Read into the models' parameters and optimizer state what `save_state` wrote, on whatever ranks it did.
 
-    Ranks load independently of each other.
+    Ranks load independently of each other. The parameters of `models` are replaced, not written to: they may lie where
+    others read them.
 
     Raises: ValueError when the checkpoint misses a tensor of these models, has one more, or one of another shape or
     type, or is damaged; then nothing was loaded.
@@ -75,7 +84,7 @@ def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> Non
         raise ValueError(
             f"cannot read the training state in {directory}: {error}: resume from another checkpoint"
         ) from error
-    _check(directory, saved, optimizers)
+    _check(directory, saved, optimizers, models)
     for model, optimizer in optimizers.items():
         step = {f"{model}.step": torch.zeros(1, dtype=torch.int64)}
         _read(reader, step)
@@ -85,6 +94,17 @@ def load_state(directory: Path, optimizers: Mapping[str, ModelOptimizer]) -> Non
             tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes(part).items()}
             _read(reader, tensors)
             optimizer.import_state(part, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
+    for name, whole in models.items():
+        parameters = _parameters(name, whole)
+        tensors = {key: torch.empty(one.shape, dtype=one.dtype) for key, one in parameters.items()}
+        _read(reader, tensors)
+        for key, parameter in parameters.items():
+            parameter.data = tensors[key].to(parameter.device)
+
+
+def _parameters(name: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of a whole model, by their keys; a tied one has the first of its names."""
+    return {f"{name}.parameter.{key}": parameter for key, parameter in model.named_parameters()}
 
 
 def _read(reader: dcp.HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> None:
@@ -100,34 +120,46 @@ def _single_process_is_meant() -> Iterator[None]:
         yield
 
 
-def _saved(optimizers: Mapping[str, ModelOptimizer]) -> dict[str, Tensor]:
+def _saved(optimizers: Mapping[str, ModelOptimizer], models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What this rank writes, by the key it has on disk."""
     tensors: dict[str, Tensor] = {}
     for model, optimizer in optimizers.items():
         tensors[f"{model}.step"] = torch.tensor([optimizer.num_steps])
         for part in optimizer.STATE_PARTS:
             tensors |= {f"{model}.{part}.{name}": tensor for name, tensor in optimizer.export_state(part).items()}
+    for name, whole in models.items():
+        tensors |= {key: parameter.detach().cpu() for key, parameter in _parameters(name, whole).items()}
     return tensors
 
 
-def _expected(optimizers: Mapping[str, ModelOptimizer]) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
+def _expected(
+    optimizers: Mapping[str, ModelOptimizer], models: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
     """Key, shape and type of every tensor of these models, also those on other ranks."""
     for model, optimizer in optimizers.items():
         yield f"{model}.step", torch.Size([1]), torch.int64
         for part in optimizer.STATE_PARTS:
             for name, shape in optimizer.model_shapes(part).items():
                 yield f"{model}.{part}.{name}", shape, torch.float32
+    for name, whole in models.items():
+        for key, parameter in _parameters(name, whole).items():
+            yield key, parameter.shape, parameter.dtype
 
 
-def _check(directory: Path, saved: Mapping[str, object], optimizers: Mapping[str, ModelOptimizer]) -> None:
+def _check(
+    directory: Path,
+    saved: Mapping[str, object],
+    optimizers: Mapping[str, ModelOptimizer],
+    models: Mapping[str, nn.Module],
+) -> None:
     found = {}
     for key, tensor in saved.items():
-        if key.partition(".")[0] in optimizers:
+        if key.partition(".")[0] in (*optimizers, *models):
             assert isinstance(tensor, TensorStorageMetadata)
             found[key] = f"{tensor.properties.dtype} {list(tensor.size)}"
     check_fit(
         found,
-        {key: f"{dtype} {list(shape)}" for key, shape, dtype in _expected(optimizers)},
+        {key: f"{dtype} {list(shape)}" for key, shape, dtype in _expected(optimizers, models)},
         f"training state in {directory}",
         "resume with the models and configuration of the run that wrote it",
     )

@@ -105,17 +105,26 @@ class ModelHandle:
         """Have a scoring model compute with these weights."""
         return self.worker.call(ModelWorker.load_scoring_weights, role, weights)
 
+    def mix_scoring_weights(self, role: str, weights: Sequence[WeightsRef], alpha: float) -> Future[None]:
+        """Move a model that only scores towards these weights."""
+        return self.worker.call(ModelWorker.mix_scoring_weights, role, weights, alpha)
+
+    def export_scoring_weights(self, role: str) -> Future[WeightsRef]:
+        """Put a model that only scores into the object store."""
+        return self.worker.call(ModelWorker.export_scoring_weights, role)
+
     def export_weights(self, model: str) -> Future[WeightsRef | None]:
         """Put the rank's part of a model into the object store; None where another replica's does."""
         return self.worker.call(ModelWorker.export_weights, model)
 
-    def save(self, directory: Path) -> Future[dict[str, int]]:
-        """Write the rank's part of the training state; all ranks are called at once. See `save_state`."""
-        return self.worker.call(ModelWorker.save, directory)
+    def save(self, directory: Path, mixed: Sequence[str] = ()) -> Future[dict[str, int]]:
+        """Write the rank's part of the training state, with `mixed` models that only score; all ranks are called at
+        once. See `save_state`."""
+        return self.worker.call(ModelWorker.save, directory, mixed)
 
-    def load(self, directory: Path) -> Future[None]:
-        """Read the rank's part of a training state."""
-        return self.worker.call(ModelWorker.load, directory)
+    def load(self, directory: Path, mixed: Sequence[str] = ()) -> Future[None]:
+        """Read the rank's part of a training state, with `mixed` models that only score."""
+        return self.worker.call(ModelWorker.load, directory, mixed)
 
     def drain_spans(self) -> Future[list[Span]]:
         """Spans since the last call."""

@@ -17,13 +17,13 @@ from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.state_dict import adopt_state_dict
+from fuse.state_dict import adopt_state_dict, mix_state_dict
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, inferences, kind_of
+from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.steps import OptimizerStep, RankStep
 from fuse.training.update_costs import measure_update_costs
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
@@ -145,11 +145,12 @@ class ModelWorker:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
         sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
-        results: dict[str, Sequence[Any]] = {}
+        said: dict[str, Sequence[Any]] = {}
         for role, model in self._scoring.items():
             with self._recorder.span(role, "infer", **sizes):
-                results[role] = scoring.score(kind_of(role), model, sequences, self._scoring_settings)
-        return inferences(results)
+                read = [sequence.read_by(role) for sequence in sequences]
+                said[role] = scoring.score(kind_of(role), model, read, self._scoring_settings)
+        return scoring.inferences(said)
 
     def advance(self, piece: Piece | None) -> list[Scored]:
         """Have a piece enter the pipelines, or all come to its end; all ranks are called in one same order."""
@@ -173,19 +174,34 @@ class ModelWorker:
             with self._recorder.span(f"load {role}", "weights"):
                 adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
+    def mix_scoring_weights(self, role: str, weights: Sequence[WeightsRef], alpha: float) -> None:
+        """Move a model that only scores towards these weights. See `mix_state_dict`."""
+        with self._recorder.span(f"mix {role}", "weights"):
+            mix_state_dict(self._scoring[role], get_state_dict(weights), alpha)
+
+    def export_scoring_weights(self, role: str) -> WeightsRef:
+        """Put a model that only scores into the object store."""
+        return put_state_dict(self._scoring[role].state_dict())
+
     def export_weights(self, model: str) -> WeightsRef | None:
         """Put this rank's part of a model into the object store; None where another replica's does."""
         with self._recorder.span(f"export {model}", "weights"):
             state_dict = self._training.export_weights(model)
             return put_state_dict(state_dict) if state_dict else None
 
-    def save(self, directory: Path) -> dict[str, int]:
-        """Write this rank's part of the training state; all ranks call this at once. See `save_state`."""
-        return self._training.save(directory)
+    def save(self, directory: Path, mixed: Sequence[str] = ()) -> dict[str, int]:
+        """Write this rank's part of the training state; all ranks call this at once. See `save_state`.
 
-    def load(self, directory: Path) -> None:
-        """Read this rank's part of a training state, whatever ranks wrote it."""
-        self._training.load(directory)
+        mixed: models that only score and are part of it; every rank has all of them, and the first writes them.
+        """
+        return self._training.save(directory, self._scoring_models(mixed) if self._rank == 0 else {})
+
+    def load(self, directory: Path, mixed: Sequence[str] = ()) -> None:
+        """Read this rank's part of a training state, whatever ranks wrote it. mixed: as of `save`."""
+        self._training.load(directory, self._scoring_models(mixed))
+
+    def _scoring_models(self, roles: Sequence[str]) -> dict[str, PreTrainedModel]:
+        return {role: self._scoring[role] for role in roles}
 
     # Observability
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fuse.config import memory
 from fuse.config.grpo import GRPOConfig
@@ -227,3 +228,20 @@ def test_whole_replicas_stay_the_default_where_they_fit(tmp_path: Path) -> None:
     assert [replica.ranks for replica in asked._settings.placement] == [(0, 1), (1, 0)]
     evenly: Any = tiny_group.trainer(tmp_path / "evenly", num_devices=2, actor_stages=2, balance_stages=False)
     assert evenly._settings.alternative is None, "nothing is measured that could tell"
+
+
+def test_a_reference_that_is_mixed_is_each_devices_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, in which small moves are not rounded away."""
+    options: dict[str, Any] = {"beta": 0.1, "num_devices": 2, "model": tiny.policy().bfloat16()}
+    needed = []
+    for follows in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "host_memory_bytes", lambda: 0)
+            with pytest.raises(ValueError, match="the run does not fit") as error:
+                tiny_group.trainer(tmp_path / str(follows), sync_ref_model=follows, **options)
+        needed.append(int(str(error.value).split(" take ")[1].split()[0]))
+    size = sum(parameter.numel() for parameter in options["model"].parameters())
+    assert needed[1] - needed[0] == 2 * 4 * size
+    for follows, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        trainer: Any = tiny_group.trainer(tmp_path / str(follows), sync_ref_model=follows, **options)
+        assert trainer._settings.spec("reference", trainer.ref_model).dtype == dtype

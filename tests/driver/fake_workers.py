@@ -203,7 +203,7 @@ class FakeScorer(FakeWorker):
             Inference(
                 reference_logprobs=np.zeros(len(one.response_ids), np.float32),
                 values=np.zeros(1, np.float32),
-                score=float(len(one)),
+                scores={"reward": float(len(one))},
             )
             for one in sequences
         ]

@@ -88,7 +88,7 @@ def roll_out(
         engines[device].is_silent = True
     workers = [FakeScorer(device, engine) for device, engine in enumerate(engines)]
     scorers = [worker.handle for worker in workers]
-    samples = [Sample(FIRST_ID + index, (1, 2, 3)) for index in range(len(lengths))]
+    samples = [Sample(FIRST_ID + index, (1, 2, 3 + index)) for index in range(len(lengths))]
     announced: list[int] = []
     rollout = LiveRollout(
         [engine.handle for engine in engines],

@@ -17,10 +17,13 @@ from fuse.driver.live import LiveRollout
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.interstage.costs import SMALL_CPU
+from fuse.interstage.dealing import Dealing
+from fuse.interstage.migration import StageByStage
 from fuse.sample import Sample
 
 from .. import tiny_models
 from ..engines.driving import run
+from ..engines.test_shared_prompts import Engine as CountingEngine
 from .fake_workers import Chance, FakeScorer, ServedEngine
 from .test_live import LIMITS, MAX_NEW_TOKENS, Wanderlust
 
@@ -95,3 +98,38 @@ def test_filtered_tokens_do_not_depend_on_what_happens(
     unfiltered = SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(5,))
     request = GenerationRequest(sample_id=0, prompt_ids=PROMPTS[0], params=unfiltered)
     assert run(alone, [request])[0][0] != samples[0].response_ids, "a control: the filters are felt"
+
+
+def test_an_engine_computes_the_prompts_of_its_groups_alone(policy_model: PreTrainedModel) -> None:
+    """Dealt side by side, siblings have their prompt computed once in all; apart, once by each of the engines."""
+    free_prefill = replace(SMALL_CPU, prefill_s=0.0, prefill_token_s=0.0)
+    computed, responses = [], []
+    for dealing in (None, Dealing(free_prefill, response_tokens=10.0)):
+        engines = []
+        for _ in range(2):
+            own = model()
+            own.load_state_dict(policy_model.state_dict())
+            engines.append(CountingEngine(own, max_batch=8))
+        workers = [ServedEngine(device, one) for device, one in enumerate(engines)]
+        for one in engines:
+            one.computed = 0
+        scorers = [FakeScorer(device, worker).handle for device, worker in enumerate(workers)]
+        samples = [Sample(index, tuple(range(1 + index // 4, 20))) for index in range(16)]
+        rollout = LiveRollout(
+            [worker.handle for worker in workers],
+            lambda scorers=scorers: scorers,
+            samples,
+            PARAMS,
+            policy=StageByStage(),
+            limits=LIMITS,
+            pad_token_id=0,
+            dealing=dealing,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(live, "wait_ended", Chance(0, workers, 0, 0.0))
+            rollout.run()
+        computed.append(sum(one.computed for one in engines))
+        responses.append([sample.response_ids for sample in samples])
+    once = sum(len(samples[first].prompt_ids) - 1 for first in range(0, 16, 4))
+    assert computed == [once, 2 * once]
+    assert responses[0] == responses[1]

@@ -56,6 +56,7 @@ def state(
             response_tokens=np.array(response_tokens or [1] * num, dtype=np.int64),
             started=np.ones(num, dtype=bool),
             movable=~np.isin(np.array(devices, dtype=np.int64), list(lost)),  # what goes to a lost engine has left
+            prompts=np.arange(num),
         ),
         finished_ids=np.array(list(finished or {}), dtype=np.int64),
         finished_tokens=np.array(list((finished or {}).values()), dtype=np.int64),

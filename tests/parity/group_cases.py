@@ -64,6 +64,16 @@ _REUSED = {"steps_per_generation": 4, "num_iterations": 2}
 DAPO = _grpo("dapo", loss_type="dapo")
 REUSED = {loss: _grpo(f"{loss}-reused-beta", loss_type=loss, beta=0.04, **_REUSED) for loss in LOSS_TYPES}
 GSPO = _grpo("gspo", loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3, **_REUSED)
+ENTROPY = _grpo("entropy-bonus", entropy_coef=0.2, top_entropy_quantile=0.6, beta=0.04, **_REUSED)
+FOLLOWING = _grpo(  # the reference moves in the middle of an update, and at its end
+    "following",
+    beta=0.3,
+    max_steps=8,
+    sync_ref_model=True,
+    ref_model_mixup_alpha=0.7,
+    ref_model_sync_steps=2,
+    **_REUSED,
+)
 RLOO = GroupCase(name="rloo", algorithm="rloo")
 
 CASES: tuple[GroupCase, ...] = (
@@ -80,9 +90,11 @@ CASES: tuple[GroupCase, ...] = (
     _grpo("two-bounds", delta=1.01, epsilon_high=0.025, **_REUSED),
     _grpo("unweighted-kl", beta=0.1, use_bias_correction_kl=False, **_REUSED),
     _grpo("high-entropy", top_entropy_quantile=0.4),
+    ENTROPY,
     _grpo("off-policy-mask", off_policy_mask_threshold=0.002, **_REUSED),
     _grpo("truncated", mask_truncated_completions=True, loss_type="grpo"),
     _grpo("hot", temperature=1.7, beta=0.04),
+    FOLLOWING,
     GroupCase(name="abstaining", options={"reward_weights": [1.0, 0.5]}, abstains=True),
     GroupCase(name="tied", tie_word_embeddings=True),
     RLOO,

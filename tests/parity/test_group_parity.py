@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuse import state_dict as state_dict_module
 from fuse.algorithms import group_advantages, group_batch, grpo, grpo_loss, leave_one_out, rloo
 from fuse.algorithms.sequences import Sequences
+from fuse.driver.mixing import Mixing
 from fuse.trainers import group
+from fuse.workers import model_worker
 
-from .group_cases import CASES, DAPO, GSPO, REUSED, RLOO, GroupCase
+from .group_cases import CASES, DAPO, ENTROPY, FOLLOWING, GSPO, REUSED, RLOO, GroupCase
 from .group_oracle import GroupRecording, record
 from .group_replay import mismatches, replay
 
@@ -35,7 +38,7 @@ def test_one_device(case: GroupCase, recorded: Recorded, in_process_workers: Non
     assert mismatches(recording, replay(case, recording, tmp_path, num_devices=1)) == []
 
 
-@pytest.mark.parametrize("case", [DAPO, REUSED["grpo"], GSPO, RLOO], ids=str)
+@pytest.mark.parametrize("case", [DAPO, REUSED["grpo"], GSPO, FOLLOWING, RLOO], ids=str)
 @pytest.mark.parametrize("stages", [1, 2])
 def test_two_devices(case: GroupCase, stages: int, recorded: Recorded, pooled_workers: None, tmp_path: Path) -> None:
     """As two replicas, or in a pipeline."""
@@ -126,6 +129,27 @@ def end_tokens_not_trained_on(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(group_batch, "counted_tokens", counted_tokens)
 
 
+def entropy_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    right = grpo_loss.token_logprobs
+
+    def token_logprobs(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = right(*arguments, **options)
+        return logprobs, entropy.detach()
+
+    patch.setattr(grpo_loss, "token_logprobs", token_logprobs)
+
+
+def reference_that_moves_between_updates_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Mixing, "pieces", lambda mixing, num_before, num_steps: [slice(num_steps)])
+
+
+def reference_that_forgets_itself(patch: pytest.MonkeyPatch) -> None:
+    def mix(model: Any, state_dict: Any, alpha: float) -> None:
+        state_dict_module.mix_state_dict(model, state_dict, 1.0)
+
+    patch.setattr(model_worker, "mix_state_dict", mix)
+
+
 @pytest.mark.parametrize(
     ("break_it", "case"),
     [
@@ -138,6 +162,9 @@ def end_tokens_not_trained_on(patch: pytest.MonkeyPatch) -> None:
         (baseline_with_the_sample_itself, RLOO),
         (samples_in_the_order_of_generation, REUSED["dapo"]),
         (end_tokens_not_trained_on, DAPO),
+        (entropy_without_a_gradient, ENTROPY),
+        (reference_that_moves_between_updates_alone, FOLLOWING),
+        (reference_that_forgets_itself, FOLLOWING),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

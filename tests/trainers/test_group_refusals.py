@@ -26,7 +26,10 @@ from . import tiny, tiny_group
         ({"loss_type": "ppo"}, "loss_type='ppo' is unknown: use 'grpo', "),
         ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is unknown"),
         ({"scale_rewards": "all"}, "scale_rewards='all' is unknown"),
-        ({"entropy_coef": 0.1}, "entropy_coef=0.1 is not supported: leave it out"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True is not supported: leave it out"),
+        ({"sync_ref_model": True}, "sync_ref_model=True with beta=0.0, for which there is no reference"),
+        ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha=1.5 must lie between 0 and 1"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0 must be at least 1"),
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' is not supported"),
         ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs=.* is not supported: leave it out: set temp"),
         (
@@ -43,7 +46,14 @@ from . import tiny, tiny_group
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 weights for 1 reward functions"),
         ({"rewards": []}, "reward_funcs is empty: pass a function"),
         ({"rewards": [3]}, "reward_funcs has 3: pass functions"),
-        ({"rewards": [tiny.scorer(1), tiny.scorer(2)]}, "reward_funcs has several models"),
+        (
+            {"rewards": [tiny.scorer(1), tiny.scorer(2)], "reward_processing_classes": [tiny.tokenizer()]},
+            "reward_processing_classes has 1 tokenizers for 2 reward functions",
+        ),
+        (
+            {"rewards": [tiny.scorer(1), tiny.scorer(2, num_labels=2)]},
+            "is a LlamaForSequenceClassification with 2 labels",
+        ),
         ({"train_dataset": [{"question": "ab"}] * 8}, "the dataset has no column 'prompt'"),
         ({"train_dataset": [{"prompt": "ab", "completions": 1}] * 8}, "has a column 'completions'"),
         ({"model": tiny.scorer(1)}, "without output embeddings: pass a causal language model"),

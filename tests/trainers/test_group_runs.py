@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from fuse import GRPOTrainer, RLOOTrainer
 
+from ..tiny_models import word_tokenizer
 from . import tiny, tiny_group
 from .test_deaths import engine_of_device_1
 
@@ -58,6 +59,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(plain: GRPOTrainer, tmp_path: Pa
     assert resumed.state.global_step == 8
     for trainer in (whole, resumed):
         assert tiny.difference(trainer.model, plain.model) == 0
+
+
+def test_a_reference_that_follows_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    """It moves in the middle of the update before the checkpoint and of the one after it; see also tests/parity."""
+    following = {"sync_ref_model": True, "ref_model_sync_steps": 3, **REUSED}
+    saving = {"save_strategy": "steps", "save_steps": 4, **following}
+    whole = tiny_group.train(tmp_path, **saving)
+    assert whole.ref_model is not None
+    for num_devices, most in ((1, 0.0), (2, tiny.ROUNDING)):
+        resumed = tiny_group.trainer(tmp_path, num_devices=num_devices, **saving)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert resumed.ref_model is not None
+        assert tiny.difference(resumed.ref_model, whole.ref_model) <= most
+        assert tiny.difference(resumed.model, whole.model) <= most
+    assert tiny.difference(whole.ref_model, tiny.policy()) > 10 * tiny.ROUNDING
+    assert tiny.difference(whole.ref_model, whole.model) > 10 * tiny.ROUNDING
+    staying = tiny_group.trainer(tmp_path, **{**saving, "sync_ref_model": False})
+    with pytest.raises(ValueError, match="was written with sync_ref_model=1, this run has sync_ref_model=0: resume"):
+        staying.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_a_dead_engine_costs_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,20 +150,35 @@ def test_filters_reach_the_engines_and_functions_may_have_processes(tmp_path: Pa
     assert logs(tiny_group.train(tmp_path, max_steps=1))[0]["frac_reward_zero_std"] < 1
 
 
-def test_what_a_reward_model_reads(tmp_path: Path) -> None:
-    """The text of prompt and completion, without the end token that was sampled."""
-    model = tiny.scorer(3)
+def test_what_several_reward_models_read(tmp_path: Path) -> None:
+    """The text of prompt and completion, without the end token that was sampled, each in tokens of its own."""
+    models: list[Any] = [tiny.scorer(3), tiny.scorer(4), tiny.scorer(5)]
+    plain: Any = tiny.tokenizer()
+    backwards = word_tokenizer([*tiny.VOCABULARY[:2], *tiny.VOCABULARY[:1:-1]], unknown="<pad>", splits=True)
+    tokenizers: list[Any] = [plain, None, backwards, plain]
     trainer = tiny_group.trainer(
-        tmp_path, rewards=model, reward_processing_classes=tiny.tokenizer(), max_steps=1, num_devices=2
+        tmp_path,
+        rewards=[models[0], tiny_group.count_target, *models[1:]],
+        reward_processing_classes=tokenizers,
+        reward_weights=[1.0, 2.0, 3.0, 4.0],
+        max_steps=1,
+        num_devices=2,
     )
+    assert [*trainer._models] == ["actor", "reward", "reward_1", "reward_2"], "the memory ledger counts each"
     with trainer.updates() as updates:
         samples = next(updates).samples
-    tokenizer: Any = tiny.tokenizer()
     for sample in samples:
-        text = sample.columns["prompt"] + tokenizer.decode(sample.response_ids, skip_special_tokens=True)
-        tokens = torch.tensor([tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            assert sample.rewards == pytest.approx([float(model(tokens).logits)], abs=1e-5)
+        columns: Any = sample.columns
+        response = plain.decode(sample.response_ids, skip_special_tokens=True)
+        (said,) = tiny_group.count_target([response], [columns["target"]])
+        of_models = []
+        for model, tokenizer in zip(models, (plain, backwards, plain), strict=True):
+            tokens = torch.tensor([tokenizer(columns["prompt"] + response)["input_ids"]])
+            with torch.no_grad():
+                of_models.append(float(model(tokens).logits))
+        expected = [of_models[0], said, *of_models[1:]]
+        assert sample.rewards == pytest.approx(expected, abs=1e-5)
+        assert sample.score == pytest.approx(sum(weight * one for weight, one in enumerate(expected, 1)), abs=1e-4)
     assert any(sample.response_ids[-1] == 1 for sample in samples), "some end with the end token"
 
 

@@ -11,9 +11,11 @@ from datasets import Dataset
 
 from fuse import PPOTrainer
 from fuse.config.prompt_tokens import PromptTokens
+from fuse.trainers import prompt_checks, prompts
+from fuse.trainers.prompt_checks import usable_prompts
 from fuse.trainers.prompts import make_samples, prompt_tokens
 
-from . import tiny
+from . import tiny, tiny_group
 
 LONG = [[2] * 60, [3, 4], [5] * 70, [6] * 56]
 """The context has 64 tokens, of which a response takes 8."""
@@ -91,8 +93,24 @@ def test_tokens_that_a_mask_leaves_out_do_not_count(tmp_path: Path) -> None:
     made = trainer(tmp_path, padded)
     (batch,) = made.get_train_dataloader()
     assert {sample.prompt_ids for sample in make_samples(batch, 0, 0)} == {(5, 6), (7, 0)}
-    assert prompt_tokens(padded) == PromptTokens(2, 2)
-    assert prompt_tokens(padded, None, 1) == PromptTokens(1, 1), "of which one is kept"
+    _, lengths = usable_prompts(padded, "train_dataset", tiny.policy().config, tiny.config(tmp_path), 0)
+    assert prompt_tokens([lengths, [5]]) == PromptTokens(2, 5)
+    assert prompt_tokens([lengths, [5]], 1) == PromptTokens(1, 1), "of which one is kept"
+    assert prompt_tokens([lengths, [5]], collates=True) == PromptTokens(2)
+
+
+def test_prompts_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    right = prompts.counted_tokens
+
+    def counted_tokens(row: Any, index: int) -> list[int]:
+        counted.append(index)
+        return right(row, index)
+
+    for module in (prompts, prompt_checks):
+        monkeypatch.setattr(module, "counted_tokens", counted_tokens)
+    tiny_group.trainer(tmp_path, eval_dataset=tiny_group.rows(3))
+    assert counted == [*range(16), *range(3)]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from fuse.intrastage.placement import Replica, place
 from fuse.trace import SpanRecorder
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
-from fuse.training.score_pipelines import Piece, ScorePipelines, inferences, kind_of
-from fuse.training.scoring import MicroBatchLimit, ScoringSettings, TokenSequence, score
+from fuse.training.score_pipelines import Piece, ScorePipelines, kind_of
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings, TokenSequence, inferences, score
 
 from ..distributed.fake_nccl import FakeNccl
 from ..tiny_models import build, classifier, language_model, spread
@@ -129,7 +129,7 @@ def test_scores_have_the_bits_of_whole_copies(layout: str, slots: int) -> None:
         for role in SCORING:
             for found, expected in zip(of_piece[role], by_whole_copies(role, piece), strict=True):
                 np.testing.assert_array_equal(found, expected)
-        assert [one.score for one in inferences(of_piece)] == of_piece["reward"]
+        assert [one.scores for one in inferences(of_piece)] == [{"reward": score} for score in of_piece["reward"]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
