@@ -47,7 +47,7 @@ class Sample:
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
     `response_length`), known once it is generated; a response may hold more. `scores` are those of reward models by
     role, `rewards` those of all models and functions in their order, NaN for none; `score` is what they come to.
-    `logprobs` are the engine's, `trainer_logprobs` those of the same weights as the trainer computes them, where that was
+    `logprobs` are the engine's, `trainer_logprobs` those that the trainer computes by the same weights, where that was
     asked for. `rewarded_ids` are what reward models read whose tokens are not the policy's, by role.
     """
 
