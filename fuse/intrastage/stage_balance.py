@@ -73,7 +73,8 @@ def balance_stages(
     Stages start with equal numbers of layers; then layers move one by one to the stage next to theirs while that
     shortens the schedule. With fusion this is the greedy one, and it is done for every choice of directions: the first
     model of the placement keeps its own, each other one runs as placed, or the other way. What all choices lead to is
-    then solved and compared; of opposite replicas so are equal numbers of layers. Transfers are left out: they are as many wherever the stages begin.
+    then solved and compared, and with opposite replicas equal numbers of layers, too. Transfers are left out: they are
+    as many wherever the stages begin.
 
     costs: by role, measured with ticks of `tick_s`, on micro-batches of one shape. num_layers: by role.
     """
