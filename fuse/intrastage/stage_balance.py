@@ -15,7 +15,7 @@ from statistics import median
 from fuse.intrastage.cost_profile import Profile, StageCosts
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.measurement_store import Measured
-from fuse.intrastage.opposite import without_opposites
+from fuse.intrastage.opposite import has_opposites, without_opposites
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_schedule import fused_problem, serial_schedule, unfused
 from schedules import Problem, evaluate
@@ -73,7 +73,8 @@ def balance_stages(
     Stages start with equal numbers of layers; then layers move one by one to the stage next to theirs while that
     shortens the schedule. With fusion this is the greedy one, and it is done for every choice of directions: the first
     model of the placement keeps its own, each other one runs as placed, or the other way. What all choices lead to is
-    then solved and compared. Transfers are left out: they are as many wherever the stages begin.
+    then solved and compared, and with opposite replicas equal numbers of layers, too. Transfers are left out: they are
+    as many wherever the stages begin.
 
     costs: by role, measured with ticks of `tick_s`, on micro-batches of one shape. num_layers: by role.
     """
@@ -90,12 +91,14 @@ def balance_stages(
         return _descend(even, serial)
     from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
 
-    descended = [_descend(start, lambda one: evaluate(greedy(problem(one))).makespan) for start in _directions(even)]
+    candidates = [_descend(start, lambda one: evaluate(greedy(problem(one))).makespan) for start in _directions(even)]
+    if has_opposites(even):  # a rank's two stages make up for one another, which the greedy schedule need not show
+        candidates.append(even)
 
     def fused(candidate: tuple[Replica, ...]) -> int:
         return solve(problem(candidate), time_limit_s=_SOLVE_S, num_workers=1, objective=Objective.MAKESPAN).makespan
 
-    return min(descended, key=fused)
+    return min(candidates, key=fused)
 
 
 def unfused_stages(

@@ -209,7 +209,7 @@ def test_opposite_replicas_are_an_alternative_where_gpus_hold_them(
     [
         {"num_devices": 1},
         {"num_devices": 2, "actor_stages": 1},
-        {"num_devices": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 1},
+        {"num_devices": 2, "actor_stages": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 1},
         {"num_devices": 2, "intra_stage_fusion": False},
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_bubbles_are_filled_where_sums_of_gradients_cost_little(caplog: pytest.L
     assert "0.420 s by plain 1F1B" in caplog.text
     assert caplog.text.count("two opposite replicas of the actor: a step of 4 micro-batches") == 1
     assert found.unfused is not None
-    assert found.unfused.placement == tuple(one for one in found.placement if one.index == 0)
+    assert found.unfused.placement == (replace(PLAIN[0], layer_ranges=((0, 2), (2, 4), (4, 6), (6, 8))),)
 
 
 def test_they_are_not_where_these_cost_more_than_the_bubbles(caplog: pytest.LogCaptureFixture) -> None:
@@ -63,9 +64,7 @@ def test_twice_the_optimizers_work_counts() -> None:
 
 
 def test_many_micro_batches_leave_little_to_fill() -> None:
-    """What sums of gradients cost is what it was, and bubbles are a smaller part."""
-    size = ModelSize.of(SPEC)
-    costs = UpdateCosts(0.0, 0.08 / max(size.stages(PLAIN[0])))
+    costs = UpdateCosts(0.0, 0.0)
     gains = []
     for count in (4, 32):
         plain, opposite = (choice(count).cut_with_update(one, costs) for one in (PLAIN, OPPOSITE))
