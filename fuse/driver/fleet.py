@@ -26,17 +26,15 @@ from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
-from fuse.intrastage.placement import replica_micro_batches
 from fuse.intrastage.training_planner import TrainingPlanner
-from fuse.intrastage.training_schedule import Plan
-from fuse.micro_batch import Metric
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
+from fuse.training.rounds import Round, step_reports, unfused_counts
 from fuse.training.state import check_saved
-from fuse.training.steps import OptimizerStep, RankStep, StepReport
+from fuse.training.steps import StepReport
 from fuse.workers.calls import Future, gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
@@ -203,34 +201,20 @@ class Fleet:
         stage_by_stage.infer(workers, samples, timeout_s=self.settings.training.timeout_s)
 
     def train(
-        self, experience: Experience, steps: Sequence[OptimizerStep], learning_rates: Sequence[float]
-    ) -> list[StepReport]:
-        """Take the steps, each with its learning rate."""
-        counts = {len(step.micro_batches) for step in steps}
+        self, experience: Experience, rounds: Sequence[Round], learning_rates: Sequence[Mapping[str, float]]
+    ) -> dict[str, list[StepReport]]:
+        """Take the rounds' optimizer steps. learning_rates: by round, of the roles in it. Returns each role's steps."""
+        counts = [one.counts for one in rounds]
         shape_of = self.settings.training.layout.shape
-        shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
+        trained = dict.fromkeys(mb for one in rounds for part in one.parts.values() for mb in part.micro_batches)
+        shapes = [shape_of(experience, samples) for samples in trained]
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
-        plans: Mapping[int, Plan] = self._planner.plans(counts, shapes, self._free_bytes)
+        plans = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
         self._tell("training")
-        shared = ray.put(experience), ray.put(steps), learning_rates, ray.put(plans)
+        shared = ray.put(experience), ray.put(rounds), learning_rates, ray.put(plans)
         results = gather([worker.train(*shared) for worker in self._model_workers])
-        return [
-            self._report(len(step.micro_batches), [result[index] for result in results[:: self._tensor_parallel_size]])
-            for index, step in enumerate(steps)
-        ]
-
-    def _report(self, num_micro_batches: int, by_rank: Sequence[RankStep]) -> StepReport:
-        """One row of metrics per micro-batch: a replica's last rank has those of the replica's micro-batches."""
-        merged: list[dict[Metric, float]] = [{} for _ in range(num_micro_batches)]
-        placement = self._planner.placement
-        for replica in placement:
-            num_replicas = sum(other.model == replica.model for other in placement)
-            indices = replica_micro_batches(num_micro_batches, num_replicas, replica.index)
-            for index, row in zip(indices, by_rank[replica.ranks[-1]].metrics[replica.model], strict=True):
-                merged[index] |= row
-        norms = {role: max(of_rank.gradient_norms[role] for of_rank in by_rank) for role in self._trained}
-        return StepReport(metrics=merged, gradient_norms=norms)
+        return step_reports(rounds, results[:: self._tensor_parallel_size], self._planner.placement)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,28 @@ def place(role: str, num_ranks: int, num_stages: int, *, reverse: bool = False) 
         Replica(role, index, tuple(range(index * span, (index + 1) * span))[::order] * (num_stages // span))
         for index in range(num_ranks // span)
     )
+
+
+Counts = int | tuple[tuple[str, int], ...]
+"""Micro-batches of every model; or of each model that trains, which then need not be all."""
+
+
+def num_micro_batches(counts: Counts, model: str) -> int:
+    """Of one model; 0 where it does not train."""
+    return counts if isinstance(counts, int) else dict(counts).get(model, 0)
+
+
+def replicas_of(replicas: Sequence[Replica], counts: Counts) -> tuple[Replica, ...]:
+    """Those of the models that have micro-batches."""
+    return tuple(replica for replica in replicas if num_micro_batches(counts, replica.model))
+
+
+def describe(counts: Counts) -> str:
+    """For people: `4 micro-batches`, or `2 micro-batches of actor, 4 of critic`."""
+    if isinstance(counts, int) or not counts:
+        return f"{counts or 0} micro-batches"
+    (model, count), *others = counts
+    return ", ".join([f"{count} micro-batches of {model}", *(f"{one} of {other}" for other, one in others)])
 
 
 def replica_micro_batches(num_micro_batches: int, num_replicas: int, index: int) -> range:

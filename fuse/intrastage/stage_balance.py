@@ -15,7 +15,7 @@ from statistics import median
 from fuse.intrastage.cost_profile import Profile, StageCosts
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.measurement_store import Measured
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import fused_problem, serial_schedule
 from schedules import Problem, evaluate
 from schedules.fused.greedy import greedy
@@ -62,7 +62,7 @@ def balance_stages(
     costs: Mapping[str, LayerCosts],
     placement: Sequence[Replica],
     num_layers: Mapping[str, int],
-    num_micro_batches: int,
+    counts: Counts,
     *,
     is_fused: bool,
     tick_s: float,
@@ -79,10 +79,10 @@ def balance_stages(
     shape = costs[placement[0].model].layer.shape
 
     def problem(candidate: tuple[Replica, ...]) -> Problem:
-        return fused_problem(_predicted(costs, candidate, tick_s), candidate, num_micro_batches, shape)
+        return fused_problem(_predicted(costs, candidate, tick_s), candidate, counts, shape)
 
     def unfused(candidate: tuple[Replica, ...]) -> int:
-        return evaluate(replace(serial_schedule(candidate, num_micro_batches), problem=problem(candidate))).makespan
+        return evaluate(replace(serial_schedule(candidate, counts), problem=problem(candidate))).makespan
 
     even = _even(placement, num_layers)
     if not is_fused:
@@ -101,12 +101,12 @@ def unfused_stages(
     costs: Mapping[str, LayerCosts],
     placement: Sequence[Replica],
     num_layers: Mapping[str, int],
-    num_micro_batches: int,
+    counts: Counts,
     *,
     tick_s: float,
 ) -> Measured:
     """The stages that suit training one model after the other best, and what they would cost; as `balance_stages`."""
-    balanced = balance_stages(costs, placement, num_layers, num_micro_batches, is_fused=False, tick_s=tick_s)
+    balanced = balance_stages(costs, placement, num_layers, counts, is_fused=False, tick_s=tick_s)
     return Measured(balanced, _predicted(costs, balanced, tick_s))
 
 

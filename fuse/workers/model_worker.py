@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.roles import ROLES, ScoreKind
@@ -22,7 +22,7 @@ from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.steps import OptimizerStep, RankStep
+from fuse.training.rounds import RankRound, Round
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 
@@ -93,12 +93,12 @@ class ModelWorker:
     def train(
         self,
         experience: Experience,
-        steps: Sequence[OptimizerStep],
-        learning_rates: Sequence[float],
-        plans: Mapping[int, Plan],
-    ) -> list[RankStep]:
+        rounds: Sequence[Round],
+        learning_rates: Sequence[Mapping[str, float]],
+        plans: Mapping[Counts, Plan],
+    ) -> list[RankRound]:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
-        return self._training.train(experience, steps, learning_rates, plans)
+        return self._training.train(experience, rounds, learning_rates, plans)
 
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
