@@ -110,8 +110,10 @@ class Trainers:
         def fused(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
             return fused_schedule(profile, replicas, counts, middle, time_limit_s=solve_s)
 
+        schedulers: dict[str, Callable[[tuple[Replica, ...], Counts], Schedule]]
+        schedulers = {"serial": serial_schedule, "fused": fused}
         ways: dict[str, Way] = {}
-        for side, schedule in (("serial", serial_schedule), ("fused", fused)):
+        for side, schedule in schedulers.items():
             of_side = rounds(steps, dict.fromkeys(steps, 1), is_fused=side == "fused")
             counts = dict.fromkeys(one.counts for one in of_side)
             plans = {one: Plan(schedule(replicas_of(self._placement, one), one), profile) for one in counts}

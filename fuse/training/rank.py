@@ -215,7 +215,7 @@ class TrainingRank:
     def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:
         """A round's micro-batches, by pipeline; of the same samples roles share what they have in common."""
         made: dict[tuple[int, ...], dict[str, MicroBatch]] = {}
-        per_pipeline = []
+        per_pipeline: list[list[MicroBatch]] = []
         num_replicas = Counter(replica.model for replica in running.replicas)
         for replica in running.replicas:
             part = one.parts[replica.model]
