@@ -17,7 +17,7 @@ from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
 from fuse.benchmarks.training.steps import SETTINGS
-from fuse.benchmarks.training.worker import TimedStep, TrainingWorker
+from fuse.benchmarks.training.worker import TimedRound, TrainingWorker
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, place, replica_micro_batches
@@ -26,6 +26,7 @@ from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_sched
 from fuse.trace import now_s
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
+from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
 from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster
@@ -60,17 +61,17 @@ class BothWaysWorker(TrainingWorker):
         return profiles
 
     def take_turns(
-        self, experience: Experience, step: OptimizerStep, plans: Mapping[str, Plan], repeats: int
-    ) -> dict[str, list[TimedStep]]:
+        self, experience: Experience, step: Round, plans: Mapping[str, Plan], repeats: int
+    ) -> dict[str, list[TimedRound]]:
         """Take the step in each placement in turn, `repeats` times after one that warms up."""
-        steps: dict[str, list[TimedStep]] = {name: [] for name in plans}
+        steps: dict[str, list[TimedRound]] = {name: [] for name in plans}
         gc.collect()
         for repeat in range(_WARMUP + repeats):
             for name, plan in plans.items():
                 dist.barrier()
                 start_s = now_s()
-                self._trainings[name].train(experience, [step], [_LEARNING_RATE], {len(step.micro_batches): plan})
-                timed = TimedStep(start_s, now_s(), self._recorder.drain())
+                self._trainings[name].train(experience, [step], [{"actor": _LEARNING_RATE}], {step.counts: plan})
+                timed = TimedRound(start_s, now_s(), self._recorder.drain())
                 if repeat >= _WARMUP:
                     steps[name].append(timed)
         return steps
@@ -139,7 +140,8 @@ class BothWays:
             BOTH: fused_schedule(profiles[BOTH], self._placements[BOTH], count, middle, time_limit_s=solve_s),
         }
         plans = {name: Plan(schedule, profiles[name]) for name, schedule in schedules.items()}
-        step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
+        whole = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
+        (step,) = rounds({"actor": [whole]}, {"actor": 1}, is_fused=True)
         by_rank = self._on_all(BothWaysWorker.take_turns, load.experience, step, plans, repeats)
         sides = {}
         for name, schedule in schedules.items():

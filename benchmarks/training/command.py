@@ -2,7 +2,8 @@
 
 Random Llamas take real PPO steps on the CPU, by the serial and by the fused schedule in turn. Each setting is a pair of
 sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
-plan said, and what explains the difference.
+plan said, and what explains the difference. With --critic-epochs N the critic takes N steps for one of the actor, whose
+micro-batches fused steps deal evenly over them.
 
 --bidirectional trains the actor alone, of two layers per device: in two opposite replicas against plain 1F1B.
 
@@ -26,8 +27,8 @@ LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 """Of actor and critic, by the ratio of their sizes."""
 _VOCAB_SIZE = 512
 _OPTIONS = (
-    "devices", "repeats", "sizes", "micro_batches", "lengths", "tokens", "sequences", "hidden", "solve_seconds",
-    "emulate", "instances", "operation_ms", "bidirectional",
+    "devices", "repeats", "sizes", "micro_batches", "critic_epochs", "lengths", "tokens", "sequences", "hidden",
+    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional",
 )  # fmt: skip
 
 
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batches", nargs="+", type=int, default=[2, 4, 8], metavar="N",
         help="micro-batches per optimizer step (default: 2 4 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--critic-epochs", type=int, default=1, metavar="N",
+        help="optimizer steps of the critic for one of the actor, which fused steps are dealt to (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--lengths", type=Path, metavar="FILE.csv",
@@ -87,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    check_counts(arguments, "repeats", "sequences", "tokens", "hidden", "micro_batches")
+    check_counts(arguments, "repeats", "sequences", "tokens", "hidden", "micro_batches", "critic_epochs")
     if arguments.devices < 2:
         raise ValueError(f"--devices is {arguments.devices}: fused schedules need at least 2")
     if arguments.emulate is not None and arguments.emulate < 2:
@@ -108,6 +113,8 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.bidirectional and arguments.sizes != list(LAYERS_PER_DEVICE):
         raise ValueError("--bidirectional trains no critic, and --sizes are of actor and critic: leave one of them out")
+    if arguments.emulate is not None and arguments.critic_epochs > 1:
+        raise ValueError("--critic-epochs is of real training, and --emulate's problems have their own: leave it out")
     if arguments.emulate is not None and arguments.profile_only:
         raise ValueError("--profile-only measures and --emulate does not compute: choose one of them")
 
@@ -141,11 +148,17 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
                 console.print(tables.profile_table(sizes, profile))
                 continue
             for task in load.tasks:
+                critic_epochs: int = arguments.critic_epochs
                 sides = trainers.compare(
-                    load, task, profile, repeats=arguments.repeats, solve_s=arguments.solve_seconds
+                    load,
+                    task,
+                    profile,
+                    repeats=arguments.repeats,
+                    solve_s=arguments.solve_seconds,
+                    critic_epochs=critic_epochs,
                 )
                 tokens = [load.shape(samples).size for samples in task.micro_batches]
-                rows.append(row_of(sizes, layers, task, tokens, *sides))
+                rows.append(row_of(sizes, layers, task, tokens, *sides, critic_epochs=critic_epochs))
                 print(f"[{len(rows)}/{total}] {tables.line(rows[-1])}", flush=True)
     if rows:
         console.print(tables.steps_table(rows))

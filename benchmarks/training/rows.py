@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task
 from fuse.benchmarks.training.comparison import compare
-from fuse.benchmarks.training.worker import TimedStep
+from fuse.benchmarks.training.worker import TimedRound
 from fuse.intrastage.planned_times import PlannedTimes
 from schedules import Schedule
 
@@ -20,8 +20,8 @@ Side = dict[str, float]
 """Steps by one schedule."""
 
 
-def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep]) -> Side:
-    """One step, from what each rank recorded.
+def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedRound]) -> Side:
+    """One round of steps, from what each rank recorded.
 
     step_ms: all of it. executed_ms: from the first operation's start to the last one's end; setup_ms: before that;
     optimizer_ms: after it. planned_ms: of the operations. bubble_*: idle shares while operations are executed.
@@ -47,13 +47,41 @@ def side_of(schedule: Schedule, planned: PlannedTimes, ranks: Sequence[TimedStep
     }
 
 
+def together(rounds: Sequence[Side], timed: Sequence[TimedRound]) -> Side:
+    """All rounds of a step as one. timed: what all ranks recorded of them.
+
+    Milliseconds add up, but those of the whole, in which a rank may begin a round before others have ended the last;
+    the rest are means over what they are shares of.
+    """
+    step_ms = 1e3 * (max(one.end_s for one in timed) - min(one.start_s for one in timed))
+    weights = {"overhead_share": "step_ms", "bubble_planned": "planned_ms", "slowdown": "planned_ms"}
+    total = {
+        name: sum(one[name] for one in rounds)
+        if name.endswith("_ms")
+        else statistics.fmean([one[name] for one in rounds], [one[weights.get(name, "executed_ms")] for one in rounds])
+        for name in rounds[0]
+    }
+    return total | {"step_ms": step_ms, "optimizer_ms": step_ms - total["setup_ms"] - total["executed_ms"]}
+
+
 def medians(sides: Sequence[Side]) -> Side:
     """Of each figure by itself."""
     return {name: statistics.median(side[name] for side in sides) for name in sides[0]}
 
 
-def row_of(sizes: str, layers: Mapping[str, int], task: Task, tokens: list[int], serial: Side, fused: Side) -> Row:
+def row_of(
+    sizes: str,
+    layers: Mapping[str, int],
+    task: Task,
+    tokens: list[int],
+    serial: Side,
+    fused: Side,
+    *,
+    critic_epochs: int = 1,
+) -> Row:
     """What a setting came to. layers: of each model. tokens: of each micro-batch, padding included.
+
+    critic_epochs: optimizer steps of the critic for one of the actor.
 
     A gain is a ratio less one; gain_share: the measured one over the predicted one.
     predicted_ratio: of the planned operations, with the optimizer's measured time added to both sides.
@@ -64,11 +92,12 @@ def row_of(sizes: str, layers: Mapping[str, int], task: Task, tokens: list[int],
     predicted = (serial["planned_ms"] + optimizer_ms) / (fused["planned_ms"] + optimizer_ms)
     gain_share = (ratio - 1) / (predicted - 1) if predicted != 1 else 1.0
     return {
-        "setting": f"{sizes} {task.lengths} {len(task.micro_batches)}",
+        "setting": f"{sizes} {task.lengths} {len(task.micro_batches)}" + (f" x{critic_epochs}" * (critic_epochs > 1)),
         "actor_layers": layers["actor"],
         "critic_layers": layers["critic"],
         "lengths": task.lengths,
         "num_micro_batches": len(task.micro_batches),
+        "critic_epochs": critic_epochs,
         "micro_batch_tokens": tokens,
         "serial_ms": serial["step_ms"],
         "fused_ms": fused["step_ms"],

@@ -14,19 +14,21 @@ from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
 from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
 from fuse.benchmarks.llama import llama_config
 from fuse.benchmarks.training.batches import Task, Workload
-from fuse.benchmarks.training.rows import Side, medians, side_of
-from fuse.benchmarks.training.worker import TrainingWorker
+from fuse.benchmarks.training.rows import Side, medians, side_of, together
+from fuse.benchmarks.training.worker import TrainingWorker, Way
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.optimizer import AdamWConfig
-from fuse.intrastage.placement import place
-from fuse.intrastage.planned_times import planned_times
+from fuse.intrastage.placement import Counts, Replica, place, replicas_of
+from fuse.intrastage.planned_times import PlannedTimes, planned_times
 from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
 from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
 from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster
+from schedules import Schedule
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -91,26 +93,54 @@ class Trainers:
         return merge(self._on_all(TrainingWorker.profile, load.experience, load.buckets()))
 
     def compare(
-        self, load: Workload, task: Task, profile: Profile, *, repeats: int, solve_s: float
+        self,
+        load: Workload,
+        task: Task,
+        profile: Profile,
+        *,
+        repeats: int,
+        solve_s: float,
+        critic_epochs: int = 1,
     ) -> tuple[Side, Side]:
-        """Take the task's step by the serial and by the fused schedule, in turn."""
-        count = len(task.micro_batches)
-        shapes = [load.shape(samples) for samples in task.micro_batches]
-        middle = sorted(shapes, key=lambda shape: shape.size)[count // 2]
-        schedules = {
-            "serial": serial_schedule(self._placement, count),
-            "fused": fused_schedule(profile, self._placement, count, middle, time_limit_s=solve_s),
-        }
-        plans = {side: Plan(schedule, profile) for side, schedule in schedules.items()}
-        step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
-        by_rank = self._on_all(TrainingWorker.alternate, load.experience, step, plans, repeats, _WARMUP)
-        names = [replica.name for replica in self._placement]
+        """Take the task's step by serial and by fused schedules, in turn; the critic takes it `critic_epochs` times."""
+        step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / len(task.micro_batches))
+        steps = {"actor": [step], "critic": [step] * critic_epochs}
+        middle = sorted(map(load.shape, task.micro_batches), key=lambda shape: shape.size)[len(task.micro_batches) // 2]
+
+        def fused(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
+            return fused_schedule(profile, replicas, counts, middle, time_limit_s=solve_s)
+
+        schedulers: dict[str, Callable[[tuple[Replica, ...], Counts], Schedule]]
+        schedulers = {"serial": serial_schedule, "fused": fused}
+        ways: dict[str, Way] = {}
+        for side, schedule in schedulers.items():
+            of_side = rounds(steps, dict.fromkeys(steps, 1), is_fused=side == "fused")
+            counts = dict.fromkeys(one.counts for one in of_side)
+            plans = {one: Plan(schedule(replicas_of(self._placement, one), one), profile) for one in counts}
+            ways[side] = [(one, plans[one.counts]) for one in of_side]
+        by_rank = self._on_all(TrainingWorker.alternate, load.experience, ways, repeats, _WARMUP)
         sides = {}
-        for side, schedule in schedules.items():
-            planned = planned_times(schedule, profile, names, [shapes] * len(names))
-            by_repeat = list(zip(*(steps[side] for steps in by_rank), strict=True))
-            sides[side] = medians([side_of(schedule, planned, step) for step in by_repeat])
+        for side, way in ways.items():
+            planned = [self._planned(load, profile, one, plan) for one, plan in way]
+            by_repeat = zip(*(timed[side] for timed in by_rank), strict=True)
+            sides[side] = medians(
+                [
+                    together(
+                        [
+                            side_of(plan.schedule, times, ranks)
+                            for (_, plan), times, ranks in zip(way, planned, zip(*of_ranks, strict=True), strict=True)
+                        ],
+                        [timed for of_rank in of_ranks for timed in of_rank],
+                    )
+                    for of_ranks in by_repeat
+                ]
+            )
         return sides["serial"], sides["fused"]
+
+    def _planned(self, load: Workload, profile: Profile, one: Round, plan: Plan) -> PlannedTimes:
+        replicas = replicas_of(self._placement, one.counts)
+        shapes = [[load.shape(samples) for samples in one.parts[replica.model].micro_batches] for replica in replicas]
+        return planned_times(plan.schedule, profile, [replica.name for replica in replicas], shapes)
 
     def _on_all(
         self, method: Callable[Concatenate[TrainingWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs

@@ -17,18 +17,22 @@ from fuse.intrastage.training_schedule import Plan
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.steps import OptimizerStep
+from fuse.training.rounds import Round
 
 _LEARNING_RATE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class TimedStep:
-    """One optimizer step on one rank; times are of `fuse.trace.now_s`."""
+class TimedRound:
+    """One round on one rank; times are of `fuse.trace.now_s`."""
 
     start_s: float
     end_s: float
     spans: list[Span]
+
+
+Way = Sequence[tuple[Round, Plan]]
+"""To train: rounds of optimizer steps, and how each is scheduled."""
 
 
 class TrainingWorker:
@@ -63,17 +67,20 @@ class TrainingWorker:
         return profile
 
     def alternate(
-        self, experience: Experience, step: OptimizerStep, plans: Mapping[str, Plan], repeats: int, warmup: int
-    ) -> dict[str, list[TimedStep]]:
-        """Take the step by each plan in turn, `warmup` uncounted rounds and then `repeats` times."""
-        steps: dict[str, list[TimedStep]] = {name: [] for name in plans}
+        self, experience: Experience, ways: Mapping[str, Way], repeats: int, warmup: int
+    ) -> dict[str, list[list[TimedRound]]]:
+        """Train each way in turn, `warmup` times that do not count and then `repeats` times: [repeats][rounds]."""
+        timed: dict[str, list[list[TimedRound]]] = {name: [] for name in ways}
         gc.collect()
-        for round_index in range(warmup + repeats):
-            for name, plan in plans.items():
+        for repeat in range(warmup + repeats):
+            for name, way in ways.items():
                 dist.barrier()
-                start_s = now_s()
-                self._training.train(experience, [step], [_LEARNING_RATE], {len(step.micro_batches): plan})
-                timed = TimedStep(start_s, now_s(), self._recorder.drain())
-                if round_index >= warmup:
-                    steps[name].append(timed)
-        return steps
+                rounds = [self._timed(experience, one, plan) for one, plan in way]
+                if repeat >= warmup:
+                    timed[name].append(rounds)
+        return timed
+
+    def _timed(self, experience: Experience, one: Round, plan: Plan) -> TimedRound:
+        start_s = now_s()
+        self._training.train(experience, [one], [dict.fromkeys(one.parts, _LEARNING_RATE)], {one.counts: plan})
+        return TimedRound(start_s, now_s(), self._recorder.drain())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fuse.algorithms.batch import Experience, Targets
 from fuse.micro_batch import Loss
@@ -12,6 +13,9 @@ from fuse.sample import Sample
 Estimate = Callable[[Sequence[Sample]], tuple[Experience, dict[str, float]]]
 """Scored samples -> what is trained on, and what is reported of the rollout."""
 
+LossNormalization = Literal["micro_batch", "token"]
+"""What counts the same in an optimizer step: each micro-batch, or each position, tokens or values, of all of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
@@ -19,8 +23,10 @@ class Algorithm:
 
     estimate: called once per update, on all of its samples. losses: by role that trains; pure, and pickled to workers.
     targets: what each of these compares with.
+    loss_normalization: "token" for losses that are means over a micro-batch's positions.
     """
 
     estimate: Estimate
     losses: Mapping[str, Loss]
     targets: Mapping[str, type[Targets]]
+    loss_normalization: LossNormalization = "micro_batch"

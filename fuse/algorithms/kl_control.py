@@ -9,7 +9,22 @@ with K = samples / horizon, as their code (openai/lm-human-preferences), and Ope
 
 from __future__ import annotations
 
-_LARGEST_ERROR = 0.2
+from dataclasses import dataclass
+
+LARGEST_ERROR = 0.2
+"""That a coefficient answers to, in either direction, as a share of the target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLControl:
+    """What a coefficient follows; see `next_kl_coef`."""
+
+    target: float
+    horizon: int
+
+    def allows(self, num_samples: int) -> bool:
+        """Whether coefficients keep their sign in updates of so many samples."""
+        return LARGEST_ERROR * num_samples < self.horizon
 
 
 def next_kl_coef(kl_coef: float, kl: float, num_samples: int, *, target: float, horizon: int) -> float:
@@ -22,12 +37,12 @@ def next_kl_coef(kl_coef: float, kl: float, num_samples: int, *, target: float, 
     """
     if not target > 0:
         raise ValueError(f"the target of the KL is {target}: it must be positive")
-    if not 0 < _LARGEST_ERROR * num_samples < horizon:
+    if not 0 < LARGEST_ERROR * num_samples < horizon:
         raise ValueError(
             f"an update of {num_samples} samples and a horizon of {horizon}: "
-            f"an update must have samples, and the horizon more than {_LARGEST_ERROR} times as many"
+            f"an update must have samples, and the horizon more than {LARGEST_ERROR} times as many"
         )
     if kl != kl:
         raise ValueError("the KL is NaN: no coefficient follows from it")
-    error = min(max(kl / target - 1, -_LARGEST_ERROR), _LARGEST_ERROR)
+    error = min(max(kl / target - 1, -LARGEST_ERROR), LARGEST_ERROR)
     return kl_coef * (1 + error * num_samples / horizon)

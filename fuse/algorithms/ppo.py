@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from fuse.algorithms.algorithm import Algorithm
+from fuse.algorithms.algorithm import Algorithm, LossNormalization
 from fuse.algorithms.gae import GAESettings, estimate
 from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
 from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
@@ -19,15 +19,16 @@ from fuse.sample import SpecialTokens
 class PPOSettings:
     """temperature, num_tokens: of sampling. vf_coef: weight of the value loss.
 
-    cliprange, cliprange_value: of ratios, of values.
+    cliprange, cliprange_value: of ratios, of values; None clips none. loss_normalization: as of `Algorithm`.
     """
 
     gae: GAESettings
     temperature: float
     cliprange: float
     vf_coef: float
-    cliprange_value: float
+    cliprange_value: float | None
     num_tokens: int | None = None
+    loss_normalization: LossNormalization = "micro_batch"
 
 
 def ppo(settings: PPOSettings, special: SpecialTokens) -> Algorithm:
@@ -44,4 +45,5 @@ def ppo(settings: PPOSettings, special: SpecialTokens) -> Algorithm:
             "critic": partial(clipped_value_loss, vf_coef=settings.vf_coef, cliprange=settings.cliprange_value),
         },
         targets={"actor": PolicyTargets, "critic": ValueTargets},
+        loss_normalization=settings.loss_normalization,
     )

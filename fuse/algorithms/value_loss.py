@@ -30,9 +30,12 @@ class ValueTargets:
 
 
 def clipped_value_loss(
-    hidden: Tensor, head: nn.Module, micro_batch: MicroBatch, *, vf_coef: float, cliprange: float
+    hidden: Tensor, head: nn.Module, micro_batch: MicroBatch, *, vf_coef: float, cliprange: float | None
 ) -> tuple[Tensor, Metrics]:
-    """`vf_coef` times the weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden]."""
+    """`vf_coef` times the weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden].
+
+    cliprange: None for none.
+    """
     targets = micro_batch.targets
     assert isinstance(targets, ValueTargets)
     values = head(hidden).float().squeeze(-1).masked_fill(~targets.mask, 0.0)
@@ -41,9 +44,14 @@ def clipped_value_loss(
 
 
 def clipped_error(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Clipped squared error and clip fraction, means over the positions where `mask` is true; arguments [positions]."""
+    """Clipped squared error and clip fraction, means over the positions where `mask` is true; arguments [positions].
+
+    Without a `cliprange` values may change as they will.
+    """
+    if cliprange is None:
+        return 0.5 * masked_mean((values - returns).square(), mask), values.new_zeros(())
     clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
     unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
     loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from threading import Thread
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 from rich.console import Console
 from transformers import HfArgumentParser, TrainingArguments
@@ -65,7 +65,17 @@ _NEVER_SHOWN = frozenset({*CANNOT_MATTER, *REMEDIES, *ONE_VALUE})
 
 def parents(argv: Sequence[str]) -> list[argparse.ArgumentParser]:
     """A parser of every field of the algorithm's configuration."""
-    return [HfArgumentParser(cast(DataClassType, config_class(asked_for(argv))), add_help=False)]
+    kind = config_class(asked_for(argv))
+    parser = HfArgumentParser(cast(DataClassType, kind), add_help=False)
+    hints = get_type_hints(kind)
+    for action in parser._actions:
+        if action.type is float and action.default is not None and type(None) in get_args(hints[action.dest]):
+            action.type = _number_or_none  # else there would be no way to it from a number
+    return [parser]
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -140,7 +140,6 @@ def _setup(
     memory_bytes: int,
 ) -> MemorySetup:
     training = settings.training
-    most_replicas = 1 + max(replica.index for replica in settings.placement)
     return MemorySetup(
         models=planned_models(
             {role: settings.spec(role, model) for role, model in models.items()},
@@ -155,7 +154,7 @@ def _setup(
         prompt_tokens=prompts.typical if prompts.most is None else prompts.most,
         response_tokens=config.max_response_tokens,
         micro_batch_size=config.per_device_train_batch_size,
-        num_micro_batches=max(settings.micro_batches_per_step, most_replicas),
+        num_micro_batches=settings.micro_batches_per_step,
         autocast=training.autocast,
         generation_dtype=training.autocast or torch.float32,
         engine_batch_size=config.engine_batch_size,

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fuse.algorithms.kl_control import LARGEST_ERROR, KLControl
 from fuse.config.run import RunConfig, option
+
+_KL_TARGET, _KL_HORIZON = 6.0, 10_000
+"""Of TRL's AdaptiveKLController (trl 0.11), which trl 1.12 has no more."""
 
 
 @dataclass
@@ -29,13 +33,28 @@ class PPOConfig(RunConfig):
         *RunConfig.AT_LEAST_ONE,
         *("num_ppo_epochs", "num_mini_batches", "total_episodes", "response_length"),
         *("local_rollout_forward_batch_size", "critic_stages"),
+        *("critic_ppo_epochs", "critic_num_mini_batches", "kl_horizon"),
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         *RunConfig.NOT_NEGATIVE,
-        *("kl_coef", "vf_coef"),
+        *("kl_coef", "vf_coef", "critic_learning_rate", "critic_warmup_updates"),
     )
-    POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "temperature", "cliprange", "cliprange_value")
-    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {**RunConfig.CHOICES, "kl_estimator": ("k1", "k3")}
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        *RunConfig.POSITIVE,
+        *("temperature", "cliprange", "cliprange_value", "kl_target"),
+    )
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **RunConfig.CHOICES,
+        "kl_estimator": ("k1", "k3"),
+        "loss_normalization": ("micro_batch", "token"),
+    }
+    NOT_IN_TRL: ClassVar[Mapping[str, object]] = {
+        "critic_ppo_epochs": None,
+        "critic_num_mini_batches": None,
+        "critic_warmup_updates": 0,
+        "loss_normalization": "micro_batch",
+    }
+    """What optimizer steps consist of, where they are not TRL's: options, and their values that leave them so."""
 
     MAX_RESPONSE_OPTION: ClassVar[str] = "response_length"
     PADDING_ENDS_RESPONSES: ClassVar[bool] = True
@@ -53,11 +72,38 @@ class PPOConfig(RunConfig):
         None, "Subtracted from the score of a response without end-of-sequence token."
     )
     whiten_rewards: bool = option(False, "Scale rewards to unit variance over the batch.")
-    kl_coef: float = option(0.05, "Weight of the KL penalty per token.")
+    kl_coef: float = option(0.05, "Weight of the KL penalty per token; with adaptive_kl of the first update.")
+    adaptive_kl: bool = option(
+        False, "After every update, raise kl_coef where the KL is above kl_target, and lower it where it is below."
+    )
+    kl_target: float | None = option(
+        None, f"KL of a response that adaptive_kl holds to, in nats. Default: {_KL_TARGET:g}."
+    )
+    kl_horizon: int | None = option(
+        None,
+        "Samples in which adaptive_kl changes kl_coef by a fifth while the KL is far from its target. "
+        f"Default: {_KL_HORIZON}.",
+    )
     kl_estimator: Literal["k1", "k3"] = option("k1", "KL estimator.")
     cliprange: float = option(0.2, "Clip range of the probability ratio.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
-    cliprange_value: float = option(0.2, "Clip range of the value's change.")
+    cliprange_value: float | None = option(0.2, "Clip range of the value's change; none for no clipping.")
+    loss_normalization: Literal["micro_batch", "token"] = option(
+        "micro_batch",
+        "What counts the same in an optimizer step: every micro-batch, as in TRL, or every token of all of them.",
+    )
+    critic_learning_rate: float | None = option(
+        None, "The critic's initial learning rate, on the same schedule. Default: learning_rate."
+    )
+    critic_ppo_epochs: int | None = option(
+        None, "The critic's passes over each rollout batch. Default: num_ppo_epochs."
+    )
+    critic_num_mini_batches: int | None = option(
+        None, "The critic's optimizer steps per pass. Default: num_mini_batches."
+    )
+    critic_warmup_updates: int = option(
+        0, "First updates that train the critic alone, while the policy stays as it is."
+    )
     gamma: float = option(1.0, "Discount factor.")
     lam: float = option(0.95, "Lambda of generalised advantage estimation.")
     local_rollout_forward_batch_size: int = option(64, "Most samples in one inference micro-batch.")
@@ -96,6 +142,17 @@ class PPOConfig(RunConfig):
         return self.local_rollout_forward_batch_size
 
     @property
+    def own_learning_rates(self) -> Mapping[str, float]:
+        return {} if self.critic_learning_rate is None else {"critic": self.critic_learning_rate}
+
+    @property
+    def kl_control(self) -> KLControl | None:
+        """What kl_coef follows, if anything."""
+        if not self.adaptive_kl:
+            return None
+        return KLControl(target=self.kl_target or _KL_TARGET, horizon=self.kl_horizon or _KL_HORIZON)
+
+    @property
     def stages(self) -> Mapping[str, int | None]:
         return {**super().stages, "critic": self.critic_stages}
 
@@ -108,7 +165,30 @@ class PPOConfig(RunConfig):
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
+        changed = [name for name, value in self.NOT_IN_TRL.items() if getattr(self, name) != value]
+        if self.trl_quirks and changed:
+            raise ValueError(
+                f"trl_quirks=True with {changed[0]}={getattr(self, changed[0])!r}, which TRL's steps do not have: "
+                "leave one of them out"
+            )
+        self._check_kl_control()
         if self.model_adapter_name is not None or self.ref_adapter_name is not None:
             raise ValueError(
                 "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"
+            )
+
+    def _check_kl_control(self) -> None:
+        control = self.kl_control
+        if control is None:
+            for name in ("kl_target", "kl_horizon"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name}={value} without adaptive_kl, which it is for: set adaptive_kl=True")
+            return
+        if self.kl_coef == 0:
+            raise ValueError("kl_coef=0 with adaptive_kl=True stays 0 whatever the KL is: start from a positive one")
+        batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if not control.allows(batch_size):
+            raise ValueError(
+                f"kl_horizon={control.horizon} with updates of {batch_size} samples could turn kl_coef negative: "
+                f"choose more than {LARGEST_ERROR * batch_size:g}"
             )

@@ -240,11 +240,11 @@ class RunConfig(TrainingArguments):
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in self.NOT_NEGATIVE:
             value = getattr(self, name)
-            if value < 0:
+            if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
         for name in self.POSITIVE:
             value = getattr(self, name)
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1, or -1 for no limit")
@@ -317,6 +317,11 @@ class RunConfig(TrainingArguments):
     def mixing(self) -> Mixing | None:
         """How a model that only scores follows the policy; None where none does."""
         return None
+
+    @property
+    def own_learning_rates(self) -> Mapping[str, float]:
+        """Of the roles that have another than `learning_rate`."""
+        return {}
 
     @property
     def stages(self) -> Mapping[str, int | None]:

@@ -11,7 +11,8 @@ class RunLength:
     """Updates, of one rollout each, and the optimizer steps in them.
 
     num_steps: of the run, as its state counts them: `global_step`. steps_per_update: so many of these are an update.
-    optimizer_steps_per_update: as many, or more where an update counts as one step whatever it consists of.
+    optimizer_steps_per_update: as many, or more where an update counts as one step whatever it consists of; of the role
+        that takes most.
     samples_per_prompt: responses to each of the prompts.
     """
 

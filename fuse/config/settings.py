@@ -75,6 +75,7 @@ def fleet_settings(
         split_backward=is_fused,
         tensor_parallel_size=config.tensor_parallel_size,
         losses=algorithm.losses,
+        loss_normalization=algorithm.loss_normalization,
         targets=algorithm.targets,
         layout=layout,
         adamw=AdamWConfig(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import ray
 from transformers import PreTrainedModel
@@ -17,6 +14,7 @@ from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
+from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
 from fuse.driver.memory import free_for_micro_batches
@@ -24,33 +22,25 @@ from fuse.driver.mixing import Mixing
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
 from fuse.driver.score_flow import score_through
-from fuse.driver.step_report import step_report
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
 from fuse.intrastage.training_planner import TrainingPlanner
-from fuse.intrastage.training_schedule import Plan
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
+from fuse.training.rounds import RankRound, Round, step_reports, unfused_counts
 from fuse.training.state import check_saved
-from fuse.training.steps import OptimizerStep, RankStep, StepReport
-from fuse.workers.calls import Future, gather
+from fuse.training.steps import StepReport
+from fuse.workers.calls import gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
-
-_T = TypeVar("_T")
-
-_MOST_REPLACEMENTS = 3
-"""Of an engine in a row, before it is given up."""
-
-_logger = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -96,19 +86,17 @@ class Fleet:
             Cluster(settings.num_devices, ray_address=settings.ray_address, accelerator=settings.accelerator)
         )
         actor = put_state_dict(self._trained[GENERATING].state_dict())
-        devices = range(settings.num_devices)
-        self._generation_workers = [self._spawn_engine(device, [actor]) for device in devices]
+        spec = ModelSpec.of(self._trained[GENERATING])
+        self._engines = Engines(self._cluster, settings, spec, [actor], lambda: self._exported(GENERATING))
         self._models = ModelStart(
-            self._cluster, settings, self._trained, self._scoring, actor, after=self._generation_workers
+            self._cluster, settings, self._trained, self._scoring, actor, after=self._engines.workers
         )
         resources.callback(self._models.abandon)
-        for device, engine in enumerate(self._generation_workers):
-            self._tell(f"starting: the engine of device {device}")
-            engine.worker.wait_started()
+        self._engines.wait_started(self._tell)
         if settings.offloads_training:  # from the first update on, a device never holds both
-            self._send_engines_to_sleep()
+            self._engines.call(GenerationHandle.sleep)
             self.synchronise()
-        capacities = gather([engine.kv_capacity_tokens() for engine in self._generation_workers])
+        capacities = gather([engine.kv_capacity_tokens() for engine in self._engines.workers])
         self._rollouts = RolloutPlanner(
             settings.rollout.within(one for one in capacities if one is not None), num_scoring=len(self._scoring)
         )
@@ -121,18 +109,6 @@ class Fleet:
     @property
     def _planner(self) -> TrainingPlanner:
         return self._models.wait(self._tell).planner
-
-    def _spawn_engine(self, device: int, weights: Sequence[WeightsRef]) -> GenerationHandle:
-        settings = self.settings
-        spec = ModelSpec.of(self._trained[GENERATING])
-        make_engine = partial(settings.engine, spec, weights, settings.accelerator)
-        return GenerationHandle.spawn(self._cluster, device, make_engine, settings.kv_transfer)
-
-    def _replace_engine(self, device: int) -> GenerationHandle:
-        """Another generation worker in place of one that died, with the actor's weights as they are now."""
-        self._cluster.kill(self._generation_workers[device].worker)
-        engine = self._generation_workers[device] = self._spawn_engine(device, self._exported(GENERATING))
-        return engine
 
     # One iteration
 
@@ -159,7 +135,7 @@ class Fleet:
         if policy is None:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         report = LiveRollout(
-            self._generation_workers,
+            self._engines.workers,
             (lambda: self._model_workers) if self._scoring else None,
             samples,
             params,
@@ -177,7 +153,7 @@ class Fleet:
         if teaches:
             rollouts.observe(samples)
         for device in report.lost_engines:
-            self._replace_engine(device)
+            self._engines.replace(device)
         return report
 
     @property
@@ -191,7 +167,7 @@ class Fleet:
         """Fill in the samples' responses. max_new_tokens: as of `roll_out`."""
         self._offload_training()
         stage_by_stage.generate(
-            self._generation_workers,
+            self._engines.workers,
             samples,
             params,
             self.settings.pad_token_id,
@@ -214,7 +190,7 @@ class Fleet:
     def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
         """Fill in log-probabilities of the samples' tokens as the actor's training stages compute them now."""
         if self.settings.engines_sleep:
-            self._send_engines_to_sleep()
+            self._engines.call(GenerationHandle.sleep)
         workers = self._model_workers
         self._tell("log-probabilities of the policy")
         sequences = [stage_by_stage.sequence_of(sample) for sample in samples]
@@ -225,37 +201,35 @@ class Fleet:
     def train(
         self,
         experience: Experience,
-        steps: Sequence[OptimizerStep],
-        learning_rates: Sequence[float],
+        rounds: Sequence[Round],
+        learning_rates: Sequence[Mapping[str, float]],
         num_before: int = 0,
-    ) -> list[StepReport]:
-        """Take the steps, each with its learning rate, and between them have what follows the policy move.
+    ) -> dict[str, list[StepReport]]:
+        """Take the rounds' optimizer steps, and between them have what follows the policy move.
 
-        Engines that sleep do so from now on until `synchronise`. num_before: steps that the run has taken.
+        Engines that sleep do so from now on until `synchronise`. learning_rates: by round, of the roles in it.
+        num_before: steps of the policy that the run has taken. Returns each role's steps.
         """
         if self.settings.engines_sleep:
-            self._send_engines_to_sleep()
-        counts = {len(step.micro_batches) for step in steps}
+            self._engines.call(GenerationHandle.sleep)
+        counts = [one.counts for one in rounds]
         shape_of = self.settings.training.layout.shape
-        shapes = [shape_of(experience, samples) for step in steps for samples in step.micro_batches]
+        trained = dict.fromkeys(mb for one in rounds for part in one.parts.values() for mb in part.micro_batches)
+        shapes = [shape_of(experience, samples) for samples in trained]
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
-        plans: Mapping[int, Plan] = self._planner.plans(counts, shapes, self._free_bytes)
+        plans = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
         self._tell("training")
         shared, planned, mixing = ray.put(experience), ray.put(plans), self.settings.mixing
-        pieces = [slice(len(steps))] if mixing is None else mixing.pieces(num_before, len(steps))
-        results: list[list[RankStep]] = [[] for _ in self._model_workers]
+        pieces = [slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds))
+        results: list[list[RankRound]] = [[] for _ in self._model_workers]
         for index, piece in enumerate(pieces):
             if index and mixing is not None:
                 self._mix(mixing, self._exported(GENERATING))
-            told = shared, ray.put(steps[piece]), learning_rates[piece], planned
+            told = shared, ray.put(rounds[piece]), learning_rates[piece], planned
             for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
                 taken += more
-        by_rank = results[:: self.settings.training.tensor_parallel_size]
-        return [
-            step_report(len(step.micro_batches), of_step, self._planner.placement, self._trained)
-            for step, of_step in zip(steps, zip(*by_rank, strict=True), strict=True)
-        ]
+        return step_reports(rounds, results[:: self.settings.training.tensor_parallel_size], self._planner.placement)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""
@@ -275,7 +249,7 @@ class Fleet:
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
         exported = {role: self._exported(role) for role in {GENERATING, *copied}}
         self._offload_training()
-        self._on_engines(lambda engine: engine.load_weights(exported[GENERATING]))
+        self._engines.call(lambda engine: engine.load_weights(exported[GENERATING]))
         for role in copied:
             gather([worker.load_scoring_weights(role, exported[role]) for worker in self._model_workers])
         mixing = self.settings.mixing
@@ -285,9 +259,6 @@ class Fleet:
     def _mix(self, mixing: Mixing, weights: Sequence[WeightsRef]) -> None:
         """Move the model that follows the policy towards these weights of it, where its copies are."""
         gather([worker.mix_scoring_weights(mixing.role, weights, mixing.alpha) for worker in self._model_workers])
-
-    def _send_engines_to_sleep(self) -> None:
-        self._on_engines(GenerationHandle.sleep)
 
     def _offload_training(self) -> None:
         """Where asked for; what is there already stays."""
@@ -332,7 +303,7 @@ class Fleet:
         """Spans since the last call, by device and worker."""
         models = gather([worker.drain_spans() for worker in self._model_workers])
         self._planner.observe(span for spans in models for span in spans)
-        engines = self._on_engines(GenerationHandle.drain_spans)
+        engines = self._engines.call(GenerationHandle.drain_spans)
         for spans in (*models, *engines):
             self._rollouts.observe_spans(spans)
         return {
@@ -343,7 +314,7 @@ class Fleet:
     def forget_spans(self) -> None:
         """Drop all spans since they were drained last: nothing is learnt from them, and no trace has them."""
         gather([worker.drain_spans() for worker in self._model_workers])
-        self._on_engines(GenerationHandle.drain_spans)
+        self._engines.call(GenerationHandle.drain_spans)
 
     @property
     def serial_bubble_ratio(self) -> float | None:
@@ -359,26 +330,10 @@ class Fleet:
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers, by their kind."""
         return {
-            "generation": [engine.worker.process_id for engine in self._generation_workers],
+            "generation": [engine.worker.process_id for engine in self._engines.workers],
             "model": [handle.worker.process_id for handle in self._model_workers],
         }
 
     def _exported(self, role: str) -> list[WeightsRef]:
         parts = gather([worker.export_weights(role) for worker in self._model_workers])
         return [part for part in parts if part is not None]
-
-    def _on_engines(self, call: Callable[[GenerationHandle], Future[_T]]) -> list[_T]:
-        """Call all engines; one that has died is replaced, and the new one called."""
-        futures = [call(engine) for engine in self._generation_workers]
-        return [self._answer(device, future, call) for device, future in enumerate(futures)]
-
-    def _answer(self, device: int, future: Future[_T], call: Callable[[GenerationHandle], Future[_T]]) -> _T:
-        for _ in range(_MOST_REPLACEMENTS):
-            try:
-                return future.result()
-            except WorkerError as error:
-                if not error.is_death:
-                    raise
-                _logger.warning("%s; another takes its place", error)
-                future = call(self._replace_engine(device))
-        return future.result()

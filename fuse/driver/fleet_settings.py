@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,12 +14,13 @@ from fuse.driver.engine_choice import EngineFactory
 from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.mixing import Mixing
 from fuse.interstage.rollout_planner import RolloutSettings
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica, num_micro_batches, replicas_of
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.intrastage.training_schedule import serial_schedule
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.rounds import Round
 from fuse.training.scoring import ScoringSettings
 from fuse.workers.kv.transfer import MakeKVTransfer
 
@@ -27,6 +30,7 @@ class FleetSettings:
     """Which workers a run has, and how they work.
 
     pad_token_id: what ends the tokens of a response that count; None where they all count, up to a stop token.
+    micro_batches_per_step: the most that train at once.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
     alternative: a placement to take instead where measured times favour it, which needs `balance`.
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
@@ -44,7 +48,7 @@ class FleetSettings:
     scoring: ScoringSettings
     training: TrainingSettings
     placement: tuple[Replica, ...]
-    micro_batches_per_step: int
+    micro_batches_per_step: Counts
     balance: TypicalBatch | None
     plan: PlanSettings
     rollout: RolloutSettings
@@ -68,6 +72,20 @@ class FleetSettings:
         """The same for a run that has so many left."""
         return replace(self, plan=replace(self.plan, num_updates=num_updates))
 
-    def check(self, num_micro_batches: int) -> None:
-        """Raises: ValueError when that many micro-batches per optimizer step cannot be scheduled."""
-        serial_schedule(self.placement, num_micro_batches)
+    @property
+    def num_replicas(self) -> dict[str, int]:
+        """Of each model that trains."""
+        return dict(Counter(replica.model for replica in self.placement))
+
+    def for_rounds(self, rounds: Sequence[Round]) -> FleetSettings:
+        """The same for a run whose updates have rounds like these.
+
+        Raises: ValueError when one cannot be scheduled.
+        """
+        for one in rounds:
+            serial_schedule(replicas_of(self.placement, one.counts), one.counts)
+        most = {
+            role: max([least, *(num_micro_batches(one.counts, role) for one in rounds)])
+            for role, least in self.num_replicas.items()
+        }
+        return replace(self, micro_batches_per_step=tuple(most.items()))

@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
-
-import numpy as np
 
 from fuse.activity import silent
 from fuse.driver.rollout_state import RolloutDevice, RolloutReport, moves_kv, visible_state
-from fuse.driver.score_flow import Pending, ScoreFlow, Scorers, WholeScorers
+from fuse.driver.score_flow import Pending, Scorers, scorers_of
 from fuse.driver.stage_by_stage import (
     WAIT_S,
     apply_inference,
@@ -29,7 +29,7 @@ from fuse.driver.stage_by_stage import (
     sequence_of,
     skip_inference,
 )
-from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.dealing import Dealing, prompt_numbers
 from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy, evens_out
@@ -93,7 +93,8 @@ class LiveRollout:
         self._samples: Mapping[int, Sample] = {sample.id: sample for sample in samples}
         self._params, self._policy, self._limits, self._costs = params, policy, limits, costs
         self._pad_token_id, self._on_generated = pad_token_id, on_generated
-        self._max_new_tokens, self._dealing = max_new_tokens or {}, dealing or Dealing()
+        self._request = partial(request_of, params=params, max_new_tokens=max_new_tokens or {})
+        self._dealing = dealing or Dealing()
         self._timeout_s, self._tell = timeout_s, tell
         self._home: dict[int, int] = {}  # live samples: where each is, or is going to
         self._pending: Pending = {}
@@ -240,8 +241,8 @@ class LiveRollout:
         """Where a sample without an engine goes: where it was sent, or else to the engine with the fewest."""
         home = self._devices[self._home[sample.id]]
         if home.engine is None:
-            counts = np.bincount(list(self._home.values()), minlength=len(self._devices))
-            home = min(self._with_engines(), key=lambda device: int(counts[device.index]))
+            counts = Counter(self._home.values())
+            home = min(self._with_engines(), key=lambda device: counts[device.index])
             self._home[sample.id] = home.index
             home.released = False
         return home.index
@@ -278,9 +279,7 @@ class LiveRollout:
     def _scoring(self) -> Scorers:
         if self._scorers_here is None:
             assert self._scorers is not None, "no model scores"
-            workers, roles = self._scorers(), self._flow_roles
-            pending = self._pending
-            self._scorers_here = ScoreFlow(workers, roles, pending) if roles else WholeScorers(workers, pending)
+            self._scorers_here = scorers_of(self._scorers(), self._flow_roles, self._pending)
         return self._scorers_here
 
     # The policy
@@ -352,6 +351,3 @@ class LiveRollout:
 
     def _with_engines(self) -> list[RolloutDevice]:
         return [device for device in self._devices if device.engine is not None]
-
-    def _request(self, sample: Sample) -> GenerationRequest:
-        return request_of(sample, self._params, self._max_new_tokens)

@@ -13,7 +13,7 @@ from fuse.driver.model_size import ModelSize
 from fuse.driver.stage_bytes import ModelBytes
 from fuse.driver.stage_probe import model_bytes
 from fuse.intrastage.cost_profile import Shape
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.training.model_spec import ModelSpec
 
 Scoring = Literal["whole", "sharded"]
@@ -39,7 +39,7 @@ class MemorySetup:
     models: by role. placement: as of `FleetSettings`. device_memory_bytes: of each device.
     tensor_parallel_size: devices that share each stage, as of `TrainingSettings`.
     is_fused: replicas that share devices, as those of actor and critic do, train at once and split backwards.
-    prompt_tokens, response_tokens: of the longest. micro_batch_size: sequences. num_micro_batches: of a step.
+    prompt_tokens, response_tokens: of the longest. micro_batch_size: sequences. num_micro_batches: at once.
     generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
     scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by
         layers, while the critic is scored through the stages that train.
@@ -56,7 +56,7 @@ class MemorySetup:
     prompt_tokens: int
     response_tokens: int
     micro_batch_size: int
-    num_micro_batches: int
+    num_micro_batches: Counts
     autocast: torch.dtype | None
     generation_dtype: torch.dtype
     engine_batch_size: int

@@ -146,3 +146,8 @@ def score_through(
         for future in ended:
             pending.pop(future)()
     return [found[number] for number in range(len(pieces))]
+
+
+def scorers_of(workers: Sequence[ModelHandle], flow_roles: Sequence[str], pending: Pending) -> Scorers:
+    """Through pipelines of these roles' models over all devices; without any, every device by itself."""
+    return ScoreFlow(workers, flow_roles, pending) if flow_roles else WholeScorers(workers, pending)

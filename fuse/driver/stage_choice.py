@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fuse.driver.model_size import ModelSize
 from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.opposite import UpdateCosts
-from fuse.intrastage.placement import Replica, share_ranks
+from fuse.intrastage.placement import Counts, Replica, describe, share_ranks
 from fuse.intrastage.stage_balance import LayerCosts, balance_stages, predicted_step_s, unfused_stages
 from fuse.training.model_spec import ModelSpec
 
@@ -26,7 +26,7 @@ class StageChoice:
 
     specs: Mapping[str, ModelSpec]
     costs: Mapping[str, LayerCosts]
-    num_micro_batches: int
+    num_micro_batches: Counts
     is_fused: bool
     tensor_parallel_size: int
     tick_s: float
@@ -64,10 +64,10 @@ class StageChoice:
         plain_s, opposite_s = self._step_s(plain_stages), self._step_s(opposite_stages)
         is_sooner = opposite_s < plain_s
         _logger.info(
-            "%s: a step of %d micro-batches should take %.3f s by two opposite replicas, %.3f s by plain 1F1B, sums of "
+            "%s: a step of %s should take %.3f s by two opposite replicas, %.3f s by plain 1F1B, sums of "
             "gradients and the optimizer included: %.2f times as fast",
             "two opposite replicas of the actor" if is_sooner else "plain 1F1B",
-            *(self.num_micro_batches, opposite_s, plain_s, plain_s / opposite_s),
+            *(describe(self.num_micro_batches), opposite_s, plain_s, plain_s / opposite_s),
         )
         return opposite_stages if is_sooner else plain_stages
 

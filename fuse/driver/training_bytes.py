@@ -9,7 +9,7 @@ from fuse.driver.model_size import ModelSize
 from fuse.driver.stage_bytes import ModelBytes
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.layer_range import even_layer_range
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import halved_serial_schedule, serial_schedule
 from schedules import Pipeline, Problem, Schedule, evaluate
 from schedules.fused.greedy import greedy
@@ -24,7 +24,7 @@ def step_problem(
     placement: tuple[Replica, ...],
     models: Mapping[str, tuple[ModelSize, ModelBytes]],
     *,
-    num_micro_batches: int,
+    num_micro_batches: Counts,
     shape: Shape,
     splits: bool,
     tensor_parallel_size: int,
@@ -44,7 +44,7 @@ def step_problem(
     return replace(bare, pipelines=tuple(pipelines))
 
 
-def serial_peaks(problem: Problem, placement: tuple[Replica, ...], num_micro_batches: int) -> tuple[int, ...]:
+def serial_peaks(problem: Problem, placement: tuple[Replica, ...], num_micro_batches: Counts) -> tuple[int, ...]:
     """Bytes by rank of one model after the other, with backwards in halves where they can, as the first update has it.
 
     problem: of `step_problem`, of this placement and number.

@@ -80,6 +80,11 @@ class ObservedCosts:
         )
 
     @property
+    def pipelines(self) -> frozenset[str]:
+        """Those that a profile would have."""
+        return frozenset(pipeline for pipeline, _ in self._stages) if self.is_complete else frozenset()
+
+    @property
     def is_complete(self) -> bool:
         """Whether every stage was seen running F and a backward."""
         return bool(self._stages) and all(map(self._is_known, self._stages))

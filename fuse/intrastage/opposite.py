@@ -68,7 +68,7 @@ class UpdateCosts:
     step_s: float
     exchange_s: float
 
-    def seconds(self, placement: Sequence[Replica], parameters: Mapping[str, Sequence[int]]) -> float:
+    def seconds(self, placement: Sequence[Replica], parameters: Mapping[str, Sequence[float]]) -> float:
         """What the optimizer step of placed models takes on the rank where it takes longest.
 
         parameters: that train, of every stage, by role.

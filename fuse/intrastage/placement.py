@@ -69,6 +69,28 @@ def share_ranks(placement: Sequence[Replica]) -> bool:
     return len(set(held)) > 1 and len(set(held)) < len(held)
 
 
+Counts = int | tuple[tuple[str, int], ...]
+"""Micro-batches of every model; or of each model that trains, which then need not be all."""
+
+
+def num_micro_batches(counts: Counts, model: str) -> int:
+    """Of one model; 0 where it does not train."""
+    return counts if isinstance(counts, int) else dict(counts).get(model, 0)
+
+
+def replicas_of(replicas: Sequence[Replica], counts: Counts) -> tuple[Replica, ...]:
+    """Those of the models that have micro-batches."""
+    return tuple(replica for replica in replicas if num_micro_batches(counts, replica.model))
+
+
+def describe(counts: Counts) -> str:
+    """For people: `4 micro-batches`, or `2 micro-batches of actor, 4 of critic`."""
+    if isinstance(counts, int) or not counts:
+        return f"{counts or 0} micro-batches"
+    (model, count), *others = counts
+    return ", ".join([f"{count} micro-batches of {model}", *(f"{one} of {other}" for other, one in others)])
+
+
 def replica_micro_batches(num_micro_batches: int, num_replicas: int, index: int) -> range:
     """The micro-batches that replica `index` trains on: every num_replicas-th."""
     return range(index, num_micro_batches, num_replicas)

@@ -16,7 +16,7 @@ from fuse.intrastage.cost_profile import Profile, StageCosts
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.opposite import has_opposites, without_opposites
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import fused_problem, serial_schedule, unfused
 from schedules import Problem, evaluate
 from schedules.fused.greedy import greedy
@@ -63,7 +63,7 @@ def balance_stages(
     costs: Mapping[str, LayerCosts],
     placement: Sequence[Replica],
     num_layers: Mapping[str, int],
-    num_micro_batches: int,
+    counts: Counts,
     *,
     is_fused: bool,
     tick_s: float,
@@ -81,10 +81,10 @@ def balance_stages(
     shape = costs[placement[0].model].layer.shape
 
     def problem(candidate: tuple[Replica, ...]) -> Problem:
-        return fused_problem(_predicted(costs, candidate, tick_s), candidate, num_micro_batches, shape)
+        return fused_problem(_predicted(costs, candidate, tick_s), candidate, counts, shape)
 
     def serial(candidate: tuple[Replica, ...]) -> int:
-        return evaluate(replace(serial_schedule(candidate, num_micro_batches), problem=problem(candidate))).makespan
+        return evaluate(replace(serial_schedule(candidate, counts), problem=problem(candidate))).makespan
 
     even = _even(placement, num_layers)
     if not is_fused:
@@ -105,7 +105,7 @@ def unfused_stages(
     costs: Mapping[str, LayerCosts],
     placement: Sequence[Replica],
     num_layers: Mapping[str, int],
-    num_micro_batches: int,
+    counts: Counts,
     *,
     tick_s: float,
 ) -> Measured:
@@ -114,21 +114,21 @@ def unfused_stages(
     Without opposite replicas.
     """
     plain = without_opposites(placement)
-    balanced = balance_stages(costs, plain, num_layers, num_micro_batches, is_fused=False, tick_s=tick_s)
+    balanced = balance_stages(costs, plain, num_layers, counts, is_fused=False, tick_s=tick_s)
     return Measured(balanced, _predicted(costs, balanced, tick_s))
 
 
 def predicted_step_s(
     costs: Mapping[str, LayerCosts],
     placement: tuple[Replica, ...],
-    num_micro_batches: int,
+    counts: Counts,
     *,
     is_fused: bool,
     tick_s: float,
 ) -> float:
     """Seconds of a step's operations in balanced stages, messages left out: all replicas at once, or model by model."""
     shape = costs[placement[0].model].layer.shape
-    problem = fused_problem(_predicted(costs, placement, tick_s), placement, num_micro_batches, shape)
+    problem = fused_problem(_predicted(costs, placement, tick_s), placement, counts, shape)
     if not is_fused:
         return tick_s * evaluate(unfused(problem)).makespan
     from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without

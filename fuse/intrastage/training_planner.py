@@ -1,7 +1,7 @@
 """The schedules of a run: the first update trains serially, and the next ones by the stage times that it showed.
 
-A schedule is solved per number of micro-batches. It is solved again when a stage's share of the time has drifted from
-the one that the schedule was made for.
+A schedule is solved for each combination of numbers of micro-batches that models have when they train at once. It is
+solved again when a stage's share of the time has drifted from the one that the schedule was made for.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.observed import TRAIN, ObservedCosts, one_of_each
 from fuse.intrastage.opposite import has_opposites
-from fuse.intrastage.placement import Replica, share_ranks
+from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replicas_of, share_ranks
 from fuse.intrastage.training_schedule import (
     Plan,
     fused_schedule,
     halved_serial_schedule,
     serial_schedule,
-    unfused_bubble_ratio,
+    unfused_timing,
 )
 from fuse.trace import Span
 from schedules import evaluate
@@ -44,7 +44,7 @@ class PlanSettings:
 
     fused: all models at once; if not, one after the other.
     time_limit_s, num_workers: for the solver, per update that needs schedules.
-    num_updates, steps_per_update: that are left of the run, for which schedules are searched.
+    num_updates, steps_per_update: that are left of the run, rounds of each, for which schedules are searched.
     memory_limit_bytes: for the micro-batches under way on a device; None: what it has free, on CPUs no limit.
     replan_drift: plan again once a stage's share of the time is off the plan by more than this (0.3 is 30 %) for
         `DRIFT_UPDATES` updates in a row.
@@ -81,7 +81,7 @@ class TrainingPlanner:
         self.placement, self._settings, self._store, self._unfused = placement, settings, store, unfused
         self._planned_update_s = update_s
         self._is_fused = settings.fused and share_ranks(placement)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[Counts, Plan] = {}
         self._profile: Profile | None = None
         known = store.load() if self._is_fused else None
         if known is not None and known.placement == placement:
@@ -90,57 +90,81 @@ class TrainingPlanner:
         self._observed = ObservedCosts({one.name: two.name for one, two in zip(pipelines, placement, strict=True)})
         self._num_drifted = 0
         self._lasting = 1 if self._profile is None else DRIFT_UPDATES
-        self._serial_bubble_ratios: dict[int, float] = {}  # by number of micro-batches, as the plans
-        self._gains: dict[int, float] = {}  # likewise
+        self._unfused_ticks: dict[Counts, tuple[int, int]] = {}  # of all ranks, and of those busy
+        self._update_unfused: list[Counts] = []
+        self._gains: dict[Counts, float] = {}
         self._update_s: float | None = None  # of the last update's training
         self._updates_left = settings.num_updates
 
     def plans(
         self,
-        counts: Iterable[int],
+        counts: Iterable[Counts],
         shapes: Sequence[Shape],
         free_bytes: Callable[[], int | None] = lambda: None,
-    ) -> dict[int, Plan]:
-        """The plan for each number of micro-batches in `counts`; solving takes no longer than an update's training did.
+        unfused: Iterable[Counts] | None = None,
+    ) -> dict[Counts, Plan]:
+        """The plan for each of `counts`, those of an update's rounds; solving takes no longer than its training did.
 
         shapes: of the micro-batches to train on. free_bytes: on a device, if known; asked where there is no limit.
+        unfused: what the update's rounds would have without fusion; None for the same.
 
         Raises:
             ValueError: a device's memory limit is too low for one micro-batch.
         """
+        counts = list(counts)
         if not self._is_fused:
-            return {count: Plan(serial_schedule(self.placement, count)) for count in counts}
-        if self._profile is None:
-            self._profile = self._observed.profile(one_of_each(shapes))
-            if self._profile is None:
-                return {count: Plan(halved_serial_schedule(self.placement, count)) for count in counts}
-            self._store.save(Measured(self.placement, self._profile, self._unfused, self._planned_update_s))
-        missing = sorted(set(counts) - self._plans.keys())
+            return {one: Plan(serial_schedule(replicas_of(self.placement, one), one)) for one in counts}
+        if not all(map(self._knows, counts)):
+            self._learn(shapes)
+        missing = [one for one in dict.fromkeys(counts) if one not in self._plans and self._knows(one)]
         if not self._plans:
-            self._serial_bubble_ratios.clear()  # not when plans are dropped: the update's report comes after that
             self._gains.clear()
+            self._unfused_ticks.clear()  # not when plans are dropped: the update's report comes after that
         memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
-        for count in missing:
-            limit_s = min(self._settings.time_limit_s, self._training_s(count, shapes)) / len(missing)
-            num_steps = self._updates_left * self._settings.steps_per_update // len(missing)
-            self._plans[count] = self._plan(self._profile, count, one_of_each(shapes), memory_limit, limit_s, num_steps)
-            self._serial_bubble_ratios[count] = self._unfused_bubble_ratio(self._profile, count, one_of_each(shapes)[1])
-            if has_opposites(self.placement):
-                self._gains[count] = self._gain(self._profile, count)
-        return {count: self._plans[count] for count in counts}
+        for one in missing:
+            limit_s = min(self._settings.time_limit_s, self._training_s(one, shapes)) / len(missing)
+            num_steps = self._updates_left * self._settings.steps_per_update * counts.count(one) // len(counts)
+            self._plans[one] = self._plan(one, one_of_each(shapes), memory_limit, limit_s, num_steps)
+        self._update_unfused = counts if unfused is None else list(unfused)
+        for one in self._update_unfused:
+            if one not in self._unfused_ticks and self._knows(one):
+                self._unfused_ticks[one] = self._ticks_unfused(one, one_of_each(shapes)[1])
+        if has_opposites(self.placement):
+            self._gains |= {one: self._gain(one) for one in missing}
+        return {one: self._plans[one] if one in self._plans else self._watched(one) for one in counts}
 
-    def will_solve(self, counts: Iterable[int]) -> bool:
+    def will_solve(self, counts: Iterable[Counts]) -> bool:
         """Whether `plans` will search for schedules, asked for these counts."""
-        is_known = self._profile is not None or self._observed.is_complete
-        return self._is_fused and is_known and not set(counts) <= self._plans.keys()
+        missing = set(counts) - self._plans.keys()
+        return self._is_fused and any(
+            self._knows(one) or _names(self.placement, one) <= self._observed.pipelines for one in missing
+        )
 
     @property
     def serial_bubble_ratio(self) -> float | None:
-        """Idle share that training would have without fusion, in stages cut for that; None where it is not known.
-
-        Of several plans in use, the mean.
+        """Idle share that the update's training would have without fusion, in stages cut for that; None where it is
+        not known.
         """
-        return statistics.fmean(self._serial_bubble_ratios.values()) if self._serial_bubble_ratios else None
+        if not self._update_unfused or not self._unfused_ticks.keys() >= set(self._update_unfused):
+            return None
+        ticks = [self._unfused_ticks[one] for one in self._update_unfused]
+        return 1 - sum(busy for _, busy in ticks) / sum(total for total, _ in ticks)
+
+    def _knows(self, counts: Counts) -> bool:
+        """Whether there is a profile of all that trains."""
+        measured = () if self._profile is None else self._profile.stages
+        return _names(self.placement, counts) <= {stage.pipeline for stage in measured}
+
+    def _learn(self, shapes: Sequence[Shape]) -> None:
+        """Make a profile of what has been observed, if that is enough."""
+        profile = self._observed.profile(one_of_each(shapes))
+        if profile is not None:
+            self._profile = profile
+            self._store.save(Measured(self.placement, profile, self._unfused, self._planned_update_s))
+
+    def _watched(self, counts: Counts) -> Plan:
+        """One that shows what is not known yet."""
+        return Plan(halved_serial_schedule(replicas_of(self.placement, counts), counts))
 
     @property
     def opposite_gain(self) -> float | None:
@@ -171,34 +195,34 @@ class TrainingPlanner:
             self._num_drifted, self._lasting = 0, DRIFT_UPDATES
             self._plans, self._profile = {}, None
 
-    def _training_s(self, count: int, shapes: Sequence[Shape]) -> float:
+    def _training_s(self, counts: Counts, shapes: Sequence[Shape]) -> float:
         """Seconds that the last update trained; before there is one, of a step if one rank worked at a time."""
         if self._update_s is not None:
             return self._update_s
         assert self._profile is not None
         _, typical, _ = one_of_each(shapes)
-        costs = [
-            self._profile.stage_costs(replica.name, stage, typical)
-            for replica in self.placement
-            for stage in range(len(replica.ranks))
-        ]
-        return count * self._profile.tick_s * sum(one.forward_ticks + one.backward_ticks for one in costs)
+        ticks = 0
+        for replica in replicas_of(self.placement, counts):
+            of_stages = [self._profile.stage_costs(replica.name, stage, typical) for stage in range(len(replica.ranks))]
+            of_micro_batch = sum(one.forward_ticks + one.backward_ticks for one in of_stages)
+            ticks += num_micro_batches(counts, replica.model) * of_micro_batch
+        return ticks * self._profile.tick_s
 
     def _plan(
         self,
-        profile: Profile,
-        count: int,
+        counts: Counts,
         shapes: tuple[Shape, Shape, Shape],
         memory_limit_bytes: int | None,
         time_limit_s: float,
         num_steps: int,
     ) -> Plan:
-        settings = self._settings
+        settings, profile = self._settings, self._profile
+        assert profile is not None
         _, typical, largest = shapes
         schedule = fused_schedule(
             profile,
-            self.placement,
-            count,
+            replicas_of(self.placement, counts),
+            counts,
             typical,
             largest=settings.longest or largest,
             memory_limit_bytes=memory_limit_bytes,
@@ -209,33 +233,42 @@ class TrainingPlanner:
         )
         return Plan(schedule, profile)
 
-    def _gain(self, profile: Profile, count: int) -> float:
+    def _gain(self, counts: Counts) -> float:
         """The same operations take as much longer by plain 1F1B as it is busy less; updates are counted where known."""
-        planned = evaluate(self._plans[count].schedule)
-        step_s = planned.makespan * profile.tick_s
-        plain_s = step_s * (1 - planned.bubble_ratio) / (1 - self._serial_bubble_ratios[count])
+        assert self._profile is not None
+        planned, (total, busy) = evaluate(self._plans[counts].schedule), self._unfused_ticks[counts]
+        step_s = planned.makespan * self._profile.tick_s
+        plain_s = step_s * (1 - planned.bubble_ratio) * total / busy
         plain_update_s = None if self._unfused is None else self._unfused.update_s
         counted = "gradients' sums and optimizer not counted"
         if self._planned_update_s is not None and plain_update_s is not None:
             step_s, plain_s = step_s + self._planned_update_s, plain_s + plain_update_s
             counted = "gradients' sums and optimizer included"
         _logger.info(
-            "two opposite replicas: a step of %d micro-batches is planned to take %.3f s, by plain 1F1B %.3f s, %.2f "
-            "times as fast (%s)",
-            *(count, step_s, plain_s, plain_s / step_s, counted),
+            "two opposite replicas: a step of %s is planned to take %.3f s, by plain 1F1B %.3f s, %.2f times as fast "
+            "(%s)",
+            *(describe(counts), step_s, plain_s, plain_s / step_s, counted),
         )
         return plain_s / step_s - 1
 
-    def _unfused_bubble_ratio(self, profile: Profile, count: int, typical: Shape) -> float:
+    def _ticks_unfused(self, counts: Counts, typical: Shape) -> tuple[int, int]:
+        """All ranks' together while the models train one after the other, and those of operations."""
         unfused = self._unfused
-        return unfused_bubble_ratio(
-            profile,
-            self.placement,
-            count,
+        assert self._profile is not None
+        timing = unfused_timing(
+            self._profile,
+            replicas_of(self.placement, counts),
+            counts,
             typical,
-            unfused_replicas=None if unfused is None else unfused.placement,
+            unfused_replicas=None if unfused is None else replicas_of(unfused.placement, counts),
             unfused_profile=None if unfused is None else unfused.profile,
         )
+        return timing.makespan * len(timing.busy_ticks), sum(timing.busy_ticks)
+
+
+def _names(placement: Sequence[Replica], counts: Counts) -> frozenset[str]:
+    """What profiles call the pipelines of what trains."""
+    return frozenset(replica.name for replica in replicas_of(placement, counts))
 
 
 def _most_replicas(placement: Sequence[Replica]) -> int:

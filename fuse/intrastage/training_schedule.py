@@ -9,8 +9,8 @@ from functools import lru_cache
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.opposite import has_opposites, plain_profile, without_opposites
-from fuse.intrastage.placement import Replica, replica_micro_batches
-from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
+from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replica_micro_batches
+from schedules import Kind, Op, Pipeline, Problem, Schedule, Timing, evaluate
 from schedules.baselines.interleaved import interleaved
 from schedules.baselines.one_f_one_b import one_f_one_b
 from schedules.baselines.serial import serial
@@ -32,7 +32,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
+def serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
     """1F1B of one model after the other (interleaved where ranks hold several stages); pipelines are `replicas`.
 
     Stage times are not measured here: 1F1B's order does not depend on them. A backward counts as two forwards.
@@ -40,17 +40,17 @@ def serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Sc
     Raises:
         ValueError: a replica would have no micro-batch.
     """
-    return unfused(_problem(replicas, num_micro_batches))
+    return unfused(_problem(replicas, counts))
 
 
 @lru_cache(maxsize=64)
-def halved_serial_schedule(replicas: tuple[Replica, ...], num_micro_batches: int) -> Schedule:
+def halved_serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
     """`serial_schedule` with I, then W, in place of every B, so that a run of it shows what each half costs.
 
     Raises:
         ValueError: a replica would have no micro-batch.
     """
-    schedule = serial_schedule(replicas, num_micro_batches)
+    schedule = serial_schedule(replicas, counts)
     pipelines = tuple(
         replace(one, input_grad_ticks=(1,) * one.num_stages, weight_grad_ticks=(1,) * one.num_stages)
         for one in schedule.problem.pipelines
@@ -82,7 +82,7 @@ def _alone(problem: Problem) -> Schedule:
 def fused_schedule(
     profile: Profile,
     replicas: Sequence[Replica],
-    num_micro_batches: int,
+    counts: Counts,
     shape: Shape,
     *,
     largest: Shape | None = None,
@@ -105,7 +105,7 @@ def fused_schedule(
     Raises:
         ValueError: the profile lacks a stage, a replica would have no micro-batch, or the limit is too low for one.
     """
-    problem = fused_problem(profile, replicas, num_micro_batches, shape, memory_limit_bytes, largest)
+    problem = fused_problem(profile, replicas, counts, shape, memory_limit_bytes, largest)
     schedule = cache.load(problem) if cache is not None else None
     found = "kept from an earlier search"
     if schedule is None:
@@ -121,8 +121,8 @@ def fused_schedule(
             cache.store(schedule)
     fused = evaluate(schedule)
     _logger.info(
-        "fused schedule of %d micro-batches: %.3f s with %.1f%% bubbles (%s)",
-        num_micro_batches,
+        "fused schedule of %s: %.3f s with %.1f%% bubbles (%s)",
+        describe(counts),
         fused.makespan * profile.tick_s,
         100 * fused.bubble_ratio,
         found,
@@ -130,16 +130,16 @@ def fused_schedule(
     return schedule
 
 
-def unfused_bubble_ratio(
+def unfused_timing(
     profile: Profile,
     replicas: Sequence[Replica],
-    num_micro_batches: int,
+    counts: Counts,
     shape: Shape,
     *,
     unfused_replicas: Sequence[Replica] | None = None,
     unfused_profile: Profile | None = None,
-) -> float:
-    """Idle share of all ranks if the models trained one after the other, in the stages that suit that best.
+) -> Timing:
+    """Of a step if the models trained one after the other, in the stages that suit that best.
 
     Opposite replicas are not used then: one of the two has all micro-batches.
 
@@ -147,22 +147,22 @@ def unfused_bubble_ratio(
     would cost, messages left out; None where they are the same.
     """
     profile, replicas = plain_profile(profile, replicas), without_opposites(replicas)
-    problem = fused_problem(profile, replicas, num_micro_batches, shape)
+    problem = fused_problem(profile, replicas, counts, shape)
     if unfused_replicas is not None and unfused_profile is not None:
-        in_own_stages = fused_problem(unfused_profile, unfused_replicas, num_micro_batches, shape)
+        in_own_stages = fused_problem(unfused_profile, unfused_replicas, counts, shape)
         tick = profile.tick_s / unfused_profile.tick_s
         pipelines = tuple(
             replace(own, transfer_ticks=round(tick * fused.transfer_ticks))
             for own, fused in zip(in_own_stages.pipelines, problem.pipelines, strict=True)
         )
         problem = replace(in_own_stages, pipelines=pipelines)
-    return evaluate(unfused(problem)).bubble_ratio
+    return evaluate(unfused(problem))
 
 
 def fused_problem(
     profile: Profile,
     replicas: Sequence[Replica],
-    num_micro_batches: int,
+    counts: Counts,
     shape: Shape,
     memory_limit_bytes: int | None = None,
     largest: Shape | None = None,
@@ -172,7 +172,7 @@ def fused_problem(
     Raises:
         ValueError: the profile lacks a stage, or a replica would have no micro-batch.
     """
-    bare = _problem(replicas, num_micro_batches)
+    bare = _problem(replicas, counts)
     return Problem(
         num_ranks=bare.num_ranks,
         pipelines=tuple(
@@ -206,20 +206,24 @@ def _grown(num_bytes: int, costs: StageCosts, shape: Shape) -> int:
     return max(num_bytes, -(-num_bytes * shape.size // costs.shape.size))
 
 
-def _problem(replicas: Sequence[Replica], num_micro_batches: int) -> Problem:
+def _problem(replicas: Sequence[Replica], counts: Counts) -> Problem:
     num_replicas = {replica.model: sum(other.model == replica.model for other in replicas) for replica in replicas}
-    most = max(num_replicas.values())
-    if num_micro_batches < most:
-        remedy = "train without opposite replicas" if has_opposites(replicas) else "use more pipeline stages"
-        raise ValueError(
-            f"{num_micro_batches} micro-batches per optimizer step cannot feed {most} data-parallel replicas: "
-            f"lower per_device_train_batch_size or num_mini_batches, or {remedy}"
-        )
+    remedy = "train without opposite replicas" if has_opposites(replicas) else "use more pipeline stages"
+    for model, most in num_replicas.items():
+        if (count := num_micro_batches(counts, model)) < most:
+            raise ValueError(
+                f"{count} micro-batches per optimizer step cannot feed {most} data-parallel replicas of the {model}: "
+                f"lower per_device_train_batch_size or the number of mini-batches, or {remedy}"
+            )
     pipelines = tuple(
         Pipeline(
             name=f"{replica.model}.{replica.index}" if num_replicas[replica.model] > 1 else replica.model,
             ranks=replica.ranks,
-            num_micro_batches=len(replica_micro_batches(num_micro_batches, num_replicas[replica.model], replica.index)),
+            num_micro_batches=len(
+                replica_micro_batches(
+                    num_micro_batches(counts, replica.model), num_replicas[replica.model], replica.index
+                )
+            ),
             forward_ticks=(1,) * len(replica.ranks),
             backward_ticks=(2,) * len(replica.ranks),
         )

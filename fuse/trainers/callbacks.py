@@ -1,4 +1,4 @@
-"""What callbacks see of a run: the models, the learning-rate schedule, the state."""
+"""What callbacks see of a run: the models, the state."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, get_scheduler
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import (
     CallbackHandler,
@@ -29,9 +27,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class PPOState(TrainerState):
-    """transformers' TrainerState with the number of prompts consumed so far."""
+    """transformers' TrainerState with the number of prompts consumed so far.
+
+    kl_coef: of the next update, where it follows a target; None before the first one.
+    """
 
     episode: int = 0
+    kl_coef: float | None = None
 
 
 class PolicyAndValue(nn.Module):
@@ -42,35 +44,6 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value_model = value_model
         self.config = policy.config
-
-
-def learning_rate_schedule(
-    args: RunConfig, model: nn.Module, num_steps: int
-) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The schedule that `args` names over so many steps.
-
-    Its optimizer holds the parameters but no gradients: the workers' optimizers are the ones that step.
-
-    Raises:
-        ValueError: `lr_scheduler_kwargs` that the schedule does not take.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    assert not isinstance(args.lr_scheduler_kwargs, str), "TrainingArguments parses it"
-    try:
-        schedule = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(num_steps),
-            num_training_steps=num_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-    except TypeError as error:
-        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        raise ValueError(
-            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} do not fit lr_scheduler_type={name!r} ({error}): "
-            f"give what transformers.get_scheduler takes for it"
-        ) from error
-    return optimizer, schedule
 
 
 def callback_handler(args: RunConfig, callbacks: list[TrainerCallback] | None, **references: Any) -> CallbackHandler:

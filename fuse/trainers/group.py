@@ -21,6 +21,7 @@ from fuse.algorithms.algorithm import Algorithm
 from fuse.algorithms.group_batch import GroupSettings, rollout_metrics
 from fuse.config.group import GroupConfig
 from fuse.driver.fleet import Fleet
+from fuse.roles import GENERATING
 from fuse.sample import Group, Sample, SpecialTokens
 from fuse.trace import PhaseClock
 from fuse.trainers import checks
@@ -193,14 +194,15 @@ class GroupTrainer(Trainer):
             sample.group = Group(first_id + index // num_generations, num_generations)
         return samples
 
-    def _optimizer_steps(self, update: int) -> Sequence[OptimizerStep]:
+    def _optimizer_steps(self, update: int) -> Mapping[str, Sequence[OptimizerStep]]:
         args, size = self.args, self.args.rollout_size
-        return rollout_steps(
+        steps = rollout_steps(
             [index * size + self._permutation(update, index) for index in range(args.rollouts_per_update)],
             micro_batch_size=args.per_device_train_batch_size,
             num_iterations=args.num_iterations,
             accumulation=args.gradient_accumulation_steps,
         )
+        return {GENERATING: steps}
 
     def _make_rewards(self) -> AbstractContextManager[GroupRewards]:
         return GroupRewards(

@@ -14,7 +14,7 @@ from fuse.trainers.iteration import Iteration
 from fuse.trainers.metrics import reduce_metrics
 from fuse.trainers.rollouts import Rollouts
 from fuse.trainers.run import Run
-from fuse.training.steps import OptimizerStep
+from fuse.training.rounds import Round
 
 
 def updates(
@@ -27,22 +27,22 @@ def updates(
     batches: Iterator[Any],
     samples_of: Callable[[Any], Sequence[Sample]],
     max_new_tokens: Mapping[int, int],
-    steps_of: Callable[[int], Sequence[OptimizerStep]],
+    rounds_of: Callable[[int], Sequence[Round]],
     num_places: int | None,
 ) -> Iterator[Iteration]:
     """Take the updates that are left; gives each when it is over.
 
     samples_of: a batch of prompts -> its samples. max_new_tokens: by sample id, in place of that of `params`.
-    steps_of: an update's number -> its optimizer steps. num_places: see `fuse.training.layout.Layout`.
+    rounds_of: an update's number -> its optimizer steps, side by side. num_places: see `fuse.training.layout.Layout`.
     """
     for update in run.updates():
         clock = PhaseClock()
         samples = samples_of(next(batches))
         rewarding = rollouts.roll_out(fleet, samples, params, clock, max_new_tokens)
         experience, metrics = algorithm.estimate(samples)
-        steps, learning_rates = run.take_steps(steps_of(update))
+        rounds, learning_rates = run.take_steps(rounds_of(update))
         with clock.phase("training"):
-            reports = fleet.train(experience, steps, learning_rates, run.state.global_step)
+            reports = fleet.train(experience, rounds, learning_rates, run.state.global_step)
         with clock.phase("weights"):
-            fleet.synchronise(run.state.global_step + len(steps))
+            fleet.synchronise(run.state.global_step + len(rounds))
         yield run.finish_update(fleet, samples, metrics | reduce_metrics(reports, num_places) | rewarding, clock)

@@ -7,19 +7,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fuse.micro_batch import Metric
+from fuse.roles import GENERATING
 from fuse.training.steps import StepReport
 
 _WITH_VARIANCE = "val/ratio"
 
 
-def reduce_metrics(steps: Sequence[StepReport], num_places: int | None = None) -> dict[str, float]:
+def reduce_metrics(steps: Mapping[str, Sequence[StepReport]], num_places: int | None = None) -> dict[str, float]:
     """Every metric of an update's steps reduced as it says, the variance of `val/ratio`, and mean gradient norms.
 
-    num_places: see `fuse.training.layout.Layout`.
+    steps: of each role that trained. num_places: see `fuse.training.layout.Layout`.
     """
-    norms = {role: float(np.mean([step.gradient_norms[role] for step in steps])) for role in steps[0].gradient_norms}
-    named = {"grad_norm" if len(norms) == 1 else f"grad_norm/{role}": norm for role, norm in norms.items()}
-    return {**_reduced([step.metrics for step in steps], num_places), **named}
+    reduced: dict[str, float] = {}
+    for of_role in steps.values():
+        reduced |= _reduced([step.metrics for step in of_role], num_places)
+    norms = {role: float(np.mean([step.gradient_norm for step in of_role])) for role, of_role in steps.items()}
+    return reduced | {_norm_name(role, steps): norm for role, norm in norms.items()}
+
+
+def _norm_name(role: str, steps: Mapping[str, Sequence[StepReport]]) -> str:
+    """`grad_norm` of a policy without a critic, as TRL has it; where the critic trains alone it is the critic's."""
+    return "grad_norm" if list(steps) == [GENERATING] else f"grad_norm/{role}"
 
 
 def _reduced(rows: Sequence[Sequence[Mapping[Metric, float]]], num_places: int | None) -> dict[str, float]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fuse.algorithms.algorithm import Algorithm
+from fuse.algorithms.batch import Experience
 from fuse.algorithms.gae import GAESettings
+from fuse.algorithms.kl_control import next_kl_coef
 from fuse.algorithms.ppo import PPOSettings, ppo
 from fuse.config.ppo import PPOConfig
 from fuse.config.run_length import RunLength
+from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
 from fuse.trainers import checks
 from fuse.trainers.callbacks import PolicyAndValue
@@ -96,17 +100,15 @@ class PPOTrainer(Trainer):
         checks.check_evaluation(args, eval_dataset)
         check_writable(Path(str(args.output_dir)), "output_dir")
         length = fill_batch_sizes(args, len(train_dataset))
-        self._division = Division(
-            num_epochs=args.num_ppo_epochs,
-            num_mini_batches=args.num_mini_batches,
-            micro_batch_size=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-        )
+        self._divisions = divisions(args)
         self._permutation = seeded(args.seed, length.samples_per_update)
         layout: Layout = TRLLayout(special.pad) if args.trl_quirks else RaggedLayout()
+        algorithm = algorithm_of(args, special)
+        if args.adaptive_kl:
+            algorithm = replace(algorithm, estimate=self._estimate_and_adapt)
         self._set_up(
             models,
-            algorithm_of(args, special),
+            algorithm,
             length,
             layout,
             special,
@@ -116,7 +118,7 @@ class PPOTrainer(Trainer):
             prompt_lengths=[lengths, eval_lengths],
             data_collator=data_collator,
             callbacks=callbacks,
-            num_places=layout.num_places(self._division),
+            num_places=layout.num_places(self._divisions[GENERATING]),
         )
 
     def _usable(self, dataset: Any, argument: str, special: SpecialTokens, data_collator: Any) -> tuple[Any, list[int]]:
@@ -131,19 +133,34 @@ class PPOTrainer(Trainer):
         self.state.episode += len(samples)
         return samples
 
-    def _optimizer_steps(self, update: int) -> Sequence[OptimizerStep]:
+    def _optimizer_steps(self, update: int) -> Mapping[str, Sequence[OptimizerStep]]:
         last_of_pass = update % len(self.get_train_dataloader()) == 0
-        permutations = [self._permutation(update, epoch) for epoch in range(self._division.num_epochs)]
-        return self._layout.steps(permutations, self._division, last_of_pass=last_of_pass)
+        steps = {}
+        for role, division in self._divisions.items():
+            if role != GENERATING or update > self.args.critic_warmup_updates:
+                permutations = [self._permutation(update, epoch) for epoch in range(division.num_epochs)]
+                steps[role] = self._layout.steps(permutations, division, last_of_pass=last_of_pass)
+        return steps
+
+    def _estimate_and_adapt(self, samples: Sequence[Sample]) -> tuple[Experience, dict[str, float]]:
+        """With the coefficient of the KL as it is now; the next update has another."""
+        control, state = self.args.kl_control, self.state
+        assert control is not None
+        kl_coef = self.args.kl_coef if state.kl_coef is None else state.kl_coef
+        experience, metrics = algorithm_of(self.args, self._special, kl_coef).estimate(samples)
+        state.kl_coef = next_kl_coef(
+            kl_coef, metrics["objective/kl"], len(samples), target=control.target, horizon=control.horizon
+        )
+        return experience, metrics | {"objective/kl_coef": kl_coef}
 
     def _make_rewards(self) -> AbstractContextManager[RewardCalls]:
         return reward_calls(self.args, self.reward_model, self.processing_class)
 
 
-def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
-    """The algorithm that `config` asks for."""
+def algorithm_of(config: PPOConfig, special: SpecialTokens, kl_coef: float | None = None) -> Algorithm:
+    """The algorithm that `config` asks for. kl_coef: in place of its own."""
     gae = GAESettings(
-        kl_coef=config.kl_coef,
+        kl_coef=config.kl_coef if kl_coef is None else kl_coef,
         kl_estimator=config.kl_estimator,
         whiten_rewards=config.whiten_rewards,
         gamma=config.gamma,
@@ -157,8 +174,25 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens) -> Algorithm:
         vf_coef=config.vf_coef,
         cliprange_value=config.cliprange_value,
         num_tokens=special.num_tokens,
+        loss_normalization=config.loss_normalization,
     )
     return ppo(settings, special)
+
+
+def divisions(args: PPOConfig) -> dict[str, Division]:
+    """How an update is divided into the optimizer steps of each role."""
+    actor = Division(
+        num_epochs=args.num_ppo_epochs,
+        num_mini_batches=args.num_mini_batches,
+        micro_batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+    )
+    critic = replace(
+        actor,
+        num_epochs=args.critic_ppo_epochs or args.num_ppo_epochs,
+        num_mini_batches=args.critic_num_mini_batches or args.num_mini_batches,
+    )
+    return {GENERATING: actor, "critic": critic}
 
 
 def fill_batch_sizes(args: PPOConfig, num_rows: int) -> RunLength:
@@ -171,11 +205,12 @@ def fill_batch_sizes(args: PPOConfig, num_rows: int) -> RunLength:
     args.world_size = 1
     args.micro_batch_size = args.per_device_train_batch_size
     args.batch_size = args.local_batch_size = batch_size
-    if batch_size % args.num_mini_batches:
-        raise ValueError(
-            f"num_mini_batches={args.num_mini_batches} does not divide the batch of {batch_size} "
-            f"(per_device_train_batch_size x gradient_accumulation_steps): choose a divisor"
-        )
+    for name in ("num_mini_batches", "critic_num_mini_batches"):
+        if batch_size % ((value := getattr(args, name)) or 1):
+            raise ValueError(
+                f"{name}={value} does not divide the batch of {batch_size} "
+                f"(per_device_train_batch_size x gradient_accumulation_steps): choose a divisor"
+            )
     args.mini_batch_size = args.local_mini_batch_size = batch_size // args.num_mini_batches
     if args.whiten_rewards and args.local_mini_batch_size < 8:
         raise ValueError(
@@ -191,6 +226,6 @@ def fill_batch_sizes(args: PPOConfig, num_rows: int) -> RunLength:
     return RunLength(
         prompts_per_update=batch_size,
         num_steps=args.num_total_batches,
-        optimizer_steps_per_update=args.num_ppo_epochs * args.num_mini_batches,
+        optimizer_steps_per_update=max(one.num_epochs * one.num_mini_batches for one in divisions(args).values()),
         micro_batches_per_step=math.ceil(args.gradient_accumulation_steps / args.num_mini_batches),
     )

@@ -26,13 +26,19 @@ from fuse.trainers.callbacks import (
     PPOState,
     callback_handler,
     callback_states,
-    learning_rate_schedule,
     restore_callbacks,
 )
 from fuse.trainers.iteration import Iteration
+from fuse.trainers.learning_rates import (
+    LearningRates,
+    learning_rate_schedule,
+    learning_rates,
+    logged_rates,
+    restore_learning_rates,
+)
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
-from fuse.training.steps import OptimizerStep
+from fuse.training.rounds import Round, roles_of
 from schedules.files import dispensable
 
 logger = logging.getLogger(__name__)
@@ -102,6 +108,7 @@ class Run:
         self._run_id, self._saved_s = uuid.uuid4().hex, 0.0
         if resumed is None:
             self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
+            self.state.kl_coef = None
         else:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
@@ -109,7 +116,7 @@ class Run:
             self._saved_step = self.state.global_step
             if changed := differences(saved.options, kept_options(args)):
                 logger.warning("%s was written with other options: %s", resumed, ", ".join(changed))
-            self.lr_scheduler.load_state_dict(saved.lr_scheduler)
+            restore_learning_rates(self.lr_scheduler, saved.lr_scheduler, resumed)
             if args.restore_callback_states_from_checkpoint:
                 untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
                 restore_callbacks(self.callback_handler, untyped)
@@ -133,17 +140,17 @@ class Run:
         while self.num_steps_left and not self.control.should_training_stop:
             yield self.num_updates_done + 1
 
-    def take_steps(self, steps: Sequence[OptimizerStep]) -> tuple[Sequence[OptimizerStep], list[float]]:
-        """The optimizer steps of an update that the run has left, and their learning rates: the schedule goes on."""
-        counts_each = self.length.steps_per_update > 1 or len(steps) == 1
-        taken = steps[: self.num_steps_left] if counts_each else steps
+    def take_steps(self, rounds: Sequence[Round]) -> tuple[Sequence[Round], list[LearningRates]]:
+        """The rounds of an update that the run has left, and the learning rates of each: the schedule goes on."""
+        counts_each = self.length.steps_per_update > 1 or len(rounds) == 1
+        taken = rounds[: self.num_steps_left] if counts_each else rounds
         self._num_counted = len(taken) if counts_each else 1
-        rates = []
+        rates: list[LearningRates] = []
         for _ in range(self._num_counted):
-            rates.append(float(self.lr_scheduler.get_last_lr()[0]))
+            rates.append(learning_rates(self.args, self.lr_scheduler, roles_of(rounds)))
+            self._logged_rates = logged_rates(self.args, self.lr_scheduler, self._rate_name)
             self.optimizer.step()  # holds no gradients: tells the schedule that the workers step
             self.lr_scheduler.step()
-        self._learning_rate = rates[-1]
         return taken, rates * (len(taken) // self._num_counted)
 
     def finish_update(
@@ -161,9 +168,8 @@ class Run:
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.serial_bubble_ratio, fleet.opposite_gain)
-        rate = {self._rate_name: self._learning_rate}
         counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
-        self.log({"eps": eps, **metrics, **rate, **counts, "step_time": times["time/total"], **times})
+        self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:

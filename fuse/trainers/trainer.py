@@ -33,6 +33,7 @@ from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.rollouts import Rewards, Rollouts
 from fuse.trainers.run import Run
 from fuse.training.layout import Layout
+from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
 from fuse.workers.cluster import Cluster
 
@@ -117,6 +118,8 @@ class Trainer(TrainerFace):
             whole_replicas=whole_replicas,
             bidirectional=bidirectional,
         )
+        updates = {1, min(len(self.dataloader), length.num_updates), length.num_updates}  # a pass's last may differ
+        self._settings = self._settings.for_rounds([one for update in updates for one in self._rounds(update)])
         self._settings = within_memory(args, self._settings, models, tokens)
         self._run = Run(
             args,
@@ -129,9 +132,6 @@ class Trainer(TrainerFace):
             rate_name=rate_name,
             tell=self._tell,
         )
-        for update in {1, min(len(self.dataloader), length.num_updates)}:  # the last of a pass may differ
-            for step in self._optimizer_steps(update):
-                self._settings.check(num_micro_batches=len(step.micro_batches))
         self.activity.listen(self._run.show_activity)
 
     # What an algorithm's trainer says and does
@@ -145,8 +145,8 @@ class Trainer(TrainerFace):
         """The samples that a batch of prompts becomes, with ids that no other of the run has."""
         raise NotImplementedError
 
-    def _optimizer_steps(self, update: int) -> Sequence[OptimizerStep]:
-        """Of an update, counted from 1."""
+    def _optimizer_steps(self, update: int) -> Mapping[str, Sequence[OptimizerStep]]:
+        """Of an update, counted from 1, by role."""
         raise NotImplementedError
 
     def _make_rewards(self) -> AbstractContextManager[Rewards]:
@@ -196,7 +196,7 @@ class Trainer(TrainerFace):
             batches=prompts.batches(self.get_train_dataloader(), start=run.num_updates_done),
             samples_of=self._training_samples,
             max_new_tokens=self.max_new_tokens,
-            steps_of=self._optimizer_steps,
+            rounds_of=self._rounds,
             num_places=self._num_places,
         ):
             self._on_update(fleet, iteration)
@@ -216,6 +216,10 @@ class Trainer(TrainerFace):
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers that run, by their kind: generation and model."""
         return {} if self._fleet is None else self._fleet.process_ids
+
+    def _rounds(self, update: int) -> list[Round]:
+        settings = self._settings
+        return rounds(self._optimizer_steps(update), settings.num_replicas, is_fused=settings.plan.fused)
 
     @contextmanager
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:

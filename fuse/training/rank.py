@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fuse.algorithms.algorithm import LossNormalization
 from fuse.algorithms.batch import Experience, Targets
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
@@ -21,18 +22,19 @@ from fuse.intrastage.measure import measure, measure_messages, shape_of
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
-from fuse.intrastage.placement import Replica, replica_micro_batches
+from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
 from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch
+from fuse.micro_batch import Loss, MicroBatch
 from fuse.storages import Storages
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
 from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
-from fuse.training.steps import OptimizerStep, RankStep
+from fuse.training.rounds import RankRound, Round, by_tokens
+from fuse.training.running import Running
 from schedules import Schedule
 
 _MESSAGES = 3
@@ -47,6 +49,7 @@ class TrainingSettings:
     losses, targets: by role that trains. layout: what micro-batches are made like.
     autocast: the type to compute in; None for float32.
     timeout_s: a peer that does not answer for so long counts as lost.
+    loss_normalization: as of `Algorithm`.
     """
 
     backend: Literal["transformers", "megatron"]
@@ -59,6 +62,7 @@ class TrainingSettings:
     gradient_checkpointing: bool
     timeout_s: float
     tensor_parallel_size: int = 1
+    loss_normalization: LossNormalization = "micro_batch"
 
     def build_stage(
         self,
@@ -113,7 +117,7 @@ class TrainingRank:
         self._is_first_of_group = self._lane == 0
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
-        self._is_observed = False
+        self._observed_models: set[str] = set()
         self._moments_away = Storages()
         self._weights_away = {model: Storages() for model in specs}
         self._stages: dict[tuple[int, int], TrainedStage] = {
@@ -209,42 +213,40 @@ class TrainingRank:
     def train(
         self,
         experience: Experience,
-        steps: Sequence[OptimizerStep],
-        learning_rates: Sequence[float],
-        plans: Mapping[int, Plan],
-    ) -> list[RankStep]:
-        """Take all optimizer steps of an update, each by the plan for as many micro-batches as it has."""
+        rounds: Sequence[Round],
+        learning_rates: Sequence[Mapping[str, float]],
+        plans: Mapping[Counts, Plan],
+    ) -> list[RankRound]:
+        """Take all optimizer steps of an update, a round of them by the plan for its micro-batches.
+
+        learning_rates: by round, of the roles in it.
+        """
         self._be_resident()
+        if self._settings.loss_normalization == "token":
+            rounds = by_tokens(rounds, experience)
         return [
-            self._step(experience, step, learning_rate, plans[len(step.micro_batches)])
-            for step, learning_rate in zip(steps, learning_rates, strict=True)
+            self._round(experience, one, rates, plans[one.counts])
+            for one, rates in zip(rounds, learning_rates, strict=True)
         ]
 
-    def _step(self, experience: Experience, step: OptimizerStep, learning_rate: float, plan: Plan) -> RankStep:
-        micro_batches = [self._micro_batches(experience, samples, step.weight) for samples in step.micro_batches]
-        num_replicas = Counter(replica.model for replica in self._placement)
-        per_pipeline = [
-            [
-                micro_batches[index][replica.model]
-                for index in replica_micro_batches(len(micro_batches), num_replicas[replica.model], replica.index)
-            ]
-            for replica in self._placement
-        ]
+    def _round(self, experience: Experience, one: Round, learning_rates: Mapping[str, float], plan: Plan) -> RankRound:
+        running = Running.of(one, self._placement, self._stages, self._communicators)
+        per_pipeline = self._per_pipeline(experience, one, running)
         planned = None
         probes: dict[tuple[int, int], MemoryProbe] = {}
         if plan.profile is not None:
             shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
-            planned = planned_times(plan.schedule, plan.profile, [name for name, _ in self._pipelines], shapes)
-        elif self._settings.split_backward and not self._is_observed:
-            self._is_observed = True
-            self._observe_messages(plan.schedule, per_pipeline)
-            probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in self._stages.items()}
+            planned = planned_times(plan.schedule, plan.profile, [name for name, _ in running.pipelines], shapes)
+        elif self._settings.split_backward and not self._observed_models >= one.parts.keys():
+            self._observed_models |= one.parts.keys()
+            self._observe_messages(plan.schedule, running, per_pipeline)
+            probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in running.stages.items()}
         execute(
             plan.schedule,
             self._rank,
-            probes or self._stages,
+            probes or running.stages,
             per_pipeline,
-            self._communicators,
+            running.communicators,
             self._recorder,
             planned=planned,
         )
@@ -254,26 +256,38 @@ class TrainingRank:
             self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
         norms = {}
         for model, optimizer in self._optimizers.items():
-            norm = norms[model] = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
-            with self._recorder.span(f"step {model}", "optimizer"):
-                optimizer.apply(norm, learning_rate)
-        return RankStep(metrics=self._metrics([len(own) for own in per_pipeline]), gradient_norms=norms)
+            if model in one.parts and one.parts[model].is_last:
+                norm = norms[model] = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
+                with self._recorder.span(f"step {model}", "optimizer"):
+                    optimizer.apply(norm, learning_rates[model])
+        metrics = running.metrics([len(own) for own in per_pipeline])
+        return RankRound(metrics=metrics, gradient_norms=norms)
 
-    def _metrics(self, num_micro_batches: Sequence[int]) -> dict[str, list[dict[Metric, float]]]:
-        """What the losses computed here gave of the step's micro-batches, by role. num_micro_batches: by pipeline."""
-        return {
-            replica.model: _numbers([held.metrics[index] for index in range(num_micro_batches[pipeline])])
-            for (pipeline, stage), held in self._stages.items()
-            if stage == len((replica := self._placement[pipeline]).ranks) - 1
-        }
+    def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:
+        """A round's micro-batches, by pipeline; of the same samples roles share what they have in common."""
+        made: dict[tuple[int, ...], dict[str, MicroBatch]] = {}
+        per_pipeline: list[list[MicroBatch]] = []
+        num_replicas = Counter(replica.model for replica in running.replicas)
+        for replica in running.replicas:
+            part = one.parts[replica.model]
+            own = replica_micro_batches(len(part.micro_batches), num_replicas[replica.model], replica.index)
+            per_pipeline.append([])
+            for index in own:
+                samples = part.micro_batches[index]
+                if samples not in made:
+                    made[samples] = self._micro_batches(experience, samples)
+                per_pipeline[-1].append(replace(made[samples][replica.model], weight=part.weights[index]))
+        return per_pipeline
 
-    def _observe_messages(self, schedule: Schedule, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
+    def _observe_messages(
+        self, schedule: Schedule, running: Running, micro_batches: Sequence[Sequence[MicroBatch]]
+    ) -> None:
         """Record what a message to the next stage takes, for each pipeline's smallest and largest micro-batch."""
-        numbers = {name: number for number, (name, _) in enumerate(self._pipelines)}
+        numbers = {name: number for number, (name, _) in enumerate(running.pipelines)}
         ends = [sorted(own, key=lambda one: one.input_ids.numel()) for own in micro_batches]
         by_shape = [list({shape_of(one): one for one in (own[0], own[-1])}.values()) for own in ends]
         messages = measure_messages(
-            self._rank, self._pipelines, self._stages, by_shape, self._communicators, repeats=_MESSAGES
+            self._rank, running.pipelines, running.stages, by_shape, running.communicators, repeats=_MESSAGES
         )
         for name, stage, shape, seconds in messages:
             number = numbers[name]
@@ -299,13 +313,13 @@ class TrainingRank:
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
         """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
         self._be_resident()
-        made = [self._micro_batches(experience, samples, 1.0) for samples in micro_batches]
+        made = [self._micro_batches(experience, samples) for samples in micro_batches]
         per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
             return measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
 
-    def _micro_batches(self, experience: Experience, samples: Sequence[int], weight: float) -> dict[str, MicroBatch]:
-        made = self._settings.layout.micro_batches(experience, samples, weight)
+    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[str, MicroBatch]:
+        made = self._settings.layout.micro_batches(experience, samples, 1.0)
         return {model: micro_batch.to(self._device) for model, micro_batch in made.items()}
 
     def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -340,9 +354,3 @@ class TrainingRank:
 def _largest(micro_batches: Sequence[MicroBatch]) -> int:
     """Index of the one with most tokens; of several the last, which finds memory warm."""
     return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))
-
-
-def _numbers(metrics: Sequence[Metrics]) -> list[dict[Metric, float]]:
-    """On the host, by one wait for the device."""
-    rows = torch.stack([torch.stack([value.float() for value in row.values()]) for row in metrics]).tolist()
-    return [dict(zip(of_one, row, strict=True)) for of_one, row in zip(metrics, rows, strict=True)]

@@ -1,4 +1,4 @@
-"""Which samples make which micro-batch, and after which micro-batches the optimizers step."""
+"""Which samples make which micro-batch, and after which micro-batches a role's optimizer steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fuse.micro_batch import Metric
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
-    """Micro-batches whose gradients are summed before one step.
+    """Micro-batches of one role whose gradients are summed before one step.
 
     micro_batches: sample indices of each. weight: of each one's loss.
     """
@@ -23,27 +23,16 @@ class OptimizerStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankStep:
-    """What one rank tells of a step, by role.
-
-    metrics: of the micro-batches whose loss was computed there, in their order. gradient_norms: before clipping.
-    """
-
-    metrics: Mapping[str, Sequence[dict[Metric, float]]]
-    gradient_norms: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a step gave. metrics: [micro-batches]. gradient_norms: of whole models by role, before clipping."""
+    """What a role's step gave. metrics: [micro-batches]. gradient_norm: of the whole model, before clipping."""
 
     metrics: Sequence[Mapping[Metric, float]]
-    gradient_norms: Mapping[str, float]
+    gradient_norm: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """How an update is divided. accumulation: micro-batches between two of TRL's steps."""
+    """How an update of a role is divided. accumulation: micro-batches between two of TRL's steps."""
 
     num_epochs: int
     num_mini_batches: int

@@ -9,15 +9,15 @@ from pathlib import Path
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.rounds import RankRound, Round
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
-from fuse.training.steps import OptimizerStep, RankStep
 from fuse.workers.calls import Future, Remote, Worker, as_received
 from fuse.workers.cluster import Accelerator, Cluster
 from fuse.workers.model_worker import ModelWorker
@@ -72,13 +72,13 @@ class ModelHandle:
     def train(
         self,
         experience: Remote[Experience],
-        steps: Remote[Sequence[OptimizerStep]],
-        learning_rates: Sequence[float],
-        plans: Remote[Mapping[int, Plan]],
-    ) -> Future[list[RankStep]]:
+        rounds: Remote[Sequence[Round]],
+        learning_rates: Sequence[Mapping[str, float]],
+        plans: Remote[Mapping[Counts, Plan]],
+    ) -> Future[list[RankRound]]:
         """Take all optimizer steps of an update; all ranks are called at once."""
         return self.worker.call(
-            ModelWorker.train, as_received(experience), as_received(steps), learning_rates, as_received(plans)
+            ModelWorker.train, as_received(experience), as_received(rounds), learning_rates, as_received(plans)
         )
 
     def offload_training(self) -> Future[None]:

@@ -14,7 +14,7 @@ from fuse.device_clock import clock_of
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
-from fuse.intrastage.placement import Replica
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.state_dict import adopt_state_dict, mix_state_dict
@@ -23,8 +23,8 @@ from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.rounds import RankRound, Round
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
-from fuse.training.steps import OptimizerStep, RankStep
 from fuse.training.update_costs import measure_update_costs
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
@@ -117,12 +117,12 @@ class ModelWorker:
     def train(
         self,
         experience: Experience,
-        steps: Sequence[OptimizerStep],
-        learning_rates: Sequence[float],
-        plans: Mapping[int, Plan],
-    ) -> list[RankStep]:
+        rounds: Sequence[Round],
+        learning_rates: Sequence[Mapping[str, float]],
+        plans: Mapping[Counts, Plan],
+    ) -> list[RankRound]:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
-        return self._training.train(experience, steps, learning_rates, plans)
+        return self._training.train(experience, rounds, learning_rates, plans)
 
     def offload_training(self) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train."""

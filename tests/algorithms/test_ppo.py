@@ -56,6 +56,15 @@ def test_value_loss_takes_the_larger_of_clipped_and_unclipped() -> None:
     assert clip_fraction.item() == 1.0
 
 
+def test_value_loss_without_a_clip_range_is_the_squared_error() -> None:
+    values, old_values, returns = torch.tensor([2.0, 5.0]), torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])
+    mask = torch.ones(2, dtype=torch.bool)
+    loss, clip_fraction = clipped_error(values, old_values, returns, mask, None)
+    assert loss.item() == pytest.approx(0.5 * 2.0**2 / 2)
+    assert clip_fraction.item() == 0.0
+    assert clipped_error(values, old_values, returns, mask, 0.2)[0].item() == pytest.approx(0.5 * (0.8**2 + 2.0**2) / 2)
+
+
 def test_a_micro_batch_of_empty_responses_has_no_loss() -> None:
     empty, mask = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
     loss, _ = clipped_surrogate(empty, empty, empty, mask, 0.2)

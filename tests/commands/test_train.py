@@ -334,3 +334,12 @@ def test_every_value_that_the_help_lists_is_accepted(
     for name, values in listed.items():
         for value in values:
             CONFIGS[algorithm](output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_a_number_that_may_be_none_is_given_as_none() -> None:
+    (parser,) = train.parents([])
+    assert parser.parse_args(["--cliprange-value", "none"]).cliprange_value is None
+    assert parser.parse_args(["--cliprange-value", "0.5"]).cliprange_value == 0.5
+    assert parser.parse_args([]).cliprange_value == 0.2
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--cliprange-value", "off"])

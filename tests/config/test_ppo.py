@@ -11,6 +11,8 @@ from transformers import HfArgumentParser
 from trl.experimental.ppo import PPOConfig as OraclePPOConfig
 
 from fuse import PPOConfig
+from fuse.algorithms.kl_control import KLControl
+from fuse.trainers.ppo import divisions
 
 
 def test_the_command_line_of_trl_scripts_parses() -> None:
@@ -63,9 +65,43 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
         ({"seed": -1}, "seed=-1 must be from 0 to 4294967295"),
         ({"optim": "sgd"}, "optim=.* is not supported: use adamw_torch"),
         ({"model_adapter_name": "adapter"}, "PEFT adapters are not supported"),
+        ({"critic_learning_rate": -1e-5}, "critic_learning_rate=-1e-05 must not be negative"),
+        ({"critic_ppo_epochs": 0}, "critic_ppo_epochs=0 must be at least 1"),
+        ({"critic_num_mini_batches": 0}, "critic_num_mini_batches=0 must be at least 1"),
+        ({"critic_warmup_updates": -1}, "critic_warmup_updates=-1 must not be negative"),
+        ({"cliprange_value": 0.0}, "cliprange_value=0.0 must be positive"),
+        ({"loss_normalization": "sequence"}, "loss_normalization='sequence' is unknown: use 'micro_batch' or 'token'"),
+        ({"kl_target": 3.0}, "kl_target=3.0 without adaptive_kl, .*: set adaptive_kl=True"),
+        ({"kl_horizon": 100}, "kl_horizon=100 without adaptive_kl"),
+        ({"adaptive_kl": True, "kl_target": 0.0}, "kl_target=0.0 must be positive"),
+        ({"adaptive_kl": True, "kl_coef": 0.0}, "kl_coef=0 with adaptive_kl=True stays 0"),
+        (
+            {"adaptive_kl": True, "kl_horizon": 1, "per_device_train_batch_size": 5},
+            "kl_horizon=1 with updates of 5 samples could turn kl_coef negative: choose more than 1",
+        ),
+        ({"trl_quirks": True, "critic_ppo_epochs": 2}, "trl_quirks=True with critic_ppo_epochs=2"),
+        ({"trl_quirks": True, "critic_num_mini_batches": 2}, "trl_quirks=True with critic_num_mini_batches=2"),
+        ({"trl_quirks": True, "critic_warmup_updates": 2}, "trl_quirks=True with critic_warmup_updates=2"),
+        ({"trl_quirks": True, "loss_normalization": "token"}, "trl_quirks=True with loss_normalization='token'"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         PPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_critic_trains_as_the_actor_unless_asked_otherwise(tmp_path: Path) -> None:
+    plain = PPOConfig(output_dir=str(tmp_path), use_cpu=True, num_ppo_epochs=3, num_mini_batches=2)
+    assert divisions(plain)["critic"] == divisions(plain)["actor"]
+    assert (plain.own_learning_rates, plain.kl_control) == ({}, None)
+    own: dict[str, Any] = {"critic_ppo_epochs": 5, "critic_num_mini_batches": 4, "critic_learning_rate": 1e-4}
+    other = PPOConfig(output_dir=str(tmp_path), use_cpu=True, num_ppo_epochs=3, num_mini_batches=2, **own)
+    assert divisions(other)["actor"] == divisions(plain)["actor"]
+    assert (divisions(other)["critic"].num_epochs, divisions(other)["critic"].num_mini_batches) == (5, 4)
+    assert other.own_learning_rates == {"critic": 1e-4}
+
+
+def test_the_kls_target_and_horizon_are_those_of_trls_controller(tmp_path: Path) -> None:
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, adaptive_kl=True)
+    assert config.kl_control == KLControl(target=6.0, horizon=10_000)

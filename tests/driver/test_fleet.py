@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fuse.driver import fleet as fleet_module
+from fuse.driver.engines import Engines
 from fuse.driver.fleet import Fleet
 from fuse.driver.memory import RESERVE_SHARE, free_for_micro_batches
 from fuse.driver.memory_setup import MemorySetup, planned_models
@@ -84,7 +85,7 @@ def fleet(planner: LearningPlanner, monkeypatch: pytest.MonkeyPatch) -> Fleet:
         ),
         {},
     )  # type: ignore[arg-type]
-    made._rollouts, made._generation_workers = planner, []
+    made._rollouts, made._engines = planner, SimpleNamespace(workers=[])
     return made  # type: ignore[no-any-return]
 
 
@@ -135,19 +136,23 @@ class Answer:
 
 @pytest.mark.parametrize(("num_deaths", "survives"), [(0, True), (1, True), (2, True), (4, False)])
 def test_an_engine_that_dies_while_it_takes_anothers_place_is_replaced(
-    num_deaths: int, survives: bool, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    num_deaths: int, survives: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died = WorkerError(1, "generation worker", "its process died", is_death=True)
     answers = iter([Answer(died)] * num_deaths + [Answer(None)])
     replaced: list[int] = []
-    monkeypatch.setattr(fleet, "_replace_engine", replaced.append)
+    cluster: Any = SimpleNamespace()
+    nothing: Any = SimpleNamespace(num_devices=0)
+    engines = Engines(cluster, nothing, nothing, [], list)
+    engines.workers = [nothing, nothing]
+    monkeypatch.setattr(engines, "replace", replaced.append)
     call: Any = lambda _: next(answers)  # noqa: E731  (its type is a worker's)
     if survives:
-        assert fleet._answer(1, call(None), call) == "weights loaded"
+        assert engines._answer(1, call(None), call) == "weights loaded"
         assert replaced == [1] * num_deaths
     else:
         with pytest.raises(WorkerError, match="its process died"):
-            fleet._answer(1, call(None), call)
+            engines._answer(1, call(None), call)
 
 
 def test_what_devices_say_is_free_is_not_all_for_micro_batches(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,59 @@ def test_the_first_update_trains_serially_and_the_next_by_what_it_showed(tmp_pat
     assert len(list(tmp_path.glob("*.schedule"))) == 2
 
 
+BOTH, CRITIC = (("actor", 2), ("critic", 4)), (("critic", 4),)
+
+
+def test_models_have_their_own_numbers_of_micro_batches_or_none(tmp_path: Path) -> None:
+    planner = planner_in(tmp_path)
+    for _ in range(2):  # serial, then planned
+        plans = planner.plans([BOTH, CRITIC, CRITIC], SHAPES)
+        for counts, plan in plans.items():
+            assert violations(plan.schedule) == []
+            pipelines = plan.schedule.problem.pipelines
+            assert tuple((one.name, one.num_micro_batches) for one in pipelines) == counts
+        planner.observe(watched(SHAPES))
+    assert all(plan.profile is not None for plan in plans.values())
+    assert evaluate(plans[BOTH].schedule).bubble_ratio < evaluate(plans[CRITIC].schedule).bubble_ratio
+
+
+def test_what_did_not_train_yet_is_watched_when_it_does(tmp_path: Path) -> None:
+    """The critic alone first: what it showed plans its own steps, and no others."""
+    planner = planner_in(tmp_path)
+    planner.plans([CRITIC], SHAPES)
+    planner.observe(span for span in watched(SHAPES) if "critic" in span.name)
+    assert planner.will_solve([CRITIC])
+    assert not planner.will_solve([BOTH])
+    alone = planner.plans([CRITIC], SHAPES)[CRITIC]
+    assert alone.profile is not None
+    assert planner.serial_bubble_ratio is not None
+    both = planner.plans([BOTH], SHAPES)[BOTH]
+    assert both.profile is None
+    assert planner.serial_bubble_ratio is None
+    assert {op.kind for _, op in both.schedule.ops()} == {Kind.F, Kind.I, Kind.W}
+    planner.observe(watched(SHAPES))
+    assert planner.will_solve([BOTH])
+    plans = planner.plans([BOTH, CRITIC], SHAPES)
+    assert plans[BOTH].profile is not None
+    assert plans[CRITIC] == alone
+
+
+def test_serial_bubbles_are_those_of_the_steps_without_fusion(tmp_path: Path) -> None:
+    """A step of the actor that is dealt over two of the critic's would drain its pipeline once, not twice."""
+    planner = planner_in(tmp_path)
+    planner.observe(watched(SHAPES))
+    planner.plans([BOTH, BOTH], SHAPES)
+    as_dealt = planner.serial_bubble_ratio
+    whole = (("actor", 4), ("critic", 4))
+    planner.plans([BOTH, BOTH], SHAPES, unfused=[whole, CRITIC])
+    assert planner.serial_bubble_ratio is not None
+    assert as_dealt is not None
+    # A micro-batch takes 3 ticks of a stage. All four micro-batches of both models: 29 ticks with 24 of work on each
+    # rank (as below); the critic's alone 15 with 12.
+    assert planner.serial_bubble_ratio == pytest.approx(1 - 36 / 44)
+    assert as_dealt > planner.serial_bubble_ratio
+
+
 def test_what_an_earlier_run_measured_plans_the_first_update(tmp_path: Path) -> None:
     first = planner_in(tmp_path)
     first.plans({4}, SHAPES)

@@ -134,7 +134,7 @@ def test_engines_that_sleep_and_training_that_is_offloaded_change_nothing(
 def engine_of_device_1(trainer: PPOTrainer) -> int:
     """Its process id."""
     assert trainer._fleet is not None
-    return trainer._fleet._generation_workers[1].worker.process_id
+    return trainer._fleet._engines.workers[1].worker.process_id
 
 
 def assert_same_models(one: PPOTrainer, other: PPOTrainer) -> None:

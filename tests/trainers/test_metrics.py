@@ -19,17 +19,27 @@ from fuse.training.steps import StepReport
 
 
 def reduced(rows: list[list[dict[Metric, float]]], **options: Any) -> dict[str, float]:
-    """Of steps without gradients."""
-    return reduce_metrics([StepReport(metrics=row, gradient_norms={}) for row in rows], **options)
+    """Of steps of one role without gradients."""
+    steps = {"critic": [StepReport(metrics=row, gradient_norm=0.0) for row in rows]}
+    figures = reduce_metrics(steps, **options)
+    assert figures.pop("grad_norm/critic") == 0.0
+    return figures
 
 
 def test_gradient_norms_are_means_over_steps() -> None:
-    def norms(*of_steps: dict[str, float]) -> dict[str, float]:
-        return reduce_metrics([StepReport(metrics=[{POLICY_LOSS: 0.0}], gradient_norms=norms) for norms in of_steps])
+    def norms(**of_steps: list[float]) -> dict[str, float]:
+        return reduce_metrics(
+            {
+                role: [StepReport(metrics=[{Metric(f"loss/{role}"): 0.0}], gradient_norm=norm) for norm in of_role]
+                for role, of_role in of_steps.items()
+            }
+        )
 
-    assert norms({"actor": 1.0}, {"actor": 3.0})["grad_norm"] == 2.0
-    both = norms({"actor": 1.0, "critic": 5.0})
-    assert (both["grad_norm/actor"], both["grad_norm/critic"]) == (1.0, 5.0)
+    assert norms(actor=[1.0, 3.0])["grad_norm"] == 2.0
+    assert norms(critic=[1.0, 3.0])["grad_norm/critic"] == 2.0, "an update that trains it alone"
+    both = norms(actor=[1.0], critic=[5.0, 7.0])
+    assert (both["grad_norm/actor"], both["grad_norm/critic"]) == (1.0, 6.0)
+    assert both["loss/critic"] == 0.0
 
 
 def test_means_are_of_all_micro_batches() -> None:

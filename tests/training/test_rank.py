@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fuse.algorithms.algorithm import LossNormalization
 from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.optimizer import AdamWConfig
-from fuse.intrastage.placement import Replica, place
+from fuse.intrastage.placement import Replica, place, replicas_of
 from fuse.intrastage.training_schedule import Plan, halved_serial_schedule
 from fuse.micro_batch import Metric, Metrics, MicroBatch
 from fuse.trace import SpanRecorder
@@ -23,6 +25,7 @@ from fuse.training.layer_costs import TypicalBatch
 from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.rounds import RankRound, rounds
 from fuse.training.steps import OptimizerStep, optimizer_steps
 from schedules.fused.greedy import greedy
 
@@ -63,8 +66,9 @@ def trained(
     kept: offload everything but the weights of these before each.
     """
     serial = halved_serial_schedule(placement, 4)
-    plans = [{4: Plan(serial)}, {4: Plan(greedy(serial.problem))}]
     steps = optimizer_steps([np.arange(8)], num_mini_batches=1, micro_batch_size=2)
+    of_update = rounds({"actor": steps, "critic": steps}, {"actor": 1, "critic": 2}, is_fused=True)
+    plans = [{of_update[0].counts: Plan(schedule)} for schedule in (serial, greedy(serial.problem))]
 
     def run(rank: int) -> dict[str, Tensor]:
         specs = {name: ModelSpec.of(model) for name, model in MODELS.items()}
@@ -72,12 +76,12 @@ def trained(
         for name, model in MODELS.items():
             training.load_weights(name, model.state_dict())
         training.profile(EXPERIENCE, [[0, 1]])
-        for of_update in plans:
+        for by_counts in plans:
             if kept is not None:
                 training.offload(kept)
                 training.offload(kept)
                 assert set(resident(training)) == {f"{role} parameter" for role in kept}
-            training.train(EXPERIENCE, steps, [1e-2], of_update)
+            training.train(EXPERIENCE, of_update, [{"actor": 1e-2, "critic": 1e-2}], by_counts)
         return {
             f"{model}: {name}": weight for model in specs for name, weight in training.export_weights(model).items()
         }
@@ -117,14 +121,16 @@ FIVE = OptimizerStep(micro_batches=((0, 1), (2,), (3, 4), (5,), (6, 7)), weight=
 
 def actor_steps(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> list[Any]:
     """By rank, after two steps on five micro-batches: norms, weights told, and bits of (replica, stage)."""
-    serial = halved_serial_schedule(placement, 5)
+    of_step = rounds({"actor": [FIVE]}, {"actor": len(placement)}, is_fused=True)
+    counts = of_step[0].counts
+    serial = halved_serial_schedule(placement, counts)
     plans = [Plan(serial), Plan(greedy(serial.problem))]
     spec = ModelSpec.of(MODELS["actor"])
 
     def run(rank: int) -> Any:
         training = TrainingRank(rank, torch.device("cpu"), {"actor": spec}, placement, SETTINGS, SpanRecorder())
         training.load_weights("actor", MODELS["actor"].state_dict())
-        steps = [training.train(EXPERIENCE, [FIVE], [1e-2], {5: plan})[0] for plan in plans]
+        steps = [training.train(EXPERIENCE, of_step, [{"actor": 1e-2}], {counts: plan})[0] for plan in plans]
         held = {key: dict(stage.named_parameters()) for key, stage in training.stages_of("actor").items()}
         rows = [len(of_step.metrics.get("actor", ())) for of_step in steps]
         norms = [of_step.gradient_norms["actor"] for of_step in steps]
@@ -158,3 +164,98 @@ def test_opposite_replicas_train_what_one_pipeline_does(num_ranks: int, slots: i
         for name, weight in first.items():
             assert torch.equal(weight, second[name]), name
     assert [rows for _, _, _, rows in found] == [[2, 2], *[[0, 0]] * (num_ranks - 2), [3, 3]]
+
+
+def steps_of(num_epochs: int, num_mini_batches: int, micro_batch_size: int = 2) -> list[OptimizerStep]:
+    order = [np.random.default_rng(epoch).permutation(8) for epoch in range(num_epochs)]
+    return optimizer_steps(order, num_mini_batches=num_mini_batches, micro_batch_size=micro_batch_size)
+
+
+STEPS = {"actor": steps_of(1, 1), "critic": steps_of(2, 2)}
+"""One of the actor, four of the critic."""
+RATES = {"actor": 1e-2, "critic": 3e-2}
+
+
+def taken(
+    num_ranks: int,
+    steps: Mapping[str, Sequence[OptimizerStep]],
+    *,
+    is_fused: bool = True,
+    rates: Mapping[str, float] = RATES,
+    loss_normalization: LossNormalization = "micro_batch",
+) -> tuple[dict[str, Tensor], list[list[RankRound]]]:
+    """The weights after these steps, and what ranks told of them; a role without any is not there at all."""
+    roles = [role for role, of_role in steps.items() if of_role]
+    models = {role: MODELS[role] for role in roles}
+    placement = tuple(
+        replica for role in roles for replica in place(role, num_ranks, num_ranks, reverse=role == "critic")
+    )
+    of_update = rounds(steps, dict.fromkeys(steps, 1), is_fused=is_fused)
+    plans = {}
+    for counts in {one.counts for one in of_update}:
+        serial = halved_serial_schedule(replicas_of(placement, counts), counts)
+        plans[counts] = Plan(greedy(serial.problem) if is_fused else serial)
+    settings = replace(SETTINGS, loss_normalization=loss_normalization)
+
+    def run(rank: int) -> tuple[dict[str, Tensor], list[RankRound]]:
+        specs = {name: ModelSpec.of(model) for name, model in models.items()}
+        training = TrainingRank(rank, torch.device("cpu"), specs, placement, settings, SpanRecorder())
+        for name, model in models.items():
+            training.load_weights(name, model.state_dict())
+        told = training.train(EXPERIENCE, of_update, [rates] * len(of_update), plans)
+        weights = {f"{name}: {key}": one for name in specs for key, one in training.export_weights(name).items()}
+        return weights, told
+
+    by_rank = FakeNccl(num_ranks, 64).run(run)
+    return {name: one for weights, _ in by_rank for name, one in weights.items()}, [told for _, told in by_rank]
+
+
+def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor], role: str) -> float:
+    names = [name for name in first if name.startswith(role)]
+    assert names
+    return max(float((first[name] - second[name]).abs().max()) for name in names)
+
+
+@pytest.fixture(scope="module")
+def one_after_the_other() -> dict[str, Tensor]:
+    """The actor's steps, then the critic's, each alone on a rank."""
+    return {
+        name: one
+        for role in STEPS
+        for name, one in taken(1, {other: STEPS[role] if other == role else [] for other in STEPS})[0].items()
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_weights_are_those_of_each_roles_own_steps(
+    num_ranks: int, is_fused: bool, one_after_the_other: dict[str, Tensor]
+) -> None:
+    found, told = taken(num_ranks, STEPS, is_fused=is_fused)
+    for role in STEPS:
+        assert difference(found, one_after_the_other, role) < 1e-5
+    assert [sorted(one.gradient_norms) for one in told[0]] == (
+        [["critic"]] * 3 + [["actor", "critic"]] if is_fused else [["actor", "critic"]] + [["critic"]] * 3
+    )
+
+
+def test_other_steps_and_other_rates_give_other_weights(one_after_the_other: dict[str, Tensor]) -> None:
+    fewer, _ = taken(1, STEPS | {"critic": steps_of(1, 2)})
+    assert difference(fewer, one_after_the_other, "actor") == 0.0
+    assert difference(fewer, one_after_the_other, "critic") > 1e-3
+    resting, _ = taken(1, STEPS, rates={"actor": RATES["actor"], "critic": 0.0})
+    assert difference(resting, one_after_the_other, "actor") == 0.0
+    initial = {f"critic: {name}": one for name, one in MODELS["critic"].state_dict().items()}
+    assert difference({name: one for name, one in resting.items() if "critic" in name}, initial, "critic") == 0.0
+
+
+def test_tokens_count_the_same_however_a_step_is_cut() -> None:
+    """As in one micro-batch, whose mean is over all; responses have 1 to 4 tokens."""
+    whole = {role: steps_of(1, 1, micro_batch_size=8) for role in STEPS}
+    cut = {"actor": steps_of(1, 1, micro_batch_size=3), "critic": steps_of(1, 1, micro_batch_size=2)}
+    expected, _ = taken(1, whole)
+    by_token, _ = taken(1, cut, loss_normalization="token")
+    by_micro_batch, _ = taken(1, cut)
+    for role in STEPS:
+        assert difference(by_token, expected, role) < 1e-4
+        assert difference(by_micro_batch, expected, role) > 1e-3

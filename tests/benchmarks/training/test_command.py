@@ -26,9 +26,9 @@ INSTANCE = {
 }
 
 KEYS = {
-    "setting", "actor_layers", "critic_layers", "lengths", "num_micro_batches", "micro_batch_tokens", "serial_ms",
-    "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial", "bubble_fused", "bubble_planned",
-    "overhead_share", "why", "serial", "fused",
+    "setting", "actor_layers", "critic_layers", "lengths", "num_micro_batches", "critic_epochs", "micro_batch_tokens",
+    "serial_ms", "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial", "bubble_fused",
+    "bubble_planned", "overhead_share", "why", "serial", "fused",
 }  # fmt: skip
 SIDE_KEYS = {
     "step_ms", "setup_ms", "executed_ms", "optimizer_ms", "planned_ms", "bubble_planned", "bubble_executed", "slowdown",
@@ -107,6 +107,25 @@ def test_compares_opposite_replicas_with_plain_1f1b(
     assert "two opposite replicas (fused)" in capsys.readouterr().out
 
 
+def test_a_critic_takes_more_steps_than_the_actor(
+    tmp_path: Path, pooled_workers: None, worker_pool: WorkerPool
+) -> None:
+    out = tmp_path / "out.json"
+    sizes = ["--sizes", "1:1", "--micro-batches", "4", "--tokens", "16", "--hidden", "16", "--repeats", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "Cluster", worker_pool)
+        assert run(*sizes, "--solve-seconds", "0.5", "--critic-epochs", "2", "--json", str(out)) == 0
+    results = json.loads(out.read_text())
+    uniform, _ = results["rows"]
+    assert (uniform["setting"], uniform["critic_epochs"]) == ("1:1 uniform 4 x2", 2)
+    assert uniform.keys() == KEYS
+    assert uniform["serial"].keys() == uniform["fused"].keys() == SIDE_KEYS
+    # Serial steps drain three pipelines one after the other; fused ones fill the critic's with the actor's.
+    assert uniform["bubble_planned"] < uniform["serial"]["bubble_planned"]
+    assert uniform["predicted_ratio"] > 1
+    assert results["options"]["critic_epochs"] == 2
+
+
 def test_writes_profiles_of_every_shape(trained: dict[str, Any]) -> None:
     profile = profile_from_json(trained["profiles"]["2:1"])
     assert {cost.shape.num_tokens for cost in profile.stages} == {7, 8, 9}
@@ -162,6 +181,8 @@ def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         (["--bidirectional", "--emulate", "2"], "leave out --emulate"),
         (["--bidirectional", "--micro-batches", "1"], "at least 2 --micro-batches"),
         (["--bidirectional", "--sizes", "1:1"], "leave one of them out"),
+        (["--critic-epochs", "0"], "--critic-epochs is 0"),
+        (["--emulate", "2", "--critic-epochs", "2"], "--critic-epochs is of real training"),
         (["--emulate", "8", "--instances", "{file}"], r"has no instance of 8 ranks: choose --emulate from \[2\]"),
         (["--lengths", "{short}"], "has 1 rows, and 16 responses are needed"),
         (["--lengths", "{file}"], "has no column output_tokens"),

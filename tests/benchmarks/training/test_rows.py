@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fuse.benchmarks.training.batches import Task
-from fuse.benchmarks.training.rows import Side, row_of, side_of
-from fuse.benchmarks.training.worker import TimedStep
+from fuse.benchmarks.training.rows import Side, row_of, side_of, together
+from fuse.benchmarks.training.worker import TimedRound
 from fuse.intrastage.planned_times import times_of
 from fuse.trace import Span
 from schedules import Pipeline, Problem
@@ -48,6 +48,19 @@ def test_the_predicted_gain_includes_the_optimizer_on_both_sides() -> None:
     assert found["why"] == ""
 
 
+def test_rounds_add_up_and_overlap() -> None:
+    """One rank begins the second round while the other ends the first."""
+    second: Side = {**FUSED, "setup_ms": 1.0, "overhead_share": 0.03}
+    times = ((1.0, 1.16), (1.0, 1.15), (1.16, 1.27), (1.15, 1.26))
+    found = together([SIDE, second], [TimedRound(start_s, end_s, []) for start_s, end_s in times])
+    assert found["step_ms"] == pytest.approx(270)
+    assert (found["setup_ms"], found["executed_ms"], found["planned_ms"]) == (3.0, 253.0, 253.0)
+    assert found["optimizer_ms"] == pytest.approx(270 - 3 - 253)
+    assert found["bubble_planned"] == pytest.approx((148 * 0.3 + 105 * 0.02) / 253)
+    assert found["overhead_share"] == pytest.approx((160 * 0.01 + 117 * 0.03) / 277)
+    assert found.keys() == SIDE.keys()
+
+
 @pytest.mark.parametrize("cause", ["contention", "imbalance", "overhead", "transfer"])
 def test_a_gain_that_is_missing_is_explained_by_what_was_lost_most(cause: str) -> None:
     slow: Side = {**FUSED, "step_ms": 141.0, "executed_ms": 129.0}
@@ -75,7 +88,7 @@ def test_a_step_is_cut_into_setup_operations_and_optimizer() -> None:
             Span(f"B a.{rank}.0", "train", backward_s, backward_end_s, {"wait_s": 0.029 * (1 - rank)}),
             Span("step a", "optimizer", backward_end_s, 1.070),
         ]
-        ranks.append(TimedStep(0.995, 1.070 + 0.001 * rank, spans))
+        ranks.append(TimedRound(0.995, 1.070 + 0.001 * rank, spans))
     found = side_of(schedule, planned, ranks)
     assert found["step_ms"] == pytest.approx(76)
     assert found["setup_ms"] == pytest.approx(5)

@@ -1,0 +1,155 @@
+"""What trains at once: the optimizer steps of all roles side by side, a round of them by one schedule.
+
+Each role takes its own steps, of its own micro-batches, in its own order, and roles share no parameters: rounds say
+when a role trains, and never what. Weights are those of training one role after the other, but for the order in which
+replicas add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import numpy as np
+
+from fuse.algorithms.batch import Experience
+from fuse.intrastage.placement import Counts, Replica
+from fuse.micro_batch import Metric
+from fuse.training.steps import OptimizerStep, StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPart:
+    """Micro-batches of an optimizer step, in its order.
+
+    micro_batches: sample indices of each. weights: of each one's loss. is_last: the optimizer steps after them.
+    """
+
+    micro_batches: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What trains at once, by one schedule. parts: by role; a role that is not there waits."""
+
+    parts: Mapping[str, StepPart]
+
+    @property
+    def counts(self) -> Counts:
+        return tuple((role, len(part.micro_batches)) for role, part in self.parts.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRound:
+    """What one rank tells of a round, by role.
+
+    metrics: of the micro-batches whose loss was computed there, in their order. gradient_norms: before clipping, of
+    the roles that stepped.
+    """
+
+    metrics: Mapping[str, Sequence[Mapping[Metric, float]]]
+    gradient_norms: Mapping[str, float]
+
+
+def rounds(
+    steps: Mapping[str, Sequence[OptimizerStep]], num_replicas: Mapping[str, int], *, is_fused: bool
+) -> list[Round]:
+    """As many rounds as the role with most steps takes, which has one in each.
+
+    Fused, the steps of other roles are spread evenly over the rounds, and the micro-batches of each over the rounds
+    that fall to it, so that there are some to fill bubbles with everywhere; every one of the role's replicas has one.
+    Without fusion a step is whole, for its pipeline would drain at the end of every part.
+
+    steps: by role, in its order; a role without any does not train.
+    """
+    num_rounds = max(map(len, steps.values()))
+    parts: list[dict[str, StepPart]] = [{} for _ in range(num_rounds)]
+    for role, of_role in steps.items():
+        places = np.array_split(np.arange(num_rounds), max(1, len(of_role)))
+        for index, step in enumerate(of_role):
+            first, count = (int(places[index][0]), len(places[index])) if is_fused else (index, 1)
+            for offset, part in enumerate(_parts(step, count, num_replicas[role])):
+                parts[first + offset][role] = part
+    return [Round(of_round) for of_round in parts]
+
+
+def _parts(step: OptimizerStep, most: int, num_replicas: int) -> list[StepPart]:
+    """At most so many, as even as can be, with a micro-batch for each replica."""
+    micro_batches = step.micro_batches
+    count = max(1, min(most, len(micro_batches) // num_replicas))
+    return [
+        StepPart(
+            micro_batches=tuple(micro_batches[index] for index in indices),
+            weights=(step.weight,) * len(indices),
+            is_last=number == count - 1,
+        )
+        for number, indices in enumerate(np.array_split(np.arange(len(micro_batches)), count))
+    ]
+
+
+def by_tokens(rounds: Sequence[Round], experience: Experience) -> list[Round]:
+    """The same with weights by which all positions of an optimizer step count the same, whatever micro-batch has them.
+
+    Losses of micro-batches are means over the positions that their role has in the experience: tokens, or values.
+    """
+    weighted = [dict(one.parts) for one in rounds]
+    for role, targets in experience.targets.items():
+        counts = experience.segments.offsets(targets.positions).diff().tolist()
+        for of_step in _steps_of(role, rounds):
+            sizes = [
+                [sum(counts[sample] for sample in samples) for samples in rounds[index].parts[role].micro_batches]
+                for index in of_step
+            ]
+            total = max(1, sum(map(sum, sizes)))  # none where all responses are empty
+            for index, of_part in zip(of_step, sizes, strict=True):
+                weights = tuple(size / total for size in of_part)
+                weighted[index][role] = replace(rounds[index].parts[role], weights=weights)
+    return [Round(parts) for parts in weighted]
+
+
+def unfused_counts(rounds: Sequence[Round]) -> list[Counts]:
+    """Micro-batches in the rounds of the same steps without fusion."""
+    sizes = {
+        role: [sum(len(rounds[index].parts[role].micro_batches) for index in step) for step in _steps_of(role, rounds)]
+        for role in roles_of(rounds)
+    }
+    by_round = zip_longest(*sizes.values(), fillvalue=0)
+    return [tuple((role, count) for role, count in zip(sizes, row, strict=True) if count) for row in by_round]
+
+
+def step_reports(
+    rounds: Sequence[Round], by_rank: Sequence[Sequence[RankRound]], placement: Sequence[Replica]
+) -> dict[str, list[StepReport]]:
+    """What every optimizer step of each role gave. by_rank: [ranks][rounds]; a replica's last rank has its metrics."""
+    reports: dict[str, list[StepReport]] = {}
+    for role in roles_of(rounds):
+        replicas = [replica for replica in placement if replica.model == role]
+        for of_step in _steps_of(role, rounds):
+            rows: list[Mapping[Metric, float]] = []
+            for index in of_step:
+                of_replicas = [list(by_rank[replica.ranks[-1]][index].metrics[role]) for replica in replicas]
+                in_turn = zip_longest(*of_replicas)  # as `replica_micro_batches` deals them out
+                rows += [row for turn in in_turn for row in turn if row is not None]
+            norm = max(of_rank[of_step[-1]].gradient_norms[role] for of_rank in by_rank)
+            reports.setdefault(role, []).append(StepReport(metrics=rows, gradient_norm=norm))
+    return reports
+
+
+def roles_of(rounds: Sequence[Round]) -> list[str]:
+    """Those that train in any of them."""
+    return list(dict.fromkeys(role for one in rounds for role in one.parts))
+
+
+def _steps_of(role: str, rounds: Sequence[Round]) -> list[list[int]]:
+    """The rounds that each of the role's steps takes."""
+    steps: list[list[int]] = [[]]
+    for index, one in enumerate(rounds):
+        if role in one.parts:
+            steps[-1].append(index)
+            if one.parts[role].is_last:
+                steps.append([])
+    assert not steps[-1], f"a step of {role} has no end"
+    return steps[:-1]

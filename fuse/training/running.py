@@ -1,0 +1,66 @@
+"""What of a rank runs in a round, when not all models train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fuse.intrastage.communication import PipelineCommunicators
+from fuse.intrastage.placement import Replica
+from fuse.intrastage.stage import TrainedStage
+from fuse.micro_batch import Metric, Metrics
+from fuse.training.rounds import Round
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The pipelines of a round's roles, as its schedule counts them.
+
+    replicas, communicators: by pipeline. stages: this rank's by (pipeline, stage).
+    """
+
+    replicas: tuple[Replica, ...]
+    stages: Mapping[tuple[int, int], TrainedStage]
+    communicators: Sequence[PipelineCommunicators]
+
+    @classmethod
+    def of(
+        cls,
+        one: Round,
+        placement: Sequence[Replica],
+        stages: Mapping[tuple[int, int], TrainedStage],
+        communicators: Sequence[PipelineCommunicators],
+    ) -> Running:
+        """stages, communicators: by pipeline of the whole placement."""
+        numbers = [number for number, replica in enumerate(placement) if replica.model in one.parts]
+        replicas = tuple(placement[number] for number in numbers)
+        return cls(
+            replicas,
+            {
+                (numbers.index(pipeline), stage): held
+                for (pipeline, stage), held in stages.items()
+                if pipeline in numbers
+            },
+            [communicators[number] for number in numbers],
+        )
+
+    @property
+    def pipelines(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and ranks of each."""
+        return [(replica.name, replica.ranks) for replica in self.replicas]
+
+    def metrics(self, num_micro_batches: Sequence[int]) -> dict[str, list[dict[Metric, float]]]:
+        """What the losses computed here gave of the round's micro-batches, by role. num_micro_batches: by pipeline."""
+        return {
+            replica.model: _numbers([held.metrics[index] for index in range(num_micro_batches[pipeline])])
+            for (pipeline, stage), held in self.stages.items()
+            if stage == len((replica := self.replicas[pipeline]).ranks) - 1
+        }
+
+
+def _numbers(metrics: Sequence[Metrics]) -> list[dict[Metric, float]]:
+    """On the host, by one wait for the device."""
+    rows = torch.stack([torch.stack([value.float() for value in row.values()]) for row in metrics]).tolist()
+    return [dict(zip(of_one, row, strict=True)) for of_one, row in zip(metrics, rows, strict=True)]
