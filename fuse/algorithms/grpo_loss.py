@@ -103,7 +103,9 @@ def grpo_loss(
         metrics[KL] = _token_mean(kl.detach())
     loss = _MEANS[settings.loss_type](losses, targets, sequences, settings)
     if settings.entropy_coef:
-        metrics |= {POLICY_LOSS: loss.detach(), ENTROPY_COEF: loss.new_tensor(settings.entropy_coef)}
+        # As TRL logs it: of means over the rollout the micro-batch's part.
+        share = micro_batch.weight if _MEANS[settings.loss_type] is _of_rollout else 1.0
+        metrics |= {POLICY_LOSS: share * loss.detach(), ENTROPY_COEF: loss.new_tensor(settings.entropy_coef)}
         loss = loss - settings.entropy_coef * _token_mean(bonus)
     with torch.no_grad():
         metrics |= {LOSS: loss.detach(), ENTROPY: _token_mean(entropy)}
