@@ -53,7 +53,6 @@ class GroupConfig(RunConfig):
         "sync_ref_model": "leave it out: the reference stays as it was",
     }
     """Options of TRL that are refused but for their defaults, and what to do instead."""
-    MIN_GENERATIONS: ClassVar[int] = 2
 
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     logging_steps: float = option(10, "Steps between two logs for callbacks that ask.")
@@ -122,6 +121,16 @@ class GroupConfig(RunConfig):
     vllm_max_model_length: int | None = option(None, _REFUSED)
     vllm_tensor_parallel_size: int = option(1, _REFUSED)
     sync_ref_model: bool = option(False, _REFUSED)
+
+    @property
+    def least_generations(self) -> int:
+        """Responses to a prompt that the algorithm needs."""
+        return 2
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model that the policy began as is kept."""
+        return self.beta != 0
 
     @property
     def sampling_temperature(self) -> float:
@@ -204,14 +213,14 @@ class GroupConfig(RunConfig):
             raise ValueError(f"min_p={self.min_p} must lie between 0 and 1")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 is for none")
-        if self.num_generations < self.MIN_GENERATIONS:
-            raise ValueError(
-                f"num_generations={self.num_generations}: responses are compared with others to their prompt, so there "
-                f"must be at least {self.MIN_GENERATIONS}"
-            )
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
+        if self.num_generations < self.least_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: responses are compared with others to their prompt, so there "
+                f"must be at least {self.least_generations}"
+            )
         self._fill_rollout_size()
         size, uses = self.rollout_size, self.uses_per_rollout
         if size % self.num_generations:

@@ -1,4 +1,4 @@
-"""What the trainers of GRPO and RLOO share: TRL's arguments, groups of responses, and rewards of several functions."""
+"""What the trainers without a critic share: TRL's arguments, groups of responses, and rewards of several functions."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class GroupTrainer(Trainer):
                 f"reward_weights has {len(self._weights)} weights for {len(self.reward_funcs)} reward functions: give "
                 f"one each"
             )
-        self.ref_model = copy.deepcopy(policy) if args.beta else None
+        self.ref_model = copy.deepcopy(policy) if args.needs_reference else None
         special = special_tokens(args, processing_class, policy)
         models = {"actor": policy} | ({} if self.ref_model is None else {"reference": self.ref_model})
         checks.check_models(models, args.train_backend)
