@@ -72,10 +72,14 @@ class PolicyGradientConfig(GroupConfig):
         if self.loss == "grpo":
             return
         if self.estimator.by_token:
-            of_responses = [name for name, one in ESTIMATORS.items() if not one.by_token]
+            remedies = {
+                "loss": [name for name in self.CHOICES["loss"] if name == "grpo"],
+                "advantage": [name for name in self.CHOICES["advantage"] if not ESTIMATORS[name].by_token],
+            }
             raise ValueError(
                 f"advantage={self.advantage!r} with loss={self.loss!r}: these advantages differ from token to token, "
-                f"and a response is one action to the loss: use loss='grpo', or advantage={_either(of_responses)}"
+                f"and to this loss a response is one action: use "
+                + ", or ".join(f"{option}={_either(names)}" for option, names in remedies.items() if names)
             )
         if self.beta_of_loss:
             penalizing = [name for name, one in ESTIMATORS.items() if one.penalizes and not one.by_token]
