@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     __version__: str
     from fuse import ops as ops
     from fuse.config.grpo import GRPOConfig as GRPOConfig
+    from fuse.config.online_dpo import OnlineDPOConfig as OnlineDPOConfig
     from fuse.config.ppo import PPOConfig as PPOConfig
     from fuse.config.reinforce_plus_plus import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
     from fuse.config.rloo import RLOOConfig as RLOOConfig
     from fuse.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from fuse.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from fuse.trainers.ppo import PPOTrainer as PPOTrainer
     from fuse.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
     from fuse.trainers.rloo import RLOOTrainer as RLOOTrainer
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RLOOConfig",
@@ -37,6 +41,7 @@ _MODULES = {
     "GRPO": "grpo",
     "RLOO": "rloo",
     "ReinforcePlusPlus": "reinforce_plus_plus",
+    "OnlineDPO": "online_dpo",
 }
 _HOMES = {
     f"{name}{kind}": f"fuse.{package}.{module}"

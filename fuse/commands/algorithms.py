@@ -15,6 +15,7 @@ CLASSES: Mapping[str, str] = MappingProxyType(
         "grpo": "GRPO",
         "rloo": "RLOO",
         "reinforce++": "ReinforcePlusPlus",
+        "online-dpo": "OnlineDPO",
     }
 )
 """What the names of an algorithm's configuration and trainer begin with."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fuse import GRPOConfig, PPOConfig, ReinforcePlusPlusConfig, RLOOConfig, cli
+from fuse import GRPOConfig, OnlineDPOConfig, PPOConfig, ReinforcePlusPlusConfig, RLOOConfig, cli
 from fuse.commands import train
 from fuse.commands.make_trainer import make_trainer
 from fuse.commands.models import critic_from_policy
@@ -277,7 +277,13 @@ def test_chats_reach_reward_functions_that_take_messages(
             assert sample.columns["messages"] == chats[int(str(sample.columns["answer"])) - 1]["question"]
 
 
-CONFIGS = {"ppo": PPOConfig, "grpo": GRPOConfig, "rloo": RLOOConfig, "reinforce++": ReinforcePlusPlusConfig}
+CONFIGS = {
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "reinforce++": ReinforcePlusPlusConfig,
+    "online-dpo": OnlineDPOConfig,
+}
 BY_ALGORITHM = pytest.mark.parametrize("algorithm", CONFIGS)
 
 
