@@ -50,6 +50,11 @@ class OnlineDPOConfig(GroupConfig):
     )
     max_new_tokens: int = option(_MOST_TOKENS, "Most tokens of a response.")
     max_completion_length: int | None = option(None, "The same as max_new_tokens.")  # type: ignore[assignment]
+    generation_batch_size: int | None = option(
+        None,
+        "Samples of a rollout. Default: per_device_train_batch_size times steps_per_generation, and that times "
+        "num_generations / 2.",
+    )
     temperature: float = option(0.9, "Sampling temperature.")
     beta: float = option(0.1, "How strongly the policy is held to the reference; for 'ipo' its tau.")
     loss_type: str = option(

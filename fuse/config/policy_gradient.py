@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from fuse.algorithms.estimators import ESTIMATORS, Estimator
 from fuse.config.group import GroupConfig
-from fuse.config.run import option
+from fuse.config.run import either, option
 
 ADVANTAGE = (
     "What advantages are: 'group', over the mean of a prompt's responses (GRPO); 'leave_one_out', over the mean of the "
@@ -79,13 +79,13 @@ class PolicyGradientConfig(GroupConfig):
             raise ValueError(
                 f"advantage={self.advantage!r} with loss={self.loss!r}: these advantages differ from token to token, "
                 f"and to this loss a response is one action: use "
-                + ", or ".join(f"{option}={_either(names)}" for option, names in remedies.items() if names)
+                + ", or ".join(f"{option}={either(names)}" for option, names in remedies.items() if names)
             )
         if self.beta_of_loss:
             penalizing = [name for name, one in ESTIMATORS.items() if one.penalizes and not one.by_token]
             raise ValueError(
                 f"beta={self.beta} with advantage={self.advantage!r} and loss={self.loss!r}, neither of which has a KL "
-                f"penalty: set beta=0, or advantage={_either(penalizing)}"
+                f"penalty: set beta=0, or advantage={either(penalizing)}"
             )
 
     def _check_taken(self, by: str, options: Mapping[str, tuple[str, ...]]) -> None:
@@ -96,10 +96,5 @@ class PolicyGradientConfig(GroupConfig):
             if chosen not in takers and (value := getattr(self, name)) != defaults[name]:
                 raise ValueError(
                     f"{name}={value!r} with {by}={chosen!r}, which does not take it: leave it out, or set "
-                    f"{by}={_either(takers)}"
+                    f"{by}={either(takers)}"
                 )
-
-
-def _either(names: Sequence[str]) -> str:
-    *others, last = map(repr, names)
-    return f"{', '.join(others)} or {last}" if others else last

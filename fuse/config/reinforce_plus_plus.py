@@ -26,6 +26,7 @@ class ReinforcePlusPlusConfig(GRPOLossConfig):
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **GRPOLossConfig.CHOICES,
         "advantage": ("reinforce++", "reinforce++-baseline"),
+        "loss": ("grpo",),
     }
     OF_ADVANTAGES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **GRPOLossConfig.OF_ADVANTAGES,
@@ -37,10 +38,11 @@ class ReinforcePlusPlusConfig(GRPOLossConfig):
         "What advantages are: 'reinforce++', returns whitened over the batch; 'reinforce++-baseline', the same of "
         "rewards less the mean of a prompt's responses, which needs several.",
     )
+    loss: str = option("grpo", "What advantages weigh: 'grpo', the ratio of tokens, in the way of loss_type.")
     num_generations: int = option(1, "Responses to every prompt.")
     beta: float = option(0.01, "Weight of the KL penalty in the reward of a token. 0: there is no reference model.")
     gamma: float = option(1.0, "Discount of the rewards of later tokens.")
-    reward_clip_range: tuple[float, float] | None = option(
+    reward_clip_range: list[float] | None = option(
         (-10.0, 10.0), "Bounds of rewards, less the mean of their group for 'reinforce++-baseline', before the penalty."
     )
 

@@ -36,7 +36,7 @@ class RLOOConfig(PolicyGradientConfig):
     num_generations: int = option(2, "Responses to every prompt, which are compared with one another.")
     beta: float = option(0.05, "Weight of the KL penalty in the reward. 0: there is no reference model.")
     normalize_advantages: bool = option(False, "Scale advantages to mean 0 and deviation 1 over the batch.")
-    reward_clip_range: tuple[float, float] | None = option(None, "Bounds of rewards, before the KL penalty.")
+    reward_clip_range: list[float] | None = option(None, "Bounds of rewards, before the KL penalty.")
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fuse.config.clip_range import as_pair
 from fuse.config.reinforce_plus_plus import ReinforcePlusPlusConfig
 from fuse.trainers.policy_gradient import PolicyGradientTrainer
 
@@ -21,4 +22,7 @@ class ReinforcePlusPlusTrainer(PolicyGradientTrainer):
     args: ReinforcePlusPlusConfig
 
     def _estimator_options(self) -> dict[str, Any]:
-        return {"reward_range": self.args.reward_clip_range, "gamma": self.args.gamma}
+        return {
+            "reward_range": as_pair(self.args.reward_clip_range),
+            "gamma": self.args.gamma,
+        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fuse.config.clip_range import as_pair
 from fuse.config.rloo import RLOOConfig
 from fuse.trainers.policy_gradient import PolicyGradientTrainer
 
@@ -21,4 +22,7 @@ class RLOOTrainer(PolicyGradientTrainer):
     args: RLOOConfig
 
     def _estimator_options(self) -> dict[str, Any]:
-        return {"reward_range": self.args.reward_clip_range, "normalizes": self.args.normalize_advantages}
+        return {
+            "reward_range": as_pair(self.args.reward_clip_range),
+            "normalizes": self.args.normalize_advantages,
+        }
