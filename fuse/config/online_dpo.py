@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from fuse.algorithms.group_batch import Penalty
 from fuse.algorithms.online_dpo import PAIR
@@ -88,13 +91,14 @@ class OnlineDPOConfig(GroupConfig):
     def penalties(self) -> Mapping[str, Penalty]:
         if (penalty := self.missing_eos_penalty) is None:
             return super().penalties
-        return {**super().penalties, "missing_eos_penalty": lambda lengths, ended: -penalty * (~ended).float()}
+        return {**super().penalties, "missing_eos_penalty": partial(_of_unended, penalty=penalty)}
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, Sequence):  # TRL takes one for every epoch
-            if len(self.beta) != 1:
-                raise ValueError(f"beta={self.beta!r} is not one number: give one for the whole run")
-            (self.beta,) = self.beta
+        beta: Any = self.beta
+        if isinstance(beta, Sequence):  # TRL takes one for every epoch
+            if len(beta) != 1:
+                raise ValueError(f"beta={beta!r} is not one number: give one for the whole run")
+            self.beta = beta[0]
         if self.max_completion_length is not None:
             if self.max_new_tokens not in (_MOST_TOKENS, self.max_completion_length):
                 raise ValueError(
@@ -120,3 +124,7 @@ class OnlineDPOConfig(GroupConfig):
                 f"choose an even number of responses"
             )
         super()._check_combinations()
+
+
+def _of_unended(lengths: Tensor, ended: Tensor, *, penalty: float) -> Tensor:
+    return -penalty * (~ended).float()

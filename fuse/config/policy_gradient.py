@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fuse.algorithms.estimators import ESTIMATORS, Estimator
 from fuse.config.group import GroupConfig
 from fuse.config.run import either, option
 
-ADVANTAGE = (
-    "What advantages are: 'group', over the mean of a prompt's responses (GRPO); 'leave_one_out', over the mean of the "
-    "others (RLOO); 'reinforce++', returns whitened over the batch; 'reinforce++-baseline', the same of rewards less "
-    "their group's mean; 'grpovi', as 'group' of rewards whose variance is increased (arXiv 2505.23247)."
-)
-LOSS = (
-    "What advantages weigh: 'grpo', the ratio of tokens; 'rloo', the clipped ratio of whole responses; "
-    "'proximal_rloo', the same with one bound and PPO's metrics (arXiv 2410.18252)."
-)
+_ADVANTAGES: Mapping[str, str] = {
+    "group": "over the mean of a prompt's responses (GRPO)",
+    "leave_one_out": "over the mean of a prompt's other responses (RLOO)",
+    "reinforce++": "returns whitened over the batch (arXiv 2501.03262)",
+    "reinforce++-baseline": "the same of rewards less the mean of a prompt's responses, which needs several",
+    "grpovi": "as group, of rewards whose variance is increased (arXiv 2505.23247)",
+}
+_LOSSES: Mapping[str, str] = {
+    "grpo": "the ratio of tokens, in the way of loss_type",
+    "rloo": "the clipped ratio of whole responses",
+    "proximal_rloo": "the same with one bound and PPO's metrics (arXiv 2410.18252)",
+}
+
+
+def advantage_option(default: str, *names: str) -> Any:
+    """The field, with help on the estimators of these names; by default on all."""
+    return option(default, f"What advantages are: {_described(_ADVANTAGES, names)}.")
+
+
+def loss_option(default: str, *names: str) -> Any:
+    """The field, with help on the losses of these names; by default on all."""
+    return option(default, f"What advantages weigh: {_described(_LOSSES, names)}.")
+
+
+def _described(texts: Mapping[str, str], names: Sequence[str]) -> str:
+    return "; ".join(f"'{name}', {texts[name]}" for name in names or texts)
 
 
 @dataclass
@@ -41,8 +58,8 @@ class PolicyGradientConfig(GroupConfig):
     OF_LOSSES: ClassVar[Mapping[str, tuple[str, ...]]] = {"epsilon_high": ("grpo", "rloo")}
     """Options, and the losses that take them."""
 
-    advantage: str = option("group", ADVANTAGE)
-    loss: str = option("grpo", LOSS)
+    advantage: str = advantage_option("group")
+    loss: str = loss_option("grpo")
 
     @property
     def estimator(self) -> Estimator:

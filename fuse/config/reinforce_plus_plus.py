@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from fuse.config.clip_range import clip_range
 from fuse.config.grpo_loss import GRPOLossConfig
+from fuse.config.policy_gradient import advantage_option, loss_option
 from fuse.config.run import option
 
 
@@ -33,12 +34,8 @@ class ReinforcePlusPlusConfig(GRPOLossConfig):
         "gamma": ("reinforce++",),
     }
 
-    advantage: str = option(
-        "reinforce++",
-        "What advantages are: 'reinforce++', returns whitened over the batch; 'reinforce++-baseline', the same of "
-        "rewards less the mean of a prompt's responses, which needs several.",
-    )
-    loss: str = option("grpo", "What advantages weigh: 'grpo', the ratio of tokens, in the way of loss_type.")
+    advantage: str = advantage_option("reinforce++", "reinforce++", "reinforce++-baseline")
+    loss: str = loss_option("grpo", "grpo")
     num_generations: int = option(1, "Responses to every prompt.")
     beta: float = option(0.01, "Weight of the KL penalty in the reward of a token. 0: there is no reference model.")
     gamma: float = option(1.0, "Discount of the rewards of later tokens.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fuse.config.clip_range import clip_range
-from fuse.config.policy_gradient import ADVANTAGE, LOSS, PolicyGradientConfig
+from fuse.config.policy_gradient import PolicyGradientConfig, advantage_option, loss_option
 from fuse.config.run import option
 
 
@@ -31,8 +31,8 @@ class RLOOConfig(PolicyGradientConfig):
         "reward_clip_range": ("leave_one_out",),
     }
 
-    advantage: str = option("leave_one_out", ADVANTAGE)
-    loss: str = option("rloo", LOSS)
+    advantage: str = advantage_option("leave_one_out", "group", "leave_one_out", "grpovi")
+    loss: str = loss_option("rloo", "rloo", "proximal_rloo")
     num_generations: int = option(2, "Responses to every prompt, which are compared with one another.")
     beta: float = option(0.05, "Weight of the KL penalty in the reward. 0: there is no reference model.")
     normalize_advantages: bool = option(False, "Scale advantages to mean 0 and deviation 1 over the batch.")

@@ -186,7 +186,7 @@ class GroupTrainer(Trainer):
 
     def _roll_out(
         self, fleet: Fleet, prompts_left: Iterator[Any], clock: PhaseClock
-    ) -> tuple[Sequence[Sample], Mapping[str, float]]:
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
         num_groups = self._run.length.prompts_per_update
 
         def draw(count: int) -> list[Sample]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fuse.algorithms.algorithm import Algorithm
 from fuse.driver.fleet import Fleet
@@ -19,7 +19,7 @@ def updates(
     fleet: Fleet,
     algorithm: Algorithm,
     *,
-    roll_out: Callable[[PhaseClock], tuple[Sequence[Sample], Mapping[str, float]]],
+    roll_out: Callable[[PhaseClock], tuple[Sequence[Sample], dict[str, float]]],
     steps_of: Callable[[int], Sequence[OptimizerStep]],
     num_places: int | None,
 ) -> Iterator[Iteration]:

@@ -137,7 +137,7 @@ class Trainer(TrainerFace):
 
     def _roll_out(
         self, fleet: Fleet, prompts_left: Iterator[Any], clock: PhaseClock
-    ) -> tuple[Sequence[Sample], Mapping[str, float]]:
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
         """The samples of the next update, scored, and metrics of rewarding them."""
         samples = self._training_samples(next(prompts_left))
         return samples, self._score(fleet, samples, clock)
