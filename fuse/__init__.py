@@ -10,27 +10,42 @@ if TYPE_CHECKING:
     __version__: str
     from fuse import ops as ops
     from fuse.config.grpo import GRPOConfig as GRPOConfig
+    from fuse.config.online_dpo import OnlineDPOConfig as OnlineDPOConfig
     from fuse.config.ppo import PPOConfig as PPOConfig
+    from fuse.config.reinforce_plus_plus import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
     from fuse.config.rloo import RLOOConfig as RLOOConfig
     from fuse.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from fuse.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from fuse.trainers.ppo import PPOTrainer as PPOTrainer
+    from fuse.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
     from fuse.trainers.rloo import RLOOTrainer as RLOOTrainer
 
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RLOOConfig",
     "RLOOTrainer",
+    "ReinforcePlusPlusConfig",
+    "ReinforcePlusPlusTrainer",
     "__version__",
     "ops",
 ]
 
 # Loaded on first use: `import fuse` needs neither torch nor ray.
+_MODULES = {
+    "PPO": "ppo",
+    "GRPO": "grpo",
+    "RLOO": "rloo",
+    "ReinforcePlusPlus": "reinforce_plus_plus",
+    "OnlineDPO": "online_dpo",
+}
 _HOMES = {
-    f"{name}{kind}": f"fuse.{package}.{name.lower()}"
-    for name in ("PPO", "GRPO", "RLOO")
+    f"{name}{kind}": f"fuse.{package}.{module}"
+    for name, module in _MODULES.items()
     for kind, package in (("Config", "config"), ("Trainer", "trainers"))
 }
 

@@ -25,7 +25,7 @@ from fuse.termination import Terminated
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "train": "train a policy by PPO, GRPO or RLOO on your prompts, rewarded by functions or a model",
+        "train": "train a policy by PPO, GRPO, RLOO, REINFORCE++ or online DPO on your prompts",
         "demo": "teach a small model to add, from nothing, in a few minutes",
         "plan": "say what a run holds in memory on each device, and whether it fits",
         "solve": "find a fused pipeline schedule",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fuse.algorithms.batch import Experience, Positions, Segments, counted_tokens
@@ -41,15 +42,30 @@ class GroupTargets:
 class Scored:
     """One rollout, scored.
 
-    rewards: [samples, functions], NaN for none. kl: [samples], log-ratios of policy to reference, summed over tokens.
+    rewards: [samples, functions and penalties], NaN for none.
+    token_kl: [tokens], log-ratios of policy to reference, zero without one. kl: [samples], their sums.
+    token_offsets: int64 [samples + 1]; sample i has tokens token_offsets[i]:token_offsets[i + 1].
+    reference_logprobs: [samples], of whole responses, those that teach nothing included; zero without a reference.
     """
 
     rewards: Tensor
+    token_kl: Tensor
     kl: Tensor
+    token_offsets: Tensor
+    reference_logprobs: Tensor
 
+    def by_token(self, values: Tensor) -> Tensor:
+        """[samples] -> [tokens]."""
+        return values.repeat_interleave(self.token_offsets.diff())
+
+
+FloatArray = NDArray[np.float32]
 
 Advantages = Callable[[Scored], tuple[Tensor, Tensor]]
-"""A rollout -> advantages [samples] and the deviations [samples] of the rewards that each was compared with."""
+"""A rollout -> advantages [tokens] and the deviations [samples] of the rewards that each was compared with."""
+
+Penalty = Callable[[Tensor, Tensor], Tensor]
+"""Lengths of responses, in tokens, and whether they have ended -> what is added to their rewards. [samples] each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +73,8 @@ class GroupSettings:
     """How groups are scored.
 
     num_generations: responses to a prompt, side by side. rollout_size: samples whose statistics are taken together.
-    reward_names, reward_weights: by reward function. reports_kl: whether the rollout's, or else the loss does.
+    reward_names, reward_weights: by reward function. penalties: by name, beside them, with weight 1.
+    reports_kl: whether the rollout's, or else the loss does.
     mask_truncated: whether responses without an end teach nothing.
     """
 
@@ -65,8 +82,18 @@ class GroupSettings:
     rollout_size: int
     reward_names: tuple[str, ...]
     reward_weights: tuple[float, ...]
+    penalties: Mapping[str, Penalty] = field(default_factory=dict)
     mask_truncated: bool = False
     reports_kl: bool = False
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Of functions and penalties."""
+        return (*self.reward_names, *self.penalties)
+
+    @property
+    def all_weights(self) -> tuple[float, ...]:
+        return (*self.reward_weights, *(1.0 for _ in self.penalties))
 
 
 def estimate(
@@ -75,26 +102,16 @@ def estimate(
     """Advantages of an update's samples, rollout by rollout, and its metrics, which are means over the rollouts."""
     assert all(sample.state is SampleState.SCORED for sample in samples)
     size = settings.rollout_size
-    ended = _ended(samples, special)
+    ended = ended_of(samples, special)
     masked = settings.mask_truncated & ~ended
     lengths = [0 if is_masked else sample.length for sample, is_masked in zip(samples, masked.tolist(), strict=True)]
-    rewards = _rewards(samples)
-    sampler = [np.asarray(one.logprobs[:n], dtype=np.float32) for one, n in zip(samples, lengths, strict=True)]
+    rewards = rewards_of(samples, ended, settings)
+    sampler, reference = token_logprobs_of(samples, lengths)
     old = [one.old_logprobs[:n] for one, n in zip(samples, lengths, strict=True)]
-    reference = [
-        np.zeros(n, dtype=np.float32) if one.reference_logprobs is None else one.reference_logprobs[:n]
-        for one, n in zip(samples, lengths, strict=True)
-    ]
-    kl = torch.tensor(
-        [
-            0.0 if one.reference_logprobs is None else float((own - other).sum())
-            for one, own, other in zip(samples, old, reference, strict=True)
-        ]
-    )
     all_advantages, all_metrics, num_tokens = [], [], []
     for first in range(0, len(samples), size):
         rollout = slice(first, first + size)
-        scored = Scored(rewards=rewards[rollout], kl=kl[rollout])
+        scored = _scored(samples[rollout], rewards[rollout], old[rollout], reference[rollout])
         advantages, deviations = advantages_of(scored)
         all_advantages.append(advantages)
         num_tokens.append(max(1, sum(lengths[rollout])))
@@ -111,7 +128,7 @@ def estimate(
         sampler_logprobs=torch.from_numpy(np.concatenate(sampler)),
         old_logprobs=torch.from_numpy(np.concatenate(old)),
         reference_logprobs=torch.from_numpy(np.concatenate(reference)),
-        advantages=torch.cat(all_advantages).repeat_interleave(counts),
+        advantages=torch.cat(all_advantages),
         batch_weights=(1 / torch.tensor(num_tokens)).repeat_interleave(size).repeat_interleave(counts),
         mask=torch.ones(sum(lengths), dtype=torch.bool),
     )
@@ -123,24 +140,58 @@ def estimate(
         segments=Segments.from_lengths(lengths, width),
         targets={"actor": targets},
     )
-    return experience, _means(all_metrics)
+    return experience, means(all_metrics)
 
 
 def rollout_metrics(
     samples: Sequence[Sample], *, num_generations: int, settings: GroupSettings, special: SpecialTokens
 ) -> dict[str, float]:
     """Metrics of one rollout of groups of so many samples that nothing is learnt from."""
-    rewards = _rewards(samples)
-    total = by_group(weighted_sum(rewards, torch.tensor(settings.reward_weights)), num_generations)
-    metrics = _length_metrics(samples, _ended(samples, special))
-    return _means([metrics | _reward_metrics(rewards, deviation(total, dim=1), settings)])
+    ended = ended_of(samples, special)
+    rewards = rewards_of(samples, ended, settings)
+    total = by_group(weighted_sum(rewards, torch.tensor(settings.all_weights)), num_generations)
+    metrics = _length_metrics(samples, ended)
+    return means([metrics | _reward_metrics(rewards, deviation(total, dim=1), settings)])
 
 
-def _rewards(samples: Sequence[Sample]) -> Tensor:
-    return torch.tensor([sample.rewards for sample in samples], dtype=torch.float32)
+def rewards_of(samples: Sequence[Sample], ended: Tensor, settings: GroupSettings) -> Tensor:
+    """[samples, functions and penalties]; a sample that no function rewards has no penalty either."""
+    given = torch.tensor([sample.rewards for sample in samples], dtype=torch.float32)
+    lengths = torch.tensor([sample.length for sample in samples])
+    has_none = given.isnan().all(dim=1)
+    penalties = [penalty(lengths, ended).masked_fill(has_none, torch.nan) for penalty in settings.penalties.values()]
+    return torch.cat([given, *(penalty[:, None] for penalty in penalties)], dim=1)
 
 
-def _ended(samples: Sequence[Sample], special: SpecialTokens) -> Tensor:
+def token_logprobs_of(samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[list[FloatArray], list[FloatArray]]:
+    """Of the first so many tokens of each, by the engine and by the reference: zero without one."""
+    sampler = [np.asarray(one.logprobs[:n], dtype=np.float32) for one, n in zip(samples, lengths, strict=True)]
+    reference = [
+        np.zeros(n, dtype=np.float32) if one.reference_logprobs is None else one.reference_logprobs[:n]
+        for one, n in zip(samples, lengths, strict=True)
+    ]
+    return sampler, reference
+
+
+def _scored(
+    samples: Sequence[Sample], rewards: Tensor, old: Sequence[FloatArray], reference: Sequence[FloatArray]
+) -> Scored:
+    ratios = [
+        np.zeros_like(own) if one.reference_logprobs is None else own - other
+        for one, own, other in zip(samples, old, reference, strict=True)
+    ]
+    ends = np.cumsum([0, *map(len, old)])
+    whole = [0.0 if one.reference_logprobs is None else float(one.reference_logprobs.sum()) for one in samples]
+    return Scored(
+        rewards=rewards,
+        token_kl=torch.from_numpy(np.concatenate(ratios)),
+        kl=torch.tensor([float(ratio.sum()) for ratio in ratios]),
+        token_offsets=torch.from_numpy(ends),
+        reference_logprobs=torch.tensor(whole),
+    )
+
+
+def ended_of(samples: Sequence[Sample], special: SpecialTokens) -> Tensor:
     """Whether the last token of each response is an end of sequence, or padding, bool [samples]."""
     last = [sample.response_ids[sample.length - 1] for sample in samples]
     return torch.tensor([token in special.eos or token == special.pad for token in last])
@@ -162,11 +213,11 @@ def _spread(values: Tensor) -> dict[str, float]:
 
 def _reward_metrics(rewards: Tensor, deviations: Tensor, settings: GroupSettings) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for index, name in enumerate(settings.reward_names):
+    for index, name in enumerate(settings.all_names):
         of_one = rewards[:, index]
         metrics[f"rewards/{name}/mean"] = float(of_one.nanmean())
         metrics[f"rewards/{name}/std"] = float(deviation(of_one, dim=0))
-    total = weighted_sum(rewards, torch.tensor(settings.reward_weights))
+    total = weighted_sum(rewards, torch.tensor(settings.all_weights))
     return {
         **metrics,
         "reward": float(total.nanmean()),
@@ -175,7 +226,7 @@ def _reward_metrics(rewards: Tensor, deviations: Tensor, settings: GroupSettings
     }
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of every metric, without what is NaN; one that is nowhere a number is left out."""
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return {name: float(known.mean()) for name, of in values.items() if len(known := of[~np.isnan(of)])}

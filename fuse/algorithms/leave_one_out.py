@@ -26,4 +26,10 @@ def leave_one_out(rewards: Tensor, *, num_generations: int, normalize: bool) -> 
     advantages = torch.where(others > 0, grouped - baselines, torch.nan).reshape(-1)
     if normalize:
         advantages = (advantages - advantages.nanmean()) / (deviation(advantages, dim=0) + _EPSILON)
-    return advantages.nan_to_num(nan=0.0), deviation(grouped, dim=1).expand_as(grouped).reshape(-1)
+    return advantages.nan_to_num(nan=0.0), deviations_of_groups(rewards, num_generations)
+
+
+def deviations_of_groups(rewards: Tensor, num_generations: int) -> Tensor:
+    """The deviation [samples] of each one's group; NaN where that has fewer than two rewards."""
+    grouped = by_group(rewards, num_generations)
+    return deviation(grouped, dim=1).expand_as(grouped).reshape(-1)

@@ -9,10 +9,14 @@ an older policy. PPO's equation 7 (arXiv 1707.06347), with the ratio of whole re
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fuse.algorithms.policy_loss import clipped_surrogate
-from fuse.micro_batch import Metric
+from fuse.algorithms.group_batch import GroupTargets
+from fuse.algorithms.grpo_loss import ENTROPY, LOSS
+from fuse.algorithms.policy_loss import clipped_surrogate, sampler_differences
+from fuse.algorithms.sequences import Sequences
+from fuse.micro_batch import Metric, Metrics, MicroBatch
+from fuse.ops.logprob import token_logprobs
 
 
 def proximal_rloo_loss(
@@ -34,3 +38,35 @@ def proximal_rloo_loss(
         raise ValueError(f"the clip range is {cliprange}: it must be positive")
     counted = torch.ones_like(advantages, dtype=torch.bool)
     return clipped_surrogate(logprobs, old_logprobs, advantages, counted, cliprange)
+
+
+def proximal_rloo_policy_loss(
+    hidden: Tensor,
+    head: nn.Module,
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    cliprange: float,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The weighted loss of a micro-batch, and its metrics. hidden: [positions, hidden].
+
+    num_tokens: as in PPO's loss.
+    """
+    targets = micro_batch.targets
+    assert isinstance(targets, GroupTargets)
+    sequences = Sequences.of(micro_batch)
+    logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature, num_tokens=num_tokens)
+    loss, metrics = proximal_rloo_loss(
+        sequences.sum(logprobs),
+        sequences.sum(targets.old_logprobs),
+        sequences.mean(targets.advantages),
+        cliprange=cliprange,
+    )
+    differences = sampler_differences(logprobs.detach(), targets.sampler_logprobs, targets.mask)
+    return loss * micro_batch.weight, {
+        LOSS: loss.detach(),
+        ENTROPY: entropy.detach().sum() / max(1, len(entropy)),
+        **metrics,
+        **differences,
+    }

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import fuse
 
-NAMES = ("ppo", "grpo", "rloo")
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "ppo": "PPO",
+        "grpo": "GRPO",
+        "rloo": "RLOO",
+        "reinforce++": "ReinforcePlusPlus",
+        "online-dpo": "OnlineDPO",
+    }
+)
+"""What the names of an algorithm's configuration and trainer begin with."""
+NAMES = tuple(CLASSES)
 OPTION = "--algorithm"
 
 
@@ -24,9 +35,9 @@ def asked_for(argv: Sequence[str]) -> str:
 
 def config_class(name: str) -> Any:
     """What an algorithm's options are."""
-    return getattr(fuse, f"{name.upper()}Config")
+    return getattr(fuse, f"{CLASSES[name]}Config")
 
 
 def trainer_class(name: str) -> Any:
     """What runs an algorithm."""
-    return getattr(fuse, f"{name.upper()}Trainer")
+    return getattr(fuse, f"{CLASSES[name]}Trainer")

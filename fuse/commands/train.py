@@ -1,7 +1,9 @@
-"""Train a policy by PPO, GRPO or RLOO on your own prompts.
+"""Train a policy by PPO, GRPO, RLOO, REINFORCE++ or online DPO on your own prompts.
 
   fuse train --model PATH --dataset prompts.jsonl --prompt-column question --reward-function rewards:score
   fuse train --algorithm grpo --model PATH --dataset prompts.jsonl --reward-function rewards:exact rewards:short
+  fuse train --algorithm grpo --advantage grpovi --loss rloo ...
+  fuse train --algorithm online-dpo --num-generations 4 ...
 
 The dataset is a file of JSON lines, of a JSON array, in CSV or parquet, gzipped or not, a directory made by
 Dataset.save_to_disk, or a data set's name on the Hugging Face Hub: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A prompt is a

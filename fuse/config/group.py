@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from fuse.config.run import RunConfig, option
+from fuse.config.run import option
 from fuse.config.run_length import RunLength
+from fuse.config.sample_choice import SampleChoiceConfig
 from fuse.driver.mixing import Mixing
 
 _NO_EFFECT = "Accepted for compatibility; no effect."
@@ -20,8 +21,8 @@ _ENGINES = "leave it out: set engine and engine_batch_size"
 
 
 @dataclass
-class GroupConfig(RunConfig):
-    """Arguments of `RunConfig`, and those that GRPO and RLOO share, with TRL's names and defaults (trl 1.12).
+class GroupConfig(SampleChoiceConfig):
+    """Arguments of `SampleChoiceConfig`, and those that GRPO and RLOO share, with TRL's names and defaults (trl 1.12).
 
     Two defaults are not TRL's: `gradient_checkpointing` is off, and `bf16` is true on a GPU that has it alone.
 
@@ -31,12 +32,12 @@ class GroupConfig(RunConfig):
     """
 
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
-        *RunConfig.AT_LEAST_ONE,
+        *SampleChoiceConfig.AT_LEAST_ONE,
         *("num_generations", "num_generations_eval", "max_completion_length", "generation_batch_size"),
         *("steps_per_generation", "num_iterations", "ref_model_sync_steps"),
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*RunConfig.NOT_NEGATIVE, "beta")
-    POSITIVE: ClassVar[tuple[str, ...]] = (*RunConfig.POSITIVE, "epsilon", "temperature")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*SampleChoiceConfig.NOT_NEGATIVE, "beta")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*SampleChoiceConfig.POSITIVE, "epsilon", "temperature")
     MAX_RESPONSE_OPTION: ClassVar[str] = "max_completion_length"
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {
         "generation_kwargs": "leave it out: set temperature, top_p, top_k, min_p and repetition_penalty",
@@ -53,7 +54,6 @@ class GroupConfig(RunConfig):
         "vllm_tensor_parallel_size": _VLLM,
     }
     """Options of TRL that are refused but for their defaults, and what to do instead."""
-    MIN_GENERATIONS: ClassVar[int] = 2
 
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     logging_steps: float = option(10, "Steps between two logs for callbacks that ask.")
@@ -134,6 +134,26 @@ class GroupConfig(RunConfig):
     vllm_tensor_parallel_size: int = option(1, _REFUSED)
 
     @property
+    def least_generations(self) -> int:
+        """Responses to a prompt that the algorithm needs."""
+        return 2
+
+    @property
+    def num_trained(self) -> int:
+        """Of the responses to a prompt, so many are trained on."""
+        return self.num_generations
+
+    @property
+    def num_together(self) -> int:
+        """Samples that are side by side in what is trained on, and of which a micro-batch has all or none."""
+        return 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model that the policy began as is kept."""
+        return self.beta != 0
+
+    @property
     def sampling_temperature(self) -> float:
         return self.temperature
 
@@ -152,8 +172,13 @@ class GroupConfig(RunConfig):
         return self.generation_batch_size
 
     @property
+    def trained_size(self) -> int:
+        """Samples of a rollout that are trained on."""
+        return self.rollout_size // self.num_generations * self.num_trained
+
+    @property
     def micro_batches_per_rollout(self) -> int:
-        return self.rollout_size // self.per_device_train_batch_size
+        return self.trained_size // self.per_device_train_batch_size
 
     @property
     def uses_per_rollout(self) -> int:
@@ -225,17 +250,17 @@ class GroupConfig(RunConfig):
             raise ValueError(f"min_p={self.min_p} must lie between 0 and 1")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 is for none")
-        if self.num_generations < self.MIN_GENERATIONS:
-            raise ValueError(
-                f"num_generations={self.num_generations}: responses are compared with others to their prompt, so there "
-                f"must be at least {self.MIN_GENERATIONS}"
-            )
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
-        if self.sync_ref_model and not self.beta:
+        if self.sync_ref_model and not self.needs_reference:
             raise ValueError(
                 "sync_ref_model=True with beta=0.0, for which there is no reference model: set beta, or leave it out"
+            )
+        if self.num_generations < self.least_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations}: responses are compared with others to their prompt, so there "
+                f"must be at least {self.least_generations}"
             )
         self._fill_rollout_size()
         size, uses = self.rollout_size, self.uses_per_rollout
@@ -252,22 +277,27 @@ class GroupConfig(RunConfig):
             )
 
     def _fill_rollout_size(self) -> None:
-        if self.generation_batch_size is not None:
-            if self.steps_per_generation is not None:
-                if self.generation_batch_size != self.per_device_train_batch_size * self.steps_per_generation:
-                    raise ValueError(
-                        f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
-                        f"{self.steps_per_generation} are both set, and do not agree: set one of them"
-                    )
-            elif self.generation_batch_size % self.per_device_train_batch_size:
+        """From micro-batches of what is trained on to the samples of a rollout, or back."""
+        micro_batch = self.per_device_train_batch_size * self.num_generations  # of samples, times num_trained
+        if self.generation_batch_size is None:
+            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            self.generation_batch_size = micro_batch * self.steps_per_generation // self.num_trained
+            return
+        steps, rest = divmod(self.generation_batch_size * self.num_trained, micro_batch)
+        if self.steps_per_generation is None:
+            if rest:
+                is_all = self.num_trained == self.num_generations
+                of_each = "" if is_all else f" x {self.num_generations} / {self.num_trained}"
                 raise ValueError(
                     f"generation_batch_size={self.generation_batch_size} is no multiple of "
-                    f"per_device_train_batch_size={self.per_device_train_batch_size}: choose one"
+                    f"per_device_train_batch_size={self.per_device_train_batch_size}{of_each}: choose one"
                 )
-            self.steps_per_generation = self.generation_batch_size // self.per_device_train_batch_size
-        else:
-            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-            self.generation_batch_size = self.per_device_train_batch_size * self.steps_per_generation
+            self.steps_per_generation = steps
+        elif rest or steps != self.steps_per_generation:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
+                f"{self.steps_per_generation} are both set, and do not agree: set one of them"
+            )
 
 
 def _json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -6,132 +6,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fuse.config.group import GroupConfig
+from fuse.config.grpo_loss import GRPOLossConfig
 from fuse.config.run import option
-
-_REFUSED = "Accepted for compatibility; must stay unset."
 
 
 @dataclass
-class GRPOConfig(GroupConfig):
-    """Arguments of `GRPOTrainer`: those of `GroupConfig` plus GRPO's own, as TRL's GRPOConfig has them (trl 1.12).
+class GRPOConfig(GRPOLossConfig):
+    """Arguments of `GRPOTrainer`: those of `GRPOLossConfig` plus GRPO's own, as TRL's GRPOConfig has them (trl 1.12).
+
+    Source: Shao et al. 2024 (arXiv 2402.03300).
 
     Raises:
         ValueError: an option out of range, with the value, the rule and the remedy.
     """
 
-    POSITIVE: ClassVar[tuple[str, ...]] = (
-        *GroupConfig.POSITIVE,
-        *("sapo_temperature_neg", "sapo_temperature_pos"),
-    )
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **GroupConfig.CHOICES,
-        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
-        "importance_sampling_level": ("token", "sequence"),
+        **GRPOLossConfig.CHOICES,
         "scale_rewards": ("group", "batch", "none"),
         "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-        "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     }
-    UNSUPPORTED: ClassVar[Mapping[str, str]] = {
-        **GroupConfig.UNSUPPORTED,
-        "use_adaptive_entropy": "leave it out: entropy_coef stays as it is set",
-        "cast_lm_head_to_fp32": "leave it out: heads compute log-probabilities in float32",
-        "max_tool_calling_iterations": "leave it out: responses call no tools",
-        "log_completions_hub_repo": "leave it out: completions are printed and given to TensorBoard and W&B",
-        "vllm_importance_sampling_cap": "set vllm_importance_sampling_clip_max",
+    OF_ADVANTAGES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **GRPOLossConfig.OF_ADVANTAGES,
+        "scale_rewards": ("group", "grpovi"),
+        "multi_objective_aggregation": ("group",),
     }
 
-    loss_type: str = option(
-        "dapo",
-        "What the loss of a token is, and what kind of mean over tokens: one of grpo, bnpo, dr_grpo, dapo, "
-        "cispo, sapo, vespo, luspo.",
-    )
-    importance_sampling_level: Literal["token", "sequence"] = option(
-        "token", "Whether a ratio is a token's, or the geometric mean over its response."
-    )
     scale_rewards: str = option(
         "group", "What advantages are divided by: the deviation of the 'group', of the 'batch', or 'none'."
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "Whether rewards of several functions are added before or after they are normalised."
     )
-    delta: float | None = option(None, "Upper bound of ratios for negative advantages, too.")
-    top_entropy_quantile: float = option(1.0, "The share of tokens, those of most entropy, that are trained on.")
-    entropy_coef: float = option(0.0, "Weight of the entropy of the tokens that are trained on, which is to be large.")
-    use_bias_correction_kl: bool = option(True, "Multiply the KL penalty of a token by its ratio.")
-    off_policy_mask_threshold: float | None = option(
-        None, "Leave out responses with negative advantage whose log-ratio is, in the mean, larger."
-    )
-    sapo_temperature_neg: float = option(1.05, "SAPO's temperature for advantages that are not positive.")
-    sapo_temperature_pos: float = option(1.0, "SAPO's temperature for positive advantages.")
-    vespo_k_pos: float = option(2.0, "VESPO's k for advantages that are not negative.")
-    vespo_lambda_pos: float = option(3.0, "VESPO's lambda for advantages that are not negative.")
-    vespo_k_neg: float = option(3.0, "VESPO's k for negative advantages.")
-    vespo_lambda_neg: float = option(2.0, "VESPO's lambda for negative advantages.")
-    vllm_importance_sampling_correction: bool = option(
-        True, "With engine='vllm', weight samples by how likely the trainer finds them."
-    )
-    vllm_importance_sampling_mode: str = option(
-        "sequence_mask",
-        "Whether these weights are of tokens or of responses, and whether those out of bounds become the bound or "
-        "zero: token_truncate, token_mask, sequence_truncate or sequence_mask.",
-    )
-    vllm_importance_sampling_clip_max: float | None = option(3.0, "Largest of these weights.")
-    vllm_importance_sampling_clip_min: float | None = option(None, "Smallest of these weights.")
-
-    use_adaptive_entropy: bool = option(False, _REFUSED)
-    entropy_coef_min: float = option(0.0, "Accepted for compatibility; no effect.")
-    entropy_coef_max: float = option(1.0, "Accepted for compatibility; no effect.")
-    entropy_coef_delta: float = option(0.005, "Accepted for compatibility; no effect.")
-    entropy_target: float = option(0.2, "Accepted for compatibility; no effect.")
-    cast_lm_head_to_fp32: bool = option(False, _REFUSED)
-    max_tool_calling_iterations: int | None = option(None, _REFUSED)
-    log_completions_hub_repo: str | None = option(None, _REFUSED)
-    vllm_importance_sampling_cap: float | None = option(None, _REFUSED)
-
-    @property
-    def corrects_sampler(self) -> bool:
-        """Whether samples are weighted by how likely the trainer finds them."""
-        return self.engine == "vllm" and self.vllm_importance_sampling_correction
-
-    @property
-    def recomputes_logprobs(self) -> bool:
-        """Where all is trained on by the weights that generated it, the loss has the trainer's own without a pass."""
-        is_asked = self.old_logprobs == "trainer" or (self.old_logprobs == "auto" and self.corrects_sampler)
-        return is_asked and not self.is_on_policy
 
     def __post_init__(self) -> None:
         words: Mapping[Any, str] = {True: "group", False: "none", "true": "group", "false": "none"}
         self.scale_rewards = words.get(self.scale_rewards, self.scale_rewards)
         super().__post_init__()
-
-    def _check_ranges(self) -> None:
-        super()._check_ranges()
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise ValueError(f"top_entropy_quantile={self.top_entropy_quantile} must lie between 0 and 1, or be 1")
-
-    def _check_combinations(self) -> None:
-        super()._check_combinations()
-        mode = self.vllm_importance_sampling_mode
-        least, most = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if least is not None and most is not None and least >= most:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={least} is not below vllm_importance_sampling_clip_max={most}"
-            )
-        if not self.corrects_sampler:
-            return
-        if mode.endswith("truncate") and least is None and most is None:
-            raise ValueError(
-                f"vllm_importance_sampling_mode={mode!r} without bounds: set vllm_importance_sampling_clip_max"
-            )
-        if self.loss_type == "vespo" and mode.startswith("sequence"):
-            raise ValueError(
-                f"loss_type='vespo' with vllm_importance_sampling_mode={mode!r}: it weights sequences itself, so set "
-                f"'token_truncate' or 'token_mask'"
-            )
-        if self.old_logprobs == "engine" and not self.is_on_policy:
-            raise ValueError(
-                "vllm_importance_sampling_correction=True and old_logprobs='engine' with several optimizer steps per "
-                "rollout: samples are weighted by the trainer's log-probabilities of before the first, so set "
-                "old_logprobs='trainer'"
-            )

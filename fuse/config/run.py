@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,6 +25,12 @@ _NUM_SEEDS = 1 << 32  # what numpy takes
 def option(default: Any, text: str) -> Any:
     """A field with its help."""
     return field(default=default, metadata={"help": text})
+
+
+def either(names: Sequence[str]) -> str:
+    """Names as a choice, in words."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _multiplies_bfloat16() -> bool:
@@ -252,8 +258,7 @@ class RunConfig(TrainingArguments):
     def _check_choices(self) -> None:
         for name, choices in self.CHOICES.items():
             if (value := getattr(self, name)) not in choices:
-                *others, last = map(repr, choices)
-                raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}")
+                raise ValueError(f"{name}={value!r} is unknown: use {either(choices)}")
 
     def _check_combinations(self) -> None:
         if self.stop_token == "none":

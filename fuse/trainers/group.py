@@ -1,10 +1,11 @@
-"""What the trainers of GRPO and RLOO share: TRL's arguments, groups of responses, and rewards of several functions."""
+"""What the trainers without a critic share: TRL's arguments, groups of responses, and rewards of several functions."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +25,11 @@ from fuse.driver.fleet import Fleet
 from fuse.roles import GENERATING
 from fuse.sample import Group, Sample, SpecialTokens
 from fuse.trace import PhaseClock
-from fuse.trainers import checks
+from fuse.trainers import checks, prompts
 from fuse.trainers.completions import show_completions
 from fuse.trainers.data import TOKENS, check_dataset, prompt_rows
 from fuse.trainers.device_memory import replicas_fit
+from fuse.trainers.dynamic_sampling import DynamicSampling
 from fuse.trainers.group_rewards import GroupRewards, RewardSource, reward_roles
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
@@ -38,7 +40,7 @@ from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import FIRST_EVALUATION_ID, Trainer
 from fuse.training.layout import RaggedLayout
-from fuse.training.steps import OptimizerStep, rollout_steps
+from fuse.training.steps import OptimizerStep, rollout_steps, side_by_side
 from schedules.files import check_writable
 
 PROMPT = "prompt"
@@ -114,7 +116,7 @@ class GroupTrainer(Trainer):
                 f"reward_weights has {len(self._weights)} weights for {len(self.reward_funcs)} reward functions: give "
                 f"one each"
             )
-        self.ref_model = copy.deepcopy(policy) if args.beta else None
+        self.ref_model = copy.deepcopy(policy) if args.needs_reference else None
         special = special_tokens(args, processing_class, policy)
         models = {"actor": policy} | ({} if self.ref_model is None else {"reference": self.ref_model})
         checks.check_models(models, args.train_backend)
@@ -130,12 +132,13 @@ class GroupTrainer(Trainer):
         if eval_dataset is not None:
             eval_dataset, eval_lengths = self._rows(eval_dataset, "eval_dataset", policy, special)
         length = args.run_length(len(train_dataset))
-        self._permutation = seeded(args.seed, args.rollout_size)
+        self._permutation = seeded(args.seed, args.trained_size // args.num_together)
         self._group = GroupSettings(
             num_generations=args.num_generations,
             rollout_size=args.rollout_size,
             reward_names=tuple(self.reward_func_names),
             reward_weights=self._weights,
+            penalties=args.penalties,
             mask_truncated=args.mask_truncated_completions,
         )
         self._set_up(
@@ -182,6 +185,40 @@ class GroupTrainer(Trainer):
                 check_named_arguments(source, rows, argument, in_process=self.args.reward_workers == "process")
         return usable_prompts(rows, argument, policy.config, self.args, special.pad)
 
+    def _prompts_left(self) -> Iterator[Any]:
+        """One by one: an update may consume more prompts than it trains on."""
+        length = self._run.length
+        return prompts.rows(
+            self.get_train_dataloader(),
+            start=self.state.episode // length.samples_per_prompt,
+            batch_size=length.prompts_per_update,
+        )
+
+    def _roll_out(
+        self, fleet: Fleet, prompts_left: Iterator[Any], clock: PhaseClock
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
+        num_groups = self._run.length.prompts_per_update
+
+        def draw(count: int) -> list[Sample]:
+            return self._training_samples([*islice(prompts_left, count)])
+
+        def score(samples: Sequence[Sample]) -> dict[str, float]:
+            return self._score(fleet, samples, clock)
+
+        if not self.args.dynamic_sampling:
+            samples = draw(num_groups)
+            return samples, score(samples)
+        sampling = DynamicSampling(
+            most_rounds=self.args.max_dynamic_rounds,
+            num_generations=self.args.num_generations,
+            reward_weights=self._weights,
+            draw=draw,
+            score=score,
+        )
+        samples, replaced, metrics = sampling.roll_out(num_groups)
+        self.state.num_input_tokens_seen += sum(len(sample.prompt_ids) + sample.length for sample in replaced)
+        return samples, metrics
+
     def _training_samples(self, batch: Any) -> list[Sample]:
         samples = self._grouped(batch, self.state.episode, self.args.num_generations)
         self.state.episode += len(samples)
@@ -195,9 +232,11 @@ class GroupTrainer(Trainer):
         return samples
 
     def _optimizer_steps(self, update: int) -> Mapping[str, Sequence[OptimizerStep]]:
-        args, size = self.args, self.args.rollout_size
+        args = self.args
+        size, together = args.trained_size, args.num_together
+        orders = [self._permutation(update, index) for index in range(args.rollouts_per_update)]
         steps = rollout_steps(
-            [index * size + self._permutation(update, index) for index in range(args.rollouts_per_update)],
+            [index * size + side_by_side(order, together) for index, order in enumerate(orders)],
             micro_batch_size=args.per_device_train_batch_size,
             num_iterations=args.num_iterations,
             accumulation=args.gradient_accumulation_steps,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from fuse.algorithms.algorithm import Algorithm
 from fuse.driver.fleet import Fleet
-from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample
 from fuse.trace import PhaseClock
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.metrics import reduce_metrics
-from fuse.trainers.rollouts import Rollouts
 from fuse.trainers.run import Run
 from fuse.training.rounds import Round
 
@@ -21,24 +18,19 @@ def updates(
     run: Run,
     fleet: Fleet,
     algorithm: Algorithm,
-    rollouts: Rollouts,
-    params: SamplingParams,
     *,
-    batches: Iterator[Any],
-    samples_of: Callable[[Any], Sequence[Sample]],
-    max_new_tokens: Mapping[int, int],
+    roll_out: Callable[[PhaseClock], tuple[Sequence[Sample], dict[str, float]]],
     rounds_of: Callable[[int], Sequence[Round]],
     num_places: int | None,
 ) -> Iterator[Iteration]:
     """Take the updates that are left; gives each when it is over.
 
-    samples_of: a batch of prompts -> its samples. max_new_tokens: by sample id, in place of that of `params`.
+    roll_out: gives the samples of the next update, scored, and metrics of rewarding them.
     rounds_of: an update's number -> its optimizer steps, side by side. num_places: see `fuse.training.layout.Layout`.
     """
     for update in run.updates():
         clock = PhaseClock()
-        samples = samples_of(next(batches))
-        rewarding = rollouts.roll_out(fleet, samples, params, clock, max_new_tokens)
+        samples, rewarding = roll_out(clock)
         experience, metrics = algorithm.estimate(samples)
         rounds, learning_rates = run.take_steps(rounds_of(update))
         with clock.phase("training"):

@@ -70,6 +70,12 @@ def batches(loader: Iterable[Any], start: int) -> Iterator[Any]:
         first_batch = 0
 
 
+def rows(loader: Iterable[Sequence[Any]], start: int, batch_size: int) -> Iterator[Any]:
+    """Rows of the same passes one by one, beginning with row number `start`. batch_size: rows of each batch."""
+    first_batch, first_row = divmod(start, batch_size)
+    return itertools.islice(itertools.chain.from_iterable(batches(loader, first_batch)), first_row, None)
+
+
 def make_samples(
     batch: Any, first_id: int, pad_token_id: int, *, drop_padding: bool = False, most_tokens: int | None = None
 ) -> list[Sample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,22 @@ class Trainer(TrainerFace):
         if self._run.shows_completions:
             self.generate_completions(sampling=True)
 
+    def _prompts_left(self) -> Iterator[Any]:
+        """Prompts, from the first that the run has not consumed: batches of an update each."""
+        return prompts.batches(self.get_train_dataloader(), start=self._run.num_updates_done)
+
+    def _roll_out(
+        self, fleet: Fleet, prompts_left: Iterator[Any], clock: PhaseClock
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
+        """The samples of the next update, scored, and metrics of rewarding them."""
+        samples = self._training_samples(next(prompts_left))
+        return samples, self._score(fleet, samples, clock)
+
+    def _score(self, fleet: Fleet, samples: Sequence[Sample], clock: PhaseClock) -> dict[str, float]:
+        """Have samples generated and scored, to be trained on. Returns metrics of rewarding them."""
+        params = self._sampling_params(self.args.sampling_temperature)
+        return self._rollouts.roll_out(fleet, samples, params, clock, self.max_new_tokens)
+
     def _training_samples(self, batch: Any) -> list[Sample]:
         """The samples that a batch of prompts becomes, with ids that no other of the run has."""
         raise NotImplementedError
@@ -191,11 +208,7 @@ class Trainer(TrainerFace):
             run,
             fleet,
             self._algorithm,
-            self._rollouts,
-            self._sampling_params(self.args.sampling_temperature),
-            batches=prompts.batches(self.get_train_dataloader(), start=run.num_updates_done),
-            samples_of=self._training_samples,
-            max_new_tokens=self.max_new_tokens,
+            roll_out=partial(self._roll_out, fleet, self._prompts_left()),
             rounds_of=self._rounds,
             num_places=self._num_places,
         ):

@@ -69,6 +69,11 @@ def rollout_steps(
     ]
 
 
+def side_by_side(order: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """The samples, in the order of units of `size` each that lie end to end: [units] -> [units * size]."""
+    return (order[:, None] * size + np.arange(size)).reshape(-1)
+
+
 def trl_optimizer_steps(
     permutations: Sequence[NDArray[np.int64]],
     *,

@@ -1,5 +1,6 @@
 """`fuse train`: from paths and options to a trained policy, and what it says of those that cannot be trained."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -14,7 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fuse import GRPOConfig, PPOConfig, RLOOConfig, cli
+from fuse import (
+    GRPOConfig,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    PPOConfig,
+    ReinforcePlusPlusConfig,
+    ReinforcePlusPlusTrainer,
+    RLOOConfig,
+    cli,
+)
 from fuse.commands import train
 from fuse.commands.make_trainer import make_trainer
 from fuse.commands.models import critic_from_policy
@@ -277,7 +287,73 @@ def test_chats_reach_reward_functions_that_take_messages(
             assert sample.columns["messages"] == chats[int(str(sample.columns["answer"])) - 1]["question"]
 
 
-CONFIGS = {"ppo": PPOConfig, "grpo": GRPOConfig, "rloo": RLOOConfig}
+def parsed(*options: str) -> argparse.Namespace:
+    parser = cli.Parser(parents=train.parents(options))
+    train.add_arguments(parser)
+    return parser.parse_args([*options, "--model", "policy", "--dataset", "prompts.jsonl"])
+
+
+def test_advantages_losses_and_their_options_are_on_the_command_line() -> None:
+    mixed = parsed("--algorithm", "grpo", "--advantage", "grpovi", "--loss", "proximal_rloo", "--dynamic-sampling")
+    assert (mixed.advantage, mixed.loss, mixed.dynamic_sampling) == ("grpovi", "proximal_rloo", True)
+    assert parsed("--algorithm", "rloo", "--reward-clip-range", "-1", "2.5").reward_clip_range == [-1.0, 2.5]
+    returns = parsed("--algorithm=reinforce++", "--advantage=reinforce++-baseline", "--overlong-buffer", "4")
+    assert (returns.advantage, returns.beta, returns.overlong_buffer) == ("reinforce++-baseline", 0.01, 4)
+    pairs = parsed("--algorithm", "online-dpo", "--loss-type", "ipo", "--beta", "0.2", "--num-generations", "4")
+    assert (pairs.loss_type, pairs.beta, pairs.num_generations) == ("ipo", 0.2, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--algorithm", "reinforce"], "invalid choice: 'reinforce' (choose from"),
+        (["--algorithm", "grpo", "--advantage", "gae"], "advantage='gae' is unknown: use 'group', 'leave_one_out', "),
+        (["--algorithm", "rloo", "--loss", "grpo"], "loss='grpo' is unknown: use 'rloo' or 'proximal_rloo'"),
+        (["--algorithm", "online-dpo", "--advantage", "group"], "unknown option --advantage"),
+        (["--algorithm", "online-dpo", "--num-generations", "1"], "num_generations=1: responses are compared with"),
+        (["--algorithm", "online-dpo", "--ref-model", "PATH"], "has no reference but the policy it began with"),
+    ],
+)
+def test_one_line_says_which_names_there_are(
+    options: list[str], message: str, models: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(models / "policy"), "--dataset", "prompts.jsonl", "--prompt-column", "question"]
+    given = ["train", *given, "--reward-function", "project_rewards:short", "--use-cpu", *options]
+    if "--ref-model" in options:
+        given[given.index("PATH")] = str(models / "policy")
+    try:
+        status = cli.main(given)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    assert status == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("fuse train: "))
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "trainer_class"), [("reinforce++", ReinforcePlusPlusTrainer), ("online-dpo", OnlineDPOTrainer)]
+)
+def test_the_command_line_makes_the_trainer_of_its_algorithm(
+    algorithm: str, trainer_class: type, models: Path, project: Path
+) -> None:
+    (project / "project_rewards.py").write_text("def short(completions, answer, **columns): ...")
+    of_ppo = dict.fromkeys(("response_length", "total_episodes", "num_ppo_epochs"))
+    given = ["--algorithm", algorithm, *arguments(models, **of_ppo, max_completion_length="6")[1:]]
+    parser = cli.Parser(parents=train.parents(given))
+    train.add_arguments(parser)
+    options = parser.parse_args(given)
+    trainer = make_trainer(options, read_inputs(options), lambda text: None, None)
+    assert isinstance(trainer, trainer_class)
+    assert trainer.args.max_response_tokens == 6
+
+
+CONFIGS = {
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "reinforce++": ReinforcePlusPlusConfig,
+    "online-dpo": OnlineDPOConfig,
+}
 BY_ALGORITHM = pytest.mark.parametrize("algorithm", CONFIGS)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fuse import state_dict as state_dict_module
-from fuse.algorithms import group_advantages, group_batch, grpo, grpo_loss, leave_one_out, rloo
+from fuse.algorithms import estimators, group_advantages, group_batch, grpo_loss, leave_one_out
 from fuse.algorithms.sequences import Sequences
 from fuse.driver.mixing import Mixing
 from fuse.trainers import group
@@ -72,12 +72,12 @@ def population_deviation(patch: pytest.MonkeyPatch) -> None:
 
 
 def advantages_over_the_batch(patch: pytest.MonkeyPatch) -> None:
-    right = grpo.group_advantages
+    right = estimators.group_advantages
 
     def group_advantages(rewards: Tensor, weights: Tensor, *, num_generations: int, **options: Any) -> Any:
         return right(rewards, weights, num_generations=len(rewards), **options)
 
-    patch.setattr(grpo, "group_advantages", group_advantages)
+    patch.setattr(estimators, "group_advantages", group_advantages)
 
 
 def tokens_counted_by_micro_batch(patch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def kl_without_its_ratio(patch: pytest.MonkeyPatch) -> None:
     def settings(**options: Any) -> Any:
         return right(**{**options, "weighs_kl": False})
 
-    patch.setattr("fuse.trainers.grpo.GRPOLossSettings", settings)
+    patch.setattr("fuse.trainers.policy_gradient.GRPOLossSettings", settings)
 
 
 def baseline_with_the_sample_itself(patch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def baseline_with_the_sample_itself(patch: pytest.MonkeyPatch) -> None:
         grouped = rewards.view(-1, num_generations)
         return (grouped - grouped.mean(dim=1, keepdim=True)).flatten(), deviations
 
-    patch.setattr(rloo, "leave_one_out", whole_mean)
+    patch.setattr(estimators, "leave_one_out", whole_mean)
 
 
 def samples_in_the_order_of_generation(patch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fuse import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from fuse import GRPOConfig, GRPOTrainer
 
 from . import tiny
 
@@ -47,7 +47,7 @@ def trainer(output_dir: Path, *, rewards: Any = count_target, **options: Any) ->
     others.setdefault("model", tiny.policy())
     others.setdefault("train_dataset", rows())
     others.setdefault("processing_class", tiny.tokenizer())
-    args = config(output_dir, RLOOConfig if kind is RLOOTrainer else GRPOConfig, **options)
+    args = config(output_dir, kind.CONFIG, **options)
     made: GRPOTrainer = kind(reward_funcs=rewards, args=args, **others)
     return made
 
