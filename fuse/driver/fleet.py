@@ -26,7 +26,9 @@ from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
+from fuse.intrastage.placement import Counts
 from fuse.intrastage.training_planner import TrainingPlanner
+from fuse.intrastage.training_schedule import Plan
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
@@ -218,7 +220,7 @@ class Fleet:
         shapes = [shape_of(experience, samples) for samples in trained]
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
-        plans = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
+        plans: Mapping[Counts, Plan] = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
         self._tell("training")
         shared, planned, mixing = ray.put(experience), ray.put(plans), self.settings.mixing
         pieces = [slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds))
