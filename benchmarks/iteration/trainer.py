@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn
 from fuse.benchmarks.iteration.workload import Workload, even_tokens
-from fuse.benchmarks.measure import Tracks, idle_shares
+from fuse.benchmarks.measure import Tracks, idle_shares, spans_of
 from fuse.config.grpo import GRPOConfig
 from fuse.config.ppo import PPOConfig
 from fuse.trace import busy_s, now_s
@@ -83,11 +83,6 @@ class FuseVariant:
         start_s = now_s()
         iteration = next(self._updates)
         end_s = now_s()
-        bubbles = {
-            name.removeprefix("bubble/"): share
-            for name, share in iteration.metrics.items()
-            if name.startswith("bubble/")
-        }
         return Turn(
             seconds=end_s - start_s,
             responses=tuple(Response(one.prompt_ids, tuple(one.response_ids)) for one in iteration.samples),
@@ -95,18 +90,16 @@ class FuseVariant:
             phases={**iteration.phases, "other": end_s - start_s - sum(iteration.phases.values())},
             idle_share=idle_shares(iteration.tracks, start_s, end_s),
             outside_share=outside_share(iteration.tracks, start_s, end_s),
-            bubbles=bubbles,
+            bubbles={
+                name.removeprefix("bubble/"): share
+                for name, share in iteration.metrics.items()
+                if name.startswith("bubble/")
+            },
             peak_bytes=memory.read(),
         )
 
 
 def outside_share(tracks: Tracks, start_s: float, end_s: float) -> float:
     """The share of the time in which no device at all computed anything of `COMPUTING`."""
-    computing = [
-        span
-        for workers in tracks.values()
-        for spans in workers.values()
-        for span in spans
-        if span.category in COMPUTING
-    ]
-    return 1 - busy_s(computing, start_s, end_s) / (end_s - start_s)
+    spans = [span for workers in tracks.values() for span in spans_of(workers) if span.category in COMPUTING]
+    return 1 - busy_s(spans, start_s, end_s) / (end_s - start_s)

@@ -5,8 +5,9 @@ So a machine that slows down does so for all variants alike.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fuse.benchmarks.measure import peak_memory, reset_peak_memory
@@ -33,10 +34,10 @@ class Turn:
     responses: tuple[Response, ...]
     metrics: Mapping[str, float]
     phases: Mapping[str, float]
-    idle_share: Mapping[str, float]
-    outside_share: float | None
-    bubbles: Mapping[str, float]
-    peak_bytes: Mapping[str, int]
+    idle_share: Mapping[str, float] = field(default_factory=dict)
+    outside_share: float | None = None
+    bubbles: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Variant(Protocol):
@@ -52,7 +53,7 @@ class PeakMemory:
 
     def __init__(self, process_ids: Mapping[str, Sequence[int]]) -> None:
         self._process_ids = process_ids
-        for process_id in (one for those in process_ids.values() for one in those):
+        for process_id in itertools.chain.from_iterable(process_ids.values()):
             reset_peak_memory(process_id)
 
     def read(self) -> dict[str, int]:
