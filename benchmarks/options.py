@@ -1,28 +1,21 @@
-"""Options that the command lines of benchmarks share."""
+"""What the command lines of benchmarks share: options, progress, tables of rows, and results as JSON."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from fuse.commands.options import option_name
-from fuse.commands.output import output_file
+from rich.table import Table
 
+from fuse.commands.options import add_numbers
+from fuse.commands.output import output_file, write_json
+from fuse.commands.tables import figures_table
 
-def add_numbers(
-    parser: argparse.ArgumentParser, **options: tuple[int, str] | tuple[float, str] | tuple[list[int], str]
-) -> None:
-    """Options that take a number, or several: by name, the default and what it is. Fractions are seconds."""
-    for name, (default, text) in options.items():
-        several = default if isinstance(default, list) else [default]
-        parser.add_argument(
-            option_name(name),
-            type=type(several[0]),
-            nargs="+" if isinstance(default, list) else None,
-            default=default,
-            metavar="S" if isinstance(default, float) else "N",
-            help=f"{text} (default: {' '.join(f'{one:g}' for one in several)})",
-        )
+Row = dict[str, Any]
+"""A setting and its figures, by the names that JSON has."""
 
 
 def add_choices(parser: argparse.ArgumentParser, option: str, choices: Sequence[str], text: str = "") -> None:
@@ -34,7 +27,12 @@ def add_choices(parser: argparse.ArgumentParser, option: str, choices: Sequence[
 def add_selection(parser: argparse.ArgumentParser, option: str, choices: Sequence[str], text: str) -> None:
     """Some of `choices`, by default all of them."""
     parser.add_argument(
-        option, nargs="+", choices=choices, default=list(choices), metavar=option.strip("-").upper(), help=text
+        option,
+        nargs="+",
+        choices=choices,
+        default=list(choices),
+        metavar=option.strip("-").removesuffix("s").upper(),
+        help=text,
     )
 
 
@@ -52,3 +50,30 @@ def add_engine_option(parser: argparse.ArgumentParser, text: str = "") -> None:
 def add_json_option(parser: argparse.ArgumentParser, contents: str = "machine, options and rows") -> None:
     """Where results go."""
     parser.add_argument("--json", type=output_file, metavar="FILE", help=f"write {contents} to FILE")
+
+
+def tell(progress: str) -> None:
+    """Say what is being done, to whoever waits."""
+    print(progress, file=sys.stderr, flush=True)
+
+
+def rows_table(
+    rows: Iterable[Row], columns: Mapping[str, str], *, title: str | None = None, caption: str | None = None
+) -> Table:
+    """A line per row. columns: by title, the format of a cell, with the row's names as fields."""
+    cells = [[cell.format_map(row) for cell in columns.values()] for row in rows]
+    return figures_table(list(columns), cells, title=title, caption=caption, no_wrap=True)
+
+
+def plain_options(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, object]:
+    """Options as JSON has them."""
+    options = {name: getattr(arguments, name) for name in names}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def write_rows(
+    arguments: argparse.Namespace, machine: Mapping[str, object], names: Iterable[str], **results: object
+) -> None:
+    """Write machine, the options of these names and results to `arguments.json`, where it is given."""
+    if arguments.json:
+        write_json(arguments.json, {"machine": machine, "options": plain_options(arguments, names), **results})

@@ -20,11 +20,11 @@ from typing import Any
 from rich.console import Console
 
 from fuse.benchmarks import smollm2
+from fuse.benchmarks.instances import read_json
 from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, TRL, bound, markdown, row_of, tables
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_engine_option, add_json_option, add_numbers, add_selection
-from fuse.benchmarks.results import plain_options, read_json
-from fuse.commands.options import check_counts
+from fuse.benchmarks.options import add_engine_option, add_json_option, add_selection, plain_options
+from fuse.commands.options import add_numbers, check_counts
 from fuse.commands.output import write_json
 
 _OPTIONS = (

@@ -19,7 +19,7 @@ from fuse.benchmarks.iteration.trainer import fuse_variant
 from fuse.benchmarks.iteration.trl import require_trl, trl_variant
 from fuse.benchmarks.iteration.turn import Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload
-from fuse.benchmarks.results import tell
+from fuse.benchmarks.options import tell
 from fuse.workers.ray_session import local_cluster
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fuse.benchmarks.iteration.turn import Turn
-from fuse.benchmarks.results import Row
+from fuse.benchmarks.options import Row
 from fuse.commands.tables import figures_table
 
 SERIAL, TRL = "off", "trl"

@@ -10,9 +10,8 @@ import torch
 from fuse.benchmarks.kernels.cases import CASES, MakeCases
 from fuse.benchmarks.kernels.rows import Rates, compare, format_row, measure_rates
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option, add_numbers, add_selection
-from fuse.benchmarks.results import Row
-from fuse.commands.options import check_counts
+from fuse.benchmarks.options import Row, add_json_option, add_selection
+from fuse.commands.options import add_numbers, check_counts
 from fuse.commands.output import write_json
 
 

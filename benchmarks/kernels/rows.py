@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fuse.benchmarks.measure import interleave, median_ms, peak_bytes, seconds_of
-from fuse.benchmarks.results import Row
+from fuse.benchmarks.options import Row
 
 
 @dataclass(frozen=True, slots=True)

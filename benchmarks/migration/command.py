@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from fuse.benchmarks.llama import causal_model
 from fuse.benchmarks.measure import alternate, describe_machine
-from fuse.benchmarks.options import add_engine_option, add_json_option, add_model_options, add_numbers
-from fuse.benchmarks.results import Row, tell, write_results
-from fuse.commands.options import check_counts
+from fuse.benchmarks.options import Row, add_engine_option, add_json_option, add_model_options, tell, write_rows
+from fuse.commands.options import add_numbers, check_counts
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
@@ -87,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(_LINE.format(**rows[-1], kv_mib=rows[-1]["kv_bytes"] / 2**20), flush=True)
     if len(carriers) > 1:
         print(format_comparison(rows))
-    write_results(arguments, describe_machine(), _OPTIONS, rows=rows)
+    write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
     return 0
 
 

@@ -15,10 +15,9 @@ import torch
 from fuse.benchmarks.lengths import Mix, response_lengths, scaled, scaled_to
 from fuse.benchmarks.llama import causal_model
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_engine_option, add_json_option, add_model_options, add_numbers
-from fuse.benchmarks.results import write_results
+from fuse.benchmarks.options import add_engine_option, add_json_option, add_model_options, write_rows
 from fuse.benchmarks.rollout import generation, policies
-from fuse.commands.options import check_counts
+from fuse.commands.options import add_numbers, check_counts
 
 # What a figure depends on, beside the machine.
 _OPTIONS = (
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = policies.run_policies(model, mixes, arguments)
     else:
         rows = generation.run_comparison(model, mixes, arguments)
-    write_results(arguments, describe_machine(), _OPTIONS, rows=rows)
+    write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
     return 0
 
 

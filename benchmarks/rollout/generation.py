@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fuse.benchmarks.engine_process import EngineProcess
 from fuse.benchmarks.lengths import Mix
 from fuse.benchmarks.measure import interleave
-from fuse.benchmarks.results import Row, tell
+from fuse.benchmarks.options import Row, tell
 from fuse.engines.engine import GenerationEngine, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fuse.benchmarks.lengths import Mix
 from fuse.benchmarks.measure import alternate, idle_shares
-from fuse.benchmarks.results import Row, tell
+from fuse.benchmarks.options import Row, tell
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
 from fuse.config.prompt_tokens import PromptTokens

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fuse.benchmarks.instances import read_instances, read_json
 from fuse.benchmarks.measure import describe_machine, interleave, median_ms
-from fuse.benchmarks.options import add_json_option, add_numbers
-from fuse.benchmarks.results import Row, read_instances, read_json, write_results
+from fuse.benchmarks.options import Row, add_json_option, write_rows
 from fuse.benchmarks.schedule_calls import ScheduleCalls, large_actor
 from fuse.benchmarks.solver.figure import draw
-from fuse.commands.options import check_counts
+from fuse.commands.options import add_numbers, check_counts
 from schedules import evaluate
 from schedules.baselines import serial
 from schedules.files import write_whole
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     for row in _rows(arguments):
         rows.append(row)
         print(_line(row), flush=True)
-        write_results(arguments, machine, vars(arguments), rows=rows, evaluation_us=evaluation_us)
+        write_rows(arguments, machine, vars(arguments), rows=rows, evaluation_us=evaluation_us)
     if not rows:
         raise ValueError("nothing to solve: give --instances FILE, --heterogeneous N or --scale")
     gaps = [row["makespan_gap"] for row in rows]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuse.algorithms.batch import Experience, Segments, Targets, counted_tokens, made_up_targets
+from fuse.algorithms.batch import Experience, Segments, counted_tokens, made_up_targets
 from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.benchmarks.lengths import response_lengths, scaled
@@ -17,8 +17,6 @@ from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.observed import one_of_each
 
 UNIFORM, MIXED = "uniform", "mixed"
-TARGETS: Mapping[str, type[Targets]] = {"actor": PolicyTargets, "critic": ValueTargets}
-"""By model that is trained."""
 
 
 def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int) -> Experience:
@@ -37,7 +35,10 @@ def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int)
         lengths=tuple(lengths),
         width=max(lengths),
         segments=segments,
-        targets={model: made_up_targets(kind, token_ids, segments) for model, kind in TARGETS.items()},
+        targets={
+            "actor": made_up_targets(PolicyTargets, token_ids, segments),
+            "critic": made_up_targets(ValueTargets, token_ids, segments),
+        },
     )
 
 

@@ -11,13 +11,13 @@ of N ranks with waits in place of computation, and says how far that is from the
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option, add_numbers
-from fuse.benchmarks.results import Row, tell, write_results
+from fuse.benchmarks.options import Row, add_json_option, write_rows
 from fuse.benchmarks.training import tables
 from fuse.commands.options import check_counts
 
@@ -32,6 +32,7 @@ _OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench training`."""
+    parser.add_argument("--devices", type=int, default=2, metavar="N", help="cores to train on (default: 2)")
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="steps by each schedule, in turn (default: 9; emulated: 1)"
     )
@@ -40,17 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of actor and critic: the larger has two layers per device (default: 1:1 2:1 1:2)",
     )  # fmt: skip
     parser.add_argument(
+        "--micro-batches", nargs="+", type=int, default=[2, 4, 8], metavar="N",
+        help="micro-batches per optimizer step (default: 2 4 8)",
+    )  # fmt: skip
+    parser.add_argument(
         "--lengths", type=Path, metavar="FILE.csv",
         help="response lengths of the mixed settings: column output_tokens (default: a synthetic long-tailed mix)",
     )  # fmt: skip
-    add_numbers(
-        parser,
-        devices=(2, "cores to train on"),
-        micro_batches=([2, 4, 8], "micro-batches per optimizer step"),
-        tokens=(512, "per micro-batch, padding included; with mixed lengths on average"),
-        sequences=(2, "per micro-batch"),
-        hidden=(256, "hidden size of both"),
-        solve_seconds=(2.0, "for each fused schedule, at most"),
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N",
+        help="per micro-batch, padding included; with mixed lengths on average (default: 512)",
+    )  # fmt: skip
+    parser.add_argument("--sequences", type=int, default=2, metavar="N", help="per micro-batch (default: 2)")
+    parser.add_argument("--hidden", type=int, default=256, metavar="N", help="hidden size of both (default: 256)")
+    parser.add_argument(
+        "--solve-seconds", type=float, default=2.0, metavar="S", help="for each fused schedule, at most (default: 2)"
     )
     parser.add_argument("--profile-only", action="store_true", help="print and write the measured costs, and stop")
     parser.add_argument(
@@ -63,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--operation-ms", type=float, default=20.0, metavar="MS",
         help="what the shortest emulated operation takes (default: 20)",
     )  # fmt: skip
-    add_json_option(parser)
+    add_json_option(parser, "machine, options and rows")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.repeats = 9 if arguments.emulate is None else 1
     _check(arguments)
     results = _train(arguments) if arguments.emulate is None else _emulate(arguments)
-    write_results(arguments, describe_machine(), _OPTIONS, **results)
+    write_rows(arguments, describe_machine(), _OPTIONS, **results)
     return 0
 
 
@@ -116,7 +121,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     with Trainers.start(arguments.devices) as trainers:
         for sizes in arguments.sizes:
             actor, critic = (arguments.devices * layers for layers in LAYERS_PER_DEVICE[sizes])
-            tell(f"{sizes}: measuring operations ...")
+            print(f"{sizes}: measuring operations ...", file=sys.stderr, flush=True)
             layers: dict[str, int] = {"actor": actor, "critic": critic}
             trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
             profile = trainers.profile(load)

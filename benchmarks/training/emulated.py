@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fuse.benchmarks.instances import read_instances
+from fuse.benchmarks.options import Row
 from fuse.benchmarks.peer_process import PeerProcess
-from fuse.benchmarks.results import Row, read_instances
 from fuse.benchmarks.training.comparison import Comparison, compare
 from fuse.benchmarks.training.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fuse.benchmarks.results import Row
+from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task
 from fuse.benchmarks.training.comparison import compare
 from fuse.benchmarks.training.worker import TimedStep
@@ -14,6 +14,7 @@ from schedules import Schedule
 
 _GAIN_WANTED = 0.9
 _CAUSES = ("contention", "imbalance", "overhead", "transfer")
+
 
 Side = dict[str, float]
 """Steps by one schedule."""

@@ -10,14 +10,13 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from fuse.algorithms.policy_loss import clipped_policy_loss
-from fuse.algorithms.value_loss import clipped_value_loss
+from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
+from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
 from fuse.benchmarks.llama import llama_config
-from fuse.benchmarks.training.batches import TARGETS, Task, Workload
+from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, side_of
 from fuse.benchmarks.training.worker import TrainingWorker
 from fuse.intrastage.cost_profile import Profile, merge
-from fuse.intrastage.observed import one_of_each
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import place
 from fuse.intrastage.planned_times import planned_times
@@ -32,6 +31,7 @@ from fuse.workers.cluster import Cluster
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+_WARMUP = 1
 _CONTEXT = 8192
 _CLASSES = {"actor": LlamaForCausalLM, "critic": LlamaForSequenceClassification}
 
@@ -42,7 +42,7 @@ SETTINGS = TrainingSettings(
         "actor": partial(clipped_policy_loss, temperature=1.0, cliprange=0.2),
         "critic": partial(clipped_value_loss, vf_coef=0.1, cliprange=0.2),
     },
-    targets=TARGETS,
+    targets={"actor": PolicyTargets, "critic": ValueTargets},
     layout=RaggedLayout(),
     adamw=AdamWConfig(max_grad_norm=1.0),
     autocast=None,
@@ -96,14 +96,14 @@ class Trainers:
         """Take the task's step by the serial and by the fused schedule, in turn."""
         count = len(task.micro_batches)
         shapes = [load.shape(samples) for samples in task.micro_batches]
-        _, middle, _ = one_of_each(shapes)
+        middle = sorted(shapes, key=lambda shape: shape.size)[count // 2]
         schedules = {
             "serial": serial_schedule(self._placement, count),
             "fused": fused_schedule(profile, self._placement, count, middle, time_limit_s=solve_s),
         }
         plans = {side: Plan(schedule, profile) for side, schedule in schedules.items()}
         step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
-        by_rank = self._on_all(TrainingWorker.alternate, load.experience, step, plans, repeats)
+        by_rank = self._on_all(TrainingWorker.alternate, load.experience, step, plans, repeats, _WARMUP)
         names = [replica.name for replica in self._placement]
         sides = {}
         for side, schedule in schedules.items():

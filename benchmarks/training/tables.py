@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fuse.benchmarks.results import Row, rows_table
+from fuse.benchmarks.options import Row, rows_table
 from fuse.commands.tables import figures_table
 
 if TYPE_CHECKING:  # what workers are made of takes seconds to import, and emulation does without

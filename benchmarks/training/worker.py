@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from fuse.algorithms.batch import Experience
-from fuse.benchmarks.measure import alternate
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
@@ -65,14 +63,17 @@ class TrainingWorker:
         return profile
 
     def alternate(
-        self, experience: Experience, step: OptimizerStep, plans: Mapping[str, Plan], repeats: int
+        self, experience: Experience, step: OptimizerStep, plans: Mapping[str, Plan], repeats: int, warmup: int
     ) -> dict[str, list[TimedStep]]:
-        """Take the step by each plan in turn."""
+        """Take the step by each plan in turn, `warmup` uncounted rounds and then `repeats` times."""
+        steps: dict[str, list[TimedStep]] = {name: [] for name in plans}
         gc.collect()
-        return alternate({name: partial(self._take, experience, step, plan) for name, plan in plans.items()}, repeats)
-
-    def _take(self, experience: Experience, step: OptimizerStep, plan: Plan) -> TimedStep:
-        dist.barrier()
-        start_s = now_s()
-        self._training.train(experience, [step], [_LEARNING_RATE], {len(step.micro_batches): plan})
-        return TimedStep(start_s, now_s(), self._recorder.drain())
+        for round_index in range(warmup + repeats):
+            for name, plan in plans.items():
+                dist.barrier()
+                start_s = now_s()
+                self._training.train(experience, [step], [_LEARNING_RATE], {len(step.micro_batches): plan})
+                timed = TimedStep(start_s, now_s(), self._recorder.drain())
+                if round_index >= warmup:
+                    steps[name].append(timed)
+        return steps

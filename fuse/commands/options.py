@@ -1,9 +1,28 @@
-"""Checks of options that commands share."""
+"""Options that are numbers, and checks of them."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+
+Number = tuple[int, str] | tuple[float, str] | tuple[list[int], str]
+
+
+def add_numbers(parser: argparse.ArgumentParser, metavar: str | None = None, **options: Number) -> None:
+    """By the name of an option, its default and what it is; options with a list for a default take several numbers.
+
+    metavar: what help calls them; by default whole numbers are N, and fractions seconds, S.
+    """
+    for name, (default, text) in options.items():
+        several = default if isinstance(default, list) else [default]
+        parser.add_argument(
+            option_name(name),
+            type=type(several[0]),
+            nargs="+" if isinstance(default, list) else None,
+            default=default,
+            metavar=metavar or ("S" if isinstance(default, float) else "N"),
+            help=f"{text} (default: {' '.join(str(one).removesuffix('.0') for one in several)})",
+        )
 
 
 def check_counts(arguments: argparse.Namespace, *names: str, most: Mapping[str, int] | None = None) -> None:

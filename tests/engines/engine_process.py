@@ -35,6 +35,9 @@ class DistantEngine(EngineProcess):
     def admit(self, evicted: Evicted) -> None:
         self.run(methodcaller("admit", evicted))
 
+    def sleep(self) -> None:
+        self.run(methodcaller("sleep"))
+
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         self.run(methodcaller("load_weights", dict(state_dict)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from fuse.benchmarks.results import rows_table
+from fuse.benchmarks.options import rows_table
 
 
 def test_a_cell_formats_the_fields_of_its_row() -> None:
