@@ -45,7 +45,7 @@ def shaped_gae_cases(num_samples: int = 512, max_tokens: int = 2048) -> Iterator
     scores = torch.randn(num_samples, generator=generator)
     values = torch.randn(int(segments.value_offsets[-1]), generator=generator)
     tensors = (logprobs, reference, scores, values, segments.token_offsets, segments.value_offsets)
-    options = {"kl_coef": 0.05, "estimator": "k1", "whiten_rewards": False, "gamma": 0.99, "lam": 0.95}
+    options: dict[str, Any] = {"kl_coef": 0.05, "estimator": "k1", "whiten_rewards": False, "gamma": 0.99, "lam": 0.95}
     yield Case(
         kernel="shaped_gae",
         shape=[num_samples, max_tokens],

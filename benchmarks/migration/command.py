@@ -76,11 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     transfers = [choose_kv_transfer(carrier, "cpu", is_local=True) for carrier in carriers]  # before anything starts
     engine = choose_engine(arguments.engine, max_batch=2)
     for carrier, transfer in zip(carriers, transfers, strict=True):
-        with _engines(model, engine, transfer) as engines:
+        with _engines(model, engine, transfer) as (source, target):
             sample_ids = count()
             for context_tokens in arguments.context_tokens:
                 requests = _requests(model.config.get_text_config().vocab_size, context_tokens, sample_ids)
-                kinds = {with_kv: partial(_move, *engines, requests, with_kv) for with_kv in (False, True)}
+                kinds = {with_kv: partial(_move, source, target, requests, with_kv) for with_kv in (False, True)}
                 moves = alternate(kinds, arguments.repeats)
                 rows.append(_row(arguments.engine, carrier, context_tokens, moves))
                 print(_LINE.format(**rows[-1], kv_mib=rows[-1]["kv_bytes"] / 2**20), flush=True)
@@ -93,12 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _engines(
     model: PreTrainedModel, engine: EngineFactory, transfer: MakeKVTransfer
-) -> Iterator[list[GenerationHandle]]:
+) -> Iterator[tuple[GenerationHandle, GenerationHandle]]:
     """Two, on a device each."""
     tell("starting two engines ...")
     with Cluster(2) as cluster:
         make = partial(engine, ModelSpec.of(model), [put_state_dict(model.state_dict())], "cpu")
-        yield [GenerationHandle.spawn(cluster, device, make, transfer) for device in (0, 1)]
+        source, target = (GenerationHandle.spawn(cluster, device, make, transfer) for device in (0, 1))
+        yield source, target
 
 
 def _row(engine: str, carrier: str, context_tokens: int, moves: Mapping[bool, Sequence[Move]]) -> Row:

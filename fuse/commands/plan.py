@@ -20,7 +20,6 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from fuse.commands.known_models import config_of, spec_of
-from fuse.commands.options import check_counts
 from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
 from fuse.driver.memory import Ledger, Phase, ledger
@@ -103,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _setup(arguments: argparse.Namespace) -> MemorySetup:
-    check_counts(arguments, *_COUNTS)
+    _check_counts(arguments)
     for name in ("tensor_parallel_size", "engine_devices"):
         if arguments.num_devices % (value := getattr(arguments, name)):
             option = name.replace("_", "-")
@@ -158,6 +157,13 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         scoring="sharded" if arguments.scoring == "sharded" else "whole",
         engines_sleep=arguments.sleep,
     )
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name in _COUNTS:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
 
 
 def _check_vocabularies(configs: dict[str, PretrainedConfig]) -> None:
