@@ -73,7 +73,7 @@ class Rounds:
         Raises:
             AssertionError: it generated other tokens than the first variant did in this round.
         """
-        turn = variant.turn(self._same.get(round_index))
+        turn = variant(self._same.get(round_index))
         expected = self._same.setdefault(round_index, turn.responses)
         lengths = tuple(len(response.response_ids) for response in turn.responses)
         forced = self._workload.round_lengths(round_index)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -27,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import set_verbosity_error
 
-from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn
+from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload
 from fuse.benchmarks.peer_process import PeerProcess
 from fuse.state_dict import adopt_state_dict, load_state_dict
@@ -51,25 +52,19 @@ def require_trl() -> None:
 
 
 @contextmanager
-def trl_variant(workload: Workload, num_threads: int) -> Iterator[TrlVariant]:
+def trl_variant(workload: Workload, num_threads: int) -> Iterator[Variant]:
     """A process in which TRL's trainer waits for its turn, with as many compute threads as others have devices."""
     with PeerProcess("the process of TRL's trainer", _serve, workload, num_threads) as process:
         process.answer()  # it waits
-        yield TrlVariant(process)
+        yield partial(_turn, process)
 
 
-class TrlVariant:
-    """A `Variant` of TRL's trainer."""
-
-    def __init__(self, process: PeerProcess) -> None:
-        self._process = process
-
-    def turn(self, same: tuple[Response, ...] | None) -> Turn:
-        assert same is not None, "TRL's trainer is given tokens that another one generated"
-        assert self._process.process_id is not None
-        memory = PeakMemory({"trainer": [self._process.process_id]})
-        turn: Turn = self._process.ask(same)
-        return replace(turn, peak_bytes=memory.read())
+def _turn(process: PeerProcess, same: tuple[Response, ...] | None) -> Turn:
+    assert same is not None, "TRL's trainer is given tokens that another one generated"
+    assert process.process_id is not None
+    memory = PeakMemory({"trainer": [process.process_id]})
+    turn: Turn = process.ask(same)
+    return replace(turn, peak_bytes=memory.read())
 
 
 # In the process

@@ -6,9 +6,8 @@ So a machine that slows down does so for all variants alike.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from fuse.benchmarks.measure import peak_memory, reset_peak_memory
 
@@ -40,12 +39,8 @@ class Turn:
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
-class Variant(Protocol):
-    """A trainer that has started and waits for its turn."""
-
-    def turn(self, same: tuple[Response, ...] | None) -> Turn:
-        """One iteration. same: what other variants generated from these prompts, None for the first."""
-        ...
+Variant = Callable[[tuple[Response, ...] | None], Turn]
+"""Takes one iteration of a trainer, given what other variants generated from its prompts; the first is given None."""
 
 
 class PeakMemory:
