@@ -155,22 +155,22 @@ class _Case:
     def __init__(
         self, arguments: argparse.Namespace, trace: LengthTrace, costs: CostModel, limits: EngineLimits, start: int
     ) -> None:
-        batch = np.arange(start, start + arguments.batch)
-        self._trace, self._batch = trace, trace.rows(batch)
+        batch = slice(start, start + arguments.batch)
+        self._trace, self._prompts, self._can_transfer = trace, trace.prompts[batch], not arguments.no_transfer
         self._others = trace.rows(np.delete(np.arange(len(trace)), batch))
         self.rollout = Rollout(
-            prompt_tokens=self._batch.prompt_tokens,
-            response_tokens=self._batch.response_tokens,
+            prompt_tokens=trace.prompt_tokens[batch],
+            response_tokens=trace.response_tokens[batch],
             num_devices=arguments.devices,
             costs=costs,
             limits=limits,
-            can_transfer=not arguments.no_transfer,
+            can_transfer=self._can_transfer,
         )
 
     def policy(self, name: str) -> Policy:
         """A threshold is tuned to all rows where there are no others."""
         past = self._others if len(self._others) or name != THRESHOLD else self._trace
-        return policy_of(name, self.rollout, past, self._batch.prompts)
+        return policy_of(name, self.rollout, past, self._prompts)
 
 
 def _row(
