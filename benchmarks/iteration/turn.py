@@ -5,9 +5,9 @@ So a machine that slows down does so for all variants alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fuse.benchmarks.measure import peak_memory, reset_peak_memory
 
@@ -33,18 +33,14 @@ class Turn:
     responses: tuple[Response, ...]
     metrics: Mapping[str, float]
     phases: Mapping[str, float]
-    idle_share: Mapping[str, float]
-    outside_share: float | None
-    bubbles: Mapping[str, float]
-    peak_bytes: Mapping[str, int]
+    idle_share: Mapping[str, float] = field(default_factory=dict)
+    outside_share: float | None = None
+    bubbles: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
-class Variant(Protocol):
-    """A trainer that has started and waits for its turn."""
-
-    def turn(self, same: tuple[Response, ...] | None) -> Turn:
-        """One iteration. same: what other variants generated from these prompts, None for the first."""
-        ...
+Variant = Callable[[tuple[Response, ...] | None], Turn]
+"""Takes one iteration of a trainer, given what other variants generated from its prompts; the first is given None."""
 
 
 class PeakMemory:
@@ -52,7 +48,7 @@ class PeakMemory:
 
     def __init__(self, process_ids: Mapping[str, Sequence[int]]) -> None:
         self._process_ids = process_ids
-        for process_id in (one for those in process_ids.values() for one in those):
+        for process_id in itertools.chain.from_iterable(process_ids.values()):
             reset_peak_memory(process_id)
 
     def read(self) -> dict[str, int]:

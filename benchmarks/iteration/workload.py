@@ -20,6 +20,7 @@ from fuse.benchmarks.lengths import response_lengths, scaled_to
 from fuse.benchmarks.llama import llama_config, random_llama
 from fuse.benchmarks.word_problems import messages, word_problems
 from fuse.commands.models import critic_from_policy, load_policy, load_tokenizer
+from fuse.engines.limits import num_positions
 from fuse.trainers.data import prompt_rows, read_rows
 
 _HEAD_STD = 0.02
@@ -49,10 +50,6 @@ class Models:
     reward: PreTrainedModel
     critic: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def context(self) -> int | None:
-        return getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +94,8 @@ class Workload:
 
     def round_lengths(self, round_index: int) -> tuple[int, ...] | None:
         """Response tokens of a round's prompts, where they are forced."""
-        return None if self.lengths is None else self.lengths[self._slice(round_index)]
-
-    def _slice(self, round_index: int) -> slice:
-        return slice(round_index * self.batch, (round_index + 1) * self.batch)
+        first = round_index * self.batch
+        return None if self.lengths is None else self.lengths[first : first + self.batch]
 
     def options(self) -> dict[str, Any]:
         """Under the names that this project's configuration and TRL's share.
@@ -232,8 +227,9 @@ def word_problem_prompts(models: Models, num_prompts: int, max_new_tokens: int) 
 def _prompt_tokens(
     rows: Iterable[Mapping[str, Any]], column: str | None, models: Models, max_new_tokens: int
 ) -> tuple[tuple[int, ...], ...]:
+    context = num_positions(models.policy.config)
     tokenised = prompt_rows(
-        rows, models.tokenizer, prompt_column=column, response_length=max_new_tokens, context=models.context
+        rows, models.tokenizer, prompt_column=column, response_length=max_new_tokens, context=context
     )
     return tuple(tuple(row["input_ids"]) for row in tokenised)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from fuse.algorithms.batch import Segments
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
-from fuse.ops import decode_attention, kv_blocks, linear_logprob, sampling, shaped_gae
-from fuse.ops.gae import gae, gae_reference
-from fuse.ops.gae import implementation as gae_implementation
+from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae
 
 TEMPERATURE = 0.7
 CHECKPOINTED_TOKENS = 256
@@ -25,16 +25,14 @@ def gae_cases(num_samples: int = 512, max_tokens: int = 2048) -> Iterator[Case]:
     """GAE over `num_samples` responses of 1 to `max_tokens` tokens, uniformly drawn."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, max_tokens + 1, (num_samples,), generator=generator)
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    offsets = Segments.from_lengths(lengths.tolist(), max_tokens).token_offsets
     rewards, values = torch.randn(2, int(offsets[-1]), generator=generator)
     yield Case(
         kernel="gae",
         shape=[num_samples, max_tokens],
         bytes_moved=4 * rewards.nbytes,
         result_bytes=2 * rewards.nbytes,
-        implementation=gae_implementation(rewards),
-        function=lambda: gae(rewards, values, offsets, 0.99, 0.95),
-        references={"torch loop": lambda: gae_reference(rewards, values, offsets, 0.99, 0.95)},
+        **_sides(gae, "gae", rewards, values, offsets, 0.99, 0.95, reference="torch loop"),
     )
 
 
@@ -42,28 +40,19 @@ def shaped_gae_cases(num_samples: int = 512, max_tokens: int = 2048) -> Iterator
     """KL penalty, scores, GAE and whitening; a response has a value after its last token unless it is the longest."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, max_tokens + 1, (num_samples,), generator=generator)
-    token_offsets, value_offsets = (
-        torch.cat([counts.new_zeros(1), counts.cumsum(0)]) for counts in (lengths, (lengths + 1).clamp(max=max_tokens))
-    )
-    logprobs, reference = torch.randn(2, int(token_offsets[-1]), generator=generator)
+    segments = Segments.from_lengths(lengths.tolist(), max_tokens)
+    logprobs, reference = torch.randn(2, int(segments.token_offsets[-1]), generator=generator)
     scores = torch.randn(num_samples, generator=generator)
-    values = torch.randn(int(value_offsets[-1]), generator=generator)
-
-    def call(function: Callable[..., object]) -> object:
-        return function(
-            logprobs, reference, scores, values, token_offsets, value_offsets,
-            kl_coef=0.05, estimator="k1", whiten_rewards=False, gamma=0.99, lam=0.95,
-        )  # fmt: skip
-
+    values = torch.randn(int(segments.value_offsets[-1]), generator=generator)
+    tensors = (logprobs, reference, scores, values, segments.token_offsets, segments.value_offsets)
+    options: dict[str, Any] = {"kl_coef": 0.05, "estimator": "k1", "whiten_rewards": False, "gamma": 0.99, "lam": 0.95}
     yield Case(
         kernel="shaped_gae",
         shape=[num_samples, max_tokens],
         # The advantages are written, and read and written again once their mean is known.
         bytes_moved=6 * logprobs.nbytes + 2 * values.nbytes,
         result_bytes=2 * logprobs.nbytes + values.nbytes,
-        implementation=shaped_gae.implementation(logprobs),
-        function=lambda: call(shaped_gae.shaped_gae),
-        references={"torch loop": lambda: call(shaped_gae.shaped_gae_reference)},
+        **_sides(shaped_gae, "shaped_gae", *tensors, reference="torch loop", **options),
     )
 
 
@@ -71,15 +60,12 @@ def sample_cases(rows: int = 64, vocab_size: int = 32_000) -> Iterator[Case]:
     """One token of each of `rows` samples."""
     logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(rows)
-    arguments = (logits, torch.ones(rows), ids, ids, ids)
     yield Case(
         kernel="sample_tokens",
         shape=[rows, vocab_size],
         bytes_moved=logits.nbytes,
         result_bytes=12 * rows,
-        implementation=sampling.implementation(logits),
-        function=lambda: sampling.sample_tokens(*arguments),
-        references={"torch": lambda: sampling.sample_tokens_reference(*arguments)},
+        **_sides(sampling, "sample_tokens", logits, torch.ones(rows), ids, ids, ids),
     )
 
 
@@ -89,16 +75,32 @@ def decode_attention_cases(rows: int = 64, kv_heads: int = 4, context: int = 512
     query = torch.randn(rows, kv_heads, head_dim, generator=generator)
     keys, values = torch.randn(2, rows, kv_heads, context, head_dim, generator=generator)
     lengths = torch.randint(1, context + 1, (rows,), generator=generator)
-    arguments = (query, keys, values, lengths, 0.125)
     yield Case(
         kernel="decode_attention",
         shape=[rows, kv_heads, context, head_dim],
         bytes_moved=2 * int(lengths.sum()) * kv_heads * head_dim * 4 + 2 * query.nbytes,
         result_bytes=query.nbytes,
-        implementation=decode_attention.implementation(query),
-        function=lambda: decode_attention.decode_attention(*arguments),
-        references={"torch": lambda: decode_attention.decode_attention_reference(*arguments)},
+        **_sides(decode_attention, "decode_attention", query, keys, values, lengths, 0.125),
     )
+
+
+def kv_blocks_cases(
+    num_layers: int = 24, kv_heads: int = 2, num_tokens: int = 300, head_dim: int = 64
+) -> Iterator[Case]:
+    """A sample's keys and values of all layers out of 16 slots of 1,024 tokens, and back into another slot."""
+    generator = torch.Generator().manual_seed(0)
+    buffers = [torch.randn(16, kv_heads, 1024, head_dim, generator=generator) for _ in range(2 * num_layers)]
+    message_bytes = 2 * num_layers * kv_heads * num_tokens * head_dim * 4
+    blocks = kv_blocks.gather(buffers, 3, num_tokens)
+    calls = {"gather": (buffers, 3, num_tokens), "scatter": (blocks, buffers, 5)}
+    for name, arguments in calls.items():
+        yield Case(
+            kernel=f"kv_{name}",
+            shape=[num_layers, kv_heads, num_tokens, head_dim],
+            bytes_moved=2 * message_bytes,
+            result_bytes=message_bytes if name == "gather" else 0,
+            **_sides(kv_blocks, name, *arguments, reference="torch loop", example=buffers[0]),
+        )
 
 
 def linear_logprob_cases(
@@ -124,56 +126,40 @@ def linear_logprob_cases(
     def kernel() -> Tensor:
         return linear_logprob.linear_logprob(hidden, weight, None, targets, TEMPERATURE)[0]
 
-    def forward(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(function)
-
     def forward_backward(function: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function().sum(), (hidden, weight))
 
-    parameter_bytes = hidden.nbytes + weight.nbytes
-    # A backward multiplies twice, and once more for the logits that the forward did not keep.
-    for name, wrap, products, result_bytes in (
-        ("forward", forward, 1, 8 * num_tokens),
-        ("forward_backward", forward_backward, 4, parameter_bytes),
-    ):
-        yield Case(
+    def case(name: str, wrap: Callable[[Callable[[], Tensor]], Callable[[], object]], products: int) -> Case:
+        parameter_bytes = hidden.nbytes + weight.nbytes
+        is_forward = name == "forward"
+        return Case(
             kernel="linear_logprob",
             pass_name=name,
             shape=[num_tokens, hidden_size, vocab_size],
             dtype=dtype,
-            bytes_moved=parameter_bytes if products == 1 else 3 * parameter_bytes,
+            bytes_moved=parameter_bytes if is_forward else 3 * parameter_bytes,
             flops=products * 2 * num_tokens * hidden_size * vocab_size,
-            result_bytes=result_bytes,
+            result_bytes=8 * num_tokens if is_forward else parameter_bytes,
             implementation=linear_logprob.implementation(hidden),
             function=wrap(kernel),
             references={"log_softmax and gather": wrap(log_softmax), "checkpointed chunks": wrap(checkpointed)},
             is_slow=True,  # seconds to minutes each
         )
 
+    yield case("forward", torch.no_grad(), products=1)
+    # A backward multiplies twice, and once more for the logits that the forward did not keep.
+    yield case("forward_backward", forward_backward, products=4)
 
-def kv_blocks_cases(
-    num_layers: int = 24, kv_heads: int = 2, num_tokens: int = 300, head_dim: int = 64
-) -> Iterator[Case]:
-    """A sample's keys and values of all layers out of 16 slots of 1,024 tokens, and back into another slot."""
-    generator = torch.Generator().manual_seed(0)
-    buffers = [torch.randn(16, kv_heads, 1024, head_dim, generator=generator) for _ in range(2 * num_layers)]
-    message_bytes = 2 * num_layers * kv_heads * num_tokens * head_dim * 4
-    blocks = kv_blocks.gather(buffers, 3, num_tokens)
-    for name, function, reference, result_bytes in (
-        ("gather", lambda: kv_blocks.gather(buffers, 3, num_tokens),
-         lambda: kv_blocks.gather_reference(buffers, 3, num_tokens), message_bytes),
-        ("scatter", lambda: kv_blocks.scatter(blocks, buffers, 5),
-         lambda: kv_blocks.scatter_reference(blocks, buffers, 5), 0),
-    ):  # fmt: skip
-        yield Case(
-            kernel=f"kv_{name}",
-            shape=[num_layers, kv_heads, num_tokens, head_dim],
-            bytes_moved=2 * message_bytes,
-            result_bytes=result_bytes,
-            implementation=kv_blocks.implementation(buffers[0]),
-            function=function,
-            references={"torch loop": reference},
-        )
+
+def _sides(
+    module: Any, name: str, *arguments: Any, reference: str = "torch", example: Tensor | None = None, **options: Any
+) -> dict[str, Any]:
+    """A call of a module of `fuse.ops`, and of its reference there. example: of its tensors, by default the first."""
+    return {
+        "implementation": module.implementation(arguments[0] if example is None else example),
+        "function": partial(getattr(module, name), *arguments, **options),
+        "references": {reference: partial(getattr(module, f"{name}_reference"), *arguments, **options)},
+    }
 
 
 MakeCases = Callable[[], Iterator[Case]]

@@ -10,25 +10,22 @@ import torch
 from fuse.benchmarks.kernels.cases import CASES, MakeCases
 from fuse.benchmarks.kernels.rows import Rates, compare, format_row, measure_rates
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import Row, add_json_option
+from fuse.benchmarks.options import Row, add_json_option, add_selection
+from fuse.commands.options import add_numbers, check_counts
 from fuse.commands.output import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench kernels`."""
-    parser.add_argument(
-        "--repeats", type=int, default=9,
-        help="timed calls of each implementation, a quarter as many where one takes seconds (default: 9)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--kernels", nargs="+", choices=CASES, default=list(CASES), metavar="KERNEL",
-        help=f"of {', '.join(CASES)} (default: all; linear_logprob takes minutes and 12 GB of memory)",
-    )  # fmt: skip
-    add_json_option(parser)
+    add_numbers(parser, repeats=(9, "timed calls of each implementation, a quarter as many where one takes seconds"))
+    text = f"of {', '.join(CASES)} (default: all; linear_logprob takes minutes and 12 GB of memory)"
+    add_selection(parser, "--kernels", list(CASES), text)
+    add_json_option(parser, "machine and rows")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure the kernels, print a line for each row, and write what there is to `arguments.json` after each kernel."""
+    check_counts(arguments, "repeats")
     torch.set_num_threads(1)
     rates = measure_rates()
     machine = describe_machine() | {

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from fuse.benchmarks.measure import interleave, median_ms, peak_bytes
+from fuse.benchmarks.measure import interleave, median_ms, peak_bytes, seconds_of
 from fuse.benchmarks.options import Row
 
 
@@ -69,24 +69,17 @@ def compare(case: Case, repeats: int, rates: Rates) -> list[Row]:
     result_bytes: the part of both peaks that is the results, gradients included. roofline_ms: None where nothing says
     how much must be moved. instructions: of one call, None unless counted; the note says by whom, or why by nobody.
     """
-    if case.is_slow:
-        repeats = max(1, repeats // 4)
     functions = {"": case.function, **case.references}
-    seconds: dict[str, list[float]] = {}
+    first_s: dict[str, list[float]] = {name: [] for name in functions}
     peaks = {}
     for name, one in functions.items():
         if not case.is_slow:
             one()
-
-        def first(name: str = name, one: Callable[[], object] = one) -> None:
-            seconds.update(interleave({name: one}, 1, warmup=0))
-
-        peaks[name] = peak_bytes(first)
-    if not case.is_slow:
-        seconds = interleave(functions, repeats, warmup=0)
-    elif repeats > 1:
-        for name, later in interleave(functions, repeats - 1, warmup=0).items():
-            seconds[name] += later
+        peaks[name] = peak_bytes(partial(_timed, one, first_s[name]))
+    seconds = first_s if case.is_slow else {}
+    if num_later := max(1, repeats // 4) - 1 if case.is_slow else repeats:
+        for name, later_s in interleave(functions, num_later, warmup=0).items():
+            seconds[name] = seconds.get(name, []) + later_s
     ms = {name: median_ms(times) / case.num_calls for name, times in seconds.items()}
     bound_ms = roofline_ms(case, rates) if case.bytes_moved else None
     return [
@@ -113,6 +106,10 @@ def compare(case: Case, repeats: int, rates: Rates) -> list[Row]:
     ]
 
 
+def _timed(function: Callable[[], object], seconds: list[float]) -> None:
+    seconds.append(seconds_of(function))
+
+
 def roofline_ms(case: Case, rates: Rates) -> float:
     """The time that moving the bytes, or the matrix products, would take at the machine's best, whichever is longer.
 
@@ -127,22 +124,27 @@ def roofline_ms(case: Case, rates: Rates) -> float:
 def format_row(row: Row) -> str:
     """One line for people."""
     shape = " x ".join(map(str, row["shape"]))
-    ours = f"{_milliseconds(row['ms'])} and {_mebibytes(row['peak_bytes'])} ({row['implementation']})"
+    ours, reference = (_figures(row, prefix) for prefix in ("", "reference_"))
+    ours += f" ({row['implementation']})"
     if row["roofline_share"] is not None:
         ours += f", {row['roofline_share']:.0%} of the roofline"
     if row["instructions"] is not None:
         ours += f", {row['instructions']:,} instructions"
     elif row["instructions_note"]:
         ours += f", no instructions counted ({row['instructions_note']})"
-    reference = f"{row['reference']} {_milliseconds(row['reference_ms'])} and {_mebibytes(row['reference_peak_bytes'])}"
     if row["result_bytes"]:
         reference += f" ({_mebibytes(row['result_bytes'])} of both are the results)"
     ratio = row["ms"] / row["reference_ms"]
-    return f"{row['kernel']} {row['pass']}, {shape} {row['dtype']}: {ours}; {reference}; {ratio:.3g} times its time"
+    return (
+        f"{row['kernel']} {row['pass']}, {shape} {row['dtype']}: {ours}; {row['reference']} {reference}; "
+        f"{ratio:.3g} times its time"
+    )
 
 
-def _milliseconds(ms: float) -> str:
-    return f"{ms:.2f} ms" if ms >= 0.1 else f"{1e3 * ms:.1f} us"
+def _figures(row: Row, prefix: str) -> str:
+    ms = row[f"{prefix}ms"]
+    time = f"{ms:.2f} ms" if ms >= 0.1 else f"{1e3 * ms:.1f} us"
+    return f"{time} and {_mebibytes(row[f'{prefix}peak_bytes'])}"
 
 
 def _mebibytes(num_bytes: int) -> str:

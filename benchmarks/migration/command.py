@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,11 +19,13 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from fuse.benchmarks.llama import causal_model
-from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import Row, add_json_option, add_model_options, check_counts, write_rows
+from fuse.benchmarks.measure import alternate, describe_machine
+from fuse.benchmarks.options import Row, add_engine_option, add_json_option, add_model_options, tell, write_rows
+from fuse.commands.options import add_numbers, check_counts
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.kv_choice import KVCarrier, choose_kv_transfer
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.limits import num_positions
 from fuse.training.model_spec import ModelSpec
 from fuse.workers.calls import gather
 from fuse.workers.cluster import Cluster
@@ -33,27 +34,28 @@ from fuse.workers.generation_worker import Departure
 from fuse.workers.kv.transfer import MakeKVTransfer
 from fuse.workers.weights import put_state_dict
 
-_CONTEXTS = (64, 256, 1024, 2048)
 _NEW_TOKENS = 256  # room to go on in until the evict arrives
 _POLL_S = 0.01
 _OPTIONS = ("engine", "kv_transfer", "context_tokens", "repeats", "model", "vocab_size", "kv_heads")
+_LINE = (
+    "{engine}, {context_tokens} tokens: {recompute_ms:.1f} ms computed anew, {transfer_ms:.1f} ms with {kv_mib:.1f} "
+    "MiB of KV by {kv_transfer}: {ratio:.2f} times as long"
+)
+
+Move = tuple[float, int]
+"""Seconds that a sample paused, and the bytes of its KV that moved."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench migration`."""
-    parser.add_argument(
-        "--engine", choices=("transformers", "vllm"), default="transformers", help="(default: transformers)"
-    )
+    add_engine_option(parser)
     parser.add_argument(
         "--kv-transfer", choices=("object_store", "nixl"), nargs="+", default=["object_store"],
         help="what carries KV: Ray's object store, NIXL, or both to compare them (default: object_store)",
     )  # fmt: skip
-    parser.add_argument(
-        "--context-tokens", type=int, nargs="+", default=list(_CONTEXTS), metavar="N",
-        help=f"tokens of the samples that move (default: {' '.join(map(str, _CONTEXTS))})",
-    )  # fmt: skip
+    add_numbers(parser, context_tokens=([64, 256, 1024, 2048], "tokens of the samples that move"))
     add_model_options(parser)
-    parser.add_argument("--repeats", type=int, default=9, help="samples of each length and kind (default: 9)")
+    add_numbers(parser, repeats=(9, "samples of each length and kind"))
     add_json_option(parser)
 
 
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     longest = max(arguments.context_tokens)
     context = longest + _NEW_TOKENS
     model = causal_model(arguments.model, context=context, vocab_size=arguments.vocab_size, kv_heads=arguments.kv_heads)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = num_positions(model.config)
     if positions is not None and context > positions:
         raise ValueError(
             f"--context-tokens {longest} and {_NEW_TOKENS} more do not fit the model's {positions} positions: measure "
@@ -78,9 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
             sample_ids = count()
             for context_tokens in arguments.context_tokens:
                 requests = _requests(model.config.get_text_config().vocab_size, context_tokens, sample_ids)
-                moves = _measure(source, target, requests, arguments.repeats)
+                kinds = {with_kv: partial(_move, source, target, requests, with_kv) for with_kv in (False, True)}
+                moves = alternate(kinds, arguments.repeats)
                 rows.append(_row(arguments.engine, carrier, context_tokens, moves))
-                print(format_row(rows[-1]), flush=True)
+                print(_LINE.format(**rows[-1], kv_mib=rows[-1]["kv_bytes"] / 2**20), flush=True)
     if len(carriers) > 1:
         print(format_comparison(rows))
     write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
@@ -91,26 +94,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _engines(
     model: PreTrainedModel, engine: EngineFactory, transfer: MakeKVTransfer
 ) -> Iterator[tuple[GenerationHandle, GenerationHandle]]:
-    print("starting two engines ...", file=sys.stderr, flush=True)
+    """Two, on a device each."""
+    tell("starting two engines ...")
     with Cluster(2) as cluster:
         make = partial(engine, ModelSpec.of(model), [put_state_dict(model.state_dict())], "cpu")
         source, target = (GenerationHandle.spawn(cluster, device, make, transfer) for device in (0, 1))
         yield source, target
 
 
-def _measure(
-    source: GenerationHandle, target: GenerationHandle, requests: Iterator[GenerationRequest], repeats: int
-) -> Mapping[bool, list[tuple[float, int]]]:
-    """By whether KV moves, in turn: the pauses in seconds, and the bytes that moved. The first round does not count."""
-    moves: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
-    for _ in range(1 + repeats):
-        for with_kv, those in moves.items():
-            those.append(_move(source, target, requests, with_kv))
-    return {with_kv: those[1:] for with_kv, those in moves.items()}
-
-
-def _row(engine: str, carrier: str, context_tokens: int, moves: Mapping[bool, Sequence[tuple[float, int]]]) -> Row:
-    """Milliseconds are medians. ratio: how many times as long computing anew takes."""
+def _row(engine: str, carrier: str, context_tokens: int, moves: Mapping[bool, Sequence[Move]]) -> Row:
+    """Milliseconds are medians. moves: by whether KV moved. ratio: how many times as long computing anew takes."""
     recompute_ms, transfer_ms = (1e3 * statistics.median(one for one, _ in moves[with_kv]) for with_kv in (False, True))
     return {
         "engine": engine,
@@ -124,16 +117,15 @@ def _row(engine: str, carrier: str, context_tokens: int, moves: Mapping[bool, Se
 
 
 def _requests(vocab_size: int, context_tokens: int, sample_ids: Iterator[int]) -> Iterator[GenerationRequest]:
+    params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=_NEW_TOKENS)
     for sample_id in sample_ids:
         prompt_ids = np.random.default_rng(sample_id).integers(0, vocab_size, context_tokens).tolist()
-        params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=_NEW_TOKENS)
         yield GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params)
 
 
 def _move(
     source: GenerationHandle, target: GenerationHandle, requests: Iterator[GenerationRequest], with_kv: bool
-) -> tuple[float, int]:
-    """Seconds that the sample paused, and the bytes of its KV that moved."""
+) -> Move:
     departures: list[Departure] = []
     while not departures:  # the sample before ended sooner than it could be taken out
         sample_id = (request := next(requests)).sample_id
@@ -156,23 +148,9 @@ def _wait_for_tokens(engine: GenerationHandle, sample_id: int) -> None:
         pass
 
 
-def format_row(row: Row) -> str:
-    """One line for people."""
-    return (
-        f"{row['engine']}, {row['context_tokens']} tokens: {row['recompute_ms']:.1f} ms computed anew, "
-        f"{row['transfer_ms']:.1f} ms with {row['kv_bytes'] / 2**20:.1f} MiB of KV by {row['kv_transfer']}: "
-        f"{row['ratio']:.2f} times as long"
-    )
-
-
 def format_comparison(rows: Sequence[Row]) -> str:
     """The carriers' milliseconds side by side, a line for each context length."""
-    lines = []
-    for context_tokens in dict.fromkeys(row["context_tokens"] for row in rows):
-        sides = [
-            f"{row['transfer_ms']:.1f} ms by {row['kv_transfer']}"
-            for row in rows
-            if row["context_tokens"] == context_tokens
-        ]
-        lines.append(f"{context_tokens} tokens with KV: {', '.join(sides)}")
-    return "\n".join(lines)
+    sides: dict[int, list[str]] = {}
+    for row in rows:
+        sides.setdefault(row["context_tokens"], []).append("{transfer_ms:.1f} ms by {kv_transfer}".format_map(row))
+    return "\n".join(f"{context_tokens} tokens with KV: {', '.join(those)}" for context_tokens, those in sides.items())

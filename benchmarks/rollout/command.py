@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from fuse.benchmarks.lengths import response_lengths, scaled, scaled_to
+from fuse.benchmarks.lengths import Mix, response_lengths, scaled, scaled_to
 from fuse.benchmarks.llama import causal_model
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_json_option, add_model_options, check_counts, write_rows
+from fuse.benchmarks.options import add_engine_option, add_json_option, add_model_options, write_rows
 from fuse.benchmarks.rollout import generation, policies
+from fuse.commands.options import add_numbers, check_counts
 
 # What a figure depends on, beside the machine.
 _OPTIONS = (
@@ -35,22 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to its longest sample; vllm: the vLLM engine, both in processes of their own on one core (default: "
         "generation and inference on all devices, under each migration policy)",
     )  # fmt: skip
-    parser.add_argument("--devices", type=int, default=2, help="cores to roll out on (default: 2)")
-    parser.add_argument(
-        "--engine", choices=("transformers", "vllm"), default="transformers",
-        help="what generates under the policies (default: transformers)",
-    )  # fmt: skip
+    add_numbers(parser, devices=(2, "cores to roll out on"))
+    add_engine_option(parser, "what generates under the policies")
     parser.add_argument(
         "--lengths", metavar="FILE.csv", action="append", default=[],
         help="response lengths: column output_tokens, scaled so that the longest fills the context; may be repeated "
         "(default: a synthetic long-tailed mix)",
     )  # fmt: skip
     add_model_options(parser)
-    parser.add_argument("--num-samples", type=int, default=128, help="responses to generate (default: 128)")
-    parser.add_argument("--batch", type=int, default=32, help="samples that run side by side (default: 32)")
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of every prompt (default: 32)")
-    parser.add_argument("--context", type=int, default=256, help="tokens of the longest sample (default: 256)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side, alternating (default: 3)")
+    add_numbers(
+        parser,
+        num_samples=(128, "responses to generate"),
+        batch=(32, "samples that run side by side"),
+        prompt_tokens=(32, "tokens of every prompt"),
+        context=(256, "tokens of the longest sample"),
+        repeats=(3, "timed runs of each side, alternating"),
+    )
     add_json_option(parser)
 
 
@@ -63,29 +64,27 @@ def run(arguments: argparse.Namespace) -> int:
             f"--context is {arguments.context} and --prompt-tokens {arguments.prompt_tokens}: no room for a response"
         )
     torch.set_num_threads(1)
-    mixes, pasts = _mixes(arguments.lengths, arguments.num_samples, limit)
+    mixes = _mixes(arguments.lengths, arguments.num_samples, limit)
     model = causal_model(
         arguments.model, context=arguments.context, vocab_size=arguments.vocab_size, kv_heads=arguments.kv_heads
     )
     if arguments.against is None:
-        rows = policies.run_policies(
-            model, {name: (one, pasts.get(name, one)) for name, one in mixes.items()}, arguments
-        )
+        rows = policies.run_policies(model, mixes, arguments)
     else:
         rows = generation.run_comparison(model, mixes, arguments)
     write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
     return 0
 
 
-def _mixes(paths: Sequence[str], num_samples: int, limit: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Lengths of a batch by mix, at most `limit`, and of the past that policies learn from, where there is one."""
+def _mixes(paths: Sequence[str], num_samples: int, limit: int) -> list[Mix]:
+    """Of each trace, with lengths of at most `limit`, and the uniform one."""
     sources: dict[str, Path | None] = {Path(path).stem: Path(path) for path in paths}
-    mixes, pasts = {}, {}
+    mixes = []
     for name, path in (sources or {SYNTHETIC: None}).items():
         trace = response_lengths(path, num_samples, (1 + _PAST_BATCHES) * num_samples)
-        mixes[name] = scaled_to(trace[:num_samples], limit)
-        factor = max(mixes[name]) / max(trace[:num_samples])
+        lengths = scaled_to(trace[:num_samples], limit)
+        factor = max(lengths) / max(trace[:num_samples])
         past = trace[num_samples:] or trace  # all of it where nothing comes after the batch
-        pasts[name] = [min(limit, length) for length in scaled(past, factor)]
-    mixes[UNIFORM] = [round(statistics.mean(next(iter(mixes.values()))))] * num_samples
-    return mixes, pasts
+        mixes.append(Mix(name, lengths, [min(limit, length) for length in scaled(past, factor)]))
+    uniform = [round(statistics.mean(mixes[0].lengths))] * num_samples
+    return [*mixes, Mix(UNIFORM, uniform, uniform)]

@@ -6,7 +6,6 @@ import argparse
 import copy
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -16,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from fuse.benchmarks.engine_process import EngineProcess
+from fuse.benchmarks.lengths import Mix
 from fuse.benchmarks.measure import interleave
-from fuse.benchmarks.options import Row
+from fuse.benchmarks.options import Row, tell
 from fuse.engines.engine import GenerationEngine, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine
@@ -25,27 +25,31 @@ from fuse.engines.vllm import VllmEngine
 Side = Callable[[Sequence[int]], None]
 """Generates one response of each length."""
 
+_LINE = (
+    "{lengths}: {num_samples} responses, mean {mean_tokens:.0f} and at most {longest_tokens} tokens, batch {batch}: "
+    "{engine} {tokens_per_s:.0f} tokens/s, {against} {against_tokens_per_s:.0f}: {ratio:.2f} times as fast"
+)
 
-def run_comparison(
-    model: PreTrainedModel, mixes: Mapping[str, Sequence[int]], arguments: argparse.Namespace
-) -> list[Row]:
+
+def run_comparison(model: PreTrainedModel, mixes: Sequence[Mix], arguments: argparse.Namespace) -> list[Row]:
     """A row per mix."""
     rows = []
     with COMPARISONS[arguments.against](model, arguments) as sides:
-        for name, lengths in mixes.items():
-            rows.append(_compare(name, lengths, *sides, arguments))
-            print(format_row(rows[-1]), flush=True)
+        for mix in mixes:
+            row = _compare(mix, *sides, arguments)
+            print(_LINE.format(**row, mean_tokens=row["num_tokens"] / row["num_samples"]), flush=True)
+            rows.append(row)
     return rows
 
 
-def _compare(name: str, lengths: Sequence[int], engine: Side, against: Side, arguments: argparse.Namespace) -> Row:
+def _compare(mix: Mix, engine: Side, against: Side, arguments: argparse.Namespace) -> Row:
     """Seconds are medians; a token counts when it belongs to a response. ratio: how many times as fast `engine` is."""
-    num_tokens = sum(lengths)
-    print(f"{name}: {num_tokens} tokens, {1 + arguments.repeats} rounds ...", file=sys.stderr, flush=True)
+    lengths, num_tokens = mix.lengths, sum(mix.lengths)
+    tell(f"{mix.name}: {num_tokens} tokens, {1 + arguments.repeats} rounds ...")
     measured = interleave({"engine": partial(engine, lengths), "against": partial(against, lengths)}, arguments.repeats)
     seconds, against_seconds = (statistics.median(measured[side]) for side in ("engine", "against"))
     return {
-        "lengths": name,
+        "lengths": mix.name,
         "engine": "transformers",
         "against": arguments.against,
         "batch": arguments.batch,
@@ -121,15 +125,6 @@ def _prompts(model: PreTrainedModel, num_samples: int, num_tokens: int) -> torch
     generator = torch.Generator().manual_seed(1)
     vocab_size = model.config.get_text_config().vocab_size
     return torch.randint(0, vocab_size, (num_samples, num_tokens), generator=generator).to(model.device)
-
-
-def format_row(row: Row) -> str:
-    """One line for people."""
-    return (
-        f"{row['lengths']}: {row['num_samples']} responses, mean {row['num_tokens'] / row['num_samples']:.0f} and at "
-        f"most {row['longest_tokens']} tokens, batch {row['batch']}: {row['engine']} {row['tokens_per_s']:.0f} "
-        f"tokens/s, {row['against']} {row['against_tokens_per_s']:.0f}: {row['ratio']:.2f} times as fast"
-    )
 
 
 Comparison = Callable[[PreTrainedModel, argparse.Namespace], AbstractContextManager[tuple[Side, Side]]]

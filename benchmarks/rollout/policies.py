@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from fuse.benchmarks.measure import idle_shares
-from fuse.benchmarks.options import Row
+from fuse.benchmarks.lengths import Mix
+from fuse.benchmarks.measure import alternate, idle_shares
+from fuse.benchmarks.options import Row, tell
 from fuse.commands.models import critic_from_policy
 from fuse.config.ppo import PPOConfig
 from fuse.config.prompt_tokens import PromptTokens
@@ -26,32 +26,32 @@ from fuse.config.settings import fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
-from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import CostModel
-from fuse.interstage.lengths import KnownLengths, Observation, learn
-from fuse.interstage.migration import Policy, StageByStage, Threshold
+from fuse.interstage.length_trace import LengthTrace
+from fuse.interstage.migration import Policy, Threshold
+from fuse.interstage.policies import ADAPTIVE, KNOWN, NONE, POLICIES, policy_of
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
-from fuse.interstage.tuning import LengthHistory, tune_threshold
 from fuse.sample import Sample, SpecialTokens
 from fuse.trace import now_s
 from fuse.trainers.ppo import algorithm_of, fill_batch_sizes
 from fuse.training.layout import RaggedLayout
 
-POLICIES = ("none", "threshold", "adaptive")
 _CALIBRATION_ROUNDS = 3
 _NO_TOKEN = -1
+_LINE = (
+    "{lengths}, {policy}: {seconds:.2f} s ({gain:.2f} times as fast as none; simulated {simulated_seconds:.2f} s and "
+    "{simulated_gain:.2f}, oracle {oracle_seconds:.2f} s), idle {idle_share:.0%}, {migrations:.0f} migrations"
+)
 
 
-def run_policies(
-    model: PreTrainedModel, mixes: Mapping[str, tuple[Sequence[int], Sequence[int]]], arguments: argparse.Namespace
-) -> list[Row]:
-    """A row per mix and policy. mixes: by name, the lengths of the batch and those of the past."""
+def run_policies(model: PreTrainedModel, mixes: Sequence[Mix], arguments: argparse.Namespace) -> list[Row]:
+    """A row per mix and policy."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fuse-bench-") as directory, _fleet(model, directory, arguments) as fleet:
-        for name, (lengths, past) in mixes.items():
-            for row in _Mix(fleet, model, name, lengths, past, arguments).rows():
-                print(format_row(row), flush=True)
+        for mix in mixes:
+            for row in _Rollouts(fleet, model, mix, arguments).rows():
+                print(_LINE.format_map(row), flush=True)
                 rows.append(row)
     return rows
 
@@ -76,56 +76,52 @@ def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace
     settings = fleet_settings(
         config, algorithm_of(config, special), length, RaggedLayout(), special, prompts, model.config
     )
-    models = {"actor": model, "critic": classifier, "reference": model, "reward": classifier}
-    return Fleet(settings, models)
+    return Fleet(settings, {"actor": model, "critic": classifier, "reference": model, "reward": classifier})
 
 
-class _Mix:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A rollout, and what the next one like it should cost."""
+
+    report: RolloutReport
+    idle_share: float
+    costs: CostModel | None
+
+
+class _Rollouts:
     """One batch of forced lengths, rolled out over and over."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        model: PreTrainedModel,
-        name: str,
-        lengths: Sequence[int],
-        past: Sequence[int],
-        arguments: argparse.Namespace,
-    ) -> None:
-        self._fleet, self._name, self._arguments = fleet, name, arguments
-        generator = np.random.default_rng(0)
-        vocab_size = model.config.get_text_config().vocab_size
-        self._prompts = generator.integers(0, vocab_size, (len(lengths), arguments.prompt_tokens)).tolist()
-        self._lengths, self._past = np.array(lengths), np.array(past)
+    def __init__(self, fleet: Fleet, model: PreTrainedModel, mix: Mix, arguments: argparse.Namespace) -> None:
+        self._fleet, self._mix, self._arguments = fleet, mix, arguments
+        self._lengths = np.array(mix.lengths)
+        past_prompts = np.full(len(mix.past), arguments.prompt_tokens)
+        self._past = LengthTrace(past_prompts, np.array(mix.past), (None,) * len(mix.past))
+        shape = len(mix.lengths), arguments.prompt_tokens
+        prompts = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, shape)
+        self._prompts = list(map(tuple, prompts.tolist()))
         self._limits = fleet.settings.rollout.limits
         self._tokens: tuple[tuple[int, ...], ...] | None = None
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
         """Calibrate, then time all policies in turn."""
-        staying = Threshold(remaining=len(self._lengths), num_kept=self._arguments.devices)
+        num_samples, repeats = len(self._lengths), self._arguments.repeats
+        staying = Threshold(remaining=num_samples, num_kept=self._arguments.devices)
         for shrink in range(1, 1 + _CALIBRATION_ROUNDS):  # other batches and contexts than the one that is timed, too
-            self._roll_out(staying, len(self._lengths) // shrink)
+            self._roll_out(staying, num_samples // shrink)
         costs = self._fleet.rollout_costs
         assert costs is not None
-        policies = self._policies(costs)
-        runs: dict[str, list[_Run]] = {name: [] for name in policies}
-        costs_of_rounds: list[CostModel] = []
-        num_rounds = 1 + self._arguments.repeats
-        print(f"{self._name}: {int(self._lengths.sum())} tokens, {num_rounds} rounds ...", file=sys.stderr, flush=True)
-        for round_index in range(num_rounds):
-            for name, policy in policies.items():
-                run = self._roll_out(policy, len(self._lengths))
-                if round_index:
-                    runs[name].append(run)
-            if round_index:  # shared machines are now faster, now slower: costs are those of the latest rollouts
-                costs_of_rounds.append(self._fleet.rollout_costs or costs)
-
-        def simulated_s(policy_with: Callable[[CostModel], Policy]) -> float:
-            return statistics.median(self._simulated(each, policy_with(each)) for each in costs_of_rounds)
-
-        simulated = {name: simulated_s(partial(_given, policy)) for name, policy in policies.items()}
-        told = simulated_s(lambda costs: Adaptive(costs, KnownLengths(self._lengths)))
-        return [self._row(name, runs, simulated, min(told, *simulated.values())) for name in policies]
+        policies = {name: policy_of(name, self._rollout(costs), self._past) for name in POLICIES}
+        tell(f"{self._mix.name}: {self._lengths.sum()} tokens, {1 + repeats} rounds ...")
+        runs = alternate({name: partial(self._roll_out, one, num_samples) for name, one in policies.items()}, repeats)
+        # Shared machines are now faster, now slower: costs are those known at the end of each round.
+        rollouts = [self._rollout(run.costs or costs) for run in runs[ADAPTIVE]]
+        simulated = {
+            name: statistics.median(simulate(one, policy).makespan_s for one in rollouts)
+            for name, policy in policies.items()
+        }
+        told = statistics.median(simulate(one, policy_of(KNOWN, one, self._past)).makespan_s for one in rollouts)
+        for name in policies:
+            yield self._row(name, runs, simulated, min(told, *simulated.values()))
 
     def _row(self, name: str, runs: Mapping[str, Sequence[_Run]], simulated: Mapping[str, float], oracle: float) -> Row:
         """One policy; seconds and shares are medians over repeats.
@@ -140,7 +136,7 @@ class _Mix:
 
         seconds = middle(lambda run: run.report.makespan_s)
         return {
-            "lengths": self._name,
+            "lengths": self._mix.name,
             "engine": self._arguments.engine,
             "policy": name,
             "num_samples": len(self._lengths),
@@ -152,66 +148,33 @@ class _Mix:
             "moved_bytes": middle(lambda run: run.report.moved_bytes),
             "simulated_seconds": simulated[name],
             "oracle_seconds": oracle,
-            "gain": middle(lambda run: run.report.makespan_s, POLICIES[0]) / seconds,
-            "simulated_gain": simulated[POLICIES[0]] / simulated[name],
+            "gain": middle(lambda run: run.report.makespan_s, NONE) / seconds,
+            "simulated_gain": simulated[NONE] / simulated[name],
             "decision_ms": 1e3 * middle(lambda run: statistics.median(run.report.decision_s)),
         }
 
-    def _policies(self, costs: CostModel) -> dict[str, Policy]:
-        history = LengthHistory(
-            prompt_tokens=np.full(len(self._past), self._arguments.prompt_tokens), response_tokens=self._past
-        )
-        threshold = tune_threshold(
-            history,
-            num_samples=len(self._lengths),
-            num_devices=self._arguments.devices,
-            costs=costs,
-            limits=self._limits,
-        )
-        model = learn([Observation(int(tokens)) for tokens in self._past], self._limits.max_new_tokens)
-        made: tuple[Policy, ...] = (StageByStage(), threshold, Adaptive(costs, model.for_samples()))
-        return dict(zip(POLICIES, made, strict=True))
-
-    def _simulated(self, costs: CostModel, policy: Policy) -> float:
-        rollout = Rollout(
+    def _rollout(self, costs: CostModel) -> Rollout:
+        """What is rolled out, to be simulated."""
+        return Rollout(
             prompt_tokens=np.full(len(self._lengths), self._arguments.prompt_tokens),
             response_tokens=self._lengths,
             num_devices=self._arguments.devices,
             costs=costs,
             limits=self._limits,
         )
-        return simulate(rollout, policy).makespan_s
 
     def _roll_out(self, policy: Policy, num_samples: int) -> _Run:
         """The first samples of the batch; the same tokens every time."""
-        samples = [Sample(index, tuple(prompt)) for index, prompt in enumerate(self._prompts[:num_samples])]
+        samples = [Sample(index, prompt) for index, prompt in enumerate(self._prompts[:num_samples])]
         params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=self._limits.max_new_tokens)
-        forced = {index: int(tokens) for index, tokens in enumerate(self._lengths)}
         start_s = now_s()
-        report = self._fleet.roll_out(samples, params, policy=policy, max_new_tokens=forced)
+        report = self._fleet.roll_out(
+            samples, params, policy=policy, max_new_tokens=dict(enumerate(self._lengths.tolist()))
+        )
         idle = idle_shares(self._fleet.drain_spans(), start_s, start_s + report.makespan_s)
         assert [len(sample.response_ids) for sample in samples] == self._lengths[:num_samples].tolist()
         if num_samples == len(self._lengths):
             tokens = tuple(tuple(sample.response_ids) for sample in samples)
             assert self._tokens in (None, tokens), "tokens depend on the policy"
             self._tokens = tokens
-        return _Run(report, statistics.mean(idle.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    report: RolloutReport
-    idle_share: float
-
-
-def _given(policy: Policy, costs: CostModel) -> Policy:
-    return policy
-
-
-def format_row(row: Row) -> str:
-    """One line for people."""
-    return (
-        f"{row['lengths']}, {row['policy']}: {row['seconds']:.2f} s ({row['gain']:.2f} times as fast as none; "
-        f"simulated {row['simulated_seconds']:.2f} s and {row['simulated_gain']:.2f}, oracle "
-        f"{row['oracle_seconds']:.2f} s), idle {row['idle_share']:.0%}, {row['migrations']:.0f} migrations"
-    )
+        return _Run(report, statistics.mean(idle.values()), self._fleet.rollout_costs)

@@ -18,26 +18,22 @@ from typing import Any
 
 from fuse.benchmarks.instances import read_instances, read_json
 from fuse.benchmarks.measure import describe_machine, interleave, median_ms
-from fuse.benchmarks.options import Row, add_json_option, check_counts, write_rows
+from fuse.benchmarks.options import Row, add_json_option, write_rows
 from fuse.benchmarks.schedule_calls import ScheduleCalls, large_actor
 from fuse.benchmarks.solver.figure import draw
+from fuse.commands.options import add_numbers, check_counts
 from schedules import evaluate
 from schedules.baselines import serial
+from schedules.files import write_whole
 from schedules.formats import schedule_to_text
 from schedules.fused.greedy import greedy
 from schedules.fused.solve import Solution, solve
 from schedules.instances import Instance, actor_and_critic, heterogeneous
 
 _SHAPE = (
-    "actor_stages",
-    "critic_stages",
-    "actor_microbatches",
-    "critic_microbatches",
-    "actor_forward",
-    "critic_forward",
-    "actor_activation",
-    "critic_activation",
-)
+    "actor_stages", "critic_stages", "actor_microbatches", "critic_microbatches", "actor_forward", "critic_forward",
+    "actor_activation", "critic_activation",
+)  # fmt: skip
 _SCALES = ((32, 128), (64, 256))
 """Ranks and micro-batches."""
 _NUM_EVALUATIONS = 50
@@ -59,20 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=Path, metavar="FILE", help="published instances, as JSON")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this instance; may be repeated")
     parser.add_argument("--split-backward", action="store_true", help="solve each instance with split backwards too")
-    parser.add_argument("--heterogeneous", type=int, default=0, metavar="N", help="uneven random problems (default: 0)")
     parser.add_argument("--scale", action="store_true", help="32 ranks x 128, and 64 ranks x 256 in twice the time")
-    parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds per problem (default: 60)")
-    parser.add_argument(
-        "--split-time-limit", type=float, default=20.0, metavar="S", help="for split backwards (default: 20)"
+    add_numbers(
+        parser,
+        heterogeneous=(0, "uneven random problems"),
+        time_limit=(60.0, "seconds per problem"),
+        split_time_limit=(20.0, "for split backwards"),
+        heterogeneous_time_limit=(25.0, "for uneven problems"),
+        workers=(2, "threads"),
+        seeds=(1, "solve each instance of the file with so many seeds"),
     )
-    parser.add_argument(
-        "--heterogeneous-time-limit", type=float, default=25.0, metavar="S", help="for uneven problems (default: 25)"
-    )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default: 2)")
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="solve each instance of the file with N seeds (default: 1)"
-    )
-    add_json_option(parser, "machine, options and rows")
+    add_json_option(parser)
     parser.add_argument("--schedules", type=Path, metavar="DIR", help="keep each instance's best schedule in DIR")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw quality over time (SVG, PNG or PDF)")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="solve nothing: draw the rows of an earlier run")
@@ -108,22 +101,19 @@ def _rows(arguments: argparse.Namespace) -> Iterator[Row]:
     def solved(case: Case, seed: int = 0) -> Solution:
         return solve(case.instance.problem, time_limit_s=case.time_limit_s, num_workers=arguments.workers, seed=seed)
 
-    splits = []
+    others = []
     for entry in _entries(arguments):
         case = _published_case(entry, arguments.time_limit)
-        best: Solution | None = None
+        solutions = []
         for seed in range(arguments.seeds):
-            solution = solved(case, seed)
-            yield _row(case, seed, solution)
-            if best is None or (solution.makespan, solution.peak_bytes) < (best.makespan, best.peak_bytes):
-                best = solution
-                if arguments.schedules is not None:
-                    arguments.schedules.mkdir(parents=True, exist_ok=True)
-                    text = schedule_to_text(solution.schedule)
-                    (arguments.schedules / f"{case.name}.schedule").write_text(text, encoding="utf-8")
-        assert best is not None
-        splits.append(_split_case(entry, best.peak_bytes, arguments.split_time_limit))
-    others = [
+            solutions.append(solved(case, seed))
+            best = min(solutions, key=lambda solution: (solution.makespan, solution.peak_bytes))
+            if arguments.schedules is not None:
+                write_whole(arguments.schedules / f"{case.name}.schedule", schedule_to_text(best.schedule))
+            yield _row(case, seed, solutions[-1])
+        if arguments.split_backward:
+            others.append(_split_case(entry, best.peak_bytes, arguments.split_time_limit))
+    others += [
         Case(f"heterogeneous{seed}", Instance(heterogeneous(seed), 1), arguments.heterogeneous_time_limit)
         for seed in range(arguments.heterogeneous)
     ]
@@ -132,7 +122,7 @@ def _rows(arguments: argparse.Namespace) -> Iterator[Row]:
             Case(f"{ranks} ranks, {count} micro-batches", large_actor(ranks, count), arguments.time_limit * (1 + index))
             for index, (ranks, count) in enumerate(_SCALES)
         ]
-    for case in (splits if arguments.split_backward else []) + others:
+    for case in others:
         yield _row(case, 0, solved(case))
 
 
@@ -155,20 +145,21 @@ def _entries(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _published_case(entry: dict[str, Any], time_limit_s: float) -> Case:
-    instance = actor_and_critic(**{field: entry[field] for field in _SHAPE})
-    published, target = (_pair(entry.get(key)) for key in ("published", "target"))
-    return Case(entry["name"], instance, time_limit_s, published, target)
+    published, target = (
+        (pair["makespan"], pair["peak_memory"]) if (pair := entry.get(key)) else None for key in ("published", "target")
+    )
+    return Case(entry["name"], _instance(entry), time_limit_s, published, target)
 
 
 def _split_case(entry: dict[str, Any], limit_bytes: int, time_limit_s: float) -> Case:
     """The same instance with backwards that may be split, in the memory that whole ones took."""
-    split = actor_and_critic(**{field: entry[field] for field in _SHAPE}, split_backward=True)
+    split = _instance(entry, split_backward=True)
     problem = replace(split.problem, memory_limit_bytes=(limit_bytes,) * split.problem.num_ranks)
     return Case(f"{entry['name']} split", Instance(problem, split.bytes_per_unit), time_limit_s)
 
 
-def _pair(value: dict[str, float] | None) -> tuple[float, float] | None:
-    return None if value is None else (value["makespan"], value["peak_memory"])
+def _instance(entry: dict[str, Any], split_backward: bool = False) -> Instance:
+    return actor_and_critic(**{field: entry[field] for field in _SHAPE}, split_backward=split_backward)
 
 
 def _row(case: Case, seed: int, solution: Solution) -> Row:
@@ -205,11 +196,11 @@ def _row(case: Case, seed: int, solution: Solution) -> Row:
 
 
 def _line(row: Row) -> str:
-    published = row["seconds_to_published"]
-    reached = "" if published is None else f", published quality after {published:.1f} s"
-    target = {None: "", True: ", target met", False: ", target missed"}[row["target_met"]]
-    return (
-        f"{row['name']} (seed {row['seed']}): makespan {row['makespan']} (bound {row['makespan_lower_bound']}), "
-        f"memory {row['peak_memory']:g} (bound {row['memory_lower_bound']:g}), {row['status']} after "
-        f"{row['seconds']:.1f} s by {row['found_by']}{reached}{target}"
+    line = (
+        "{name} (seed {seed}): makespan {makespan} (bound {makespan_lower_bound}), memory {peak_memory:g} (bound "
+        "{memory_lower_bound:g}), {status} after {seconds:.1f} s by {found_by}"
     )
+    if row["seconds_to_published"] is not None:
+        line += ", published quality after {seconds_to_published:.1f} s"
+    target = {None: "", True: ", target met", False: ", target missed"}[row["target_met"]]
+    return line.format_map(row) + target

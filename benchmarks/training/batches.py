@@ -7,45 +7,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from fuse.algorithms.batch import Experience, Segments, counted_tokens
+from fuse.algorithms.batch import Experience, Segments, counted_tokens, made_up_targets
 from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.benchmarks.lengths import response_lengths, scaled
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.observed import one_of_each
 
 UNIFORM, MIXED = "uniform", "mixed"
 
 
 def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int) -> Experience:
-    """Random samples with prompts of `prompt_tokens` and responses of `lengths` tokens."""
-    generator = torch.Generator().manual_seed(0)
+    """Random tokens, with prompts of `prompt_tokens` and responses of `lengths`; what losses compare with is zero."""
+    generator = np.random.default_rng(0)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(0, vocab_size, (count,), generator=generator).tolist())
+        return tuple(generator.integers(0, vocab_size, count).tolist())
 
+    responses = tuple(map(tokens, lengths))
     segments = Segments.from_lengths(lengths, max(lengths))
-    num_tokens, num_values = int(segments.token_offsets[-1]), int(segments.value_offsets[-1])
-    prompts, responses = tuple(tokens(prompt_tokens) for _ in lengths), tuple(map(tokens, lengths))
+    token_ids = counted_tokens(responses, lengths)
     return Experience(
-        prompts=prompts,
+        prompts=tuple(tokens(prompt_tokens) for _ in lengths),
         responses=responses,
         lengths=tuple(lengths),
         width=max(lengths),
         segments=segments,
         targets={
-            "actor": PolicyTargets(
-                token_ids=counted_tokens(responses, lengths),
-                old_logprobs=torch.full((num_tokens,), -float(torch.tensor(vocab_size).log())),
-                advantages=torch.randn(num_tokens, generator=generator),
-                mask=torch.ones(num_tokens, dtype=torch.bool),
-            ),
-            "critic": ValueTargets(
-                old_values=torch.zeros(num_values),
-                returns=torch.randn(num_values, generator=generator),
-                mask=torch.ones(num_values, dtype=torch.bool),
-            ),
+            "actor": made_up_targets(PolicyTargets, token_ids, segments),
+            "critic": made_up_targets(ValueTargets, token_ids, segments),
         },
     )
 
@@ -72,17 +64,12 @@ class Workload:
 
     def buckets(self) -> list[tuple[int, ...]]:
         """A micro-batch of each shape to measure on: of each mix the smallest, the middle and the largest."""
+        by_mix: dict[str, dict[Shape, tuple[int, ...]]] = {}
+        for task in self.tasks:
+            by_mix.setdefault(task.lengths, {}).update({self.shape(one): one for one in task.micro_batches})
         chosen: dict[Shape, tuple[int, ...]] = {}
-        for lengths in {task.lengths: None for task in self.tasks}:
-            of_mix = {
-                self.shape(samples): samples
-                for task in self.tasks
-                if task.lengths == lengths
-                for samples in task.micro_batches
-            }
-            by_size = sorted(of_mix, key=lambda shape: (shape.size, shape))
-            for shape in (by_size[0], by_size[len(by_size) // 2], by_size[-1]):
-                chosen[shape] = of_mix[shape]
+        for of_mix in by_mix.values():
+            chosen |= {shape: of_mix[shape] for shape in one_of_each(list(of_mix))}
         return list(chosen.values())
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import Row, add_json_option, check_counts, write_rows
+from fuse.benchmarks.options import Row, add_json_option, write_rows
 from fuse.benchmarks.training import tables
+from fuse.commands.options import check_counts
 
 LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 """Of actor and critic, by the ratio of their sizes."""

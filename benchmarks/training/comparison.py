@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fuse.intrastage.planned_times import PlannedTimes, evaluate_seconds, operation_name
 from fuse.trace import Span
-from schedules import Kind, Op, Problem, Schedule
+from schedules import Op, Problem, Schedule
+from schedules.walk import needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def compare(schedule: Schedule, planned: PlannedTimes, spans: Sequence[Sequence[
         bubble_executed=1 - sum(taken_s.values()) / total_s,
         slowdown=slowdown,
         overhead_share=sum(gaps_s.values()) / total_s,
-        transfer_share=_late_s(schedule, dict(itertools.chain.from_iterable(recorded))) / total_s,
+        transfer_share=_late_s(schedule.problem, dict(itertools.chain.from_iterable(recorded))) / total_s,
         contention_s=as_slow_s - planned.makespan_s,
         imbalance_s=as_taken_s - as_slow_s,
         overhead_s=with_overhead_s - as_taken_s,
@@ -100,24 +101,14 @@ def _gaps(of_rank: Sequence[tuple[Op, Span]]) -> list[tuple[Op, float]]:
     return [*gaps, *((op, 0.0) for op, _ in of_rank[-1:])]
 
 
-def _late_s(schedule: Schedule, recorded: dict[Op, Span]) -> float:
+def _late_s(problem: Problem, recorded: Mapping[Op, Span]) -> float:
     """Seconds that ranks waited for messages after these were made."""
     late_s = 0.0
     for op, span in recorded.items():
-        sender = _sender(schedule.problem, op, recorded)
-        if sender is not None:
-            late_s += max(0.0, min(_wait_s(span), span.start_s - sender.end_s))
+        for source in needs(recorded, op, problem.pipelines[op.pipeline].num_stages):
+            if problem.rank_of(source) != problem.rank_of(op):
+                late_s += max(0.0, min(_wait_s(span), span.start_s - recorded[source].end_s))
     return late_s
-
-
-def _sender(problem: Problem, op: Op, recorded: dict[Op, Span]) -> Span | None:
-    """The operation on another rank whose result this one needs."""
-    pipeline = problem.pipelines[op.pipeline]
-    source = op.stage - 1 if op.kind is Kind.F else op.stage + 1
-    if op.kind is Kind.W or not 0 <= source < pipeline.num_stages or pipeline.ranks[source] == pipeline.ranks[op.stage]:
-        return None
-    kinds = (Kind.F,) if op.kind is Kind.F else (Kind.I, Kind.B)
-    return next(recorded[made] for kind in kinds if (made := Op(op.pipeline, source, op.micro_batch, kind)) in recorded)
 
 
 def _wait_s(span: Span) -> float:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from fuse.benchmarks.instances import read_instances
 from fuse.benchmarks.options import Row
+from fuse.benchmarks.peer_process import PeerProcess
 from fuse.benchmarks.training.comparison import Comparison, compare
 from fuse.benchmarks.training.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store
@@ -25,8 +26,7 @@ from fuse.intrastage.executor import execute
 from fuse.intrastage.planned_times import times_of
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
-from fuse.trace import Span, SpanRecorder
-from fuse.workers.errors import WorkerError
+from fuse.trace import SpanRecorder
 from schedules import Kind, Pipeline, Problem, Schedule, evaluate
 from schedules.baselines.serial import serial
 from schedules.instances import actor_and_critic
@@ -36,7 +36,6 @@ _SHAPE = (
 )  # fmt: skip
 _SHARES = ("bubble_planned", "bubble_executed", "slowdown", "overhead_share", "transfer_share")
 _HOST = "127.0.0.1"
-_ROLE = "emulated worker"
 _TIMEOUT_S = 120.0
 
 
@@ -98,8 +97,8 @@ def _problems(path: Path | None, num_ranks: int) -> list[tuple[str, Problem]]:
 class EmulatedWorld:
     """One process per rank, which execute schedules together."""
 
-    def __init__(self, ends: Sequence[Connection]) -> None:
-        self._ends = ends
+    def __init__(self, ranks: Sequence[PeerProcess]) -> None:
+        self._ranks = ranks
 
     @classmethod
     @contextmanager
@@ -109,51 +108,30 @@ class EmulatedWorld:
         # Forked from a process of one thread, which has imported this module once for all of them.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        pipes = [context.Pipe() for _ in range(num_ranks)]
-        processes = [
-            context.Process(target=_run_rank, args=(rank, num_ranks, store.port, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        try:
-            for process, (_, theirs) in zip(processes, pipes, strict=True):
-                process.start()
-                theirs.close()
-            yield cls([ours for ours, _ in pipes])
-        finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+        with ExitStack() as stack:
+            ranks = []
+            for rank in range(num_ranks):
+                name, arguments = f"emulated rank {rank}", (rank, num_ranks, store.port)
+                peer = PeerProcess(name, _serve, *arguments, context=context, closing_s=0)
+                ranks.append(stack.enter_context(peer))
+            yield cls(ranks)
 
     def execute(self, schedule: Schedule, tick_s: float) -> Comparison:
         """Execute a schedule with operations of `tick_s` seconds per tick, and compare that with its plan.
 
         Raises:
-            WorkerError: a rank failed, or did not answer.
+            CommunicationError: a rank heard nothing of another for long.
+            RunError: a rank's process has ended.
         """
         seconds = {op: tick_s * schedule.problem.ticks(op) for _, op in schedule.ops()}
         transfer_s = tuple(tick_s * pipeline.transfer_ticks for pipeline in schedule.problem.pipelines)
-        for end in self._ends:
-            end.send((schedule, tick_s))
-        spans = self._answers(_TIMEOUT_S + sum(seconds.values()))
+        for rank in self._ranks:
+            rank.send((schedule, tick_s))
+        spans = [rank.answer() for rank in self._ranks]
         return compare(schedule, times_of(schedule, seconds, transfer_s), spans)
 
-    def _answers(self, timeout_s: float) -> list[list[Span]]:
-        answers: dict[Connection, list[Span]] = {}
-        while len(answers) < len(self._ends):
-            missing = [end for end in self._ends if end not in answers]
-            ready = [end for end in wait(missing, timeout_s) if isinstance(end, Connection)]
-            if not ready:
-                raise WorkerError(self._ends.index(missing[0]), _ROLE, f"no answer within {timeout_s:.0f} s")
-            for end in ready:
-                try:
-                    answers[end] = end.recv()
-                except EOFError as error:
-                    raise WorkerError(self._ends.index(end), _ROLE, "its process died") from error
-        return [answers[end] for end in self._ends]
 
-
-def _run_rank(rank: int, num_ranks: int, port: int, end: Connection) -> None:
+def _serve(connection: Connection, rank: int, num_ranks: int, port: int) -> None:
     """A rank's process: answers schedules with spans until it is killed."""
     torch.set_num_threads(1)
     connect(rank, num_ranks, _HOST, port, torch.device("cpu"), _TIMEOUT_S)
@@ -163,7 +141,7 @@ def _run_rank(rank: int, num_ranks: int, port: int, end: Connection) -> None:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     micro_batch = MicroBatch(input_ids=nothing, head_index=nothing[0], targets=None)
     while True:
-        schedule, tick_s = end.recv()
+        schedule, tick_s = connection.recv()
         pipelines = schedule.problem.pipelines
         for pipeline in pipelines:
             key = pipeline.name, pipeline.ranks
@@ -184,7 +162,7 @@ def _run_rank(rank: int, num_ranks: int, port: int, end: Connection) -> None:
         communicators = [opened[pipeline.name, pipeline.ranks] for pipeline in pipelines]
         dist.barrier()
         execute(schedule, rank, stages, micro_batches, communicators, recorder)
-        end.send(recorder.drain())
+        connection.send(recorder.drain())
 
 
 def _seconds(pipeline: Pipeline, stage: int, tick_s: float) -> dict[Kind, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fuse.benchmarks.options import Row
+from fuse.benchmarks.options import Row, rows_table
 from fuse.commands.tables import figures_table
 
 if TYPE_CHECKING:  # what workers are made of takes seconds to import, and emulation does without
@@ -38,35 +38,29 @@ def profile_table(sizes: str, profile: Profile) -> Table:
 
 def line(row: Row) -> str:
     """A setting for people, as it is done."""
+    text = "{setting}: serial {serial_ms:.0f} ms, fused {fused_ms:.0f}: {ratio:.3f} times as fast, predicted "
     why = f"; {row['why']}" if row["why"] else ""
-    return (
-        f"{row['setting']}: serial {row['serial_ms']:.0f} ms, fused {row['fused_ms']:.0f}: {row['ratio']:.3f} times as "
-        f"fast, predicted {row['predicted_ratio']:.3f}{why}"
-    )
+    return (text + "{predicted_ratio:.3f}").format_map(row) + why
 
 
 def steps_table(rows: Sequence[Row]) -> Table:
     """One line per setting."""
-    titles = ("setting", "serial", "fused", "ratio", "plan", "gain", "bubbles", "late", "overhead")
+    columns = {
+        "setting": "{setting}",
+        "serial": "{serial_ms:.0f}",
+        "fused": "{fused_ms:.0f}",
+        "ratio": "{ratio:.3f}",
+        "plan": "{predicted_ratio:.3f}",
+        "gain": "{gain_share:.0%}",
+        "bubbles": "{bubble_serial:.0%} {bubble_fused:.0%} {bubble_planned:.0%}",
+        "late": "{fused[transfer_share]:.1%}",
+        "overhead": "{overhead_share:.1%}",
+    }
     caption = (
         "gain: share of the plan's; bubbles: of serial steps, of fused ones, of the fused plan; "
         "late: waiting for messages already made"
     )
-    cells = [
-        (
-            row["setting"],
-            f"{row['serial_ms']:.0f}",
-            f"{row['fused_ms']:.0f}",
-            f"{row['ratio']:.3f}",
-            f"{row['predicted_ratio']:.3f}",
-            f"{row['gain_share']:.0%}",
-            f"{row['bubble_serial']:.0%} {row['bubble_fused']:.0%} {row['bubble_planned']:.0%}",
-            f"{row['fused']['transfer_share']:.1%}",
-            f"{row['overhead_share']:.1%}",
-        )
-        for row in rows
-    ]
-    return figures_table(titles, cells, title="Steps of actor and critic, ms", caption=caption, no_wrap=True)
+    return rows_table(rows, columns, title="Steps of actor and critic, ms", caption=caption)
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -82,16 +76,15 @@ def summary(rows: Sequence[Row]) -> str:
 
 def emulated_table(rows: Sequence[Row]) -> Table:
     """One line per emulated problem."""
-    titles = ("setting", "serial plan", "plan", "executed", "beyond", "bubbles", "late", "overhead")
+    columns = {
+        "setting": "{setting}",
+        "serial plan": "{serial_planned_ms:.0f}",
+        "plan": "{planned_ms:.0f}",
+        "executed": "{executed_ms:.0f}",
+        "beyond": "{beyond_plan:.1%}",
+        "bubbles": "{bubble_planned:.0%} {bubble_executed:.0%}",
+        "late": "{transfer_share:.1%}",
+        "overhead": "{overhead_share:.1%}",
+    }
     caption = "emulated: operations are waits; bubbles: planned, executed; late: waiting for messages already made"
-    cells = [
-        (
-            row["setting"],
-            *(f"{one:.0f}" for one in (row["serial_planned_ms"], row["planned_ms"], row["executed_ms"])),
-            f"{row['beyond_plan']:.1%}",
-            f"{row['bubble_planned']:.0%} {row['bubble_executed']:.0%}",
-            *(f"{share:.1%}" for share in (row["transfer_share"], row["overhead_share"])),
-        )
-        for row in rows
-    ]
-    return figures_table(titles, cells, title="Emulated schedules, ms", caption=caption, no_wrap=True)
+    return rows_table(rows, columns, title="Emulated schedules, ms", caption=caption)

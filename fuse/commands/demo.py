@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from fuse.commands.models import critic_from_policy
+from fuse.commands.options import check_counts
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import RunResults
@@ -60,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Warm up, train, and show what came of it."""
-    for name in ("devices", "updates"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}: it must be at least 1")
+    check_counts(arguments, "devices", "updates")
     console, start_s = Console(highlight=False), time.monotonic()
     disable_progress_bar()  # of saving
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

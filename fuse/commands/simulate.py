@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,24 +19,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from fuse.commands.options import check_counts
 from fuse.commands.output import output_file
 from fuse.commands.simulation_tables import show_gains, show_policies
-from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.dealing import prompt_numbers
 from fuse.interstage.drawing import picture
 from fuse.interstage.length_trace import MOST_TOKENS, LengthTrace, read_length_trace
-from fuse.interstage.lengths import KnownLengths, LengthModel, Observation, learn
-from fuse.interstage.migration import EngineLimits, Policy, StageByStage
+from fuse.interstage.migration import EngineLimits, Policy
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
+from fuse.interstage.policies import ADAPTIVE, KNOWN, NONE, POLICIES, THRESHOLD, policy_of
 from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate import simulate
-from fuse.interstage.tuning import LengthHistory, tune_threshold
 from schedules.export.svg import document
 from schedules.reading import read_json
 
-NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
-POLICIES = (NONE, THRESHOLD, ADAPTIVE)
 _TITLES = {NONE: "none (stage by stage)", THRESHOLD: "threshold (one migration)", ADAPTIVE: "adaptive"}
 _MOST = {
     "devices": 1 << 14,
@@ -82,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate every policy on the same batches, print a table and timelines, and write them."""
-    _check_counts(arguments)
+    check_counts(arguments, *_MOST, most=_MOST)
     costs = _costs(arguments.costs)
     settings = [
         _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
@@ -161,10 +157,8 @@ class _Case:
         self, arguments: argparse.Namespace, trace: LengthTrace, costs: CostModel, limits: EngineLimits, start: int
     ) -> None:
         batch = slice(start, start + arguments.batch)
-        self._costs, self._limits, self._can_transfer = costs, limits, not arguments.no_transfer
-        self._others = np.delete(np.arange(len(trace)), batch)
-        self._trace = trace
-        self._prompts = dict(enumerate(trace.prompts[batch]))
+        self._trace, self._prompts, self._can_transfer = trace, trace.prompts[batch], not arguments.no_transfer
+        self._others = trace.rows(np.delete(np.arange(len(trace)), batch))
         self.rollout = Rollout(
             prompt_tokens=trace.prompt_tokens[batch],
             response_tokens=trace.response_tokens[batch],
@@ -176,32 +170,9 @@ class _Case:
         )
 
     def policy(self, name: str) -> Policy:
-        make: dict[str, Callable[[], Policy]] = {
-            NONE: StageByStage,
-            THRESHOLD: self._threshold,
-            ADAPTIVE: lambda: Adaptive(self._costs, self._model().for_samples(self._prompts), self._can_transfer),
-            KNOWN: lambda: Adaptive(self._costs, KnownLengths(self.rollout.response_tokens), self._can_transfer),
-        }
-        return make[name]()
-
-    def _threshold(self) -> Policy:
-        source = self._others if len(self._others) else np.arange(len(self._trace))
-        history = LengthHistory(
-            prompt_tokens=self._trace.prompt_tokens[source], response_tokens=self._trace.response_tokens[source]
-        )
-        return tune_threshold(
-            history,
-            num_samples=self.rollout.num_samples,
-            num_devices=self.rollout.num_devices,
-            costs=self._costs,
-            limits=self._limits,
-            can_transfer=self._can_transfer,
-        )
-
-    def _model(self) -> LengthModel:
-        trace = self._trace
-        observations = (Observation(int(trace.response_tokens[row]), prompt=trace.prompts[row]) for row in self._others)
-        return learn(observations, self._limits.max_new_tokens)
+        """A threshold is tuned to all rows where there are no others."""
+        past = self._others if len(self._others) or name != THRESHOLD else self._trace
+        return policy_of(name, self.rollout, past, self._prompts)
 
 
 def _row(
@@ -267,16 +238,6 @@ def _costs(name: str) -> CostModel:
     if not path.exists():
         raise ValueError(f"--costs {name} is neither a file nor one of {', '.join(PROFILES)}")
     return costs_from_json(read_json(path, "the fields of a cost model"))
-
-
-def _check_counts(arguments: argparse.Namespace) -> None:
-    for name, most in _MOST.items():
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [] if given is None else [given]:
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-            if value > most:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: the most is {most}")
 
 
 def _limits(arguments: argparse.Namespace, trace: LengthTrace) -> EngineLimits:

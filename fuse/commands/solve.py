@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fuse.commands.options import add_numbers, option_name
 from fuse.commands.output import output_file
 from schedules.export.chart import number_text
 from schedules.export.terminal import gantt
@@ -44,22 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--critic-microbatches", type=int, metavar="N", help="of each copy (default: the actor's share)"
     )
-    parser.add_argument("--actor-forward", type=int, default=1, metavar="TICKS", help="of a stage (default: 1)")
-    parser.add_argument("--critic-forward", type=int, default=1, metavar="TICKS", help="of a stage (default: 1)")
-    parser.add_argument(
-        "--actor-activation", type=float, default=1, metavar="UNITS", help="held per stage (default: 1)"
-    )
-    parser.add_argument(
-        "--critic-activation", type=float, default=1, metavar="UNITS", help="held per stage (default: 1)"
-    )
+    add_numbers(parser, "TICKS", actor_forward=(1, "of a stage"), critic_forward=(1, "of a stage"))
+    held = "held per stage"
+    add_numbers(parser, "UNITS", actor_activation=(1.0, held), critic_activation=(1.0, held))
     parser.add_argument("--split-backward", action="store_true", help="let backwards run as input and weight gradients")
     parser.add_argument(
         "--memory-limit", type=float, metavar="UNITS", help="of every rank (default: the file's, or none)"
     )
     parser.add_argument("--objective", choices=[str(o) for o in Objective], default=str(Objective.MAKESPAN_THEN_MEMORY))
-    parser.add_argument("--time-limit", type=float, default=30.0, metavar="S", help="seconds (default: 30)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    add_numbers(parser, time_limit=(30.0, "seconds"), workers=(2, "threads"), seed=(0, "of the search"))
     parser.add_argument("--out", "--json", type=output_file, metavar="FILE", help="write the solution to FILE")
 
 
@@ -87,12 +81,12 @@ def _instance(arguments: argparse.Namespace) -> Instance:
     described = {name: getattr(arguments, name) for name in _SHAPE if getattr(arguments, name) is not None}
     if arguments.problem is not None:
         if described:
-            option = next(iter(described)).replace("_", "-")
-            raise ValueError(f"--{option} describes a problem and {arguments.problem} is one: give one of them")
+            option = option_name(next(iter(described)))
+            raise ValueError(f"{option} describes a problem and {arguments.problem} is one: give one of them")
         return Instance(problem_from_json(read_json(arguments.problem, "a problem as schedules.formats writes it")), 1)
     for name in ("actor_stages", "actor_microbatches"):
         if name not in described:
-            raise ValueError(f"--{name.replace('_', '-')} is missing: give it, or a PROBLEM.json")
+            raise ValueError(f"{option_name(name)} is missing: give it, or a PROBLEM.json")
     actor_stages, actor_microbatches = described["actor_stages"], described["actor_microbatches"]
     critic_stages = described.get("critic_stages", actor_stages)
     copies = max(1, actor_stages // critic_stages) if critic_stages > 0 else 1

@@ -16,7 +16,7 @@ from fuse.interstage.rollout import SampleSpan, SimulationResult, SpanKind
 from schedules.export.extras import require
 from schedules.export.html import FONT
 from schedules.export.palette import INK, MUTED, SPACE
-from schedules.export.svg import SETTINGS
+from schedules.export.svg import SETTINGS, corners
 from schedules.export.text import drawable
 
 if TYPE_CHECKING:
@@ -145,13 +145,13 @@ def _draw(axes: Axes, chart: RolloutChart) -> None:
         "sample that is migrated": (_MIGRATED, [bar for bar in chart.bars if bar.is_migrated]),
     }
     for label, (colour, bars) in groups.items():
-        boxes = [_corners(bar.span.start_s, bar.span.end_s, bar.top, bar.bottom) for bar in bars]
+        boxes = [corners(bar.span.start_s, bar.span.end_s, bar.top, bar.bottom) for bar in bars]
         if boxes:
             axes.add_collection(
                 PolyCollection(boxes, facecolor=colour, edgecolor="white", linewidth=0.25, label=label), autolim=False
             )
     blocks = [
-        _corners(block.start_s, block.end_s, block.device + _TOP, block.device + _BOTTOM) for block in chart.inference
+        corners(block.start_s, block.end_s, block.device + _TOP, block.device + _BOTTOM) for block in chart.inference
     ]
     axes.add_collection(
         PolyCollection(
@@ -275,10 +275,6 @@ def _by_device(spans: tuple[SampleSpan, ...]) -> Iterator[list[SampleSpan]]:
     for span in spans:
         devices[span.device].append(span)
     yield from devices.values()
-
-
-def _corners(left: float, right: float, top: float, bottom: float) -> list[tuple[float, float]]:
-    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def _device(device: int) -> str:

@@ -29,6 +29,11 @@ class LengthTrace:
     def __len__(self) -> int:
         return len(self.response_tokens)
 
+    def rows(self, chosen: Ints) -> LengthTrace:
+        """These rows alone."""
+        prompts = tuple(self.prompts[row] for row in chosen)
+        return LengthTrace(self.prompt_tokens[chosen], self.response_tokens[chosen], prompts)
+
     def cut(self, max_tokens: int) -> LengthTrace:
         """With responses of at most `max_tokens`."""
         return LengthTrace(self.prompt_tokens, np.minimum(self.response_tokens, max_tokens), self.prompts)

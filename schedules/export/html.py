@@ -5,16 +5,16 @@ Source of the drawing: plotly; of its script, the copy inside the plotly package
 
 from __future__ import annotations
 
-from collections import defaultdict
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from schedules.export.chart import TICKS, Bar, Chart, Units, chart
 from schedules.export.extras import require
-from schedules.export.overview import LEAST_WIDTH, Block, blocks, is_crowded
-from schedules.export.palette import INK, KIND_NAMES, MEMORY, MUTED, SPACE, Look, look
+from schedules.export.legend import Group, bars_by_kind, blocks_by_kind
+from schedules.export.overview import LEAST_WIDTH, Block, is_crowded
+from schedules.export.palette import INK, MEMORY, MUTED, SPACE, Look
 from schedules.export.text import drawable
-from schedules.ir import Kind, Schedule
+from schedules.ir import Schedule
 from schedules.timing import Timing
 
 if TYPE_CHECKING:
@@ -152,79 +152,57 @@ def _script(drawing: Figure) -> list[str]:
 
 def _blocks(drawn: Chart) -> list[Any]:
     """A trace per pipeline and kind with its shares of slices of time."""
-    from plotly.graph_objects import Bar as BarTrace
-
-    scale = drawn.units.time_per_tick
-    groups: defaultdict[tuple[bool, int, Kind], list[Block]] = defaultdict(list)
-    for block in blocks(drawn, _PLOT_PIXELS):
-        groups[block.only_planned, block.pipeline, block.kind].append(block)
-    kinds = list(KIND_NAMES)
+    time_text = drawn.units.time_text
     traces = []
-    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
-        chosen = groups[only_planned, pipeline, kind]
-        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
-        traces.append(
-            BarTrace(
-                name=name,
-                meta=_OVERVIEW,
-                visible=True,
-                legendgroup="planned" if only_planned else name,
-                showlegend=not only_planned,
-                orientation="h",
-                base=[block.start * scale for block in chosen],
-                x=[(block.end - block.start) * scale for block in chosen],
-                y=[(block.top + block.bottom) / 2 for block in chosen],
-                width=[block.bottom - block.top for block in chosen],
-                hovertext=[
-                    f"<b>{name}</b>, {block.share:.0%} of rank {block.rank}<br>{drawn.units.time_text(block.start)} "
-                    f"to {drawn.units.time_text(block.end)}; zoom in to see operations"
-                    for block in chosen
-                ],
-                hovertemplate="%{hovertext}<extra></extra>",
-                marker=_marker(look(pipeline, kind), 0.0),
-                opacity=0.55 if only_planned else 1.0,
-            )
-        )
+    for group in blocks_by_kind(drawn, _PLOT_PIXELS):
+        hovertext = [
+            f"<b>{group.name}</b>, {block.share:.0%} of rank {block.rank}<br>{time_text(block.start)} to "
+            f"{time_text(block.end)}; zoom in to see operations"
+            for block in group.shapes
+        ]
+        traces.append(_trace(group, drawn.units, hovertext, edge=0.0, meta=_OVERVIEW, visible=True))
     return traces
 
 
 def _bars(drawn: Chart) -> list[Any]:
     """A trace per pipeline and kind, so that each has an entry in the legend; those planned only are paler."""
+    planned_of = {bar.op: bar for bar in drawn.planned}
+    traces = []
+    for group in bars_by_kind(drawn):
+        hovertext = [
+            "<br>".join(_hover(drawn, bar, planned_of.get(bar.op), group.only_planned)) for bar in group.shapes
+        ]
+        labels = {
+            "text": [bar.label for bar in group.shapes],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "insidetextfont": {"color": group.style.text},
+        }
+        traces.append(_trace(group, drawn.units, hovertext, edge=drawn.edge, **labels))
+    return traces
+
+
+def _trace(group: Group[Bar] | Group[Block], units: Units, hovertext: list[str], *, edge: float, **options: Any) -> Any:
+    """Boxes of one look, with white lines of width `edge` around them."""
     from plotly.graph_objects import Bar as BarTrace
 
-    groups: defaultdict[tuple[bool, int, Kind], list[Bar]] = defaultdict(list)
-    for only_planned, bar in drawn.every_bar():
-        groups[only_planned, bar.op.pipeline, bar.op.kind].append(bar)
-    planned_of = {bar.op: bar for bar in drawn.planned}
-    kinds = list(KIND_NAMES)
-    traces = []
-    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
-        bars = groups[only_planned, pipeline, kind]
-        style = look(pipeline, kind)
-        scale = drawn.units.time_per_tick
-        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
-        traces.append(
-            BarTrace(
-                name=name,
-                legendgroup="planned" if only_planned else name,
-                showlegend=not only_planned,
-                orientation="h",
-                base=[bar.start * scale for bar in bars],
-                x=[(bar.end - bar.start) * scale for bar in bars],
-                y=[bar.middle for bar in bars],
-                width=[bar.bottom - bar.top for bar in bars],
-                text=[bar.label for bar in bars],
-                textposition="inside",
-                insidetextanchor="middle",
-                textangle=0,
-                insidetextfont={"color": style.text},
-                hovertext=["<br>".join(_hover(drawn, bar, planned_of.get(bar.op), only_planned)) for bar in bars],
-                hovertemplate="%{hovertext}<extra></extra>",
-                marker=_marker(style, drawn.edge),
-                opacity=0.55 if only_planned else 1.0,
-            )
-        )
-    return traces
+    scale, shapes = units.time_per_tick, group.shapes
+    return BarTrace(
+        name=group.name,
+        legendgroup="planned" if group.only_planned else group.name,
+        showlegend=not group.only_planned,
+        orientation="h",
+        base=[shape.start * scale for shape in shapes],
+        x=[(shape.end - shape.start) * scale for shape in shapes],
+        y=[(shape.top + shape.bottom) / 2 for shape in shapes],
+        width=[shape.bottom - shape.top for shape in shapes],
+        hovertext=hovertext,
+        hovertemplate="%{hovertext}<extra></extra>",
+        marker=_marker(group.style, edge),
+        opacity=group.opacity,
+        **options,
+    )
 
 
 def _marker(style: Look, edge: float) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from schedules.export.chart import TICKS, Bar, Chart, Units, chart
 from schedules.export.extras import require
-from schedules.export.overview import Block, blocks, is_crowded
-from schedules.export.palette import INK, KIND_NAMES, MEMORY, MUTED, SPACE, look
+from schedules.export.legend import Group, bars_by_kind, blocks_by_kind
+from schedules.export.overview import Block, is_crowded
+from schedules.export.palette import INK, MEMORY, MUTED, SPACE
 from schedules.export.text import drawable
-from schedules.ir import Kind, Schedule
+from schedules.ir import Schedule
 from schedules.timing import Timing
 
 if TYPE_CHECKING:
@@ -108,62 +109,22 @@ def _draw_spaces(axes: Axes, drawn: Chart) -> None:
 
 def _draw_blocks(axes: Axes, drawn: Chart) -> None:
     """What each rank does in slices of time, where operations would be too narrow to see."""
-    from matplotlib.collections import PolyCollection
-
-    scale = drawn.units.time_per_tick
-    groups: defaultdict[tuple[bool, int, Kind], list[Block]] = defaultdict(list)
-    for block in blocks(drawn, _PLOT_POINTS):
-        groups[block.only_planned, block.pipeline, block.kind].append(block)
-    kinds = list(KIND_NAMES)
-    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
-        boxes = [
-            _box(block.start * scale, block.end * scale, block.top, block.bottom)
-            for block in groups[only_planned, pipeline, kind]
-        ]
-        style = look(pipeline, kind)
-        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
-        axes.add_collection(
-            PolyCollection(
-                boxes,
-                facecolor=style.fill,
-                edgecolor=style.line,  # of the hatch
-                hatch=_HATCHES[style.hatch] or None,
-                linewidth=0,
-                antialiased=False,  # or neighbours show a hairline between them
-                alpha=0.55 if only_planned else None,
-                label=None if only_planned else name,
-            ),
-            autolim=False,
-        )
+    for group in blocks_by_kind(drawn, _PLOT_POINTS):
+        # Antialiased neighbours would show a hairline between them.
+        _fill(axes, group, _boxes(group, drawn.units), antialiased=False)
 
 
 def _draw_bars(axes: Axes, drawn: Chart, points_per_x: float) -> None:
     from matplotlib.collections import PolyCollection
 
     scale = drawn.units.time_per_tick
-    groups: defaultdict[tuple[bool, int, Kind], list[Bar]] = defaultdict(list)
-    for only_planned, bar in drawn.every_bar():
-        groups[only_planned, bar.op.pipeline, bar.op.kind].append(bar)
-    kinds = list(KIND_NAMES)
-    for only_planned, pipeline, kind in sorted(groups, key=lambda key: (key[0], key[1], kinds.index(key[2]))):
-        bars = groups[only_planned, pipeline, kind]
-        style = look(pipeline, kind)
-        name = f"{drawn.problem.pipelines[pipeline].name} {KIND_NAMES[kind]}"
-        boxes = [_corners(bar, scale) for bar in bars]
-        filled = PolyCollection(
-            boxes,
-            facecolor=style.fill,
-            edgecolor=style.line,  # of the hatch
-            hatch=_HATCHES[style.hatch] or None,
-            linewidth=0,
-            alpha=0.55 if only_planned else None,
-            label=None if only_planned else name,
-        )
-        axes.add_collection(filled, autolim=False)
+    for group in bars_by_kind(drawn):
+        boxes = _boxes(group, drawn.units)
+        _fill(axes, group, boxes)
         axes.add_collection(
             PolyCollection(boxes, facecolor="none", edgecolor="white", linewidth=0.8 * drawn.edge), autolim=False
         )
-        for bar in bars:
+        for bar in group.shapes:
             if (bar.end - bar.start) * scale * points_per_x < _DIGIT_WIDTH * _LABEL_POINTS * len(bar.label):
                 continue
             axes.text(
@@ -173,16 +134,36 @@ def _draw_bars(axes: Axes, drawn: Chart, points_per_x: float) -> None:
                 ha="center",
                 va="center_baseline",
                 fontsize=_LABEL_POINTS,
-                color=style.text,
+                color=group.style.text,
                 clip_on=True,
             )
 
 
-def _corners(bar: Bar, scale: float) -> list[tuple[float, float]]:
-    return _box(bar.start * scale, bar.end * scale, bar.top, bar.bottom)
+def _fill(axes: Axes, group: Group[Bar] | Group[Block], boxes: Sequence[Any], **options: Any) -> None:
+    from matplotlib.collections import PolyCollection
+
+    axes.add_collection(
+        PolyCollection(
+            boxes,
+            facecolor=group.style.fill,
+            edgecolor=group.style.line,  # of the hatch
+            hatch=_HATCHES[group.style.hatch] or None,
+            linewidth=0,
+            alpha=group.opacity if group.only_planned else None,
+            label=None if group.only_planned else group.name,
+            **options,
+        ),
+        autolim=False,
+    )
 
 
-def _box(left: float, right: float, top: float, bottom: float) -> list[tuple[float, float]]:
+def _boxes(group: Group[Bar] | Group[Block], units: Units) -> list[list[tuple[float, float]]]:
+    scale = units.time_per_tick
+    return [corners(shape.start * scale, shape.end * scale, shape.top, shape.bottom) for shape in group.shapes]
+
+
+def corners(left: float, right: float, top: float, bottom: float) -> list[tuple[float, float]]:
+    """Of a box."""
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 

@@ -9,9 +9,10 @@ from functools import partial
 import psutil
 import pytest
 
-from fuse.benchmarks.engine_process import EngineProcess
 from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
 from fuse.engines.replay import ReplayEngine
+
+from ..engines.engine_process import DistantEngine
 
 REQUEST = GenerationRequest(
     sample_id=0, prompt_ids=(1,), params=SamplingParams(seed=0, temperature=1.0, max_new_tokens=2)
@@ -20,7 +21,7 @@ REQUEST = GenerationRequest(
 
 def test_calls_are_answered_errors_raised_and_the_end_noticed() -> None:
     core = max(os.sched_getaffinity(0))
-    with EngineProcess(partial(ReplayEngine, {0: ([4, 6], [-1.0, -3.0])}), core=core) as engine:
+    with DistantEngine(partial(ReplayEngine, {0: ([4, 6], [-1.0, -3.0])}), core=core) as engine:
         process = psutil.Process(engine.process_id)
         assert process.cpu_affinity() == [core]
         engine.submit(REQUEST)

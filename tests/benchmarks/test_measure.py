@@ -1,11 +1,12 @@
 """The measuring itself: order, warm-up, memory, and whole files."""
 
 import json
+from itertools import count
 
 import pytest
 import torch
 
-from fuse.benchmarks.measure import describe_machine, interleave, peak_bytes
+from fuse.benchmarks.measure import alternate, describe_machine, interleave, peak_bytes
 from fuse.commands.output import write_json
 
 
@@ -14,6 +15,11 @@ def test_interleave_alternates_and_leaves_the_warm_up_out():
     seconds = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
     assert calls == ["a", "b"] * 5
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_alternate_keeps_what_is_returned_after_the_warm_up():
+    numbers = count()
+    assert alternate({"a": lambda: next(numbers), True: lambda: -1}, repeats=2) == {"a": [1, 2], True: [-1, -1]}
 
 
 def test_interleave_refuses_no_repeats():

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from fuse.benchmarks.engine_process import EngineProcess
 from fuse.engines.vllm import VllmEngine
+
+from .engine_process import DistantEngine
 
 Kind = tuple[str, tuple[tuple[str, Any], ...]]
 """Of engines that differ in their weights alone: the model's configuration and the engine's options."""
@@ -23,7 +24,7 @@ def kind_of(model: PreTrainedModel, options: dict[str, Any]) -> Kind:
     return model.config.to_json_string(), tuple(sorted(options.items()))
 
 
-class VllmProcess(EngineProcess):
+class VllmProcess(DistantEngine):
     """Makes engines of one architecture after another, and knows which one it has."""
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fuse.benchmarks.iteration.rounds import Rounds, check_same_tokens
-from fuse.benchmarks.iteration.turn import Response, Turn
+from fuse.benchmarks.iteration.turn import Response, Variant
 from fuse.benchmarks.iteration.workload import Workload
 
 from .made import ONE, made_turn
@@ -24,14 +24,9 @@ def test_other_tokens_are_noticed() -> None:
         check_same_tokens("both", [replace(ONE, prompt_ids=(1,))], [ONE])
 
 
-class Fixed:
-    """A variant that generates the same all the time."""
-
-    def __init__(self, *responses: Response) -> None:
-        self._responses = responses
-
-    def turn(self, same: tuple[Response, ...] | None) -> Turn:
-        return made_turn(1.0, self._responses)
+def fixed(*responses: Response) -> Variant:
+    """It generates the same all the time."""
+    return lambda same: made_turn(1.0, responses)
 
 
 def made_workload(**options: Any) -> Workload:
@@ -44,17 +39,17 @@ def test_a_run_ends_at_the_first_other_token() -> None:
     rounds = Rounds(made_workload(), num_warmup=1)
     for name in ("off", "both"):
         for round_index in range(2):
-            rounds.take(name, Fixed(ONE), round_index)
+            rounds.take(name, fixed(ONE), round_index)
     assert {name: len(turns) for name, turns in rounds.turns.items()} == {"off": 1, "both": 1}
     with pytest.raises(AssertionError, match="trl generated other tokens"):
-        rounds.take("trl", Fixed(replace(ONE, response_ids=(3, 4, 6))), 0)
+        rounds.take("trl", fixed(replace(ONE, response_ids=(3, 4, 6))), 0)
     with pytest.raises(AssertionError, match="trl does not keep to the lengths"):
-        rounds.take("trl", Fixed(replace(ONE, response_ids=(3, 4))), 1)
+        rounds.take("trl", fixed(replace(ONE, response_ids=(3, 4))), 1)
 
 
 def test_natural_lengths_may_be_any_but_are_the_same_for_all() -> None:
     rounds = Rounds(made_workload(lengths=None), num_warmup=1)
-    rounds.take("off", Fixed(replace(ONE, response_ids=(3,))), 0)
-    rounds.take("off", Fixed(ONE), 1)
+    rounds.take("off", fixed(replace(ONE, response_ids=(3,))), 0)
+    rounds.take("off", fixed(ONE), 1)
     with pytest.raises(AssertionError, match="both generated other tokens"):
-        rounds.take("both", Fixed(ONE), 0)
+        rounds.take("both", fixed(ONE), 0)
