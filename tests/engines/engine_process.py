@@ -38,9 +38,6 @@ class DistantEngine(EngineProcess):
     def sleep(self) -> None:
         self.run(methodcaller("sleep"))
 
-    def sleep(self) -> None:
-        self.run(methodcaller("sleep"))
-
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         self.run(methodcaller("load_weights", dict(state_dict)))
 
