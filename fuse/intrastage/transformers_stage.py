@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
+from fuse.intrastage.no_cache import NoCache
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.stage import Readout
 from fuse.micro_batch import Loss, Metrics, MicroBatch
@@ -247,6 +248,7 @@ class TransformersStage:
             inputs_embeds=hidden,
             attention_mask=micro_batch.attention_mask,
             position_ids=micro_batch.position_ids,
+            past_key_values=NoCache() if micro_batch.attention_mask is None else None,
             use_cache=False,
         ).last_hidden_state
         return output

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fuse.intrastage.no_cache import NoCache
 from fuse.intrastage.stage import Readout
 from fuse.intrastage.transformers_stage import head_of
 from fuse.micro_batch import MicroBatch
@@ -280,7 +281,8 @@ def _read_all(
             micro_batch = laid_out(own, rows).to(model.device)
             hidden = model.get_input_embeddings()(micro_batch.input_ids)
             # As in training: the residual stream is in the type of the computation.
-            hidden = base(inputs_embeds=hidden.to(autocast or hidden.dtype), use_cache=False).last_hidden_state
+            hidden = hidden.to(autocast or hidden.dtype)
+            hidden = base(inputs_embeds=hidden, past_key_values=NoCache(), use_cache=False).last_hidden_state
             flat = read(micro_batch.selected(hidden), head, micro_batch)
             results.update(zip(indices, unpacked(flat, own, rows), strict=True))
     return [results[index] for index in range(len(sequences))]

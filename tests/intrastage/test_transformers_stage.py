@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, Gemma2Config, Gemma2ForCausalLM, LlamaModel, Trainer
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaModel,
+    Trainer,
+    masking_utils,
+)
 
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.micro_batch import MicroBatch
 
 from ..tiny_models import config
-from .chains import GROUPED, MODELS, ONE, SIZES, chain_of, loss, micro_batch_of, model_of, trained
+from .chains import GROUPED, MODELS, ONE, SIZES, TWO, chain_of, loss, micro_batch_of, model_of, trained
 
 
 @pytest.mark.parametrize("name", ["llama", "neox", "qwen2"])
@@ -49,3 +59,29 @@ def test_layer_types_of_the_callers_configuration_are_left_alone() -> None:
     chain_of("transformers", model)
     assert model.config.num_hidden_layers == 5
     assert len(model.config.layer_types) == 5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_never_looks_at_what_tensors_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host would wait for them. Tensors without values refuse to be looked at.
+
+    Where transformers would look, it leaves tensors without values alone: that it never comes there is seen apart.
+    """
+    asked: list[object] = []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked.append)
+    first, last = chain_of("transformers", model_of(name), TWO, split_backward=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        real = micro_batch_of()
+        micro_batch = MicroBatch(
+            input_ids=mode.from_tensor(real.input_ids),
+            head_index=mode.from_tensor(real.head_index),
+            targets=mode.from_tensor(real.targets),
+        )
+        hidden = first.forward(0, micro_batch, None)
+        last.forward(0, micro_batch, hidden.detach())
+        first.backward_input(0, last.backward_input(0, None))
+        for stage in (first, last):
+            stage.backward_weight(0)
+        assert not asked
+        with pytest.raises(DataDependentOutputException):
+            bool(micro_batch.targets.sum() > 0)
