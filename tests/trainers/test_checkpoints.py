@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def test_a_training_state_that_is_written_elsewhere_is_no_checkpoint(
     tiny.train(tmp_path / "out", total_episodes=8, **SAVING)
     save = ModelHandle.save
 
-    def save_elsewhere(handle: ModelHandle, directory: Path) -> Future[dict[str, int]]:
-        return save(handle, tmp_path / "elsewhere")
+    def save_elsewhere(handle: ModelHandle, directory: Path, mixed: Sequence[str]) -> Future[dict[str, int]]:
+        return save(handle, tmp_path / "elsewhere", mixed)
 
     monkeypatch.setattr(ModelHandle, "save", save_elsewhere)
     resumed = tiny.trainer(tmp_path / "out", num_devices=2, **SAVING)
@@ -115,9 +116,9 @@ def test_a_relative_output_dir_is_the_drivers(
 def test_what_a_worker_cannot_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = ModelHandle.save
 
-    def save_badly(handle: ModelHandle, directory: Path) -> Future[dict[str, int]]:
+    def save_badly(handle: ModelHandle, directory: Path, mixed: Sequence[str]) -> Future[dict[str, int]]:
         directory.write_text("a file in its place")
-        return save(handle, directory)
+        return save(handle, directory, mixed)
 
     monkeypatch.setattr(ModelHandle, "save", save_badly)
     with pytest.raises(SaveError, match=r"cannot save .*checkpoint-1: model worker on device 0 failed: .*state"):

@@ -52,7 +52,7 @@ def test_a_run_in_opposite_replicas_is_the_run_of_one_pipeline(
     watched, *planned = logs(both)
     assert "gain/bidirectional" not in watched
     assert all("gain/bidirectional" in one and "bubble/serial" in one for one in planned)
-    assert "two opposite replicas: a step of 3 micro-batches is planned to take" in caplog.text
+    assert "two opposite replicas: a step of 3 micro-batches of actor is planned to take" in caplog.text
 
     def plain_is_sooner(self: StageChoice, stages: Measured) -> float:
         return 1.0 + has_opposites(stages.placement)
