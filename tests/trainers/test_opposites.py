@@ -62,6 +62,7 @@ def test_a_run_in_opposite_replicas_is_the_run_of_one_pipeline(
     with caplog.at_level(logging.INFO, logger=stage_choice.__name__):
         resumed.train(resume_from_checkpoint=str(tmp_path / "both" / "checkpoint-2"))
     assert (
-        "plain 1F1B: a step of 3 micro-batches should take 2.000 s by two opposite replicas, 1.000 s by" in caplog.text
+        "plain 1F1B: a step of 3 micro-batches of actor should take 2.000 s by two opposite replicas, 1.000 s by"
+        in caplog.text
     )
     assert tiny.difference(resumed.model, both.model) < tiny.ROUNDING
