@@ -3,8 +3,8 @@
 A response of at most `limit` tokens that is longer than t has survived t: S(t) = P(length > t), S(limit) = 0. What is
 left of one that has come to age a follows from S alone: P(length > t | length > a) = S(t) / S(a).
 
-Past responses of a prompt give it a curve of its own. Those of a running rollout, whether they have ended or not, tell of
-live siblings if their lengths have a factor in common, and nothing if not: `siblings` learns how much.
+Past responses of a prompt give it a curve of its own. Those of a running rollout, ended or not, tell of live siblings if
+lengths of siblings have a factor in common, and nothing of older ones if not: `siblings` learns which, and how much.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class EndedSamples:
 class RolloutState:
     """What a policy sees: live samples, finished ones that nobody scores yet, and what each device is doing.
 
-    `ended`: all finished ones, for they tell of their siblings; `finished_ids`, `finished_tokens` [backlog], tokens with
+    `ended`: all finished ones, which tell of their siblings; `finished_ids`, `finished_tokens` [backlog], tokens with
     the prompt; `released` [devices]; `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none; `lost`
     [devices]: the engine has died, so that the device can only score.
     """
