@@ -3,8 +3,8 @@
 A response of at most `limit` tokens that is longer than t has survived t: S(t) = P(length > t), S(limit) = 0. What is
 left of one that has come to age a follows from S alone: P(length > t | length > a) = S(t) / S(a).
 
-Past responses of a prompt give it a curve of its own. Those of a running rollout, ended or not, tell of live siblings if
-lengths of siblings have a factor in common, and nothing of older ones if not: `siblings` learns which, and how much.
+Past responses of a prompt give it a curve of its own. Those of a running rollout, ended or not, tell of live siblings
+if lengths of siblings have a factor in common, and nothing of older ones if not: `siblings` learns which.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _ROUNDING = 1e-12
 """Probabilities are told apart no better than this."""
 _POOLED_SAMPLES = 4.0
 """Samples of the pooled curve that a prompt's own curve counts beside its own."""
-_MEAN_POINTS = 10
-"""Points of a mean given siblings, of each kind: even in tokens, in survivors, and in the logarithm of those."""
+_MEAN_POINTS = 24
+"""Points at most between which a mean given siblings is integrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,10 @@ class LengthModel:
         # The past of a prompt has told of its factor: Gamma(1 / v + d, ...) has this variance for a mean of 1.
         past = np.array([0, *(self.num_ended[prompt] for prompt in rows)], dtype=np.float64)
         variances = self.variance / (1 + self.variance * past)
-        return SurvivalLengths(self.limit, self.grid, point_of, curves, _tails(self.grid, curves), row_of, variances)
+        with np.errstate(divide="ignore"):  # at the limit it is infinite
+            growths = curves ** -variances[:, None]
+        tails = _tails(self.grid, curves)
+        return SurvivalLengths(self.limit, self.grid, point_of, curves, tails, row_of, variances, growths)
 
 
 def learn(observations: Iterable[Observation], limit: int, own: Collection[Hashable] | None = None) -> LengthModel:
@@ -158,7 +161,8 @@ class SurvivalLengths:
     """Remaining lengths by curve: `curves` and `tails` [rows, points]; samples beyond `row_of` [n] have row 0.
 
     `point_of` [limit]: the last of the `grid` points [points] that is not after an age. `variances` [rows]: of the
-    factor that siblings have in common, all 0 if they have none. `told`: by siblings, None while nothing is.
+    factor that siblings have in common, all 0 if they have none; `growths` [rows, points]: G of `siblings`. `told`: by
+    siblings, None while nothing is.
     """
 
     limit: int
@@ -168,6 +172,7 @@ class SurvivalLengths:
     tails: Floats
     row_of: Ints
     variances: Floats
+    growths: Floats
     told: Told | None = None
 
     def given(self, live: LiveSamples, ended: EndedSamples) -> SurvivalLengths:
@@ -222,23 +227,16 @@ class SurvivalLengths:
         return np.clip(self.grid[reached] - ages, 1.0, self.limit - ages)
 
     def _area_given(self, told: Told, ids: Ints, rows: Ints, ages: Ints) -> Floats:
-        """Area beyond the age under P(length > t | all that is known), by trapezoids between a few points."""
-        at, growths = self._mean_points()
-        now = self._growth(rows, ages)[:, None]
-        gains = np.maximum(growths[rows] - now, 0.0)  # before the age: no area, for there the points are the age itself
+        """Area beyond the age under P(length > t | all that is known), by trapezoids that widen with the distance."""
+        last = len(self.grid) - 1
+        steps = np.append(0, np.unique(np.geomspace(1, last, min(last, _MEAN_POINTS)).astype(np.int64)))
+        at = np.minimum(self._locate(ages)[0][:, None] + 1 + steps, last)
+        gains = self.growths[rows[:, None], at] - self._growth(rows, ages)[:, None]
         survival = survival_given(gains, self.variances[rows], *told.of(ids))
-        widths = np.diff(np.maximum(self.grid[at], ages[:, None]), axis=1)
-        area: Floats = (widths * (survival[:, :-1] + survival[:, 1:]) / 2).sum(axis=1)
+        points = self.grid[at]
+        first = (points[:, 0] - ages) * (1 + survival[:, 0]) / 2
+        area: Floats = first + (np.diff(points, axis=1) * (survival[:, :-1] + survival[:, 1:]) / 2).sum(axis=1)
         return area
-
-    def _mean_points(self) -> tuple[Ints, Floats]:
-        """Points of the grid for means, [few], and G there on every row, [rows, few]."""
-        curve, num_points = self.curves[0], len(self.grid)
-        heights = np.append(np.linspace(1, 0, _MEAN_POINTS), np.geomspace(1, curve[-2], _MEAN_POINTS))
-        by_height = np.searchsorted(-curve, -heights).clip(0, num_points - 1)
-        at = np.unique(np.append(by_height, np.linspace(0, num_points - 1, _MEAN_POINTS).astype(np.int64)))
-        with np.errstate(divide="ignore"):  # G is infinite at the limit
-            return at, self.curves[:, at] ** -self.variances[:, None]
 
     def _growth(self, rows: Ints, ages: Ints | Floats) -> Floats:
         """G(age) = S(age) ** -v of samples with these rows, [n]."""
