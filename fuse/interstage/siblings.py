@@ -72,8 +72,9 @@ def weigh(
     are over. counts [ended]: false for those that the limit has cut.
     """
     num_prompts = 1 + max(int(prompts.max(initial=0)), int(ended_prompts.max(initial=0)))
-    num_ended = np.bincount(ended_prompts, weights=counts, minlength=num_prompts)
-    exposures = 1 + np.bincount(prompts, weights=growth - 1, minlength=num_prompts)
+    num_ended, exposures = np.zeros(num_prompts), np.ones(num_prompts)
+    num_ended += np.bincount(ended_prompts, weights=counts, minlength=num_prompts)
+    exposures += np.bincount(prompts, weights=growth - 1, minlength=num_prompts)
     exposures += np.bincount(ended_prompts, weights=ended_growth - 1, minlength=num_prompts)
     return num_ended[prompts], exposures[prompts]
 
