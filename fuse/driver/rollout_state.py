@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
-from fuse.interstage.migration import EngineLimits, Infer, LiveSamples, RolloutState
+from fuse.interstage.migration import EndedSamples, EngineLimits, Infer, LiveSamples, RolloutState
 from fuse.sample import Sample, SampleState
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure
@@ -73,7 +73,9 @@ def visible_state(
 
     prompts: of `prompt_numbers`.
     """
-    ids = [index for index, sample in enumerate(samples) if sample.id in home]
+    ids, ended = [], []
+    for index, sample in enumerate(samples):
+        (ids if sample.id in home else ended).append(index)
     live = [samples[index] for index in ids]
     backlog = [index for index, sample in enumerate(samples) if sample.state is SampleState.GENERATED]
     response_tokens = np.array([len(sample.response_ids) for sample in live], dtype=np.int64)
@@ -87,6 +89,10 @@ def visible_state(
             started=response_tokens > 0,
             movable=np.array([sample.state is SampleState.GENERATING for sample in live], dtype=np.bool_),
             prompts=prompts[ids],
+        ),
+        ended=EndedSamples(
+            prompts=prompts[ended],
+            response_tokens=np.array([len(samples[index].response_ids) for index in ended], dtype=np.int64),
         ),
         finished_ids=np.array(backlog, dtype=np.int64),
         finished_tokens=np.array([_num_tokens(samples[index]) for index in backlog], dtype=np.int64),

@@ -9,7 +9,7 @@ that all devices end together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,6 +66,9 @@ class Adaptive:
         is_due = _is_due(state.live)
         if not is_due and not (len(state.finished_ids) and free_devices(state)):
             return []
+        return replace(self, lengths=self.lengths.given(state.live, state.ended))._plan(state, is_due)
+
+    def _plan(self, state: RolloutState, is_due: bool) -> list[Action]:
         ends_s, end_s = self._ends(state)
         moves = self._moves(state, ends_s, end_s) if is_due else []
         piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s)

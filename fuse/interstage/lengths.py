@@ -3,18 +3,21 @@
 A response of at most `limit` tokens that is longer than t has survived t: S(t) = P(length > t), S(limit) = 0. What is
 left of one that has come to age a follows from S alone: P(length > t | length > a) = S(t) / S(a).
 
-A response that has ended changes nothing of that for a sibling that is older already. Samples of one prompt start
-together, so what ends within a rollout is learnt when the rollout is over.
+Past responses of a prompt give it a curve of its own. Those of a running rollout, ended or not, tell of live siblings
+if lengths of siblings have a factor in common, and nothing of older ones if not: `siblings` learns which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fuse.interstage.migration import EndedSamples, LiveSamples
+from fuse.interstage.siblings import learn_variance, pooled_level, survival_given, weigh
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -25,6 +28,8 @@ _ROUNDING = 1e-12
 """Probabilities are told apart no better than this."""
 _POOLED_SAMPLES = 4.0
 """Samples of the pooled curve that a prompt's own curve counts beside its own."""
+_MEAN_POINTS = 24
+"""Points at most between which a mean given siblings is integrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,10 @@ class RemainingLengths(Protocol):
         """Tokens still to come that are not exceeded with probability `level`, one or [n]; [n], at least 1."""
         ...
 
+    def given(self, live: LiveSamples, ended: EndedSamples) -> RemainingLengths:
+        """The same, knowing how a rollout stands; it is asked about its live samples alone, at their ages."""
+        ...
+
 
 def kaplan_meier(tokens: Ints, censored: NDArray[np.bool_], limit: int, prior: float = 0.5) -> Floats:
     """S(0), ..., S(limit) from lengths of which some were only seen to reach their last token.
@@ -71,13 +80,19 @@ def kaplan_meier(tokens: Ints, censored: NDArray[np.bool_], limit: int, prior: f
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LengthModel:
-    """Curves on the common points `grid` [points] of 0..limit: one pooled, and one per prompt that has been seen."""
+    """Curves on the common points `grid` [points] of 0..limit: one pooled, and one per prompt that has been seen.
+
+    num_ended: past responses of each of those prompts that were seen to end. variance: of the factor that siblings have
+    in common, 0 if they have none.
+    """
 
     limit: int
     grid: Floats
     pooled: Floats
     by_prompt: Mapping[Hashable, Floats]
+    num_ended: Mapping[Hashable, int]
     num_observations: int
+    variance: float
 
     def for_samples(self, prompts: Mapping[int, Hashable] | None = None) -> SurvivalLengths:
         """The model for an iteration, given the prompts of its samples by sample id."""
@@ -88,13 +103,20 @@ class LengthModel:
         for sample, prompt in known.items():
             row_of[sample] = rows[prompt]
         point_of = np.searchsorted(self.grid, np.arange(self.limit), side="right") - 1
-        return SurvivalLengths(self.limit, self.grid, point_of, curves, _tails(self.grid, curves), row_of)
+        # The past of a prompt has told of its factor: Gamma(1 / v + d, ...) has this variance for a mean of 1.
+        past = np.array([0, *(self.num_ended[prompt] for prompt in rows)], dtype=np.float64)
+        variances = self.variance / (1 + self.variance * past)
+        with np.errstate(divide="ignore"):  # at the limit it is infinite
+            growths = curves ** -variances[:, None]
+        tails = _tails(self.grid, curves)
+        return SurvivalLengths(self.limit, self.grid, point_of, curves, tails, row_of, variances, growths)
 
 
-def learn(observations: Iterable[Observation], limit: int) -> LengthModel:
+def learn(observations: Iterable[Observation], limit: int, own: Collection[Hashable] | None = None) -> LengthModel:
     """Learn the pooled curve, and each seen prompt's, which counts some pooled samples beside its own.
 
-    Observations cut at or beyond `limit` count as ended there, for generation ends there too.
+    Observations cut at or beyond `limit` count as ended there, for generation ends there too. own: prompts that get a
+    curve; by default all. How much siblings have in common is learnt of all.
 
     Raises:
         ValueError: limit < 1.
@@ -108,12 +130,16 @@ def learn(observations: Iterable[Observation], limit: int) -> LengthModel:
             groups.setdefault(observation.prompt, []).append(observation)
     grid = np.unique(np.linspace(0, limit, min(limit + 1, _MAX_POINTS)).round())
     points = grid.astype(np.int64)
-    pooled = _curve(observed, limit)[points]
-    by_prompt = {}
-    for prompt, group in groups.items():
+    curve = _curve(observed, limit)
+    pooled = curve[points]
+    by_prompt, num_ended = {}, {}
+    for prompt in groups if own is None else groups.keys() & set(own):
+        group = groups[prompt]
+        num_ended[prompt] = sum(_ends(one, limit) for one in group)
         weight = len(group) / (len(group) + _POOLED_SAMPLES)
         by_prompt[prompt] = weight * _curve(group, limit, prior=0.0)[points] + (1 - weight) * pooled
-    return LengthModel(limit, grid, pooled, by_prompt, len(observed))
+    variance = _variance(curve, list(groups.values()), limit)
+    return LengthModel(limit, grid, pooled, by_prompt, num_ended, len(observed), variance)
 
 
 def drift(model: LengthModel, recent: Sequence[Observation]) -> float:
@@ -134,7 +160,9 @@ def drift(model: LengthModel, recent: Sequence[Observation]) -> float:
 class SurvivalLengths:
     """Remaining lengths by curve: `curves` and `tails` [rows, points]; samples beyond `row_of` [n] have row 0.
 
-    `point_of` [limit]: the last of the `grid` points [points] that is not after an age.
+    `point_of` [limit]: the last of the `grid` points [points] that is not after an age. `variances` [rows]: of the
+    factor that siblings have in common, all 0 if they have none; `growths` [rows, points]: G of `siblings`. `told`: by
+    siblings, None while nothing is.
     """
 
     limit: int
@@ -143,30 +171,77 @@ class SurvivalLengths:
     curves: Floats
     tails: Floats
     row_of: Ints
+    variances: Floats
+    growths: Floats
+    told: Told | None = None
+
+    def given(self, live: LiveSamples, ended: EndedSamples) -> SurvivalLengths:
+        """With what siblings have told by now: how many have ended, and what all of them have lived through."""
+        if not self.variances[0] or not len(live) or np.bincount(np.append(live.prompts, ended.prompts)).max() < 2:
+            return self
+        rows = self._rows(live.ids)
+        row_of_prompt = np.zeros(1 + max(live.prompts.max(), ended.prompts.max(initial=0)), dtype=np.int64)
+        row_of_prompt[live.prompts] = rows
+        # A response ends within its last token: in the middle of the step that the curve takes there.
+        ended_at = np.clip(ended.response_tokens - 0.5, 0, self.limit - 1)
+        num_ended, exposures = weigh(
+            live.prompts,
+            self._growth(rows, np.minimum(live.response_tokens, self.limit - 1)),
+            ended.prompts,
+            self._growth(row_of_prompt[ended.prompts], ended_at),
+            ended.response_tokens < self.limit,
+        )
+        place_of = np.zeros(live.ids.max() + 1, dtype=np.int64)
+        place_of[live.ids] = np.arange(len(live))
+        return replace(self, told=Told(place_of, num_ended, exposures))
 
     def expected(self, ids: Ints, ages: Ints) -> Floats:
         """Mean of what is left: the area under the curve beyond the age, over its height there."""
         rows, ages = self._rows(ids), np.minimum(ages, self.limit - 1)
+        if self.told is not None:
+            # Between whole tokens the curve is a staircase, which has half a token more under it than its chords.
+            return np.clip(self._area_given(self.told, ids, rows, ages) + 0.5, 1.0, self.limit - ages)
         index, weight = self._locate(ages)
         survival = self._at(self.curves, rows, index, weight)
         # The area beyond the age: that beyond the next point, and the trapezoid up to it.
         width = self.grid[index + 1] - ages
         next_survival = self.curves[rows, index + 1]
         area = self.tails[rows, index + 1] + width * (survival + next_survival) / 2
-        # Between whole tokens the curve is a staircase, which has half a token more under it than its chords.
         return np.clip(area / survival + 0.5, 1.0, self.limit - ages)
 
     def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
-        """Where the curve beyond the age has fallen to 1 - level of its height there."""
+        """Where the curve beyond the age has fallen to 1 - level of its height there, or as far as siblings have it."""
         rows, ages = self._rows(ids), np.minimum(ages, self.limit - 1)
         index, weight = self._locate(ages)
-        target = self._at(self.curves, rows, index, weight) * (1 - level) + _ROUNDING
+        survival = self._at(self.curves, rows, index, weight)
+        if self.told is None:
+            target = survival * (1 - level) + _ROUNDING
+        else:
+            variances = self.variances[rows]
+            target = pooled_level(level, survival**-variances, variances, *self.told.of(ids)) + _ROUNDING
         reached = np.empty(len(ages), dtype=np.int64)
         pooled = rows == 0
         reached[pooled] = np.searchsorted(-self.curves[0], -target[pooled], side="left")
         if not pooled.all():
             reached[~pooled] = np.argmax(self.curves[rows[~pooled]] <= target[~pooled, None], axis=1)
         return np.clip(self.grid[reached] - ages, 1.0, self.limit - ages)
+
+    def _area_given(self, told: Told, ids: Ints, rows: Ints, ages: Ints) -> Floats:
+        """Area beyond the age under P(length > t | all that is known), by trapezoids that widen with the distance."""
+        last = len(self.grid) - 1
+        steps = np.append(0, np.unique(np.geomspace(1, last, min(last, _MEAN_POINTS)).astype(np.int64)))
+        at = np.minimum(self._locate(ages)[0][:, None] + 1 + steps, last)
+        gains = self.growths[rows[:, None], at] - self._growth(rows, ages)[:, None]
+        survival = survival_given(gains, self.variances[rows], *told.of(ids))
+        points = self.grid[at]
+        first = (points[:, 0] - ages) * (1 + survival[:, 0]) / 2
+        area: Floats = first + (np.diff(points, axis=1) * (survival[:, :-1] + survival[:, 1:]) / 2).sum(axis=1)
+        return area
+
+    def _growth(self, rows: Ints, ages: Ints | Floats) -> Floats:
+        """G(age) = S(age) ** -v of samples with these rows, [n]."""
+        growth: Floats = self._at(self.curves, rows, *self._locate(ages)) ** -self.variances[rows]
+        return growth
 
     def _rows(self, ids: Ints) -> Ints:
         if len(self.curves) == 1:
@@ -176,9 +251,9 @@ class SurvivalLengths:
         rows[known] = self.row_of[ids[known]]
         return rows
 
-    def _locate(self, ages: Ints) -> tuple[Ints, Floats]:
+    def _locate(self, ages: Ints | Floats) -> tuple[Ints, Floats]:
         """The grid point at or before each age, and how far the age is towards the next."""
-        index = self.point_of[ages]
+        index = self.point_of[ages.astype(np.int64)]
         return index, (ages - self.grid[index]) / (self.grid[index + 1] - self.grid[index])
 
     @staticmethod
@@ -186,6 +261,20 @@ class SurvivalLengths:
         values = curves[rows, index] * (1 - weight) + curves[rows, index + 1] * weight
         survival: Floats = np.maximum(values, _ROUNDING)
         return survival
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What siblings have told of live samples, as of `siblings.weigh`, [live] each; `place_of` [n] finds them by id."""
+
+    place_of: Ints
+    num_ended: Floats
+    exposures: Floats
+
+    def of(self, ids: Ints) -> tuple[Floats, Floats]:
+        """Of these samples."""
+        places = self.place_of[ids]
+        return self.num_ended[places], self.exposures[places]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,6 +291,25 @@ class KnownLengths:
     def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
         """What is left, at every level."""
         return self.expected(ids, ages)
+
+    def given(self, live: LiveSamples, ended: EndedSamples) -> KnownLengths:
+        """Nothing is to be told."""
+        return self
+
+
+def _ends(observation: Observation, limit: int) -> bool:
+    """Whether a response was seen to end by itself."""
+    return not observation.censored and observation.tokens < limit
+
+
+def _variance(curve: Floats, groups: Sequence[Sequence[Observation]], limit: int) -> float:
+    """Of the factor that siblings have in common, given the pooled S(0), ..., S(limit)."""
+    observed = [one for group in groups for one in group]
+    tokens = np.array([min(one.tokens, limit - 1) for one in observed], dtype=np.int64)
+    ended = np.array([_ends(one, limit) for one in observed], dtype=np.bool_)
+    before = np.maximum(tokens - ended, 0)  # a response ends within its last token
+    survival = np.maximum((curve[tokens] + curve[before]) / 2, _ROUNDING)
+    return learn_variance(survival, ended, np.repeat(np.arange(len(groups)), [len(group) for group in groups]))
 
 
 def _curve(observations: Sequence[Observation], limit: int, prior: float = 0.5) -> Floats:

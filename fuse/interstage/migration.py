@@ -95,16 +95,25 @@ class LiveSamples:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class EndedSamples:
+    """The samples that are finished, scored or not, as parallel arrays [ended]; `prompts` as of live ones."""
+
+    prompts: Ints
+    response_tokens: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RolloutState:
     """What a policy sees: live samples, finished ones that nobody scores yet, and what each device is doing.
 
-    `finished_ids`, `finished_tokens` [backlog], tokens with the prompt; `released` [devices];
-    `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none; `lost` [devices]: the engine has died,
-    so that the device can only score.
+    `ended`: all finished ones, which tell of their siblings; `finished_ids`, `finished_tokens` [backlog], tokens with
+    the prompt; `released` [devices]; `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none; `lost`
+    [devices]: the engine has died, so that the device can only score.
     """
 
     limits: EngineLimits
     live: LiveSamples
+    ended: EndedSamples
     finished_ids: Ints
     finished_tokens: Ints
     released: Bools

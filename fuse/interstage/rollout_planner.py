@@ -89,7 +89,7 @@ class RolloutPlanner:
             return self.fixed_policy(len(samples))
         if settings.policy == "adaptive":
             prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
-            model = learn(self._observations(set(prompts.values())), settings.limits.max_new_tokens)
+            model = learn(self._observations(), settings.limits.max_new_tokens, own=set(prompts.values()))
             return Adaptive(costs, model.for_samples(prompts))
         return self._tuned(costs, len(samples))
 
@@ -109,13 +109,8 @@ class RolloutPlanner:
         """Learn what one worker's operations took."""
         self._calibration.add(spans)
 
-    def _observations(self, prompts: set[tuple[int, ...]]) -> list[Observation]:
-        """All that is remembered; prompts other than these are not told apart."""
-        return [
-            one if one.prompt in prompts else Observation(one.tokens, one.censored)
-            for update in self._updates
-            for one in update
-        ]
+    def _observations(self) -> list[Observation]:
+        return [one for update in self._updates for one in update]
 
     def _tuned(self, costs: CostModel, num_samples: int) -> Threshold:
         settings = self._settings
@@ -125,7 +120,7 @@ class RolloutPlanner:
                 prompt_tokens=np.array([tokens for update in self._prompt_tokens for tokens in update]),
                 response_tokens=np.array([one.tokens for update in self._updates for one in update]),
             )
-            self._tuned_to = learn(self._observations(set()), settings.limits.max_new_tokens)
+            self._tuned_to = learn(self._observations(), settings.limits.max_new_tokens, own=())
             self._threshold = tune_threshold(
                 history,
                 num_samples=num_samples,

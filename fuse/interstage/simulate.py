@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 from fuse.interstage.costs import MigrationKind, cheaper_migration
 from fuse.interstage.dealing import deal
-from fuse.interstage.migration import Action, Infer, LiveSamples, Migrate, Policy, Release, RolloutState, evens_out
+from fuse.interstage.migration import (
+    Action,
+    EndedSamples,
+    Infer,
+    LiveSamples,
+    Migrate,
+    Policy,
+    Release,
+    RolloutState,
+    evens_out,
+)
 from fuse.interstage.rollout import BusySpan, Rollout, SampleSpan, SimulationResult, SpanKind
 from fuse.interstage.simulated_engine import SimulatedEngine
 
@@ -244,9 +254,9 @@ class _Simulation:
 
     def _state(self) -> RolloutState:
         live = np.flatnonzero(self._phase <= _Phase.TRAVELLING)
-        host = self._host[live]
-        steps = self._complete_steps()[host] - self._entered[live]
+        steps = self._complete_steps()[self._host[live]] - self._entered[live]
         tokens = self._tokens[live] + np.where(self._in_batch[live], steps, 0)
+        ended = np.flatnonzero(self._phase >= _Phase.FINISHED)
         backlog = np.flatnonzero(self._phase == _Phase.FINISHED)
         return RolloutState(
             limits=self._rollout.limits,
@@ -259,6 +269,7 @@ class _Simulation:
                 movable=self._phase[live] <= _Phase.RUNNING,
                 prompts=self._prompts[live],
             ),
+            ended=EndedSamples(self._prompts[ended], self._tokens[ended]),
             finished_ids=backlog,
             finished_tokens=self._rollout.prompt_tokens[backlog] + self._tokens[backlog],
             released=self._released.copy(),

@@ -77,8 +77,8 @@ def test_the_past_of_a_prompt_outweighs_the_pool_as_it_grows() -> None:
     assert samples.quantile(np.array([7]), ages(20), 0.5) == pytest.approx([70])
 
 
-def test_a_response_that_ended_says_nothing_of_an_older_sibling() -> None:
-    """Which is why policies are not told of siblings that end within a rollout; of a younger one it does."""
+def test_without_a_common_factor_a_response_that_ended_says_nothing_of_an_older_sibling() -> None:
+    """Of a younger one it does: one of a later iteration. `test_siblings` has what it says where there is a factor."""
     pool = [Observation(int(tokens)) for tokens in np.random.default_rng(0).integers(1, 101, 1000)]
     past = [Observation(tokens, prompt="p") for tokens in (60, 80, 90)]
     before, after = (

@@ -11,6 +11,7 @@ from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import SMALL_CPU, CostModel
 from fuse.interstage.lengths import KnownLengths, learn
 from fuse.interstage.migration import (
+    EndedSamples,
     EngineLimits,
     Infer,
     LiveSamples,
@@ -58,6 +59,7 @@ def state(
             movable=~np.isin(np.array(devices, dtype=np.int64), list(lost)),  # what goes to a lost engine has left
             prompts=np.arange(num),
         ),
+        ended=EndedSamples(np.array(list(finished or {}), dtype=np.int64), np.full(len(finished or {}), 5)),
         finished_ids=np.array(list(finished or {}), dtype=np.int64),
         finished_tokens=np.array(list((finished or {}).values()), dtype=np.int64),
         released=flags,
