@@ -55,8 +55,7 @@ class LiveRollout:
     engines: a generation worker per device; a device without one only scores.
     scorers: gives a model worker per device; called when one is first needed, for they may still be starting. None
         where no model scores.
-    flow_roles: the models that score through pipelines over all devices; none where every device scores by itself. A
-        device that the policy has score is then one whose samples may be under way: it still is released, and empty.
+    flow_roles: the models that score through pipelines over all devices; none where every device scores by itself.
     policy: called at the start, whenever samples finish, and whenever a device has scored what it was given.
     costs: choose between moving KV and computing it again; None, or an engine without KV to move, always computes.
     dealing: which samples each engine starts with.
@@ -286,9 +285,7 @@ class LiveRollout:
 
     def _act(self, actions: Sequence[Action]) -> None:
         self._migrate([action for action in actions if isinstance(action, Migrate)])
-        for action in actions:
-            if isinstance(action, Migrate):
-                continue
+        for action in (one for one in actions if not isinstance(one, Migrate)):
             device = self._devices[action.device]
             device.released = True
             if isinstance(action, Infer):

@@ -73,7 +73,8 @@ def visible_state(
 
     prompts: of `prompt_numbers`.
     """
-    ids, ended = [], []
+    ids: list[int] = []
+    ended: list[int] = []
     for index, sample in enumerate(samples):
         (ids if sample.id in home else ended).append(index)
     live = [samples[index] for index in ids]

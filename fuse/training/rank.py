@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,11 @@ from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, MicroBatch
-from fuse.storages import Storages
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
 from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
+from fuse.training.offload import Offload
 from fuse.training.rounds import RankRound, Round, by_tokens
 from fuse.training.running import Running
 from schedules import Schedule
@@ -101,6 +101,7 @@ class TrainingRank:
 
     device_index: of the world. tensor_group: the devices that share this one's stages; None for itself alone.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
+    offload: puts weights and moments away until another method needs them.
     """
 
     def __init__(
@@ -118,8 +119,6 @@ class TrainingRank:
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._observed_models: set[str] = set()
-        self._moments_away = Storages()
-        self._weights_away = {model: Storages() for model in specs}
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 replica.model,
@@ -154,6 +153,7 @@ class TrainingRank:
             )
             for model, spec in specs.items()
         }
+        self.offload = Offload(self._optimizers, device, recorder)
 
     def stages_of(self, model: str) -> dict[tuple[int, int], TrainedStage]:
         """This rank's stages of a model by (replica, stage)."""
@@ -162,35 +162,6 @@ class TrainingRank:
             for (pipeline, stage), held in self._stages.items()
             if self._placement[pipeline].model == model
         }
-
-    def offload(self, kept: Collection[str]) -> None:
-        """Move weights and moments to host memory until one of the other methods needs them.
-
-        kept: models whose weights stay, since they score where they train.
-        """
-        if self._moments_away.are_released:
-            return
-        with self._recorder.span("offload", "weights"):
-            for model, optimizer in self._optimizers.items():
-                for _, parts in optimizer.state():
-                    if model not in kept:
-                        self._weights_away[model].release([parts["parameter"]], keep_bits=True)
-                    self._moments_away.release([parts["exp_avg"], parts["exp_avg_sq"]], keep_bits=True)
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()  # for the device's other process
-
-    def bring_weights(self, model: str) -> None:
-        """Have a model's weights on the device again."""
-        if self._weights_away[model].are_released:
-            with self._recorder.span(f"restore {model}", "weights"):
-                self._weights_away[model].restore()
-
-    def _be_resident(self) -> None:
-        for model in self._optimizers:
-            self.bring_weights(model)
-        if self._moments_away.are_released:
-            with self._recorder.span("restore moments", "weights"):
-                self._moments_away.restore()
 
     def forward_pipelines(
         self,
@@ -221,7 +192,7 @@ class TrainingRank:
 
         learning_rates: by round, of the roles in it.
         """
-        self._be_resident()
+        self.offload.bring_all()
         if self._settings.loss_normalization == "token":
             rounds = by_tokens(rounds, experience)
         return [
@@ -312,7 +283,7 @@ class TrainingRank:
 
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
         """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
-        self._be_resident()
+        self.offload.bring_all()
         made = [self._micro_batches(experience, samples) for samples in micro_batches]
         per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
@@ -324,13 +295,13 @@ class TrainingRank:
 
     def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copy a whole model's weights into the stages held here."""
-        self._be_resident()
+        self.offload.bring_all()
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
     def export_weights(self, model: str) -> dict[str, Tensor]:
         """What this device tells of a model, under Hugging Face names; each weight is told by one device alone."""
-        self._be_resident()
+        self.offload.bring_all()
         state_dict: dict[str, Tensor] = {}
         for (replica, _), stage in self.stages_of(model).items():
             if replica == 0:
@@ -342,12 +313,12 @@ class TrainingRank:
 
         models: whole ones that are part of it without being trained, by role.
         """
-        self._be_resident()
+        self.offload.bring_all()
         return state.save_state(directory, self._optimizers, models)
 
     def load(self, directory: Path, models: Mapping[str, nn.Module]) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it. models: as of `save`."""
-        self._be_resident()
+        self.offload.bring_all()
         state.load_state(directory, self._optimizers, models)
 
 

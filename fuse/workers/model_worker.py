@@ -127,7 +127,7 @@ class ModelWorker:
     def offload_training(self) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train."""
         is_sharded = self._scoring_settings.is_sharded
-        self._training.offload(
+        self._training.offload.put_away(
             [role for role in self._scoring_specs if is_sharded or self._trained_here(role) is not None]
         )
 
@@ -156,7 +156,7 @@ class ModelWorker:
         """Have a piece enter the pipelines, or all come to its end; all ranks are called in one same order."""
         for role in () if piece is None else piece.roles:
             if role in self._trained:
-                self._training.bring_weights(role)
+                self._training.offload.bring_weights(role)
         return self._pipelines.advance(piece)
 
     # Weights and checkpoints

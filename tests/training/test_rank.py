@@ -78,8 +78,8 @@ def trained(
         training.profile(EXPERIENCE, [[0, 1]])
         for by_counts in plans:
             if kept is not None:
-                training.offload(kept)
-                training.offload(kept)
+                training.offload.put_away(kept)
+                training.offload.put_away(kept)
                 assert set(resident(training)) == {f"{role} parameter" for role in kept}
             training.train(EXPERIENCE, of_update, [{"actor": 1e-2, "critic": 1e-2}], by_counts)
         return {

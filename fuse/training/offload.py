@@ -1,0 +1,47 @@
+"""What a rank trains, put away in host memory while nothing trains."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from fuse.intrastage.optimizer import ModelOptimizer
+from fuse.storages import Storages
+from fuse.trace import SpanRecorder
+
+
+class Offload:
+    """Weights and moments of a device's models: on the device, or away. Nobody may use those that are away."""
+
+    def __init__(self, optimizers: Mapping[str, ModelOptimizer], device: torch.device, recorder: SpanRecorder) -> None:
+        self._optimizers, self._device, self._recorder = optimizers, device, recorder
+        self._moments = Storages()
+        self._weights = {model: Storages() for model in optimizers}
+
+    def put_away(self, kept: Collection[str]) -> None:
+        """Move everything to host memory, but for the weights of the models `kept`."""
+        if self._moments.are_released:
+            return
+        with self._recorder.span("offload", "weights"):
+            for model, optimizer in self._optimizers.items():
+                for _, parts in optimizer.state():
+                    if model not in kept:
+                        self._weights[model].release([parts["parameter"]], keep_bits=True)
+                    self._moments.release([parts["exp_avg"], parts["exp_avg_sq"]], keep_bits=True)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # for the device's other process
+
+    def bring_weights(self, model: str) -> None:
+        """Have a model's weights on the device again."""
+        if self._weights[model].are_released:
+            with self._recorder.span(f"restore {model}", "weights"):
+                self._weights[model].restore()
+
+    def bring_all(self) -> None:
+        """Have everything on the device again."""
+        for model in self._weights:
+            self.bring_weights(model)
+        if self._moments.are_released:
+            with self._recorder.span("restore moments", "weights"):
+                self._moments.restore()
