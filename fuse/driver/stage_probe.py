@@ -57,7 +57,7 @@ def model_bytes(
     try:
         measured = _measured(
             _Layers(type(without_memory(model_class, config).base_model), model_class),
-            json.dumps(config.to_dict() | _OF_HEADS, sort_keys=True, default=str),
+            json.dumps({**config.to_dict(), **_OF_HEADS}, sort_keys=True, default=str),
             config._attn_implementation,
             autocast,
             gradient_checkpointing,
