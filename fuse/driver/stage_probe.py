@@ -6,8 +6,11 @@ So it is the code that trains that is measured, whatever the architecture, and n
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fuse.driver.memory_changes import RECORDED_LENGTH, MemoryChanges, MemoryRecord
 from fuse.driver.stage_bytes import SIZES, HeadBytes, Line, ModelBytes, StageLines
-from fuse.intrastage.live_memory import LiveMemory
-from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.intrastage.transformers_stage import TransformersStage, without_memory
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.training.model_spec import ModelSpec
 
@@ -50,14 +53,12 @@ def model_bytes(
     text.num_hidden_layers = 2
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:2]
-    attention = config._attn_implementation
     model_class: Any = spec.model_class
     try:
-        return _measured(
-            model_class,
-            config.to_json_string(),
-            attention,
-            HeadBytes(*head_shape, (autocast or torch.float32).itemsize, device),
+        measured = _measured(
+            _Layers(type(without_memory(model_class, config).base_model), model_class),
+            json.dumps({**config.to_dict(), **_OF_HEADS}, sort_keys=True, default=str),
+            config._attn_implementation,
             autocast,
             gradient_checkpointing,
             split_backward,
@@ -67,25 +68,39 @@ def model_bytes(
         raise ValueError(
             f"memory of {spec.model_class.__name__} cannot be foreseen ({reason}): plan with a dense model of its size"
         ) from error
+    return measured(head=HeadBytes(*head_shape, (autocast or torch.float32).itemsize, device))
+
+
+_OF_HEADS: Mapping[str, None] = dict.fromkeys(("architectures", "id2label", "label2id", "pad_token_id", "problem_type"))
+"""What only heads look at in a configuration, or takes no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """The same of a language model and of a classifier. base: the class of the model without its head."""
+
+    base: type[nn.Module]
+    model_class: Any = field(compare=False)
 
 
 @lru_cache(maxsize=32)
 def _measured(
-    model_class: Any,
+    layers: _Layers,
     config_json: str,
     attention: str | None,
-    head: HeadBytes,
     autocast: torch.dtype | None,
     gradient_checkpointing: bool,
     split_backward: bool,
-) -> ModelBytes:
+) -> partial[ModelBytes]:
+    """All but the head's bytes: roles whose models differ by the head share them."""
+    model_class = layers.model_class
     config = model_class.config_class.from_dict(json.loads(config_json))
     # Under its own name transformers would build a mask wherever it cannot see that none is needed.
     ALL_ATTENTION_FUNCTIONS.register(_UNMASKED, sdpa_attention_forward)
     config._attn_implementation = _UNMASKED if attention in (None, "sdpa") else attention
 
-    def probe(stage: int, num_layers: int) -> _Probe:
-        return _Probe(
+    def probe(stage: int, num_layers: int) -> StageProbe:
+        return StageProbe(
             model_class,
             config,
             stage=stage,
@@ -97,7 +112,8 @@ def _measured(
         )
 
     one, two = probe(1, 1), probe(1, 2)
-    return ModelBytes(
+    return partial(
+        ModelBytes,
         one=one.lines(),
         two=two.lines(),
         first=probe(0, 1).lines(),
@@ -105,12 +121,11 @@ def _measured(
         boundary=one.boundary(),
         scoring=two.scoring(),
         shared=one.shared_bytes(),
-        head=head,
     )
 
 
-class _Probe:
-    """A stage of one or two layers without memory, and the bytes it would take."""
+class StageProbe:
+    """A stage of one or two layers without memory, and the bytes it would take. The options are those of stages."""
 
     def __init__(self, model_class: Any, config: Any, **options: Any) -> None:
         self._shapes_alone = FakeTensorMode(allow_non_fake_inputs=True)
@@ -118,20 +133,25 @@ class _Probe:
             self._stage = _ShapeStage(model_class, config, loss=_loss, **options)
             for _, parameter in self._stage.named_parameters():
                 parameter.grad = torch.empty_like(parameter)
+        self._weights = {parameter.numel() for _, parameter in self._stage.named_parameters()}
+        self._indices = itertools.count()
+        self._recorded: dict[tuple[Any, ...], MemoryChanges] = {}
 
     def lines(self) -> StageLines:
         """Of forward and backward, in halves where the stage can."""
-        return StageLines(*map(Line.through, zip(*map(self._trained, SIZES), strict=True)))
+        return StageLines(*map(Line.through, zip(*map(self.trained, SIZES), strict=True)))
 
     def scoring(self) -> Line:
-        """The most of a forward of which nothing is kept."""
-        return Line.through([self._scored(tokens) for tokens in SIZES])
+        """The most of a forward of which nothing is kept. The stage trains no more."""
+        for _, parameter in self._stage.named_parameters():
+            parameter.requires_grad_(False)
+        return Line.through([self._changes(self.run_scoring, tokens).rise(0) for tokens in SIZES])
 
     def shared_bytes(self) -> float:
         """Of a position, held once for all sequences."""
         tokens = SIZES[1]
-        apart, _, _ = self._trained(tokens)
-        together, _, _ = self._trained(tokens, _SEQUENCES)
+        apart, _, _ = self.trained(tokens)
+        together = self._changes(self.run_forward, tokens // _SEQUENCES, _SEQUENCES).kept(0)
         return (apart - together) / (tokens - tokens // _SEQUENCES)
 
     def boundary(self) -> Line:
@@ -143,36 +163,61 @@ class _Probe:
             num_bytes: int = self._stage.boundary(_micro_batch(tokens)).nbytes
         return num_bytes
 
-    def _trained(self, tokens: int, num_sequences: int = 1) -> tuple[int, int, int]:
-        stage = self._stage
+    def trained(self, tokens: int) -> tuple[int, int, int]:
+        """Held, deferred and working bytes of a sequence, as of `StageBytes`."""
+        changes = self._changes(self.run_training, tokens)
+        held = changes.kept(0)
+        deferred = held + changes.kept(1) if self._stage.can_split_backward else 0
+        return held, deferred, max(changes.rise(0) - held, *map(changes.rise, range(1, len(changes.parts))))
+
+    def run_training(self, length: int) -> MemoryChanges:
+        """Changes of forward and backward, or of forward and both halves."""
+        stage, index = self._stage, next(self._indices)
+        parts = []
         with self._shapes_alone:
-            batch = _micro_batch(tokens, num_sequences)
-            with LiveMemory() as live:
-                stage_input = None if stage.is_first else torch.empty_like(stage.boundary(batch))
-                output = stage.forward(0, batch, stage_input)
-                del stage_input
-                held = live.bytes
-                working, live.peak_bytes = live.peak_bytes - held, held
+            batch = _micro_batch(length)
+            with MemoryRecord() as record:
+                output = self._forward(index, batch)
+                parts.append(record.taken())
                 output_grad = None if output is None else torch.empty_like(output)
                 del output
-                if not stage.can_split_backward:
-                    stage.backward(0, output_grad)
-                    return held, 0, max(working, live.peak_bytes - held)
-                input_grad = stage.backward_input(0, output_grad)
-                del input_grad, output_grad
-                deferred = live.bytes
-                working, live.peak_bytes = max(working, live.peak_bytes - held), deferred
-                stage.backward_weight(0)
-                return held, deferred, max(working, live.peak_bytes - deferred)
+                if stage.can_split_backward:
+                    stage.backward_input(index, output_grad)
+                    del output_grad
+                    parts.append(record.taken())
+                    stage.backward_weight(index)
+                else:
+                    stage.backward(index, output_grad)
+                parts.append(record.taken())
+        return MemoryChanges(length, tuple(parts))
 
-    def _scored(self, tokens: int) -> int:
-        for _, parameter in self._stage.named_parameters():
-            parameter.requires_grad_(False)
-        with self._shapes_alone, torch.no_grad(), LiveMemory() as live:
-            batch = _micro_batch(tokens)
-            self._stage.forward(tokens, batch, torch.empty_like(self._stage.boundary(batch)))
-            peak_bytes: int = live.peak_bytes
-        return peak_bytes
+    def run_forward(self, length: int, num_sequences: int) -> MemoryChanges:
+        """Changes of a forward that a backward could follow."""
+        with self._shapes_alone:
+            batch = _micro_batch(length, num_sequences)
+            with MemoryRecord() as record:
+                output = self._forward(next(self._indices), batch)
+                changes = MemoryChanges(length, (record.taken(),))
+                del output
+        return changes
+
+    def run_scoring(self, length: int) -> MemoryChanges:
+        """Changes of a forward that computes no gradients, its micro-batch included."""
+        with self._shapes_alone, torch.no_grad(), MemoryRecord() as record:
+            self._forward(next(self._indices), _micro_batch(length))
+            return MemoryChanges(length, (record.taken(),))
+
+    def _forward(self, index: int, batch: MicroBatch) -> Tensor | None:
+        stage = self._stage
+        return stage.forward(index, batch, None if stage.is_first else torch.empty_like(stage.boundary(batch)))
+
+    def _changes(self, run: Callable[..., MemoryChanges], length: int, *more: int) -> MemoryChanges:
+        """Of a run at this length, which is run at but one unless a tensor does not scale with it."""
+        key = (run.__name__, *more)
+        if key not in self._recorded:
+            self._recorded[key] = run(RECORDED_LENGTH, *more)
+        recorded = self._recorded[key]
+        return recorded.at(length) if recorded.are_powers(self._weights) else run(length, *more)
 
 
 class _ShapeStage(TransformersStage):
@@ -209,11 +254,11 @@ def _loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Ten
     return apply(hidden), {}
 
 
-def _micro_batch(tokens: int, num_sequences: int = 1) -> MicroBatch:
+def _micro_batch(length: int, num_sequences: int = 1) -> MicroBatch:
     untyped: Any = None
     return MicroBatch(
-        input_ids=torch.empty(num_sequences, tokens // num_sequences, dtype=torch.int64),
-        head_index=torch.empty(tokens, dtype=torch.int64),
+        input_ids=torch.empty(num_sequences, length, dtype=torch.int64),
+        head_index=torch.empty(num_sequences * length, dtype=torch.int64),
         targets=untyped,
         weight=1.0,
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -32,13 +32,13 @@ class LiveMemory(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):  # it is older, or known
-                self._known.setdefault(leaf.untyped_storage(), True)
+        if func is torch.ops.prim.device.default:  # often asked by tensors that only have shapes, and takes nothing
+            return func(*args)
+        for tensor in _tensors((*args, *(kwargs or {}).values())):  # it is older, or known
+            self._known.setdefault(tensor.untyped_storage(), True)
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+        for tensor in _tensors((result,)):
+            self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: UntypedStorage) -> None:
@@ -46,9 +46,18 @@ class LiveMemory(TorchDispatchMode):
             return
         self._known[storage] = True
         size = storage.nbytes()
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(storage, self._release, size)
+        self._change(size)
+        weakref.finalize(storage, self._change, -size)
 
-    def _release(self, size: int) -> None:
-        self.bytes -= size
+    def _change(self, num_bytes: int) -> None:
+        self.bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Of an operator's arguments or results, in lists or not."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
