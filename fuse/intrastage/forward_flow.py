@@ -24,7 +24,7 @@ from fuse.intrastage.communication import Communicator, Transfer
 from fuse.intrastage.executor import MOST_IN_FLIGHT
 from fuse.intrastage.stage import ForwardStage, Readout
 from fuse.micro_batch import MicroBatch
-from fuse.trace import Span, SpanRecorder, now_s
+from fuse.trace import SpanRecorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +112,9 @@ class ForwardFlow:
     def _compute(self, one: Passage) -> Tensor:
         pipeline = self._pipelines[one.pipeline]
         received = None if one.stage == 0 else self._take_input(_place(one))
-        start_s = now_s()
-        output = pipeline.stages[one.stage].infer(one.micro_batch, received, pipeline.read)
         sizes = {**one.sizes, "stage": one.stage, "stages": len(pipeline.ranks)}
-        self._recorder.add(Span(pipeline.name, pipeline.category, start_s, now_s(), sizes))
-        return output
+        with self._recorder.span(pipeline.name, pipeline.category, **sizes):
+            return pipeline.stages[one.stage].infer(one.micro_batch, received, pipeline.read)
 
     def _take_input(self, place: _Place) -> Tensor:
         if place in self._inputs:
