@@ -155,13 +155,17 @@ def program(output_dir: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def end_by(process: subprocess.Popen[str], signum: int, *, after: str) -> str:
-    """Send the signal when the program has printed `after`; returns what it said, once all its processes are gone."""
+def end_by(process: subprocess.Popen[str], signum: int, *, after: str, go: Path) -> str:
+    """Send the signal when the program has printed `after`, and then make the file that it waits for.
+
+    Returns what it said, once all its processes are gone.
+    """
     assert process.stdout is not None
     try:
         assert after in iter(process.stdout.readline, ""), "the run ended too early"
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signum)
+        go.touch()
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -174,8 +178,8 @@ def end_by(process: subprocess.Popen[str], signum: int, *, after: str) -> str:
 @pytest.mark.processes
 def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Path) -> None:
     """Saving every second update only, it is in the middle of the third."""
-    process = program(tmp_path, "--save-steps", "2", "--grace", "120")
-    said = end_by(process, signal.SIGTERM, after="began 3\n")
+    process = program(tmp_path, "--save-steps", "2", "--grace", "120", "--held", "3")
+    said = end_by(process, signal.SIGTERM, after="began 3\n", go=tmp_path / "go")
     assert process.returncode == 143
     assert "SIGTERM: the run ends with this update" in said
     assert "Traceback" not in said
@@ -186,12 +190,13 @@ def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Pat
 @pytest.mark.processes
 @pytest.mark.parametrize(("name", "called"), [("raylet", "node"), ("gcs_server", "control service")])
 def test_the_end_of_a_process_of_rays_ends_the_run_in_a_line(name: str, called: str, tmp_path: Path) -> None:
-    process = program(tmp_path)
+    process = program(tmp_path, "--held", "2")
     assert process.stdout is not None
     assert "began 2\n" in iter(process.stdout.readline, "")
     (node,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == name]
     try:
         node.kill()
+        (tmp_path / "go").touch()
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import string
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -112,15 +113,21 @@ def difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
 
 
 class Announce(TrainerCallback):
-    """Prints the number of every update that was saved, and of every one that has begun: its first sample is there."""
+    """Prints the number of every update that was saved, and of every one that has begun: its first sample is there.
 
-    def __init__(self) -> None:
+    held: the update that goes on only once there is the file `go`.
+    """
+
+    def __init__(self, held: int | None = None, go: Path = Path()) -> None:
         self.begun = self.ended = 0
+        self._held, self._go = held, go
 
     def reward(self, prompts: list[str], responses: list[str], target: list[int]) -> list[float]:
         if self.begun == self.ended:
             self.begun += 1
             print(f"began {self.begun}", flush=True)
+            while self.begun == self._held and not self._go.exists():
+                time.sleep(0.01)
         return count_a(prompts, responses, target)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -137,8 +144,9 @@ if __name__ == "__main__":
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--save-steps", type=int, default=1)
     parser.add_argument("--grace", type=float, default=25.0)
+    parser.add_argument("--held", type=int)
     arguments = parser.parse_args()
-    announce = Announce()
+    announce = Announce(arguments.held, arguments.output_dir / "go")
     run = trainer(
         arguments.output_dir,
         reward=announce.reward,
