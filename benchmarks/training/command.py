@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -23,6 +24,9 @@ from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.options import Row, add_json_option, write_rows
 from fuse.benchmarks.training import tables
 from fuse.commands.options import check_counts
+
+if TYPE_CHECKING:
+    from fuse.benchmarks.training.batches import Workload
 
 LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 """Of actor and critic, by the ratio of their sizes."""
@@ -120,20 +124,26 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--profile-only measures and --emulate does not compute: choose one of them")
 
 
-def _train(arguments: argparse.Namespace) -> dict[str, object]:
-    # What workers are made of takes seconds to import, and emulation does without.
+def _load(arguments: argparse.Namespace) -> Workload:
+    """The lengths to train on."""
     from fuse.benchmarks.training.batches import load_of
-    from fuse.benchmarks.training.rows import row_of
-    from fuse.benchmarks.training.steps import Trainers
-    from fuse.intrastage.cost_profile import profile_to_json
 
-    load = load_of(
+    return load_of(
         arguments.lengths,
         arguments.micro_batches,
         num_sequences=arguments.sequences,
         sequence_tokens=arguments.tokens // arguments.sequences,
         vocab_size=_VOCAB_SIZE,
     )
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, object]:
+    # What workers are made of takes seconds to import, and emulation does without.
+    from fuse.benchmarks.training.rows import row_of
+    from fuse.benchmarks.training.steps import Trainers
+    from fuse.intrastage.cost_profile import profile_to_json
+
+    load = _load(arguments)
     total = len(arguments.sizes) * len(load.tasks)
     rows: list[Row] = []
     profiles, console = {}, Console()
@@ -168,17 +178,10 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _train_both_ways(arguments: argparse.Namespace) -> dict[str, object]:
-    from fuse.benchmarks.training.batches import load_of
     from fuse.benchmarks.training.both_ways import BothWays
     from fuse.intrastage.cost_profile import profile_to_json
 
-    load = load_of(
-        arguments.lengths,
-        arguments.micro_batches,
-        num_sequences=arguments.sequences,
-        sequence_tokens=arguments.tokens // arguments.sequences,
-        vocab_size=_VOCAB_SIZE,
-    )
+    load = _load(arguments)
     layers = 2 * arguments.devices
     rows: list[Row] = []
     console = Console()

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fuse.algorithms.batch import Experience, Positions, Segments, counted_tokens
+from fuse.algorithms.batch import Experience, Positions, Segments, Targets, counted_tokens
 from fuse.algorithms.group_advantages import deviation, weighted_sum
 from fuse.algorithms.groups import by_group
 from fuse.sample import Sample, SampleState, SpecialTokens
@@ -121,10 +121,8 @@ def estimate(
             metrics["kl"] = float(scored.kl.sum()) / num_tokens[-1]
         all_metrics.append(metrics)
     counts = torch.tensor(lengths)
-    responses = tuple(tuple(sample.response_ids) for sample in samples)
-    width = max(len(response) for response in responses)
     targets = GroupTargets(
-        token_ids=counted_tokens(responses, lengths),
+        token_ids=counted_tokens([sample.response_ids for sample in samples], lengths),
         sampler_logprobs=torch.from_numpy(np.concatenate(sampler)),
         old_logprobs=torch.from_numpy(np.concatenate(old)),
         reference_logprobs=torch.from_numpy(np.concatenate(reference)),
@@ -132,7 +130,14 @@ def estimate(
         batch_weights=(1 / torch.tensor(num_tokens)).repeat_interleave(size).repeat_interleave(counts),
         mask=torch.ones(sum(lengths), dtype=torch.bool),
     )
-    experience = Experience(
+    return actor_experience(samples, lengths, targets), means(all_metrics)
+
+
+def actor_experience(samples: Sequence[Sample], lengths: Sequence[int], targets: Targets) -> Experience:
+    """What a policy alone is trained on: of each sample so many tokens, with these targets."""
+    responses = tuple(tuple(sample.response_ids) for sample in samples)
+    width = max(len(response) for response in responses)
+    return Experience(
         prompts=tuple(sample.prompt_ids for sample in samples),
         responses=responses,
         lengths=tuple(lengths),
@@ -140,7 +145,6 @@ def estimate(
         segments=Segments.from_lengths(lengths, width),
         targets={"actor": targets},
     )
-    return experience, means(all_metrics)
 
 
 def rollout_metrics(

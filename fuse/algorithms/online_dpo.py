@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from fuse.algorithms.algorithm import Algorithm
-from fuse.algorithms.batch import Experience, Positions, Segments, counted_tokens
+from fuse.algorithms.batch import Experience, Positions, counted_tokens
 from fuse.algorithms.group_advantages import weighted_sum
 from fuse.algorithms.group_batch import (
     GroupSettings,
+    actor_experience,
     ended_of,
     means,
     rewards_of,
@@ -95,23 +96,13 @@ def estimate_pairs(
     paired = [samples[row] for row in torch.stack([pairs.chosen, pairs.rejected], dim=1).flatten().tolist()]
     lengths = [sample.length for sample in paired]
     sampler, reference = token_logprobs_of(paired, lengths)
-    responses = tuple(tuple(sample.response_ids) for sample in paired)
-    width = max(len(response) for response in responses)
     targets = PairTargets(
-        token_ids=counted_tokens(responses, lengths),
+        token_ids=counted_tokens([sample.response_ids for sample in paired], lengths),
         sampler_logprobs=torch.from_numpy(np.concatenate(sampler)),
         reference_logprobs=torch.from_numpy(np.concatenate(reference)),
         mask=torch.ones(sum(lengths), dtype=torch.bool),
     )
-    experience = Experience(
-        prompts=tuple(sample.prompt_ids for sample in paired),
-        responses=responses,
-        lengths=tuple(lengths),
-        width=width,
-        segments=Segments.from_lengths(lengths, width),
-        targets={"actor": targets},
-    )
-    return experience, _metrics(samples, scores, pairs, settings, special)
+    return actor_experience(paired, lengths, targets), _metrics(samples, scores, pairs, settings, special)
 
 
 def pairs_of_all(scores: Tensor, num_generations: int) -> Pairs:

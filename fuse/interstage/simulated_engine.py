@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
+from dataclasses import dataclass
 
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import EngineLimits
@@ -143,20 +144,14 @@ class SimulatedEngine:
         return 2 * elapsed_s / (linear + math.sqrt(linear**2 + 4 * half_growth * elapsed_s))
 
 
+@dataclass(slots=True)
 class _Entry:
     """A waiting sample."""
 
-    __slots__ = ("context_tokens", "has_kv", "is_new", "prompt", "remaining", "reserved", "sample")
-
-    def __init__(
-        self,
-        sample: int,
-        context_tokens: int,
-        remaining: int,
-        reserved: int,
-        has_kv: bool,
-        prompt: int,
-        is_new: bool,
-    ) -> None:
-        self.sample, self.context_tokens, self.remaining = sample, context_tokens, remaining
-        self.reserved, self.has_kv, self.prompt, self.is_new = reserved, has_kv, prompt, is_new
+    sample: int
+    context_tokens: int
+    remaining: int
+    reserved: int
+    has_kv: bool
+    prompt: int
+    is_new: bool
