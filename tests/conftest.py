@@ -30,6 +30,8 @@ from . import marked, process_guard
 if TYPE_CHECKING:
     from .worker_pool import WorkerPool
 
+gc.disable()  # until the first test: what is imported for all of them is none
+
 # The same examples every time, however busy the machine: a change fails for what it changes.
 settings.register_profile(
     "suite",
@@ -73,9 +75,9 @@ def _nothing_is_known_of_earlier_runs() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _modules_are_no_garbage() -> None:
     """Collections of garbage, for which libraries ask all the time, need not look at all that modules hold."""
-    if not gc.get_freeze_count():
-        gc.collect()
+    if not gc.isenabled():
         gc.freeze()
+        gc.enable()
 
 
 # Processes

@@ -6,6 +6,7 @@ takes longer than most of what they do.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -31,9 +32,13 @@ def run_programs(names: Sequence[str], directory: Path) -> str:
 
 
 def main(directory: Path, *names: str) -> None:
-    for name in names:
+    gc.disable()  # imports leave none
+    programs = {name: import_module(f"{__package__}.{name}") for name in names}
+    gc.freeze()  # processes that are forked look for none there, either
+    gc.enable()
+    for name, program in programs.items():
         (directory / name).mkdir()
-        import_module(f"{__package__}.{name}").main(directory / name)
+        program.main(directory / name)
 
 
 if __name__ == "__main__":
