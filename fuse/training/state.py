@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fuse.intrastage.optimizer import ModelOptimizer
 from fuse.state_dict import check_fit
@@ -77,7 +77,7 @@ def load_state(
     Raises: ValueError when the checkpoint misses a tensor of these models, has one more, or one of another shape or
     type, or is damaged; then nothing was loaded.
     """
-    reader = dcp.HuggingFaceStorageReader(str(directory))
+    reader = _Reader(str(directory))
     try:
         saved = reader.read_metadata().state_dict_metadata
     except (SafetensorError, FileNotFoundError) as error:
@@ -85,10 +85,10 @@ def load_state(
             f"cannot read the training state in {directory}: {error}: resume from another checkpoint"
         ) from error
     _check(directory, saved, optimizers, models)
+    steps = {f"{model}.step": torch.zeros(1, dtype=torch.int64) for model in optimizers}
+    _read(reader, steps)
     for model, optimizer in optimizers.items():
-        step = {f"{model}.step": torch.zeros(1, dtype=torch.int64)}
-        _read(reader, step)
-        optimizer.num_steps = int(step[f"{model}.step"])
+        optimizer.num_steps = int(steps[f"{model}.step"])
         for part in optimizer.STATE_PARTS:  # one at a time, so that the host holds no more
             prefix = f"{model}.{part}."
             tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes(part).items()}
@@ -107,7 +107,18 @@ def _parameters(name: str, model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.parameter.{key}": parameter for key, parameter in model.named_parameters()}
 
 
-def _read(reader: dcp.HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> None:
+class _Reader(dcp.HuggingFaceStorageReader):
+    """Reads the headers of the files once, and not again with every part of a state."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata()
+        return self._metadata
+
+
+def _read(reader: _Reader, tensors: dict[str, Tensor]) -> None:
     """Fill the tensors from disk by their keys."""
     with _single_process_is_meant():
         dcp.load(tensors, storage_reader=reader, no_dist=True)
