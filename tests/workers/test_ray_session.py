@@ -145,6 +145,19 @@ def test_a_run_leaves_nothing_when_terminated_or_failed(directory: Path, start: 
     assert list(directory.iterdir()) == []
 
 
+def test_the_end_of_rays_control_service_ends_a_run_in_a_line(directory: Path, start: Start) -> None:
+    driver = start()
+    processes = processes_of(driver)
+    (service,) = (process for process in main_ones_of(processes) if process.name() == "gcs_server")
+    service.kill()
+    _, error = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 1
+    assert error.count("Ray's control service has ended, and with it the run") == 1
+    assert "Failed to connect to GCS" not in error
+    assert_all_gone(processes)
+    assert list(directory.iterdir()) == []
+
+
 def test_a_machine_that_is_too_busy_for_rays_patience_starts_it_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray hears late of its node; and whenever it looks at its clock in between, a minute has passed."""
     clock, look = count(step=60.0), services.get_node
