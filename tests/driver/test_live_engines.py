@@ -22,7 +22,7 @@ from fuse.interstage.migration import StageByStage
 from fuse.sample import Sample
 
 from .. import tiny_models
-from ..engines.driving import run
+from ..engines.driving import Outputs, run
 from ..engines.test_shared_prompts import Engine as CountingEngine
 from .fake_workers import Chance, FakeScorer, ServedEngine
 from .test_live import LIMITS, MAX_NEW_TOKENS, Wanderlust
@@ -60,11 +60,24 @@ def engine(policy_model: PreTrainedModel) -> TransformersEngine:
     return TransformersEngine(own, max_batch=5)
 
 
+@pytest.fixture(scope="module")
+def alone(policy_model: PreTrainedModel) -> Outputs:
+    """What every prompt gets when an engine has no other sample."""
+    lone = engine(policy_model)
+    requests = [
+        GenerationRequest(sample_id=index, prompt_ids=prompt, params=PARAMS) for index, prompt in PROMPTS.items()
+    ]
+    responses = {request.sample_id: run(lone, [request])[request.sample_id] for request in requests}
+    request = replace(requests[0], params=replace(PARAMS, top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0))
+    assert run(lone, [request])[0][0] != responses[0][0], "a control: the filters are felt"
+    return responses
+
+
 @pytest.mark.parametrize("moves_kv", [False, True])
 @pytest.mark.parametrize("num_deaths", [0, 1])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_filtered_tokens_do_not_depend_on_what_happens(
-    policy_model: PreTrainedModel, seed: int, num_deaths: int, moves_kv: bool
+    policy_model: PreTrainedModel, alone: Outputs, seed: int, num_deaths: int, moves_kv: bool
 ) -> None:
     workers = [ServedEngine(device, engine(policy_model)) for device in range(2)]
     scorers = [FakeScorer(device, worker).handle for device, worker in enumerate(workers)]
@@ -89,15 +102,10 @@ def test_filtered_tokens_do_not_depend_on_what_happens(
         assert report.num_migrations > 0
         assert (sum(worker.num_with_kv for worker in workers) > 0) == moves_kv
 
-    alone = engine(policy_model)
     for sample in samples:
-        request = GenerationRequest(sample_id=sample.id, prompt_ids=sample.prompt_ids, params=PARAMS)
-        token_ids, logprobs = run(alone, [request])[sample.id]
+        token_ids, logprobs = alone[sample.id]
         assert sample.response_ids == token_ids
         assert sample.logprobs == pytest.approx(logprobs, abs=1e-5)
-    unfiltered = SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(5,))
-    request = GenerationRequest(sample_id=0, prompt_ids=PROMPTS[0], params=unfiltered)
-    assert run(alone, [request])[0][0] != samples[0].response_ids, "a control: the filters are felt"
 
 
 def test_an_engine_computes_the_prompts_of_its_groups_alone(policy_model: PreTrainedModel) -> None:
