@@ -157,10 +157,10 @@ def test_the_picture_has_every_operation_in_its_place(page: Any, drawn: Chart) -
 
 
 def test_a_crowded_page_shows_operations_where_it_is_zoomed(browser: Any, tmp_path: Path) -> None:
-    """Sixty-four micro-batches on sixteen ranks: slices of time from afar; what is switched off stays off."""
+    """Sixty-four micro-batches on four ranks: slices of time from afar; what is switched off stays off."""
     problem = actor_and_critic(
-        actor_stages=16,
-        critic_stages=16,
+        actor_stages=4,
+        critic_stages=4,
         actor_microbatches=64,
         critic_microbatches=64,
         actor_forward=2,
