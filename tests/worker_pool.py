@@ -46,6 +46,11 @@ class WorkerPool:
             patch.setattr(stage_balance, "_SOLVE_S", 0.1)
             yield
 
+    def end(self, role: str) -> None:
+        """End processes that no other run can have; the next ones are new."""
+        for key in [key for key in self.processes if key[0] == role]:
+            self.cluster.kill(self.processes.pop(key))
+
     def __call__(self, num_devices: int, **options: Any) -> _Lease:
         return _Lease(self, num_devices)
 

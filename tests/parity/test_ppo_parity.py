@@ -64,11 +64,6 @@ def test_one_device_in_other_processes(recorded: Recorded, pooled_workers: None,
     assert mismatches(recording, replay(BASELINE, recording, tmp_path, num_devices=1)) == []
 
 
-def test_processes_of_their_own(recorded: Recorded, ray_cluster: None, tmp_path: Path) -> None:
-    recording = recorded(BASELINE)
-    assert mismatches(recording, replay(BASELINE, recording, tmp_path, num_devices=1)) == []
-
-
 # What the oracle does in these is a quirk, not a matter of layout.
 QUIRKS = ("mini_batches", "end_of_pass", "pad_in_prompts")
 RAGGED = [case for case in CASES if case.quirks and case.name not in QUIRKS]

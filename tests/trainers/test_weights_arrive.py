@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from fuse import PPOTrainer
-from fuse.driver import fleet
 from fuse.sample import Sample, SampleState
 from fuse.training import scoring as inference
 from fuse.training.model_spec import ModelSpec
-from fuse.workers.cluster import Cluster
 
+from ..worker_pool import WorkerPool
 from . import tiny
 
 ROUNDING = 1e-5
@@ -205,7 +204,7 @@ def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 @pooled
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, worker_pool: WorkerPool) -> None:
     """With either engine, every copy has what was trained; and responses, scores and weights are the same."""
 
     def train(engine: str, **options: Any) -> tuple[PPOTrainer, list[str]]:
@@ -229,8 +228,10 @@ def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, monkeypatc
         return trainer, sorted(responses)
 
     expected, expected_responses = train("transformers")
-    monkeypatch.setattr(fleet, "Cluster", Cluster)  # vLLM takes its process over: no pool's
-    trainer, responses = train("vllm", generation_cache_bytes=1 << 22)
+    try:
+        trainer, responses = train("vllm", generation_cache_bytes=1 << 22)
+    finally:
+        worker_pool.end("generation worker")  # vLLM takes its process over
     assert responses == expected_responses
     assert tiny.difference(trainer.policy_model, expected.policy_model) < tiny.ROUNDING
     kl, expected_kl = ([row["objective/kl"] for row in one.state.log_history] for one in (trainer, expected))
