@@ -60,6 +60,17 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def product_flops_per_s(dtype: torch.dtype, width: int = 1024) -> float:
+    """What this process does at best, in products of square matrices of `width`: the best of five."""
+    matrix = torch.ones(width, width, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    return 2 * width**3 / best_s(partial(torch.mm, matrix, matrix))
+
+
+def best_s(function: Callable[[], object]) -> float:
+    """Seconds of the fastest of five calls."""
+    return min(interleave({"": function}, 5)[""])
+
+
 def median_ms(seconds: list[float]) -> float:
     """Median of the seconds, in milliseconds."""
     return 1e3 * statistics.median(seconds)

@@ -6,6 +6,8 @@ forced, or natural; every variant generates and trains on the same tokens, which
 
   fuse bench iteration --model smollm2 --batch 32 --max-new-tokens 128 --peer trl
   fuse bench iteration --algorithm grpo --peer trl
+  fuse bench iteration --sweep batch=32,64,128 --sweep epochs=1,4 --json sweep.json
+  fuse bench iteration --compare earlier.json
   fuse bench iteration --model PATH --prompts prompts.jsonl --prompt-column question --peer trl --json out.json
 """
 
@@ -20,11 +22,14 @@ from typing import Any
 from rich.console import Console
 
 from fuse.benchmarks import smollm2
+from fuse.benchmarks.checkout import describe_checkout
 from fuse.benchmarks.instances import read_json
+from fuse.benchmarks.iteration.changes import MOST_LOST, changes, changes_table, check_same_work, other_machine
 from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, TRL, bound, markdown, row_of, tables
+from fuse.benchmarks.iteration.sweep import SWEPT, draw, picture_files, points, swept
 from fuse.benchmarks.measure import describe_machine
-from fuse.benchmarks.options import add_engine_option, add_json_option, add_selection, plain_options
-from fuse.commands.options import add_numbers, check_counts
+from fuse.benchmarks.options import add_engine_option, add_json_option, add_selection, plain_options, tell
+from fuse.commands.options import add_numbers, check_counts, option_name
 from fuse.commands.output import write_json
 
 _OPTIONS = (
@@ -32,6 +37,8 @@ _OPTIONS = (
     "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
 )  # fmt: skip
+_REPORTED = (*_OPTIONS, "pad_token")
+_FIELDS = ("machine", "date", "options", "rows")
 _SMOKE = {
     "batch": 8, "micro_batch": 2, "max_new_tokens": 16, "warmup": 1, "repeats": 1, "variants": [SERIAL, "both"],
 }  # fmt: skip
@@ -84,6 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a tiny model, {SERIAL} and both, once, in a minute: shows that it runs; it proves nothing about speed",
     )
     add_json_option(parser)
+    keys = ", ".join(option_name(name).removeprefix("--") for name in SWEPT)
+    parser.add_argument(
+        "--sweep", type=swept, nargs="+", action="extend", metavar="KEY=V1,V2",
+        help=f"measure every combination of values, and draw them beside --json (sweep.png, sweep.html); of {keys}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json",
+        help="say what changed since an earlier run, beyond what repeats differ by, and exit with 1 where a figure has "
+        f"lost more than {100 * MOST_LOST:.0f} %%",
+    )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table of a README")
     parser.add_argument(
         "--from-json", type=Path, metavar="FILE", help="measure nothing: print the results of an earlier run"
@@ -91,32 +108,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print the tables, and write them to `arguments.json`."""
+    """Measure, print the tables, and write them to `arguments.json`. Returns 1 where `--compare` finds a loss."""
+    old = None if arguments.compare is None else read_json(arguments.compare, _FIELDS, "results of this benchmark")
     if arguments.from_json is not None:
-        fields = ("machine", "date", "options", "rows")
-        _print(read_json(arguments.from_json, fields, "results of this benchmark"), arguments)
-        return 0
+        results = read_json(arguments.from_json, _FIELDS, "results of this benchmark")
+        _print(results, arguments)
+        return _compare(old, results)
     if arguments.smoke:
         for name, value in _SMOKE.items():
             setattr(arguments, name, value)
-    _check(arguments)
-    if arguments.algorithm == "grpo":  # nothing is trained at once with the policy
-        arguments.variants = [name for name in arguments.variants if name in (SERIAL, "both")]
-    if arguments.lengths is None and smollm2.is_meant_by(arguments.model):
-        arguments.lengths = NATURAL
-    from fuse.benchmarks.iteration import rounds  # seconds, which tables of earlier runs do without
-
-    turns = rounds.measure(arguments)
-    results = {
-        "machine": describe_machine(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "options": plain_options(arguments, _OPTIONS),
-        "rows": [row_of(name, turns) for name in turns],
-    }
+    if arguments.sweep:
+        return _sweep(arguments)
+    if old is not None:
+        check_same_work(old["options"], plain_options(_settled(arguments), _OPTIONS))
+    results = _measure(arguments)
     if arguments.json:
         write_json(arguments.json, results)
     _print(results, arguments)
+    return _compare(old, results)
+
+
+def _settled(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that can be measured, with what follows from others.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    _check(arguments)
+    settled = argparse.Namespace(**vars(arguments))
+    if settled.algorithm == "grpo":  # nothing is trained at once with the policy
+        settled.variants = [name for name in settled.variants if name in (SERIAL, "both")]
+    if settled.lengths is None and smollm2.is_meant_by(settled.model):
+        settled.lengths = NATURAL
+    return settled
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results of one setting, as JSON has them."""
+    arguments = _settled(arguments)
+    from fuse.benchmarks.iteration import rounds  # seconds, which tables of earlier runs do without
+
+    measured = rounds.measure(arguments)
+    return {
+        "machine": describe_machine() | {"product_flops_per_s": measured.scale.product_flops_per_s},
+        "date": datetime.now(UTC).date().isoformat(),
+        **describe_checkout(),
+        "options": plain_options(arguments, _OPTIONS),
+        "configuration": {"command": plain_options(arguments, _REPORTED), "trainers": measured.trainers},
+        "rows": [row_of(name, measured.turns, measured.scale) for name in measured.turns],
+    }
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    """Measure each point, and write what there is after each, so that nothing is lost when one fails."""
+    if arguments.compare is not None or arguments.markdown or arguments.traces is not None:
+        raise ValueError("--sweep has several results, which --compare, --markdown and --traces do not take")
+    settings = list(points(arguments))
+    for _, point in settings:
+        _settled(point)
+    png, html = picture_files(arguments.json)
+    results: dict[str, Any] = {"sweep": {one.name: one.values for one in arguments.sweep}, "points": []}
+    for index, (values, point) in enumerate(settings, 1):
+        tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
+        measured = _measure(point)
+        results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
+        own = {name: measured[name] for name in ("options", "configuration", "rows")}
+        results["points"].append({"settings": values, **own})
+        if arguments.json:
+            write_json(arguments.json, results)
+        _print(measured, arguments)
+    draw(results["points"], png, html)
+    tell(f"{png} and {html} show them")
     return 0
+
+
+def _compare(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> int:
+    """Print what changed; 1 where it is a loss that fails."""
+    if old is None:
+        return 0
+    found = changes(old, new)
+    Console().print(changes_table(found, other_machine(old, new)))
+    return int(any(change.fails for change in found))
 
 
 def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:

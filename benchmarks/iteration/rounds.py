@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fuse.benchmarks import smollm2
 from fuse.benchmarks.iteration import memory
 from fuse.benchmarks.iteration import workload as made
+from fuse.benchmarks.iteration.flops import TrainingFlops
+from fuse.benchmarks.iteration.rates import Scale
 from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SYNTHETIC, TRL
-from fuse.benchmarks.iteration.trainer import fuse_variant
+from fuse.benchmarks.iteration.trainer import fuse_config, fuse_variant
 from fuse.benchmarks.iteration.trl import require_trl, trl_variant
 from fuse.benchmarks.iteration.turn import Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload
+from fuse.benchmarks.measure import product_flops_per_s
 from fuse.benchmarks.options import tell
 from fuse.workers.ray_session import local_cluster
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
-    """By variant, one turn per repeat."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """turns: by variant, one per repeat. scale: what they are divided by. trainers: by variant of this project's
+    trainer, its whole configuration as JSON has it."""
+
+    turns: Mapping[str, Sequence[Turn]]
+    scale: Scale
+    trainers: Mapping[str, Mapping[str, Any]]
+
+
+def measure(arguments: argparse.Namespace) -> Measured:
+    """Take the turns of all variants."""
     on_gpus = torch.cuda.is_available()
     _check_machine(arguments, torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0)), on_gpus)
     workload = _workload(arguments)
     with tempfile.TemporaryDirectory(prefix="fuse-bench-") as unnamed:
-        variants = _variants(arguments, workload, arguments.traces or Path(unnamed))
+        directory = arguments.traces or Path(unnamed)
+        configs = {
+            name: fuse_config(
+                workload, fusion, num_devices=arguments.devices, engine=arguments.engine, output_dir=directory / name
+            )
+            for name, fusion in FUSION.items()
+            if name in {SERIAL, *arguments.variants}
+        }
+        variants = {name: fuse_variant(workload, config) for name, config in configs.items()}
+        if arguments.peer == TRL:  # last: the first one generates the tokens that TRL's is given
+            variants[TRL] = trl_variant(workload, num_threads=arguments.devices)
         together = not on_gpus and not arguments.one_at_a_time and fit(variants, workload, arguments.devices)
         groups = [list(variants)] if together else [[name] for name in variants]
         rounds = Rounds(workload, arguments.warmup)
@@ -44,7 +70,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Turn]]:
                 for round_index in range(workload.num_rounds):
                     for name, variant in started.items():
                         rounds.take(name, variant, round_index)
-    return rounds.turns
+    scale = Scale(
+        num_devices=arguments.devices,
+        epochs=workload.epochs,
+        training_flops=TrainingFlops(workload),
+        product_flops_per_s=_product_flops_per_s(),
+    )
+    trainers = {name: _as_json(config) for name, config in configs.items()}
+    return Measured(rounds.turns, scale, trainers)
 
 
 def fit(names: Collection[str], workload: Workload, num_devices: int) -> bool:
@@ -100,6 +133,22 @@ def check_same_tokens(name: str, responses: Sequence[Response], expected: Sequen
             )
 
 
+def _as_json(config: Any) -> dict[str, Any]:
+    """All fields, as transformers writes them."""
+    fields: dict[str, Any] = json.loads(config.to_json_string())
+    return fields
+
+
+def _product_flops_per_s() -> float:
+    """Of one device, in the type that is trained in: a GPU, or a thread of its own core."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return product_flops_per_s(torch.float32)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _check_machine(arguments: argparse.Namespace, num_present: int, on_gpus: bool) -> None:
     if arguments.devices > num_present:
         raise ValueError(
@@ -140,19 +189,3 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         num_generations=group,
         **{name: getattr(arguments, name) for name in as_given},
     )
-
-
-def _variants(
-    arguments: argparse.Namespace, workload: Workload, directory: Path
-) -> dict[str, AbstractContextManager[Variant]]:
-    """Entered, each starts its trainer. The first one generates the tokens that TRL's is given."""
-    variants: dict[str, AbstractContextManager[Variant]] = {
-        name: fuse_variant(
-            workload, fusion, num_devices=arguments.devices, engine=arguments.engine, output_dir=directory / name
-        )
-        for name, fusion in FUSION.items()
-        if name in {SERIAL, *arguments.variants}
-    }
-    if arguments.peer == TRL:
-        variants[TRL] = trl_variant(workload, num_threads=arguments.devices)
-    return variants

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fuse.benchmarks.iteration.rates import Scale, rates
+from fuse.benchmarks.iteration.spread import medians, spread
 from fuse.benchmarks.iteration.turn import Turn
 from fuse.benchmarks.options import Row
 from fuse.commands.tables import figures_table
@@ -30,10 +32,10 @@ SMOKE_NOTE = "A smoke run of a tiny model: it shows that everything runs, and pr
 _COMPARED_METRICS = ("objective/entropy", "objective/scores", "entropy", "reward", "kl")
 
 
-def row_of(name: str, turns: Mapping[str, Sequence[Turn]]) -> Row:
+def row_of(name: str, turns: Mapping[str, Sequence[Turn]], scale: Scale) -> Row:
     """What one variant's turns come to. turns: by variant, one per repeat.
 
-    Figures are medians over repeats; NAME_range: the smallest and the largest.
+    Figures are medians over repeats; NAME_range: the smallest and the largest. Beside those of `rates`:
     seconds; samples_per_s; tokens_per_s: of responses, that is.
     ratio_to_serial, ratio_to_trl: how many times as fast as `off` and TRL's trainer, in the same repeat; None without.
     phases: seconds. idle_share: by device, on which nothing ran.
@@ -54,17 +56,18 @@ def row_of(name: str, turns: Mapping[str, Sequence[Turn]]) -> Row:
     outside = [turn.outside_share for turn in own if turn.outside_share is not None]
     return {
         "variant": name,
-        **_spread("seconds", seconds),
-        **_spread("samples_per_s", [len(turn.responses) / turn.seconds for turn in own]),
-        **_spread("tokens_per_s", [_num_tokens(turn) / turn.seconds for turn in own]),
-        **_spread("ratio_to_serial", ratios(SERIAL)),
-        **_spread("ratio_to_trl", ratios(TRL)),
-        "phases": _medians([turn.phases for turn in own]),
-        "idle_share": _medians([turn.idle_share for turn in own]),
+        **spread("seconds", seconds),
+        **spread("samples_per_s", [len(turn.responses) / turn.seconds for turn in own]),
+        **spread("tokens_per_s", [_num_tokens(turn) / turn.seconds for turn in own]),
+        **spread("ratio_to_serial", ratios(SERIAL)),
+        **spread("ratio_to_trl", ratios(TRL)),
+        "phases": medians([turn.phases for turn in own]),
+        **rates(own, scale),
+        "idle_share": medians([turn.idle_share for turn in own]),
         "outside_share": statistics.median(outside) if outside else None,
-        "bubbles": _medians([turn.bubbles for turn in own]),
+        "bubbles": medians([turn.bubbles for turn in own]),
         "peak_bytes": {role: max(turn.peak_bytes[role] for turn in own) for role in own[0].peak_bytes},
-        "metrics": _medians(
+        "metrics": medians(
             [{metric: turn.metrics[metric] for metric in _COMPARED_METRICS if metric in turn.metrics} for turn in own]
         ),
         "repeats": seconds,
@@ -73,19 +76,6 @@ def row_of(name: str, turns: Mapping[str, Sequence[Turn]]) -> Row:
 
 def _num_tokens(turn: Turn) -> int:
     return sum(len(one.response_ids) for one in turn.responses)
-
-
-def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """A figure's median and range."""
-    if not values:
-        return {name: None, f"{name}_range": None}
-    return {name: statistics.median(values), f"{name}_range": (min(values), max(values))}
-
-
-def _medians(mappings: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each name, over the mappings that have it."""
-    names = dict.fromkeys(name for mapping in mappings for name in mapping)
-    return {name: statistics.median(mapping[name] for mapping in mappings if name in mapping) for name in names}
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

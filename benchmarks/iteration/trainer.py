@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
+from fuse.benchmarks.iteration.exposed import exposed_s
 from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload, even_tokens
 from fuse.benchmarks.measure import Tracks, idle_shares, spans_of
@@ -27,11 +28,10 @@ COMPUTING = frozenset({"generate", "infer", "train", "optimizer"})
 _BUBBLE = "bubble/"
 
 
-@contextmanager
-def fuse_variant(
+def fuse_config(
     workload: Workload, fusion: Mapping[str, Any], *, num_devices: int, engine: Any, output_dir: Path
-) -> Iterator[Variant]:
-    """A trainer with these fusions, and its workers; its traces and plans go to `output_dir`."""
+) -> PPOConfig | GRPOConfig:
+    """A trainer's configuration with these fusions; its traces and plans go to `output_dir`."""
     options = {
         "output_dir": str(output_dir),
         "num_devices": num_devices,
@@ -41,7 +41,15 @@ def fuse_variant(
         **workload.options(),
         **fusion,
     }
-    trainer = _grpo(workload, options) if workload.algorithm == "grpo" else _ppo(workload, options)
+    if workload.algorithm == "grpo":
+        return GRPOConfig(**options, stop_token="eos" if workload.lengths is None else "none")
+    return PPOConfig(**options)
+
+
+@contextmanager
+def fuse_variant(workload: Workload, config: PPOConfig | GRPOConfig) -> Iterator[Variant]:
+    """A trainer and its workers."""
+    trainer = _trainer(workload, config)
     trainer.remove_callback(PrinterCallback)
     in_order: Any = trainer.train_dataset
     trainer.dataloader = DataLoader(in_order, batch_size=workload.prompts_per_round, collate_fn=list)
@@ -50,26 +58,24 @@ def fuse_variant(
         yield lambda same: _turn(trainer, updates)
 
 
-def _ppo(workload: Workload, options: dict[str, Any]) -> Trainer:
+def _trainer(workload: Workload, config: PPOConfig | GRPOConfig) -> Trainer:
     models = workload.models
+    if isinstance(config, GRPOConfig):
+        return GRPOTrainer(
+            model=models.policy,
+            reward_funcs=even_tokens,
+            args=config,
+            train_dataset=workload.dataset(),
+            processing_class=models.tokenizer,
+        )
     return PPOTrainer(
-        args=PPOConfig(**options),
+        args=config,
         processing_class=models.tokenizer,
         model=models.policy,
         ref_model=models.reference,
         reward_model=models.reward,
         train_dataset=workload.dataset(),
         value_model=models.critic,
-    )
-
-
-def _grpo(workload: Workload, options: dict[str, Any]) -> Trainer:
-    return GRPOTrainer(
-        model=workload.models.policy,
-        reward_funcs=even_tokens,
-        args=GRPOConfig(**options, stop_token="eos" if workload.lengths is None else "none"),
-        train_dataset=workload.dataset(),
-        processing_class=workload.models.tokenizer,
     )
 
 
@@ -86,6 +92,7 @@ def _turn(trainer: Trainer, updates: Iterator[Iteration]) -> Turn:
         phases={**iteration.phases, "other": end_s - start_s - sum(iteration.phases.values())},
         idle_share=idle_shares(tracks, start_s, end_s),
         outside_share=outside_share(tracks, start_s, end_s),
+        exposed_s=exposed_s(tracks, start_s, end_s),
         bubbles={name.removeprefix(_BUBBLE): metrics[name] for name in metrics if name.startswith(_BUBBLE)},
         peak_bytes=memory.read(),
     )

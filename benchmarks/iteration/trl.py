@@ -117,12 +117,9 @@ class Turns:
         inference_s = total_s - state.generation_s - training_s
         # What was logged last of each figure: some are logged at the first optimizer step of an update alone.
         metrics = {name: value for logged in self._trainer.state.log_history for name, value in logged.items()}
-        return Turn(
-            seconds=total_s,
-            responses=tuple(state.generated),
-            metrics=metrics,
-            phases={"generation": state.generation_s, "inference": inference_s, "training": training_s},
-        )
+        phases = {"generation": state.generation_s, "inference": inference_s, "training": training_s}
+        responses = tuple(state.generated)
+        return Turn(seconds=total_s, responses=responses, metrics=metrics, phases=phases, exposed_s=phases)
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,8 +25,9 @@ class Turn:
     """One iteration of one variant, with everything that belongs to it.
 
     metrics: as logged. phases: seconds, of which `other` is the rest. idle_share: by device. outside_share: of the
-    iteration, in which no device computed; None where there are no spans to tell. bubbles: idle shares of the devices
-    while they train; peak_bytes: resident memory of the largest process, by role.
+    iteration, in which no device computed; None where there are no spans to tell. exposed_s: seconds by kind of work
+    that the iteration waited for. bubbles: idle shares of the devices while they train; peak_bytes: resident memory of
+    the largest process, by role.
     """
 
     seconds: float
@@ -35,6 +36,7 @@ class Turn:
     phases: Mapping[str, float]
     idle_share: Mapping[str, float] = field(default_factory=dict)
     outside_share: float | None = None
+    exposed_s: Mapping[str, float] = field(default_factory=dict)
     bubbles: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
 

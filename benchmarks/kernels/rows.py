@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from fuse.benchmarks.measure import interleave, median_ms, peak_bytes, seconds_of
+from fuse.benchmarks.measure import best_s, interleave, median_ms, peak_bytes, product_flops_per_s, seconds_of
 from fuse.benchmarks.options import Row
 
 
@@ -56,11 +56,8 @@ class Case:
 def measure_rates(num_bytes: int = 1 << 27, width: int = 1024) -> Rates:
     """By copying `num_bytes` and multiplying square matrices of `width`; the best of five each."""
     source, target = torch.ones(2, num_bytes, dtype=torch.uint8)
-    products = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(width, width, dtype=dtype)
-        products[dtype] = 2 * width**3 / _best_s(partial(torch.mm, matrix, matrix))
-    return Rates(2 * num_bytes / _best_s(lambda: target.copy_(source)), products)
+    products = {dtype: product_flops_per_s(dtype, width) for dtype in (torch.float32, torch.bfloat16)}
+    return Rates(2 * num_bytes / best_s(lambda: target.copy_(source)), products)
 
 
 def compare(case: Case, repeats: int, rates: Rates) -> list[Row]:
@@ -149,7 +146,3 @@ def _figures(row: Row, prefix: str) -> str:
 
 def _mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _best_s(function: Callable[[], object]) -> float:
-    return min(interleave({"": function}, 5)[""])

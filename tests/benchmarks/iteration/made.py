@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fuse.benchmarks.iteration.rates import Scale
 from fuse.benchmarks.iteration.turn import Response, Turn
 
 ONE = Response((1, 2), (3, 4, 5))
+SCALE = Scale(num_devices=2, epochs=3, training_flops=lambda responses: 500 * len(responses), product_flops_per_s=500.0)
 
 
 def made_turn(seconds: float, responses: Sequence[Response], **options: Any) -> Turn:
@@ -16,6 +18,7 @@ def made_turn(seconds: float, responses: Sequence[Response], **options: Any) -> 
         "phases": {"training": seconds},
         "idle_share": {"device0": 0.5},
         "outside_share": 0.1,
+        "exposed_s": {"training": 3.0},
         "bubbles": {},
         "peak_bytes": {"driver": 7},
     }

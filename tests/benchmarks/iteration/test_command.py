@@ -18,7 +18,7 @@ from fuse.benchmarks.iteration import command, rounds
 from ...worker_pool import WorkerPool
 
 FIELDS = {"variant", "samples_per_s", "tokens_per_s", "ratio_to_serial", "ratio_to_trl", "phases", "idle_share"} | {
-    "peak_bytes", "outside_share", "bubbles"
+    "peak_bytes", "outside_share", "bubbles", "tokens_per_s_per_device", "phase_rates", "exposed_s", "training_mfu"
 }  # fmt: skip
 
 
@@ -41,6 +41,11 @@ def test_rows_hold_what_they_promise(smoke: tuple[Mapping[str, Any], Path]) -> N
     results, _ = smoke
     assert results["machine"]["num_cores"] >= 2
     assert results["options"]["devices"] == 2
+    assert isinstance(results["commit"], str | None)
+    assert results["configuration"]["command"]["micro_batch"] == 2
+    trainers = results["configuration"]["trainers"]
+    assert [trainers[name]["intra_stage_fusion"] for name in ("off", "both")] == [False, True]
+    assert trainers["off"]["num_ppo_epochs"] == 1
     off, both, trl = results["rows"]
     assert (off["variant"], both["variant"], trl["variant"]) == ("off", "both", "trl")
     for row in (off, both, trl):
@@ -50,6 +55,10 @@ def test_rows_hold_what_they_promise(smoke: tuple[Mapping[str, Any], Path]) -> N
         assert row["ratio_to_trl"] == pytest.approx(trl["seconds"] / row["seconds"])
         assert sum(row["phases"].values()) == pytest.approx(row["seconds"], rel=0.01)
         assert all(size > 50e6 for size in row["peak_bytes"].values())
+        assert row["exposed_s"].keys() >= {"generation", "training", "inference"}
+        assert sum(row["exposed_s"].values()) <= row["seconds"] * 1.01
+        assert 0 < row["training_mfu"] < 1
+        assert row["phase_rates"]["training"] > 0
     for row in (off, both):
         assert row["idle_share"].keys() == {"device0", "device1"}
         assert all(0 < share < 1 for share in row["idle_share"].values())
@@ -129,6 +138,23 @@ def test_earlier_results_are_printed(
     assert max(map(len, output.splitlines())) <= 80
 
 
+@pytest.mark.slow
+def test_a_loss_since_an_earlier_run_fails(
+    smoke: tuple[Mapping[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, better = tmp_path / "now.json", tmp_path / "better.json"
+    now.write_text(json.dumps(smoke[0]))
+    assert cli.main(["bench", "iteration", "--from-json", str(now), "--compare", str(now)]) == 0
+    rows = [
+        row | {"samples_per_s": 2 * row["samples_per_s"], "samples_per_s_range": [2 * row["samples_per_s"]] * 2}
+        for row in smoke[0]["rows"]
+    ]
+    better.write_text(json.dumps(smoke[0] | {"rows": rows}))
+    capsys.readouterr()
+    assert cli.main(["bench", "iteration", "--from-json", str(now), "--compare", str(better)]) == 1
+    assert "-50% (too much)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -198,6 +224,17 @@ def test_a_real_model_ends_its_responses_itself(
 def test_help_names_every_option() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    for option in ("--model", "--prompts", "--lengths", "--peer", "--smoke", "--json", "--traces", "--from-json"):
+    for option in (
+        "--model",
+        "--prompts",
+        "--lengths",
+        "--peer",
+        "--smoke",
+        "--json",
+        "--traces",
+        "--from-json",
+        "--sweep",
+        "--compare",
+    ):
         assert option in parser.format_help()
     assert "it proves nothing about speed" in " ".join(parser.format_help().split())
