@@ -11,6 +11,20 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowWeights:
+    """What the rows of a regrouped micro-batch count in the sum that a step minimises: means and `weight` in one.
+
+    Each sample's are of the micro-batch that it was drawn in, of weight w, with s samples and p selected rows.
+
+    of_sum: [selected], w. of_positions: [selected], w / p. of_samples: [batch], w / s.
+    """
+
+    of_sum: Tensor
+    of_positions: Tensor
+    of_samples: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Right-padded sequences that pass through a pipeline together.
 
@@ -18,6 +32,7 @@ class MicroBatch:
     head_index: [selected] int64 into the flattened [batch * tokens]: the rows of the final hidden state the head sees.
     targets: what the loss needs; stages do not look inside.
     weight: of this micro-batch's loss in the sum that a step minimises.
+    row_weights: in place of the loss's means where samples of several micro-batches pass together; `weight` is then 1.
     attention_mask, position_ids: [batch, tokens], only for layouts padded inside; plain causal attention without them.
     """
 
@@ -25,6 +40,7 @@ class MicroBatch:
     head_index: Tensor
     targets: Any
     weight: float = 1.0
+    row_weights: RowWeights | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
 

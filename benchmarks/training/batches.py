@@ -15,6 +15,8 @@ from fuse.algorithms.value_loss import ValueTargets
 from fuse.benchmarks.lengths import response_lengths, scaled
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.observed import one_of_each
+from fuse.training.regrouping import regrouped
+from fuse.training.rounds import Round, StepPart
 
 UNIFORM, MIXED = "uniform", "mixed"
 
@@ -44,7 +46,7 @@ def made_experience(prompt_tokens: int, lengths: Sequence[int], vocab_size: int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The micro-batches of one optimizer step: sample indices of each. lengths: what their mix is called."""
+    """The micro-batches of one optimizer step as drawn: sample indices of each. lengths: what their mix is called."""
 
     lengths: str
     micro_batches: tuple[tuple[int, ...], ...]
@@ -52,10 +54,28 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Samples with every mix of lengths, and what is trained on them."""
+    """Samples with every mix of lengths, and what is trained on them. regroups: by length, see `prepared`."""
 
     experience: Experience
     tasks: tuple[Task, ...]
+    regroups: bool = True
+
+    def prepared(self, rounds: Sequence[Round]) -> list[Round]:
+        """The rounds as they are trained: an optimizer step's samples are dealt into micro-batches by length."""
+        units = dict.fromkeys(self.experience.targets, 1) if self.regroups else {}
+        return regrouped(rounds, self.experience, units)
+
+    def micro_batches(self, task: Task) -> tuple[tuple[int, ...], ...]:
+        """Of the task, as they are trained."""
+        part = StepPart(micro_batches=task.micro_batches, weights=(1.0,) * len(task.micro_batches), is_last=True)
+        (made,) = self.prepared([Round({"actor": part})])
+        return made.parts["actor"].micro_batches
+
+    def padding(self, task: Task) -> float:
+        """Computed tokens over real ones."""
+        trained = self.micro_batches(task)
+        real = sum(self.shape([sample]).size for samples in trained for sample in samples)
+        return sum(self.shape(samples).size for samples in trained) / real
 
     def shape(self, samples: Sequence[int]) -> Shape:
         """The shape of the micro-batch that these samples make."""
@@ -66,7 +86,7 @@ class Workload:
         """A micro-batch of each shape to measure on: of each mix the smallest, the middle and the largest."""
         by_mix: dict[str, dict[Shape, tuple[int, ...]]] = {}
         for task in self.tasks:
-            by_mix.setdefault(task.lengths, {}).update({self.shape(one): one for one in task.micro_batches})
+            by_mix.setdefault(task.lengths, {}).update({self.shape(one): one for one in self.micro_batches(task)})
         chosen: dict[Shape, tuple[int, ...]] = {}
         for of_mix in by_mix.values():
             chosen |= {shape: of_mix[shape] for shape in one_of_each(list(of_mix))}
@@ -74,11 +94,17 @@ class Workload:
 
 
 def load_of(
-    path: Path | None, counts: Sequence[int], *, num_sequences: int, sequence_tokens: int, vocab_size: int
+    path: Path | None,
+    counts: Sequence[int],
+    *,
+    num_sequences: int,
+    sequence_tokens: int,
+    vocab_size: int,
+    regroups: bool = True,
 ) -> Workload:
     """A uniform mix and that of a trace, or a made-up one, with tasks of so many micro-batches as `counts` has.
 
-    A quarter of a sequence is its prompt; mixed micro-batches are as long as uniform ones on average.
+    A quarter of a sequence is its prompt; mixed micro-batches as they are drawn are as long as uniform ones on average.
     """
     num_samples = num_sequences * max(counts)
     prompt_tokens = max(1, sequence_tokens // 4)
@@ -87,7 +113,14 @@ def load_of(
         UNIFORM: [response_tokens] * num_samples,
         MIXED: scaled_in_groups(response_lengths(path, num_samples), num_sequences, response_tokens),
     }
-    return workload(mixes, counts, num_sequences=num_sequences, prompt_tokens=prompt_tokens, vocab_size=vocab_size)
+    return workload(
+        mixes,
+        counts,
+        num_sequences=num_sequences,
+        prompt_tokens=prompt_tokens,
+        vocab_size=vocab_size,
+        regroups=regroups,
+    )
 
 
 def scaled_in_groups(lengths: Sequence[int], num_sequences: int, longest: int) -> list[int]:
@@ -103,6 +136,7 @@ def workload(
     num_sequences: int,
     prompt_tokens: int,
     vocab_size: int,
+    regroups: bool = True,
 ) -> Workload:
     """Of each mix of response lengths a task per number of micro-batches in `counts`, all on its first samples."""
     lengths = [length for mix in mixes.values() for length in mix]
@@ -114,4 +148,4 @@ def workload(
             batches = tuple(tuple(range(start, start + num_sequences)) for start in starts)
             tasks.append(Task(lengths=name, micro_batches=batches))
         first += len(mix)
-    return Workload(made_experience(prompt_tokens, lengths, vocab_size), tuple(tasks))
+    return Workload(made_experience(prompt_tokens, lengths, vocab_size), tuple(tasks), regroups)

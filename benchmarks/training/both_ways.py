@@ -121,8 +121,8 @@ class BothWays:
         """
         sides = self._sides(load, task, profiles, repeats=repeats, solve_s=solve_s)
         plain, both = sides[PLAIN], sides[BOTH]
-        tokens = [load.shape(samples).size for samples in task.micro_batches]
-        row = row_of(BOTH, {"actor": layers, "critic": 0}, task, tokens, plain, both)
+        tokens = [load.shape(samples).size for samples in load.micro_batches(task)]
+        row = row_of(BOTH, {"actor": layers, "critic": 0}, task, tokens, plain, both, padding=load.padding(task))
         predicted = (plain["planned_ms"] + plain["optimizer_ms"]) / (both["planned_ms"] + both["optimizer_ms"])
         return row | {
             "predicted_ratio": predicted,
@@ -133,7 +133,7 @@ class BothWays:
         self, load: Workload, task: Task, profiles: Mapping[str, Profile], *, repeats: int, solve_s: float
     ) -> dict[str, Side]:
         count = len(task.micro_batches)
-        shapes = [load.shape(samples) for samples in task.micro_batches]
+        shapes = [load.shape(samples) for samples in load.micro_batches(task)]
         middle = sorted(shapes, key=lambda shape: shape.size)[count // 2]
         schedules = {
             PLAIN: serial_schedule(self._placements[PLAIN], count),
@@ -141,7 +141,7 @@ class BothWays:
         }
         plans = {name: Plan(schedule, profiles[name]) for name, schedule in schedules.items()}
         whole = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
-        (step,) = rounds({"actor": [whole]}, {"actor": 1}, is_fused=True)
+        (step,) = load.prepared(rounds({"actor": [whole]}, {"actor": 1}, is_fused=True))
         by_rank = self._on_all(BothWaysWorker.take_turns, load.experience, step, plans, repeats)
         sides = {}
         for name, schedule in schedules.items():

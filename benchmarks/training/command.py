@@ -3,7 +3,8 @@
 Random Llamas take real PPO steps on the CPU, by the serial and by the fused schedule in turn. Each setting is a pair of
 sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
 plan said, and what explains the difference. With --critic-epochs N the critic takes N steps for one of the actor, whose
-micro-batches fused steps deal evenly over them.
+micro-batches fused steps deal evenly over them. A step's samples are dealt into micro-batches by length, for both
+schedules alike; --as-drawn leaves that out.
 
 --bidirectional trains the actor alone, of two layers per device: in two opposite replicas against plain 1F1B.
 
@@ -33,7 +34,7 @@ LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 _VOCAB_SIZE = 512
 _OPTIONS = (
     "devices", "repeats", "sizes", "micro_batches", "critic_epochs", "lengths", "tokens", "sequences", "hidden",
-    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional",
+    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional", "as_drawn",
 )  # fmt: skip
 
 
@@ -61,9 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, default=512, metavar="N",
-        help="per micro-batch, padding included; with mixed lengths on average (default: 512)",
+        help="per micro-batch as drawn, padding included; with mixed lengths on average (default: 512)",
     )  # fmt: skip
     parser.add_argument("--sequences", type=int, default=2, metavar="N", help="per micro-batch (default: 2)")
+    parser.add_argument(
+        "--as-drawn", action="store_true", help="leave micro-batches as they are drawn, in place of dealt by length"
+    )
     parser.add_argument("--hidden", type=int, default=256, metavar="N", help="hidden size of both (default: 256)")
     parser.add_argument(
         "--solve-seconds", type=float, default=2.0, metavar="S", help="for each fused schedule, at most (default: 2)"
@@ -120,6 +124,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--bidirectional trains no critic, and --sizes are of actor and critic: leave one of them out")
     if arguments.emulate is not None and arguments.critic_epochs > 1:
         raise ValueError("--critic-epochs is of real training, and --emulate's problems have their own: leave it out")
+    if arguments.emulate is not None and arguments.as_drawn:
+        raise ValueError("--as-drawn is of real training, and --emulate's problems have no samples: leave it out")
     if arguments.emulate is not None and arguments.profile_only:
         raise ValueError("--profile-only measures and --emulate does not compute: choose one of them")
 
@@ -134,6 +140,7 @@ def _load(arguments: argparse.Namespace) -> Workload:
         num_sequences=arguments.sequences,
         sequence_tokens=arguments.tokens // arguments.sequences,
         vocab_size=_VOCAB_SIZE,
+        regroups=not arguments.as_drawn,
     )
 
 
@@ -168,8 +175,9 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
                     solve_s=arguments.solve_seconds,
                     critic_epochs=critic_epochs,
                 )
-                tokens = [load.shape(samples).size for samples in task.micro_batches]
-                rows.append(row_of(sizes, layers, task, tokens, *sides, critic_epochs=critic_epochs))
+                tokens = [load.shape(samples).size for samples in load.micro_batches(task)]
+                padding = load.padding(task)
+                rows.append(row_of(sizes, layers, task, tokens, *sides, padding=padding, critic_epochs=critic_epochs))
                 print(f"[{len(rows)}/{total}] {tables.line(rows[-1])}", flush=True)
     if rows:
         console.print(tables.steps_table(rows))

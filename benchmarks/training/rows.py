@@ -77,10 +77,12 @@ def row_of(
     serial: Side,
     fused: Side,
     *,
+    padding: float,
     critic_epochs: int = 1,
 ) -> Row:
     """What a setting came to. layers: of each model. tokens: of each micro-batch, padding included.
 
+    padding: computed tokens over real ones.
     critic_epochs: optimizer steps of the critic for one of the actor.
 
     A gain is a ratio less one; gain_share: the measured one over the predicted one.
@@ -99,6 +101,7 @@ def row_of(
         "num_micro_batches": len(task.micro_batches),
         "critic_epochs": critic_epochs,
         "micro_batch_tokens": tokens,
+        "padding": padding,
         "serial_ms": serial["step_ms"],
         "fused_ms": fused["step_ms"],
         "ratio": ratio,

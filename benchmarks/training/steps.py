@@ -105,7 +105,8 @@ class Trainers:
         """Take the task's step by serial and by fused schedules, in turn; the critic takes it `critic_epochs` times."""
         step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / len(task.micro_batches))
         steps = {"actor": [step], "critic": [step] * critic_epochs}
-        middle = sorted(map(load.shape, task.micro_batches), key=lambda shape: shape.size)[len(task.micro_batches) // 2]
+        shapes = sorted(map(load.shape, load.micro_batches(task)), key=lambda shape: shape.size)
+        middle = shapes[len(shapes) // 2]
 
         def fused(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
             return fused_schedule(profile, replicas, counts, middle, time_limit_s=solve_s)
@@ -114,7 +115,7 @@ class Trainers:
         schedulers = {"serial": serial_schedule, "fused": fused}
         ways: dict[str, Way] = {}
         for side, schedule in schedulers.items():
-            of_side = rounds(steps, dict.fromkeys(steps, 1), is_fused=side == "fused")
+            of_side = load.prepared(rounds(steps, dict.fromkeys(steps, 1), is_fused=side == "fused"))
             counts = dict.fromkeys(one.counts for one in of_side)
             plans = {one: Plan(schedule(replicas_of(self._placement, one), one), profile) for one in counts}
             ways[side] = [(one, plans[one.counts]) for one in of_side]

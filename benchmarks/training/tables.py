@@ -47,6 +47,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
     """One line per setting."""
     columns = {
         "setting": "{setting}",
+        "padding": "{padding:.2f}",
         "serial": "{serial_ms:.0f}",
         "fused": "{fused_ms:.0f}",
         "ratio": "{ratio:.3f}",
@@ -57,8 +58,8 @@ def steps_table(rows: Sequence[Row]) -> Table:
         "overhead": "{overhead_share:.1%}",
     }
     caption = (
-        "gain: share of the plan's; bubbles: of serial steps, of fused ones, of the fused plan; "
-        "late: waiting for messages already made"
+        "padding: computed tokens over real ones; gain: share of the plan's; bubbles: of serial steps, of fused ones, "
+        "of the fused plan; late: waiting for messages already made"
     )
     return rows_table(rows, columns, title="Steps of actor and critic, ms", caption=caption)
 

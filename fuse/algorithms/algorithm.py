@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fuse.algorithms.batch import Experience, Targets
@@ -24,9 +24,12 @@ class Algorithm:
     estimate: called once per update, on all of its samples. losses: by role that trains; pure, and pickled to workers.
     targets: what each of these compares with.
     loss_normalization: "token" for losses that are means over a micro-batch's positions.
+    units: by role, how many samples side by side are one term of its loss, where that can be regrouped; see
+        `fuse.training.regrouping`.
     """
 
     estimate: Estimate
     losses: Mapping[str, Loss]
     targets: Mapping[str, type[Targets]]
     loss_normalization: LossNormalization = "micro_batch"
+    units: Mapping[str, int] = field(default_factory=dict)

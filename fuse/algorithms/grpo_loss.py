@@ -21,7 +21,7 @@ from fuse.algorithms.policy_loss import sampler_differences
 from fuse.algorithms.sampler_correction import CorrectionSettings, correction_metrics, correction_ratios
 from fuse.algorithms.sequences import Sequences
 from fuse.algorithms.surrogates import SURROGATES, SurrogateSettings, Terms, clipped, vespo_weights
-from fuse.micro_batch import Metric, Metrics, MicroBatch
+from fuse.micro_batch import Metric, Metrics, MicroBatch, RowWeights
 from fuse.ops.logprob import token_logprobs
 
 LOSS, KL, ENTROPY = Metric("loss"), Metric("kl"), Metric("entropy")
@@ -101,12 +101,13 @@ def grpo_loss(
         kl = kl * ratio if settings.weighs_kl else kl
         losses = losses + settings.beta * kl
         metrics[KL] = _token_mean(kl.detach())
-    loss = _MEANS[settings.loss_type](losses, targets, sequences, settings)
+    rows = micro_batch.row_weights
+    loss = _MEANS[settings.loss_type](losses, targets, sequences, settings, rows)
     if settings.entropy_coef:
         # As TRL logs it: of means over the rollout the micro-batch's part.
         share = micro_batch.weight if _MEANS[settings.loss_type] is _of_rollout else 1.0
         metrics |= {POLICY_LOSS: share * loss.detach(), ENTROPY_COEF: loss.new_tensor(settings.entropy_coef)}
-        loss = loss - settings.entropy_coef * _token_mean(bonus)
+        loss = loss - settings.entropy_coef * _token_mean(bonus, rows)
     with torch.no_grad():
         metrics |= {LOSS: loss.detach(), ENTROPY: _token_mean(entropy)}
         metrics |= _clip_metrics(terms, settings)
@@ -121,31 +122,45 @@ def _kept(mean_log_ratio: Tensor, terms: Terms, threshold: float) -> Tensor:
     return (terms.advantages >= 0) | (terms.sequences.expand(mean_log_ratio) <= threshold)
 
 
-# What kind of mean the losses of a micro-batch's tokens become: (losses [tokens], ...) -> scalar
+# What kind of mean the losses of a micro-batch's tokens become, or of a regrouped one's, with its `RowWeights`, the sum
+# of parts of such means: (losses [tokens], ...) -> scalar
 
-_Mean = Callable[[Tensor, GroupTargets, Sequences, GRPOLossSettings], Tensor]
-
-
-def _of_sequences(losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings) -> Tensor:
-    return sequences.mean(losses).mean()
+_Mean = Callable[[Tensor, GroupTargets, Sequences, GRPOLossSettings, RowWeights | None], Tensor]
 
 
-def _of_tokens(losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings) -> Tensor:
-    return losses.sum() / max(1, len(losses))
+def _of_sequences(
+    losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings, rows: RowWeights | None
+) -> Tensor:
+    return _sequence_mean(sequences.mean(losses), rows)
 
 
-def _of_places(losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings) -> Tensor:
+def _of_tokens(
+    losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings, rows: RowWeights | None
+) -> Tensor:
+    return _token_mean(losses, rows)
+
+
+def _of_places(
+    losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings, rows: RowWeights | None
+) -> Tensor:
     """Over all tokens that the responses could have had."""
+    if rows is not None:
+        return (sequences.sum(losses) * rows.of_samples).sum() / settings.max_tokens
     return losses.sum() / (sequences.count * settings.max_tokens)
 
 
-def _of_rollout(losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings) -> Tensor:
+def _of_rollout(
+    losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings, rows: RowWeights | None
+) -> Tensor:
     """The micro-batch's part of the mean over the rollout's tokens, times the number of its micro-batches."""
+    losses = losses if rows is None else losses * rows.of_sum
     return (losses * targets.batch_weights).sum() * settings.micro_batches_per_rollout
 
 
-def _of_sums(losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings) -> Tensor:
-    return sequences.sum(losses).mean()
+def _of_sums(
+    losses: Tensor, targets: GroupTargets, sequences: Sequences, settings: GRPOLossSettings, rows: RowWeights | None
+) -> Tensor:
+    return _sequence_mean(sequences.sum(losses), rows)
 
 
 _MEANS: Mapping[str, _Mean] = MappingProxyType(
@@ -162,11 +177,15 @@ _MEANS: Mapping[str, _Mean] = MappingProxyType(
 )
 
 
+def _sequence_mean(values: Tensor, rows: RowWeights | None) -> Tensor:
+    return values.mean() if rows is None else (values * rows.of_samples).sum()
+
+
+def _token_mean(values: Tensor, rows: RowWeights | None = None) -> Tensor:
+    return values.sum() / max(1, len(values)) if rows is None else (values * rows.of_positions).sum()
+
+
 # Metrics
-
-
-def _token_mean(values: Tensor) -> Tensor:
-    return values.sum() / max(1, len(values))
 
 
 def _clip_metrics(terms: Terms, settings: GRPOLossSettings) -> dict[Metric, Tensor]:

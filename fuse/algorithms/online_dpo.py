@@ -83,6 +83,7 @@ def online_dpo(settings: OnlineDPOSettings, special: SpecialTokens) -> Algorithm
             )
         },
         targets={"actor": PairTargets},
+        units={"actor": PAIR},
     )
 
 
@@ -138,6 +139,7 @@ def pair_loss(
         Pairs(chosen, chosen + 1),
         beta=beta,
         form=form,
+        weights=None if micro_batch.row_weights is None else PAIR * micro_batch.row_weights.of_samples[chosen],
     )
     return loss * micro_batch.weight, {
         LOSS: loss.detach(),

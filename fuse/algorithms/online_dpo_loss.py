@@ -55,12 +55,14 @@ def dpo_loss(
     *,
     beta: float,
     form: Literal["sigmoid", "ipo"] = "sigmoid",
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[Metric, Tensor]]:
     """The mean loss of the pairs, and its metrics; zero for none.
 
     logprobs, reference_logprobs: [rows], of whole responses: sums over tokens.
     form: "sigmoid" for -log sigmoid(beta h), "ipo" for (h - 1 / (2 beta))^2, where
         h = (log pi(chosen) - log pi(rejected)) - (log ref(chosen) - log ref(rejected)).
+    weights: [pairs], to be summed with instead of the mean.
 
     Raises: ValueError for a beta that is not positive, and for another form.
     """
@@ -83,4 +85,5 @@ def dpo_loss(
             MARGIN: beta * differences.sum(),
             REJECTED_REWARD: rewards[pairs.rejected].sum(),
         }
-    return losses.sum() / num_pairs, {metric: total / num_pairs for metric, total in sums.items()}
+    loss = losses.sum() / num_pairs if weights is None else (losses * weights).sum()
+    return loss, {metric: total / num_pairs for metric, total in sums.items()}

@@ -17,8 +17,13 @@ from fuse.micro_batch import Loss
 from fuse.sample import SpecialTokens
 
 
-def policy_gradient(advantage: str, settings: EstimatorSettings, loss: Loss, special: SpecialTokens) -> Algorithm:
-    """The algorithm of this estimator, by its name, and this loss, on responses that these tokens end."""
+def policy_gradient(
+    advantage: str, settings: EstimatorSettings, loss: Loss, special: SpecialTokens, *, is_separable: bool = True
+) -> Algorithm:
+    """The algorithm of this estimator, by its name, and this loss, on responses that these tokens end.
+
+    is_separable: whether the loss is a sum of terms of single responses.
+    """
 
     def advantages_of(scored: Scored) -> tuple[Tensor, Tensor]:
         return ESTIMATORS[advantage].estimate(scored, settings)
@@ -27,4 +32,5 @@ def policy_gradient(advantage: str, settings: EstimatorSettings, loss: Loss, spe
         estimate=partial(estimate, settings=settings.group, advantages_of=advantages_of, special=special),
         losses={"actor": loss},
         targets={"actor": GroupTargets},
+        units={"actor": 1} if is_separable else {},
     )

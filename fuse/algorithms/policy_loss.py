@@ -63,7 +63,14 @@ def clipped_policy_loss(
     assert isinstance(targets, PolicyTargets)
     logprobs, entropy = token_logprobs(hidden, head, targets.token_ids, temperature, num_tokens=num_tokens)
     logprobs = logprobs.masked_fill(~targets.mask, INVALID_LOGPROB)
-    loss, metrics = clipped_surrogate(logprobs, targets.old_logprobs, targets.advantages, targets.mask, cliprange)
+    loss, metrics = clipped_surrogate(
+        logprobs,
+        targets.old_logprobs,
+        targets.advantages,
+        targets.mask,
+        cliprange,
+        weights=None if micro_batch.row_weights is None else micro_batch.row_weights.of_positions,
+    )
     metrics |= {
         ENTROPY: mean(entropy.detach()),
         **sampler_differences(logprobs.detach(), targets.old_logprobs, targets.mask),
@@ -72,18 +79,24 @@ def clipped_policy_loss(
 
 
 def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[Metric, Tensor]]:
     """Clipped surrogate loss, a mean over the positions where `mask` is true, and its metrics.
 
     All arguments are [positions]. `mask` is all true for ragged layouts; where it is false (padded layouts) both
     log-probabilities must be INVALID_LOGPROB: the reported ratio and KL average over those positions too.
+    weights: see `masked_mean`; of the loss alone.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    loss = masked_mean(torch.max(unclipped, clipped), mask)
+    loss = masked_mean(torch.max(unclipped, clipped), mask, weights)
     with torch.no_grad():
         return loss, {
             APPROXIMATE_KL: 0.5 * mean(log_ratio.square()),

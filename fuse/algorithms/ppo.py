@@ -45,5 +45,6 @@ def ppo(settings: PPOSettings, special: SpecialTokens) -> Algorithm:
             "critic": partial(clipped_value_loss, vf_coef=settings.vf_coef, cliprange=settings.cliprange_value),
         },
         targets={"actor": PolicyTargets, "critic": ValueTargets},
+        units={"actor": 1, "critic": 1},
         loss_normalization=settings.loss_normalization,
     )

@@ -20,12 +20,12 @@ from fuse.ops.logprob import token_logprobs
 
 
 def proximal_rloo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float, weights: Tensor | None = None
 ) -> tuple[Tensor, dict[Metric, Tensor]]:
     """The mean loss of responses and its metrics; zero for none.
 
     logprobs, old_logprobs: [rows], of whole responses: sums over tokens. advantages: [rows]; 0 for a response without
-    a reward, which counts in the mean.
+    a reward, which counts in the mean. weights: [rows], to be summed with instead.
 
     Raises: ValueError for shapes that differ, and for a clip range that is not positive.
     """
@@ -37,7 +37,7 @@ def proximal_rloo_loss(
     if not cliprange > 0:
         raise ValueError(f"the clip range is {cliprange}: it must be positive")
     counted = torch.ones_like(advantages, dtype=torch.bool)
-    return clipped_surrogate(logprobs, old_logprobs, advantages, counted, cliprange)
+    return clipped_surrogate(logprobs, old_logprobs, advantages, counted, cliprange, weights)
 
 
 def proximal_rloo_policy_loss(
@@ -62,6 +62,7 @@ def proximal_rloo_policy_loss(
         sequences.sum(targets.old_logprobs),
         sequences.mean(targets.advantages),
         cliprange=cliprange,
+        weights=None if micro_batch.row_weights is None else micro_batch.row_weights.of_samples,
     )
     differences = sampler_differences(logprobs.detach(), targets.sampler_logprobs, targets.mask)
     return loss * micro_batch.weight, {

@@ -37,7 +37,8 @@ def rloo_loss(
     ratio = sequences.sum(logprobs - targets.old_logprobs).exp()
     advantages = sequences.mean(targets.advantages)
     bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    loss = -torch.min(ratio * advantages, bounded * advantages).mean()
+    losses, rows = -torch.min(ratio * advantages, bounded * advantages), micro_batch.row_weights
+    loss = losses.mean() if rows is None else (losses * rows.of_samples).sum()
     with torch.no_grad():
         is_low = sequences.expand(((ratio < 1 - epsilon_low) & (advantages < 0)).float())
         is_high = sequences.expand(((ratio > 1 + epsilon_high) & (advantages > 0)).float())

@@ -39,20 +39,26 @@ def clipped_value_loss(
     targets = micro_batch.targets
     assert isinstance(targets, ValueTargets)
     values = head(hidden).float().squeeze(-1).masked_fill(~targets.mask, 0.0)
-    loss, clip_fraction = clipped_error(values, targets.old_values, targets.returns, targets.mask, cliprange)
+    weights = None if micro_batch.row_weights is None else micro_batch.row_weights.of_positions
+    loss, clip_fraction = clipped_error(values, targets.old_values, targets.returns, targets.mask, cliprange, weights)
     return vf_coef * loss * micro_batch.weight, {VALUE_LOSS: loss.detach(), CLIP_FRACTION: clip_fraction}
 
 
 def clipped_error(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cliprange: float | None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipped squared error and clip fraction, means over the positions where `mask` is true; arguments [positions].
 
-    Without a `cliprange` values may change as they will.
+    Without a `cliprange` values may change as they will. weights: see `masked_mean`; of the error alone.
     """
     if cliprange is None:
-        return 0.5 * masked_mean((values - returns).square(), mask), values.new_zeros(())
+        return 0.5 * masked_mean((values - returns).square(), mask, weights), values.new_zeros(())
     clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
     unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
-    loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask)
+    loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask, weights)
     return loss, masked_mean((clipped > unclipped).float(), mask).detach()

@@ -101,6 +101,11 @@ class GRPOLossConfig(PolicyGradientConfig):
         return self.engine == "vllm" and self.vllm_importance_sampling_correction and self.loss == "grpo"
 
     @property
+    def has_separable_loss(self) -> bool:
+        """Not with a quantile, which is of all of a micro-batch's tokens."""
+        return self.top_entropy_quantile == 1
+
+    @property
     def recomputes_logprobs(self) -> bool:
         """Where all is trained on by the weights that generated it, the loss has the trainer's own without a pass."""
         is_asked = self.old_logprobs == "trainer" or (self.old_logprobs == "auto" and self.corrects_sampler)

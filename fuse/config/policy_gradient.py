@@ -79,6 +79,11 @@ class PolicyGradientConfig(GroupConfig):
         return self.beta if self.estimator.penalizes else 0.0
 
     @property
+    def has_separable_loss(self) -> bool:
+        """Whether the loss is a sum of terms of single responses."""
+        return True
+
+    @property
     def beta_of_loss(self) -> float:
         return 0.0 if self.estimator.penalizes else self.beta
 

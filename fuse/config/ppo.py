@@ -130,6 +130,10 @@ class PPOConfig(RunConfig):
     )
 
     @property
+    def regroups(self) -> bool:
+        return super().regroups and not self.trl_quirks
+
+    @property
     def sampling_temperature(self) -> float:
         return self.temperature + 1e-7
 
@@ -170,6 +174,11 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"trl_quirks=True with {changed[0]}={getattr(self, changed[0])!r}, which TRL's steps do not have: "
                 "leave one of them out"
+            )
+        if self.trl_quirks and self.regroup_micro_batches:
+            raise ValueError(
+                "trl_quirks=True with regroup_micro_batches=True, which changes what TRL's metrics average over: leave "
+                "one of them out"
             )
         self._check_kl_control()
         if self.model_adapter_name is not None or self.ref_adapter_name is not None:

@@ -125,6 +125,11 @@ class RunConfig(TrainingArguments):
     activation_memory_bytes: int | None = option(
         None, "Most bytes of activations on a device in fused training. Default: what a GPU has free; no limit on CPUs."
     )
+    regroup_micro_batches: bool | None = option(
+        None,
+        "Deal an optimizer step's samples into micro-batches of similar length, with every token's weight in the loss "
+        "what it was: gradients and metrics stay as they are, to rounding, and less is padded. Default: yes.",
+    )
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "What generates: transformers, or vLLM where it is installed. Tokens are the same."
     )
@@ -292,6 +297,11 @@ class RunConfig(TrainingArguments):
     def accelerator(self) -> Literal["cpu", "cuda"]:
         """What a device is: a GPU where there is one and `use_cpu` is not set, else a CPU core."""
         return "cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu"
+
+    @property
+    def regroups(self) -> bool:
+        """Whether micro-batches are regrouped by length."""
+        return self.regroup_micro_batches is not False
 
     @property
     def sampling_temperature(self) -> float:

@@ -76,6 +76,7 @@ def fleet_settings(
         tensor_parallel_size=config.tensor_parallel_size,
         losses=algorithm.losses,
         loss_normalization=algorithm.loss_normalization,
+        units=algorithm.units if config.regroups else {},
         targets=algorithm.targets,
         layout=layout,
         adamw=AdamWConfig(

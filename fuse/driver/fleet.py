@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -34,6 +35,7 @@ from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
+from fuse.training.regrouping import drawn_metrics, prepared
 from fuse.training.rounds import RankRound, Round, step_reports, unfused_counts
 from fuse.training.state import check_saved
 from fuse.training.steps import StepReport
@@ -214,8 +216,10 @@ class Fleet:
         """
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
+        training = self.settings.training
+        rounds = prepared(rounds, experience, loss_normalization=training.loss_normalization, units=training.units)
         counts = [one.counts for one in rounds]
-        shape_of = self.settings.training.layout.shape
+        shape_of = training.layout.shape
         trained = dict.fromkeys(mb for one in rounds for part in one.parts.values() for mb in part.micro_batches)
         shapes = [shape_of(experience, samples) for samples in trained]
         if self._planner.will_solve(counts):
@@ -231,7 +235,12 @@ class Fleet:
             told = shared, ray.put(rounds[piece]), learning_rates[piece], planned
             for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
                 taken += more
-        return step_reports(rounds, results[:: self.settings.training.tensor_parallel_size], self._planner.placement)
+        return step_reports(
+            rounds,
+            results[:: training.tensor_parallel_size],
+            self._planner.placement,
+            partial(drawn_metrics, training.losses, training.layout, experience),
+        )
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""

@@ -32,6 +32,7 @@ def identity(settings: FleetSettings, trained: Mapping[str, ModelSpec]) -> dict[
         "gradient_checkpointing": training.gradient_checkpointing,
         "micro_batch": None if settings.balance is None else asdict(settings.balance),
         "micro_batches_per_step": settings.micro_batches_per_step,
+        "regrouped": sorted(training.units),
         "accelerator": torch.cuda.get_device_name() if settings.accelerator == "cuda" else machine(),
         "torch": torch.__version__,
     }

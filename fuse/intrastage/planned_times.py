@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ from fuse.intrastage.cost_profile import Profile, Shape
 from schedules import Kind, Op, Problem, Schedule, Timing, evaluate
 
 _TICK_S = 1e-6
+_APART = 1.25
+"""How many times as large a shape is that tells a slope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ def times_of(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: tuple[
 def operation_s(profile: Profile, name: str, stage: int, kind: Kind, shape: Shape) -> float:
     """Seconds that an operation should take: measured, or linear in tokens between and beyond the shapes that were.
 
-    One shape alone is scaled in proportion to tokens.
+    Shapes of about one size, as micro-batches dealt by length have, are one point of the line, for the slope between
+    them would be noise. One point alone is scaled in proportion to tokens.
 
     Raises:
         ValueError: the profile lacks the stage, or a backward is split that was measured whole.
@@ -91,10 +95,21 @@ def operation_s(profile: Profile, name: str, stage: int, kind: Kind, shape: Shap
     if not measured:
         raise ValueError(f"profile has no stage {stage} of pipeline {name}: measure it on this placement")
     points = [(size, sum(ticks) / len(ticks)) for size, ticks in sorted(measured.items())]
-    return max(1.0, _linear(points, shape.size)) * profile.tick_s
+    return max(1.0, _linear(_apart(points), shape.size)) * profile.tick_s
 
 
-def _linear(points: Sequence[tuple[int, float]], size: int) -> float:
+def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The means of those that are closer than `_APART` to the smallest of them. points: ascending."""
+    near: list[list[tuple[float, float]]] = []
+    for point in points:
+        if near and point[0] < _APART * near[-1][0][0]:
+            near[-1].append(point)
+        else:
+            near.append([point])
+    return [(statistics.fmean(at for at, _ in own), statistics.fmean(value for _, value in own)) for own in near]
+
+
+def _linear(points: Sequence[tuple[float, float]], size: int) -> float:
     """The value at `size` of the lines through neighbouring points, of which the outer two go on."""
     if len(points) == 1:
         return points[0][1] * size / points[0][0]

@@ -33,7 +33,8 @@ class PolicyGradientTrainer(GroupTrainer):
         args = self.args
         group = replace(group, reports_kl=bool(args.beta_of_reward))
         settings = EstimatorSettings(group=group, beta=args.beta_of_reward, **self._estimator_options())
-        return policy_gradient(args.advantage, settings, LOSSES[args.loss](args, special), special)
+        loss = LOSSES[args.loss](args, special)
+        return policy_gradient(args.advantage, settings, loss, special, is_separable=args.has_separable_loss)
 
     def _estimator_options(self) -> dict[str, Any]:
         """Those of `EstimatorSettings` that this algorithm's `args` have."""

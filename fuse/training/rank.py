@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,8 @@ from fuse.training import state
 from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.offload import Offload
-from fuse.training.rounds import RankRound, Round, by_tokens
+from fuse.training.regrouping import Remembering, row_weights
+from fuse.training.rounds import RankRound, Round
 from fuse.training.running import Running
 from schedules import Schedule
 
@@ -49,7 +50,7 @@ class TrainingSettings:
     losses, targets: by role that trains. layout: what micro-batches are made like.
     autocast: the type to compute in; None for float32.
     timeout_s: a peer that does not answer for so long counts as lost.
-    loss_normalization: as of `Algorithm`.
+    loss_normalization: as of `Algorithm`. units: of the roles whose micro-batches are regrouped.
     """
 
     backend: Literal["transformers", "megatron"]
@@ -63,6 +64,7 @@ class TrainingSettings:
     timeout_s: float
     tensor_parallel_size: int = 1
     loss_normalization: LossNormalization = "micro_batch"
+    units: Mapping[str, int] = field(default_factory=dict)
 
     def build_stage(
         self,
@@ -87,7 +89,7 @@ class TrainingSettings:
             stage=stage,
             num_stages=num_stages,
             layer_range=layer_range,
-            loss=self.losses[role],
+            loss=Remembering(self.losses[role]),
             device=device,
             autocast=self.autocast,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -193,8 +195,6 @@ class TrainingRank:
         learning_rates: by round, of the roles in it.
         """
         self.offload.bring_all()
-        if self._settings.loss_normalization == "token":
-            rounds = by_tokens(rounds, experience)
         return [
             self._round(experience, one, rates, plans[one.counts])
             for one, rates in zip(rounds, learning_rates, strict=True)
@@ -231,8 +231,7 @@ class TrainingRank:
                 norm = norms[model] = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
                 with self._recorder.span(f"step {model}", "optimizer"):
                     optimizer.apply(norm, learning_rates[model])
-        metrics = running.metrics([len(own) for own in per_pipeline])
-        return RankRound(metrics=metrics, gradient_norms=norms)
+        return running.told([len(own) for own in per_pipeline], norms)
 
     def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:
         """A round's micro-batches, by pipeline; of the same samples roles share what they have in common."""
@@ -247,7 +246,11 @@ class TrainingRank:
                 samples = part.micro_batches[index]
                 if samples not in made:
                     made[samples] = self._micro_batches(experience, samples)
-                per_pipeline[-1].append(replace(made[samples][replica.model], weight=part.weights[index]))
+                micro_batch = replace(made[samples][replica.model], weight=part.weights[index])
+                if part.shares:
+                    weights = row_weights(experience, replica.model, samples, part.shares[index])
+                    micro_batch = replace(micro_batch, row_weights=weights).to(self._device)
+                per_pipeline[-1].append(micro_batch)
         return per_pipeline
 
     def _observe_messages(

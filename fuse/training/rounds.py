@@ -7,16 +7,33 @@ replicas add up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.placement import Counts, Replica
 from fuse.micro_batch import Metric
 from fuse.training.steps import OptimizerStep, StepReport
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a sample of a regrouped micro-batch counts: of the one it was drawn in, the loss's weight, and its sizes.
+
+    place: of the sample among the step's, as they were drawn.
+    """
+
+    weight: float
+    num_samples: int
+    num_positions: int
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +41,13 @@ class StepPart:
     """Micro-batches of an optimizer step, in its order.
 
     micro_batches: sample indices of each. weights: of each one's loss. is_last: the optimizer steps after them.
+    shares: of each one's samples where they are regrouped, see `fuse.training.regrouping`; else none.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...]
     is_last: bool
+    shares: tuple[tuple[Share, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +66,12 @@ class RankRound:
     """What one rank tells of a round, by role.
 
     metrics: of the micro-batches whose loss was computed there, in their order. gradient_norms: before clipping, of
-    the roles that stepped.
+    the roles that stepped. said: of regrouped micro-batches, in place of metrics, what the head said.
     """
 
     metrics: Mapping[str, Sequence[Mapping[Metric, float]]]
     gradient_norms: Mapping[str, float]
+    said: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 def rounds(
@@ -98,7 +118,7 @@ def by_tokens(rounds: Sequence[Round], experience: Experience) -> list[Round]:
     weighted = [dict(one.parts) for one in rounds]
     for role, targets in experience.targets.items():
         counts = experience.segments.offsets(targets.positions).diff().tolist()
-        for of_step in _steps_of(role, rounds):
+        for of_step in steps_of(role, rounds):
             sizes = [
                 [sum(counts[sample] for sample in samples) for samples in rounds[index].parts[role].micro_batches]
                 for index in of_step
@@ -113,29 +133,47 @@ def by_tokens(rounds: Sequence[Round], experience: Experience) -> list[Round]:
 def unfused_counts(rounds: Sequence[Round]) -> list[Counts]:
     """Micro-batches in the rounds of the same steps without fusion."""
     sizes = {
-        role: [sum(len(rounds[index].parts[role].micro_batches) for index in step) for step in _steps_of(role, rounds)]
+        role: [sum(len(rounds[index].parts[role].micro_batches) for index in step) for step in steps_of(role, rounds)]
         for role in roles_of(rounds)
     }
     by_round = zip_longest(*sizes.values(), fillvalue=0)
     return [tuple((role, count) for role, count in zip(sizes, row, strict=True) if count) for row in by_round]
 
 
+DrawnMetrics = Callable[[str, Sequence[StepPart], Sequence[Tensor]], Sequence[Mapping[Metric, float]]]
+"""(role, a step's parts, what the head said by micro-batch) -> metrics of the micro-batches that were drawn."""
+
+
 def step_reports(
-    rounds: Sequence[Round], by_rank: Sequence[Sequence[RankRound]], placement: Sequence[Replica]
+    rounds: Sequence[Round],
+    by_rank: Sequence[Sequence[RankRound]],
+    placement: Sequence[Replica],
+    drawn_metrics: DrawnMetrics | None = None,
 ) -> dict[str, list[StepReport]]:
-    """What every optimizer step of each role gave. by_rank: [ranks][rounds]; a replica's last rank has its metrics."""
+    """What every optimizer step of each role gave. by_rank: [ranks][rounds]; a replica's last rank has its metrics.
+
+    drawn_metrics: for steps whose micro-batches are regrouped.
+    """
     reports: dict[str, list[StepReport]] = {}
     for role in roles_of(rounds):
         replicas = [replica for replica in placement if replica.model == role]
-        for of_step in _steps_of(role, rounds):
-            rows: list[Mapping[Metric, float]] = []
-            for index in of_step:
-                of_replicas = [list(by_rank[replica.ranks[-1]][index].metrics[role]) for replica in replicas]
-                in_turn = zip_longest(*of_replicas)  # as `replica_micro_batches` deals them out
-                rows += [row for turn in in_turn for row in turn if row is not None]
+        for of_step in steps_of(role, rounds):
+            parts = [rounds[index].parts[role] for index in of_step]
+            of_ranks = [[by_rank[replica.ranks[-1]][index] for replica in replicas] for index in of_step]
+            if parts[0].shares:
+                assert drawn_metrics is not None
+                rows = drawn_metrics(role, parts, _in_turn([[one.said[role] for one in ranks] for ranks in of_ranks]))
+            else:
+                rows = _in_turn([[one.metrics[role] for one in ranks] for ranks in of_ranks])
             norm = max(of_rank[of_step[-1]].gradient_norms[role] for of_rank in by_rank)
             reports.setdefault(role, []).append(StepReport(metrics=rows, gradient_norm=norm))
     return reports
+
+
+def _in_turn(of_rounds: Sequence[Sequence[Sequence[_Row]]]) -> list[_Row]:
+    """[rounds][replicas][micro-batches] -> [micro-batches] of a step, as `replica_micro_batches` deals them out."""
+    turns = [turn for of_replicas in of_rounds for turn in zip_longest(*of_replicas)]
+    return [row for turn in turns for row in turn if row is not None]
 
 
 def roles_of(rounds: Sequence[Round]) -> list[str]:
@@ -143,7 +181,7 @@ def roles_of(rounds: Sequence[Round]) -> list[str]:
     return list(dict.fromkeys(role for one in rounds for role in one.parts))
 
 
-def _steps_of(role: str, rounds: Sequence[Round]) -> list[list[int]]:
+def steps_of(role: str, rounds: Sequence[Round]) -> list[list[int]]:
     """The rounds that each of the role's steps takes."""
     steps: list[list[int]] = [[]]
     for index, one in enumerate(rounds):

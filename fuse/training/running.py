@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fuse.intrastage.communication import PipelineCommunicators
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.stage import TrainedStage
 from fuse.micro_batch import Metric, Metrics
-from fuse.training.rounds import Round
+from fuse.training.regrouping import said
+from fuse.training.rounds import RankRound, Round
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,24 @@ class Running:
         """Name and ranks of each."""
         return [(replica.name, replica.ranks) for replica in self.replicas]
 
-    def metrics(self, num_micro_batches: Sequence[int]) -> dict[str, list[dict[Metric, float]]]:
-        """What the losses computed here gave of the round's micro-batches, by role. num_micro_batches: by pipeline."""
-        return {
-            replica.model: _numbers([held.metrics[index] for index in range(num_micro_batches[pipeline])])
-            for (pipeline, stage), held in self.stages.items()
-            if stage == len((replica := self.replicas[pipeline]).ranks) - 1
-        }
+    def told(self, num_micro_batches: Sequence[int], gradient_norms: Mapping[str, float]) -> RankRound:
+        """What the losses computed here gave of the round's micro-batches. num_micro_batches: by pipeline."""
+        metrics, heads_said = {}, {}
+        for (pipeline, stage), held in self.stages.items():
+            replica = self.replicas[pipeline]
+            if stage == len(replica.ranks) - 1:
+                of_all = [held.metrics[index] for index in range(num_micro_batches[pipeline])]
+                kept = [tensor for one in of_all if (tensor := said(one)) is not None]
+                if kept:
+                    heads_said[replica.model] = _on_host(kept)
+                else:
+                    metrics[replica.model] = _numbers(of_all)
+        return RankRound(metrics=metrics, gradient_norms=gradient_norms, said=heads_said)
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """By one wait for the device."""
+    return [one.clone() for one in torch.cat(list(tensors)).cpu().split([len(one) for one in tensors])]
 
 
 def _numbers(metrics: Sequence[Metrics]) -> list[dict[Metric, float]]:

@@ -83,12 +83,26 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
         ({"trl_quirks": True, "critic_num_mini_batches": 2}, "trl_quirks=True with critic_num_mini_batches=2"),
         ({"trl_quirks": True, "critic_warmup_updates": 2}, "trl_quirks=True with critic_warmup_updates=2"),
         ({"trl_quirks": True, "loss_normalization": "token"}, "trl_quirks=True with loss_normalization='token'"),
+        ({"trl_quirks": True, "regroup_micro_batches": True}, "trl_quirks=True with regroup_micro_batches=True"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         PPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
     assert "\n" not in str(refusal.value)
+
+
+def test_micro_batches_are_regrouped_but_where_trl_is_reproduced(tmp_path: Path) -> None:
+    def regroups(**options: Any) -> bool:
+        return PPOConfig(output_dir=str(tmp_path), use_cpu=True, **options).regroups
+
+    assert [regroups(), regroups(regroup_micro_batches=True), regroups(regroup_micro_batches=False)] == [
+        True,
+        True,
+        False,
+    ]
+    assert not regroups(trl_quirks=True)
+    assert not regroups(trl_quirks=True, regroup_micro_batches=False)
 
 
 def test_the_critic_trains_as_the_actor_unless_asked_otherwise(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_costs_between_and_beyond_measured_shapes(stage: int, shape: Shape, kind
     assert operation_s(PROFILE, "actor.0", stage, kind, shape) == pytest.approx(1e-3 * expected_ms)
 
 
+def test_shapes_of_about_one_size_tell_no_slope() -> None:
+    """Micro-batches dealt by length: 300 and 302 tokens, of which the larger happened to be faster."""
+    near = costs("actor.0", 0, Shape(1, 302), (31, 1, 1, 1))
+    alone = replace(PROFILE, stages=(*(one for one in PROFILE.stages if one.shape == LARGE and one.stage == 0), near))
+    assert operation_s(alone, "actor.0", 0, Kind.F, Shape(1, 301)) == pytest.approx(0.0355)
+    assert operation_s(alone, "actor.0", 0, Kind.F, Shape(2, 301)) == pytest.approx(0.071)
+
+
 def test_shapes_of_equal_size_count_together_where_neither_is_the_one_asked_for() -> None:
     wide = costs("actor.0", 0, Shape(2, 50), (14, 1, 1, 1))
     profile = replace(PROFILE, stages=(*PROFILE.stages, wide))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from fuse.training.layer_costs import TypicalBatch
 from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.regrouping import prepared
 from fuse.training.rounds import RankRound, rounds
 from fuse.training.steps import OptimizerStep, optimizer_steps
 from schedules.fused.greedy import greedy
@@ -190,16 +190,16 @@ def taken(
     placement = tuple(
         replica for role in roles for replica in place(role, num_ranks, num_ranks, reverse=role == "critic")
     )
-    of_update = rounds(steps, dict.fromkeys(steps, 1), is_fused=is_fused)
+    drawn = rounds(steps, dict.fromkeys(steps, 1), is_fused=is_fused)
+    of_update = prepared(drawn, EXPERIENCE, loss_normalization=loss_normalization, units={})
     plans = {}
     for counts in {one.counts for one in of_update}:
         serial = halved_serial_schedule(replicas_of(placement, counts), counts)
         plans[counts] = Plan(greedy(serial.problem) if is_fused else serial)
-    settings = replace(SETTINGS, loss_normalization=loss_normalization)
 
     def run(rank: int) -> tuple[dict[str, Tensor], list[RankRound]]:
         specs = {name: ModelSpec.of(model) for name, model in models.items()}
-        training = TrainingRank(rank, torch.device("cpu"), specs, placement, settings, SpanRecorder())
+        training = TrainingRank(rank, torch.device("cpu"), specs, placement, SETTINGS, SpanRecorder())
         for name, model in models.items():
             training.load_weights(name, model.state_dict())
         told = training.train(EXPERIENCE, of_update, [rates] * len(of_update), plans)

@@ -27,7 +27,7 @@ INSTANCE = {
 
 KEYS = {
     "setting", "actor_layers", "critic_layers", "lengths", "num_micro_batches", "critic_epochs", "micro_batch_tokens",
-    "serial_ms", "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial", "bubble_fused",
+    "padding", "serial_ms", "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial", "bubble_fused",
     "bubble_planned", "overhead_share", "why", "serial", "fused",
 }  # fmt: skip
 SIDE_KEYS = {
@@ -182,6 +182,7 @@ def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         (["--bidirectional", "--micro-batches", "1"], "at least 2 --micro-batches"),
         (["--bidirectional", "--sizes", "1:1"], "leave one of them out"),
         (["--critic-epochs", "0"], "--critic-epochs is 0"),
+        (["--emulate", "2", "--as-drawn"], "--as-drawn is of real training"),
         (["--emulate", "2", "--critic-epochs", "2"], "--critic-epochs is of real training"),
         (["--emulate", "8", "--instances", "{file}"], r"has no instance of 8 ranks: choose --emulate from \[2\]"),
         (["--lengths", "{short}"], "has 1 rows, and 16 responses are needed"),

@@ -36,7 +36,7 @@ FUSED: Side = {**SIDE, "planned_ms": 105.0, "executed_ms": 105.0, "step_ms": 117
 
 def row(serial: Side, fused: Side) -> dict[str, Any]:
     task = Task(lengths="uniform", micro_batches=((0, 1), (2, 3)))
-    return row_of("2:1", LAYERS, task, [16, 16], serial, fused)
+    return row_of("2:1", LAYERS, task, [16, 16], serial, fused, padding=1.0)
 
 
 def test_the_predicted_gain_includes_the_optimizer_on_both_sides() -> None:
