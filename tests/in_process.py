@@ -53,6 +53,9 @@ class _Cluster:
     def host(self, device: int) -> str:
         return _LOOPBACK
 
+    def elsewhere(self) -> dict[str, _Worker]:
+        return {}
+
     def warm(self, *arguments: object) -> None:
         """There are no processes to start."""
 

@@ -94,6 +94,9 @@ class _Lease:
     def host(self, device: int) -> str:
         return self._pool.cluster.host(self._devices[device])
 
+    def elsewhere(self) -> dict[str, Worker[Any]]:
+        return {}
+
     def warm(self, *arguments: object) -> None:
         """The processes have started and imported."""
 

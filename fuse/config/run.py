@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -230,6 +231,7 @@ class RunConfig(TrainingArguments):
                     "there: leave it out"
                 )
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.output_dir = os.path.abspath(str(self.output_dir))  # workers have other current directories
         self._check_ranges()
         self._check_choices()
         self._check_combinations()

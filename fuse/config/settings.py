@@ -112,6 +112,7 @@ def fleet_settings(
         ),
         training=training,
         mixing=config.mixing,
+        output_dir=Path(str(config.output_dir)),
         placement=placement,
         alternative=alternative,
         micro_batches_per_step=length.micro_batches_per_step,

@@ -23,6 +23,7 @@ from fuse.driver.mixing import Mixing
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
 from fuse.driver.score_flow import score_through
+from fuse.driver.shared_directory import check_shared
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
@@ -97,6 +98,8 @@ class Fleet:
         )
         resources.callback(self._models.abandon)
         self._engines.wait_started(self._tell)
+        if settings.output_dir is not None:
+            check_shared(settings.output_dir, self._cluster.elsewhere())
         if settings.offloads_training:  # from the first update on, a device never holds both
             self._engines.call(GenerationHandle.sleep)
             self.synchronise()

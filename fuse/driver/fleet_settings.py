@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,6 +37,7 @@ class FleetSettings:
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     memory: what the run's memory depends on; None where it is not planned.
     engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
+    output_dir: where workers write checkpoints, which all hosts must share; None where none are written.
     mixing: how a model that only scores follows the policy; None where none does.
     """
 
@@ -57,6 +59,7 @@ class FleetSettings:
     offloads_training: bool = False
     alternative: tuple[Replica, ...] | None = None
     mixing: Mixing | None = None
+    output_dir: Path | None = None
 
     @property
     def mixed_roles(self) -> tuple[str, ...]:

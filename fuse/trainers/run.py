@@ -65,7 +65,7 @@ class Run:
         tell: Callable[[str], None],
     ) -> None:
         self.args, self.length, self.model, self.policy, self.tokenizer = args, length, model, policy, tokenizer
-        self.output_dir = Path(str(args.output_dir)).absolute()  # workers have other current directories
+        self.output_dir = Path(str(args.output_dir))
         self._num_rows, self._rate_name, self._tell = num_rows, rate_name, tell
         self._is_new = True
         self._saved_step: int | None = None  # of the last checkpoint that this run can go on from

@@ -67,6 +67,10 @@ class Worker(Generic[_W]):
         """The worker's process id on its host; waits until the worker is made."""
         return self._get(self._started)
 
+    def sees(self, path: str) -> Future[bool]:
+        """Whether the worker's process finds a file of this path."""
+        return Future(self, self._actor.sees.remote(path))
+
     def kill(self) -> None:
         """End the process at once; its pending calls fail. A second time does nothing."""
         ray.kill(self._actor)

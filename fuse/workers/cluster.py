@@ -117,6 +117,13 @@ class Cluster:
         """The IP address at which a device's processes reach one another."""
         return self.devices[device].host
 
+    def elsewhere(self) -> dict[str, Worker[Any]]:
+        """A worker on each host but the driver's, by the host's IP address."""
+        own = ray.get_runtime_context().get_node_id()
+        here = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
+        by_host = {self.host(worker.device): worker for worker in self._workers}
+        return {host: worker for host, worker in by_host.items() if host != here}
+
     def spawn(
         self, role: str, device: int, worker_class: Callable[_P, _W], *args: _P.args, **kwargs: _P.kwargs
     ) -> Worker[_W]:

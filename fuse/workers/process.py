@@ -32,6 +32,10 @@ class Process:
         self._worker = worker_class(*args, **kwargs)
         return os.getpid()
 
+    def sees(self, path: str) -> bool:
+        """Whether there is such a file from here."""
+        return os.path.isfile(path)
+
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call the worker's method of this name."""
         return getattr(self._worker, method)(*args, **kwargs)

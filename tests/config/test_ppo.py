@@ -31,6 +31,13 @@ def test_every_option_of_trl_exists_with_its_default(tmp_path: Path) -> None:
     assert different <= {"gradient_checkpointing", "logging_dir"}
 
 
+def test_the_output_dir_is_that_of_the_directory_where_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert PPOConfig(output_dir="out").output_dir == str(tmp_path / "out")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to compute in bfloat16 on")
 def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = PPOConfig(output_dir=str(tmp_path), bf16=True)

@@ -10,6 +10,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -122,6 +124,18 @@ def test_a_process_that_was_warmed_up_is_the_next_worker_of_its_role_and_device(
     assert there._actor is warmed is not elsewhere._actor
     assert there.call(Echo.echo, 1).result()
     assert there.process_id != elsewhere.process_id
+
+
+def test_workers_of_other_hosts_are_asked_for_files(
+    cluster: Cluster, spawn: Spawn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker = spawn("model worker", 1)
+    assert cluster.elsewhere() == {}
+    here, there = cluster.devices
+    monkeypatch.setattr(cluster, "devices", (here, replace(there, host="10.0.0.2")))
+    assert cluster.elsewhere() == {"10.0.0.2": worker}
+    (tmp_path / "file").touch()
+    assert [worker.sees(str(tmp_path / name)).result() for name in ("file", "none")] == [True, False]
 
 
 def test_an_exception_names_device_role_and_cause_and_keeps_its_traceback(spawn: Spawn) -> None:
