@@ -27,7 +27,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fuse.ops.native import choose, extension, log_choice
+from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio; odd, written as the int64 it is
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -63,15 +63,21 @@ def sample_tokens(
     A row of temperature 0 is greedy: the first largest logit, its log-probability taken at temperature 1 (the limit
     would be 0 for every token).
     """
-    native, choice = choose(logits.device)
+    device = logits.device
+    native, choice = choose(device, has_cuda=True)
     log_choice("sample_tokens", choice)
     if native is None:
         return sample_tokens_reference(logits, temperatures, seeds, sample_ids, positions)
-    logits = logits.detach().float()
+    logits = logits.detach()
+    if device.type == "cpu" or logits.dtype != torch.bfloat16:  # which the CUDA code reads as it is
+        logits = logits.float()
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
-    native.sample(logits, temperatures.contiguous(), _keys(seeds, sample_ids, positions), tokens, logprobs)
+    rows = [one.contiguous() for one in (temperatures, seeds, sample_ids, positions)]
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=device)
+    logprobs = torch.empty(len(logits), device=device)
+    with current(device):
+        native.sample(logits, *rows, tokens, logprobs, *queue(device))
     return tokens, logprobs
 
 
@@ -93,12 +99,13 @@ def describe() -> str:
     native, reason = extension()
     if native is None:
         return f"torch reference: {reason}"
-    return "native C++ on CPU; torch reference elsewhere: there is no CUDA kernel"
+    cuda = "CUDA on GPUs" if native.has_cuda else f"torch reference on GPUs: {NOT_BUILT}"
+    return f"native C++ on CPU, {cuda}"
 
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return choose(example.device)[1]
+    return choose(example.device, has_cuda=True)[1]
 
 
 def _keys(seeds: Tensor, sample_ids: Tensor, positions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include "tensor/bfloat16_binding.h"
 #include "tensor/bindings.h"
 #include "tensor/linear_logprob.h"
 #ifdef FUSE_WITH_CUDA
@@ -8,14 +9,6 @@
 #endif
 
 namespace nb = nanobind;
-
-template <>
-struct nanobind::detail::dtype_traits<fuse::BFloat16> {
-  static constexpr dlpack::dtype value{static_cast<std::uint8_t>(dlpack::dtype_code::Bfloat), 16, 1};
-  static constexpr auto name = const_name("generic");  // for type checkers: numpy has no such type
-};
-template <>
-struct nanobind::detail::dtype_traits<const fuse::BFloat16> : dtype_traits<fuse::BFloat16> {};
 
 namespace fuse {
 namespace {

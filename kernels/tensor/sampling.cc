@@ -4,23 +4,14 @@
 #include <cmath>
 #include <limits>
 
+#include "tensor/sampling_math.h"
 #include "tensor/vector_math.h"
 
 namespace fuse {
 namespace {
 
-constexpr std::uint64_t kGamma = 0x9E3779B97F4A7C15;
-constexpr float kUniformScale = 0x1p-31f * (1.0f - 0x1p-24f);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kBlock = 256;  // tokens; their words and bounds stay in the first-level cache
-
-FUSE_INLINE std::uint64_t mix(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-  return x ^ (x >> 31);
-}
-
-FUSE_INLINE float uniform(std::int32_t bits) { return (static_cast<float>(bits & 0x7FFFFFFF) + 0.5f) * kUniformScale; }
 
 // At least -log(uniform): a float's bits, read as an integer, are a chord below log2. 1e-3 covers the rounding.
 FUSE_INLINE Floats noise_bound(const Ints& bits) {
@@ -44,8 +35,7 @@ FUSE_INLINE float largest(const float* values, std::int64_t count) {
 // The random bits of tokens first to first + kBlock - 1.
 FUSE_INLINE void fill_bits(std::uint64_t key, std::int64_t first, std::int32_t* bits) {
   alignas(64) std::uint64_t words[kBlock / 2];
-  const std::uint64_t word = key + static_cast<std::uint64_t>(first / 2 + 1) * kGamma;
-  for (std::int64_t i = 0; i < kBlock / 2; ++i) words[i] = mix(word + static_cast<std::uint64_t>(i) * kGamma);
+  for (std::int64_t i = 0; i < kBlock / 2; ++i) words[i] = noise_word(key, first / 2 + i);
   for (std::int64_t i = 0; i < kBlock / 2; ++i) {
     bits[2 * i] = static_cast<std::int32_t>(words[i]);
     bits[2 * i + 1] = static_cast<std::int32_t>(words[i] >> 32);
@@ -56,13 +46,14 @@ FUSE_INLINE void fill_bits(std::uint64_t key, std::int64_t first, std::int32_t* 
 
 FUSE_VECTORIZED
 void sample(const float* logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab_size,
-            const float* temperatures, const std::int64_t* keys, std::int64_t* tokens, float* logprobs) {
+            const float* temperatures, const NoiseKeys& keys, std::int64_t* tokens, float* logprobs) {
   alignas(64) std::int32_t bits[kBlock];
   alignas(64) float scaled[kBlock];
   for (std::int64_t row = 0; row < rows; ++row) {
     const float* row_logits = logits + row * row_stride;
     const bool greedy = temperatures[row] == 0.0f;
     const float temperature = greedy ? 1.0f : temperatures[row];
+    const std::uint64_t key = key_of(keys, row);
     const float highest = largest(row_logits, vocab_size) / temperature;
 
     double total = 0.0;  // of exp(scaled - highest)
@@ -73,7 +64,7 @@ void sample(const float* logits, std::int64_t row_stride, std::int64_t rows, std
       const std::int64_t count = std::min(kBlock, vocab_size - first);
       std::fill(scaled + count, scaled + kBlock, -kInfinity);
       for (std::int64_t i = 0; i < count; ++i) scaled[i] = row_logits[first + i] / temperature;
-      if (!greedy) fill_bits(static_cast<std::uint64_t>(keys[row]), first, bits);
+      if (!greedy) fill_bits(key, first, bits);
       Floats totals{};
       for (std::int64_t i = 0; i < count; i += kLanes) {
         const Floats lanes = load(scaled + i);
@@ -83,7 +74,7 @@ void sample(const float* logits, std::int64_t row_stride, std::int64_t rows, std
         if (!any(promising)) continue;
         for (std::int64_t lane = 0; lane < kLanes; ++lane) {
           if (!promising[lane]) continue;
-          const float value = greedy ? lanes[lane] : lanes[lane] - std::log(-std::log1p(-uniform(bits[i + lane])));
+          const float value = greedy ? lanes[lane] : lanes[lane] + gumbel(bits[i + lane]);
           if (value > best) {
             best = value;
             chosen = lanes[lane];

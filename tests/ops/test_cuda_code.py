@@ -52,7 +52,7 @@ def differences(source: str, others: list[Path], folder: Path) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob"])
+@pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob", "sampling"])
 def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_path):
     assert differences((KERNELS / "tensor" / f"{kernel}.cu").read_text(), others(kernel), tmp_path) == []
 
@@ -64,6 +64,8 @@ def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_p
         ("kv_blocks", "run / columns % rows", "run % rows", "scattered"),
         ("kv_blocks", "16 | source.address", "16 | 0", "signal"),
         ("linear_logprob", "before <= group", "before < group", "statistics"),
+        ("sampling", "one.token < than.token", "one.token > than.token", "tokens"),
+        ("sampling", "sums->total * exp_nonpositive", "sums->total + exp_nonpositive", "log-probabilities"),
         ("linear_logprob", "column == target", "column == targets[row]", "gradients"),
     ],
 )

@@ -63,11 +63,11 @@ def test_chooses_by_device_type_and_build(
     assert (module is None) == choice.startswith("torch reference")
 
 
-@pytest.mark.parametrize("operation", ["gae", "kv_blocks", "linear_logprob"])
+@pytest.mark.parametrize("operation", ["gae", "kv_blocks", "linear_logprob", "sampling"])
 def test_gpus_that_a_build_leaves_out_are_named(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     extension = SimpleNamespace(has_cuda=False)
     monkeypatch.setattr(getattr(ops, operation), "extension", lambda: (extension, "fuse._native is built"))
-    description = ops.describe()[operation]
+    description = getattr(ops, operation).describe()
     assert "on GPUs" in description
     assert native.NOT_BUILT in description
 
