@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from random import Random
 
@@ -119,10 +118,8 @@ def test_stops_when_asked() -> None:
         for name, ranks in (("actor", (0, 1, 2, 3)), ("critic", (3, 2, 1, 0)))
     )
     problem = Problem(num_ranks=4, pipelines=pipelines, memory_limit_bytes=(4,) * 4)
-    start_s = time.monotonic()
-    result = shortest(problem, split=False, makespan=1000, time_limit_s=200, should_stop=lambda: True)
-    assert result.outcome in (Outcome.UNKNOWN, Outcome.FOUND)  # the optimum takes much longer
-    assert time.monotonic() - start_s < 60  # far from the limit: it was stopped
+    result = shortest(problem, split=False, makespan=1000, time_limit_s=1e6, should_stop=lambda: True)
+    assert result.outcome in (Outcome.UNKNOWN, Outcome.FOUND)  # days before the limit: it was stopped
 
 
 @pytest.mark.parametrize("below", [0, 1])
