@@ -128,7 +128,7 @@ def test_a_critic_takes_more_steps_than_the_actor(
 
 def test_writes_profiles_of_every_shape(trained: dict[str, Any]) -> None:
     profile = profile_from_json(trained["profiles"]["2:1"])
-    assert {cost.shape.num_tokens for cost in profile.stages} == {7, 8, 9}
+    assert {cost.shape.num_tokens for cost in profile.stages} == {5, 8, 9}  # dealt by length: 3, 5 and 7, 9
     assert {(cost.pipeline, cost.stage) for cost in profile.stages} == {
         (f"{model}.0", stage) for model in ("actor", "critic") for stage in range(2)
     }
