@@ -54,7 +54,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
         "plan": "{predicted_ratio:.3f}",
         "gain": "{gain_share:.0%}",
         "bubbles": "{bubble_serial:.0%} {bubble_fused:.0%} {bubble_planned:.0%}",
-        "lost": "{fused[transfer_share]:.1%} {overhead_share:.1%}",
+        "lost": "{fused[transfer_share]:.0%} {overhead_share:.1%}",
     }
     caption = (
         "pad: computed tokens over real ones; gain: share of the plan's; bubbles: of serial steps, of fused ones, "

@@ -79,8 +79,8 @@ def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
     assert uniform["predicted_ratio"] > 1
     assert uniform["gain_share"] == pytest.approx((uniform["ratio"] - 1) / (uniform["predicted_ratio"] - 1))
     assert uniform["micro_batch_tokens"] == [16, 16]
-    # 10, 2 and 4, 8 responses become 7, 1 and 3, 5: the longest are 6 on average, after prompts of 2. Then 1, 3 and 5, 7
-    # are dealt together.
+    # 10, 2 and 4, 8 responses become 7, 1 and 3, 5: the longest are 6 on average, after prompts of 2. Dealt by length
+    # they are 1, 3 and 5, 7.
     assert mixed["micro_batch_tokens"] == [10, 18]
     assert (uniform["padding"], mixed["padding"]) == (1.0, pytest.approx((10 + 18) / (3 + 5 + 7 + 9)))
 
