@@ -47,19 +47,18 @@ def steps_table(rows: Sequence[Row]) -> Table:
     """One line per setting."""
     columns = {
         "setting": "{setting}",
-        "padding": "{padding:.2f}",
+        "pad": "{padding:.2f}",
         "serial": "{serial_ms:.0f}",
         "fused": "{fused_ms:.0f}",
         "ratio": "{ratio:.3f}",
         "plan": "{predicted_ratio:.3f}",
         "gain": "{gain_share:.0%}",
         "bubbles": "{bubble_serial:.0%} {bubble_fused:.0%} {bubble_planned:.0%}",
-        "late": "{fused[transfer_share]:.1%}",
-        "overhead": "{overhead_share:.1%}",
+        "lost": "{fused[transfer_share]:.0%} {overhead_share:.1%}",
     }
     caption = (
-        "padding: computed tokens over real ones; gain: share of the plan's; bubbles: of serial steps, of fused ones, "
-        "of the fused plan; late: waiting for messages already made"
+        "pad: computed tokens over real ones; gain: share of the plan's; bubbles: of serial steps, of fused ones, "
+        "of the fused plan; lost: to waiting for messages already made, to overhead"
     )
     return rows_table(rows, columns, title="Steps of actor and critic, ms", caption=caption)
 
