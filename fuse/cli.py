@@ -41,6 +41,7 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "training": "pipeline training of actor and critic",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",
+        "gpu": "what only a GPU can show, checked without Ray",
     }
 )
 RUN_ERRORS: Mapping[str, str] = MappingProxyType(

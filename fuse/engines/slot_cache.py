@@ -37,6 +37,8 @@ class SlotCache(Cache):
 
     The model sees an empty cache (no sequence length of its own): the engine passes positions and masks. Layers
     appear when the model first reaches them, with the heads and dtype that it brings.
+
+    num_allocations: while it stays, so do all buffers.
     """
 
     def __init__(self, *, max_rows: int, max_context: int, device: torch.device) -> None:
@@ -46,6 +48,7 @@ class SlotCache(Cache):
         self._layers: list[_Layer] = []
         self._num_rows = 0  # allocated, as is _capacity, in tokens per row
         self._capacity = 0
+        self.num_allocations = 0
         self._row_indices = torch.arange(max_rows, device=device)
         # The forward to come: a prefill of new rows from _first_row on, or a decode step where _positions is set.
         self._first_row = 0
@@ -148,4 +151,5 @@ class SlotCache(Cache):
         return grown
 
     def _allocate(self, like: Tensor) -> Tensor:
+        self.num_allocations += 1
         return like.new_zeros(self._num_rows, like.shape[1], self._capacity, like.shape[3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fuse.engines.attention import decode_mask, use_slot_attention
+from fuse.engines.captured_decode import CapturedSteps
 from fuse.engines.engine import (
     Evicted,
     GeneratedToken,
@@ -40,6 +42,7 @@ class TransformersEngine:
     num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
         A longer prompt is prefilled alone; one that is copied counts for nothing.
+    captures_decode: decode steps are CUDA graphs where that pays; not run on a GPU yet, so not by default.
 
     In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.
 
@@ -55,10 +58,14 @@ class TransformersEngine:
         max_context: int | None = None,
         num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
+        captures_decode: bool = False,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
+        if captures_decode and model.device.type != "cuda":
+            raise ValueError(f"captures_decode: the model is on {model.device}, and graphs are CUDA's: leave it out")
+        self._captured = CapturedSteps() if captures_decode else None
         self._max_context = check_context(model, max_context)
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._num_tokens = num_tokens
@@ -125,7 +132,7 @@ class TransformersEngine:
         if self._num_samples:
             raise not_idle(self._num_samples)
         self._is_asleep = True
-        self._cache.clear()
+        self._clear_cache()
         release_weights(self._model)
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -136,6 +143,7 @@ class TransformersEngine:
         """
         if self._num_samples:
             raise still_live(self._num_samples)
+        self._forget_captured()
         adopt_state_dict(self._model, state_dict)
         self._is_asleep = False
 
@@ -146,7 +154,15 @@ class TransformersEngine:
     def close(self) -> None:
         self._queue.clear()
         self._rows = Rows(0, self._rows.input_ids.device)
+        self._clear_cache()
+
+    def _clear_cache(self) -> None:
+        self._forget_captured()
         self._cache.clear()
+
+    def _forget_captured(self) -> None:
+        if self._captured is not None:
+            self._captured.clear()
 
     def _fill_slots(self) -> None:
         """Give free slots to the queue's first samples, within the prefill budget."""
@@ -211,8 +227,15 @@ class TransformersEngine:
 
     def _decode(self) -> Tensor:
         """Feed every row's last token; the logits of the next one, [rows, vocab]."""
-        lengths = self._rows.lengths
         context = round_up(max(row.num_cached for row in self._rows) + 1)
+        if self._captured is None:
+            return self._forward(context)
+        kind = len(self._rows), context, self._cache.num_allocations
+        return self._captured.run(kind, partial(self._forward, context))
+
+    def _forward(self, context: int) -> Tensor:
+        """`_decode`, of rows whose tokens are among the first `context`."""
+        lengths = self._rows.lengths
         mask = decode_mask(lengths + 1, context, self._model.dtype, slot_attention=self._has_slot_attention)
         self._cache.begin_decode(lengths, context)
         output = self._model(
@@ -250,7 +273,7 @@ class TransformersEngine:
             for token in generated:
                 tokens[token.sample_id].append(token.token_id)
                 logprobs[token.sample_id].append(token.logprob)
-        self._cache.clear()
+        self._clear_cache()
         tolerance = 1e-3 if self._model.dtype in (torch.float32, torch.float64) else 0.5
         for prompt_ids, token_ids, decoded in zip(prompts, tokens, logprobs, strict=True):
             first = len(prompt_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+# Ray is imported where its errors are looked at: whoever has an error of ours to raise may do without it.
 
 
 class RunError(RuntimeError):
@@ -28,6 +28,8 @@ class WorkerError(RunError):
     @property
     def raised(self) -> BaseException | None:
         """What the worker raised, if it did."""
+        from ray.exceptions import RayTaskError
+
         error = self.__cause__
         return error.cause if isinstance(error, RayTaskError) else None
 
@@ -37,6 +39,8 @@ class WorkerError(RunError):
 
 def cause_of(error: BaseException) -> str:
     """One line that says why a call on a worker failed."""
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
     if isinstance(error, RayTaskError):
         raised = error.cause
         first_line = next((line for line in str(raised).splitlines() if line.strip()), "")
@@ -53,5 +57,7 @@ def cause_of(error: BaseException) -> str:
 
 def dead_process_id(error: BaseException) -> int | None:
     """The process whose death `error` reports, if it does; Ray tells it in the message only."""
+    from ray.exceptions import RayActorError
+
     match = re.search(r"^\s*pid: (\d+)$", str(error), re.MULTILINE) if isinstance(error, RayActorError) else None
     return int(match[1]) if match else None

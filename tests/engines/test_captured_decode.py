@@ -1,0 +1,100 @@
+"""Captured decode steps: when, and that replays find all memory where it was. Graphs need a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fuse.engines.captured_decode import CapturedSteps, Step
+from fuse.engines.transformers import TransformersEngine
+
+from .driving import run
+from .test_transformers import request
+
+BuildModel = Callable[..., PreTrainedModel]
+REQUESTS = [
+    request(index, *shape, temperature=0.9) for index, shape in enumerate([(1, 90), (5, 30), (40, 60), (5, 100)])
+]
+
+
+class Replays:
+    """Captures the steps of an engine, as far as a CPU can: they run anew, on memory that must not have moved."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._engine = engine
+        self.num_captures = self.num_replays = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.num_captures += 1
+        captured = list(self._addresses())
+
+        def replay() -> Tensor:
+            assert list(self._addresses()) == captured, "memory has moved since the capture"
+            self.num_replays += 1
+            return step()
+
+        return replay
+
+    def _addresses(self) -> Iterator[int]:
+        engine = self._engine
+        yield from (one.data_ptr() for one in engine._model.parameters())
+        yield from (one.data_ptr() for layer in engine._cache._layers for one in (layer.keys, layer.values))
+        yield from (engine._rows.input_ids.data_ptr(), engine._rows.lengths.data_ptr(), len(engine._rows))
+
+
+def test_tokens_are_those_of_an_engine_without(build_model: BuildModel) -> None:
+    """While buffers grow, samples come and go, the engine sleeps and its weights change."""
+    weights = build_model(seed=1).state_dict()
+    expected, engine = (TransformersEngine(build_model(), max_batch=2) for _ in range(2))
+    replays = Replays(engine)
+    engine._captured = CapturedSteps(replays)
+    for sleeps in (False, True):
+        assert run(engine, REQUESTS) == run(expected, REQUESTS)
+        for one in (engine, expected):
+            if sleeps:
+                one.sleep()
+            one.load_weights({name: weight.clone() for name, weight in weights.items()})
+    assert run(engine, REQUESTS) == run(expected, REQUESTS)
+    assert 10 < 2 * replays.num_captures < replays.num_replays
+
+
+def step_of(calls: list[str], name: str) -> Step:
+    def step() -> Tensor:
+        calls.append(name)
+        return torch.zeros(())
+
+    return step
+
+
+def test_a_kind_is_captured_when_it_comes_again_and_again() -> None:
+    calls: list[str] = []
+
+    def capture(step: Step) -> Step:
+        calls.append("capture")
+        return step_of(calls, "replay")
+
+    steps = CapturedSteps(capture)
+    for kind in "aaabaaaaaab" + "a":
+        steps.run(kind, step_of(calls, kind))
+    assert calls == [*"aaabaaaa", "capture", "replay", "replay", "b", "replay"]
+    steps.clear()
+    steps.run("a", step_of(calls, "a"))
+    assert calls[-1] == "a"
+
+
+def test_only_the_latest_graphs_are_kept() -> None:
+    calls: list[str] = []
+    steps = CapturedSteps(lambda step: step)
+    for kind in range(9):
+        for _ in range(5):
+            steps.run(kind, step_of(calls, "step"))
+    assert list(steps._graphs) == list(range(1, 9))
+
+
+def test_graphs_are_for_gpus(build_model: BuildModel) -> None:
+    with pytest.raises(ValueError, match="captures_decode: the model is on cpu"):
+        TransformersEngine(build_model(), captures_decode=True)
