@@ -33,8 +33,8 @@ _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
 _GB = 1e9
 _COUNTS = (
-    *("num_devices", "tensor_parallel_size", "engine_devices", "prompt_length", "response_length", "micro_batch_size"),
-    *("num_micro_batches", "actor_stages", "critic_stages", "engine_batch_size"),
+    *("num_devices", "tensor_parallel_size", "prompt_length", "response_length", "micro_batch_size"),
+    *("generation_tensor_parallel_size", "num_micro_batches", "actor_stages", "critic_stages", "engine_batch_size"),
 )
 
 
@@ -82,11 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share a stage (default: 1)"
     )
     parser.add_argument(
-        "--engine-devices",
+        "--generation-tensor-parallel-size",
         type=int,
         default=1,
         metavar="N",
-        help="devices that share an engine, as none do yet (default: 1)",
+        help="devices that share an engine, which is then vLLM's (default: 1)",
     )
     parser.add_argument(
         "--bidirectional",
@@ -120,7 +120,7 @@ def _setups(arguments: argparse.Namespace) -> list[MemorySetup]:
 
 def _setup(arguments: argparse.Namespace) -> MemorySetup:
     _check_counts(arguments)
-    for name in ("tensor_parallel_size", "engine_devices"):
+    for name in ("tensor_parallel_size", "generation_tensor_parallel_size"):
         if arguments.num_devices % (value := getattr(arguments, name)):
             option = name.replace("_", "-")
             raise ValueError(f"--{option}={value} does not divide --num-devices={arguments.num_devices}: use a divisor")
@@ -133,6 +133,7 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         role: config_of(name) if name else actor for role, name in named.items() if name != "none"
     }
     _check_vocabularies(configs)
+    _check_engine(arguments, actor)
     stages = {"actor": arguments.actor_stages, "critic": arguments.critic_stages}
     placement = tuple(
         replica
@@ -174,7 +175,7 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         is_fused=is_fused,
         tensor_parallel_size=arguments.tensor_parallel_size,
         engine=arguments.engine,
-        engine_devices=arguments.engine_devices,
+        engine_devices=arguments.generation_tensor_parallel_size,
         engines_sleep=arguments.sleep,
         offloads_training=arguments.offload,
     )
@@ -198,6 +199,15 @@ def _check_counts(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
+def _check_engine(arguments: argparse.Namespace, actor: PretrainedConfig) -> None:
+    size, heads = arguments.generation_tensor_parallel_size, actor.get_text_config().num_attention_heads
+    given = f"--generation-tensor-parallel-size={size}"
+    if size > 1 and arguments.engine != "vllm":
+        raise ValueError(f"{given} with --engine={arguments.engine}, whose matrices are whole: add --engine=vllm")
+    if heads % size:
+        raise ValueError(f"{given} does not divide the policy's {heads} attention heads: use a divisor")
 
 
 def _check_vocabularies(configs: dict[str, PretrainedConfig]) -> None:

@@ -51,7 +51,7 @@ class GroupConfig(SampleChoiceConfig):
         "vllm_server_base_url": _VLLM,
         "vllm_gpu_memory_utilization": _VLLM,
         "vllm_max_model_length": "leave it out: the longest prompt and response are made room for",
-        "vllm_tensor_parallel_size": _VLLM,
+        "vllm_tensor_parallel_size": "leave it out: set engine='vllm' and generation_tensor_parallel_size",
     }
     """Options of TRL that are refused but for their defaults, and what to do instead."""
 

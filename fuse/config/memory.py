@@ -164,6 +164,7 @@ def _setup(
         tensor_parallel_size=training.tensor_parallel_size,
         engine=config.engine,
         generation_cache_bytes=config.generation_cache_bytes,
+        engine_devices=config.generation_tensor_parallel_size,
         recomputes_logprobs=config.recomputes_logprobs,
     )
 
@@ -177,6 +178,7 @@ def _does_not_fit(planned: Ledger) -> ValueError:
         "scoring='sharded'": setup.scoring == "whole",
         "engines_sleep='on'": not setup.engines_sleep,
         "offload_training='on'": not setup.offloads_training,
+        "a higher generation_tensor_parallel_size": setup.engine == "vllm" and setup.engine_devices < setup.num_devices,
     }
     remedies = "".join(f", {option}" for option, is_left in allowed.items() if is_left)
     return ValueError(

@@ -58,7 +58,7 @@ class RunConfig(TrainingArguments):
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_devices", "actor_stages"),
         *("engine_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
-        "generation_cache_bytes",
+        *("generation_cache_bytes", "generation_tensor_parallel_size"),
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         *("trace_steps", "trace_limit", "max_grad_norm", "sigterm_grace_s", "num_sample_generations"),
@@ -133,6 +133,9 @@ class RunConfig(TrainingArguments):
     )
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "What generates: transformers, or vLLM where it is installed. Tokens are the same."
+    )
+    generation_tensor_parallel_size: int = option(
+        1, "Devices of one host that share each engine's weights and cache; needs engine='vllm'."
     )
     engine_batch_size: int = option(64, "Samples that one engine decodes at once.")
     generation_cache_bytes: int | None = option(

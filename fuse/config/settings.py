@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from fuse.algorithms.algorithm import Algorithm
+from fuse.config.generation import check_generation
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
@@ -52,7 +53,7 @@ def fleet_settings(
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
-            not installed.
+            not installed, or shares of an engine that it or the actor cannot be cut into.
     """
     count = num_devices(config)
     num_ranks, rest = divmod(count, config.tensor_parallel_size)
@@ -60,6 +61,7 @@ def fleet_settings(
         raise ValueError(
             f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={count}: choose a divisor"
         )
+    check_generation(config, count, actor)
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
     placement = tuple(
         replica
@@ -113,6 +115,7 @@ def fleet_settings(
         training=training,
         mixing=config.mixing,
         output_dir=Path(str(config.output_dir)),
+        engine_devices=config.generation_tensor_parallel_size,
         placement=placement,
         alternative=alternative,
         micro_batches_per_step=length.micro_batches_per_step,
@@ -131,7 +134,8 @@ def fleet_settings(
         ),
         rollout=RolloutSettings(
             policy=config.migration_policy,
-            num_devices=count,
+            num_devices=count // config.generation_tensor_parallel_size,
+            engine_devices=config.generation_tensor_parallel_size,
             limits=_engine_limits(config, actor),
             kv_bytes_per_token=_kv_bytes_per_token(actor, generation_type),
             inference_batch_tokens=inference_batch_tokens,

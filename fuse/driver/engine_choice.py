@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fuse.engines.engine import GenerationEngine
+from fuse.engines.lockstep import Follower, Group, Leader
 from fuse.engines.transformers import TransformersEngine
-from fuse.engines.vllm import VllmEngine
+from fuse.engines.vllm import VllmEngine, follow
 from fuse.engines.vllm_setup import require_vllm
 from fuse.state_dict import adopt_state_dict
 from fuse.training.model_spec import ModelSpec
+from fuse.workers.engine_follower import NextStateDict
 from fuse.workers.weights import WeightsRef, get_state_dict
 
 EngineKind = Literal["transformers", "vllm"]
 
-EngineFactory = Callable[[ModelSpec, Sequence[WeightsRef], str], GenerationEngine]
-"""(model, its weights, torch device) -> an engine; runs inside the generation worker."""
+
+class EngineFactory(Protocol):
+    """Makes an engine inside the generation worker."""
+
+    def __call__(
+        self, spec: ModelSpec, weights: Sequence[WeightsRef], device: str, group: Group | None = None
+    ) -> GenerationEngine:
+        """Of a model with these weights, on a torch device; with others where it is the first process of a group."""
+        ...
+
+    def follow(self, spec: ModelSpec, device: str, follower: Follower, next_state_dict: NextStateDict) -> None:
+        """Be another process of such a group, inside an `EngineFollower`, until the engine is closed.
+
+        next_state_dict: gives the weights to begin with, and then those that are loaded.
+        """
+        ...
 
 
 def choose_engine(
@@ -43,41 +60,61 @@ def choose_engine(
     limits: Mapping[str, Any] = {"max_batch": max_batch, "max_context": max_context, "num_tokens": num_tokens}
     if kind == "vllm":
         require_vllm()
-        return partial(vllm_engine, autocast=autocast, limits={**limits, "kv_cache_bytes": kv_cache_bytes})
-    return partial(transformers_engine, autocast=autocast, limits=limits)
+        return VllmFactory(autocast, {**limits, "kv_cache_bytes": kv_cache_bytes})
+    return TransformersFactory(autocast, limits)
 
 
-def transformers_engine(
-    spec: ModelSpec,
-    weights: Sequence[WeightsRef],
-    device: str,
-    *,
-    autocast: torch.dtype | None,
-    limits: Mapping[str, Any],
-) -> GenerationEngine:
-    """The embedded engine. limits: of `TransformersEngine`."""
-    return TransformersEngine(_model(spec, weights, device, autocast), **limits)
+@dataclass(frozen=True, slots=True)
+class TransformersFactory:
+    """Of the embedded engine. limits: of `TransformersEngine`."""
+
+    autocast: torch.dtype | None
+    limits: Mapping[str, Any]
+
+    def __call__(
+        self, spec: ModelSpec, weights: Sequence[WeightsRef], device: str, group: Group | None = None
+    ) -> GenerationEngine:
+        assert group is None, "its matrices are whole"
+        return TransformersEngine(_model(spec, weights, device, self.autocast), **self.limits)
+
+    def follow(self, *_: object) -> None:
+        raise AssertionError("its matrices are whole")
 
 
-def vllm_engine(
-    spec: ModelSpec,
-    weights: Sequence[WeightsRef],
-    device: str,
-    *,
-    autocast: torch.dtype | None,
-    limits: Mapping[str, Any],
-) -> GenerationEngine:
-    """vLLM in this process. The model that it copies the weights from stays in host memory, and not for long.
+@dataclass(frozen=True, slots=True)
+class VllmFactory:
+    """Of vLLM in this process. The model that it copies the weights from stays in host memory, and not for long.
 
     limits: of `VllmEngine`.
     """
-    return VllmEngine(_model(spec, weights, "cpu", autocast), device=device, **limits)
+
+    autocast: torch.dtype | None
+    limits: Mapping[str, Any]
+
+    def __call__(
+        self, spec: ModelSpec, weights: Sequence[WeightsRef], device: str, group: Group | None = None
+    ) -> GenerationEngine:
+        leader = None if group is None else Leader(group)
+        model = _model(spec, weights, "cpu", self.autocast)
+        return VllmEngine(model, device=device, leader=leader, **self.limits)
+
+    def follow(self, spec: ModelSpec, device: str, follower: Follower, next_state_dict: NextStateDict) -> None:
+        def make_model() -> PreTrainedModel:
+            return _model_with(spec, next_state_dict(), "cpu", self.autocast)
+
+        follow(follower, make_model, next_state_dict, device=device, **self.limits)
 
 
 def _model(
     spec: ModelSpec, weights: Sequence[WeightsRef], device: str, autocast: torch.dtype | None
 ) -> PreTrainedModel:
+    return _model_with(spec, get_state_dict(weights), device, autocast)
+
+
+def _model_with(
+    spec: ModelSpec, state_dict: Mapping[str, Tensor], device: str, autocast: torch.dtype | None
+) -> PreTrainedModel:
     """It computes as training does, whatever type the caller keeps it in."""
     model = spec.build(torch.device(device), autocast or torch.float32)
-    adopt_state_dict(model, get_state_dict(weights))
+    adopt_state_dict(model, state_dict)
     return model

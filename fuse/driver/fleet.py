@@ -159,8 +159,8 @@ class Fleet:
         ).run()
         if teaches:
             rollouts.observe(samples)
-        for device in report.lost_engines:
-            self._engines.replace(device)
+        for engine in report.lost_engines:
+            self._engines.replace(engine)
         return report
 
     @property
@@ -322,7 +322,7 @@ class Fleet:
             self._rollouts.observe_spans(spans)
         return {
             f"device{index}": {"generation": generation, "model": model}
-            for index, (generation, model) in enumerate(zip(engines, models, strict=True))
+            for index, (generation, model) in enumerate(zip(self._engines.by_device(engines), models, strict=True))
         }
 
     def forget_spans(self) -> None:
@@ -344,7 +344,7 @@ class Fleet:
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers, by their kind."""
         return {
-            "generation": [engine.worker.process_id for engine in self._engines.workers],
+            "generation": self._engines.process_ids,
             "model": [handle.worker.process_id for handle in self._model_workers],
         }
 

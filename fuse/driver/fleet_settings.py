@@ -37,6 +37,7 @@ class FleetSettings:
     balance: a micro-batch of typical size; with it, models are cut where measured times favour it.
     memory: what the run's memory depends on; None where it is not planned.
     engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
+    engine_devices: that share each engine, a divisor of the devices.
     output_dir: where workers write checkpoints, which all hosts must share; None where none are written.
     mixing: how a model that only scores follows the policy; None where none does.
     """
@@ -60,6 +61,7 @@ class FleetSettings:
     alternative: tuple[Replica, ...] | None = None
     mixing: Mixing | None = None
     output_dir: Path | None = None
+    engine_devices: int = 1
 
     @property
     def mixed_roles(self) -> tuple[str, ...]:

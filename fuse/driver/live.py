@@ -52,7 +52,7 @@ _POLL_TIMEOUT_S = 0.25
 class LiveRollout:
     """One batch on its way from prompts to scores; `run` it once.
 
-    engines: a generation worker per device; a device without one only scores.
+    engines: a generation worker per device; a device without one only scores. Devices that share one count as one.
     scorers: gives a model worker per device; called when one is first needed, for they may still be starting. None
         where no model scores.
     flow_roles: the models that score through pipelines over all devices; none where every device scores by itself.
@@ -278,7 +278,7 @@ class LiveRollout:
     def _scoring(self) -> Scorers:
         if self._scorers_here is None:
             assert self._scorers is not None, "no model scores"
-            self._scorers_here = scorers_of(self._scorers(), self._flow_roles, self._pending)
+            self._scorers_here = scorers_of(self._scorers(), len(self._devices), self._flow_roles, self._pending)
         return self._scorers_here
 
     # The policy
@@ -344,7 +344,7 @@ class LiveRollout:
                 worker = device.engine.worker
                 cause = f"no token within {self._timeout_s:g} s"
                 worker.kill()
-                self._lose_engine(device, WorkerError(device.index, worker.role, cause, is_death=True))
+                self._lose_engine(device, WorkerError(worker.device, worker.role, cause, is_death=True))
 
     def _with_engines(self) -> list[RolloutDevice]:
         return [device for device in self._devices if device.engine is not None]

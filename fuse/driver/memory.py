@@ -17,6 +17,7 @@ from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.training_bytes import fused_peaks, serial_peaks, step_problem
 from fuse.engines.slot_cache import round_up
 from fuse.intrastage.layer_range import even_layer_range
+from fuse.intrastage.optimizer_shards import largest_share
 from fuse.roles import GENERATING
 
 PROCESS_BYTES = 700_000_000
@@ -83,7 +84,8 @@ class Ledger:
         setup = self.setup
         own = sum(model.size.total * model.spec.dtype.itemsize for model in setup.models.values())
         if setup.offloads_training:
-            own += sum(12 * setup.models[replica.model].size.total for replica in setup.placement)
+            own += sum(4 * setup.models[replica.model].size.total for replica in setup.placement)
+            own += sum(8 * setup.models[role].size.total for role in roles.training(setup.models))
         copied = [role for role in roles.training(setup.models) if role == GENERATING or setup.scoring == "whole"]
         return own + sum(4 * setup.models[role].size.total for role in copied)
 
@@ -160,24 +162,26 @@ def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
     if setup.accelerator == "cuda":
         links = sum(2 * (len(replica.ranks) > 1) for replica in setup.placement) + len(roles.training(setup.models))
         links += setup.num_devices > 1 and bool(_shared_roles(setup))
+        links += setup.engine_devices > 1
         yield _always("device", "contexts", 2 * PROCESS_BYTES + 2 * links * COMMUNICATOR_BYTES)
         yield _always("device", RESERVE, round(RESERVE_SHARE * setup.device_memory_bytes))
 
 
 def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
-    """Stages in float32, gradients while it trains, and AdamW's two moments."""
+    """Stages in float32, gradients while it trains, and AdamW's two moments, which ranks with the same stage share."""
     rank = device // setup.tensor_parallel_size
     for role in roles.training(setup.models):
         size = setup.models[role].size
-        held = [
-            parameters
-            for replica in setup.placement
-            if replica.model == role
-            for owner, parameters in zip(replica.ranks, size.stages(replica), strict=True)
-            if owner == rank
-        ]
+        replicas = [replica for replica in setup.placement if replica.model == role]
+        held, stepped = [0], 0
+        for replica in replicas:
+            for stage, (owner, tensors) in enumerate(zip(replica.ranks, size.tensors_of(replica), strict=True)):
+                if owner == rank:
+                    held.append(sum(tensors))
+                    stepped += largest_share(tensors, len({other.ranks[stage] for other in replicas}))
         parameters = -(-sum(held) // setup.tensor_parallel_size)
         trained = round(size.trained * parameters)
+        moments = 8 * round(size.trained * -(-stepped // setup.tensor_parallel_size))
         away = (Phase.TRAINING,) if setup.offloads_training else tuple(Phase)
         scores_here = role in roles.scoring(setup.models) and (
             setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
@@ -186,7 +190,7 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
         if setup.tensor_parallel_size > 1:  # every rank gathers whole stages to export them
             yield Entry(role, "exports", {Phase.GENERATION: 4 * sum(held)})
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
-        yield Entry(role, "moments", dict.fromkeys(away, 8 * trained))
+        yield Entry(role, "moments", dict.fromkeys(away, moments))
 
 
 def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:
@@ -223,22 +227,28 @@ def _scoring_dtype(setup: MemorySetup, role: str) -> torch.dtype:
 def _engine(setup: MemorySetup) -> Iterator[Entry]:
     size, itemsize = setup.models[GENERATING].size, setup.generation_dtype.itemsize
     awake = (Phase.GENERATION, Phase.INFERENCE) if setup.engines_sleep else tuple(Phase)
-    weights = -(-size.total * itemsize // setup.engine_devices)
+    weights = -(-size.total * itemsize // setup.engine_devices)  # but for norms, which are small
     yield Entry("engine", "weights", dict.fromkeys(awake, weights))
-    yield Entry("engine", "KV cache", dict.fromkeys(awake, -(-kv_cache_bytes(setup) // setup.engine_devices)))
+    yield Entry("engine", "KV cache", dict.fromkeys(awake, kv_cache_bytes(setup)))
     # Weights come in float32, a tensor at a time.
     yield Entry("engine", "exports", {Phase.GENERATION: 4 * size.largest})
 
 
 def kv_cache_bytes(setup: MemorySetup) -> int:
-    """The most that an engine's keys and values take: a full batch of the longest samples."""
+    """The most that an engine's keys and values take on each of its devices: a full batch of the longest samples.
+
+    Devices that share an engine have some heads each; where there are fewer heads than devices, several have the same.
+    """
     context = max(_LEAST_CONTEXT, setup.prompt_tokens + setup.response_tokens)
-    token_bytes = setup.models[GENERATING].size.kv_values * setup.generation_dtype.itemsize
+    size = setup.models[GENERATING].size
+    token_bytes = size.kv_values // min(size.kv_heads, setup.engine_devices) * setup.generation_dtype.itemsize
     if setup.engine == "transformers":
         return setup.engine_batch_size * round_up(context) * token_bytes
     sample_tokens = -(-context // _BLOCK_TOKENS) * _BLOCK_TOKENS
     full = (setup.engine_batch_size * sample_tokens + _BLOCK_TOKENS) * token_bytes
-    return setup.generation_cache_bytes or min(full, setup.device_memory_bytes // 4)
+    if setup.generation_cache_bytes is not None:
+        return setup.generation_cache_bytes // setup.engine_devices
+    return min(full, setup.device_memory_bytes // 4)
 
 
 def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:

@@ -40,7 +40,8 @@ class MemorySetup:
     tensor_parallel_size: devices that share each stage, as of `TrainingSettings`.
     is_fused: replicas that share devices, as those of actor and critic do, train at once and split backwards.
     prompt_tokens, response_tokens: of the longest. micro_batch_size: sequences. num_micro_batches: at once.
-    generation_dtype: of engines. engine_devices: that share one engine's weights and cache.
+    generation_dtype: of engines. engine_devices: that share one engine's weights and cache by tensor
+        parallelism.
     scoring: every device has a whole copy of each model that scores, or each has a share: reference and reward by
         layers, while the critic is scored through the stages that train.
     engines_sleep: engines drop weights and cache during training.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +23,22 @@ from fuse.training.model_spec import ModelSpec
 class ModelSize:
     """Parameters of a model's parts.
 
+    tensors: of the embedding, of each layer, and of what comes after the layers without `tied`, the size of each.
     embedding: of the input. layers: of each. head: of what comes after the layers, without `tied`.
     tied: those of the head that are the embedding's tensor, of which a last stage holds a copy of its own.
-    largest: of the largest tensor. kv_values: keys and values of a token, all layers. head_shape: outputs, inputs.
+    largest: of the largest tensor. kv_values: keys and values of a token, all layers, of `kv_heads` heads in each.
+    head_shape: outputs, inputs.
     trained: share of the parameters that train.
     """
 
+    tensors: tuple[tuple[int, ...], ...]
     embedding: int
     layers: tuple[int, ...]
     head: int
     tied: int
     largest: int
     kv_values: int
+    kv_heads: int
     head_shape: tuple[int, int]
     trained: float
 
@@ -42,19 +47,25 @@ class ModelSize:
         """Count the parameters of `spec`'s model; takes about a second for 80 layers, and no memory."""
         model = _built(spec)
         layers = _layers(model, spec.num_layers)
-        embedding = _count([model.get_input_embeddings()])
-        per_layer = tuple(_count([layer]) for layer in layers)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        first = _tensors(model.get_input_embeddings())
+        in_layers = [_tensors(layer) for layer in layers]
+        known = {id(one) for part in (first, *in_layers) for one in part}
+        last = [one for one in model.parameters() if id(one) not in known]
+        tensors = tuple(tuple(one.numel() for one in part) for part in (first, *in_layers, last))
+        embedding, *per_layer, rest = map(sum, tensors)
+        total = embedding + sum(per_layer) + rest
         head: Any = head_of(model)
         is_tied = head.weight is model.get_input_embeddings().weight
         frozen = sum(parameter.numel() for name, parameter in model.named_parameters() if name in spec.frozen)
         return cls(
+            tensors=tensors,
             embedding=embedding,
-            layers=per_layer,
-            head=total - embedding - sum(per_layer),
+            layers=tuple(per_layer),
+            head=rest,
             tied=embedding if is_tied else 0,
             largest=max(parameter.numel() for parameter in model.parameters()),
             kv_values=kv_values(spec.config),
+            kv_heads=kv_heads(spec.config),
             head_shape=(head.weight.shape[0], head.weight.shape[1]),
             trained=1 - frozen / total,
         )
@@ -66,24 +77,40 @@ class ModelSize:
 
     def stage(self, stage: int, num_stages: int, layer_range: tuple[int, int] | None = None) -> int:
         """Parameters that a stage holds; layers are spread evenly by default."""
+        return sum(self.stage_tensors(stage, num_stages, layer_range))
+
+    def stage_tensors(self, stage: int, num_stages: int, layer_range: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """The size of each of a stage's parameters."""
         start, stop = layer_range or even_layer_range(len(self.layers), stage, num_stages)
-        first = self.embedding if stage == 0 else 0
-        last = self.head + (self.tied if num_stages > 1 else 0) if stage == num_stages - 1 else 0
-        return first + sum(self.layers[start:stop]) + last
+        parts = [*self.tensors[: stage == 0], *self.tensors[1 + start : 1 + stop]]
+        if stage == num_stages - 1:
+            parts.append(self.tensors[-1])
+            if num_stages > 1 and self.tied:
+                parts.append((self.tied,))
+        return tuple(itertools.chain(*parts))
 
     def stages(self, replica: Replica) -> tuple[int, ...]:
         """Parameters of every stage of a replica."""
+        return tuple(map(sum, self.tensors_of(replica)))
+
+    def tensors_of(self, replica: Replica) -> tuple[tuple[int, ...], ...]:
+        """The size of each parameter of every stage of a replica."""
         count = len(replica.ranks)
         ranges: Sequence[tuple[int, int] | None] = replica.layer_ranges or (None,) * count
-        return tuple(self.stage(stage, count, ranges[stage]) for stage in range(count))
+        return tuple(self.stage_tensors(stage, count, ranges[stage]) for stage in range(count))
 
 
 def kv_values(config: Any) -> int:
     """Numbers that keys and values of one token are, over all layers."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * int(heads) * int(width)
+    return 2 * int(text.num_hidden_layers) * kv_heads(config) * int(width)
+
+
+def kv_heads(config: Any) -> int:
+    """Heads of keys and values in a layer."""
+    text = config.get_text_config()
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
 def _built(spec: ModelSpec) -> PreTrainedModel:
@@ -103,5 +130,5 @@ def _layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
     return nn.ModuleList()
 
 
-def _count(modules: Sequence[nn.Module]) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def _tensors(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from fuse.interstage.migration import balance
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, TokenSequence, inferences
 from fuse.workers.calls import Future, wait_ended
@@ -41,17 +42,35 @@ class Scorers(Protocol):
 
 
 class WholeScorers:
-    """Every device scores by itself. pending: gets the calls."""
+    """Every device scores by itself; those that share an engine share what it is to see to. pending: gets the calls.
 
-    def __init__(self, workers: Sequence[ModelHandle], pending: Pending) -> None:
-        self._workers, self._pending = workers, pending
+    workers: by device. num_engines: among which devices are divided.
+    """
+
+    def __init__(self, workers: Sequence[ModelHandle], num_engines: int, pending: Pending) -> None:
+        size = len(workers) // num_engines
+        self._teams = [workers[first : first + size] for first in range(0, len(workers), size)]
+        self._pending = pending
+        self._scoring: dict[int, list[ModelHandle]] = {}  # those that have not answered, by team
 
     def put(self, device: int, sequences: Sequence[TokenSequence], then: Callable[[Sequence[Inference]], None]) -> None:
-        future = self._workers[device].infer(sequences)
-        self._pending[future] = lambda: then(future.result())
+        team = self._teams[device]
+        shares = [sorted(share) for share in balance([len(one) for one in sequences], len(team)) if share]
+        results: dict[int, Inference] = {}
+        scoring = self._scoring[device] = list(team[: len(shares)])
+
+        def ended(worker: ModelHandle, share: Sequence[int], future: Future[list[Inference]]) -> None:
+            results.update(zip(share, future.result(), strict=True))
+            scoring.remove(worker)
+            if not scoring:
+                then([results[index] for index in range(len(sequences))])
+
+        for worker, share in zip(team, shares, strict=False):
+            future = worker.infer([sequences[index] for index in share])
+            self._pending[future] = partial(ended, worker, share, future)
 
     def late(self, device: int) -> ModelHandle:
-        return self._workers[device]
+        return self._scoring[device][0]
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +167,8 @@ def score_through(
     return [found[number] for number in range(len(pieces))]
 
 
-def scorers_of(workers: Sequence[ModelHandle], flow_roles: Sequence[str], pending: Pending) -> Scorers:
+def scorers_of(
+    workers: Sequence[ModelHandle], num_engines: int, flow_roles: Sequence[str], pending: Pending
+) -> Scorers:
     """Through pipelines of these roles' models over all devices; without any, every device by itself."""
-    return ScoreFlow(workers, flow_roles, pending) if flow_roles else WholeScorers(workers, pending)
+    return ScoreFlow(workers, flow_roles, pending) if flow_roles else WholeScorers(workers, num_engines, pending)

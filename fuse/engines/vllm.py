@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,13 @@ from fuse.engines.engine import (
 )
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_logprob, check_request, choose_context
+from fuse.engines.lockstep import Follower, Leader, Place
 from fuse.engines.vllm_setup import require_own_process, require_vllm, starting_vllm
 from fuse.state_dict import WeightLayout
+
+if TYPE_CHECKING:
+    from fuse.engines.vllm_core import VllmCore
+    from fuse.engines.vllm_shared import FollowingCore, LeadingCore
 
 # Decoded when an engine starts, and compared with the model: one token, and several.
 _CHECKED_PROMPTS = ((1,), (2, 3, 5, 7))
@@ -64,10 +69,12 @@ class VllmEngine:
     num_tokens: that a response may consist of, the first of the vocabulary; by default all.
     max_prefill_tokens: the most tokens prefilled in one step, beside the one of each running sample. A longer prompt
         takes several steps.
-    kv_cache_bytes: memory for keys and values, allocated at once; by default for a full batch of full context, at most
-        a quarter of the device's memory. Where it runs short, vLLM puts samples off and computes them again.
+    kv_cache_bytes: memory for keys and values, allocated at once, on all of an engine's devices together; by default
+        for a full batch of full context, at most a quarter of each device's memory. Where it runs short, vLLM puts
+        samples off and computes them again.
+    leader: of the processes of other devices that share the engine, which `follow`; ends with the engine.
 
-    KV travels between vLLM engines of the same model, as whole blocks of each layer.
+    KV travels between vLLM engines of the same model, as whole blocks of each layer; but not of shared ones.
 
     Raises: ValueError when vLLM is not installed, does not serve this model or does so with other results, when the
         process already uses torch.distributed, and for limits that cannot be met.
@@ -83,6 +90,7 @@ class VllmEngine:
         num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
         kv_cache_bytes: int | None = None,
+        leader: Leader | None = None,
     ) -> None:
         require_vllm()
         require_own_process()
@@ -97,12 +105,12 @@ class VllmEngine:
         expected = _first_logprobs(
             model, self._vocab_size, num_tokens
         )  # before vLLM replaces parts of some of its classes
-        with starting_vllm() as directory:
-            from fuse.engines.vllm_core import VllmCore
-
-            self._core = VllmCore(
+        with ExitStack() as on_failure:
+            if leader is not None:
+                on_failure.callback(leader.close)
+            core = _start(
                 model,
-                directory,
+                None if leader is None else leader.place,
                 device=device,
                 max_batch=max_batch,
                 max_context=self._max_context,
@@ -110,8 +118,12 @@ class VllmEngine:
                 max_prefill_tokens=max_prefill_tokens,
                 kv_cache_bytes=kv_cache_bytes,
             )
-        with ExitStack() as on_failure:
-            on_failure.callback(self._core.close)
+            on_failure.callback(core.close)
+            self._core: VllmCore | LeadingCore = core
+            if leader is not None:
+                from fuse.engines.vllm_shared import LeadingCore
+
+                self._core = LeadingCore(core, leader)
             self.load_weights(model.state_dict())
             self._check_decoding(type(model).__name__, model.dtype, expected)
             on_failure.pop_all()
@@ -184,6 +196,44 @@ class VllmEngine:
                         f"vLLM computes {model_name} otherwise than transformers: log-probabilities differ by "
                         f"{difference:.3g}, more than {tolerance}; use the transformers engine for this model"
                     )
+
+
+def follow(
+    follower: Follower,
+    make_model: Callable[[], PreTrainedModel],
+    next_state_dict: Callable[[], Mapping[str, Tensor]],
+    *,
+    max_context: int | None = None,
+    max_prefill_tokens: int = 2048,
+    **limits: Any,
+) -> None:
+    """Do as a `VllmEngine` of the same model and limits that leads, until it is closed.
+
+    make_model: called once; the model is only read, and not for long. next_state_dict: gives what is loaded next.
+
+    Raises: as `VllmEngine`.
+    """
+    require_vllm()
+    require_own_process()
+
+    def make(place: Place) -> FollowingCore:
+        model = make_model()
+        layout, first = WeightLayout.of(model), [model.state_dict()]
+        context = choose_context(model, max_context)
+        core = _start(model, place, max_context=context, max_prefill_tokens=max_prefill_tokens, **limits)
+        from fuse.engines.vllm_shared import FollowingCore
+
+        return FollowingCore(core, lambda: layout.under_all_names(first.pop() if first else next_state_dict()))
+
+    follower.follow(make)
+
+
+def _start(model: PreTrainedModel, place: Place | None, **options: Any) -> VllmCore:
+    """vLLM in this process. options: of `VllmCore`."""
+    with starting_vllm() as directory:
+        from fuse.engines.vllm_core import VllmCore
+
+        return VllmCore(model, directory, place=place, **options)
 
 
 def _checked_prompts(vocab_size: int) -> list[tuple[int, ...]]:

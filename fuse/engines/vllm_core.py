@@ -18,9 +18,11 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from fuse.engines.engine import Evicted, GeneratedToken
 from fuse.engines.kv_memory import Allocate
+from fuse.engines.lockstep import Place
 from fuse.engines.vllm_kv import MigrationConnector
 from fuse.engines.vllm_sampling import CounterSampling, as_extra_args
 from fuse.storages import Storages
@@ -29,7 +31,7 @@ from fuse.storages import Storages
 class VllmCore:
     """vLLM's engine for the architecture of `model`, with random weights. The limits are those of `VllmEngine`.
 
-    `directory` is needed only while it starts.
+    `directory` is needed only while it starts. place: of this process, where several share an engine.
 
     Raises: ValueError when vLLM does not serve the model, or not within these limits.
     """
@@ -45,6 +47,7 @@ class VllmCore:
         num_tokens: int | None,
         max_prefill_tokens: int,
         kv_cache_bytes: int | None,
+        place: Place | None = None,
     ) -> None:
         if device not in (None, current_platform.device_type):
             raise ValueError(
@@ -69,6 +72,7 @@ class VllmCore:
                 max_num_batched_tokens=max_batch + max_prefill_tokens,
                 kv_transfer_config=MigrationConnector.config(),
                 enable_prefix_caching=True,  # samples of one prompt share its whole blocks
+                **({} if place is None else _sharing(place)),
             )
             resources.callback(self._llm.engine_core.shutdown)
             (self._sampling,) = self._llm.collective_rpc(_find_sampling)
@@ -169,6 +173,20 @@ class VllmCore:
         self._llm = self._sampling = self._scheduler = None
 
 
+def _sharing(place: Place) -> dict[str, Any]:
+    """Options of an engine whose every process is told what to do by itself."""
+
+    class PlacedExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
+        def _distributed_args(self) -> tuple[str, int, int]:
+            return place.address, place.rank, 0  # each process sees its own device alone
+
+    return {
+        "tensor_parallel_size": place.size,
+        "distributed_executor_backend": PlacedExecutor,
+        "disable_custom_all_reduce": True,  # its kernels want to see the others' devices
+    }
+
+
 def _register(architecture: str) -> None:
     """Import vLLM's class for the model. Left to itself, vLLM starts a process to look at it, and writes a file."""
     registered = ModelRegistry.models.get(architecture)
@@ -217,9 +235,9 @@ def _check_head_size(architecture: str, head_size: int) -> None:
 
 
 def _kv_cache(vllm_config: Any, wanted_bytes: int | None) -> tuple[int, int]:
-    """`wanted_bytes`, or room for a full batch of full context, but at most a quarter of the device's memory.
+    """`wanted_bytes`, or room for a full batch of full context, but at most a quarter of each device's memory.
 
-    Returns the bytes, and the tokens whose keys and values they hold.
+    Returns the bytes on each device, and the tokens whose keys and values they hold together.
 
     Raises: ValueError where that is not enough for one sample of full context.
     """
@@ -230,11 +248,15 @@ def _kv_cache(vllm_config: Any, wanted_bytes: int | None) -> tuple[int, int]:
     sample_blocks = -(-model.max_model_len // block_tokens)
     least_bytes = (sample_blocks + 1) * block_bytes  # vLLM keeps one block for itself
     batch_bytes = (vllm_config.scheduler_config.max_num_seqs * sample_blocks + 1) * block_bytes
-    num_bytes = wanted_bytes or min(batch_bytes, current_platform.get_device_total_memory() // 4)
+    num_devices = parallel.tensor_parallel_size
+    num_bytes: int = min(batch_bytes, current_platform.get_device_total_memory() // 4)
+    if wanted_bytes is not None:
+        num_bytes = wanted_bytes // num_devices
     if num_bytes < least_bytes:
         raise ValueError(
-            f"{num_bytes} bytes of KV cache hold less than one sample of max_context={model.max_model_len} tokens, "
-            f"which needs {least_bytes}: raise it, or shorten prompts or responses"
+            f"{num_devices * num_bytes} bytes of KV cache hold less than one sample of max_context="
+            f"{model.max_model_len} tokens, which needs {num_devices * least_bytes}: raise it, or shorten prompts or "
+            "responses"
         )
     return num_bytes, (num_bytes // block_bytes - 1) * block_tokens
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from fuse.engines.engine import GenerationRequest
@@ -111,5 +112,7 @@ class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no typ
         else:
             see(self._filters, torch.tensor([row.last_token_id for row in rows], device=self._device))
             tokens, logprobs = sample_filtered_tokens(allowed, *how, self._filters)
+        if (group := get_tp_group()).world_size > 1:  # sums may be rounded otherwise elsewhere
+            tokens = group.broadcast(tokens.contiguous())
         self._drawn = [row.request.sample_id for row in rows], tokens, logprobs
         return logits.zero_().scatter_(1, tokens.unsqueeze(1), 1.0)

@@ -18,6 +18,8 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # step in this process
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # GPUs have another model runner, whose logits processors are of another kind
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "GLOO_SOCKET_IFNAME": "lo",  # all processes of an engine are on one host, and nobody else is to reach them
+    "NCCL_SOCKET_IFNAME": "lo",
     "VLLM_NO_USAGE_STATS": "1",
 }
 

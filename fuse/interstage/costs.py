@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from itertools import combinations
 from types import MappingProxyType
@@ -123,6 +123,19 @@ def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.f
                 best_error, best = error, np.zeros(num_columns)
                 best[list(columns)] = solution
     return best
+
+
+def shared_engine_costs(costs: CostModel, num_devices: int) -> CostModel:
+    """Of devices that share an engine, as one; `costs` has what was measured of one device's scoring.
+
+    They score side by side, and KV does not leave their engine.
+    """
+    return replace(
+        costs,
+        inference_token_s=costs.inference_token_s / num_devices,
+        inference_batch_tokens=costs.inference_batch_tokens * num_devices,
+        transfer_s=_MOST,
+    )
 
 
 _WHOLE = frozenset({"inference_batch_tokens", "kv_bytes_per_token"})

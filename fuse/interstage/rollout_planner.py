@@ -12,7 +12,7 @@ import numpy as np
 
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.calibration import Calibration
-from fuse.interstage.costs import CostModel
+from fuse.interstage.costs import CostModel, shared_engine_costs
 from fuse.interstage.dealing import Dealing
 from fuse.interstage.lengths import LengthModel, Observation, drift, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
@@ -32,6 +32,7 @@ class RolloutSettings:
     """How samples are generated and scored.
 
     policy: which one moves samples. limits: of each engine.
+    num_devices: engines, each with whatever devices it has, of which there are `engine_devices`.
     kv_bytes_per_token: of the actor. inference_batch_tokens: of one micro-batch of scoring.
     """
 
@@ -40,6 +41,7 @@ class RolloutSettings:
     limits: EngineLimits
     kv_bytes_per_token: int
     inference_batch_tokens: int
+    engine_devices: int = 1
 
     def within(self, kv_capacities: Iterable[int]) -> RolloutSettings:
         """With the least KV capacity, tokens, of the engines that tell one, where that is less."""
@@ -71,7 +73,8 @@ class RolloutPlanner:
 
     def costs(self) -> CostModel | None:
         """The costs measured so far; None before there are enough measurements."""
-        return self._calibration.costs()
+        costs, size = self._calibration.costs(), self._settings.engine_devices
+        return costs if costs is None or size == 1 else shared_engine_costs(costs, size)
 
     def dealing(self) -> Dealing:
         """How samples are dealt to engines."""

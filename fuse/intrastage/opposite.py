@@ -63,7 +63,10 @@ def plain_profile(profile: Profile, placement: Sequence[Replica]) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class UpdateCosts:
-    """Seconds of a parameter after a step's last micro-batch: in the optimizer, and to add its gradient to a peer's."""
+    """Seconds of a parameter after a step's last micro-batch: in the optimizer, and to add its gradient to a peer's.
+
+    Ranks that hold a parameter share its step, and give it to one another afterwards: half of what a sum moves.
+    """
 
     step_s: float
     exchange_s: float
@@ -77,8 +80,8 @@ class UpdateCosts:
         for replica in placement:
             holders = [other.ranks for other in placement if other.model == replica.model]
             for stage, rank in enumerate(replica.ranks):
-                is_shared = len({ranks[stage] for ranks in holders}) > 1
-                each_s = self.step_s + self.exchange_s * is_shared
+                count = len({ranks[stage] for ranks in holders})
+                each_s = self.step_s / count + self.exchange_s * 3 * (count - 1) / count
                 by_rank[rank] = by_rank.get(rank, 0.0) + each_s * parameters[replica.model][stage]
         return max(by_rank.values())
 

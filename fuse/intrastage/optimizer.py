@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fuse.intrastage.communication import ModelGroups, all_gather_floats, all_reduce_sum
+from fuse.intrastage.optimizer_shards import owned, owners, share_parameters
 from fuse.intrastage.stage import TrainedStage
 
 
@@ -33,6 +34,8 @@ class ModelOptimizer:
     groups: from `open_model`; None when the whole model is on this device alone.
     frozen: Hugging Face names of the model's parameters that stay as they are, and do not require gradients: they have
         no moments and no part in the gradient's norm.
+
+    Replicas on different ranks share the optimizer's state, as `fuse.intrastage.optimizer_shards` has it.
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
     the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
@@ -60,11 +63,17 @@ class ModelOptimizer:
             key: {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
             for key, parameters in self._all_parameters.items()
         }
+        self._owners = {  # by stage that several ranks hold, by name
+            stage: owners({name: one.numel() for name, one in held.items()}, groups.replicas[stage])
+            for (_, stage), held in self._parameters.items()
+            if stage in groups.replicas
+        }
+        self._own = {key: self._owned(key[1], held) for key, held in self._parameters.items()}
         decayed: list[nn.Parameter] = []
         undecayed: list[nn.Parameter] = []
         for key, stage in self._stages.items():
             spared = stage.undecayed_names
-            for parameter_name, parameter in self._parameters[key].items():
+            for parameter_name, parameter in self._own[key].items():
                 (undecayed if parameter_name in spared else decayed).append(parameter)
         param_groups = [
             {"params": decayed, "weight_decay": config.weight_decay},
@@ -88,7 +97,7 @@ class ModelOptimizer:
             }
 
     def step(self, learning_rate: float) -> float:
-        """Apply the gradients gathered since the last step, and clear them: `reduce` and `apply`.
+        """Apply the gradients gathered since the last step, and clear them: `reduce`, `apply` and `share`.
 
         Returns the norm of the whole model's gradient before clipping, 0.0 on a rank without any stage of it.
 
@@ -96,6 +105,7 @@ class ModelOptimizer:
         """
         norm = self.reduce()
         self.apply(norm, learning_rate)
+        self.share()
         return norm
 
     def reduce(self) -> float:
@@ -114,26 +124,42 @@ class ModelOptimizer:
         return self._gradient_norm()
 
     def apply(self, norm: float, learning_rate: float) -> None:
-        """Clip the reduced gradients, of this norm, take the step, and clear them. Waits for nobody."""
+        """Clip the reduced gradients, of this norm, step what is this rank's, and clear them. Waits for nobody."""
         if self._adamw is not None:
             self._clip(norm)
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
             self._adamw.step()
-            self._adamw.zero_grad(set_to_none=True)
+        for parameters in self._parameters.values():
+            for parameter in parameters.values():
+                parameter.grad = None
         self._num_steps += 1
+
+    def share(self) -> None:
+        """Give replicas what this rank has stepped, and take what they have. Waits for peers.
+
+        Raises: CommunicationError when a peer died or did not answer in time.
+        """
+        for stage in dict.fromkeys(stage for _, stage in self._parameters):
+            if stage in self._owners:
+                copies = [self._detached(key) for key in self._parameters if key[1] == stage]
+                what = f"parameters of {self._name} stage {stage}"
+                share_parameters(copies, self._owners[stage], self._groups.replicas[stage], what)
 
     STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Name of every parameter here that trains, and its STATE_PARTS: live tensors of its shape. Copies repeat."""
+        """Name of every parameter here that trains, and those of its STATE_PARTS that are here, as moments may not be.
+
+        Live tensors of its shape. Copies repeat.
+        """
         for key, parameters in self._parameters.items():
             parts = {part: self._state_part(key, part) for part in self.STATE_PARTS}
             for name in parameters:
-                yield name, {part: parts[part][name] for part in self.STATE_PARTS}
+                yield name, {part: held[name] for part, held in parts.items() if name in held}
 
     def export_state(self, part: str) -> dict[str, Tensor]:
-        """One of STATE_PARTS of every parameter here (no moments of frozen ones) by Hugging Face name, in host memory.
+        """One of STATE_PARTS of every parameter here, as far as it is, by Hugging Face name, in host memory.
 
         Of the devices that share a stage the first has all, the others nothing; all of them call this at once.
         """
@@ -146,18 +172,29 @@ class ModelOptimizer:
         return whole
 
     def import_state(self, part: str, whole: Mapping[str, Tensor]) -> None:
-        """Set one of STATE_PARTS of every parameter here, given at least all of `state_shapes(part)`."""
+        """Set what is here of one of STATE_PARTS, given at least all of `state_shapes(part)`."""
         for key, stage in self._stages.items():
             own = self._state_part(key, part)
             for name, tensor in stage.from_hugging_face(whole):
-                own[name].copy_(tensor)
+                if name in own:
+                    own[name].copy_(tensor)
 
     def _state_part(self, key: tuple[int, int], part: str) -> dict[str, Tensor]:
         """Live tensors by the parameters' names."""
         if part == "parameter":
             return {name: parameter.detach() for name, parameter in self._all_parameters[key].items()}
         moments = {} if self._adamw is None else self._adamw.state
-        return {name: moments[parameter][part] for name, parameter in self._parameters[key].items()}
+        return {name: moments[parameter][part] for name, parameter in self._own[key].items()}
+
+    def _owned(self, stage: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those that this rank steps."""
+        if stage not in self._owners:
+            return dict(parameters)
+        names = owned(self._owners[stage], self._groups.replicas[stage])
+        return {name: one for name, one in parameters.items() if name in names}
+
+    def _detached(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters[key].items()}
 
     def model_shapes(self, part: str) -> Mapping[str, torch.Size]:
         """Shape of one of STATE_PARTS of all parameters of the model that have it; empty on a rank without a stage."""
@@ -238,7 +275,7 @@ class ModelOptimizer:
     def _clip(self, norm: float) -> None:
         """As torch.nn.utils.clip_grad_norm_ does, with its 1e-6."""
         if self._config.max_grad_norm > 0 and norm + 1e-6 > self._config.max_grad_norm:
-            gradients = [_grad(one) for parameters in self._parameters.values() for one in parameters.values()]
+            gradients = [_grad(one) for parameters in self._own.values() for one in parameters.values()]
             torch._foreach_mul_(gradients, self._config.max_grad_norm / (norm + 1e-6))
 
 

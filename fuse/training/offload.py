@@ -28,7 +28,8 @@ class Offload:
                 for _, parts in optimizer.state():
                     if model not in kept:
                         self._weights[model].release([parts["parameter"]], keep_bits=True)
-                    self._moments.release([parts["exp_avg"], parts["exp_avg_sq"]], keep_bits=True)
+                    moments = [tensor for part, tensor in parts.items() if part != "parameter"]
+                    self._moments.release(moments, keep_bits=True)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # for the device's other process
 

@@ -231,6 +231,7 @@ class TrainingRank:
                 norm = norms[model] = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
                 with self._recorder.span(f"step {model}", "optimizer"):
                     optimizer.apply(norm, learning_rates[model])
+                optimizer.share()
         return running.told([len(own) for own in per_pipeline], norms)
 
     def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fuse.engines.engine import GenerationEngine, GenerationRequest
+from fuse.engines.lockstep import Follower
 from fuse.trace import Span
 from fuse.workers.calls import Future, Worker
 from fuse.workers.cluster import Cluster
+from fuse.workers.engine_follower import EngineFollower, NextStateDict
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
 from fuse.workers.kv.transfer import MakeKVTransfer
 from fuse.workers.weights import WeightsRef
@@ -21,6 +24,7 @@ class GenerationHandle:
     """A `GenerationWorker` in a process of its own, which has these methods under the same names."""
 
     worker: Worker[GenerationWorker]
+    followers: tuple[Worker[EngineFollower], ...] = ()
 
     @classmethod
     def spawn(
@@ -29,14 +33,31 @@ class GenerationHandle:
         device: int,
         make_engine: Callable[[], GenerationEngine],
         make_kv_transfer: MakeKVTransfer,
+        followers: tuple[Worker[EngineFollower], ...] = (),
     ) -> GenerationHandle:
-        """Make a worker on a device; returns before it is made."""
-        return cls(cluster.spawn(_ROLE, device, GenerationWorker, make_engine, make_kv_transfer))
+        """Make a worker on a device; returns before it is made. followers: that share its engine."""
+        return cls(cluster.spawn(_ROLE, device, GenerationWorker, make_engine, make_kv_transfer), followers)
+
+    @staticmethod
+    def spawn_follower(
+        cluster: Cluster,
+        device: int,
+        key: bytes,
+        follow: Callable[[Follower, NextStateDict], None],
+        weights: Sequence[WeightsRef],
+    ) -> Worker[EngineFollower]:
+        """Make a worker that shares another's engine, in the place of a device's own; returns before it is made."""
+        return cluster.spawn(_ROLE, device, EngineFollower, cluster.host(device), key, follow, weights)
 
     @staticmethod
     def warm(cluster: Cluster, device: int, *imported: object) -> None:
         """Start the process of a device's next worker; it imports what defines `imported`."""
         cluster.warm(_ROLE, device, GenerationWorker, *imported)
+
+    @property
+    def processes(self) -> list[Worker[Any]]:
+        """Of its engine, its own first."""
+        return [self.worker, *self.followers]
 
     def kv_capacity_tokens(self) -> Future[int | None]:
         """Tokens of which the engine holds keys and values at once; None where its samples set the limit."""
@@ -64,6 +85,8 @@ class GenerationHandle:
 
     def load_weights(self, weights: Sequence[WeightsRef]) -> Future[None]:
         """Copy weights into the engine, which must be empty."""
+        for follower in self.followers:
+            follower.call(EngineFollower.load_weights, weights)  # what follows from it, the worker tells
         return self.worker.call(GenerationWorker.load_weights, weights)
 
     def drain_spans(self) -> Future[list[Span]]:

@@ -91,6 +91,11 @@ def test_roles_are_left_out_and_scoring_is_chosen(tmp_path: Path, model: str) ->
         (["--model", "MODEL", "--response-length", "4096"], "more than the model's 4096 positions"),
         (["--model", "qwen2.5-7b", "--ref-model", "MODEL"], "vocabulary mismatch"),
         (["--model", "MODEL", "--scoring", "some"], "invalid choice"),
+        (["--model", "MODEL", "--generation-tensor-parallel-size", "2"], "whose matrices are whole: add --engine=vllm"),
+        (
+            ["--model", "MODEL", "--engine", "vllm", "--generation-tensor-parallel-size", "3"],
+            "--generation-tensor-parallel-size=3 does not divide --num-devices=4",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], model: str) -> None:
@@ -103,6 +108,16 @@ def test_bad_input_is_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert status == 2
     assert line in error_output
     assert error_output.count("\n") == 1
+
+
+def test_devices_that_share_an_engine_have_room(tmp_path: Path, model: str) -> None:
+    arguments = ("--model", model, "--device-memory-gb", "8", "--engine", "vllm", "--generation-tensor-parallel-size")
+    alone, shared = (plan(tmp_path, *arguments, size)["devices"][0] for size in "12")
+    (one,), (other,) = (
+        [entry["bytes"]["generation"] for entry in device if (entry["role"], entry["what"]) == ("engine", "weights")]
+        for device in (alone, shared)
+    )
+    assert one == 2 * other
 
 
 def test_two_opposite_replicas_are_counted_where_they_fit(

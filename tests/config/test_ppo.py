@@ -51,6 +51,7 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
     [
         ({"num_ppo_epochs": 0}, "num_ppo_epochs=0 must be at least 1"),
         ({"num_devices": 0}, "num_devices=0 must be at least 1"),
+        ({"generation_tensor_parallel_size": 0}, "generation_tensor_parallel_size=0 must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0 must not be negative"),
         ({"lam": 1.5}, "lam=1.5 must lie between 0 and 1"),

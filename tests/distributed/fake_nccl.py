@@ -1,6 +1,7 @@
 """NCCL's rules of waiting, for ranks that are threads of this process.
 
-`FakeNccl` stands where `fuse.intrastage.communication` has torch.distributed. Of NCCL it has that
+`FakeNccl` stands where `communication` and `optimizer_shards` of `fuse.intrastage` have torch.distributed. Of NCCL it
+has that
 
 - a group opens once all ranks of the world have come to it, and they come to groups in one order (ncclCommSplit);
 - the first operation of each kind in a group blocks the host until the others who take part come to theirs, as
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fuse.intrastage import communication
+from fuse.intrastage import communication, optimizer_shards
 
 Result = TypeVar("Result")
 Way = tuple[str, tuple[int, ...]]
@@ -106,7 +107,8 @@ class FakeNccl:
 
         threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(self.num_ranks)]
         self._waiting = {rank: (lambda: True, "its start") for rank in range(self.num_ranks)}
-        kept, communication.dist = communication.dist, self  # type: ignore[assignment]
+        kept = communication.dist
+        communication.dist = optimizer_shards.dist = self  # type: ignore[assignment]
         try:
             for thread in threads:
                 thread.start()
@@ -114,7 +116,7 @@ class FakeNccl:
             for thread in threads:
                 thread.join()
         finally:
-            communication.dist = kept
+            communication.dist = optimizer_shards.dist = kept
         if self._error is not None:
             raise self._error
         return [results[rank] for rank in range(self.num_ranks)]
@@ -153,9 +155,9 @@ class FakeNccl:
 
     # What torch.distributed has
 
-    def get_rank(self) -> int:
+    def get_rank(self, group: Group | None = None) -> int:
         rank: int = self._thread.rank
-        return rank
+        return rank if group is None else group.ranks.index(rank)
 
     def get_world_size(self, group: Group | None = None) -> int:
         return len((group or self._world_group).ranks)
@@ -191,6 +193,9 @@ class FakeNccl:
 
     def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor, group: Group) -> None:
         self._launch(group, ("gather", group.ranks), tensor, gathered=gathered).wait()
+
+    def broadcast(self, tensor: Tensor, group: Group, group_src: int) -> None:
+        self._launch(group, (f"copies of {group_src}", group.ranks), tensor).wait()
 
     # Operations
 
@@ -241,7 +246,11 @@ def _move(parts: Sequence[Operation]) -> None:
         total = torch.stack([part.tensor for part in parts]).sum(0)
         for part in parts:
             part.tensor.copy_(total)
+    elif kind.startswith("copies of "):
+        source = parts[int(kind.removeprefix("copies of "))].tensor.clone()
+        for part in parts:
+            part.tensor.copy_(source)
     else:
         for part in parts:
-            for target, source in zip(part.gathered, parts, strict=True):
-                target.copy_(source.tensor)
+            for target, origin in zip(part.gathered, parts, strict=True):
+                target.copy_(origin.tensor)

@@ -45,7 +45,7 @@ class Training:
         return self.optimizer.step(1e-3)
 
     def state(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """Parameters and moments of a stage."""
+        """Parameters of a stage, and those moments that are on this rank."""
         return {
             f"{part}.{name}": tensor.clone()
             for part in ModelOptimizer.STATE_PARTS
@@ -66,7 +66,12 @@ def check_opposites(rank: int, world: int, directory: Path) -> dict[str, Any]:
             norms.append(abs(norm / expected - 1))
             differences.append(difference(both.state((0, rank)), plain.state((0, rank))))
             for replica, stage in both.stages:
-                found[f"bits {count} {step} {stage} {replica}"] = digest(both.state((replica, stage)))
+                state = both.state((replica, stage))
+                moments = [name for name in state if not name.startswith("parameter.")]
+                found[f"moments {count} {step} {stage} {replica}"] = {
+                    name: digest({name: state.pop(name)}) for name in moments
+                }
+                found[f"bits {count} {step} {stage} {replica}"] = digest(state)
         found |= {f"norm {count}": max(norms), f"weights {count}": max(differences)}
         found[f"moved {count}"] = difference(both.state((0, rank)), start)
 
@@ -93,8 +98,10 @@ def check_opposites(rank: int, world: int, directory: Path) -> dict[str, Any]:
 
 
 def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    assert first.keys() == second.keys()
-    return max(float((one - second[name]).abs().max()) for name, one in first.items())
+    """Of what both have: all parameters, and moments."""
+    common = first.keys() & second.keys()
+    assert {name for name in first if name.startswith("parameter.")} < common
+    return max(float((first[name] - second[name]).abs().max()) for name in common)
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,21 @@ def test_opposite_replicas_have_the_same_bits_after_every_step(measured: Path, w
     for key, copies in bits.items():
         assert len(copies) == 2, key
         assert copies[0] == copies[1], key
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_replicas_on_two_ranks_have_each_moment_once(measured: Path, world: str) -> None:
+    """About half of them each."""
+    held: dict[str, list[dict[str, str]]] = {}
+    for found in results(measured, world, "check_opposites"):
+        for key, value in found.items():
+            if key.startswith("moments"):
+                held.setdefault(key.rpartition(" ")[0], []).append(value)
+    assert len(held) == 2 * 3 * NUM_RANKS[world], "numbers of micro-batches, steps, stages"
+    for key, copies in held.items():
+        names = [name.partition(".")[2] for moments in copies for name in moments]
+        assert set(Counter(names).values()) == {2}, key
+        assert all(copies), key
 
 
 @pytest.mark.parametrize("world", PIPELINES)

@@ -142,7 +142,7 @@ def test_an_engine_that_dies_while_it_takes_anothers_place_is_replaced(
     answers = iter([Answer(died)] * num_deaths + [Answer(None)])
     replaced: list[int] = []
     cluster: Any = SimpleNamespace()
-    nothing: Any = SimpleNamespace(num_devices=0)
+    nothing: Any = SimpleNamespace(num_devices=0, engine_devices=1)
     engines = Engines(cluster, nothing, nothing, [], list)
     engines.workers = [nothing, nothing]
     monkeypatch.setattr(engines, "replace", replaced.append)

@@ -216,6 +216,41 @@ def test_the_cache_is_what_the_engine_allocates() -> None:
     assert kv_cache_bytes(setup) == pytest.approx(allocated, rel=0.1)
 
 
+def test_devices_that_share_an_engine_hold_a_part_of_it() -> None:
+    """Of the cache no less than one head's: here there are two."""
+    kind = language_model(**LLAMA, num_key_value_heads=2)
+    setup = setup_of({"actor": spec(kind)}, 4, engine="vllm", prompt_tokens=64, response_tokens=64)
+
+    def held(engine_devices: int, what: str, **options: Any) -> int:
+        entries = ledger(replace(setup, engine_devices=engine_devices, **options)).devices[0]
+        return next(one.bytes[Phase.GENERATION] for one in entries if (one.role, one.what) == ("engine", what))
+
+    for what, at_four in (("weights", 4), ("KV cache", 2)):
+        assert held(1, what) == 2 * held(2, what) == at_four * held(4, what)
+    assert held(2, "KV cache", generation_cache_bytes=1 << 20) == 1 << 19
+
+
+def test_replicas_share_the_moments() -> None:
+    """All of what one device would have, no more than its largest tensor from even shares."""
+    kind = language_model(**LLAMA)
+    alone, *shared = (
+        ledger(setup_of({"actor": spec(kind)}, count, placement=place("actor", count, 1))) for count in (1, 2, 4)
+    )
+
+    def moments(planned: Ledger) -> list[int]:
+        return [one.bytes[Phase.TRAINING] for device in planned.devices for one in device if one.what == "moments"]
+
+    (whole,) = moments(alone)
+    largest = 8 * alone.setup.models["actor"].size.largest
+    for planned, count in zip(shared, (2, 4), strict=True):
+        assert sum(moments(planned)) >= whole
+        assert max(moments(planned)) <= whole / count + largest
+        weights = [
+            one.bytes[Phase.TRAINING] for one in planned.devices[0] if (one.role, one.what) == ("actor", "weights")
+        ]
+        assert weights == [whole // 2]
+
+
 def parts(planned: Ledger, role: str, what: str, phase: Phase = Phase.TRAINING) -> int:
     """On all devices together."""
     return sum(
@@ -326,7 +361,7 @@ def test_more_takes_more(seven_billion: MemorySetup) -> None:
 
 @pytest.mark.parametrize("num_devices", [2, 3])
 def test_opposite_replicas_hold_everything_that_trains_twice(num_devices: int) -> None:
-    """Each rank its own stage and the one of the rank it exchanges gradients with."""
+    """Each rank its own stage and the one of the rank it exchanges gradients with, which share the moments of both."""
     models = {"actor": spec(language_model(**LLAMA, num_key_value_heads=2))}
     placement = place("actor", num_devices, num_devices)
     plain = ledger(setup_of(models, num_devices, placement=placement))
@@ -340,8 +375,16 @@ def test_opposite_replicas_hold_everything_that_trains_twice(num_devices: int) -
             sum(one.bytes[Phase.TRAINING] for one in entries if (one.role, one.what) == ("actor", what))
             for entries in both.devices
         ]
-        assert found == [one + other for one, other in zip(own, own[::-1], strict=True)]
-        assert parts(both, "actor", what) == 2 * parts(plain, "actor", what) > 0
+        twice = [one + other for one, other in zip(own, own[::-1], strict=True)]
+        if what != "moments":
+            assert found == twice
+            assert parts(both, "actor", what) == 2 * parts(plain, "actor", what) > 0
+            continue
+        for device, (num_bytes, of_both) in enumerate(zip(found, twice, strict=True)):
+            if device == num_devices - 1 - device:  # alone with both copies
+                assert num_bytes == of_both
+            else:
+                assert of_both / 2 <= num_bytes < 0.6 * of_both
     assert parts(both, "engine", "weights") == parts(plain, "engine", "weights")
     # As much is under way at once as fills the bubbles, of half as many micro-batches each.
     assert both.fused_bytes > plain.serial_bytes

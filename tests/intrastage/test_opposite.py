@@ -83,9 +83,10 @@ def test_an_update_lasts_as_long_as_on_its_slowest_rank() -> None:
     costs = UpdateCosts(step_s=1.0, exchange_s=10.0)
     plain = place("actor", 3, 3)
     assert costs.seconds(plain, {"actor": (1, 2, 4)}) == 4
-    # Ranks 0 and 2 hold stages 0 and 2 and exchange both; rank 1 has both copies of stage 1.
-    assert costs.seconds(with_opposites(plain), {"actor": (1, 2, 4)}) == 11 * (1 + 4)
+    # Ranks 0 and 2 hold stages 0 and 2 and exchange both: sums, and what each has stepped of
+    # them; rank 1 has both copies of stage 1.
+    assert costs.seconds(with_opposites(plain), {"actor": (1, 2, 4)}) == 15.5 * (1 + 4)
     assert costs.seconds(with_opposites(plain), {"actor": (1, 60, 4)}) == 2 * 60
     # Data-parallel replicas exchange, too.
-    assert costs.seconds(place("actor", 2, 1), {"actor": (5,)}) == 11 * 5
+    assert costs.seconds(place("actor", 2, 1), {"actor": (5,)}) == 15.5 * 5
     assert UpdateCosts.slowest([UpdateCosts(1.0, 4.0), UpdateCosts(2.0, 3.0)]) == UpdateCosts(2.0, 4.0)

@@ -71,7 +71,7 @@ class Scores(TrainerCallback):
 
 
 def keep_engine_weights(trainer: PPOTrainer, directory: Path) -> None:
-    """Have every engine write down what it holds after each load."""
+    """Have every engine that is on one device write down what it holds after each load."""
     make_engine = trainer._settings.engine
 
     def make(spec: Any, weights: Any, device: str) -> Any:  # local, so that it travels to the workers by value
@@ -93,7 +93,8 @@ def keep_engine_weights(trainer: PPOTrainer, directory: Path) -> None:
         engine.load_weights = load_and_keep
         return engine
 
-    trainer._settings = replace(trainer._settings, engine=make)
+    if trainer._settings.engine_devices == 1:
+        trainer._settings = replace(trainer._settings, engine=make)
 
 
 def trained(
@@ -205,7 +206,10 @@ def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, worker_pool: WorkerPool) -> None:
-    """With either engine, every copy has what was trained; and responses, scores and weights are the same."""
+    """With either engine, every copy has what was trained; and responses, scores and weights are the same.
+
+    Also with one engine on both devices.
+    """
 
     def train(engine: str, **options: Any) -> tuple[PPOTrainer, list[str]]:
         responses: list[str] = []
@@ -215,8 +219,9 @@ def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, worker_poo
             return tiny.count_a(prompts, completions, target)
 
         policy = tiny.policy(tie_word_embeddings=True, head_dim=32)
+        output_dir = tmp_path / f"{engine}-{len(options)}"
         trainer = trained(
-            tmp_path / engine,
+            output_dir,
             policy,
             tiny.scorer(1, head_dim=32),
             reward=reward,
@@ -224,18 +229,20 @@ def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, worker_poo
             engine=engine,
             **options,
         )
-        check_engines(tmp_path / engine, policy, 2)
+        if trainer._settings.engine_devices == 1:
+            check_engines(output_dir, policy, 2)
         return trainer, sorted(responses)
 
     expected, expected_responses = train("transformers")
-    try:
-        trainer, responses = train("vllm", generation_cache_bytes=1 << 22)
-    finally:
-        worker_pool.end("generation worker")  # vLLM takes its process over
-    assert responses == expected_responses
-    assert tiny.difference(trainer.policy_model, expected.policy_model) < tiny.ROUNDING
-    kl, expected_kl = ([row["objective/kl"] for row in one.state.log_history] for one in (trainer, expected))
-    assert kl == pytest.approx(expected_kl, abs=1e-4)
+    for options in ({}, {"generation_tensor_parallel_size": 2}):
+        try:
+            trainer, responses = train("vllm", generation_cache_bytes=1 << 22, **options)
+        finally:
+            worker_pool.end("generation worker")  # vLLM takes its process over
+        assert responses == expected_responses
+        assert tiny.difference(trainer.policy_model, expected.policy_model) < tiny.ROUNDING
+        kl, expected_kl = ([row["objective/kl"] for row in one.state.log_history] for one in (trainer, expected))
+        assert kl == pytest.approx(expected_kl, abs=1e-4)
 
 
 def test_what_copies_could_not_share_is_refused() -> None:
