@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vllm import EngineArgs, LLMEngine, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -75,6 +76,7 @@ class VllmCore:
                 **({} if place is None else _sharing(place)),
             )
             resources.callback(self._llm.engine_core.shutdown)
+            _forget_queue()
             (self._sampling,) = self._llm.collective_rpc(_find_sampling)
             self._sampling.num_tokens = num_tokens
             self._scheduler: Any = self._llm.engine_core.engine_core.scheduler
@@ -185,6 +187,17 @@ def _sharing(place: Place) -> dict[str, Any]:
         "distributed_executor_backend": PlacedExecutor,
         "disable_custom_all_reduce": True,  # its kernels want to see the others' devices
     }
+
+
+def _forget_queue() -> None:
+    """Take away the name of the shared memory through which processes of an engine could talk, which all have by now.
+
+    A killed process would leave it.
+    """
+    queue = get_tp_group().mq_broadcaster
+    if queue is not None and queue.buffer is not None and queue.buffer.is_creator:
+        queue.buffer.shared_memory.unlink()
+        queue.buffer.is_creator = False
 
 
 def _register(architecture: str) -> None:
