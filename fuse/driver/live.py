@@ -18,20 +18,19 @@ from functools import partial
 from typing import TypeVar
 
 from fuse.activity import silent
-from fuse.driver.rollout_state import RolloutDevice, RolloutReport, moves_kv, visible_state
+from fuse.driver.rollout_state import RolloutDevice, RolloutReport, SampleTable, moves_kv
 from fuse.driver.score_flow import Pending, Scorers, scorers_of
 from fuse.driver.stage_by_stage import (
     WAIT_S,
     apply_inference,
     apply_progress,
-    progress_text,
     request_of,
     sequence_of,
     skip_inference,
 )
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
-from fuse.interstage.dealing import Dealing, prompt_numbers
+from fuse.interstage.dealing import Dealing
 from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy, evens_out
 from fuse.sample import Sample, SampleState
 from fuse.training.scoring import Inference
@@ -87,15 +86,12 @@ class LiveRollout:
         self._devices = [RolloutDevice(index, engine) for index, engine in enumerate(engines)]
         self._scorers, self._flow_roles = scorers, tuple(flow_roles)
         self._scorers_here: Scorers | None = None
-        self._batch = tuple(samples)  # policies know a sample by its index here
-        self._prompts = prompt_numbers([sample.prompt_ids for sample in samples])
-        self._samples: Mapping[int, Sample] = {sample.id: sample for sample in samples}
+        self._table = SampleTable(samples)
         self._params, self._policy, self._limits, self._costs = params, policy, limits, costs
         self._pad_token_id, self._on_generated = pad_token_id, on_generated
         self._request = partial(request_of, params=params, max_new_tokens=max_new_tokens or {})
         self._dealing = dealing or Dealing()
         self._timeout_s, self._tell = timeout_s, tell
-        self._home: dict[int, int] = {}  # live samples: where each is, or is going to
         self._pending: Pending = {}
         self._num_scored = self._num_migrations = self._moved_bytes = 0
         self._lost_engines: list[int] = []
@@ -111,20 +107,20 @@ class LiveRollout:
         decision_s = []
         self._submit_all()
         self._has_news = True
-        while self._num_scored < len(self._samples):
+        while self._num_scored < len(self._table.samples):
             if not self._has_news:
                 self._take_answers()
             if self._has_news:
                 news_s = time.perf_counter()
                 self._has_news = False
-                generated_s = news_s if self._home else generated_s
-                seen = visible_state(self._batch, self._prompts, self._home, self._devices, self._limits)
+                generated_s = news_s if self._table.home else generated_s
+                seen = self._table.seen(self._devices, self._limits, self._costs, time.monotonic())
                 self._act(self._policy(seen))
                 decision_s.append(time.perf_counter() - news_s)
         while self._pending:  # polls of engines that are empty now; left alone, they would eat the next reports
             self._take_answers()
-        assert not self._home
-        assert all(sample.state is SampleState.SCORED for sample in self._samples.values())
+        assert not self._table.home
+        assert all(sample.state is SampleState.SCORED for sample in self._table.samples)
         return RolloutReport(
             makespan_s=time.perf_counter() - start_s,
             generation_s=generated_s - start_s,
@@ -138,17 +134,17 @@ class LiveRollout:
         for future in wait_ended(list(self._pending), WAIT_S):
             self._pending.pop(future)()
         self._end_silent_ones()
-        self._tell(progress_text(self._batch))
+        self._tell(self._table.progress_text())
 
     # Generation
 
     def _submit_all(self) -> None:
         alive = self._with_engines()
-        shares = self._dealing.shares(self._batch, len(alive), is_evened_out=evens_out(self._policy))
+        shares = self._dealing.shares(self._table.samples, len(alive), is_evened_out=evens_out(self._policy))
         for device, share in zip(alive, shares, strict=True):
             for sample in share:
-                sample.advance(SampleState.GENERATING)
-                self._home[sample.id] = device.index
+                self._table.advance(sample, SampleState.GENERATING)
+                self._table.put(sample, device.index)
             if share:
                 assert device.engine is not None
                 self._given(device, share, device.engine.submit([self._request(sample) for sample in share]))
@@ -173,19 +169,21 @@ class LiveRollout:
             device.heard_s = time.monotonic()
         finished = []
         for progress in reports:
-            sample = self._samples[progress.sample_id]
+            sample = self._table.by_id[progress.sample_id]
             if sample.id not in device.held:
                 continue  # it left with these tokens
             if progress.finished and sample.state is SampleState.MIGRATING:
-                sample.advance(SampleState.GENERATING)  # it was done before it could leave
+                self._table.advance(sample, SampleState.GENERATING)  # it was done before it could leave
             if apply_progress(sample, progress, self._params, self._pad_token_id):
-                del device.held[sample.id], self._home[sample.id]
+                del device.held[sample.id], self._table.home[sample.id]
                 finished.append(sample)
+            self._table.update(sample)
         if finished:
             self._on_generated(finished)
             self._has_news = True
             if self._scorers is None:
                 skip_inference(finished)
+                self._table.update(*finished)
                 self._num_scored += len(finished)
         self._poll(device)
         self._start_job(device)
@@ -195,12 +193,12 @@ class LiveRollout:
     def _migrate(self, moves: Sequence[Migrate]) -> None:
         groups: dict[tuple[int, bool], list[int]] = {}
         for move in moves:
-            sample = self._batch[move.sample]
-            assert self._home[sample.id] == move.source != move.target
+            sample = self._table.samples[move.sample]
+            assert self._table.home[sample.id] == move.source != move.target
             assert sample.state is SampleState.GENERATING, f"sample {sample.id} cannot be moved"
             assert self._devices[move.target].engine is not None, f"the engine of device {move.target} is lost"
-            sample.advance(SampleState.MIGRATING)
-            self._home[sample.id] = move.target
+            self._table.advance(sample, SampleState.MIGRATING)
+            self._table.put(sample, move.target)
             self._devices[move.target].released = False
             groups.setdefault((move.source, moves_kv(self._costs, sample)), []).append(sample.id)
         for (source, with_kv), sample_ids in groups.items():
@@ -218,9 +216,10 @@ class LiveRollout:
 
     def _depart(self, device: RolloutDevice, departures: Sequence[Departure]) -> None:
         for departure in departures:
-            sample = self._samples[departure.request.sample_id]
+            sample = self._table.by_id[departure.request.sample_id]
             sample.response_ids[:] = departure.request.response_ids
             sample.logprobs[:] = departure.request.logprobs
+            self._table.update(sample)
             del device.held[sample.id]
             self._num_migrations += bool(sample.response_ids)
             self._moved_bytes += 0 if departure.kv is None else departure.kv.num_bytes
@@ -231,18 +230,18 @@ class LiveRollout:
         """Let each sample into the engine it goes to, those of one engine together."""
         by_target: dict[int, list[Departure]] = {}
         for departure in departures:
-            by_target.setdefault(self._target(self._samples[departure.request.sample_id]), []).append(departure)
+            by_target.setdefault(self._target(self._table.by_id[departure.request.sample_id]), []).append(departure)
         for target, arriving in by_target.items():
             self._devices[target].arrivals += arriving
             self._admit(self._devices[target])
 
     def _target(self, sample: Sample) -> int:
         """Where a sample without an engine goes: where it was sent, or else to the engine with the fewest."""
-        home = self._devices[self._home[sample.id]]
+        home = self._devices[self._table.home[sample.id]]
         if home.engine is None:
-            counts = Counter(self._home.values())
+            counts = Counter(self._table.home.values())
             home = min(self._with_engines(), key=lambda device: counts[device.index])
-            self._home[sample.id] = home.index
+            self._table.put(sample, home.index)
             home.released = False
         return home.index
 
@@ -252,9 +251,9 @@ class LiveRollout:
             return
         assert device.engine is not None
         arrivals, device.arrivals = device.arrivals, []
-        samples = [self._samples[departure.request.sample_id] for departure in arrivals]
+        samples = [self._table.by_id[departure.request.sample_id] for departure in arrivals]
         for sample in samples:
-            sample.advance(SampleState.GENERATING)
+            self._table.advance(sample, SampleState.GENERATING)
         self._given(device, samples, device.engine.admit(arrivals))
 
     # Inference
@@ -264,10 +263,11 @@ class LiveRollout:
         if device.job is None or device.is_scoring or device.held or device.num_evictions:
             return
         device.is_scoring, device.scoring_s = True, time.monotonic()
-        samples = [self._batch[sample] for sample in device.job.samples]
+        samples = [self._table.samples[sample] for sample in device.job.samples]
 
         def scored(results: Sequence[Inference]) -> None:
             apply_inference(samples, results)
+            self._table.update(*samples)
             self._num_scored += len(samples)
             device.job, device.is_scoring = None, False
             self._has_news = True
@@ -291,7 +291,7 @@ class LiveRollout:
             if isinstance(action, Infer):
                 assert device.job is None, f"device {device.index} is to infer twice at once"
                 for sample in action.samples:
-                    self._batch[sample].advance(SampleState.INFERRING)
+                    self._table.advance(self._table.samples[sample], SampleState.INFERRING)
                 device.job = action
                 self._start_job(device)
 
@@ -320,15 +320,15 @@ class LiveRollout:
         _logger.warning("%s; its samples go on elsewhere", error)
         self._lost_engines.append(device.index)
         device.engine, device.num_evictions, device.is_polled = None, 0, False
-        stranded = [self._samples[sample] for sample in device.held]
-        stranded += [self._samples[departure.request.sample_id] for departure in device.arrivals]
+        stranded = [self._table.by_id[sample] for sample in device.held]
+        stranded += [self._table.by_id[departure.request.sample_id] for departure in device.arrivals]
         device.held.clear()
         device.arrivals.clear()
         if not self._with_engines():
             raise error
         for sample in stranded:
             if sample.state is SampleState.GENERATING:
-                sample.advance(SampleState.MIGRATING)
+                self._table.advance(sample, SampleState.MIGRATING)
         self._arrive(Departure(self._request(sample)) for sample in stranded)
         self._has_news = True
         self._start_job(device)

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration
-from fuse.interstage.migration import EndedSamples, EngineLimits, Infer, LiveSamples, RolloutState
+from fuse.interstage.columns import Phase, SampleColumns
+from fuse.interstage.costs import CostModel, MigrationKind, cheaper_migration, left_to_score
+from fuse.interstage.dealing import prompt_numbers
+from fuse.interstage.migration import EngineLimits, Infer, RolloutState
 from fuse.sample import Sample, SampleState
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,51 +61,82 @@ def moves_kv(costs: CostModel | None, sample: Sample) -> bool:
     return cheaper_migration(costs, context_tokens).kind is MigrationKind.TRANSFER
 
 
-def visible_state(
-    samples: Sequence[Sample],
-    prompts: Ints,
-    home: Mapping[int, int],
-    devices: Sequence[RolloutDevice],
-    limits: EngineLimits,
-) -> RolloutState:
-    """What a policy sees. It knows a sample by its index in `samples`; `home` has each live one's device, by its id.
+class SampleTable:
+    """A live rollout's samples, and beside them what policies see of them, in step.
 
-    prompts: of `prompt_numbers`.
+    Policies know a sample by its index. What changes a sample changes its entries: a piece of news takes no look at all
+    of them, one by one.
     """
-    ids: list[int] = []
-    ended: list[int] = []
-    for index, sample in enumerate(samples):
-        (ids if sample.id in home else ended).append(index)
-    live = [samples[index] for index in ids]
-    backlog = [index for index, sample in enumerate(samples) if sample.state is SampleState.GENERATED]
-    response_tokens = np.array([len(sample.response_ids) for sample in live], dtype=np.int64)
-    return RolloutState(
-        limits=limits,
-        live=LiveSamples(
-            ids=np.array(ids, dtype=np.int64),
-            devices=np.array([home[sample.id] for sample in live], dtype=np.int64),
-            prompt_tokens=np.array([len(sample.prompt_ids) for sample in live], dtype=np.int64),
-            response_tokens=response_tokens,
-            started=response_tokens > 0,
-            movable=np.array([sample.state is SampleState.GENERATING for sample in live], dtype=np.bool_),
-            prompts=prompts[ids],
-        ),
-        ended=EndedSamples(
-            prompts=prompts[ended],
-            response_tokens=np.array([len(samples[index].response_ids) for index in ended], dtype=np.int64),
-        ),
-        finished_ids=np.array(backlog, dtype=np.int64),
-        finished_tokens=np.array([_num_tokens(samples[index]) for index in backlog], dtype=np.int64),
-        released=np.array([device.released for device in devices], dtype=np.bool_),
-        inferring_tokens=np.array([_job_tokens(samples, device) for device in devices], dtype=np.int64),
-        lost=np.array([device.engine is None for device in devices], dtype=np.bool_),
-    )
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = tuple(samples)
+        self.by_id: Mapping[int, Sample] = {sample.id: sample for sample in samples}
+        self.home: dict[int, int] = {}
+        """Live samples: where each is, or is going to, by its id."""
+        self._index = {sample.id: index for index, sample in enumerate(samples)}
+        num_samples = len(samples)
+        self.columns = SampleColumns(
+            prompts=prompt_numbers([sample.prompt_ids for sample in samples]),
+            prompt_tokens=np.array([len(sample.prompt_ids) for sample in samples], dtype=np.int64),
+            homes=np.zeros(num_samples, dtype=np.int64),
+            phases=np.zeros(num_samples, dtype=np.int8),
+            response_tokens=np.zeros(num_samples, dtype=np.int64),
+            scored_tokens=np.zeros(num_samples, dtype=np.int64),
+            started=np.zeros(num_samples, dtype=np.bool_),
+        )
+        self.update(*samples)
+
+    def put(self, sample: Sample, device: int) -> None:
+        """The sample is at home there from now on."""
+        self.home[sample.id] = device
+        self.columns.homes[self._index[sample.id]] = device
+
+    def advance(self, sample: Sample, state: SampleState) -> None:
+        """As `Sample.advance`."""
+        sample.advance(state)
+        self.columns.phases[self._index[sample.id]] = _PHASES[state]
+
+    def update(self, *samples: Sample) -> None:
+        """These have another state, or other tokens."""
+        columns = self.columns
+        for sample in samples:
+            index = self._index[sample.id]
+            columns.phases[index] = _PHASES[sample.state]
+            columns.response_tokens[index] = len(sample.response_ids)
+            columns.started[index] = bool(sample.response_ids)
+            columns.scored_tokens[index] = sample.length
+
+    def seen(
+        self, devices: Sequence[RolloutDevice], limits: EngineLimits, costs: CostModel | None, now_s: float
+    ) -> RolloutState:
+        """What a policy sees. costs: None where they are not known. now_s: by the clock of the devices' times."""
+        inferring = [0 if device.job is None else self.columns.tokens(device.job.samples) for device in devices]
+        return self.columns.state(
+            limits,
+            released=[device.released for device in devices],
+            inferring_tokens=inferring,
+            inferring_left=[
+                left_to_score(costs, tokens, now_s - device.scoring_s if device.is_scoring else 0.0)
+                for tokens, device in zip(inferring, devices, strict=True)
+            ],
+            lost=[device.engine is None for device in devices],
+        )
+
+    def progress_text(self) -> str:
+        """How far the rollout is, for people."""
+        columns, num_samples = self.columns, len(self.samples)
+        num_live = columns.num_live
+        if not num_live:
+            return f"scoring: {columns.num_in(Phase.SCORED)} of {num_samples} samples"
+        num_tokens = int(columns.response_tokens.sum())
+        return f"generating: {num_samples - num_live} of {num_samples} samples, {num_tokens:,} tokens"
 
 
-def _job_tokens(samples: Sequence[Sample], device: RolloutDevice) -> int:
-    return 0 if device.job is None else sum(_num_tokens(samples[index]) for index in device.job.samples)
-
-
-def _num_tokens(sample: Sample) -> int:
-    """Of a finished sample, as far as it counts: the length of its `sequence_of`, without the copy."""
-    return len(sample.prompt_ids) + sample.length
+_PHASES = {
+    SampleState.QUEUED: Phase.WAITING,
+    SampleState.GENERATING: Phase.RUNNING,
+    SampleState.MIGRATING: Phase.TRAVELLING,
+    SampleState.GENERATED: Phase.FINISHED,
+    SampleState.INFERRING: Phase.INFERRING,
+    SampleState.SCORED: Phase.SCORED,
+}

@@ -42,12 +42,14 @@ _MAX_MOVES = 64
 _LEAST_TOKEN_S = 1e-12
 _NUM_DRAWS = 4
 """Draws of what is ahead that a plan is made for: how long the longest sample is matters, and varies the most."""
-_FINISHES = 64
+_FINISHES = 32
 """About so many finishes are planned for until half of the live samples are left; with fewer live, every one is."""
 _PIECE = 0.5
 """A device is given this part of what it has yet to score at once."""
 _LEAST_PIECE = 2.0
-"""A piece takes at least this many times what a micro-batch costs."""
+"""A piece takes at least this many times what a micro-batch costs and what it takes to hand it out."""
+_HAND_OUT_S = 5e-3
+"""From the end of a piece to the start of the next, by way of the controller."""
 _HOLDS_UP = 0.85
 """An engine holds up the rollout if it ends after this part of the time to come."""
 
@@ -63,16 +65,24 @@ class Adaptive:
     evens_out: ClassVar[bool] = True
 
     def __call__(self, state: RolloutState) -> list[Action]:
-        is_due = _is_due(state.live)
-        if not is_due and not (len(state.finished_ids) and free_devices(state)):
+        if not len(state.live):
+            return feed(state, (), least_tokens=self._least_tokens)
+        is_due = _is_due(state.live) and state.num_devices > 1
+        if not is_due and not (state.finished_tokens.sum() >= self._least_tokens and free_devices(state)):
             return []
         return replace(self, lengths=self.lengths.given(state.live, state.ended))._plan(state, is_due)
 
     def _plan(self, state: RolloutState, is_due: bool) -> list[Action]:
         ends_s, end_s = self._ends(state)
         moves = self._moves(state, ends_s, end_s) if is_due else []
-        piece_s = max(_PIECE * end_s, _LEAST_PIECE * self.costs.inference_s)
-        return [*moves, *feed(state, moves, piece_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S))]
+        piece_tokens = _PIECE * end_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S)
+        return [*moves, *feed(state, moves, max(piece_tokens, self._least_tokens), self._least_tokens)]
+
+    @property
+    def _least_tokens(self) -> float:
+        """Of a piece, while more is to come."""
+        least_s = _LEAST_PIECE * (self.costs.inference_s + _HAND_OUT_S)
+        return least_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S)
 
     def _moves(self, state: RolloutState, ends_s: Floats, end_s: float) -> list[Migrate]:
         free = [device for device in free_devices(state) if not state.lost[device]]
@@ -92,11 +102,11 @@ class Adaptive:
         levels = np.random.default_rng(0).random((_NUM_DRAWS, len(live)))
         outlook = Outlook(
             costs=self.costs,
-            remaining=np.stack([self.lengths.quantile(live.ids, live.response_tokens, each) for each in levels]),
+            remaining=self.lengths.quantile(live.ids, live.response_tokens, levels),
             live=counts[counts > 0],
             context_tokens=context[counts > 0],
             widest=(widest, int(live.context_tokens[widest])),
-            backlog_tokens=float(state.finished_tokens.sum() + state.inferring_tokens.sum() / 2),
+            backlog_tokens=float(state.finished_tokens.sum() + state.inferring_left.sum()),
             num_devices=state.num_devices,
             max_batch=state.limits.max_batch,
             can_transfer=self.can_transfer,
@@ -110,7 +120,7 @@ class Adaptive:
         the devices' ends.
         """
         costs, live = self.costs, state.live
-        ends_s = costs.inference_token_s * state.inferring_tokens / 2
+        ends_s = costs.inference_token_s * state.inferring_left
         tokens = float(state.finished_tokens.sum())
         if len(live):
             counts = state.num_live()

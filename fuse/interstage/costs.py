@@ -89,6 +89,13 @@ class CostModel:
         return self.transfer_s + self.transfer_byte_s * num_bytes
 
 
+def left_to_score(costs: CostModel | None, tokens: int, elapsed_s: float) -> float:
+    """About so many tokens of a piece have yet to be scored so long after its start; half where costs are not known."""
+    if costs is None:
+        return tokens / 2
+    return tokens * max(0.0, 1 - elapsed_s / max(costs.inference(tokens), _LEAST_STEP_S))
+
+
 @dataclass(frozen=True, slots=True)
 class MigrationCost:
     """How a sample moves, in how many seconds until it decodes again, and how many bytes go over the link."""

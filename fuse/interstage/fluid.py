@@ -67,19 +67,24 @@ def best_num_engines(outlook: Outlook, most: int) -> int:
     fewer = np.append(num_now * _FEWER ** np.arange(24), num_now - 1)
     more = np.linspace(num_now, max(num_now, most), 4)
     choices = np.unique(np.concatenate([fewer, more]).round().astype(np.int64).clip(1))
-    seconds = makespans(outlook, choices)
+    if len(choices) == 1:
+        return num_now
     stay = int(np.searchsorted(choices, num_now))
-    best = int(np.argmin(seconds[:, 0]))
-    gain_s = float(seconds[stay, 0] - seconds[best, 0])
-    later_gain_s = float(seconds[stay, 0] - seconds[:stay, 1:].min(initial=np.inf))
-    is_worth_it = gain_s > _LEAST_GAIN * seconds[stay, 0] and gain_s >= _PATIENCE * later_gain_s
-    return int(choices[best]) if is_worth_it else num_now
+    now_s = makespans(outlook, choices, num_points=1)[:, 0]
+    best = int(np.argmin(now_s))
+    gain_s = float(now_s[stay] - now_s[best])
+    if gain_s <= _LEAST_GAIN * now_s[stay]:
+        return num_now
+    later_s = makespans(outlook, choices[:stay])[:, 1:]
+    later_gain_s = float(now_s[stay] - later_s.min(initial=np.inf))
+    return int(choices[best]) if gain_s >= _PATIENCE * later_gain_s else num_now
 
 
-def makespans(outlook: Outlook, choices: Ints) -> Floats:
+def makespans(outlook: Outlook, choices: Ints, num_points: int | None = None) -> Floats:
     """Seconds from now of plans that go over to `choices` [choices] engines at some point, [choices, points].
 
-    The points are counts of samples left; the first of them is now. Means over the draws.
+    The points are counts of samples left; the first of them is now. Means over the draws. num_points: of the first so
+    many points alone; by default of all.
     """
     costs, num_live = outlook.costs, outlook.remaining.shape[1]
     context_now = float(outlook.context_tokens.sum()) / num_live
@@ -101,16 +106,17 @@ def makespans(outlook: Outlook, choices: Ints) -> Floats:
     seconds_now = steps * _step_s(outlook, skew, live / num_live, context)
     busy_now = (1 - (1 - np.minimum(live / num_live, 1.0))[..., None] ** outlook.live).sum(axis=-1)
     # Engines evenly loaded from a point on, [draws, choices, points, intervals].
-    engines = np.minimum(choices[:, None, None], left[:, None])
-    share = np.minimum(_per_plan(live) / left[:, None], 1.0)
-    each = left[:, None] / engines
+    changes = left[:num_points]
+    engines = np.minimum(choices[:, None, None], changes[:, None])
+    share = np.minimum(_per_plan(live) / changes[:, None], 1.0)
+    each = changes[:, None] / engines
     seconds_then = _per_plan(steps) * _step_s(outlook, each, share, _per_plan(context))
     busy_then = engines * (1 - (1 - share) ** each)
 
-    points = np.arange(len(left))
-    changed = points[:, None] <= points
+    points = np.arange(len(changes))
+    changed = points[:, None] <= np.arange(len(left))
     seconds = np.where(changed, seconds_then, _per_plan(seconds_now))
-    seconds[..., points, points] += _change_s(outlook, choices, left, context_now + starts)
+    seconds[..., points, points] += _change_s(outlook, choices, changes, context_now + starts[:, : len(changes)])
     busy = np.where(changed, busy_then, _per_plan(busy_now))
 
     token_s = costs.inference_token_s + costs.inference_s / min(costs.inference_batch_tokens, _PIECE_TOKENS)

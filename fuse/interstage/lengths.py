@@ -53,7 +53,7 @@ class RemainingLengths(Protocol):
         ...
 
     def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
-        """Tokens still to come that are not exceeded with probability `level`, one or [n]; [n], at least 1."""
+        """Tokens still to come, at least 1, not exceeded with probability `level`, [..., n] or one; [..., n]."""
         ...
 
     def given(self, live: LiveSamples, ended: EndedSamples) -> RemainingLengths:
@@ -219,11 +219,14 @@ class SurvivalLengths:
         else:
             variances = self.variances[rows]
             target = pooled_level(level, survival**-variances, variances, *self.told.of(ids)) + _ROUNDING
-        reached = np.empty(len(ages), dtype=np.int64)
         pooled = rows == 0
-        reached[pooled] = np.searchsorted(-self.curves[0], -target[pooled], side="left")
-        if not pooled.all():
-            reached[~pooled] = np.argmax(self.curves[rows[~pooled]] <= target[~pooled, None], axis=1)
+        if pooled.all():
+            reached = np.searchsorted(-self.curves[0], -target, side="left")
+        else:
+            reached = np.empty(target.shape, dtype=np.int64)
+            reached[..., pooled] = np.searchsorted(-self.curves[0], -target[..., pooled], side="left")
+            below = self.curves[rows[~pooled]] <= target[..., ~pooled, None]
+            reached[..., ~pooled] = np.argmax(below, axis=-1)
         return np.clip(self.grid[reached] - ages, 1.0, self.limit - ages)
 
     def _area_given(self, told: Told, ids: Ints, rows: Ints, ages: Ints) -> Floats:
@@ -290,7 +293,8 @@ class KnownLengths:
 
     def quantile(self, ids: Ints, ages: Ints, level: Floats | float) -> Floats:
         """What is left, at every level."""
-        return self.expected(ids, ages)
+        shape = np.broadcast_shapes(np.shape(level), ids.shape)
+        return np.broadcast_to(self.expected(ids, ages), shape)
 
     def given(self, live: LiveSamples, ended: EndedSamples) -> KnownLengths:
         """Nothing is to be told."""

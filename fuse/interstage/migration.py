@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 _PIECES = 4
-"""Each device gets its inference in about this many pieces, so that devices end about together."""
+"""While samples are live, a device gets about so much of its share of all that is in sight at once."""
 _LEAST_PIECE_TOKENS = 1024
-"""Pieces are no smaller than this while there is enough for all devices: each piece has a cost of its own."""
+"""Pieces are no smaller than this while more is to come: each piece has a cost of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,9 @@ class RolloutState:
     """What a policy sees: live samples, finished ones that nobody scores yet, and what each device is doing.
 
     `ended`: all finished ones, which tell of their siblings; `finished_ids`, `finished_tokens` [backlog], tokens with
-    the prompt; `released` [devices]; `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none; `lost`
-    [devices]: the engine has died, so that the device can only score.
+    the prompt; `released` [devices]; `inferring_tokens` [devices]: tokens that the device is scoring, 0 if none;
+    `inferring_left` [devices]: about so many of them it has yet to score; `lost` [devices]: the engine has died, so
+    that the device can only score.
     """
 
     limits: EngineLimits
@@ -118,6 +120,7 @@ class RolloutState:
     finished_tokens: Ints
     released: Bools
     inferring_tokens: Ints
+    inferring_left: Floats
     lost: Bools
 
     @property
@@ -199,36 +202,69 @@ def consolidate(state: RolloutState, num_kept: int, loads: NDArray[np.float64] |
     return []
 
 
-def feed(state: RolloutState, moves: Iterable[Migrate] = (), piece_tokens: float | None = None) -> list[Action]:
+def feed(
+    state: RolloutState,
+    moves: Iterable[Migrate] = (),
+    piece_tokens: float | None = None,
+    least_tokens: float | None = None,
+) -> list[Action]:
     """Give devices that are free, once `moves` are done, finished samples to score, in even pieces or longest first.
 
-    A piece has at most `piece_tokens`, or one sample; by default a part of a device's share of all that is in sight.
+    While samples are live, a piece has at most `piece_tokens`, or one sample, and nothing is scored before
+    `least_tokens` have come together; by default both are parts of a device's share of all that is in sight. When none
+    is live, nothing more is to come: then each device gets at once what it has yet to score.
     """
+    if not len(state.finished_ids):
+        return []
     free = free_devices(state, moves)
-    if not free or not len(state.finished_ids):
+    if not free:
         return []
     tokens = state.finished_tokens.tolist()
-    if piece_tokens is None:
-        in_sight = sum(tokens) + int(state.live.context_tokens.sum())
-        piece_tokens = max(_LEAST_PIECE_TOKENS, in_sight / (_PIECES * state.num_devices))
-    if sum(tokens) <= piece_tokens * len(free):
-        pieces = balance(tokens, len(free))
+    share = (sum(tokens) + int(state.live.context_tokens.sum())) / state.num_devices
+    if least_tokens is None:
+        least_tokens = min(_LEAST_PIECE_TOKENS, share / (2 * _PIECES))
+    if not len(state.live):
+        pieces = _last_pieces(tokens, state, free, least_tokens)
+    elif sum(tokens) < least_tokens:
+        return []
     else:
-        pieces = [[] for _ in free]
-        longest_first = iter(np.argsort(-state.finished_tokens, kind="stable").tolist())
-        index = next(longest_first, None)
-        for piece in pieces:
-            held = 0
-            while index is not None and (not piece or held + tokens[index] <= piece_tokens):
-                piece.append(index)
-                held += tokens[index]
-                index = next(longest_first, None)
+        most = max(_LEAST_PIECE_TOKENS, share / _PIECES) if piece_tokens is None else piece_tokens
+        pieces = _next_pieces(tokens, len(free), most)
     return [
         action
         for device, piece in zip(free, pieces, strict=True)
         if piece
         for action in _infer(state, device, [int(state.finished_ids[index]) for index in piece])
     ]
+
+
+def _next_pieces(tokens: Sequence[int], num_pieces: int, piece_tokens: float) -> list[list[int]]:
+    """All in even pieces where they hold it, else the longest first."""
+    if sum(tokens) <= piece_tokens * num_pieces:
+        return balance(tokens, num_pieces)
+    pieces: list[list[int]] = [[] for _ in range(num_pieces)]
+    longest_first = iter(sorted(range(len(tokens)), key=lambda index: -tokens[index]))
+    index = next(longest_first, None)
+    for piece in pieces:
+        held = 0
+        while index is not None and (not piece or held + tokens[index] <= piece_tokens):
+            piece.append(index)
+            held += tokens[index]
+            index = next(longest_first, None)
+    return pieces
+
+
+def _last_pieces(
+    tokens: Sequence[int], state: RolloutState, free: Sequence[int], least_tokens: float
+) -> list[list[int]]:
+    """What each free device is to score so that all devices end together, those that score something now, too.
+
+    These get the rest when they are done; less than `least_tokens` is not worth pieces of its own.
+    """
+    loads = [0.0] * len(free) + state.inferring_left[state.inferring_tokens > 0].tolist()
+    shares = balance(tokens, len(loads), loads)
+    rest = sum(tokens[index] for share in shares[len(free) :] for index in share)
+    return shares[: len(free)] if rest >= least_tokens else balance(tokens, len(free))
 
 
 def free_devices(state: RolloutState, moves: Iterable[Migrate] = ()) -> list[int]:
@@ -264,13 +300,15 @@ class Room:
             self._tokens[device] += sign * (prompt_tokens + self._max_new_tokens)
 
 
-def balance(tokens: Sequence[int], num_shares: int) -> list[list[int]]:
+def balance(tokens: Sequence[int], num_shares: int, loads: Sequence[float] | None = None) -> list[list[int]]:
     """Split indices so that the shares' token counts are about equal: longest first, to the share with the fewest.
 
-    Source: Graham 1969, longest processing time first: the largest share is at most 4/3 of the smallest possible.
+    loads: tokens that the shares have beforehand; by default none. Source: Graham 1969, longest processing time first:
+    the largest share is at most 4/3 of the smallest possible.
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
-    totals = [(0, share) for share in range(num_shares)]
+    totals = [(0.0 if loads is None else loads[share], share) for share in range(num_shares)]
+    heapq.heapify(totals)
     for index in sorted(range(len(tokens)), key=lambda index: -tokens[index]):
         total, share = heapq.heappop(totals)
         shares[share].append(index)

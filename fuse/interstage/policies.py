@@ -9,7 +9,7 @@ from fuse.interstage.length_trace import LengthTrace
 from fuse.interstage.lengths import KnownLengths, Observation, learn
 from fuse.interstage.migration import Policy, StageByStage
 from fuse.interstage.rollout import Rollout
-from fuse.interstage.tuning import LengthHistory, tune_threshold
+from fuse.interstage.tuning import LengthHistory, fusion_pays, tune_threshold
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
@@ -26,16 +26,31 @@ def policy_of(name: str, rollout: Rollout, past: LengthTrace, prompts: Sequence[
         return StageByStage()
     if name == KNOWN:
         return Adaptive(costs, KnownLengths(rollout.response_tokens), rollout.can_transfer)
+    history = LengthHistory(prompt_tokens=past.prompt_tokens, response_tokens=past.response_tokens)
+    policy: Policy
+    pooled: Policy  # as it is of samples of whose prompts nothing is known
     if name == ADAPTIVE:
         pairs = zip(past.response_tokens.tolist(), past.prompts, strict=True)
         model = learn((Observation(tokens, prompt=prompt) for tokens, prompt in pairs), limits.max_new_tokens)
-        return Adaptive(costs, model.for_samples(dict(enumerate(prompts))), rollout.can_transfer)
-    assert name == THRESHOLD, name
-    return tune_threshold(
-        LengthHistory(prompt_tokens=past.prompt_tokens, response_tokens=past.response_tokens),
+        policy = Adaptive(costs, model.for_samples(dict(enumerate(prompts))), rollout.can_transfer)
+        pooled = Adaptive(costs, model.for_samples(), rollout.can_transfer)
+    else:
+        assert name == THRESHOLD, name
+        policy = pooled = tune_threshold(
+            history,
+            num_samples=rollout.num_samples,
+            num_devices=rollout.num_devices,
+            costs=costs,
+            limits=limits,
+            can_transfer=rollout.can_transfer,
+        )
+    pays = fusion_pays(
+        pooled,
+        history,
         num_samples=rollout.num_samples,
         num_devices=rollout.num_devices,
         costs=costs,
         limits=limits,
         can_transfer=rollout.can_transfer,
     )
+    return policy if pays else StageByStage()

@@ -16,7 +16,7 @@ from fuse.interstage.costs import CostModel, shared_engine_costs
 from fuse.interstage.dealing import Dealing
 from fuse.interstage.lengths import LengthModel, Observation, drift, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
-from fuse.interstage.tuning import LengthHistory, tune_threshold
+from fuse.interstage.tuning import LengthHistory, fusion_pays, tune_threshold
 from fuse.sample import Sample
 from fuse.trace import Span
 
@@ -53,7 +53,8 @@ class RolloutPlanner:
     """Remembers iterations, and makes each rollout's policy.
 
     Before lengths and costs are known, samples stay where they are, and are scored as devices come free. Once they are
-    known, `threshold` is tuned by simulation; and again when lengths have drifted.
+    known, simulations tune `threshold` and tell whether fusion is expected to pay, and again when lengths have drifted:
+    where it is not, rollouts go stage by stage.
 
     num_scoring: models that score.
     """
@@ -65,6 +66,8 @@ class RolloutPlanner:
         self._prompt_tokens: deque[list[int]] = deque(maxlen=_REMEMBERED_UPDATES)
         self._threshold: Threshold | None = None
         self._tuned_to: LengthModel | None = None
+        self._num_since_tuned = 0
+        self._pays = True
 
     @property
     def limits(self) -> EngineLimits:
@@ -90,11 +93,15 @@ class RolloutPlanner:
         costs = self.costs()
         if costs is None or not self._updates:
             return self.fixed_policy(len(samples))
-        if settings.policy == "adaptive":
-            prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
-            model = learn(self._observations(), settings.limits.max_new_tokens, own=set(prompts.values()))
-            return Adaptive(costs, model.for_samples(prompts))
-        return self._tuned(costs, len(samples))
+        if self._is_to_be_tuned():
+            self._tune(costs, len(samples))
+        if not self._pays:
+            return StageByStage()
+        if self._threshold is not None:
+            return self._threshold
+        prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
+        model = learn(self._observations(), settings.limits.max_new_tokens, own=set(prompts.values()))
+        return Adaptive(costs, model.for_samples(prompts))
 
     def fixed_policy(self, num_samples: int) -> Policy:
         """A policy that depends on nothing learnt: samples stay where they are, and are scored as devices come free."""
@@ -105,6 +112,7 @@ class RolloutPlanner:
     def observe(self, samples: Sequence[Sample]) -> None:
         """Learn how long a rollout's responses were."""
         limit = self._settings.limits.max_new_tokens
+        self._num_since_tuned += 1
         self._updates.append([Observation(min(limit, len(one.response_ids)), prompt=one.prompt_ids) for one in samples])
         self._prompt_tokens.append([len(sample.prompt_ids) for sample in samples])
 
@@ -115,21 +123,37 @@ class RolloutPlanner:
     def _observations(self) -> list[Observation]:
         return [one for update in self._updates for one in update]
 
-    def _tuned(self, costs: CostModel, num_samples: int) -> Threshold:
+    def _is_to_be_tuned(self) -> bool:
+        """At first, when lengths have drifted, and now and then, for costs become known better."""
+        if self._tuned_to is None or self._num_since_tuned >= _REMEMBERED_UPDATES:
+            return True
+        return drift(self._tuned_to, self._updates[-1]) > 1
+
+    def _tune(self, costs: CostModel, num_samples: int) -> None:
         settings = self._settings
-        recent = self._updates[-1]
-        if self._threshold is None or self._tuned_to is None or drift(self._tuned_to, recent) > 1:
-            history = LengthHistory(
-                prompt_tokens=np.array([tokens for update in self._prompt_tokens for tokens in update]),
-                response_tokens=np.array([one.tokens for update in self._updates for one in update]),
-            )
-            self._tuned_to = learn(self._observations(), settings.limits.max_new_tokens, own=())
-            self._threshold = tune_threshold(
+        history = LengthHistory(
+            prompt_tokens=np.array([tokens for update in self._prompt_tokens for tokens in update]),
+            response_tokens=np.array([one.tokens for update in self._updates for one in update]),
+        )
+        self._num_since_tuned = 0
+        self._tuned_to = learn(self._observations(), settings.limits.max_new_tokens, own=())
+        policy: Policy
+        if settings.policy == "threshold":
+            policy = self._threshold = tune_threshold(
                 history,
                 num_samples=num_samples,
                 num_devices=settings.num_devices,
                 costs=costs,
                 limits=settings.limits,
             )
-            _logger.info("migration threshold: %s", self._threshold)
-        return self._threshold
+            _logger.info("migration threshold: %s", policy)
+        else:
+            policy = Adaptive(costs, self._tuned_to.for_samples())
+        self._pays = fusion_pays(
+            policy,
+            history,
+            num_samples=num_samples,
+            num_devices=settings.num_devices,
+            costs=costs,
+            limits=settings.limits,
+        )

@@ -15,13 +15,12 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from fuse.interstage.costs import MigrationKind, cheaper_migration
+from fuse.interstage.columns import Phase, SampleColumns
+from fuse.interstage.costs import MigrationKind, cheaper_migration, left_to_score
 from fuse.interstage.dealing import deal
 from fuse.interstage.migration import (
     Action,
-    EndedSamples,
     Infer,
-    LiveSamples,
     Migrate,
     Policy,
     Release,
@@ -42,18 +41,6 @@ def simulate(rollout: Rollout, policy: Policy) -> SimulationResult:
     return _Simulation(rollout, policy).run()
 
 
-class _Phase(IntEnum):
-    """Where a sample is; phases up to TRAVELLING are live."""
-
-    WAITING = 0
-    RUNNING = 1
-    LEAVING = 2  # on the engine that it has been told to leave, until the next boundary
-    TRAVELLING = 3
-    FINISHED = 4
-    INFERRING = 5
-    SCORED = 6
-
-
 class _EventKind(IntEnum):
     BOUNDARY = 0
     ARRIVAL = 1
@@ -66,7 +53,7 @@ class _Simulation:
     def __init__(self, rollout: Rollout, policy: Policy) -> None:
         self._rollout, self._policy, self._costs = rollout, policy, rollout.costs
         num_samples, num_devices = rollout.num_samples, rollout.num_devices
-        self._phase = np.full(num_samples, _Phase.WAITING, dtype=np.int8)
+        self._phase = np.full(num_samples, Phase.WAITING, dtype=np.int8)
         self._prompts = rollout.prompt_numbers
         self._host = deal(  # the engine that has the sample, or had it last
             self._prompts.tolist(),
@@ -138,12 +125,12 @@ class _Simulation:
         for sample in engine.advance(*self._planned[device]):
             self._finish(engine, sample)
         for sample, target in self._leaving[device]:
-            if self._phase[sample] == _Phase.LEAVING:  # it has not finished meanwhile
+            if self._phase[sample] == Phase.LEAVING:  # it has not finished meanwhile
                 self._depart(engine, sample, target)
         self._leaving[device].clear()
 
         for sample in engine.admit():
-            self._phase[sample] = _Phase.RUNNING
+            self._phase[sample] = Phase.RUNNING
             self._entered[sample], self._entered_s[sample] = engine.num_steps, self._now_s
             self._in_batch[sample] = self._started[sample] = True
         if engine.batch:
@@ -160,7 +147,7 @@ class _Simulation:
         engine.remove(sample, int(self._rollout.prompt_tokens[sample]) + tokens)
         self._tokens[sample] = tokens
         self._leave_batch(sample)
-        self._phase[sample] = _Phase.FINISHED
+        self._phase[sample] = Phase.FINISHED
         self._count_live(sample, int(self._home[sample]), -1)
         self._generation_s = self._now_s
         self._has_news = True
@@ -179,7 +166,7 @@ class _Simulation:
             delay_s = cost.seconds if has_kv else 0.0  # recomputing takes its time on the target
             self._moved_bytes += cost.num_bytes
             self._num_migrations += 1
-        self._phase[sample] = _Phase.TRAVELLING
+        self._phase[sample] = Phase.TRAVELLING
         self._schedule(self._now_s + delay_s, _EventKind.ARRIVAL, target, 2 * sample + has_kv)
 
     def _leave_batch(self, sample: int) -> None:
@@ -189,8 +176,8 @@ class _Simulation:
 
     def _arrive(self, device: int, payload: int) -> None:
         sample, has_kv = divmod(payload, 2)
-        assert self._phase[sample] == _Phase.TRAVELLING
-        self._phase[sample], self._host[sample] = _Phase.WAITING, device
+        assert self._phase[sample] == Phase.TRAVELLING
+        self._phase[sample], self._host[sample] = Phase.WAITING, device
         self._enqueue(sample, has_kv=bool(has_kv))
         self._interrupt(device)
 
@@ -205,8 +192,8 @@ class _Simulation:
         job = self._jobs[device]
         assert job is not None
         for sample in job.samples:
-            assert self._phase[sample] == _Phase.INFERRING, "a sample was scored twice"
-            self._phase[sample] = _Phase.SCORED
+            assert self._phase[sample] == Phase.INFERRING, "a sample was scored twice"
+            self._phase[sample] = Phase.SCORED
         self._jobs[device], self._scoring[device] = None, False
         self._inferring_tokens[device] = 0
         self._end_span(device, SpanKind.INFER)
@@ -253,29 +240,27 @@ class _Simulation:
     # The policy
 
     def _state(self) -> RolloutState:
-        live = np.flatnonzero(self._phase <= _Phase.TRAVELLING)
+        live = np.flatnonzero(self._phase <= Phase.TRAVELLING)
         steps = self._complete_steps()[self._host[live]] - self._entered[live]
         tokens = self._tokens[live] + np.where(self._in_batch[live], steps, 0)
-        ended = np.flatnonzero(self._phase >= _Phase.FINISHED)
-        backlog = np.flatnonzero(self._phase == _Phase.FINISHED)
-        return RolloutState(
-            limits=self._rollout.limits,
-            live=LiveSamples(
-                ids=live,
-                devices=self._home[live],
-                prompt_tokens=self._rollout.prompt_tokens[live],
-                response_tokens=np.minimum(tokens, self._rollout.response_tokens[live] - 1),
-                started=self._started[live],
-                movable=self._phase[live] <= _Phase.RUNNING,
-                prompts=self._prompts[live],
-            ),
-            ended=EndedSamples(self._prompts[ended], self._tokens[ended]),
-            finished_ids=backlog,
-            finished_tokens=self._rollout.prompt_tokens[backlog] + self._tokens[backlog],
-            released=self._released.copy(),
-            inferring_tokens=self._inferring_tokens.copy(),
-            lost=np.zeros(self._rollout.num_devices, dtype=np.bool_),
+        generated = self._tokens.copy()
+        generated[live] = np.minimum(tokens, self._rollout.response_tokens[live] - 1)
+        num_devices = self._rollout.num_devices
+        columns = SampleColumns(
+            self._prompts, self._rollout.prompt_tokens, self._home, self._phase, generated, self._tokens, self._started
         )
+        return columns.state(
+            self._rollout.limits,
+            released=self._released,
+            inferring_tokens=self._inferring_tokens,
+            inferring_left=[self._left_to_score(device) for device in range(num_devices)],
+            lost=[False] * num_devices,
+        )
+
+    def _left_to_score(self, device: int) -> float:
+        since_s = self._busy_since_s[device] if self._scoring[device] else None
+        elapsed_s = 0.0 if since_s is None else self._now_s - since_s
+        return left_to_score(self._costs, int(self._inferring_tokens[device]), elapsed_s)
 
     def _complete_steps(self) -> Ints:
         """Steps that each engine has done by now, [devices]; as `SimulatedEngine.next_boundary`, for all at once."""
@@ -303,9 +288,9 @@ class _Simulation:
 
     def _migrate(self, action: Migrate) -> None:
         sample, limits = action.sample, self._rollout.limits
-        assert self._phase[sample] in (_Phase.WAITING, _Phase.RUNNING), f"sample {sample} cannot be moved"
+        assert self._phase[sample] in (Phase.WAITING, Phase.RUNNING), f"sample {sample} cannot be moved"
         assert self._host[sample] == action.source != action.target, f"sample {sample} is not on {action.source}"
-        self._phase[sample], self._home[sample] = _Phase.LEAVING, action.target
+        self._phase[sample], self._home[sample] = Phase.LEAVING, action.target
         self._leaving[action.source].append((sample, action.target))
         self._count_live(sample, action.source, -1)
         self._count_live(sample, action.target, 1)
@@ -318,8 +303,8 @@ class _Simulation:
         assert self._released[device], f"device {device} is to infer before it is released"
         assert self._jobs[device] is None, f"device {device} is to infer twice at once"
         for sample in action.samples:
-            assert self._phase[sample] == _Phase.FINISHED, f"sample {sample} is not ready to be scored"
-            self._phase[sample] = _Phase.INFERRING
+            assert self._phase[sample] == Phase.FINISHED, f"sample {sample} is not ready to be scored"
+            self._phase[sample] = Phase.INFERRING
         samples = list(action.samples)
         self._jobs[device] = action
         tokens = self._rollout.prompt_tokens[samples] + self._rollout.response_tokens[samples]
@@ -331,7 +316,7 @@ class _Simulation:
         self._live_kv[device] += change * int(self._reserved[sample])
 
     def _result(self) -> SimulationResult:
-        lost = np.flatnonzero(self._phase != _Phase.SCORED)
+        lost = np.flatnonzero(self._phase != Phase.SCORED)
         assert not len(lost), f"samples {lost[:5].tolist()} were never scored"
         assert not self._num_live.any()
         busy_s = sum(span.end_s - span.start_s for spans in self._timeline for span in spans)

@@ -322,6 +322,9 @@ class Portfolio:
         return max(self.moderate_bytes, max(smallest_limits(self.problem)))
 
     def memory_bound(self, makespan: int) -> int:
+        """Of the peak at this makespan; of any makespan where memory is no objective, for that takes a moment only."""
+        if self.objective is Objective.MAKESPAN:
+            return max(smallest_limits(self.problem))
         if makespan not in self.memory_bound_at:
             self.memory_bound_at[makespan] = peak_memory_lower_bound(self.problem, makespan)
         return self.memory_bound_at[makespan]

@@ -45,7 +45,7 @@ class Solution:
     makespan: int
     peak_bytes: int
     makespan_lower_bound: int
-    memory_lower_bound: int  # of the peak, at this makespan
+    memory_lower_bound: int  # of the peak, at this makespan; at any where the makespan alone is minimised
     status: Status
     found_by: str
     seconds: float

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fuse.driver import live
 from fuse.driver.live import LiveRollout
 from fuse.driver.rollout_state import RolloutReport
+from fuse.driver.stage_by_stage import progress_text
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import SMALL_CPU
@@ -31,6 +32,7 @@ from fuse.interstage.migration import (
     RolloutState,
     StageByStage,
     Threshold,
+    evens_out,
     feed,
 )
 from fuse.sample import Sample, SampleState
@@ -61,6 +63,35 @@ class Wanderlust:
                 counts[device] -= 1
                 counts[target] += 1
         return [*moves, *feed(state, moves)]
+
+
+@dataclass(slots=True)
+class Checked:
+    """A policy that is shown what one finds by looking all samples up, to the last of them."""
+
+    policy: Policy
+    rollout: LiveRollout
+
+    @property
+    def evens_out(self) -> bool:
+        return evens_out(self.policy)
+
+    def __call__(self, state: RolloutState) -> list[Action]:
+        samples, home = self.rollout._table.samples, self.rollout._table.home
+        live = [index for index, sample in enumerate(samples) if sample.id in home]
+        ended = [index for index in range(len(samples)) if index not in live]
+        backlog = [index for index in ended if samples[index].state is SampleState.GENERATED]
+        tokens = [len(sample.response_ids) for sample in samples]
+        assert state.live.ids.tolist() == live
+        assert state.live.devices.tolist() == [home[samples[index].id] for index in live]
+        assert state.live.response_tokens.tolist() == [tokens[index] for index in live]
+        assert state.live.started.tolist() == [tokens[index] > 0 for index in live]
+        assert state.live.movable.tolist() == [samples[index].state is SampleState.GENERATING for index in live]
+        assert state.ended.response_tokens.tolist() == [tokens[index] for index in ended]
+        assert state.finished_ids.tolist() == backlog
+        assert state.finished_tokens.tolist() == [3 + samples[index].length for index in backlog]
+        assert self.rollout._table.progress_text() == progress_text(samples)
+        return self.policy(state)
 
 
 def policies(seed: int) -> list[Policy]:
@@ -103,6 +134,7 @@ def roll_out(
         on_generated=lambda finished: announced.extend(sample.id for sample in finished),
         timeout_s=1e4 if silent else math.inf,
     )
+    rollout._policy = Checked(policy, rollout)
     clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "time", clock)

@@ -86,8 +86,8 @@ def test_decisions_follow_from_the_state_alone_and_leave_it_as_it_was() -> None:
     assert num_actions
 
 
-def test_pieces_shrink_to_a_common_end() -> None:
-    """All are finished at once: devices score half of their share, half of the rest, and so on."""
+def test_devices_score_to_a_common_end_in_few_pieces() -> None:
+    """All are finished at once: what came before is counted, and each device gets the rest of its share at once."""
     case = rollout("alike", 0, 4, 64, "small-cpu")
     case = replace(
         case, response_tokens=np.full(64, 50), prompt_tokens=np.random.default_rng(0).integers(100, 9000, 64)
@@ -96,5 +96,5 @@ def test_pieces_shrink_to_a_common_end() -> None:
     scored = [[span for span in spans if span.kind is SpanKind.INFER] for spans in result.timeline]
     ends_s = [spans[-1].end_s for spans in scored]
     assert max(ends_s) - min(ends_s) <= case.costs.inference(9050)
-    assert result.num_inferences >= 3 * case.num_devices
+    assert result.num_inferences <= 2 * case.num_devices
     assert result.idle_share < 0.02

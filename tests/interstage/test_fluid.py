@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fuse.interstage import fluid
 from fuse.interstage.costs import CostModel
 from fuse.interstage.fluid import Outlook, best_num_engines, makespans
 
@@ -86,3 +87,38 @@ def test_a_sample_that_takes_long_to_score_must_end_early() -> None:
     choices = np.array([1, 4])
     assert makespans(wide, choices)[:, 0] == pytest.approx([2 * 5 + 20.002, 2 * 2 + 20.002])
     assert np.all(makespans(narrow, choices)[:, 0] < makespans(wide, choices)[:, 0])
+
+
+def best_of_all_plans(outlook: Outlook, most: int) -> int:
+    """As `best_num_engines`, from the makespans of all plans."""
+    num_now = len(outlook.live)
+    fewer = np.append(num_now * fluid._FEWER ** np.arange(24), num_now - 1)
+    choices = np.unique(np.append(fewer, np.linspace(num_now, max(num_now, most), 4)).round().astype(np.int64).clip(1))
+    seconds = makespans(outlook, choices)
+    assert (makespans(outlook, choices, num_points=1) == seconds[:, :1]).all()
+    stay, best = int(np.searchsorted(choices, num_now)), int(np.argmin(seconds[:, 0]))
+    gain_s = seconds[stay, 0] - seconds[best, 0]
+    later_gain_s = seconds[stay, 0] - seconds[:stay, 1:].min(initial=np.inf)
+    is_worth_it = gain_s > fluid._LEAST_GAIN * seconds[stay, 0] and gain_s >= fluid._PATIENCE * later_gain_s
+    return int(choices[best]) if is_worth_it else num_now
+
+
+def test_plans_that_cannot_matter_are_not_looked_at() -> None:
+    random, changes = np.random.default_rng(0), 0
+    for _ in range(40):
+        num_engines = int(random.integers(1, 9))
+        live = random.integers(1, 9, num_engines)
+        outlook = replace(
+            OUTLOOK,
+            costs=replace(COSTS, sample_s=0.1, prefill_s=float(random.random())),
+            remaining=random.exponential(50, (4, int(live.sum()))).round() + 1,
+            live=live,
+            context_tokens=100 * live,
+            backlog_tokens=float(random.integers(0, 400_000)),
+            num_devices=num_engines + int(random.integers(0, 3)),
+        )
+        most = min(int(live.sum()), outlook.num_devices)
+        best = best_num_engines(outlook, most)
+        assert best == best_of_all_plans(outlook, most)
+        changes += best != num_engines
+    assert 5 < changes < 35

@@ -107,6 +107,16 @@ def test_drift_tells_a_shift_from_chance() -> None:
 def test_known_lengths_leave_no_doubt() -> None:
     known = KnownLengths(np.array([5, 9]))
     assert known.quantile(np.array([1, 0]), ages(4, 4), 0.01).tolist() == [5, 1]
+    assert known.quantile(np.array([1, 0]), ages(4, 4), np.full((2, 2), 0.01)).tolist() == [[5, 1]] * 2
+
+
+def test_several_draws_are_those_drawn_one_by_one() -> None:
+    random = np.random.default_rng(0)
+    observed = [Observation(int(tokens), prompt=index % 3) for index, tokens in enumerate(random.geometric(0.05, 60))]
+    lengths = learn(observed, 100).for_samples({0: 0, 2: 1, 5: 7})
+    ids, levels = np.arange(6), random.random((3, 6))
+    each = [lengths.quantile(ids, 3 * ids, level) for level in levels]
+    assert (lengths.quantile(ids, 3 * ids, levels) == np.stack(each)).all()
 
 
 def test_impossible_lengths_are_refused() -> None:

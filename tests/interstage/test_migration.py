@@ -64,6 +64,7 @@ def state(
         finished_tokens=np.array(list((finished or {}).values()), dtype=np.int64),
         released=flags,
         inferring_tokens=busy,
+        inferring_left=busy / 2,
         lost=np.isin(np.arange(num_devices), list(lost)),
     )
 
@@ -77,12 +78,12 @@ def test_stage_by_stage_waits_for_the_last_sample_and_then_balances() -> None:
 
 
 def test_threshold_does_nothing_above_it() -> None:
-    assert Threshold(remaining=2, num_kept=1)(state([0, 0, 1], num_devices=3, finished={9: 10})) == []
+    assert Threshold(remaining=2, num_kept=1)(state([0, 0, 1], num_devices=3, finished={9: 2000})) == []
 
 
 def test_a_lost_engine_is_no_destination_and_still_scores() -> None:
     """Device 1's engine died while samples were on their way to it."""
-    seen = state([0, 1, 1, 2], num_devices=4, finished={9: 10}, lost=[1, 3])
+    seen = state([0, 1, 1, 2], num_devices=4, finished={9: 2000}, lost=[1, 3])
     actions = Threshold(remaining=4, num_kept=1)(seen)
     assert {action.target for action in actions if isinstance(action, Migrate)} == {0}
     assert Infer(3, (9,)) in actions or Infer(2, (9,)) in actions
@@ -94,7 +95,7 @@ def test_a_lost_engine_is_no_destination_and_still_scores() -> None:
 
 
 def test_threshold_keeps_the_most_loaded_engine_and_sets_the_others_to_inference() -> None:
-    actions = Threshold(remaining=3, num_kept=1)(state([0, 1, 1], num_devices=3, finished={9: 10}))
+    actions = Threshold(remaining=3, num_kept=1)(state([0, 1, 1], num_devices=3, finished={9: 2000}))
     assert actions == [Migrate(0, 0, 1), Release(0), Infer(0, (9,))]
 
 
@@ -114,13 +115,31 @@ def test_threshold_migrates_once() -> None:
 
 
 def test_inference_goes_to_free_devices_only_in_pieces_of_about_equal_tokens() -> None:
-    finished = {10: 300, 11: 100, 12: 100, 13: 100}
+    finished = {10: 600, 11: 200, 12: 200, 13: 200}
     actions = feed(state([0], num_devices=4, finished=finished, released=[3], inferring=[2]))
     assert actions == [Infer(3, (10,)), Release(1), Infer(1, (11, 12, 13))]
 
 
+def test_little_is_scored_when_more_has_come_or_nothing_more_is_to_come() -> None:
+    finished = {10: 3, 11: 5, 12: 4}
+    assert feed(state([0], num_devices=3, finished=finished), least_tokens=13) == []
+    assert feed(state([0], num_devices=3, finished=finished), least_tokens=12) != []
+    pieces = [action for action in feed(state([], num_devices=3, finished=finished)) if isinstance(action, Infer)]
+    assert pieces == [Infer(0, (11,)), Infer(1, (12,)), Infer(2, (10,))]
+
+
+def test_at_the_end_devices_get_all_they_will_score_beside_what_others_have_left() -> None:
+    """Device 1 has 50 tokens left: with 10 of the 70 it ends when device 0 does that has the others."""
+    finished = {10: 30, 11: 10, 12: 20, 13: 10}
+    seen = state([], num_devices=2, finished=finished, inferring=[1], released=[0, 1])
+    assert feed(seen, least_tokens=10) == [Infer(0, (10, 12, 11))]
+    assert feed(seen, least_tokens=30) == [Infer(0, (10, 12, 11, 13))], "the rest is not worth a piece of its own"
+    alone = state([], num_devices=2, finished=finished, released=[0, 1])
+    assert {len(action.samples) for action in feed(alone) if isinstance(action, Infer)} == {2}
+
+
 def test_a_device_wanted_for_generation_is_left_alone_and_one_that_is_emptied_is_not() -> None:
-    actions = feed(state([0], num_devices=2, finished={10: 3}), [Migrate(0, 0, 1)])
+    actions = feed(state([0], num_devices=2, finished={10: 2000}), [Migrate(0, 0, 1)])
     assert actions == [Release(0), Infer(0, (10,))]
 
 
@@ -146,6 +165,7 @@ def test_adaptive_fills_no_engine_over_its_limit() -> None:
 def test_balance_is_even() -> None:
     assert balance([5, 4, 3, 3, 3], 2) == [[0, 3], [1, 2, 4]]
     assert balance([1], 2) == [[0], []]
+    assert balance([1, 1, 1], 2, [2.5, 0.0]) == [[], [0, 1, 2]]
 
 
 def test_limits_below_one_are_refused() -> None:

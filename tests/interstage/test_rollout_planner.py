@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -109,28 +111,48 @@ def settings(policy: PolicyName) -> RolloutSettings:
     )
 
 
-def finished(tokens: int, first_id: int = 0) -> list[Sample]:
-    return [Sample(first_id + index, (1, 2, index), response_ids=[0] * tokens) for index in range(8)]
+def of_tokens(lengths: Sequence[int]) -> list[Sample]:
+    return [Sample(index, (1, 2, index), response_ids=[0] * tokens) for index, tokens in enumerate(lengths)]
 
 
-def test_policies_follow_what_is_known() -> None:
-    samples = finished(10)
-    assert RolloutPlanner(settings("none"), num_scoring=3).policy(samples) == StageByStage()
-    for name in ("adaptive", "threshold"):
-        planner = RolloutPlanner(settings(name), num_scoring=3)
-        staying = Threshold(remaining=8, num_kept=2)
-        assert planner.policy(samples) == staying, "nothing is known"
-        planner.observe(samples)
-        assert planner.policy(samples) == staying, "costs are not known"
-        planner.observe_spans(spans_of(SMALL_CPU))
-        learnt = planner.policy(samples)
-        if name == "threshold":
-            assert isinstance(learnt, Threshold)
-            assert planner.policy(samples) is learnt, "tuned once"
-            for _ in range(3):
-                planner.observe(finished(LIMIT))
-            assert planner.policy(samples) is not learnt, "lengths have drifted"
-        else:
-            assert isinstance(learnt, Adaptive)
-            (expected,) = learnt.lengths.expected(np.array([0]), np.array([5]))
-            assert 1 <= expected < 20, "responses of 10 tokens are known, of at most 64"
+LONG_TAILED = [8, 8, 8, 8, 8, 8, 8, 60] * 4
+
+
+@pytest.mark.parametrize("name", ["adaptive", "threshold"])
+def test_policies_follow_what_is_known(name: PolicyName) -> None:
+    samples = of_tokens(LONG_TAILED)
+    planner = RolloutPlanner(settings(name), num_scoring=3)
+    staying = Threshold(remaining=32, num_kept=2)
+    assert planner.policy(samples) == staying, "nothing is known"
+    planner.observe(samples)
+    assert planner.policy(samples) == staying, "costs are not known"
+    planner.observe_spans(spans_of(SMALL_CPU))
+    learnt = planner.policy(samples)
+    if name == "threshold":
+        assert isinstance(learnt, Threshold)
+        assert planner.policy(samples) is learnt, "tuned once"
+        for _ in range(3):
+            planner.observe(of_tokens([LIMIT - one for one in LONG_TAILED]))
+        assert planner.policy(samples) is not learnt, "lengths have drifted"
+    else:
+        assert isinstance(learnt, Adaptive)
+        (expected,) = learnt.lengths.expected(np.array([0]), np.array([5]))
+        assert 1 <= expected < 20, "responses of 10 tokens are known, of at most 64"
+
+
+@pytest.mark.parametrize("name", ["none", "adaptive", "threshold"])
+def test_where_fusion_gains_nothing_rollouts_go_stage_by_stage(
+    name: PolicyName, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Responses of one length end at once; later ones do not."""
+    samples = of_tokens([10] * 32)
+    planner = RolloutPlanner(settings(name), num_scoring=3)
+    planner.observe(samples)
+    planner.observe_spans(spans_of(SMALL_CPU))
+    with caplog.at_level(logging.INFO):
+        assert planner.policy(samples) == StageByStage()
+    assert ("rollouts go stage by stage" in caplog.text) == (name != "none")
+    if name != "none":
+        for _ in range(16):
+            planner.observe(of_tokens(LONG_TAILED))
+        assert planner.policy(samples) != StageByStage()

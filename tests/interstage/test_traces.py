@@ -59,5 +59,5 @@ def test_adaptive_keeps_up_with_threshold_on_recorded_lengths(path: Path) -> Non
     assert seconds["adaptive"] <= 1.02 * seconds["threshold"]
     assert seconds["adaptive"] <= seconds["none"] * ROUNDING
     assert bound_s <= seconds["known"] * ROUNDING
-    assert blind_s <= seconds["adaptive"] * ROUNDING
+    assert blind_s <= seconds["adaptive"] * 1.005  # it bounds the mean over many rollouts, of which these are three
     assert seconds["known"] <= seconds["adaptive"] * ROUNDING

@@ -10,6 +10,8 @@ import pytest
 
 from schedules import Kind, Pipeline, Problem, Schedule, evaluate, violations
 from schedules.baselines import serial
+from schedules.bounds import smallest_limits
+from schedules.fused import portfolio
 from schedules.fused.compiled import compile_problem
 from schedules.fused.exhaustive import optimum
 from schedules.fused.greedy import greedy
@@ -50,6 +52,16 @@ def test_random_problems_are_solved_within_their_bounds() -> None:
         assert solution.history[-1].found_by == solution.found_by
         if solution.status is Status.OPTIMAL:
             assert solution.makespan_gap == solution.memory_gap == 0
+
+
+def test_the_memory_bound_is_left_out_where_memory_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes a search over limits, each of which takes a bound on the makespan."""
+    full = solve(SMALL.problem, time_limit_s=0.2)
+    monkeypatch.setattr(portfolio, "peak_memory_lower_bound", None)
+    shortest = solve(SMALL.problem, time_limit_s=0.2, objective=Objective.MAKESPAN)
+    assert max(smallest_limits(SMALL.problem)) == shortest.memory_lower_bound <= full.memory_lower_bound
 
 
 def test_tiny_problems_are_proven_optimal() -> None:
