@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -59,6 +59,12 @@ class Engines:
         self._cluster.kill(self.workers[device].worker)
         engine = self.workers[device] = self._spawn(device, self._current())
         return engine
+
+    def replace_lost(self, lost: Mapping[int, WorkerError]) -> None:
+        """`replace` those of these devices. lost: why they are."""
+        for device, error in lost.items():
+            _logger.warning("%s; another takes its place", error)
+            self.replace(device)
 
     def _spawn(self, device: int, weights: Sequence[WeightsRef]) -> GenerationHandle:
         settings = self._settings

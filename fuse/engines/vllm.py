@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from fuse.engines.engine import (
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_logprob, check_request, choose_context
 from fuse.engines.vllm_setup import require_own_process, require_vllm, starting_vllm
-from fuse.state_dict import WeightLayout
+from fuse.state_dict import WeightLayout, Weights, WeightStream
 
 # Decoded when an engine starts, and compared with the model: one token, and several.
 _CHECKED_PROMPTS = ((1,), (2, 3, 5, 7))
@@ -159,12 +158,13 @@ class VllmEngine:
             raise not_idle(len(self._live))
         self._core.sleep()
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Copy new weights, cast to the model's dtype. A tied tensor may come under either of its names."""
         if self._live:
             raise still_live(len(self._live))
-        self._layout.check(state_dict)
-        self._core.load_weights(self._layout.under_all_names(state_dict))
+        stream = WeightStream.of(weights)
+        self._layout.check(stream)
+        self._core.load_weights(self._layout.under_all_names(stream.tensors))
 
     def close(self) -> None:
         self._live.clear()

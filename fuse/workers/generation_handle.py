@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from fuse.engines.engine import GenerationEngine, GenerationRequest
 from fuse.trace import Span
 from fuse.workers.calls import Future, Worker
+from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.cluster import Cluster
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
 from fuse.workers.kv.transfer import MakeKVTransfer
-from fuse.workers.weights import WeightsRef
+from fuse.workers.weight_port import Membership
 
 _ROLE = "generation worker"
 
@@ -62,9 +65,25 @@ class GenerationHandle:
         """Free the memory of the engine, which must be empty, until it gets weights."""
         return self.worker.call(GenerationWorker.sleep)
 
-    def load_weights(self, weights: Sequence[WeightsRef]) -> Future[None]:
-        """Copy weights into the engine, which must be empty."""
-        return self.worker.call(GenerationWorker.load_weights, weights)
+    def begin_weights(self, shapes: Mapping[str, torch.Size]) -> Future[None]:
+        """Have the engine, which must be empty, wait for new weights; what it objects to is raised by a later call."""
+        return self.worker.call(GenerationWorker.begin_weights, shapes)
+
+    def load(self, parcel: Parcel) -> Future[None]:
+        """Give the engine some of its weights; ends when it needs the parcel no more."""
+        return self.worker.call(GenerationWorker.load, parcel)
+
+    def end_weights(self) -> Future[None]:
+        """The engine has got all of its weights, and works by them when this ends."""
+        return self.worker.call(GenerationWorker.end_weights)
+
+    def join(self, own: Membership) -> Future[None]:
+        """Become a member of a group to which weights are broadcast; all members do at once."""
+        return self.worker.call(GenerationWorker.join, own)
+
+    def leave(self, group: str) -> Future[None]:
+        """Leave such a group."""
+        return self.worker.call(GenerationWorker.leave, group)
 
     def drain_spans(self) -> Future[list[Span]]:
         """Spans since the last call."""

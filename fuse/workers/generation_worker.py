@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.state_dict import WeightStream
 from fuse.trace import Span, SpanRecorder, now_s
+from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.kv.transfer import KVRef, KVTransfer, ObjectStoreTransfer
-from fuse.workers.weights import WeightsRef, get_state_dict
+from fuse.workers.weight_inbox import WeightInbox
+from fuse.workers.weight_port import Membership, WeightPort
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class GenerationWorker:
     ) -> None:
         self._engine = make_engine()
         self._kv_transfer = make_kv_transfer()
+        self._port, self._inbox = WeightPort(), WeightInbox()
         self._fetched: dict[int, tuple[Tensor, ...]] = {}  # KV, until the engine has copied it
         self._recorder = SpanRecorder()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -127,9 +131,30 @@ class GenerationWorker:
         """Free the memory of the engine, which must be empty, until it gets weights."""
         self._command(self._sleep).result()
 
-    def load_weights(self, weights: Sequence[WeightsRef]) -> None:
-        """Copy weights into the engine, which must be empty."""
-        self._command(lambda: self._load_weights(weights)).result()
+    def begin_weights(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Have the engine, which must be empty, wait for new weights; what it objects to is raised by the next call.
+
+        Then call `load` for every parcel of them, and `end_weights`.
+        """
+        self._inbox = inbox = WeightInbox()
+        self._command(lambda: self._load_weights(shapes, inbox))
+
+    def load(self, parcel: Parcel) -> None:
+        """Give the engine some of its weights; returns when it needs the parcel no more."""
+        self._inbox.put(self._port.receive(parcel))
+
+    def end_weights(self) -> None:
+        """The engine has got all of its weights, and works by them when this returns."""
+        self._inbox.end()
+        self._command(lambda: None).result()
+
+    def join(self, own: Membership) -> None:
+        """Become a member of a group to which weights are broadcast; all members do at once."""
+        self._port.join(own)
+
+    def leave(self, group: str) -> None:
+        """Leave such a group."""
+        self._port.leave(group)
 
     def drain_spans(self) -> list[Span]:
         """One span per decode step, migration and weight load since the last call.
@@ -146,6 +171,7 @@ class GenerationWorker:
     def close(self) -> None:
         """Stop stepping and close the engine; live samples are dropped."""
         if not self._closing:
+            self._inbox.fail(RuntimeError("the worker is closed before its engine has got all weights"))
             self._command(self._stop).result()
             self._loop.join()
             self._engine.close()
@@ -285,9 +311,13 @@ class GenerationWorker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the device's other process
 
-    def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
+    def _load_weights(self, shapes: Mapping[str, torch.Size], inbox: WeightInbox) -> None:
         start_s = now_s()
-        self._engine.load_weights(get_state_dict(weights))
+        try:
+            self._engine.load_weights(WeightStream(shapes, inbox))
+        except BaseException as failure:
+            inbox.fail(failure)
+            raise
         self._fetched.clear()
         self._kv_transfer.recall()
         with self._changed:
