@@ -1,14 +1,37 @@
-"""Weights by name: whether they fit a model, and giving them to one that is in use."""
+"""Weights by name, at hand or on their way: whether they fit a model, and giving them to one that is in use."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 _REMEDY = "load weights of the same architecture and configuration"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStream:
+    """Weights that come one tensor after another, and are read once.
+
+    shapes: of all of them, by name. tensors: by name. One in host memory may be kept, and is never written again; one
+    on a device is good until the next is asked for.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    tensors: Iterable[tuple[str, Tensor]]
+
+    @classmethod
+    def of(cls, weights: Weights) -> WeightStream:
+        """Weights of either form."""
+        if isinstance(weights, WeightStream):
+            return weights
+        return cls({name: tensor.shape for name, tensor in weights.items()}, weights.items())
+
+
+Weights = Mapping[str, Tensor] | WeightStream
+"""Of a model, by name."""
 
 
 def check_fit(
@@ -53,9 +76,26 @@ def check_state_dict(
 
     Raises: ValueError for names that are unknown or missing, and for shapes that differ.
     """
+    _check_shapes(
+        {name: tensor.shape for name, tensor in state_dict.items()},
+        shapes,
+        model,
+        optional=optional,
+        may_have_more=may_have_more,
+    )
+
+
+def _check_shapes(
+    found: Mapping[str, torch.Size],
+    expected: Mapping[str, torch.Size],
+    model: str,
+    *,
+    optional: Collection[str],
+    may_have_more: bool = False,
+) -> None:
     check_fit(
-        {name: str(list(tensor.shape)) for name, tensor in state_dict.items()},
-        {name: str(list(shape)) for name, shape in shapes.items()},
+        {name: str(list(shape)) for name, shape in found.items()},
+        {name: str(list(shape)) for name, shape in expected.items()},
         f"state dict for {model}",
         _REMEDY,
         optional=optional,
@@ -86,33 +126,53 @@ class WeightLayout:
             required=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
         )
 
-    def check(self, state_dict: Mapping[str, Tensor]) -> None:
+    def check(self, weights: Weights) -> None:
         """Raises: ValueError for names or shapes that do not match. A tied tensor may come under any of its names."""
-        given = {self.tensors[name] for name in state_dict.keys() & self.tensors.keys()}
+        shapes = WeightStream.of(weights).shapes
+        given = {self.tensors[name] for name in shapes.keys() & self.tensors.keys()}
         optional = {name for name, tensor in self.tensors.items() if name not in self.required or tensor in given}
-        check_state_dict(state_dict, self.shapes, self.model_name, optional=optional)
+        _check_shapes(shapes, self.shapes, self.model_name, optional=optional)
 
-    def under_all_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state_dict`, in which a tied tensor may come under any of its names, with it under all of them."""
-        by_tensor = {self.tensors[name]: tensor for name, tensor in state_dict.items()}
-        return {name: by_tensor[number] for name, number in self.tensors.items() if number in by_tensor}
+    def under_all_names(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor once under each of its names, where a tied one may come under any of them."""
+        names: dict[int, list[str]] = {}
+        for name, number in self.tensors.items():
+            names.setdefault(number, []).append(name)
+        for name, tensor in tensors:
+            yield from ((one, tensor) for one in names.pop(self.tensors[name], ()))
 
 
-def adopt_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Let `state_dict` be the model's weights: no copy is made where type and device are the model's own.
+def adopt_state_dict(model: nn.Module, weights: Weights) -> None:
+    """Let these be the model's weights, one after another; between two of them they are of both kinds.
 
-    The model may have released its own.
+    Those on the host of the model's type are kept as they are, without a copy. On a device they are copied to where the
+    model has its own, for captured graphs of it know no other place. The model may have released its own.
 
     For models that only compute: what they share with others must never be written. Names as in `load_state_dict`.
 
     Raises:
         ValueError: names or shapes that do not match; then nothing has changed.
     """
-    WeightLayout.of(model).check(state_dict)
+    WeightLayout.of(model).check(weights)
+    adopt_tensors(model, WeightStream.of(weights).tensors)
+
+
+def adopt_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`adopt_state_dict` of some of a model's weights, which have been checked."""
     own = model.state_dict(keep_vars=True)  # a tied tensor is one object under all of its names
     with torch.no_grad():
-        for name, tensor in state_dict.items():
-            own[name].data = tensor.to(own[name].device, own[name].dtype)
+        for name, tensor in tensors:
+            if own[name].device.type == "cpu":
+                own[name].data = tensor.to("cpu", own[name].dtype)
+            else:
+                write(own[name], tensor)
+
+
+def write(own: Tensor, tensor: Tensor) -> None:
+    """Copy `tensor` into the memory of `own`, which takes some if it was released."""
+    if own.untyped_storage().nbytes() < own.numel() * own.element_size():
+        own.data = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+    own.copy_(tensor)
 
 
 def release_weights(model: nn.Module) -> None:
@@ -125,21 +185,30 @@ def release_weights(model: nn.Module) -> None:
             parameter.data = parameter.new_empty(()).expand(parameter.shape)
 
 
-def mix_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], alpha: float) -> None:
-    """Let parameters w become alpha * s + (1 - alpha) * w, for s of their names in `state_dict`, cast to their types.
+def mix_state_dict(model: nn.Module, weights: Weights, alpha: float) -> None:
+    """Let parameters w become alpha * s + (1 - alpha) * w, for s of their names in `weights`, cast to their types.
 
     Parameters get tensors of their own, for adopted ones must not be written. Names as in `load_state_dict`.
 
     Raises:
         ValueError: names or shapes that do not match; then nothing has changed.
     """
-    WeightLayout.of(model).check(state_dict)
+    layout = WeightLayout.of(model)
+    layout.check(weights)
+    seen: set[int] = set()  # a tied tensor, which may come under all of its names, is mixed once
+    for name, tensor in WeightStream.of(weights).tensors:
+        if layout.tensors[name] not in seen:
+            seen.add(layout.tensors[name])
+            mix_tensors(model, [(name, tensor)], alpha)
+
+
+def mix_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], alpha: float) -> None:
+    """`mix_state_dict` of some of a model's weights, which have been checked; of tied names one."""
     own = model.state_dict(keep_vars=True)
-    # A tied tensor is one object under all of its names, and is mixed once.
-    given = {own[name]: tensor for name, tensor in state_dict.items() if isinstance(own[name], nn.Parameter)}
     with torch.no_grad():
-        for parameter, tensor in given.items():
-            parameter.data = parameter.data.mul(1.0 - alpha).add_(tensor.to(parameter), alpha=alpha)
+        for name, tensor in tensors:
+            if isinstance(parameter := own[name], nn.Parameter):
+                parameter.data = parameter.data.mul(1.0 - alpha).add_(tensor.to(parameter), alpha=alpha)
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from fuse.state_dict import WeightLayout, adopt_state_dict, check_fit, check_state_dict, load_state_dict, mix_state_dict
+from fuse.state_dict import (
+    WeightLayout,
+    WeightStream,
+    adopt_state_dict,
+    check_fit,
+    check_state_dict,
+    load_state_dict,
+    mix_state_dict,
+    release_weights,
+    write,
+)
 
 EXPECTED = {"a": torch.Size([2, 3]), "b": torch.Size([4])}
 
@@ -72,3 +84,47 @@ def test_weights_are_mixed_as_trl_mixes_them(name: str) -> None:
     assert torch.equal(adopted, before)
     with pytest.raises(ValueError, match="is not part of the model"):
         mix_state_dict(model, {"other": torch.zeros(1)}, 0.5)
+
+
+def stream(shapes: dict[str, torch.Size], tensors: dict[str, Tensor], read: list[str]) -> WeightStream:
+    """Says in `read` which of them were asked for."""
+
+    def come() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            read.append(name)
+            yield name, tensor
+
+    return WeightStream(shapes, come())
+
+
+def test_a_stream_that_does_not_fit_is_refused_before_it_is_read() -> None:
+    model, read = Tied(), list[str]()
+    with pytest.raises(ValueError, match=r"head.weight is \[5, 3\], the model has \[5, 2\]"):
+        adopt_state_dict(model, stream({"head.weight": torch.Size([5, 3])}, {"head.weight": torch.ones(5, 3)}, read))
+    assert not read
+    mixed = stream({"head.weight": torch.Size([5, 2])}, {"head.weight": torch.ones(5, 2)}, read)
+    before = model.head.weight.detach().clone()
+    mix_state_dict(model, mixed, 0.5)
+    assert torch.equal(model.embedding.weight, before.mul(0.5).add_(0.5))
+    adopt_state_dict(model, stream({"head.weight": torch.Size([5, 2])}, {"head.weight": torch.ones(5, 2)}, read))
+    assert torch.equal(model.embedding.weight, torch.ones(5, 2))
+    assert read == ["head.weight"] * 2
+
+
+def test_a_tied_tensor_comes_under_all_of_its_names_once() -> None:
+    layout, tensor = WeightLayout.of(Tied()), torch.ones(5, 2)
+    for given in ([("head.weight", tensor)], [("embedding.weight", tensor), ("head.weight", tensor)]):
+        assert [name for name, _ in layout.under_all_names(given)] == ["embedding.weight", "head.weight"]
+
+
+def test_weights_on_a_device_are_written_to_where_they_were() -> None:
+    """For captured graphs know them by their place; but for those that were released, which get another."""
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    address = layer.weight.data_ptr()
+    write(layer.weight, torch.ones(2, 3, dtype=torch.bfloat16))
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.weight, torch.ones(2, 3))
+    release_weights(layer)
+    write(layer.weight, torch.full((2, 3), 2.0))
+    assert layer.weight.is_contiguous()
+    assert torch.equal(layer.weight, torch.full((2, 3), 2.0))

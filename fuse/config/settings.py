@@ -104,6 +104,7 @@ def fleet_settings(
             max_context=prompts.context(config.max_response_tokens, actor),
             num_tokens=special.num_tokens,
         ),
+        generation_dtype=generation_type or torch.float32,
         kv_transfer=choose_kv_transfer(config.kv_transfer, config.accelerator, is_local=config.ray_address is None),
         scoring=ScoringSettings(
             temperature=config.sampling_temperature,

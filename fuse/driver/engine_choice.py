@@ -17,7 +17,7 @@ from fuse.engines.vllm import VllmEngine, follow
 from fuse.engines.vllm_setup import require_vllm
 from fuse.state_dict import adopt_state_dict
 from fuse.training.model_spec import ModelSpec
-from fuse.workers.engine_follower import NextStateDict
+from fuse.workers.engine_follower import NextWeights
 from fuse.workers.weights import WeightsRef, get_state_dict
 
 EngineKind = Literal["transformers", "vllm"]
@@ -32,10 +32,10 @@ class EngineFactory(Protocol):
         """Of a model with these weights, on a torch device; with others where it is the first process of a group."""
         ...
 
-    def follow(self, spec: ModelSpec, device: str, follower: Follower, next_state_dict: NextStateDict) -> None:
+    def follow(self, spec: ModelSpec, device: str, follower: Follower, next_weights: NextWeights) -> None:
         """Be another process of such a group, inside an `EngineFollower`, until the engine is closed.
 
-        next_state_dict: gives the weights to begin with, and then those that are loaded.
+        next_weights: gives the weights to begin with, and then those that are loaded.
         """
         ...
 
@@ -98,11 +98,11 @@ class VllmFactory:
         model = _model(spec, weights, "cpu", self.autocast)
         return VllmEngine(model, device=device, leader=leader, **self.limits)
 
-    def follow(self, spec: ModelSpec, device: str, follower: Follower, next_state_dict: NextStateDict) -> None:
+    def follow(self, spec: ModelSpec, device: str, follower: Follower, next_weights: NextWeights) -> None:
         def make_model() -> PreTrainedModel:
-            return _model_with(spec, next_state_dict(), "cpu", self.autocast)
+            return _model_with(spec, dict(next_weights()), "cpu", self.autocast)
 
-        follow(follower, make_model, next_state_dict, device=device, **self.limits)
+        follow(follower, make_model, next_weights, device=device, **self.limits)
 
 
 def _model(

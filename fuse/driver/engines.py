@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from fuse.workers.cluster import Cluster
 from fuse.workers.engine_follower import EngineFollower
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
+from fuse.workers.weight_taker import WeightTakerHandle
 from fuse.workers.weights import WeightsRef
 
 _T = TypeVar("_T")
@@ -72,6 +73,23 @@ class Engines:
         followers = self._start_followers(self.devices[engine][1:], weights)
         self.workers[engine] = self._spawn(engine, followers, weights)
         return self.workers[engine]
+
+    def replace_lost(self, lost: Mapping[int, WorkerError]) -> None:
+        """`replace` those of these devices. lost: why they are."""
+        for engine, devices in enumerate(self.devices):
+            errors = [lost[device] for device in devices if device in lost]
+            if errors:
+                _logger.warning("%s; another takes its place", errors[0])
+                self.replace(engine)
+
+    @property
+    def takers(self) -> dict[int, WeightTakerHandle]:
+        """The process of each device, as one that takes weights."""
+        return {
+            device: taker
+            for devices, engine in zip(self.devices, self.workers, strict=True)
+            for device, taker in zip(devices, engine.takers, strict=True)
+        }
 
     def by_device(self, of_engines: Sequence[_T]) -> list[_T]:
         """What there is of every engine, for each of its devices."""

@@ -24,6 +24,7 @@ from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
 from fuse.driver.score_flow import score_through
 from fuse.driver.shared_directory import check_shared
+from fuse.driver.weight_streams import WeightStreams
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
@@ -96,6 +97,7 @@ class Fleet:
         self._models = ModelStart(
             self._cluster, settings, self._trained, self._scoring, actor, after=self._engines.workers
         )
+        self._streams = WeightStreams(self._cluster, settings)
         resources.callback(self._models.abandon)
         self._engines.wait_started(self._tell)
         if settings.output_dir is not None:
@@ -234,7 +236,7 @@ class Fleet:
         results: list[list[RankRound]] = [[] for _ in self._model_workers]
         for index, piece in enumerate(pieces):
             if index and mixing is not None:
-                self._mix(mixing, self._exported(GENERATING))
+                self._mix(mixing)
             told = shared, ray.put(rounds[piece]), learning_rates[piece], planned
             for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
                 taken += more
@@ -259,25 +261,26 @@ class Fleet:
         num_steps: that the run has taken; None where what follows the policy is to stay.
         """
         self._tell("weights: to engines and inference")
-        is_sharded = self.settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
+        settings, workers = self.settings, self._model_workers
+        is_sharded = settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
-        exported = {role: self._exported(role) for role in {GENERATING, *copied}}
-        self._offload_training()
-        self._engines.call(lambda engine: engine.load_weights(exported[GENERATING]))
+        self._offload_training(kept=(GENERATING, *copied))
+        lost = self._streams.to_engines(workers, GENERATING, settings.generation_dtype, self._engines.takers)
         for role in copied:
-            gather([worker.load_scoring_weights(role, exported[role]) for worker in self._model_workers])
-        mixing = self.settings.mixing
-        if num_steps is not None and mixing is not None and mixing.is_due(num_steps):
-            self._mix(mixing, exported[GENERATING])
+            self._streams.to_copies(workers, role, role)
+        if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
+            self._mix(settings.mixing)
+        self._engines.replace_lost(lost)
+        self._offload_training()
 
-    def _mix(self, mixing: Mixing, weights: Sequence[WeightsRef]) -> None:
-        """Move the model that follows the policy towards these weights of it, where its copies are."""
-        gather([worker.mix_scoring_weights(mixing.role, weights, mixing.alpha) for worker in self._model_workers])
+    def _mix(self, mixing: Mixing) -> None:
+        """Move the model that follows the policy towards it, where its copies are."""
+        self._streams.to_copies(self._model_workers, GENERATING, mixing.role, mixing.alpha)
 
-    def _offload_training(self) -> None:
-        """Where asked for; what is there already stays."""
+    def _offload_training(self, kept: Sequence[str] = ()) -> None:
+        """Where asked for, but for weights of `kept` models; what is there already stays."""
         if self.settings.offloads_training:
-            gather([worker.offload_training() for worker in self._model_workers])
+            gather([worker.offload_training(kept) for worker in self._model_workers])
 
     # Weights, checkpoints, traces
 

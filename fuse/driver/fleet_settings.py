@@ -30,6 +30,7 @@ from fuse.workers.kv.transfer import MakeKVTransfer
 class FleetSettings:
     """Which workers a run has, and how they work.
 
+    generation_dtype: what engines compute in, and so the type in which weights travel there.
     pad_token_id: what ends the tokens of a response that count; None where they all count, up to a stop token.
     micro_batches_per_step: the most that train at once.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
@@ -47,6 +48,7 @@ class FleetSettings:
     ray_address: str | None
     pad_token_id: int | None
     engine: EngineFactory
+    generation_dtype: torch.dtype
     kv_transfer: MakeKVTransfer
     scoring: ScoringSettings
     training: TrainingSettings

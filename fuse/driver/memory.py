@@ -19,6 +19,7 @@ from fuse.engines.slot_cache import round_up
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.optimizer_shards import largest_share
 from fuse.roles import GENERATING
+from fuse.workers.carriers.parcel import BUCKET_BYTES
 
 PROCESS_BYTES = 700_000_000
 """Of a GPU, what a process of torch takes before its first tensor, with the libraries' workspaces."""
@@ -187,8 +188,8 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
             setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
         )
         yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, 4 * parameters))
-        if setup.tensor_parallel_size > 1:  # every rank gathers whole stages to export them
-            yield Entry(role, "exports", {Phase.GENERATION: 4 * sum(held)})
+        if setup.tensor_parallel_size > 1:  # every rank gathers what it exports: two matrices, of two weights each
+            yield Entry(role, "exports", {Phase.GENERATION: min(4 * sum(held), 4 * 4 * size.largest)})
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
         yield Entry(role, "moments", dict.fromkeys(away, moments))
 
@@ -230,8 +231,10 @@ def _engine(setup: MemorySetup) -> Iterator[Entry]:
     weights = -(-size.total * itemsize // setup.engine_devices)  # but for norms, which are small
     yield Entry("engine", "weights", dict.fromkeys(awake, weights))
     yield Entry("engine", "KV cache", dict.fromkeys(awake, kv_cache_bytes(setup)))
-    # Weights come in float32, a tensor at a time.
-    yield Entry("engine", "exports", {Phase.GENERATION: 4 * size.largest})
+    # Weights come a bucket at a time; vLLM keeps a tensor of it, and makes a matrix of it before it copies that.
+    bucket = min(size.total * itemsize, max(BUCKET_BYTES, size.largest * itemsize))
+    copies = 2 * size.largest * itemsize if setup.engine == "vllm" else 0
+    yield Entry("engine", "exports", {Phase.GENERATION: bucket + copies})
 
 
 def kv_cache_bytes(setup: MemorySetup) -> int:

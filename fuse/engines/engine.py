@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from fuse.engines.kv_memory import Allocate
+from fuse.state_dict import Weights
 
 _INT64 = 1 << 63
 
@@ -197,12 +197,14 @@ class GenerationEngine(Protocol):
         """
         ...
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Take new weights, by their global Hugging Face names; the engine is awake then.
 
-        The engine may keep the tensors themselves: nobody writes to them before the next ones come.
+        It may keep those in host memory themselves: nobody writes to them any more. Where their stream breaks off, the
+        engine is asleep.
 
-        Pre: no sample is in the engine. Raises: ValueError when one is, or when names or shapes do not match.
+        Pre: no sample is in the engine. Raises: ValueError when one is, or when names or shapes do not match; then
+        nothing has changed.
         """
         ...
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from fuse.engines.engine import (
     Evicted,
     GeneratedToken,
@@ -18,6 +16,7 @@ from fuse.engines.engine import (
     still_live,
 )
 from fuse.engines.kv_memory import Allocate
+from fuse.state_dict import Weights, WeightStream
 
 Recording = tuple[Sequence[int], Sequence[float]]
 
@@ -99,10 +98,13 @@ class ReplayEngine:
             raise not_idle(len(self._requests))
         self._is_asleep = True
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Recorded tokens depend on no weights: any are taken and none kept."""
         if self._requests:
             raise still_live(len(self._requests))
+        self._is_asleep = True
+        for _ in WeightStream.of(weights).tensors:
+            pass
         self._is_asleep = False
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -27,7 +27,7 @@ from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
-from fuse.state_dict import adopt_state_dict, release_weights
+from fuse.state_dict import WeightLayout, Weights, WeightStream, adopt_tensors, release_weights
 
 
 class TransformersEngine:
@@ -135,16 +135,15 @@ class TransformersEngine:
         self._clear_cache()
         release_weights(self._model)
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take new weights; a tied tensor may come under either of its names.
-
-        Those of the model's type and device are taken as they are: nobody may write to them until the next ones come.
-        Others are copied.
-        """
+    def load_weights(self, weights: Weights) -> None:
+        """Take new weights; a tied tensor may come under either of its names. See `adopt_state_dict`."""
         if self._num_samples:
             raise still_live(self._num_samples)
+        stream = WeightStream.of(weights)
+        WeightLayout.of(self._model).check(stream)
+        self._is_asleep = True
         self._forget_captured()
-        adopt_state_dict(self._model, state_dict)
+        adopt_tensors(self._model, stream.tensors)
         self._is_asleep = False
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_logprob, check_request, choose_context
 from fuse.engines.lockstep import Follower, Leader, Place
 from fuse.engines.vllm_setup import require_own_process, require_vllm, starting_vllm
-from fuse.state_dict import WeightLayout
+from fuse.state_dict import WeightLayout, Weights, WeightStream
 
 if TYPE_CHECKING:
     from fuse.engines.vllm_core import VllmCore
@@ -171,12 +171,13 @@ class VllmEngine:
             raise not_idle(len(self._live))
         self._core.sleep()
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Copy new weights, cast to the model's dtype. A tied tensor may come under either of its names."""
         if self._live:
             raise still_live(len(self._live))
-        self._layout.check(state_dict)
-        self._core.load_weights(self._layout.under_all_names(state_dict))
+        stream = WeightStream.of(weights)
+        self._layout.check(stream)
+        self._core.load_weights(self._layout.under_all_names(stream.tensors))
 
     def close(self) -> None:
         self._live.clear()
@@ -201,7 +202,7 @@ class VllmEngine:
 def follow(
     follower: Follower,
     make_model: Callable[[], PreTrainedModel],
-    next_state_dict: Callable[[], Mapping[str, Tensor]],
+    next_weights: Callable[[], Iterable[tuple[str, Tensor]]],
     *,
     max_context: int | None = None,
     max_prefill_tokens: int = 2048,
@@ -209,7 +210,7 @@ def follow(
 ) -> None:
     """Do as a `VllmEngine` of the same model and limits that leads, until it is closed.
 
-    make_model: called once; the model is only read, and not for long. next_state_dict: gives what is loaded next.
+    make_model: called once; the model is only read, and not for long. next_weights: gives what is loaded next.
 
     Raises: as `VllmEngine`.
     """
@@ -218,12 +219,12 @@ def follow(
 
     def make(place: Place) -> FollowingCore:
         model = make_model()
-        layout, first = WeightLayout.of(model), [model.state_dict()]
+        layout, first = WeightLayout.of(model), [model.state_dict().items()]
         context = choose_context(model, max_context)
         core = _start(model, place, max_context=context, max_prefill_tokens=max_prefill_tokens, **limits)
         from fuse.engines.vllm_shared import FollowingCore
 
-        return FollowingCore(core, lambda: layout.under_all_names(first.pop() if first else next_state_dict()))
+        return FollowingCore(core, lambda: layout.under_all_names(first.pop() if first else next_weights()))
 
     follower.follow(make)
 

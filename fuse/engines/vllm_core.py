@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -24,9 +24,10 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 from fuse.engines.engine import Evicted, GeneratedToken
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.lockstep import Place
+from fuse.engines.vllm_device import device_options
 from fuse.engines.vllm_kv import MigrationConnector
 from fuse.engines.vllm_sampling import CounterSampling, as_extra_args
-from fuse.storages import Storages
+from fuse.engines.vllm_sleep import sleep_of
 
 
 class VllmCore:
@@ -83,7 +84,8 @@ class VllmCore:
             self._departing: MigrationConnector = get_kv_transfer_group()
             self._arriving: MigrationConnector = self._scheduler.connector
             self._without_kv: set[int] = set()  # samples that have entered so, until their first token
-            self._storages = Storages()
+            self.is_asleep = False
+            self._sleep = sleep_of(current_platform.is_cpu(), self._llm, self._departing)
             self._resources = resources.pop_all()
 
     def add(self, evicted: Evicted) -> str:
@@ -97,6 +99,7 @@ class VllmCore:
                 f"sample {request.sample_id} brings keys and values that are not this model's in vLLM's blocks, of all "
                 f"but the last of its {request.num_tokens} tokens: admit it without KV to recompute"
             )
+        self._sleep.wake_cache()
         internal_id: str = self._llm.add_request(
             str(request.sample_id),
             TokensPrompt(prompt_token_ids=[*request.prompt_ids, *request.response_ids]),
@@ -152,22 +155,27 @@ class VllmCore:
             generated.append(GeneratedToken(sample_id, token_id, logprob, output.finished, shared_tokens))
         return generated
 
-    @property
-    def is_asleep(self) -> bool:
-        return self._storages.are_released
-
     def sleep(self) -> None:
         """Free the cache, and the weights but for those that vLLM holds elsewhere. Pre: no request is here."""
         if not self.is_asleep:
-            (model,) = self._llm.collective_rpc(_find_model)
-            self._storages.release((*self._departing.caches, *model.parameters()), keep_bits=False)
+            self.is_asleep = True
+            self._sleep.sleep()
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Replace all weights, by their Hugging Face names, tied ones under each of theirs. Pre: no request is here."""
-        self._storages.restore()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state_dict.items())})
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights, by their Hugging Face names, tied ones under each of theirs. Pre: no request is here.
+
+        vLLM keeps what it is given until it has all parts of a layer's matrix (query, key and value; gate and up), and
+        copies that to where the matrix was. So of a device's tensors, which are gone earlier, it gets copies. The cache
+        comes back with the first request: until then what trained may still be on the device.
+        """
+        was_asleep, self.is_asleep = self.is_asleep, True
+        if was_asleep:
+            self._sleep.wake_weights()
+        kept = ((name, tensor.clone() if tensor.is_cuda else tensor) for name, tensor in tensors)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": kept})
         was_reset = self._llm.reset_prefix_cache()
         assert was_reset, "vLLM keeps prefixes computed by the old weights: it still has a request"
+        self.is_asleep = False
 
     def close(self) -> None:
         """Stop vLLM; the process may start another one."""
@@ -215,12 +223,12 @@ def _start(architecture: str, kv_cache_bytes: int | None, **options: Any) -> tup
         skip_tokenizer_init=True,
         generation_config="vllm",
         seed=0,
-        enforce_eager=True,
         async_scheduling=False,  # a step returns the tokens that it computed
         gpu_memory_utilization=0.01,  # must be free at the start; it is kv_cache_memory_bytes that counts
         kv_cache_memory_bytes=1,
         disable_log_stats=True,
         logits_processors=[CounterSampling],
+        **device_options(current_platform.is_cpu()),
         **options,
     ).create_engine_config()
     _check_head_size(architecture, vllm_config.model_config.get_head_size())
@@ -272,11 +280,6 @@ def _kv_cache(vllm_config: Any, wanted_bytes: int | None) -> tuple[int, int]:
             "responses"
         )
     return num_bytes, (num_bytes // block_bytes - 1) * block_tokens
-
-
-def _find_model(worker: Any) -> torch.nn.Module:
-    model: torch.nn.Module = worker.model_runner.get_model()
-    return model
 
 
 def _find_sampling(worker: Any) -> CounterSampling:

@@ -6,7 +6,7 @@ the same batches. Needs vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -53,11 +53,11 @@ class LeadingCore:
             self._core.sleep()
             self._leader.wait()  # the memory is other processes' now
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The others get the same weights on their own way."""
         with self._leader.together():
             self._leader.tell("load_weights")
-            self._core.load_weights(state_dict)
+            self._core.load_weights(tensors)
             self._leader.wait()
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class FollowingCore:
     next_weights: gives the weights that the leader loads, under all names, the first ones when this is made.
     """
 
-    def __init__(self, core: VllmCore, next_weights: Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(self, core: VllmCore, next_weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
         self._core, self._next_weights = core, next_weights
         self._own_ids: dict[str, tuple[str, int]] = {}  # internal id and sample, by the leader's internal id
 

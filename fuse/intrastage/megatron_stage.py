@@ -205,11 +205,17 @@ class MegatronStage:
             for name, tensor in self.from_hugging_face(state_dict):
                 own[name].copy_(tensor)
 
-    def export_state_dict(self) -> dict[str, Tensor]:
+    def export_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._exported():
+            yield from self._weights[name].split(self._whole(name, parameter.detach().to(dtype)))
+
+    @property
+    def exported_shapes(self) -> Mapping[str, torch.Size]:
+        return _source_shapes(self._weights[name] for name, _ in self._exported())
+
+    def _exported(self) -> Iterator[tuple[str, nn.Parameter]]:
         left_out = frozenset[str]() if self.is_first else self.tied_names
-        return self.to_hugging_face(
-            {name: parameter.detach() for name, parameter in self.named_parameters() if name not in left_out}
-        )
+        return ((name, parameter) for name, parameter in self.named_parameters() if name not in left_out)
 
     @property
     def sharded_names(self) -> frozenset[str]:
@@ -232,14 +238,19 @@ class MegatronStage:
     def to_hugging_face(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            weight = self._weights[name]
-            shards = [tensor]
-            if weight.shard_dim is not None and self._group.size() > 1:
-                shards = [torch.empty_like(tensor) for _ in range(self._group.size())]
-                with communication.naming(f"rank {dist.get_rank()}: gathering the shards of {name}"):
-                    dist.all_gather(shards, tensor.contiguous(), group=self._group)
-            whole |= weight.split(shards)
+            whole |= self._weights[name].split(self._whole(name, tensor))
         return whole
+
+    def _whole(self, name: str, shard: Tensor) -> Tensor:
+        """What goes with a parameter, from this rank's shard of it and the others'."""
+        weight = self._weights[name]
+        if weight.shard_dim is None or self._group.size() == 1:
+            return shard
+        shards = shard.new_empty(self._group.size(), *shard.shape)
+        with communication.naming(f"rank {dist.get_rank()}: gathering the shards of {name}"):
+            dist.all_gather_into_tensor(shards, shard.contiguous(), group=self._group)
+        del shard  # joining by columns makes a second whole one
+        return weight.join(shards)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast is None:

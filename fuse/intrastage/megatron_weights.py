@@ -7,7 +7,7 @@ and AdamW's moments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +65,18 @@ class FusedWeight:
         whole = torch.cat(blocks, dim=1).flatten(0, 1)
         return whole if self.shard_dim is None else whole.chunk(self.num_shards, self.shard_dim)[shard]
 
-    def split(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The sources by name, from all shards in the order of the ranks."""
-        whole = shards[0] if self.shard_dim is None else torch.cat(list(shards), self.shard_dim)
+    def join(self, shards: Tensor) -> Tensor:
+        """The whole parameter from all ranks' shards, [ranks, *shard]; a view where rows are shared out."""
+        if self.shard_dim is None:
+            return shards[0]
+        return shards.flatten(0, 1) if self.shard_dim == 0 else torch.cat(shards.unbind(), self.shard_dim)
+
+    def split(self, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The sources by name, made one by one from the whole parameter; views of it where it has one block."""
         sizes = [shape[0] // self.num_blocks for shape in self.shapes]
         parts = whole.unflatten(0, (self.num_blocks, -1)).split(sizes, dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(self.sources, parts, strict=True)}
+        for name, part in zip(self.sources, parts, strict=True):
+            yield name, part.flatten(0, 1)
 
 
 def fused_weights(

@@ -137,9 +137,15 @@ class TrainedStage(Stage, ForwardStage, Protocol):
         """
         ...
 
-    def export_state_dict(self) -> dict[str, Tensor]:
-        """This stage's weights under Hugging Face names; the first stage's copy alone of a tied embedding.
+    def export_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """This stage's weights of this type under Hugging Face names; the first stage's copy alone of a tied embedding.
 
-        Whole on every tensor-parallel rank; all of them call this at once. Some are live, others copies.
+        They are made one by one as they are asked for: at no time does this hold more than two that training does not.
+        Whole on every tensor-parallel rank; all of them ask in step. Some are live, others copies.
         """
+        ...
+
+    @property
+    def exported_shapes(self) -> Mapping[str, torch.Size]:
+        """Those of `export_weights`, in its order."""
         ...

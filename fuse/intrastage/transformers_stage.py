@@ -221,9 +221,16 @@ class TransformersStage:
     def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensors[name]) for name, _ in self.named_parameters() if name in tensors)
 
-    def export_state_dict(self) -> dict[str, Tensor]:
+    def export_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach().to(dtype)) for name, parameter in self._exported())
+
+    @property
+    def exported_shapes(self) -> Mapping[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self._exported()}
+
+    def _exported(self) -> Iterator[tuple[str, nn.Parameter]]:
         left_out = frozenset[str]() if self.is_first else self.tied_names
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if name not in left_out}
+        return ((name, parameter) for name, parameter in self.named_parameters() if name not in left_out)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy this stage's parameters and buffers from a state dict of the whole model, or of a part that has them.

@@ -21,12 +21,13 @@ class Offload:
 
     def put_away(self, kept: Collection[str]) -> None:
         """Move everything to host memory, but for the weights of the models `kept`."""
-        if self._moments.are_released:
+        going = [model for model, away in self._weights.items() if model not in kept and not away.are_released]
+        if self._moments.are_released and not going:
             return
         with self._recorder.span("offload", "weights"):
             for model, optimizer in self._optimizers.items():
                 for _, parts in optimizer.state():
-                    if model not in kept:
+                    if model in going:
                         self._weights[model].release([parts["parameter"]], keep_bits=True)
                     moments = [tensor for part, tensor in parts.items() if part != "parameter"]
                     self._moments.release(moments, keep_bits=True)

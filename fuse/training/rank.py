@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ class TrainingRank:
         tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._rank, self._lane = divmod(device_index, settings.tensor_parallel_size)
-        self._is_first_of_group = self._lane == 0
+        self.is_first_of_group = self._lane == 0
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._observed_models: set[str] = set()
@@ -303,14 +303,26 @@ class TrainingRank:
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
+    def exported_shapes(self, model: str) -> dict[str, torch.Size]:
+        """Of what this device and those that share its stages tell of a model, by Hugging Face name, in that order."""
+        return {name: shape for stage in self._told(model) for name, shape in stage.exported_shapes.items()}
+
+    def stream_weights(self, model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """What has `exported_shapes`, one tensor at a time; devices that share stages ask in step.
+
+        Each weight is told by the first of one such group alone.
+        """
+        self.offload.bring_weights(model)
+        for stage in self._told(model):
+            yield from stage.export_weights(dtype)
+
     def export_weights(self, model: str) -> dict[str, Tensor]:
-        """What this device tells of a model, under Hugging Face names; each weight is told by one device alone."""
-        self.offload.bring_all()
-        state_dict: dict[str, Tensor] = {}
-        for (replica, _), stage in self.stages_of(model).items():
-            if replica == 0:
-                state_dict |= stage.export_state_dict()
-        return state_dict if self._is_first_of_group else {}
+        """What this device tells of a model, at once."""
+        state_dict = dict(self.stream_weights(model, torch.float32))
+        return state_dict if self.is_first_of_group else {}
+
+    def _told(self, model: str) -> list[TrainedStage]:
+        return [stage for (replica, _), stage in self.stages_of(model).items() if replica == 0]
 
     def save(self, directory: Path, models: Mapping[str, nn.Module]) -> dict[str, int]:
         """Write this rank's part of the training state; returns the bytes of the files it sees there, by name.

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fuse.engines.lockstep import Address, Follower
 from fuse.workers.generation_worker import GenerationWorker
+from fuse.workers.weight_inbox import WeightInbox
+from fuse.workers.weight_taker import WeightTaker
 from fuse.workers.weights import WeightsRef, get_state_dict
 
-NextStateDict = Callable[[], Mapping[str, Tensor]]
+_Weights = Iterable[tuple[str, Tensor]]
+NextWeights = Callable[[], _Weights]
 
 
-class EngineFollower:
+class EngineFollower(WeightTaker):
     """Follows an engine in a thread of its own, from its start to its end.
 
     host: of this device. key: see `Group`. follow: does so, given what gives the weights that are loaded next, of which
@@ -29,14 +33,15 @@ class EngineFollower:
         self,
         host: str,
         key: bytes,
-        follow: Callable[[Follower, NextStateDict], None],
+        follow: Callable[[Follower, NextWeights], None],
         weights: Sequence[WeightsRef],
     ) -> None:
+        super().__init__()
         self._follower = Follower(host, key)
-        self._weights: queue.SimpleQueue[Sequence[WeightsRef]] = queue.SimpleQueue()
-        self._weights.put(weights)
+        self._coming: queue.SimpleQueue[NextWeights] = queue.SimpleQueue()
+        self._coming.put(lambda: get_state_dict(weights).items())
         self._loop = threading.Thread(
-            target=follow, args=(self._follower, self._next_state_dict), name="follow", daemon=True
+            target=follow, args=(self._follower, self._next_weights), name="follow", daemon=True
         )
         self._loop.start()
 
@@ -44,14 +49,14 @@ class EngineFollower:
         """Where it waits for the first process of its engine."""
         return self._follower.address
 
-    def load_weights(self, weights: Sequence[WeightsRef]) -> None:
-        """The weights that the first process loads next."""
-        self._weights.put(weights)
-
     def close(self) -> None:
         """Wait for the end of the engine, which its first process closes."""
         if self._follower.is_led:
             self._loop.join()
 
-    def _next_state_dict(self) -> Mapping[str, Tensor]:
-        return get_state_dict(self._weights.get())
+    def _take(self, shapes: Mapping[str, torch.Size], inbox: WeightInbox) -> None:
+        """When the first process loads them, which has looked at the shapes."""
+        self._coming.put(lambda: inbox)
+
+    def _next_weights(self) -> _Weights:
+        return self._coming.get()()

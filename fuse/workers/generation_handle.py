@@ -11,9 +11,10 @@ from fuse.engines.lockstep import Follower
 from fuse.trace import Span
 from fuse.workers.calls import Future, Worker
 from fuse.workers.cluster import Cluster
-from fuse.workers.engine_follower import EngineFollower, NextStateDict
+from fuse.workers.engine_follower import EngineFollower, NextWeights
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
 from fuse.workers.kv.transfer import MakeKVTransfer
+from fuse.workers.weight_taker import WeightTakerHandle
 from fuse.workers.weights import WeightsRef
 
 _ROLE = "generation worker"
@@ -43,7 +44,7 @@ class GenerationHandle:
         cluster: Cluster,
         device: int,
         key: bytes,
-        follow: Callable[[Follower, NextStateDict], None],
+        follow: Callable[[Follower, NextWeights], None],
         weights: Sequence[WeightsRef],
     ) -> Worker[EngineFollower]:
         """Make a worker that shares another's engine, in the place of a device's own; returns before it is made."""
@@ -58,6 +59,11 @@ class GenerationHandle:
     def processes(self) -> list[Worker[Any]]:
         """Of its engine, its own first."""
         return [self.worker, *self.followers]
+
+    @property
+    def takers(self) -> list[WeightTakerHandle]:
+        """The same, as those that take the engine's weights."""
+        return [WeightTakerHandle(process) for process in self.processes]
 
     def kv_capacity_tokens(self) -> Future[int | None]:
         """Tokens of which the engine holds keys and values at once; None where its samples set the limit."""
@@ -82,12 +88,6 @@ class GenerationHandle:
     def sleep(self) -> Future[None]:
         """Free the memory of the engine, which must be empty, until it gets weights."""
         return self.worker.call(GenerationWorker.sleep)
-
-    def load_weights(self, weights: Sequence[WeightsRef]) -> Future[None]:
-        """Copy weights into the engine, which must be empty."""
-        for follower in self.followers:
-            follower.call(EngineFollower.load_weights, weights)  # what follows from it, the worker tells
-        return self.worker.call(GenerationWorker.load_weights, weights)
 
     def drain_spans(self) -> Future[list[Span]]:
         """Spans since the last call."""

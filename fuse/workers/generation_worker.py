@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.state_dict import WeightStream
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.workers.kv.transfer import KVRef, KVTransfer, ObjectStoreTransfer
-from fuse.workers.weights import WeightsRef, get_state_dict
+from fuse.workers.weight_inbox import WeightInbox
+from fuse.workers.weight_taker import WeightTaker
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class _Unreported:
     finished: bool = False
 
 
-class GenerationWorker:
+class GenerationWorker(WeightTaker):
     """Steps an engine in a thread of its own, which waits only when the engine is empty.
 
     Commands take effect between two steps. An exception of the engine ends the thread, and every later call raises it.
@@ -73,6 +75,7 @@ class GenerationWorker:
         make_engine: Callable[[], GenerationEngine],
         make_kv_transfer: Callable[[], KVTransfer] = ObjectStoreTransfer,
     ) -> None:
+        super().__init__()
         self._engine = make_engine()
         self._kv_transfer = make_kv_transfer()
         self._fetched: dict[int, tuple[Tensor, ...]] = {}  # KV, until the engine has copied it
@@ -127,9 +130,10 @@ class GenerationWorker:
         """Free the memory of the engine, which must be empty, until it gets weights."""
         self._command(self._sleep).result()
 
-    def load_weights(self, weights: Sequence[WeightsRef]) -> None:
-        """Copy weights into the engine, which must be empty."""
-        self._command(lambda: self._load_weights(weights)).result()
+    def end_weights(self) -> None:
+        """The engine has got all of its weights, and works by them when this returns."""
+        super().end_weights()
+        self._command(lambda: None).result()
 
     def drain_spans(self) -> list[Span]:
         """One span per decode step, migration and weight load since the last call.
@@ -146,6 +150,7 @@ class GenerationWorker:
     def close(self) -> None:
         """Stop stepping and close the engine; live samples are dropped."""
         if not self._closing:
+            self._inbox.fail(RuntimeError("the worker is closed before its engine has got all weights"))
             self._command(self._stop).result()
             self._loop.join()
             self._engine.close()
@@ -285,9 +290,16 @@ class GenerationWorker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the device's other process
 
-    def _load_weights(self, weights: Sequence[WeightsRef]) -> None:
+    def _take(self, shapes: Mapping[str, torch.Size], inbox: WeightInbox) -> None:
+        self._command(lambda: self._load_weights(shapes, inbox))
+
+    def _load_weights(self, shapes: Mapping[str, torch.Size], inbox: WeightInbox) -> None:
         start_s = now_s()
-        self._engine.load_weights(get_state_dict(weights))
+        try:
+            self._engine.load_weights(WeightStream(shapes, inbox))
+        except BaseException as failure:
+            inbox.fail(failure)
+            raise
         self._fetched.clear()
         self._kv_transfer.recall()
         with self._changed:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
@@ -19,8 +21,10 @@ from fuse.training.rounds import RankRound, Round
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
 from fuse.workers.calls import Future, Remote, Worker, as_received
+from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.cluster import Accelerator, Cluster
 from fuse.workers.model_worker import ModelWorker
+from fuse.workers.weight_port import Membership
 from fuse.workers.weights import WeightsRef
 
 _ROLE = "model worker"
@@ -81,9 +85,9 @@ class ModelHandle:
             ModelWorker.train, as_received(experience), as_received(rounds), learning_rates, as_received(plans)
         )
 
-    def offload_training(self) -> Future[None]:
-        """Move what trains to host memory until it is needed."""
-        return self.worker.call(ModelWorker.offload_training)
+    def offload_training(self, kept: Sequence[str] = ()) -> Future[None]:
+        """Move what trains to host memory until it is needed, but for the weights of `kept` models."""
+        return self.worker.call(ModelWorker.offload_training, kept)
 
     def free_bytes(self) -> Future[int | None]:
         """Memory that training could still take on the device; None on a CPU."""
@@ -105,13 +109,45 @@ class ModelHandle:
         """Have a scoring model compute with these weights."""
         return self.worker.call(ModelWorker.load_scoring_weights, role, weights)
 
-    def mix_scoring_weights(self, role: str, weights: Sequence[WeightsRef], alpha: float) -> Future[None]:
-        """Move a model that only scores towards these weights."""
-        return self.worker.call(ModelWorker.mix_scoring_weights, role, weights, alpha)
-
     def export_scoring_weights(self, role: str) -> Future[WeightsRef]:
         """Put a model that only scores into the object store."""
         return self.worker.call(ModelWorker.export_scoring_weights, role)
+
+    def begin_export(self, model: str, dtype: torch.dtype, most_bytes: int) -> Future[dict[str, torch.Size]]:
+        """Prepare to send the rank's part of a model; the shapes of what it will send, by name."""
+        return self.worker.call(ModelWorker.begin_export, model, dtype, most_bytes)
+
+    def export_next(self, group: str | None) -> Future[Parcel | None]:
+        """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender."""
+        return self.worker.call(ModelWorker.export_next, group)
+
+    def end_export(self) -> Future[None]:
+        """Send no more of it."""
+        return self.worker.call(ModelWorker.end_export)
+
+    def has_copy(self, role: str) -> Future[bool]:
+        """Whether the rank scores by a model's copy, which must be given its weights."""
+        return self.worker.call(ModelWorker.has_copy, role)
+
+    def begin_copy(self, role: str, shapes: Mapping[str, torch.Size]) -> Future[None]:
+        """Whether weights of these shapes fit the copy."""
+        return self.worker.call(ModelWorker.begin_copy, role, shapes)
+
+    def copy(self, role: str, parcel: Parcel, alpha: float | None) -> Future[None]:
+        """Have a copy compute with these of its weights, or move towards them."""
+        return self.worker.call(ModelWorker.copy, role, parcel, alpha)
+
+    def serve_group(self, host: str) -> Future[int]:
+        """Open a store at which the members of a broadcast group meet; its port."""
+        return self.worker.call(ModelWorker.serve_group, host)
+
+    def join(self, own: Membership) -> Future[None]:
+        """Become a member of a group to which weights are broadcast; all members do at once."""
+        return self.worker.call(ModelWorker.join, own)
+
+    def leave(self, group: str) -> Future[None]:
+        """Leave a group that has lost a member."""
+        return self.worker.call(ModelWorker.leave, group)
 
     def export_weights(self, model: str) -> Future[WeightsRef | None]:
         """Put the rank's part of a model into the object store; None where another replica's does."""

@@ -17,7 +17,7 @@ from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.state_dict import adopt_state_dict, mix_state_dict
+from fuse.state_dict import WeightLayout, WeightStream, adopt_state_dict, adopt_tensors, mix_tensors
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
@@ -26,6 +26,8 @@ from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.rounds import RankRound, Round
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
+from fuse.workers.carriers.parcel import Parcel
+from fuse.workers.weight_port import Membership, WeightPort, WeightSender
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
 
@@ -52,6 +54,7 @@ class ModelWorker:
         self._settings, self._scoring_settings = settings, scoring_settings
         self._recorder = SpanRecorder(clock_of(self._device))
         self._num_inferences = 0
+        self._port = WeightPort()
 
     # The world
 
@@ -124,12 +127,14 @@ class ModelWorker:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         return self._training.train(experience, rounds, learning_rates, plans)
 
-    def offload_training(self) -> None:
-        """Move what trains to host memory until it is needed, but for weights that score where they train."""
+    def offload_training(self, kept: Sequence[str] = ()) -> None:
+        """Move what trains to host memory until it is needed, but for weights that score where they train, and `kept`.
+
+        kept: models whose weights are about to be sent.
+        """
         is_sharded = self._scoring_settings.is_sharded
-        self._training.offload.put_away(
-            [role for role in self._scoring_specs if is_sharded or self._trained_here(role) is not None]
-        )
+        scores = [role for role in self._scoring_specs if is_sharded or self._trained_here(role) is not None]
+        self._training.offload.put_away([*scores, *kept])
 
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
@@ -174,14 +179,65 @@ class ModelWorker:
             with self._recorder.span(f"load {role}", "weights"):
                 adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
-    def mix_scoring_weights(self, role: str, weights: Sequence[WeightsRef], alpha: float) -> None:
-        """Move a model that only scores towards these weights. See `mix_state_dict`."""
-        with self._recorder.span(f"mix {role}", "weights"):
-            mix_state_dict(self._scoring[role], get_state_dict(weights), alpha)
-
     def export_scoring_weights(self, role: str) -> WeightsRef:
         """Put a model that only scores into the object store."""
         return put_state_dict(self._scoring[role].state_dict())
+
+    # Weights of an update, a bucket at a time
+
+    def begin_export(self, model: str, dtype: torch.dtype, most_bytes: int) -> dict[str, torch.Size]:
+        """Prepare to send this rank's part of a model in this type, in buckets of at most so many bytes.
+
+        Returns the shapes of what it will send, by name. See `WeightSender`.
+        """
+        shapes = self._training.exported_shapes(model)
+        tensors = self._training.stream_weights(model, dtype)
+        is_silent = not self._training.is_first_of_group
+        self._sender = WeightSender(shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent)
+        return {} if is_silent else shapes
+
+    def export_next(self, group: str | None) -> Parcel | None:
+        """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender.
+
+        Ranks that share stages are called in step. Pre: whoever got the one before has done with it.
+        """
+        with self._recorder.span("export", "weights"):
+            return self._sender.next(self._port.group(group))
+
+    def end_export(self) -> None:
+        """Send no more of it, and free what the last bucket takes."""
+        self._sender.close()
+
+    def has_copy(self, role: str) -> bool:
+        """Whether this rank scores by a model's copy, which must be given its weights."""
+        return role in self._scoring and self._trained_here(role) is None
+
+    def begin_copy(self, role: str, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises: ValueError when weights of these shapes do not fit the copy."""
+        WeightLayout.of(self._scoring[role]).check(WeightStream(shapes, ()))
+
+    def copy(self, role: str, parcel: Parcel, alpha: float | None) -> None:
+        """Have a copy compute with these of its weights; or let it move towards them, as of `mix_state_dict`."""
+        tensors = self._port.receive(parcel)
+        if alpha is None:
+            with self._recorder.span(f"load {role}", "weights"):
+                adopt_tensors(self._scoring[role], tensors)
+        else:
+            with self._recorder.span(f"mix {role}", "weights"):
+                mix_tensors(self._scoring[role], tensors, alpha)
+
+    def serve_group(self, host: str) -> int:
+        """Open a store at which the members of a broadcast group meet; returns its port."""
+        self._group_store = communication.serve_store(host, self._settings.timeout_s)
+        return self._group_store.port
+
+    def join(self, own: Membership) -> None:
+        """Become a member of a group to which weights are broadcast; all members do at once."""
+        self._port.join(own)
+
+    def leave(self, group: str) -> None:
+        """Leave a group that has lost a member."""
+        self._port.leave(group)
 
     def export_weights(self, model: str) -> WeightsRef | None:
         """Put this rank's part of a model into the object store; None where another replica's does."""

@@ -148,7 +148,7 @@ class Training:
         return {
             f"{self.pipelines[number][0].replace(' ', '_')}.{key}": tensor.clone()
             for (number, _), stage in self.stages.items()
-            for key, tensor in stage.export_state_dict().items()
+            for key, tensor in stage.export_weights()
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def compute_reference(path: Path) -> None:
                 stage.forward(index, batch, None)
                 stage.backward(index, None)
             norms[name.replace(" ", "_")] = optimizers[name].step(LEARNING_RATE / (step + 1))
-            for key, tensor in stage.export_state_dict().items():
+            for key, tensor in stage.export_weights():
                 weights[f"{name.replace(' ', '_')}.{key}"] = tensor.clone()
         found.append((norms, weights))
     torch.save(found, path)

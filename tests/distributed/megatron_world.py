@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fuse.intrastage.communication import CommunicationError
 from fuse.intrastage.executor import execute
+from fuse.intrastage.live_memory import LiveMemory
 from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
@@ -75,7 +76,7 @@ def check_pipelines(rank: int) -> dict[str, float]:
             norms = [one[name].step(LEARNING_RATE) for one in optimizers]
             found["norms"] = max(found.get("norms", 0.0), abs(norms[0] - norms[1]) / norms[1])
     for key, stage in megatron.items():
-        exported, expected = stage.export_state_dict(), transformers[key].export_state_dict()
+        exported, expected = dict(stage.export_weights()), dict(transformers[key].export_weights())
         assert exported.keys() == expected.keys()
         start = full_weights(run.models[key[0]])
         found["weights"] = max(found.get("weights", 0.0), difference(exported, expected))
@@ -204,11 +205,22 @@ def compare(
             adamw.zero_grad()
     exported: dict[str, Tensor] = {}
     for stage in shared:
-        exported |= stage.export_state_dict()
+        exported |= stage.export_weights()
+        assert [(name, exported[name].shape) for name in stage.exported_shapes] == [*stage.exported_shapes.items()]
+        check_export_memory(stage)
     expected = dict(whole.named_parameters())
     assert exported.keys() == expected.keys()
     found["weights"] = difference(exported, expected)
     return found
+
+
+def check_export_memory(stage: MegatronStage) -> None:
+    """An export holds two whole matrices at most, of those that tensor-parallel ranks share."""
+    largest = max(one.numel() * stage._group.size() * 4 for _, one in stage.named_parameters())
+    with LiveMemory() as memory:
+        for _, tensor in stage.export_weights():
+            del tensor
+    assert 0 < memory.peak_bytes <= 2 * largest, (memory.peak_bytes, largest)
 
 
 def compare_halves(shared: list[MegatronStage], halved: list[MegatronStage]) -> float:

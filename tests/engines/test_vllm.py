@@ -336,3 +336,55 @@ def test_a_missing_package_is_named_with_its_remedy(
     with pytest.raises(ValueError, match=rf"needs vLLM 0.32, which {state}: pip install 'fuse-rlhf\[vllm\]'") as error:
         VllmEngine(build_model())
     assert "\n" not in str(error.value)
+
+
+def test_what_is_asked_of_vllm_on_gpus_is_what_it_understands(vllm_pool: VllmPool, build_model: BuildModel) -> None:
+    """As far as a CPU can tell: whole decode steps are captured, without torch.compile."""
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    assert engine.run(_gpu_options) == ("NONE", "FULL_DECODE_ONLY", False, True)
+
+
+def _gpu_options(engine: Any) -> tuple[str, str, bool, bool]:
+    from vllm import EngineArgs
+    from vllm.config import CompilationConfig
+
+    from fuse.engines.vllm_device import device_options
+
+    options = EngineArgs(model="none", **device_options(is_cpu=False))
+    assert isinstance(options.compilation_config, CompilationConfig)
+    mode, graphs = options.compilation_config.mode, options.compilation_config.cudagraph_mode
+    return mode.name, graphs.name, options.enforce_eager, options.enable_sleep_mode
+
+
+def test_an_engine_on_a_gpu_wakes_for_weights_first_and_for_samples_then(
+    vllm_pool: VllmPool, build_model: BuildModel
+) -> None:
+    engine = vllm_pool.engine(build_model(hidden_size=HIDDEN_SIZE), **LIMITS)
+    assert engine.run(_cuda_sleeps) == [
+        ("sleep", 2),
+        ("wake_up", ["weights"]),
+        ("wake_up", ["kv_cache"]),
+        ("sleep", 2),
+    ]
+
+
+def _cuda_sleeps(engine: Any) -> list[tuple[str, Any]]:
+    from fuse.engines.vllm_sleep import CudaSleep
+
+    calls: list[tuple[str, Any]] = []
+
+    class Llm:
+        def sleep(self, level: int) -> None:
+            calls.append(("sleep", level))
+
+        def wake_up(self, tags: list[str]) -> None:
+            calls.append(("wake_up", tags))
+
+    sleeping = CudaSleep(Llm())
+    sleeping.wake_cache()
+    sleeping.sleep()
+    sleeping.wake_weights()
+    for _ in range(2):
+        sleeping.wake_cache()
+    sleeping.sleep()
+    return calls

@@ -127,7 +127,7 @@ def exported(stages: Sequence[Any]) -> dict[str, Tensor]:
     """The whole model's weights, each by one stage."""
     weights: dict[str, Tensor] = {}
     for stage in stages:
-        part = stage.export_state_dict()
+        part = dict(stage.export_weights())
         assert not weights.keys() & part.keys()
         weights |= part
     return weights

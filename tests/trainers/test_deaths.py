@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import pytest
 from transformers import TrainerCallback
 
 from fuse import PPOTrainer
+from fuse.driver import weight_streams
 from fuse.driver.fleet import Fleet
+from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
@@ -66,9 +68,11 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
 
 
 def test_an_engine_that_dies_between_rollouts_is_replaced(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, pooled_workers: None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, pooled_workers: None
 ) -> None:
-    """Twice: when another rollout follows, by the weights that it had; when training follows, and then new weights."""
+    """With half of its new weights; when another rollout follows, by the weights that it had; when training follows,
+    and then new weights."""
+    monkeypatch.setattr(weight_streams, "BUCKET_BYTES", 4096)
     options: dict[str, Any] = {"num_devices": 2, "total_episodes": 24, "num_sample_generations": 1}
     undisturbed = tiny.train(tmp_path / "undisturbed", **options)
     disturbed = tiny.trainer(tmp_path / "disturbed", per_device_eval_batch_size=2, **options)
@@ -87,10 +91,22 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     disturbed.generate_completions = after_a_death("completions", disturbed.generate_completions)  # type: ignore[method-assign]
     algorithm = disturbed._algorithm
     disturbed._algorithm = replace(algorithm, estimate=after_a_death("estimate", algorithm.estimate))
+    load = GenerationHandle.load
+    num_loaded: Counter[int] = Counter()
+
+    def load_and_kill(engine: GenerationHandle, parcel: Parcel) -> Any:
+        num_loaded[disturbed.state.global_step] += 1
+        if disturbed.state.global_step == 0 and num_loaded[0] == 6:
+            os.kill(engine_of_device_1(disturbed), signal.SIGKILL)
+            killed.append("load")
+        return load(engine, parcel)
+
+    monkeypatch.setattr(GenerationHandle, "load", load_and_kill)
     with caplog.at_level(logging.WARNING):
         disturbed.train()
-    assert killed == ["completions", "estimate"]
-    assert caplog.text.count(DEATH) == 2
+    assert killed == ["load", "completions", "estimate"]
+    assert num_loaded[0] > 8, "the others get the rest"
+    assert caplog.text.count(DEATH) == 3
     assert_same_models(disturbed, undisturbed)
 
 
@@ -108,9 +124,9 @@ def test_engines_that_sleep_and_training_that_is_offloaded_change_nothing(
         calls["sleep"] += 1
         return sleep(engine)
 
-    def count_offload(worker: ModelHandle) -> Any:
+    def count_offload(worker: ModelHandle, kept: Sequence[str]) -> Any:
         calls["offload"] += 1
-        return offload(worker)
+        return offload(worker, kept)
 
     def train_and_kill(fleet: Fleet, *arguments: Any) -> Any:
         reports = train(fleet, *arguments)

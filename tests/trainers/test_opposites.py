@@ -10,11 +10,10 @@ import pytest
 
 from fuse import GRPOTrainer
 from fuse.driver import stage_choice
-from fuse.driver.fleet import Fleet
 from fuse.driver.stage_choice import StageChoice
+from fuse.driver.weight_streams import WeightStreams
 from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.opposite import has_opposites
-from fuse.workers.weights import WeightsRef
 
 from . import tiny, tiny_group
 
@@ -30,19 +29,19 @@ def logs(trainer: GRPOTrainer) -> list[dict[str, float]]:
 def test_a_run_in_opposite_replicas_is_the_run_of_one_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sent_bytes: set[int] = set()
-    export = Fleet._exported
+    num_sent: set[int] = set()
+    begin = WeightStreams._begin
 
-    def exported(fleet: Fleet, role: str) -> list[WeightsRef]:
-        parts = export(fleet, role)
-        sent_bytes.add(sum(part.num_bytes for part in parts))
+    def count(streams: WeightStreams, *arguments: Any) -> Any:
+        parts = begin(streams, *arguments)
+        num_sent.add(sum(shape.numel() for part in parts for shape in part.values()))
         return parts
 
     plain = tiny_group.train(tmp_path / "plain", bidirectional=False, **PIPELINE)
-    monkeypatch.setattr(Fleet, "_exported", exported)
+    monkeypatch.setattr(WeightStreams, "_begin", count)
     with caplog.at_level(logging.INFO, logger="fuse"):
         both = tiny_group.train(tmp_path / "both", bidirectional=True, save_strategy="steps", save_steps=2, **PIPELINE)
-    assert sent_bytes == {4 * both.model.num_parameters()}, "weights go to engines once"
+    assert num_sent == {both.model.num_parameters()}, "weights go to engines once"
     assert tiny.difference(both.model, plain.model) < tiny.ROUNDING
     assert tiny.difference(plain.model, tiny.policy()) > 100 * tiny.ROUNDING
     assert [one["grad_norm"] for one in logs(both)] == pytest.approx(

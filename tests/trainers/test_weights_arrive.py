@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import logging
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from fuse.sample import Sample, SampleState
 from fuse.training import scoring as inference
 from fuse.training.model_spec import ModelSpec
 
-from ..worker_pool import WorkerPool
+from ..worker_pool import WorkerPool, _Lease
 from . import tiny
 
 ROUNDING = 1e-5
@@ -98,7 +100,13 @@ def keep_engine_weights(trainer: PPOTrainer, directory: Path) -> None:
 
 
 def trained(
-    output_dir: Path, policy: PreTrainedModel, critic: PreTrainedModel, *, reward: Any = tiny.count_a, **options: Any
+    output_dir: Path,
+    policy: PreTrainedModel,
+    critic: PreTrainedModel,
+    *,
+    reward: Any = tiny.count_a,
+    addresses: Collection[str] = ("127.0.0.1",),
+    **options: Any,
 ) -> PPOTrainer:
     """Three updates of one step each, so that every token was sampled by the weights that score it first."""
     output_dir.mkdir()
@@ -128,7 +136,7 @@ def trained(
     assert all(row["val/sampler_logprob_diff_max"] < 10 * ROUNDING for row in log)
     assert all(row["policy/approxkl_avg"] < 1e-8 for row in log)
     assert max(scores.differences) < 10 * ROUNDING
-    assert scores.addresses == {"127.0.0.1"}, "the network could reach a worker"
+    assert scores.addresses == {*addresses}, "the network could reach a worker"
     after = policy.state_dict()
     assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-3, "training moved nothing"
     saved = AutoModelForCausalLM.from_pretrained(output_dir / "checkpoint-3")
@@ -168,9 +176,23 @@ def _parts(name: str) -> list[str]:
         ("gpt_neox", False, 1),
     ],
 )
-def test_every_copy_has_what_an_update_trained(tmp_path: Path, kind: str, tied: bool, num_devices: int) -> None:
+def test_every_copy_has_what_an_update_trained(
+    tmp_path: Path,
+    kind: str,
+    tied: bool,
+    num_devices: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One run is of devices that seem to be on two hosts: weights go from one to the other by broadcast."""
     policy, critic = models(kind, tied=tied)
-    trained(tmp_path / "run", policy, critic, num_devices=num_devices)
+    addresses, by = ["127.0.0.1"], " by shared memory, 128 MiB or one tensor at a time"
+    if kind == "qwen2":
+        addresses, by = ["127.0.0.1", "127.0.0.2"], "to devices 1 by shared memory and to devices 0 by gloo broadcast"
+        monkeypatch.setattr(_Lease, "host", lambda _, device: addresses[device])
+    with caplog.at_level(logging.INFO, logger="fuse"):
+        trained(tmp_path / "run", policy, critic, num_devices=num_devices, addresses=addresses)
+    assert by in caplog.text
     check_engines(tmp_path / "run", policy, num_devices)
     assert (policy.get_output_embeddings().weight is policy.get_input_embeddings().weight) == tied
 

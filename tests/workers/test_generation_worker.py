@@ -18,13 +18,15 @@ from torch import Tensor
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationRequest, SamplingParams
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.replay import ReplayEngine
+from fuse.state_dict import Weights, WeightStream
 from fuse.workers.calls import gather, wait_ended
+from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import GenerationWorker, Progress
 from fuse.workers.kv.transfer import ObjectStoreTransfer
-from fuse.workers.weights import put_state_dict
+from fuse.workers.weight_port import WeightSender
 
 PATIENCE_S = 60.0
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=1_000_000)
@@ -299,13 +301,103 @@ def test_one_driver_follows_many_workers(cluster: Cluster) -> None:
 
 def test_weights_are_loaded_into_an_empty_engine_only(cluster: Cluster) -> None:
     engine = GenerationHandle.spawn(cluster, 0, partial(ReplayEngine, recordings(1, 1_000_000)), ObjectStoreTransfer)
-    weights = [put_state_dict({"weight": torch.ones(3)})]
-    gather([engine.load_weights(weights), engine.submit([request(0)])])
+    load_weights(engine)
+    engine.submit([request(0)]).result()
     assert [one.finished for one in engine.poll(1000.0).result()] == [True]
-    engine.load_weights(weights).result()
+    load_weights(engine)
     spans = engine.drain_spans().result()
     assert [span.category for span in spans] == ["weights", "generate", "weights"]
     engine.submit([request(1)])
     with pytest.raises(WorkerError, match="ValueError: cannot load weights while 1 samples are in the engine"):
-        engine.load_weights(weights).result()
+        load_weights(engine)
     cluster.kill(engine.worker)
+
+
+def load_weights(engine: GenerationHandle) -> None:
+    """Three of them, in buckets of one."""
+    weights = {f"weight {index}": torch.full((3,), float(index)) for index in range(3)}
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    sender = WeightSender(
+        shapes, iter(weights.items()), torch.float32, torch.device("cpu"), most_bytes=1, is_silent=False
+    )
+    try:
+        (taker,) = engine.takers
+        taker.begin_weights(shapes).result()
+        while (parcel := sender.next(None)) is not None:
+            taker.load(parcel).result()
+        taker.end_weights().result()
+    finally:
+        sender.close()
+
+
+class LoadingEngine(ReplayEngine):
+    """Keeps the weights that it is given, and objects to one."""
+
+    def __init__(self) -> None:
+        super().__init__(recordings(1))
+        self.loaded: list[float] = []
+
+    def load_weights(self, weights: Weights) -> None:
+        for name, tensor in WeightStream.of(weights).tensors:
+            if name == "bad":
+                raise ValueError("this one is bad")
+            self.loaded.append(float(tensor))
+
+
+def parcel_of(**tensors: float) -> Parcel:
+    """As from a sender that has ended: what is in it lasts, for it is this process's."""
+    sender = WeightSender(
+        dict.fromkeys(tensors, torch.Size([])),
+        iter([(name, torch.tensor(value)) for name, value in tensors.items()]),
+        torch.float32,
+        torch.device("cpu"),
+        most_bytes=1 << 10,
+        is_silent=False,
+    )
+    parcel = sender.next(None)
+    assert parcel is not None
+    _senders.append(sender)
+    return parcel
+
+
+_senders: list[WeightSender] = []
+
+
+@pytest.fixture(autouse=True)
+def _senders_close() -> Iterator[None]:
+    yield
+    while _senders:
+        _senders.pop().close()
+
+
+def test_a_bucket_is_done_with_when_the_engine_has_all_of_it(make: Make) -> None:
+    engine = LoadingEngine()
+    worker = make(engine)
+    worker.begin_weights({})
+    worker.load(parcel_of(a=1.0, b=2.0))
+    assert engine.loaded == [1.0, 2.0]
+    worker.load(parcel_of(c=3.0))
+    assert engine.loaded == [1.0, 2.0, 3.0]
+    worker.end_weights()
+    worker.submit([request(0)])
+    assert collect(worker, 1) == {0: [0]}
+
+
+def test_an_engine_that_objects_in_the_middle_ends_the_stream(make: Make) -> None:
+    worker = make(LoadingEngine())
+    worker.begin_weights({})
+    with pytest.raises(ValueError, match="this one is bad"):
+        worker.load(parcel_of(a=1.0, bad=2.0))
+    for call in (lambda: worker.load(parcel_of(a=1.0)), worker.end_weights, lambda: worker.poll(PATIENCE_S)):
+        with pytest.raises(ValueError, match="this one is bad"):
+            call()
+
+
+def test_a_worker_can_be_closed_in_the_middle_of_a_stream() -> None:
+    worker = GenerationWorker(LoadingEngine)
+    worker.begin_weights({})
+    worker.load(parcel_of(a=1.0))
+    with pytest.raises(RuntimeError, match="closed before its engine has got all weights"):
+        worker.close()
+    worker._loop.join(PATIENCE_S)
+    assert not worker._loop.is_alive()

@@ -1,0 +1,230 @@
+"""Weights after an update, straight from the stages that trained them to whoever computes by them.
+
+The driver asks a stage for a bucket, has every receiver take it in, and asks for the next: one bucket of the run is on
+its way at a time, and the driver itself sees none of it. What carries it follows from where processes are: on the
+sender's host the memory of its kind of device (`shared_memory`, `cuda_ipc`), to all other hosts one broadcast.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from fuse.driver.fleet_settings import FleetSettings
+from fuse.intrastage.communication import CommunicationError
+from fuse.workers.calls import Future, gather, wait_ended
+from fuse.workers.carriers.parcel import BUCKET_BYTES, Parcel
+from fuse.workers.cluster import Cluster
+from fuse.workers.errors import WorkerError
+from fuse.workers.model_handle import ModelHandle
+from fuse.workers.weight_port import Membership
+from fuse.workers.weight_taker import WeightTakerHandle
+
+_logger = logging.getLogger(__name__)
+
+_LOCAL = {"cpu": "shared memory", "cuda": "CUDA IPC"}
+_REMOTE = {"cpu": "gloo", "cuda": "NCCL"}
+
+
+class Receiver(Protocol):
+    """A handle of a process that takes weights in."""
+
+    def join(self, own: Membership) -> Future[None]: ...
+
+    def leave(self, group: str) -> Future[None]: ...
+
+
+_R = TypeVar("_R", bound=Receiver)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A sender, then those on other hosts that it broadcasts to, whose devices these are."""
+
+    name: str
+    members: tuple[Receiver, ...]
+    devices: frozenset[int]
+
+
+class WeightStreams:
+    """The ways of a run's weights, for any number of updates."""
+
+    def __init__(self, cluster: Cluster, settings: FleetSettings) -> None:
+        self._cluster, self._settings = cluster, settings
+        self._groups: dict[tuple[int, str], _Group] = {}
+        self._numbers = itertools.count()
+        self._told: set[str] = set()
+
+    def to_engines(
+        self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype, engines: Mapping[int, WeightTakerHandle]
+    ) -> dict[int, WorkerError]:
+        """Have engines work by a model's weights, cast to their type. engines: the process of each device.
+
+        One that dies is dropped, with those that its death keeps from getting a broadcast. Returns why, by
+        device.
+        """
+        receivers = _Receivers(dict(engines), may_die=True)
+        parts = self._begin(models, role, dtype)
+        shapes = {name: shape for part in parts for name, shape in part.items()}
+        receivers.ask(lambda engine: engine.begin_weights(shapes))
+        self._send(models, parts, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
+        receivers.ask(lambda engine: engine.end_weights())
+        return receivers.lost
+
+    def to_copies(self, models: Sequence[ModelHandle], role: str, copied: str, alpha: float | None = None) -> None:
+        """Have copies of `copied` score by the weights of `role`, or move towards them by `alpha`.
+
+        Raises: WorkerError when a receiver dies: it trains, too.
+        """
+        holders = gather([model.has_copy(copied) for model in models])
+        receivers = _Receivers({device: one for device, one in enumerate(models) if holders[device]}, may_die=False)
+        if not receivers.live:
+            return
+        parts = self._begin(models, role, torch.float32)
+        shapes = {name: shape for part in parts for name, shape in part.items()}
+        receivers.ask(lambda model: model.begin_copy(copied, shapes))
+        self._send(
+            models, parts, f"copies of {copied}", receivers, lambda model, parcel: model.copy(copied, parcel, alpha)
+        )
+
+    def _begin(self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype) -> list[dict[str, torch.Size]]:
+        """Have stages prepare to send; what will come of each device."""
+        parts = gather([model.begin_export(role, dtype, BUCKET_BYTES) for model in models])
+        names = [name for part in parts for name in part]
+        assert len(names) == len({*names}), "stages would send the same weight"
+        return parts
+
+    def _send(
+        self,
+        models: Sequence[ModelHandle],
+        parts: Sequence[Mapping[str, torch.Size]],
+        to: str,
+        receivers: _Receivers[_R],
+        give: Callable[[_R, Parcel], Future[None]],
+    ) -> None:
+        """Have receivers take in every bucket, stage after stage; devices that share a stage go in step."""
+        size = self._settings.training.tensor_parallel_size
+        try:
+            for device in range(0, len(models), size):
+                group = self._group(device, models[device], to, receivers) if parts[device] else None
+                while parts[device]:
+                    name = None if group is None else group.name
+                    parcel, *_ = gather([model.export_next(name) for model in models[device : device + size]])
+                    if parcel is None:
+                        break
+                    receivers.hand_over(parcel, group, give)
+                    if group is not None and not group.devices <= receivers.live.keys():
+                        self._close(device, to)
+                        group = None
+        finally:
+            for model in models:
+                model.end_export()  # nobody waits: one may have died
+
+    # Broadcasts
+
+    def _group(self, device: int, sender: ModelHandle, to: str, receivers: _Receivers[_R]) -> _Group | None:
+        """The group by which a device's weights come to other hosts; opened again where its members have changed."""
+        host, host_of = self._cluster.host(device), self._cluster.host
+        far = {one: handle for one, handle in receivers.live.items() if host_of(one) != host}
+        self._tell(device, to, sorted(receivers.live.keys() - far.keys()), sorted(far))
+        members: tuple[Receiver, ...] = (sender, *far.values())
+        if (device, to) in self._groups and self._groups[device, to].members != members:
+            self._close(device, to)
+        if far and (device, to) not in self._groups:
+            group = _Group(f"weights-{next(self._numbers)}", members, frozenset(far))
+            if not self._open(group, [host, *map(host_of, far)], sender, receivers):
+                return None
+            self._groups[device, to] = group
+        return self._groups.get((device, to))
+
+    def _open(self, group: _Group, hosts: Sequence[str], sender: ModelHandle, receivers: _Receivers[_R]) -> bool:
+        """Have all members join. False where one died meanwhile; then all receivers among them are dropped."""
+        (port,) = gather([sender.serve_group(hosts[0])])
+        calls = [
+            member.join(
+                Membership(
+                    group=group.name,
+                    store=(hosts[0], port),
+                    host=hosts[rank],
+                    rank=rank,
+                    size=len(hosts),
+                    device=self._settings.accelerator,
+                    timeout_s=self._settings.training.timeout_s,
+                )
+            )
+            for rank, member in enumerate(group.members)
+        ]
+        try:
+            gather(calls)
+        except WorkerError as error:
+            receivers.drop(group.devices, error)
+            return False
+        return True
+
+    def _close(self, device: int, to: str) -> None:
+        group = self._groups.pop((device, to))
+        for member in group.members:
+            member.leave(group.name)  # nobody waits: one has died
+
+    def _tell(self, device: int, to: str, near: Sequence[int], far: Sequence[int]) -> None:
+        """Say by what weights go there, once."""
+        kind = self._settings.accelerator
+        ways = [(near, _LOCAL[kind]), (far, f"{_REMOTE[kind]} broadcast")]
+        text = " and ".join(f"to devices {', '.join(map(str, ends))} by {way}" for ends, way in ways if ends)
+        line = f"weights for {to}: from device {device} {text}, {BUCKET_BYTES >> 20} MiB or one tensor at a time"
+        if line not in self._told:
+            self._told.add(line)
+            _logger.info("%s", line)
+
+
+class _Receivers(Generic[_R]):
+    """Those that still take weights in, by device; and why others do not any more.
+
+    may_die: else a death is raised.
+    """
+
+    def __init__(self, live: dict[int, _R], *, may_die: bool) -> None:
+        self.live, self.lost = live, dict[int, WorkerError]()
+        self._may_die = may_die
+
+    def drop(self, devices: Iterable[int], error: WorkerError) -> None:
+        """Raises: the error, where it is no death, or none may die."""
+        cut_off = isinstance(error.raised, CommunicationError)
+        if not (self._may_die and (error.is_death or cut_off)):
+            raise error
+        for device in devices:
+            if self.live.pop(device, None) is not None:
+                self.lost[device] = error
+
+    def ask(self, call: Callable[[_R], Future[None]]) -> None:
+        """Have all do something."""
+        self._wait({call(one): frozenset({device}) for device, one in self.live.items()})
+
+    def hand_over(self, parcel: Parcel, group: _Group | None, give: Callable[[_R, Parcel], Future[None]]) -> None:
+        """Have all take a bucket in: those of a group by its broadcast, all others at its address."""
+        far = frozenset[int]() if group is None else group.devices
+        by_group = replace(parcel, address=None, group=None if group is None else group.name)
+        self._wait(
+            {
+                give(one, by_group if device in far else parcel): far if device in far else frozenset({device})
+                for device, one in self.live.items()
+            }
+        )
+
+    def _wait(self, calls: dict[Future[None], frozenset[int]]) -> None:
+        """Until all calls have ended, but for those of devices that fail together with one that has failed."""
+        while calls:
+            for future in wait_ended([*calls]):
+                devices = calls.pop(future, None)
+                if devices is None:
+                    continue
+                try:
+                    future.result()
+                except WorkerError as error:
+                    self.drop(devices, error)
+                    calls = {one: those for one, those in calls.items() if not those & devices}
