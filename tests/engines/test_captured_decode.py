@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from fuse.engines.captured_decode import CapturedSteps, Step
 from fuse.engines.transformers import TransformersEngine
 
-from .driving import run
+from .driving import Outputs, assert_same, collect, run
 from .test_transformers import request
 
 BuildModel = Callable[..., PreTrainedModel]
 REQUESTS = [
-    request(index, *shape, temperature=0.9) for index, shape in enumerate([(1, 90), (5, 30), (40, 60), (5, 100)])
+    request(index, *shape, temperature=0.9) for index, shape in enumerate([(1, 50), (5, 20), (40, 40), (5, 60)])
 ]
 
 
@@ -60,6 +60,22 @@ def test_tokens_are_those_of_an_engine_without(build_model: BuildModel) -> None:
             one.load_weights({name: weight.clone() for name, weight in weights.items()})
     assert run(engine, REQUESTS) == run(expected, REQUESTS)
     assert 10 < 2 * replays.num_captures < replays.num_replays
+
+
+def test_what_was_captured_before_buffers_grew_is_not_replayed(build_model: BuildModel) -> None:
+    """One row, then three, for which there is no room, and the one again."""
+    requests = [request(0, 1, 40), request(1, 5, 3), request(2, 7, 3)]
+    engine = TransformersEngine(build_model(), max_batch=4)
+    replays = Replays(engine)
+    engine._captured = CapturedSteps(replays)
+    engine.submit(requests[0])
+    outputs: Outputs = {}
+    for _ in range(8):
+        collect(outputs, engine.step())
+    assert replays.num_replays > 0
+    run(engine, requests[1:], outputs)
+    assert_same(outputs, run(TransformersEngine(build_model(), max_batch=4), requests))
+    assert replays.num_captures == 2
 
 
 def step_of(calls: list[str], name: str) -> Step:
