@@ -100,8 +100,7 @@ class Fleet:
         self._streams = WeightStreams(self._cluster, settings)
         resources.callback(self._models.abandon)
         self._engines.wait_started(self._tell)
-        if settings.output_dir is not None:
-            check_shared(settings.output_dir, self._cluster.elsewhere())
+        check_shared(settings.output_dir, self._cluster.elsewhere())
         if settings.offloads_training:  # from the first update on, a device never holds both
             self._engines.call(GenerationHandle.sleep)
             self.synchronise()
@@ -224,9 +223,8 @@ class Fleet:
         training = self.settings.training
         rounds = prepared(rounds, experience, loss_normalization=training.loss_normalization, units=training.units)
         counts = [one.counts for one in rounds]
-        shape_of = training.layout.shape
         trained = dict.fromkeys(mb for one in rounds for part in one.parts.values() for mb in part.micro_batches)
-        shapes = [shape_of(experience, samples) for samples in trained]
+        shapes = [training.layout.shape(experience, samples) for samples in trained]
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
         plans: Mapping[Counts, Plan] = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
@@ -240,12 +238,8 @@ class Fleet:
             told = shared, ray.put(rounds[piece]), learning_rates[piece], planned
             for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
                 taken += more
-        return step_reports(
-            rounds,
-            results[:: training.tensor_parallel_size],
-            self._planner.placement,
-            partial(drawn_metrics, training.losses, training.layout, experience),
-        )
+        metrics = partial(drawn_metrics, training.losses, training.layout, experience)
+        return step_reports(rounds, results[:: training.tensor_parallel_size], self._planner.placement, metrics)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""

@@ -10,14 +10,14 @@ from typing import Any
 from fuse.workers.calls import Worker
 
 
-def check_shared(directory: Path, elsewhere: Mapping[str, Worker[Any]]) -> None:
+def check_shared(directory: Path | None, elsewhere: Mapping[str, Worker[Any]]) -> None:
     """Write a file there and have a worker of every other host look for it. elsewhere: by host.
 
-    Costs nothing where all workers are on the driver's host.
+    Costs nothing without a directory, and where all workers are on the driver's host.
 
     Raises: ValueError when a host does not see it.
     """
-    if not elsewhere:
+    if directory is None or not elsewhere:
         return
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".shared-", suffix=".tmp") as probe:
