@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import Qwen2Config
 
 from fuse.algorithms.batch import Experience
 from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
@@ -103,7 +104,7 @@ def _difference(ours: Weights, theirs: Weights) -> float:
 
 def _small(setup: Setup) -> Setup:
     """As many layers as ranks, and a float32 that two processes can hold beside each other."""
-    model = type(setup.model)(
+    model = Qwen2Config(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=96, tie_word_embeddings=True, max_position_embeddings=64,
     )  # fmt: skip

@@ -71,10 +71,11 @@ def _sampling_cases(device: torch.device, rows: int, vocab_size: int) -> Iterato
             ours: Sequence[Tensor], theirs: Sequence[Tensor], arguments: tuple[Tensor, ...] = arguments
         ) -> float:
             """By how much tokens fall short of the best with noise, and log-probabilities of the same tokens differ."""
-            logits, temperatures, *keys = arguments
+            logits, temperatures, seeds, sample_ids, positions = arguments
             greedy = (temperatures == 0)[:, None]
             scaled = logits.float() / torch.where(greedy, 1.0, temperatures[:, None])
-            noisy = scaled + sampling.gumbel_noise(*keys, logits.shape[1]).masked_fill_(greedy, 0.0)
+            noise = sampling.gumbel_noise(seeds, sample_ids, positions, logits.shape[1])
+            noisy = scaled + noise.masked_fill_(greedy, 0.0)
             (tokens, logprobs), (best, _) = ours, theirs
             gap = noisy.gather(1, best[:, None]) - noisy.gather(1, tokens[:, None])
             expected = scaled.log_softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
@@ -135,9 +136,9 @@ def _logprob_cases(device: torch.device, num_tokens: int, hidden_size: int, voca
         def reference(
             inputs: tuple[Tensor, Tensor] = (hidden, weight), targets: Tensor = targets
         ) -> tuple[Tensor, ...]:
-            whole = [one.detach().float().requires_grad_() for one in inputs]
-            logprobs, entropies = linear_logprob.linear_logprob_reference(*whole, None, targets, 0.7)
-            grads = torch.autograd.grad(logprobs.sum() - 0.1 * entropies.sum(), whole)
+            hidden, weight = (one.detach().float().requires_grad_() for one in inputs)
+            logprobs, entropies = linear_logprob.linear_logprob_reference(hidden, weight, None, targets, 0.7)
+            grads = torch.autograd.grad(logprobs.sum() - 0.1 * entropies.sum(), (hidden, weight))
             return logprobs, entropies, *grads
 
         yield Case(
