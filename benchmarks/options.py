@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.table import Table
 
-from fuse.benchmarks.checkout import describe_checkout
 from fuse.commands.options import add_numbers
 from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
@@ -75,7 +74,6 @@ def plain_options(arguments: argparse.Namespace, names: Iterable[str]) -> dict[s
 def write_rows(
     arguments: argparse.Namespace, machine: Mapping[str, object], names: Iterable[str], **results: object
 ) -> None:
-    """Write machine, commit, the options of these names and results to `arguments.json`, where it is given."""
+    """Write machine, the options of these names and results to `arguments.json`, where it is given."""
     if arguments.json:
-        options = plain_options(arguments, names)
-        write_json(arguments.json, {"machine": machine, **describe_checkout(), "options": options, **results})
+        write_json(arguments.json, {"machine": machine, "options": plain_options(arguments, names), **results})

@@ -246,11 +246,13 @@ class MegatronStage:
         weight = self._weights[name]
         if weight.shard_dim is None or self._group.size() == 1:
             return shard
-        shards = shard.new_empty(self._group.size(), *shard.shape)
+        size = self._group.size()
+        shards = shard.new_empty(size * shard.shape[0], *shard.shape[1:])
         with communication.naming(f"rank {dist.get_rank()}: gathering the shards of {name}"):
             dist.all_gather_into_tensor(shards, shard.contiguous(), group=self._group)
+        shape = shard.shape
         del shard  # joining by columns makes a second whole one
-        return weight.join(shards)
+        return weight.join(shards.view(size, *shape))
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast is None:

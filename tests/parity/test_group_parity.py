@@ -144,10 +144,10 @@ def reference_that_moves_between_updates_alone(patch: pytest.MonkeyPatch) -> Non
 
 
 def reference_that_forgets_itself(patch: pytest.MonkeyPatch) -> None:
-    def mix(model: Any, state_dict: Any, alpha: float) -> None:
-        state_dict_module.mix_state_dict(model, state_dict, 1.0)
+    def mix(model: Any, tensors: Any, alpha: float) -> None:
+        state_dict_module.mix_tensors(model, tensors, 1.0)
 
-    patch.setattr(model_worker, "mix_state_dict", mix)
+    patch.setattr(model_worker, "mix_tensors", mix)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
+from fuse.workers.weight_taker import WeightTakerHandle
 
 from . import tiny
 
@@ -91,17 +92,17 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     disturbed.generate_completions = after_a_death("completions", disturbed.generate_completions)  # type: ignore[method-assign]
     algorithm = disturbed._algorithm
     disturbed._algorithm = replace(algorithm, estimate=after_a_death("estimate", algorithm.estimate))
-    load = GenerationHandle.load
+    load = WeightTakerHandle.load
     num_loaded: Counter[int] = Counter()
 
-    def load_and_kill(engine: GenerationHandle, parcel: Parcel) -> Any:
+    def load_and_kill(engine: WeightTakerHandle, parcel: Parcel) -> Any:
         num_loaded[disturbed.state.global_step] += 1
         if disturbed.state.global_step == 0 and num_loaded[0] == 6:
             os.kill(engine_of_device_1(disturbed), signal.SIGKILL)
             killed.append("load")
         return load(engine, parcel)
 
-    monkeypatch.setattr(GenerationHandle, "load", load_and_kill)
+    monkeypatch.setattr(WeightTakerHandle, "load", load_and_kill)
     with caplog.at_level(logging.WARNING):
         disturbed.train()
     assert killed == ["load", "completions", "estimate"]

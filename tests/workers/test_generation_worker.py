@@ -26,7 +26,8 @@ from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import GenerationWorker, Progress
 from fuse.workers.kv.transfer import ObjectStoreTransfer
-from fuse.workers.weight_port import WeightSender
+
+from .giving import give
 
 PATIENCE_S = 60.0
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=1_000_000)
@@ -299,35 +300,21 @@ def test_one_driver_follows_many_workers(cluster: Cluster) -> None:
         cluster.kill(engine.worker)
 
 
+WEIGHTS = {f"weight {index}": torch.full((3,), float(index)) for index in range(3)}
+
+
 def test_weights_are_loaded_into_an_empty_engine_only(cluster: Cluster) -> None:
     engine = GenerationHandle.spawn(cluster, 0, partial(ReplayEngine, recordings(1, 1_000_000)), ObjectStoreTransfer)
-    load_weights(engine)
+    give(engine, WEIGHTS)
     engine.submit([request(0)]).result()
     assert [one.finished for one in engine.poll(1000.0).result()] == [True]
-    load_weights(engine)
+    give(engine, WEIGHTS)
     spans = engine.drain_spans().result()
     assert [span.category for span in spans] == ["weights", "generate", "weights"]
     engine.submit([request(1)])
     with pytest.raises(WorkerError, match="ValueError: cannot load weights while 1 samples are in the engine"):
-        load_weights(engine)
+        give(engine, WEIGHTS)
     cluster.kill(engine.worker)
-
-
-def load_weights(engine: GenerationHandle) -> None:
-    """Three of them, in buckets of one."""
-    weights = {f"weight {index}": torch.full((3,), float(index)) for index in range(3)}
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    sender = WeightSender(
-        shapes, iter(weights.items()), torch.float32, torch.device("cpu"), most_bytes=1, is_silent=False
-    )
-    try:
-        (taker,) = engine.takers
-        taker.begin_weights(shapes).result()
-        while (parcel := sender.next(None)) is not None:
-            taker.load(parcel).result()
-        taker.end_weights().result()
-    finally:
-        sender.close()
 
 
 class LoadingEngine(ReplayEngine):

@@ -26,6 +26,7 @@ from fuse.workers.weights import put_state_dict
 from ..engines.conftest import build
 from ..engines.driving import assert_same, run
 from ..engines.test_vllm import REQUESTS
+from .giving import give
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,8 +60,8 @@ def engines(cluster: Cluster) -> Iterator[Engines]:
 def generated(
     engine: GenerationHandle, requests: Sequence[GenerationRequest]
 ) -> dict[int, tuple[list[int], list[float]]]:
-    """As `driving.run` has it."""
-    found: dict[int, tuple[list[int], list[float]]] = {one.sample_id: ([], []) for one in requests}
+    """As `driving.run` has it, with what the requests have already."""
+    found = {one.sample_id: ([*one.response_ids], [*one.logprobs]) for one in requests}
     num_left = len(found)
     while num_left:
         for progress in engine.poll(1.0).result():
@@ -78,16 +79,15 @@ def test_two_devices_generate_the_tokens_of_one(engines: Engines) -> None:
     """Also of a sample that leaves in the middle, with its tokens alone; of new weights; and when a process died."""
     (engine,) = engines.workers
     assert len(set(engines.process_ids)) == 2
-    engine.submit(REQUESTS).result()
+    engine.submit(REQUESTS)
     (departure,) = engine.evict([REQUESTS[0].sample_id], with_kv=True).result()
     assert departure.kv is None
     engine.admit([departure]).result()
-    assert_same(generated(engine, REQUESTS), expected(0, REQUESTS))
+    assert_same(generated(engine, [departure.request, *REQUESTS[1:]]), expected(0, REQUESTS))
 
     few = REQUESTS[5:7]
     engines.call(GenerationHandle.sleep)
-    new = [put_state_dict(model(1).state_dict())]
-    engines.call(lambda one: one.load_weights(new))
+    give(engine, model(1).state_dict(), most_bytes=1 << 16)
     engine.submit(few).result()
     assert_same(generated(engine, few), expected(1, few))
 
