@@ -26,6 +26,7 @@ from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import GenerationWorker, Progress
 from fuse.workers.kv.transfer import ObjectStoreTransfer
+from fuse.workers.weight_port import WeightSender
 
 from .giving import give
 
