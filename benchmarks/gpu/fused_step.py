@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,19 +14,17 @@ from numpy.typing import NDArray
 from transformers import Qwen2Config
 
 from fuse.algorithms.batch import Experience
-from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
-from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
 from fuse.benchmarks.gpu.setup import Row, Setup, random_model, spec_for
 from fuse.benchmarks.peer_process import PeerProcess
 from fuse.benchmarks.training.batches import made_experience
+from fuse.benchmarks.training.settings import SETTINGS
 from fuse.device_clock import clock_of
 from fuse.intrastage import communication
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import place
 from fuse.intrastage.training_schedule import Plan, halved_serial_schedule
 from fuse.trace import SpanRecorder
-from fuse.training.layout import RaggedLayout
-from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.rank import TrainingRank
 from fuse.training.rounds import rounds
 from fuse.training.steps import OptimizerStep
 from schedules.fused.greedy import greedy
@@ -42,21 +39,8 @@ _TIMEOUT_S = 60.0
 
 Weights = Mapping[str, NDArray[np.float32]]
 
-_SETTINGS = TrainingSettings(
-    backend="transformers",
-    split_backward=True,
-    losses={
-        "actor": partial(clipped_policy_loss, temperature=1.0, cliprange=0.2),
-        "critic": partial(clipped_value_loss, vf_coef=0.1, cliprange=0.2),
-    },
-    targets={"actor": PolicyTargets, "critic": ValueTargets},
-    layout=RaggedLayout(),
-    # With such an eps, rounding of the smallest gradients stays rounding of weights.
-    adamw=AdamWConfig(max_grad_norm=1.0, eps=1e-3),
-    autocast=None,
-    gradient_checkpointing=False,
-    timeout_s=_TIMEOUT_S,
-)
+# With such an eps, rounding of the smallest gradients stays rounding of weights.
+_SETTINGS = replace(SETTINGS, adamw=AdamWConfig(max_grad_norm=1.0, eps=1e-3), timeout_s=_TIMEOUT_S)
 
 
 def check(setup: Setup) -> Iterator[Row]:

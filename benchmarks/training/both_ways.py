@@ -16,7 +16,7 @@ from fuse.benchmarks.llama import llama_config
 from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
-from fuse.benchmarks.training.steps import SETTINGS
+from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TimedRound, TrainingWorker
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.opposite import with_opposites

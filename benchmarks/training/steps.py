@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from fuse.algorithms.policy_loss import PolicyTargets, clipped_policy_loss
-from fuse.algorithms.value_loss import ValueTargets, clipped_value_loss
 from fuse.benchmarks.llama import llama_config
 from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, side_of, together
+from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TrainingWorker, Way
 from fuse.intrastage.cost_profile import Profile, merge
-from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import Counts, Replica, place, replicas_of
 from fuse.intrastage.planned_times import PlannedTimes, planned_times
 from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
-from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
-from fuse.training.rank import TrainingSettings
 from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
 from fuse.workers.calls import Worker, gather
@@ -36,21 +31,6 @@ _T = TypeVar("_T")
 _WARMUP = 1
 _CONTEXT = 8192
 _CLASSES = {"actor": LlamaForCausalLM, "critic": LlamaForSequenceClassification}
-
-SETTINGS = TrainingSettings(
-    backend="transformers",
-    split_backward=True,
-    losses={
-        "actor": partial(clipped_policy_loss, temperature=1.0, cliprange=0.2),
-        "critic": partial(clipped_value_loss, vf_coef=0.1, cliprange=0.2),
-    },
-    targets={"actor": PolicyTargets, "critic": ValueTargets},
-    layout=RaggedLayout(),
-    adamw=AdamWConfig(max_grad_norm=1.0),
-    autocast=None,
-    gradient_checkpointing=False,
-    timeout_s=120.0,
-)
 
 
 class Trainers:
