@@ -185,25 +185,12 @@ def release_weights(model: nn.Module) -> None:
             parameter.data = parameter.new_empty(()).expand(parameter.shape)
 
 
-def mix_state_dict(model: nn.Module, weights: Weights, alpha: float) -> None:
-    """Let parameters w become alpha * s + (1 - alpha) * w, for s of their names in `weights`, cast to their types.
-
-    Parameters get tensors of their own, for adopted ones must not be written. Names as in `load_state_dict`.
-
-    Raises:
-        ValueError: names or shapes that do not match; then nothing has changed.
-    """
-    layout = WeightLayout.of(model)
-    layout.check(weights)
-    seen: set[int] = set()  # a tied tensor, which may come under all of its names, is mixed once
-    for name, tensor in WeightStream.of(weights).tensors:
-        if layout.tensors[name] not in seen:
-            seen.add(layout.tensors[name])
-            mix_tensors(model, [(name, tensor)], alpha)
-
-
 def mix_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], alpha: float) -> None:
-    """`mix_state_dict` of some of a model's weights, which have been checked; of tied names one."""
+    """Let parameters w become alpha * t + (1 - alpha) * w, for tensors t of their names, cast to their types.
+
+    Parameters get tensors of their own, for adopted ones must not be written. Pre: names and shapes have been checked,
+    and a tied tensor comes once.
+    """
     own = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in tensors:

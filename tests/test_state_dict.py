@@ -11,12 +11,13 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from fuse.state_dict import (
     WeightLayout,
+    Weights,
     WeightStream,
     adopt_state_dict,
     check_fit,
     check_state_dict,
     load_state_dict,
-    mix_state_dict,
+    mix_tensors,
     release_weights,
     write,
 )
@@ -70,6 +71,12 @@ def test_a_tied_tensor_may_come_under_any_of_its_names(name: str) -> None:
         WeightLayout.of(model).check({"positions": torch.arange(3)})
 
 
+def mix(model: nn.Module, weights: Weights, alpha: float) -> None:
+    """As a model worker does with what comes to it."""
+    WeightLayout.of(model).check(weights)
+    mix_tensors(model, WeightStream.of(weights).tensors, alpha)
+
+
 @pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
 def test_weights_are_mixed_as_trl_mixes_them(name: str) -> None:
     """To the bit, tied ones once, and without writing to what the model had adopted."""
@@ -78,12 +85,12 @@ def test_weights_are_mixed_as_trl_mixes_them(name: str) -> None:
     before = adopted.clone()
     adopt_state_dict(model, {name: adopted, "positions": torch.arange(3)})
     for _ in range(3):
-        mix_state_dict(model, {name: policy.embedding.weight}, 0.3)
+        mix(model, {name: policy.embedding.weight}, 0.3)
         SyncRefModelCallback._sync_target_model(policy, oracle, 0.3)
         assert torch.equal(model.head.weight, oracle.head.weight)
     assert torch.equal(adopted, before)
     with pytest.raises(ValueError, match="is not part of the model"):
-        mix_state_dict(model, {"other": torch.zeros(1)}, 0.5)
+        mix(model, {"other": torch.zeros(1)}, 0.5)
 
 
 def stream(shapes: dict[str, torch.Size], tensors: dict[str, Tensor], read: list[str]) -> WeightStream:
@@ -104,7 +111,7 @@ def test_a_stream_that_does_not_fit_is_refused_before_it_is_read() -> None:
     assert not read
     mixed = stream({"head.weight": torch.Size([5, 2])}, {"head.weight": torch.ones(5, 2)}, read)
     before = model.head.weight.detach().clone()
-    mix_state_dict(model, mixed, 0.5)
+    mix(model, mixed, 0.5)
     assert torch.equal(model.embedding.weight, before.mul(0.5).add_(0.5))
     adopt_state_dict(model, stream({"head.weight": torch.Size([5, 2])}, {"head.weight": torch.ones(5, 2)}, read))
     assert torch.equal(model.embedding.weight, torch.ones(5, 2))

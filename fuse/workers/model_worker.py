@@ -217,7 +217,7 @@ class ModelWorker:
         WeightLayout.of(self._scoring[role]).check(WeightStream(shapes, ()))
 
     def copy(self, role: str, parcel: Parcel, alpha: float | None) -> None:
-        """Have a copy compute with these of its weights; or let it move towards them, as of `mix_state_dict`."""
+        """Have a copy compute with these of its weights; or let it move towards them, as of `mix_tensors`."""
         tensors = self._port.receive(parcel)
         if alpha is None:
             with self._recorder.span(f"load {role}", "weights"):
