@@ -1,7 +1,7 @@
 """Weights after an update, straight from the stages that trained them to whoever computes by them.
 
-The driver asks a stage for a bucket, has every receiver take it in, and asks for the next: one bucket of the run is on
-its way at a time, and the driver itself sees none of it. What carries it follows from where processes are: on the
+The driver asks stages for a bucket each, has every receiver take them in, and asks for the next ones: a device offers
+one bucket at a time, and the driver itself sees none of it. What carries it follows from where processes are: on the
 sender's host the memory of its kind of device (`shared_memory`, `cuda_ipc`), to all other hosts one broadcast.
 """
 
@@ -18,7 +18,7 @@ import torch
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.intrastage.communication import CommunicationError
 from fuse.workers.calls import Future, gather, wait_ended
-from fuse.workers.carriers.parcel import BUCKET_BYTES, Parcel
+from fuse.workers.carriers.parcel import BUCKET_BYTES, Parcel, cut
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle
@@ -69,10 +69,9 @@ class WeightStreams:
         device.
         """
         receivers = _Receivers(dict(engines), may_die=True)
-        parts = self._begin(models, role, dtype)
-        shapes = {name: shape for part in parts for name, shape in part.items()}
+        shapes, num_buckets = self._begin(models, role, dtype)
         receivers.ask(lambda engine: engine.begin_weights(shapes))
-        self._send(models, parts, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
+        self._send(models, num_buckets, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
         receivers.ask(lambda engine: engine.end_weights())
         return receivers.lost
 
@@ -85,45 +84,57 @@ class WeightStreams:
         receivers = _Receivers({device: one for device, one in enumerate(models) if holders[device]}, may_die=False)
         if not receivers.live:
             return
-        parts = self._begin(models, role, torch.float32)
-        shapes = {name: shape for part in parts for name, shape in part.items()}
+        shapes, num_buckets = self._begin(models, role, torch.float32)
         receivers.ask(lambda model: model.begin_copy(copied, shapes))
         self._send(
-            models, parts, f"copies of {copied}", receivers, lambda model, parcel: model.copy(copied, parcel, alpha)
+            models, num_buckets, f"copies of {copied}", receivers, lambda model, one: model.copy(copied, one, alpha)
         )
 
-    def _begin(self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype) -> list[dict[str, torch.Size]]:
-        """Have stages prepare to send; what will come of each device."""
+    def _begin(
+        self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype
+    ) -> tuple[dict[str, torch.Size], dict[int, int]]:
+        """Have stages prepare to send; all that will come, and how many buckets of each device that sends."""
         parts = gather([model.begin_export(role, dtype, BUCKET_BYTES) for model in models])
-        names = [name for part in parts for name in part]
-        assert len(names) == len({*names}), "stages would send the same weight"
-        return parts
+        shapes = {name: shape for part in parts for name, shape in part.items()}
+        assert len(shapes) == sum(map(len, parts)), "stages would send the same weight"
+        return shapes, {device: len(cut(part, dtype, BUCKET_BYTES)) for device, part in enumerate(parts) if part}
 
     def _send(
         self,
         models: Sequence[ModelHandle],
-        parts: Sequence[Mapping[str, torch.Size]],
+        num_buckets: Mapping[int, int],
         to: str,
         receivers: _Receivers[_R],
         give: Callable[[_R, Parcel], Future[None]],
     ) -> None:
-        """Have receivers take in every bucket, stage after stage; devices that share a stage go in step."""
+        """Have receivers take in every bucket. Devices that share a stage go in step."""
         size = self._settings.training.tensor_parallel_size
         try:
-            for device in range(0, len(models), size):
-                group = self._group(device, models[device], to, receivers) if parts[device] else None
-                while parts[device]:
-                    name = None if group is None else group.name
-                    parcel, *_ = gather([model.export_next(name) for model in models[device : device + size]])
-                    if parcel is None:
-                        break
-                    receivers.hand_over(parcel, group, give)
-                    if group is not None and not group.devices <= receivers.live.keys():
-                        self._close(device, to)
-                        group = None
+            for devices in self._turns(num_buckets, receivers):
+                groups = {device: self._group(device, models[device], to, receivers) for device in devices}
+                for index in range(max(num_buckets[device] for device in devices)):
+                    asked = {
+                        device: [model.export_next(_name(group)) for model in models[device : device + size]]
+                        for device, group in groups.items()
+                        if index < num_buckets[device]
+                    }
+                    parcels = {device: gather(exports)[0] for device, exports in asked.items()}
+                    receivers.hand_over(
+                        [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give
+                    )
+                    for device, group in groups.items():
+                        if group is not None and not group.devices <= receivers.live.keys():
+                            self._close(device, to)
+                            groups[device] = None
         finally:
             for model in models:
                 model.end_export()  # nobody waits: one may have died
+
+    def _turns(self, senders: Iterable[int], receivers: _Receivers[_R]) -> list[list[int]]:
+        """Which devices send side by side: all on one host; else one alone, for a member of several groups that
+        broadcast at once could be in them in another order than the others."""
+        one_host = len({self._cluster.host(device) for device in (*senders, *receivers.live)}) == 1
+        return [[*senders]] if one_host else [[device] for device in senders]
 
     # Broadcasts
 
@@ -182,6 +193,10 @@ class WeightStreams:
             _logger.info("%s", line)
 
 
+def _name(group: _Group | None) -> str | None:
+    return None if group is None else group.name
+
+
 class _Receivers(Generic[_R]):
     """Those that still take weights in, by device; and why others do not any more.
 
@@ -205,16 +220,18 @@ class _Receivers(Generic[_R]):
         """Have all do something."""
         self._wait({call(one): frozenset({device}) for device, one in self.live.items()})
 
-    def hand_over(self, parcel: Parcel, group: _Group | None, give: Callable[[_R, Parcel], Future[None]]) -> None:
-        """Have all take a bucket in: those of a group by its broadcast, all others at its address."""
-        far = frozenset[int]() if group is None else group.devices
-        by_group = replace(parcel, address=None, group=None if group is None else group.name)
-        self._wait(
-            {
-                give(one, by_group if device in far else parcel): far if device in far else frozenset({device})
-                for device, one in self.live.items()
-            }
-        )
+    def hand_over(
+        self, parcels: Iterable[tuple[Parcel, _Group | None]], give: Callable[[_R, Parcel], Future[None]]
+    ) -> None:
+        """Have all take buckets in: those of a bucket's group by its broadcast, all others at its address."""
+        calls = {}
+        for parcel, group in parcels:
+            far = frozenset[int]() if group is None else group.devices
+            by_group = replace(parcel, address=None, group=_name(group))
+            for device, one in self.live.items():
+                call = give(one, by_group if device in far else parcel)
+                calls[call] = far if device in far else frozenset({device})
+        self._wait(calls)
 
     def _wait(self, calls: dict[Future[None], frozenset[int]]) -> None:
         """Until all calls have ended, but for those of devices that fail together with one that has failed."""

@@ -92,6 +92,7 @@ class WeightSender:
     ) -> None:
         self._buckets = deque(cut(shapes, dtype, most_bytes))
         self._tensors = tensors
+        self._group: BroadcastGroup | None = None  # of the last bucket
         self._carrier: LocalCarrier | None = None
         if not is_silent:
             self._carrier = CudaIpcCarrier(device) if device.type == "cuda" else SharedMemoryCarrier()
@@ -101,7 +102,7 @@ class WeightSender:
 
         Pre: whoever got the one before has done with it.
         """
-        self._end_last(group)
+        self._end_last()
         bucket = self._buckets.popleft() if self._buckets else ()
         if self._carrier is None:
             for _ in bucket:
@@ -115,10 +116,12 @@ class WeightSender:
         address = self._carrier.offer()
         if group is not None:
             group.send(memory)
+            self._group = group
         return Parcel(bucket, address)
 
     def close(self) -> None:
         """Free what the last bucket holds, whoever still reads it."""
+        self._end_last()
         if self._carrier is not None:
             self._carrier.close()
 
@@ -129,7 +132,8 @@ class WeightSender:
             entry.of(memory).copy_(tensor)
             del tensor  # before the next one is made
 
-    def _end_last(self, group: BroadcastGroup | None) -> None:
+    def _end_last(self) -> None:
+        group, self._group = self._group, None
         if group is not None:
             try:
                 group.finish()

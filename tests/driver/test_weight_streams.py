@@ -1,14 +1,17 @@
-"""Receivers of weights that die: who is dropped with them, and who is not waited for."""
+"""Who sends weights when, and receivers that die: who is dropped with them, and who is not waited for."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from fuse.driver import weight_streams
-from fuse.driver.weight_streams import _Group, _Receivers
+from fuse.driver.weight_streams import WeightStreams, _Group, _Receivers
 from fuse.workers.carriers.parcel import Entry, Parcel
 from fuse.workers.carriers.shared_memory import SharedPages
 from fuse.workers.errors import WorkerError
@@ -59,7 +62,7 @@ def group(*devices: int) -> _Group:
 
 def test_those_on_other_hosts_get_the_broadcast_and_the_rest_the_address() -> None:
     all_well = receivers(Call(), Call(), Call())
-    all_well.hand_over(PARCEL, group(1, 2), Handle.load)
+    all_well.hand_over([(PARCEL, group(1, 2))], Handle.load)
     given = [handle.parcels for handle in all_well.live.values()]
     assert given[0] == [PARCEL]
     assert given[1] == given[2] == [Parcel(PARCEL.bucket, None, "far")]
@@ -69,14 +72,14 @@ def test_those_on_other_hosts_get_the_broadcast_and_the_rest_the_address() -> No
 def test_a_death_drops_those_that_waited_for_the_same_broadcast() -> None:
     """They may never get it, and are not waited for; those of the sender's host go on."""
     dying = receivers(Call(), Call(ends=False), Call(DEATH), Call())
-    dying.hand_over(PARCEL, group(1, 2), Handle.load)
+    dying.hand_over([(PARCEL, group(1, 2))], Handle.load)
     assert dying.live.keys() == {0, 3}
     assert dying.lost == {1: DEATH, 2: DEATH}
 
 
 def test_a_death_beside_a_broadcast_drops_nobody_else() -> None:
     dying = receivers(Call(DEATH), Call(), Call())
-    dying.hand_over(PARCEL, group(1, 2), Handle.load)
+    dying.hand_over([(PARCEL, group(1, 2))], Handle.load)
     assert dying.live.keys() == {1, 2}
     dying.ask(lambda handle: handle.call)
     assert dying.lost == {0: DEATH}
@@ -88,5 +91,67 @@ def test_a_death_beside_a_broadcast_drops_nobody_else() -> None:
 def test_what_is_no_bearable_death_is_raised(error: WorkerError, may_die: bool) -> None:
     failing = receivers(Call(), Call(error), may_die=may_die)
     with pytest.raises(WorkerError) as raised:
-        failing.hand_over(PARCEL, None, Handle.load)
+        failing.hand_over([(PARCEL, None)], Handle.load)
     assert raised.value is error
+
+
+class Sender:
+    """A device that sends one weight in a bucket of its own, and writes down what it is asked."""
+
+    def __init__(self, device: int, said: list[str]) -> None:
+        self.device, self.said = device, said
+
+    def begin_export(self, role: str, dtype: torch.dtype, most_bytes: int) -> Any:
+        return Value({f"weight {self.device}": torch.Size([2])})
+
+    def export_next(self, group: str | None) -> Any:
+        self.said.append(f"export {self.device}")
+        return Value(replace(PARCEL, group=f"of {self.device}"))
+
+    def end_export(self) -> None:
+        self.said.append(f"end {self.device}")
+
+
+class Engine:
+    """Writes down which sender's weights it is given."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def begin_weights(self, shapes: Mapping[str, torch.Size]) -> Call:
+        assert [*shapes] == ["weight 0", "weight 1"]
+        return Call()
+
+    def load(self, parcel: Parcel) -> Call:
+        self.said.append(f"load {parcel.group}")
+        return Call()
+
+    def end_weights(self) -> Call:
+        return Call()
+
+
+@dataclass
+class Value:
+    """Of a call that has ended."""
+
+    value: Any
+
+    def result(self) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+def test_devices_of_one_host_send_side_by_side_and_others_in_turn(
+    is_far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_streams, "gather", lambda futures: [future.result() for future in futures])
+    said: list[str] = []
+    training = SimpleNamespace(tensor_parallel_size=1)
+    cluster: Any = SimpleNamespace(host=lambda device: "far" if is_far and device else "near")
+    streams = WeightStreams(cluster, cast("Any", SimpleNamespace(training=training, accelerator="cpu")))
+    monkeypatch.setattr(WeightStreams, "_group", lambda *arguments: None)
+    senders: Any = [Sender(device, said) for device in range(2)]
+    engines: Any = {0: Engine(said)}
+    assert not streams.to_engines(senders, "actor", torch.float32, engines)
+    together = ["export 0", "export 1", "load of 0", "load of 1"]
+    assert said == [*(sorted(together, key=lambda one: one[-1]) if is_far else together), "end 0", "end 1"]
