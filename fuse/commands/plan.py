@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,9 @@ from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
 from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
+from fuse.driver.size_cut import cut_by_size
 from fuse.engines.limits import num_positions
+from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.roles import role_of, training
@@ -99,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the ledger of the fullest device, whether the run fits, and the largest that does."""
     choices, setups = SCORING_CHOICES[arguments.scoring], _setups(arguments)
-    for setup in (replace(one, scoring=scoring) for scoring in choices for one in setups):  # there is at least one
+    tried = (replace(one, scoring=scoring) for cut in _cuts(setups) for scoring in choices for one in cut)
+    for setup in tried:  # there is at least one
         planned = ledger(setup)
         if planned.fits:
             break
@@ -116,6 +119,13 @@ def _setups(arguments: argparse.Namespace) -> list[MemorySetup]:
     if arguments.bidirectional is None and has_opposites(setup.placement):
         return [setup, replace(setup, placement=without_opposites(setup.placement), is_fused=False)]
     return [setup]
+
+
+def _cuts(setups: list[MemorySetup]) -> Iterator[list[MemorySetup]]:
+    """With even stages; then by size, where that takes less."""
+    yield setups
+    by_size = [replace(one, placement=cut_by_size(one)) for one in setups]
+    yield [one for one, even in zip(by_size, setups, strict=True) if one != even]
 
 
 def _setup(arguments: argparse.Namespace) -> MemorySetup:
@@ -250,6 +260,7 @@ def _figures(planned: Ledger, choices: Sequence[Scoring], positions: int) -> dic
         "host_bytes": planned.host_bytes,
         "scoring": setup.scoring,
         "bidirectional": has_opposites(setup.placement),
+        "layers": {replica.model: _layers(replica, setup) for replica in setup.placement},
         "parameters": {role: model.size.total for role, model in setup.models.items()},
         "fullest_device": planned.fullest_device,
         "devices": [
@@ -260,6 +271,13 @@ def _figures(planned: Ledger, choices: Sequence[Scoring], positions: int) -> dic
             for entries in planned.devices
         ],
     }
+
+
+def _layers(replica: Replica, setup: MemorySetup) -> list[int]:
+    """Of every stage."""
+    num_layers, count = len(setup.models[replica.model].size.layers), len(replica.ranks)
+    ranges = replica.layer_ranges or [even_layer_range(num_layers, stage, count) for stage in range(count)]
+    return [stop - start for start, stop in ranges]
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -282,6 +300,9 @@ def _show(console: Console, planned: Ledger, figures: dict[str, Any]) -> None:
         lines.append(["training, serial / fused", "", "", f"{_gb(planned.serial_bytes)} / {_gb(planned.fused_bytes)}"])
     if figures["bidirectional"]:
         console.print("two opposite replicas of the policy, if that is faster than plain 1F1B", markup=False)
+    if any(replica.layer_ranges for replica in setup.placement):
+        layers = "; ".join(f"{role} {' '.join(map(str, counts))}" for role, counts in figures["layers"].items())
+        console.print(f"stages are cut by size, for even ones do not fit; layers of each: {layers}", markup=False)
     title = f"GB on device {device} of {setup.num_devices}, the fullest; {setup.scoring} scoring"
     console.print(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True))
     memory, spare = setup.device_memory_bytes / _GB, planned.spare_bytes / _GB

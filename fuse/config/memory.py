@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from fuse import roles
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.driver.memory import Ledger, Phase, ledger
+from fuse.driver.memory import Ledger, Phase, fits, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
+from fuse.driver.size_cut import cut_by_size
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import has_opposites
 from fuse.intrastage.placement import Replica
@@ -35,7 +36,7 @@ def within_memory(
 
     On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here.
     Models score whole or in shares, and devices are shared in time, as `config` says, or as it fits. An alternative
-    placement that does not fit beside that is dropped.
+    placement that does not fit beside that is dropped. Where even cuts do not fit, GPUs have them by size, unmeasured.
 
     Raises:
         ValueError: the run does not fit, or a model that is to score in shares cannot be cut.
@@ -60,13 +61,11 @@ def within_memory(
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
         return _shared(replace(settings, alternative=None), models, sharings[0])
-    for sharing in sharings:
-        planned = ledger(replace(setup, **asdict(sharing)), plans_fusion=False)
-        if planned.fits:
-            rival = settings.alternative
-            if rival is not None and not ledger(replace(planned.setup, placement=rival), plans_fusion=False).fits:
-                settings = _without_alternative(settings)
-            return replace(_shared(settings, models, sharing), memory=planned.setup)
+    for cut in _cuts(settings, setup):
+        for sharing in sharings:
+            planned = ledger(replace(setup, placement=cut.placement, **asdict(sharing)), plans_fusion=False)
+            if planned.fits:
+                return replace(_shared(_with_room(cut, planned.setup), models, sharing), memory=planned.setup)
     raise _does_not_fit(planned)
 
 
@@ -109,6 +108,23 @@ def _shared(settings: FleetSettings, models: Mapping[str, PreTrainedModel], shar
         engines_sleep=sharing.engines_sleep,
         offloads_training=sharing.offloads_training,
     )
+
+
+def _cuts(settings: FleetSettings, setup: MemorySetup) -> Iterator[FleetSettings]:
+    """Even cuts first, which measured times may change; then, where other ones take less memory, those."""
+    yield settings
+    placement = cut_by_size(setup)
+    if placement != settings.placement:
+        _logger.info("stages are cut by size: memory has no room for even ones")
+        yield replace(settings, placement=placement, alternative=None, balance=None)
+
+
+def _with_room(settings: FleetSettings, setup: MemorySetup) -> FleetSettings:
+    """Without an alternative for which there is none. setup: of what fits."""
+    rival = settings.alternative
+    if rival is None or fits(setup, rival):
+        return settings
+    return _without_alternative(settings)
 
 
 def _without_alternative(settings: FleetSettings) -> FleetSettings:

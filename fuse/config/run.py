@@ -104,7 +104,9 @@ class RunConfig(TrainingArguments):
     )
     tensor_parallel_size: int = option(1, "Devices that share each stage's matrices; needs train_backend='megatron'.")
     balance_stages: bool = option(
-        True, "Cut models into stages, and run the critic in the direction, that measured times favour; else evenly."
+        True,
+        "Cut models into stages, and run the critic in the direction, that measured times favour; else evenly, "
+        "as in a run of one update.",
     )
     inter_stage_fusion: bool = option(
         True, "Score samples while others are generated, and move long ones together; else stage by stage."

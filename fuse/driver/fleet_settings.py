@@ -76,8 +76,9 @@ class FleetSettings:
         return replace(spec, dtype=torch.float32) if role in self.mixed_roles else spec
 
     def for_updates(self, num_updates: int) -> FleetSettings:
-        """The same for a run that has so many left."""
-        return replace(self, plan=replace(self.plan, num_updates=num_updates))
+        """The same for a run that has so many left. For a single one nothing is measured beforehand."""
+        settings = replace(self, plan=replace(self.plan, num_updates=num_updates))
+        return settings if num_updates > 1 else replace(settings, balance=None, alternative=None)
 
     @property
     def num_replicas(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ there can be. Where a number depends on libraries (contexts, fragmentation), it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -18,6 +18,7 @@ from fuse.driver.training_bytes import fused_peaks, serial_peaks, step_problem
 from fuse.engines.slot_cache import round_up
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.optimizer_shards import largest_share
+from fuse.intrastage.placement import Replica
 from fuse.roles import GENERATING
 from fuse.workers.carriers.parcel import BUCKET_BYTES
 
@@ -96,6 +97,11 @@ class Ledger:
         return self.spare_bytes >= 0
 
 
+def fits(setup: MemorySetup, placement: tuple[Replica, ...]) -> bool:
+    """Whether the run has room with this placement; a schedule of its own is made for what is free then."""
+    return ledger(replace(setup, placement=placement), plans_fusion=False).fits
+
+
 def ledger(setup: MemorySetup, *, plans_fusion: bool = True) -> Ledger:
     """What the run holds.
 
@@ -157,6 +163,7 @@ def _activations(num_bytes: int) -> Entry:
 def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
     """Everything on a device but the micro-batches under way."""
     yield from _trained(setup, device)
+    yield from _exports(setup)
     yield from _scoring(setup, device)
     yield from _engine(setup)
     yield from _working(setup, device)
@@ -188,10 +195,21 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
             setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
         )
         yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, 4 * parameters))
-        if setup.tensor_parallel_size > 1:  # every rank gathers what it exports: two matrices, of two weights each
-            yield Entry(role, "exports", {Phase.GENERATION: min(4 * sum(held), 4 * 4 * size.largest)})
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
         yield Entry(role, "moments", dict.fromkeys(away, moments))
+
+
+def _exports(setup: MemorySetup) -> Iterator[Entry]:
+    """What every rank that shares a stage gathers, of one model after the other: two matrices, of two weights of a
+    layer each, or one embedding, in the type of whoever gets them."""
+    if setup.tensor_parallel_size == 1:
+        return
+    dtypes = {GENERATING: setup.generation_dtype}
+    if setup.scoring == "whole":
+        dtypes |= {role: torch.float32 for role in roles.training(setup.models) if role in roles.scoring(setup.models)}
+    sizes = {role: setup.models[role].size for role in dtypes}
+    most = {role: max(size.largest, 4 * max(map(max, size.tensors[1:-1]), default=0)) for role, size in sizes.items()}
+    yield Entry("training", "exports", {Phase.GENERATION: max(most[role] * dtypes[role].itemsize for role in dtypes)})
 
 
 def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:

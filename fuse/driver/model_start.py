@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
+from fuse.driver.memory import fits
 from fuse.driver.stage_choice import StageChoice
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.opposite import UpdateCosts, has_opposites
@@ -134,7 +135,7 @@ class ModelStart:
         known = store.load()
         if known is not None:
             _logger.info("stages are cut as measured in an earlier run")
-            return known
+            return self._with_room(known)
         self._doing = "measuring a layer and a head of each model"
         profiles = gather([worker.measure_layer_costs(settings.balance, _TICK_S) for worker in self._workers])
         choice = StageChoice(
@@ -147,7 +148,14 @@ class ModelStart:
         )
         stages = self._chosen(choice)
         store.save(stages)
-        return stages
+        return self._with_room(stages)
+
+    def _with_room(self, stages: Measured) -> Measured:
+        """Those, or what is known to fit where they do not."""
+        if self._settings.memory is None or fits(self._settings.memory, stages.placement):
+            return stages
+        _logger.info("stages are cut as planned: memory has no room for the cut that measured times favour")
+        return Measured(self._settings.placement, None)
 
     def _chosen(self, choice: StageChoice) -> Measured:
         asked, alternative = self._settings.placement, self._settings.alternative

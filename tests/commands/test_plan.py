@@ -146,3 +146,21 @@ def test_a_critic_leaves_no_place_for_opposite_replicas(
     assert main(arguments) == 2
     assert "--bidirectional needs --critic-model none" in capsys.readouterr().err
     assert main([*arguments, "--critic-model", "none", "--actor-stages", "1"]) == 2
+
+
+def test_stages_are_cut_by_size_where_even_ones_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With 15 MB less than even ones need."""
+    sizes = {"hidden_size": 128, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1 << 16}
+    config("llama", **sizes, max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    arguments = ("--model", str(tmp_path / "model"), "--ref-model", "none", "--reward-model", "none")
+    even = plan(tmp_path, *arguments, "--scoring", "whole", "--device-memory-gb", "8")
+    assert even["layers"] == {"actor": [4, 4], "critic": [4, 4]}
+    assert "by size" not in capsys.readouterr().out
+    needed = max(even["peak_bytes"]["inference"], even["serial_peak_bytes"]) - RESERVE_SHARE * 8e9
+    most = f"{(needed - 15e6) / (1 - RESERVE_SHARE) / 1e9}"
+    figures = plan(tmp_path, *arguments, "--scoring", "whole", "--device-memory-gb", most)
+    assert figures["fits"]
+    assert figures["layers"] != even["layers"]
+    assert f"by size, for even ones do not fit; layers of each: actor {figures['layers']['actor'][0]} " in (
+        capsys.readouterr().out
+    )

@@ -143,6 +143,30 @@ def test_models_score_in_shares_where_whole_copies_do_not_fit(tmp_path: Path, mo
         chosen(needed["sharded"] - 1000)
 
 
+@pytest.mark.usefixtures("on_gpus")
+def test_stages_are_cut_by_size_where_even_ones_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are not measured, then: what that would favour need not fit."""
+    asked: list[bool] = []
+
+    def made_up(setup: Any, **options: Any) -> Any:
+        asked.append(any(replica.layer_ranges for replica in setup.placement))
+        return real_ledger(replace(setup, device_memory_bytes=10**12 if asked[-1] else 10**9), **options)
+
+    real_ledger = memory.ledger
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: 10**12)
+    monkeypatch.setattr(memory, "ledger", made_up)
+    models = {"vocab_size": 1 << 12, "num_hidden_layers": 6}
+    with caplog.at_level(logging.INFO, logger=memory.__name__):
+        trainer: Any = tiny.trainer(tmp_path, models=models, num_devices=2, scoring="whole", engines_sleep="on")
+    assert asked == [False, False, True], "as it is, with training offloaded, and cut by size"
+    assert "stages are cut by size: memory has no room for even ones" in caplog.text
+    settings = trainer._settings
+    assert settings.placement == settings.memory.placement
+    assert settings.balance is None
+
+
 def test_on_cpus_only_a_critics_copy_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: Any = tiny.trainer(tmp_path / "one")
     actor, critic, reference = (
@@ -228,6 +252,15 @@ def test_whole_replicas_stay_the_default_where_they_fit(tmp_path: Path) -> None:
     assert [replica.ranks for replica in asked._settings.placement] == [(0, 1), (1, 0)]
     evenly: Any = tiny_group.trainer(tmp_path / "evenly", num_devices=2, actor_stages=2, balance_stages=False)
     assert evenly._settings.alternative is None, "nothing is measured that could tell"
+
+
+def test_a_run_of_one_update_measures_nothing_beforehand(tmp_path: Path) -> None:
+    trainer: Any = tiny_group.trainer(tmp_path, num_devices=2, actor_stages=2)
+    several, one = trainer._settings.for_updates(2), trainer._settings.for_updates(1)
+    assert several.balance is not None
+    assert several.alternative is not None
+    assert one.balance is None
+    assert one.alternative is None
 
 
 def test_a_reference_that_is_mixed_is_each_devices_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

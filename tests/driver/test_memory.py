@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from fuse.driver.memory import (
 )
 from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.driver.model_size import ModelSize
+from fuse.driver.size_cut import cut_by_size
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.intrastage.cost_profile import Shape
@@ -391,3 +393,44 @@ def test_opposite_replicas_hold_everything_that_trains_twice(num_devices: int) -
     # Gradients are summed in one piece of memory.
     largest = max(entry.bytes.get(Phase.TRAINING, 0) for entry in both.devices[0] if entry.what == "gradients") // 2
     assert parts(both, "training", "working memory") >= largest
+
+
+def test_cuts_by_size_leave_the_fullest_device_about_as_little_as_any() -> None:
+    """All are tried. A vocabulary takes as much as some layers; one model's head is beside the other's embedding."""
+    config = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "vocab_size": 4096}
+    specs = {"actor": spec(language_model("llama", **config)), "critic": spec(classifier("llama", **config))}
+    setup = setup_of(specs, 3, response_tokens=16, prompt_tokens=16)
+
+    def peak(placement: tuple[Replica, ...]) -> int:
+        return ledger(replace(setup, placement=placement), plans_fusion=False).peak_bytes[Phase.TRAINING]
+
+    cuts = [((0, first), (first, second), (second, 6)) for first in range(1, 5) for second in range(first + 1, 6)]
+    best = min(
+        peak(tuple(replace(one, layer_ranges=ranges[one.model == "critic"]) for one in setup.placement))
+        for ranges in itertools.product(cuts, repeat=2)
+    )
+    even, found = peak(setup.placement), peak(cut_by_size(setup))
+    assert best <= found < even
+    assert found - best < (even - best) / 4
+
+
+def test_a_cut_by_size_that_changes_nothing_is_none() -> None:
+    setup = setup_of({"actor": spec(language_model("llama", num_hidden_layers=2))}, 2)
+    assert cut_by_size(setup) is setup.placement
+
+
+def test_ranks_that_share_stages_export_one_model_at_a_time(seven_billion: MemorySetup) -> None:
+    """In the type of whoever gets it: the policy in bfloat16; to copies the critic, in float32."""
+    placement = place("actor", 4, 4) + place("critic", 4, 4, reverse=True)
+    exported = {
+        scoring: [
+            entry.bytes[Phase.GENERATION]
+            for entry in ledger(
+                replace(seven_billion, placement=placement, tensor_parallel_size=2, scoring=scoring), plans_fusion=False
+            ).devices[0]
+            if (entry.role, entry.what) == ("training", "exports")
+        ]
+        for scoring in ("whole", "sharded")
+    }
+    embedding = 152064 * 3584
+    assert exported == {"whole": [4 * embedding], "sharded": [2 * embedding]}
