@@ -130,11 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
     with run_progress(console, arguments.algorithm.upper()) as progress:
         tell = progress.activity.tell
         tell("starting: Ray")
-        making = Thread(target=import_module, args=("fuse.commands.make_trainer",))  # takes seconds
-        making.start()
         from fuse.config.settings import engine, num_devices
         from fuse.driver.early_start import early_start
 
+        # Takes seconds. Not beside imports above: of two threads that import Ray, one may find half of it.
+        making = Thread(target=import_module, args=("fuse.commands.make_trainer",))
+        making.start()
         config = inputs.config
         with early_start(num_devices(config), config.ray_address, config.accelerator, engine(config)) as cluster:
             making.join()
