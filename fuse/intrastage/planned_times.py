@@ -33,13 +33,19 @@ class PlannedTimes:
 
 
 def planned_times(
-    schedule: Schedule, profile: Profile, names: Sequence[str], shapes: Sequence[Sequence[Shape]]
+    schedule: Schedule,
+    profile: Profile,
+    names: Sequence[str],
+    shapes: Sequence[Sequence[Shape]],
+    *,
+    gap_s: float = 0.0,
 ) -> PlannedTimes:
     """Time a schedule's order with what each of its micro-batches should cost.
 
     The problem's own ticks are not used, so that the order may come from another shape, or from no profile.
 
-    names: by pipeline, what the profile calls it. shapes: by pipeline and micro-batch.
+    names: by pipeline, what the profile calls it. shapes: by pipeline and micro-batch. gap_s: that each operation takes
+        beyond what was measured.
 
     Raises:
         ValueError: the profile lacks a stage, or a backward is split that was measured whole.
@@ -50,7 +56,7 @@ def planned_times(
         shape = shapes[op.pipeline][op.micro_batch]
         key = op.pipeline, op.stage, op.kind, shape
         if key not in known:
-            known[key] = operation_s(profile, names[op.pipeline], op.stage, op.kind, shape)
+            known[key] = gap_s + operation_s(profile, names[op.pipeline], op.stage, op.kind, shape)
         seconds[op] = known[key]
     transfer_s = tuple(
         profile.tick_s * profile.transfer_ticks(name, max(of_pipeline, key=lambda shape: shape.size))

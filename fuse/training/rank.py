@@ -50,7 +50,8 @@ class TrainingSettings:
     losses, targets: by role that trains. layout: what micro-batches are made like.
     autocast: the type to compute in; None for float32.
     timeout_s: a peer that does not answer for so long counts as lost.
-    loss_normalization: as of `Algorithm`. units: of the roles whose micro-batches are regrouped.
+    loss_normalization: as of `Algorithm`. units: of the roles whose micro-batches are regrouped, into at least
+        `least_micro_batches` of a step.
     """
 
     backend: Literal["transformers", "megatron"]
@@ -65,6 +66,7 @@ class TrainingSettings:
     tensor_parallel_size: int = 1
     loss_normalization: LossNormalization = "micro_batch"
     units: Mapping[str, int] = field(default_factory=dict)
+    least_micro_batches: int = 1
 
     def build_stage(
         self,
@@ -208,7 +210,7 @@ class TrainingRank:
         if plan.profile is not None:
             shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
             planned = planned_times(plan.schedule, plan.profile, [name for name, _ in running.pipelines], shapes)
-        elif self._settings.split_backward and not self._observed_models >= one.parts.keys():
+        elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             self._observe_messages(plan.schedule, running, per_pipeline)
             probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in running.stages.items()}
