@@ -23,7 +23,7 @@ from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
-from fuse.intrastage.planned_times import planned_times
+from fuse.intrastage.planned_times import PlannedSteps
 from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -123,6 +123,7 @@ class TrainingRank:
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._observed_models: set[str] = set()
+        self._planned = PlannedSteps(self._rank)
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 replica.model,
@@ -209,7 +210,8 @@ class TrainingRank:
         probes: dict[tuple[int, int], MemoryProbe] = {}
         if plan.profile is not None:
             shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
-            planned = planned_times(plan.schedule, plan.profile, [name for name, _ in running.pipelines], shapes)
+            names = [name for name, _ in running.pipelines]
+            planned = self._planned.times(plan.schedule, plan.profile, names, shapes)
         elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             self._observe_messages(plan.schedule, running, per_pipeline)
