@@ -289,13 +289,14 @@ class TrainingRank:
         arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
         self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
 
-    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
-        """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
+    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]], in_turn: bool = False) -> Profile:
+        """Measure this rank's operations and messages on micro-batches of these samples; in_turn: others then idle."""
         self.offload.bring_all()
         made = [self._micro_batches(experience, samples) for samples in micro_batches]
         per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
-            return measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
+            args = self._rank, self._pipelines, self._stages, per_pipeline, self._communicators
+            return measure(*args, in_turn=in_turn)
 
     def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[str, MicroBatch]:
         made = self._settings.layout.micro_batches(experience, samples, 1.0)
