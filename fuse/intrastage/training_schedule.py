@@ -18,6 +18,7 @@ from schedules.baselines.serial import serial
 from schedules.bounds import makespan_lower_bound
 from schedules.fused.cache import ScheduleCache
 from schedules.fused.greedy import greedy
+from schedules.fused.parts import schedule_in_parts
 
 if TYPE_CHECKING:
     from schedules.fused.solve import Solution
@@ -117,12 +118,20 @@ def fused_schedule(
     schedule = cache.load(problem) if cache is not None else None
     found = "kept from an earlier search"
     if schedule is None:
-        if num_steps is not None:
-            saved_ticks = evaluate(greedy(problem)).makespan - makespan_lower_bound(problem)
-            time_limit_s = min(time_limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
-        solution = solved(problem, time_limit_s, num_workers)
-        schedule = solution.schedule
-        found = f"{solution.makespan_gap:.1%} above the lower bound at most, found in {solution.seconds:.1f} s"
+        solutions: list[Solution] = []
+
+        def search(part: Problem, share: float) -> Schedule:
+            limit_s = time_limit_s
+            if num_steps is not None:
+                saved_ticks = evaluate(greedy(part)).makespan - makespan_lower_bound(part)
+                limit_s = min(limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
+            solutions.append(solved(part, share * limit_s, num_workers))
+            return solutions[-1].schedule
+
+        schedule = schedule_in_parts(problem, search)
+        longest = max(solutions, key=lambda one: one.makespan)
+        seconds = sum(one.seconds for one in solutions)
+        found = f"{longest.makespan_gap:.1%} above the lower bound at most, found in {seconds:.1f} s"
         if cache is not None:
             cache.store(schedule)
     fused = evaluate(schedule)
