@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.benchmarks.lengths import response_lengths, scaled
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.micro_batch_number import TIMES, Work
 from fuse.intrastage.observed import one_of_each
-from fuse.training.regrouping import regrouped
+from fuse.training.regrouping import Dealing, regrouped
 from fuse.training.rounds import Round, StepPart
 
 UNIFORM, MIXED = "uniform", "mixed"
@@ -54,26 +55,40 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Samples with every mix of lengths, and what is trained on them. regroups: by length, see `prepared`."""
+    """Samples with every mix of lengths, and what is trained on them. regroups: by length, see `prepared`.
+
+    chooses_number: of micro-batches, each side the one by which it should train soonest.
+    """
 
     experience: Experience
     tasks: tuple[Task, ...]
     regroups: bool = True
+    chooses_number: bool = True
 
-    def prepared(self, rounds: Sequence[Round]) -> list[Round]:
-        """The rounds as they are trained: an optimizer step's samples are dealt into micro-batches by length."""
+    def prepared(self, rounds: Sequence[Round], times: float = 1.0) -> list[Round]:
+        """The rounds as they are trained: an optimizer step's samples are dealt into micro-batches by length.
+
+        times: as many as were drawn.
+        """
         units = dict.fromkeys(self.experience.targets, 1) if self.regroups else {}
-        return regrouped(rounds, self.experience, units)
+        return regrouped(rounds, self.experience, units, Dealing(times=times))
 
-    def micro_batches(self, task: Task) -> tuple[tuple[int, ...], ...]:
+    def work(self, rounds: Sequence[Round]) -> list[Work]:
+        """What the planner asks of them."""
+        return [
+            Work({role: tuple(map(self.shape, part.micro_batches)) for role, part in one.parts.items()})
+            for one in rounds
+        ]
+
+    def micro_batches(self, task: Task, times: float = 1.0) -> tuple[tuple[int, ...], ...]:
         """Of the task, as they are trained."""
         part = StepPart(micro_batches=task.micro_batches, weights=(1.0,) * len(task.micro_batches), is_last=True)
-        (made,) = self.prepared([Round({"actor": part})])
+        (made,) = self.prepared([Round({"actor": part})], times)
         return made.parts["actor"].micro_batches
 
-    def padding(self, task: Task) -> float:
+    def padding(self, task: Task, times: float = 1.0) -> float:
         """Computed tokens over real ones."""
-        trained = self.micro_batches(task)
+        trained = self.micro_batches(task, times)
         real = sum(self.shape([sample]).size for samples in trained for sample in samples)
         return sum(self.shape(samples).size for samples in trained) / real
 
@@ -83,13 +98,19 @@ class Workload:
         return Shape(len(samples), max(len(experience.prompts[one]) + experience.lengths[one] for one in samples))
 
     def buckets(self) -> list[tuple[int, ...]]:
-        """A micro-batch of each shape to measure on: of each mix the smallest, the middle and the largest."""
-        by_mix: dict[str, dict[Shape, tuple[int, ...]]] = {}
-        for task in self.tasks:
-            by_mix.setdefault(task.lengths, {}).update({self.shape(one): one for one in self.micro_batches(task)})
+        """A micro-batch of each shape to measure on: of each mix the smallest, the middle and the largest.
+
+        And where the number may be larger than was drawn, the smallest of as many as there may be.
+        """
         chosen: dict[Shape, tuple[int, ...]] = {}
-        for of_mix in by_mix.values():
-            chosen |= {shape: of_mix[shape] for shape in one_of_each(list(of_mix))}
+        for lengths in dict.fromkeys(task.lengths for task in self.tasks):
+            tasks = [task for task in self.tasks if task.lengths == lengths]
+            drawn = {self.shape(one): one for task in tasks for one in self.micro_batches(task)}
+            chosen |= {shape: drawn[shape] for shape in one_of_each(list(drawn))}
+            if self.regroups and self.chooses_number:
+                most = {self.shape(one): one for task in tasks for one in self.micro_batches(task, TIMES[-1])}
+                smallest = one_of_each(list(most))[0]
+                chosen[smallest] = most[smallest]
         return list(chosen.values())
 
 
@@ -101,6 +122,7 @@ def load_of(
     sequence_tokens: int,
     vocab_size: int,
     regroups: bool = True,
+    chooses_number: bool = True,
 ) -> Workload:
     """A uniform mix and that of a trace, or a made-up one, with tasks of so many micro-batches as `counts` has.
 
@@ -113,7 +135,7 @@ def load_of(
         UNIFORM: [response_tokens] * num_samples,
         MIXED: scaled_in_groups(response_lengths(path, num_samples), num_sequences, response_tokens),
     }
-    return workload(
+    made = workload(
         mixes,
         counts,
         num_sequences=num_sequences,
@@ -121,6 +143,7 @@ def load_of(
         vocab_size=vocab_size,
         regroups=regroups,
     )
+    return replace(made, chooses_number=chooses_number)
 
 
 def scaled_in_groups(lengths: Sequence[int], num_sequences: int, longest: int) -> list[int]:

@@ -15,13 +15,13 @@ from fuse.algorithms.batch import Experience
 from fuse.benchmarks.llama import llama_config
 from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task, Workload
+from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
 from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TimedRound, TrainingWorker
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, place, replica_micro_batches
-from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
 from fuse.trace import now_s
 from fuse.training.model_spec import ModelSpec
@@ -54,9 +54,14 @@ class BothWaysWorker(TrainingWorker):
             training.load_weights("actor", spec.model_class(spec.config).state_dict())
             self._trainings[name] = training
 
-    def profile_each(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> dict[str, Profile]:
-        """This rank's part of each placement's profile."""
-        profiles = {name: training.profile(experience, micro_batches) for name, training in self._trainings.items()}
+    def profile_each(
+        self, experience: Experience, micro_batches: Sequence[Sequence[int]], in_turn: bool
+    ) -> dict[str, Profile]:
+        """This rank's part of each placement's profile. in_turn: while others idle."""
+        profiles = {
+            name: training.profile(experience, micro_batches, in_turn=in_turn)
+            for name, training in self._trainings.items()
+        }
         self._recorder.drain()
         return profiles
 
@@ -107,30 +112,46 @@ class BothWays:
         spec = ModelSpec(model_class=LlamaForCausalLM, config=config, dtype=torch.float32)
         self._on_all(BothWaysWorker.place_each, spec, self._placements)
 
-    def profiles(self, load: Workload) -> dict[str, Profile]:
-        """What every stage costs on micro-batches of all kinds, by placement."""
-        of_ranks = self._on_all(BothWaysWorker.profile_each, load.experience, load.buckets())
+    def profiles(self, load: Workload, *, in_turn: bool = False) -> dict[str, Profile]:
+        """What every stage costs on micro-batches of all kinds, by placement. in_turn: on one rank at a time."""
+        of_ranks = self._on_all(BothWaysWorker.profile_each, load.experience, load.buckets(), in_turn)
         return {name: merge(of_rank[name] for of_rank in of_ranks) for name in self._placements}
 
     def row(
-        self, load: Workload, task: Task, profiles: Mapping[str, Profile], layers: int, *, repeats: int, solve_s: float
+        self,
+        load: Workload,
+        task: Task,
+        profiles: Mapping[str, Profile],
+        alone: Mapping[str, Profile],
+        layers: int,
+        *,
+        repeats: int,
+        solve_s: float,
     ) -> Row:
         """Take the task's step in both placements, in turn. The row is of `row_of`: serial is plain 1F1B.
 
-        predicted_ratio: each side's planned operations with its own measured sums of gradients and optimizer.
+        predicted_ratio: each side's planned operations with its own measured setup, sums of gradients and optimizer.
         """
-        sides = self._sides(load, task, profiles, repeats=repeats, solve_s=solve_s)
+        sides = self._sides(load, task, profiles, alone, repeats=repeats, solve_s=solve_s)
         plain, both = sides[PLAIN], sides[BOTH]
         tokens = [load.shape(samples).size for samples in load.micro_batches(task)]
         row = row_of(BOTH, {"actor": layers, "critic": 0}, task, tokens, plain, both, padding=load.padding(task))
-        predicted = (plain["planned_ms"] + plain["optimizer_ms"]) / (both["planned_ms"] + both["optimizer_ms"])
+        plain_ms, both_ms = (one["planned_ms"] + one["setup_ms"] + one["optimizer_ms"] for one in (plain, both))
+        predicted = plain_ms / both_ms
         return row | {
             "predicted_ratio": predicted,
             "gain_share": (row["ratio"] - 1) / (predicted - 1) if predicted != 1 else 1.0,
         }
 
     def _sides(
-        self, load: Workload, task: Task, profiles: Mapping[str, Profile], *, repeats: int, solve_s: float
+        self,
+        load: Workload,
+        task: Task,
+        profiles: Mapping[str, Profile],
+        alone: Mapping[str, Profile],
+        *,
+        repeats: int,
+        solve_s: float,
     ) -> dict[str, Side]:
         count = len(task.micro_batches)
         shapes = [load.shape(samples) for samples in load.micro_batches(task)]
@@ -147,7 +168,8 @@ class BothWays:
         for name, schedule in schedules.items():
             replicas = self._placements[name]
             dealt = [[shapes[i] for i in replica_micro_batches(count, len(replicas), one.index)] for one in replicas]
-            planned = planned_times(schedule, profiles[name], [one.name for one in replicas], dealt)
+            names = [one.name for one in replicas]
+            planned = contended_times(schedule, profiles[name], alone[name], names, dealt)
             by_repeat = zip(*(steps[name] for steps in by_rank), strict=True)
             sides[name] = medians([side_of(schedule, planned, ranks) for ranks in by_repeat])
         return sides

@@ -4,7 +4,8 @@ Random Llamas take real PPO steps on the CPU, by the serial and by the fused sch
 sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
 plan said, and what explains the difference. With --critic-epochs N the critic takes N steps for one of the actor, whose
 micro-batches fused steps deal evenly over them. A step's samples are dealt into micro-batches by length, for both
-schedules alike; --as-drawn leaves that out.
+schedules alike, and for each into as many as should train soonest by it; --drawn-number keeps their number, --as-drawn
+the micro-batches that were drawn.
 
 --bidirectional trains the actor alone, of two layers per device: in two opposite replicas against plain 1F1B.
 
@@ -34,7 +35,7 @@ LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 _VOCAB_SIZE = 512
 _OPTIONS = (
     "devices", "repeats", "sizes", "micro_batches", "critic_epochs", "lengths", "tokens", "sequences", "hidden",
-    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional", "as_drawn",
+    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional", "as_drawn", "drawn_number",
 )  # fmt: skip
 
 
@@ -68,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-drawn", action="store_true", help="leave micro-batches as they are drawn, in place of dealt by length"
     )
+    parser.add_argument(
+        "--drawn-number", action="store_true",
+        help="train as many micro-batches as were drawn, in place of as many as should train soonest",
+    )  # fmt: skip
     parser.add_argument("--hidden", type=int, default=256, metavar="N", help="hidden size of both (default: 256)")
     parser.add_argument(
         "--solve-seconds", type=float, default=2.0, metavar="S", help="for each fused schedule, at most (default: 2)"
@@ -124,8 +129,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--bidirectional trains no critic, and --sizes are of actor and critic: leave one of them out")
     if arguments.emulate is not None and arguments.critic_epochs > 1:
         raise ValueError("--critic-epochs is of real training, and --emulate's problems have their own: leave it out")
-    if arguments.emulate is not None and arguments.as_drawn:
-        raise ValueError("--as-drawn is of real training, and --emulate's problems have no samples: leave it out")
+    for name in ("as_drawn", "drawn_number"):
+        if arguments.emulate is not None and getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is of real training, and --emulate's problems have no samples: leave it out")
     if arguments.emulate is not None and arguments.profile_only:
         raise ValueError("--profile-only measures and --emulate does not compute: choose one of them")
 
@@ -141,6 +148,7 @@ def _load(arguments: argparse.Namespace) -> Workload:
         sequence_tokens=arguments.tokens // arguments.sequences,
         vocab_size=_VOCAB_SIZE,
         regroups=not arguments.as_drawn,
+        chooses_number=not (arguments.as_drawn or arguments.drawn_number or arguments.bidirectional),
     )
 
 
@@ -165,19 +173,32 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
             if arguments.profile_only:
                 console.print(tables.profile_table(sizes, profile))
                 continue
+            alone = trainers.profile(load, in_turn=True)
             for task in load.tasks:
                 critic_epochs: int = arguments.critic_epochs
-                sides = trainers.compare(
+                sides, times = trainers.compare(
                     load,
                     task,
                     profile,
+                    alone,
                     repeats=arguments.repeats,
                     solve_s=arguments.solve_seconds,
                     critic_epochs=critic_epochs,
                 )
-                tokens = [load.shape(samples).size for samples in load.micro_batches(task)]
-                padding = load.padding(task)
-                rows.append(row_of(sizes, layers, task, tokens, *sides, padding=padding, critic_epochs=critic_epochs))
+                trained = {side: load.micro_batches(task, times[side]) for side in sides}
+                rows.append(
+                    row_of(
+                        sizes,
+                        layers,
+                        task,
+                        [load.shape(samples).size for samples in trained["fused"]],
+                        sides["serial"],
+                        sides["fused"],
+                        padding=load.padding(task, times["fused"]),
+                        critic_epochs=critic_epochs,
+                        num_trained={side: len(of_side) for side, of_side in trained.items()},
+                    )
+                )
                 print(f"[{len(rows)}/{total}] {tables.line(rows[-1])}", flush=True)
     if rows:
         console.print(tables.steps_table(rows))
@@ -197,10 +218,10 @@ def _train_both_ways(arguments: argparse.Namespace) -> dict[str, object]:
         print("measuring operations ...", file=sys.stderr, flush=True)
         trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
         profiles = trainers.profiles(load)
+        alone = profiles if arguments.profile_only else trainers.profiles(load, in_turn=True)
+        repeats, solve_s = arguments.repeats, arguments.solve_seconds
         for task in load.tasks if not arguments.profile_only else ():
-            rows.append(
-                trainers.row(load, task, profiles, layers, repeats=arguments.repeats, solve_s=arguments.solve_seconds)
-            )
+            rows.append(trainers.row(load, task, profiles, alone, layers, repeats=repeats, solve_s=solve_s))
             print(f"[{len(rows)}/{len(load.tasks)}] {tables.line(rows[-1])}", flush=True)
     if arguments.profile_only:
         for name, profile in profiles.items():

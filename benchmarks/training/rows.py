@@ -79,19 +79,21 @@ def row_of(
     *,
     padding: float,
     critic_epochs: int = 1,
+    num_trained: Mapping[str, int] | None = None,
 ) -> Row:
     """What a setting came to. layers: of each model. tokens: of each micro-batch, padding included.
 
     padding: computed tokens over real ones.
     critic_epochs: optimizer steps of the critic for one of the actor.
+    num_trained: micro-batches of both sides, where these are not as many as were drawn.
 
     A gain is a ratio less one; gain_share: the measured one over the predicted one.
-    predicted_ratio: of the planned operations, with the optimizer's measured time added to both sides.
+    predicted_ratio: of the planned operations, with what comes before and after them, as measured, added to both sides.
     why: empty where fused was faster and had 90 % of the predicted gain; else what kept it from its plan most.
     """
-    optimizer_ms = statistics.mean((serial["optimizer_ms"], fused["optimizer_ms"]))
+    around_ms = statistics.mean(one["setup_ms"] + one["optimizer_ms"] for one in (serial, fused))
     ratio = serial["step_ms"] / fused["step_ms"]
-    predicted = (serial["planned_ms"] + optimizer_ms) / (fused["planned_ms"] + optimizer_ms)
+    predicted = (serial["planned_ms"] + around_ms) / (fused["planned_ms"] + around_ms)
     gain_share = (ratio - 1) / (predicted - 1) if predicted != 1 else 1.0
     return {
         "setting": f"{sizes} {task.lengths} {len(task.micro_batches)}" + (f" x{critic_epochs}" * (critic_epochs > 1)),
@@ -99,6 +101,7 @@ def row_of(
         "critic_layers": layers["critic"],
         "lengths": task.lengths,
         "num_micro_batches": len(task.micro_batches),
+        "num_trained": num_trained or dict.fromkeys(("serial", "fused"), len(task.micro_batches)),
         "critic_epochs": critic_epochs,
         "micro_batch_tokens": tokens,
         "padding": padding,

@@ -11,12 +11,14 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from fuse.benchmarks.llama import llama_config
 from fuse.benchmarks.training.batches import Task, Workload
+from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, side_of, together
 from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TrainingWorker, Way
 from fuse.intrastage.cost_profile import Profile, merge
-from fuse.intrastage.placement import Counts, Replica, place, replicas_of
-from fuse.intrastage.planned_times import PlannedTimes, planned_times
+from fuse.intrastage.micro_batch_number import Work, median_gap_s, soonest
+from fuse.intrastage.placement import place, replicas_of
+from fuse.intrastage.planned_times import PlannedTimes
 from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rounds import Round, rounds
@@ -68,41 +70,52 @@ class Trainers:
         }
         self._on_all(TrainingWorker.place, specs, self._placement)
 
-    def profile(self, load: Workload) -> Profile:
-        """What every stage costs on micro-batches of all kinds."""
-        return merge(self._on_all(TrainingWorker.profile, load.experience, load.buckets()))
+    def profile(self, load: Workload, *, in_turn: bool = False) -> Profile:
+        """What every stage costs on micro-batches of all kinds. in_turn: on one rank while the others idle."""
+        return merge(self._on_all(TrainingWorker.profile, load.experience, load.buckets(), in_turn))
 
     def compare(
         self,
         load: Workload,
         task: Task,
         profile: Profile,
+        alone: Profile,
         *,
         repeats: int,
         solve_s: float,
         critic_epochs: int = 1,
-    ) -> tuple[Side, Side]:
-        """Take the task's step by serial and by fused schedules, in turn; the critic takes it `critic_epochs` times."""
+    ) -> tuple[dict[str, Side], dict[str, float]]:
+        """Take the task's step by serial and by fused schedules, in turn; the critic takes it `critic_epochs` times.
+
+        profile, alone: costs while all ranks compute, by which steps are planned, and while the others idle.
+
+        Returns both sides, and how many times as many micro-batches as were drawn each trained in.
+        """
         step = OptimizerStep(micro_batches=task.micro_batches, weight=1 / len(task.micro_batches))
         steps = {"actor": [step], "critic": [step] * critic_epochs}
-        shapes = sorted(map(load.shape, load.micro_batches(task)), key=lambda shape: shape.size)
-        middle = shapes[len(shapes) // 2]
 
-        def fused(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
-            return fused_schedule(profile, replicas, counts, middle, time_limit_s=solve_s)
+        def fused(work: Work) -> Schedule:
+            replicas = replicas_of(self._placement, work.counts)
+            return fused_schedule(profile, replicas, work.counts, work.typical, time_limit_s=solve_s)
 
-        schedulers: dict[str, Callable[[tuple[Replica, ...], Counts], Schedule]]
-        schedulers = {"serial": serial_schedule, "fused": fused}
+        def serial(work: Work) -> Schedule:
+            return serial_schedule(replicas_of(self._placement, work.counts), work.counts)
+
+        drawn = {name: rounds(steps, dict.fromkeys(steps, 1), is_fused=name == "fused") for name in ("serial", "fused")}
+        gap_s = self._gap_s(load, drawn["serial"], serial) if load.chooses_number else 0.0
         ways: dict[str, Way] = {}
-        for side, schedule in schedulers.items():
-            of_side = load.prepared(rounds(steps, dict.fromkeys(steps, 1), is_fused=side == "fused"))
-            counts = dict.fromkeys(one.counts for one in of_side)
-            plans = {one: Plan(schedule(replicas_of(self._placement, one), one), profile) for one in counts}
+        times: dict[str, float] = {}
+        for side, schedule in {"serial": serial, "fused": fused}.items():
+            times[side] = self._times(load, drawn[side], profile, schedule, gap_s) if load.chooses_number else 1.0
+            of_side = load.prepared(drawn[side], times[side])
+            plans = {
+                one.counts: Plan(schedule(work), profile) for one, work in zip(of_side, load.work(of_side), strict=True)
+            }
             ways[side] = [(one, plans[one.counts]) for one in of_side]
         by_rank = self._on_all(TrainingWorker.alternate, load.experience, ways, repeats, _WARMUP)
         sides = {}
         for side, way in ways.items():
-            planned = [self._planned(load, profile, one, plan) for one, plan in way]
+            planned = [self._planned(load, profile, alone, one, plan) for one, plan in way]
             by_repeat = zip(*(timed[side] for timed in by_rank), strict=True)
             sides[side] = medians(
                 [
@@ -116,12 +129,33 @@ class Trainers:
                     for of_ranks in by_repeat
                 ]
             )
-        return sides["serial"], sides["fused"]
+        return sides, times
 
-    def _planned(self, load: Workload, profile: Profile, one: Round, plan: Plan) -> PlannedTimes:
+    def _gap_s(self, load: Workload, drawn: Sequence[Round], schedule: Callable[[Work], Schedule]) -> float:
+        """What lies between two operations, from a step of which nothing else is kept."""
+        of_step = load.prepared(drawn)
+        way = [(one, Plan(schedule(work))) for one, work in zip(of_step, load.work(of_step), strict=True)]
+        by_rank = self._on_all(TrainingWorker.alternate, load.experience, {"serial": way}, 1, 0)
+        return median_gap_s([span for of_rank in by_rank for one in of_rank["serial"][0] for span in one.spans])
+
+    def _times(
+        self,
+        load: Workload,
+        drawn: Sequence[Round],
+        profile: Profile,
+        schedule: Callable[[Work], Schedule],
+        gap_s: float,
+    ) -> float:
+        def works(times: float) -> list[Work]:
+            return load.work(load.prepared(drawn, times))
+
+        least_tokens = min(one.shape.size for one in profile.stages)
+        return soonest(works, profile, self._placement, schedule, least_tokens=least_tokens, gap_s=gap_s)
+
+    def _planned(self, load: Workload, profile: Profile, alone: Profile, one: Round, plan: Plan) -> PlannedTimes:
         replicas = replicas_of(self._placement, one.counts)
         shapes = [[load.shape(samples) for samples in one.parts[replica.model].micro_batches] for replica in replicas]
-        return planned_times(plan.schedule, profile, [replica.name for replica in replicas], shapes)
+        return contended_times(plan.schedule, profile, alone, [replica.name for replica in replicas], shapes)
 
     def _on_all(
         self, method: Callable[Concatenate[TrainingWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs

@@ -47,6 +47,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
     """One line per setting."""
     columns = {
         "setting": "{setting}",
+        "trained": "{num_trained[serial]} {num_trained[fused]}",
         "pad": "{padding:.2f}",
         "serial": "{serial_ms:.0f}",
         "fused": "{fused_ms:.0f}",
@@ -57,7 +58,8 @@ def steps_table(rows: Sequence[Row]) -> Table:
         "lost": "{fused[transfer_share]:.0%} {overhead_share:.1%}",
     }
     caption = (
-        "pad: computed tokens over real ones; gain: share of the plan's; bubbles: of serial steps, of fused ones, "
+        "trained: micro-batches of serial and of fused steps; pad: computed tokens over real ones, in fused ones; "
+        "gain: share of the plan's; bubbles: of serial steps, of fused ones, "
         "of the fused plan; lost: to waiting for messages already made, to overhead"
     )
     return rows_table(rows, columns, title="Steps of actor and critic, ms", caption=caption)

@@ -60,9 +60,9 @@ class TrainingWorker:
             torch.manual_seed(0)
             self._training.load_weights(model, spec.model_class(spec.config).state_dict())
 
-    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
-        """This rank's part of the profile on these micro-batches, one of each shape."""
-        profile = self._training.profile(experience, micro_batches)
+    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]], in_turn: bool) -> Profile:
+        """This rank's part of the profile on these micro-batches, one of each shape. in_turn: while others idle."""
+        profile = self._training.profile(experience, micro_batches, in_turn=in_turn)
         self._recorder.drain()
         return profile
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from fuse.config.inherited import check_inherited
+from fuse.config.processor import multiplies_bfloat16
 from fuse.driver.mixing import Mixing
 
 _logger = logging.getLogger(__name__)
@@ -34,15 +34,6 @@ def either(names: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True  # not known to be slow
-    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
-
-
 @dataclass
 class RunConfig(TrainingArguments):
     """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
@@ -57,6 +48,7 @@ class RunConfig(TrainingArguments):
 
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_devices", "actor_stages"),
+        "num_micro_batches",
         *("engine_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
         *("generation_cache_bytes", "generation_tensor_parallel_size"),
     )
@@ -132,6 +124,11 @@ class RunConfig(TrainingArguments):
         None,
         "Deal an optimizer step's samples into micro-batches of similar length, with every token's weight in the loss "
         "what it was: gradients and metrics stay as they are, to rounding, and less is padded. Default: yes.",
+    )
+    num_micro_batches: int | None = option(
+        None,
+        "Micro-batches that an optimizer step's samples are dealt into, no fewer than per_device_train_batch_size "
+        "makes; 1: those. Default: for pipelines as many as should train soonest, by measured times, else those.",
     )
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "What generates: transformers, or vLLM where it is installed. Tokens are the same."
@@ -230,7 +227,7 @@ class RunConfig(TrainingArguments):
             self.bf16 = has_gpu and torch.cuda.is_bf16_supported()
         if self.bf16 and not has_gpu:
             self.use_cpu = True  # transformers allows bfloat16 on CPUs where they are asked for by name
-            if not _multiplies_bfloat16():
+            if not multiplies_bfloat16():
                 _logger.warning(
                     "bf16=True on a CPU without bfloat16 arithmetic (AVX-512 BF16 or AMX), slower than float32 "
                     "there: leave it out"

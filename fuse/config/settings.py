@@ -53,7 +53,8 @@ def fleet_settings(
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
-            not installed, or shares of an engine that it or the actor cannot be cut into.
+            not installed, or shares of an engine that it or the actor cannot be cut into, or a number of micro-batches
+            where these are not dealt.
     """
     count = num_devices(config)
     num_ranks, rest = divmod(count, config.tensor_parallel_size)
@@ -62,6 +63,12 @@ def fleet_settings(
             f"tensor_parallel_size={config.tensor_parallel_size} does not divide num_devices={count}: choose a divisor"
         )
     check_generation(config, count, actor)
+    units = algorithm.units if config.regroups else {}
+    if config.num_micro_batches is not None and not units:
+        raise ValueError(
+            f"num_micro_batches={config.num_micro_batches}, but micro-batches are trained as they are drawn, for "
+            "regroup_micro_batches=False, trl_quirks=True or top_entropy_quantile below 1: leave one of them out"
+        )
     inference_batch_tokens = config.inference_batch_tokens or _INFERENCE_BATCH_TOKENS[config.accelerator]
     placement = tuple(
         replica
@@ -78,7 +85,8 @@ def fleet_settings(
         tensor_parallel_size=config.tensor_parallel_size,
         losses=algorithm.losses,
         loss_normalization=algorithm.loss_normalization,
-        units=algorithm.units if config.regroups else {},
+        units=units,
+        least_micro_batches=config.num_micro_batches or 1,
         targets=algorithm.targets,
         layout=layout,
         adamw=AdamWConfig(
@@ -132,6 +140,9 @@ def fleet_settings(
             memory_limit_bytes=config.activation_memory_bytes,
             replan_drift=config.replan_drift,
             directory=Path(str(config.output_dir)) / "plan",
+            chooses_number=bool(units)
+            and config.num_micro_batches is None
+            and any(len(set(replica.ranks)) > 1 for replica in (*placement, *(alternative or ()))),
         ),
         rollout=RolloutSettings(
             policy=config.migration_policy,

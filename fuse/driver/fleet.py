@@ -19,6 +19,7 @@ from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
 from fuse.driver.memory import free_for_micro_batches
+from fuse.driver.micro_batch_number import dealt, shapes_of
 from fuse.driver.mixing import Mixing
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
@@ -37,7 +38,7 @@ from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.model_spec import ModelSpec
-from fuse.training.regrouping import drawn_metrics, prepared
+from fuse.training.regrouping import drawn_metrics
 from fuse.training.rounds import RankRound, Round, step_reports, unfused_counts
 from fuse.training.state import check_saved
 from fuse.training.steps import StepReport
@@ -221,10 +222,9 @@ class Fleet:
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
         training = self.settings.training
-        rounds = prepared(rounds, experience, loss_normalization=training.loss_normalization, units=training.units)
+        rounds = dealt(rounds, experience, training, self._planner, self._free_bytes)
         counts = [one.counts for one in rounds]
-        trained = dict.fromkeys(mb for one in rounds for part in one.parts.values() for mb in part.micro_batches)
-        shapes = [training.layout.shape(experience, samples) for samples in trained]
+        shapes = shapes_of(rounds, experience, training.layout)
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
         plans: Mapping[Counts, Plan] = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))

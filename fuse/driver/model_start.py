@@ -16,6 +16,7 @@ from fuse.driver.memory import fits
 from fuse.driver.stage_choice import StageChoice
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.opposite import UpdateCosts, has_opposites
+from fuse.intrastage.search_time import SearchTime
 from fuse.intrastage.stage_balance import LayerCosts
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
@@ -145,6 +146,7 @@ class ModelStart:
             is_fused=settings.plan.fused,
             tensor_parallel_size=settings.training.tensor_parallel_size,
             tick_s=_TICK_S,
+            within=SearchTime(settings.plan.time_limit_s),
         )
         stages = self._chosen(choice)
         store.save(stages)

@@ -10,10 +10,14 @@ from fuse.driver.model_size import ModelSize
 from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Counts, Replica, describe, share_ranks
+from fuse.intrastage.search_time import SearchTime
 from fuse.intrastage.stage_balance import LayerCosts, balance_stages, predicted_step_s, unfused_stages
 from fuse.training.model_spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
+
+_FUSED_SHARE = 0.75
+"""Of the time, for the stages to train in; the rest is for those of training without fusion, which reports name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,7 @@ class StageChoice:
     """Cuts placements of the models that train.
 
     specs, costs: by role. tick_s: that the costs count in. is_fused: replicas that share ranks train at once.
-    tensor_parallel_size: devices that share a stage.
+    tensor_parallel_size: devices that share a stage. within: for all searches together.
     """
 
     specs: Mapping[str, ModelSpec]
@@ -30,17 +34,24 @@ class StageChoice:
     is_fused: bool
     tensor_parallel_size: int
     tick_s: float
+    within: SearchTime
 
     def cut(self, placement: tuple[Replica, ...]) -> Measured:
         """The placement with the layers of each stage, and the directions, that train soonest."""
+        return self._cut(placement, self.within)
+
+    def _cut(self, placement: tuple[Replica, ...], within: SearchTime) -> Measured:
         layers = {role: spec.num_layers for role, spec in self.specs.items()}
         asked = self.costs, placement, layers, self.num_micro_batches
         is_fused = self._is_fused(placement)
-        unfused = unfused_stages(*asked, tick_s=self.tick_s) if is_fused else None
-        return Measured(balance_stages(*asked, is_fused=is_fused, tick_s=self.tick_s), None, unfused)
+        balanced = balance_stages(*asked, is_fused=is_fused, tick_s=self.tick_s, within=within.part(_FUSED_SHARE))
+        unfused = unfused_stages(*asked, tick_s=self.tick_s, within=within) if is_fused else None
+        return Measured(balanced, None, unfused)
 
-    def cut_with_update(self, placement: tuple[Replica, ...], costs: UpdateCosts) -> Measured:
-        """As `cut`, and what optimizer steps take."""
+    def cut_with_update(
+        self, placement: tuple[Replica, ...], costs: UpdateCosts, within: SearchTime | None = None
+    ) -> Measured:
+        """As `cut`, and what optimizer steps take. within: a part of the time."""
         sizes = {role: ModelSize.of(spec) for role, spec in self.specs.items()}
 
         def update_s(stages: tuple[Replica, ...]) -> float:
@@ -51,7 +62,7 @@ class StageChoice:
                 parameters[replica.model] = [share * each for each in size.stages(replica)]
             return costs.seconds(stages, parameters)
 
-        made = self.cut(placement)
+        made = self._cut(placement, within or self.within)
         unfused = made.unfused and replace(made.unfused, update_s=update_s(made.unfused.placement))
         return replace(made, unfused=unfused, update_s=update_s(made.placement))
 
@@ -60,7 +71,8 @@ class StageChoice:
 
         Messages between stages are left out; a step has as many either way.
         """
-        plain_stages, opposite_stages = (self.cut_with_update(one, costs) for one in (plain, opposite))
+        plain_stages = self.cut_with_update(plain, costs, self.within.part(0.5))
+        opposite_stages = self.cut_with_update(opposite, costs)
         plain_s, opposite_s = self._step_s(plain_stages), self._step_s(opposite_stages)
         is_sooner = opposite_s < plain_s
         _logger.info(

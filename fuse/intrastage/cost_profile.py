@@ -6,6 +6,7 @@ problems from it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -69,9 +70,8 @@ class Profile:
 
     def __post_init__(self) -> None:
         for costs in (self.stages, self.transfers):
-            keys = [_key(cost) for cost in costs]
-            for pipeline, stage, shape in keys:
-                if keys.count((pipeline, stage, shape)) > 1:
+            for (pipeline, stage, shape), count in Counter(map(_key, costs)).items():
+                if count > 1:
                     raise ValueError(
                         f"profile: stage {stage} of {pipeline} was measured twice on {shape}: give each to one rank"
                     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fuse.intrastage.communication import PipelineCommunicators
@@ -30,6 +31,7 @@ def measure(
     tick_s: float = 1e-5,
     times_only: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    in_turn: bool = False,
 ) -> Profile:
     """This rank's stages, and the messages it starts; all ranks call this at once, so that they contend as in training.
 
@@ -39,6 +41,7 @@ def measure(
     repeats: times are medians over so many, after one that warms up.
     times_only: memory is left out; a backward that can be split runs in halves only, whose sum is then its time.
     clock: seconds that stages are timed in; `time.process_time` where others use the core meanwhile.
+    in_turn: one rank after the other computes, so that none contends.
 
     Parameters stay as they are, and have no gradients afterwards.
 
@@ -56,11 +59,16 @@ def measure(
         )
     ]
     costs: list[StageCosts] = []
+    turns = range(1 + max(max(ranks) for _, ranks in pipelines)) if in_turn else ()
+    for _ in itertools.takewhile(lambda turn: turn < rank, turns):
+        dist.barrier()
     for (number, stage), held in sorted(stages.items(), key=lambda item: item[0]):
         name, ranks = pipelines[number]
         for micro_batch in micro_batches[number]:
             bench = _Bench(held, micro_batch, clock, has_previous=stage > 0, has_next=stage < len(ranks) - 1)
             costs.append(bench.costs(name, stage, repeats, tick_s, times_only=times_only))
+    for _ in turns[rank:]:
+        dist.barrier()
     return Profile(tick_s=tick_s, stages=tuple(costs), transfers=tuple(transfers))
 
 

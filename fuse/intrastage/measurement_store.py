@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Measured:
     unfused: the stages that training one model after the other would have, and what they would cost; None where that
     would have the same ones.
     update_s: seconds of an optimizer step in these stages after its last micro-batch; None where nobody asked.
+    times: as many micro-batches as were drawn, by what was; see `fuse.intrastage.micro_batch_number`.
     """
 
     placement: tuple[Replica, ...]
     profile: Profile | None
     unfused: Measured | None = None
     update_s: float | None = None
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def _to_json(measured: Measured) -> dict[str, object]:
         "profile": None if measured.profile is None else profile_to_json(measured.profile),
         "unfused": None if measured.unfused is None else _to_json(measured.unfused),
         "update_s": measured.update_s,
+        "times": dict(measured.times),
     }
 
 
@@ -88,6 +91,7 @@ def _from_json(value: Mapping[str, Any]) -> Measured:
         None if profile is None else profile_from_json(profile),
         None if unfused is None else _from_json(unfused),
         value["update_s"],
+        {str(drawn): float(times) for drawn, times in value["times"].items()},
     )
 
 

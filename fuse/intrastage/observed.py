@@ -80,6 +80,13 @@ class ObservedCosts:
         )
 
     @property
+    def least_tokens(self) -> int | None:
+        """Of the smallest operations that every stage showed; None where sizes are too alike to tell what they cost."""
+        if not self.is_complete or not all(_is_line(_warm(points)) for points in self._operations.values()):
+            return None
+        return max(min(tokens for tokens, _ in points) for points in self._operations.values())
+
+    @property
     def pipelines(self) -> frozenset[str]:
         """Those that a profile would have."""
         return frozenset(pipeline for pipeline, _ in self._stages) if self.is_complete else frozenset()
@@ -133,16 +140,45 @@ def fit(points: Iterable[tuple[int, float]]) -> tuple[float, float]:
     The median proportion where points are few or alike; else the line of least squares, with neither part negative.
     The first operation warms up what the others find warm, so its point counts only where there are no two others.
     """
-    points = list(points)
-    points = points[1:] if len(points) > 2 else points
+    points = _warm(points)
     proportion = statistics.median(seconds / tokens for tokens, seconds in points)
-    tokens, seconds = [float(x) for x, _ in points], [y for _, y in points]
-    if len(points) < _FEWEST_FOR_A_LINE or max(tokens) < 1.5 * min(tokens):
+    if not _is_line(points):
         return 0.0, proportion
+    tokens, seconds = [float(x) for x, _ in points], [y for _, y in points]
     token_s, fixed_s = statistics.linear_regression(tokens, seconds)
     if token_s < 0:
         return statistics.fmean(seconds), 0.0
     return (0.0, proportion) if fixed_s < 0 else (fixed_s, token_s)
+
+
+def _warm(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    points = list(points)
+    return points[1:] if len(points) > 2 else points
+
+
+def _is_line(points: Iterable[tuple[int, float]]) -> bool:
+    tokens = [tokens for tokens, _ in points]
+    return len(tokens) >= _FEWEST_FOR_A_LINE and max(tokens) >= 1.5 * min(tokens)
+
+
+def drift_of(spans: Iterable[Span]) -> float | None:
+    """How far a stage's executed over planned time is from the median stage's; None without planned operations.
+
+    A machine that is slower all over changes no schedule, so only the proportions between stages count.
+    """
+    executed: defaultdict[str, float] = defaultdict(float)
+    planned: defaultdict[str, float] = defaultdict(float)
+    for span in spans:
+        start_s, end_s = span.arguments.get("planned_start_s"), span.arguments.get("planned_end_s")
+        if isinstance(start_s, float) and isinstance(end_s, float):
+            stage = span.name.rpartition(".")[0]
+            executed[stage] += span.duration_s
+            planned[stage] += end_s - start_s
+    ratios = [executed[stage] / planned[stage] for stage in planned if planned[stage] > 0]
+    if not ratios:
+        return None
+    typical = statistics.median(ratios)
+    return max(abs(ratio / typical - 1) for ratio in ratios)
 
 
 def shape_arguments(shape: Shape) -> dict[str, object]:

@@ -94,3 +94,30 @@ def describe(counts: Counts) -> str:
 def replica_micro_batches(num_micro_batches: int, num_replicas: int, index: int) -> range:
     """The micro-batches that replica `index` trains on: every num_replicas-th."""
     return range(index, num_micro_batches, num_replicas)
+
+
+def one_of_alike(replicas: Sequence[Replica], counts: Counts) -> tuple[tuple[Replica, ...], Counts]:
+    """The replicas that share ranks with the first one, directly or through others, and what they have of `counts`.
+
+    That is where all others are in groups of the same form, and this one takes longest: it is dealt the most
+    micro-batches. Else all replicas, as they are.
+    """
+    groups: list[tuple[set[int], list[Replica]]] = []
+    for replica in replicas:
+        meeting = [group for group in groups if group[0] & set(replica.ranks)]
+        ranks = set(replica.ranks).union(*(own for own, _ in meeting))
+        members = [*(one for _, own in meeting for one in own), replica]
+        groups = [group for group in groups if group not in meeting] + [(ranks, members)]
+    forms = {tuple((one.model, tuple(r - min(ranks) for r in one.ranks)) for one in own) for ranks, own in groups}
+    if len(groups) < 2 or len(forms) > 1:
+        return tuple(replicas), counts
+    ranks, members = groups[0]
+    first: list[Replica] = []
+    dealt: dict[str, int] = {}
+    for one in members:
+        index = sum(other.model == one.model for other in first)
+        first.append(Replica(one.model, index, tuple(r - min(ranks) for r in one.ranks), one.layer_ranges))
+        num_replicas = sum(other.model == one.model for other in replicas)
+        own = replica_micro_batches(num_micro_batches(counts, one.model), num_replicas, one.index)
+        dealt[one.model] = dealt.get(one.model, 0) + len(own)
+    return tuple(first), tuple(dealt.items())

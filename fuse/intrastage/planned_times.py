@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,9 @@ from schedules import Kind, Op, Problem, Schedule, Timing, evaluate
 _TICK_S = 1e-6
 _APART = 1.25
 """How many times as large a shape is that tells a slope."""
+
+_REMEMBERED = 64
+"""Steps whose plans a rank keeps; an update often takes the same ones again in its next epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,19 @@ class PlannedTimes:
 
 
 def planned_times(
-    schedule: Schedule, profile: Profile, names: Sequence[str], shapes: Sequence[Sequence[Shape]]
+    schedule: Schedule,
+    profile: Profile,
+    names: Sequence[str],
+    shapes: Sequence[Sequence[Shape]],
+    *,
+    gap_s: float = 0.0,
 ) -> PlannedTimes:
     """Time a schedule's order with what each of its micro-batches should cost.
 
     The problem's own ticks are not used, so that the order may come from another shape, or from no profile.
 
-    names: by pipeline, what the profile calls it. shapes: by pipeline and micro-batch.
+    names: by pipeline, what the profile calls it. shapes: by pipeline and micro-batch. gap_s: that each operation takes
+        beyond what was measured.
 
     Raises:
         ValueError: the profile lacks a stage, or a backward is split that was measured whole.
@@ -50,13 +60,48 @@ def planned_times(
         shape = shapes[op.pipeline][op.micro_batch]
         key = op.pipeline, op.stage, op.kind, shape
         if key not in known:
-            known[key] = operation_s(profile, names[op.pipeline], op.stage, op.kind, shape)
+            known[key] = gap_s + operation_s(profile, names[op.pipeline], op.stage, op.kind, shape)
         seconds[op] = known[key]
     transfer_s = tuple(
         profile.tick_s * profile.transfer_ticks(name, max(of_pipeline, key=lambda shape: shape.size))
         for name, of_pipeline in zip(names, shapes, strict=True)
     )
     return times_of(schedule, seconds, transfer_s)
+
+
+def connected_part(schedule: Schedule, rank: int) -> Schedule:
+    """The schedule without the orders of ranks that have to do with `rank` neither directly nor through others.
+
+    Times of what is left are the same.
+    """
+    ranks = {rank}
+    pipelines = [set(pipeline.ranks) for pipeline in schedule.problem.pipelines]
+    while more := set().union(*(own for own in pipelines if own & ranks)) - ranks:
+        ranks |= more
+    return Schedule(schedule.problem, tuple(order if at in ranks else () for at, order in enumerate(schedule.ranks)))
+
+
+class PlannedSteps:
+    """The plans of a rank's steps, each computed once for the same schedule of the same shapes."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._known: OrderedDict[tuple[object, ...], tuple[Profile, PlannedTimes]] = OrderedDict()
+
+    def times(
+        self, schedule: Schedule, profile: Profile, names: Sequence[str], shapes: Sequence[Sequence[Shape]]
+    ) -> PlannedTimes:
+        """As `planned_times`, of the operations that this rank's depend on."""
+        part = connected_part(schedule, self._rank)
+        key = part.ranks, tuple(names), tuple(map(tuple, shapes))
+        found = self._known.get(key)
+        if found is None or found[0] != profile:
+            found = profile, planned_times(part, profile, names, shapes)
+            self._known[key] = found
+        self._known.move_to_end(key)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return found[1]
 
 
 def times_of(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: tuple[float, ...]) -> PlannedTimes:

@@ -16,13 +16,18 @@ from fuse.intrastage.cost_profile import Profile, StageCosts
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.opposite import has_opposites, without_opposites
-from fuse.intrastage.placement import Counts, Replica
-from fuse.intrastage.training_schedule import fused_problem, serial_schedule, unfused
+from fuse.intrastage.placement import Counts, Replica, one_of_alike
+from fuse.intrastage.search_time import SearchTime
+from fuse.intrastage.training_schedule import fused_problem, serial_schedule, solved, unfused
 from schedules import Problem, evaluate
 from schedules.fused.greedy import greedy
 
-_SOLVE_S = 1.0
+_SOLVE_S, _LEAST_SOLVE_S = 1.0, 0.05
 """For each direction; most problems of a run are solved sooner, or compared well enough by then."""
+_DESCENT_SHARE = 0.7
+"""Of the time, for where layers move; the rest is for solving what that leads to."""
+_MOST_SOLVED = 4_000
+"""Micro-batches times stages, up to which placements are compared by solving."""
 
 _COSTS = tuple(
     field.name for field in fields(StageCosts) if field.name.endswith("_ticks") or field.name.endswith("_bytes")
@@ -67,6 +72,7 @@ def balance_stages(
     *,
     is_fused: bool,
     tick_s: float,
+    within: SearchTime,
 ) -> tuple[Replica, ...]:
     """`placement` with those layers of every stage, and those directions of the models, that train soonest.
 
@@ -74,31 +80,44 @@ def balance_stages(
     shortens the schedule. With fusion this is the greedy one, and it is done for every choice of directions: the first
     model of the placement keeps its own, each other one runs as placed, or the other way. What all choices lead to is
     then solved and compared, and with opposite replicas equal numbers of layers, too. Transfers are left out: they are
-    as many wherever the stages begin.
+    as many wherever the stages begin. Of groups of replicas that are alike one is searched for all.
 
     costs: by role, measured with ticks of `tick_s`, on micro-batches of one shape. num_layers: by role.
+    within: the search ends with the best it has found by then; no schedule of a placement is begun later.
     """
     shape = costs[placement[0].model].layer.shape
+    group, own_counts = one_of_alike(_even(placement, num_layers), counts)
 
     def problem(candidate: tuple[Replica, ...]) -> Problem:
-        return fused_problem(_predicted(costs, candidate, tick_s), candidate, counts, shape)
+        return fused_problem(_predicted(costs, candidate, tick_s), candidate, own_counts, shape)
 
     def serial(candidate: tuple[Replica, ...]) -> int:
-        return evaluate(replace(serial_schedule(candidate, counts), problem=problem(candidate))).makespan
+        uncut = tuple(replace(replica, layer_ranges=None) for replica in candidate)
+        return evaluate(replace(serial_schedule(uncut, own_counts), problem=problem(candidate))).makespan
 
-    even = _even(placement, num_layers)
+    def busiest(candidate: tuple[Replica, ...]) -> int:
+        return _busiest_ticks(problem(candidate))
+
     if not is_fused:
-        return _descend(even, serial)
-    from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
-
-    candidates = [_descend(start, lambda one: evaluate(greedy(problem(one))).makespan) for start in _directions(even)]
-    if has_opposites(even):  # a rank's two stages make up for one another, which the greedy schedule need not show
-        candidates.append(even)
+        return _as_found(placement, group, _descend(group, serial, busiest, within)[0])
 
     def fused(candidate: tuple[Replica, ...]) -> int:
-        return solve(problem(candidate), time_limit_s=_SOLVE_S, num_workers=1, objective=Objective.MAKESPAN).makespan
+        return evaluate(greedy(problem(candidate))).makespan
 
-    return min(candidates, key=fused)
+    starts = list(_directions(group))
+    found = [
+        _descend(start, fused, busiest, within.part(_DESCENT_SHARE / (len(starts) - number)))
+        for number, start in enumerate(starts)
+    ]
+    candidates = [one for one, _ in found]
+    if has_opposites(group):  # a rank's two stages make up for one another, which the greedy schedule need not show
+        candidates.append(group)
+    if within.is_over or num_forwards(problem(group)) > _MOST_SOLVED:
+        known = [(makespan, one) for one, makespan in found if makespan is not None]
+        best = min(known, key=lambda pair: pair[0])[1] if known else group
+    else:
+        best = min(candidates, key=lambda one: _solved_makespan(problem(one), within.left_s / len(candidates)))
+    return _as_found(placement, group, best)
 
 
 def unfused_stages(
@@ -108,13 +127,14 @@ def unfused_stages(
     counts: Counts,
     *,
     tick_s: float,
+    within: SearchTime,
 ) -> Measured:
     """The stages that suit training one model after the other best, and what they would cost; as `balance_stages`.
 
     Without opposite replicas.
     """
     plain = without_opposites(placement)
-    balanced = balance_stages(costs, plain, num_layers, counts, is_fused=False, tick_s=tick_s)
+    balanced = balance_stages(costs, plain, num_layers, counts, is_fused=False, tick_s=tick_s, within=within)
     return Measured(balanced, _predicted(costs, balanced, tick_s))
 
 
@@ -128,21 +148,69 @@ def predicted_step_s(
 ) -> float:
     """Seconds of a step's operations in balanced stages, messages left out: all replicas at once, or model by model."""
     shape = costs[placement[0].model].layer.shape
-    problem = fused_problem(_predicted(costs, placement, tick_s), placement, counts, shape)
+    group, own_counts = one_of_alike(placement, counts)
+    problem = fused_problem(_predicted(costs, group, tick_s), group, own_counts, shape)
     if not is_fused:
         return tick_s * evaluate(unfused(problem)).makespan
-    from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
+    if num_forwards(problem) > _MOST_SOLVED:
+        return tick_s * evaluate(greedy(problem)).makespan
+    return tick_s * _solved_makespan(problem, _SOLVE_S)
 
-    return tick_s * solve(problem, time_limit_s=_SOLVE_S, num_workers=1, objective=Objective.MAKESPAN).makespan
+
+def _solved_makespan(problem: Problem, time_limit_s: float) -> int:
+    return solved(problem, max(_LEAST_SOLVE_S, min(_SOLVE_S, time_limit_s)), num_workers=1).makespan
 
 
-def _descend(placement: tuple[Replica, ...], makespan: Callable[[tuple[Replica, ...]], int]) -> tuple[Replica, ...]:
+def num_forwards(problem: Problem) -> int:
+    """Micro-batches times stages, over all pipelines."""
+    return sum(one.num_micro_batches * one.num_stages for one in problem.pipelines)
+
+
+def _busiest_ticks(problem: Problem) -> int:
+    """Of the rank that has most to do."""
+    ticks = [0] * problem.num_ranks
+    for one in problem.pipelines:
+        for rank, forward, backward in zip(one.ranks, one.forward_ticks, one.backward_ticks, strict=True):
+            ticks[rank] += one.num_micro_batches * (forward + backward)
+    return max(ticks)
+
+
+def _descend(
+    placement: tuple[Replica, ...],
+    makespan: Callable[[tuple[Replica, ...]], int],
+    busiest: Callable[[tuple[Replica, ...]], int],
+    within: SearchTime,
+) -> tuple[tuple[Replica, ...], int | None]:
+    """Where moving one layer at a time leads, and its makespan, None where there was no time for one.
+
+    Of a placement's neighbours those are tried first whose busiest rank has least to do; when time is over, the best
+    that was tried is the last.
+    """
+    if within.is_over:
+        return placement, None
     shortest = makespan(placement)
     while True:
-        found = min(((makespan(one), one) for one in _neighbours(placement)), key=lambda pair: pair[0], default=None)
-        if found is None or found[0] >= shortest:
-            return placement
-        shortest, placement = found
+        best = placement
+        for one in sorted(_neighbours(placement), key=busiest):
+            if within.is_over:
+                return best, shortest
+            if (found := makespan(one)) < shortest:
+                shortest, best = found, one
+        if best is placement:
+            return placement, shortest
+        placement = best
+
+
+def _as_found(placement: Sequence[Replica], group: Sequence[Replica], found: Sequence[Replica]) -> tuple[Replica, ...]:
+    """All replicas of a placement with the layers and directions found for one group of them, as it was."""
+    cut = {
+        after.model: (after.layer_ranges, before.ranks != after.ranks)
+        for before, after in zip(group, found, strict=True)
+    }
+    return tuple(
+        replace(one, layer_ranges=cut[one.model][0], ranks=one.ranks[::-1] if cut[one.model][1] else one.ranks)
+        for one in placement
+    )
 
 
 def _neighbours(placement: tuple[Replica, ...]) -> Iterator[tuple[Replica, ...]]:

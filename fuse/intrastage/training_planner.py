@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
-from fuse.intrastage.observed import TRAIN, ObservedCosts, one_of_each
+from fuse.intrastage.micro_batch_number import TIMES, Work, median_gap_s, shapes_of, soonest
+from fuse.intrastage.observed import TRAIN, ObservedCosts, drift_of, one_of_each
 from fuse.intrastage.opposite import has_opposites
 from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replicas_of, share_ranks
 from fuse.intrastage.training_schedule import (
     Plan,
+    fused_problem,
     fused_schedule,
     halved_serial_schedule,
     serial_schedule,
+    solved,
     unfused_timing,
 )
 from fuse.trace import Span
-from schedules import evaluate
+from schedules import Schedule, evaluate
 from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class PlanSettings:
         `DRIFT_UPDATES` updates in a row.
     directory: where the run's measurements and schedules are kept.
     longest: the largest micro-batch there can be, for which there must be memory; None for the largest there was.
+    chooses_number: of micro-batches, which pays for pipelines; if not, there are as many as the caller says.
     """
 
     fused: bool
@@ -61,6 +64,7 @@ class PlanSettings:
     replan_drift: float
     directory: Path
     longest: Shape | None = None
+    chooses_number: bool = False
 
 
 class TrainingPlanner:
@@ -81,11 +85,14 @@ class TrainingPlanner:
         self.placement, self._settings, self._store, self._unfused = placement, settings, store, unfused
         self._planned_update_s = update_s
         self._is_fused = settings.fused and share_ranks(placement)
+        self._watches = self._is_fused or settings.chooses_number
         self._plans: dict[Counts, Plan] = {}
         self._profile: Profile | None = None
-        known = store.load() if self._is_fused else None
+        self._times: dict[str, float] = {}  # as many micro-batches as were drawn, by what was drawn
+        self._gap_s = 0.0
+        known = store.load() if self._watches else None
         if known is not None and known.placement == placement:
-            self._profile = known.profile
+            self._profile, self._times = known.profile, dict(known.times)
         pipelines = serial_schedule(placement, _most_replicas(placement)).problem.pipelines
         self._observed = ObservedCosts({one.name: two.name for one, two in zip(pipelines, placement, strict=True)})
         self._num_drifted = 0
@@ -95,6 +102,53 @@ class TrainingPlanner:
         self._gains: dict[Counts, float] = {}
         self._update_s: float | None = None  # of the last update's training
         self._updates_left = settings.num_updates
+
+    def times(
+        self,
+        drawn: Sequence[Counts],
+        works: Callable[[float], Sequence[Work]],
+        free_bytes: Callable[[], int | None] = lambda: None,
+    ) -> float | None:
+        """How many times as many micro-batches as were drawn an update is to have; it is decided once.
+
+        None before that is known: the update's micro-batches are then to be of several sizes, and will show it.
+
+        drawn: of the update's rounds. works: the rounds with so many times the micro-batches. free_bytes: as of
+        `plans`.
+        """
+        key = "; ".join(dict.fromkeys(map(describe, drawn)))
+        if key not in self._times and self._settings.chooses_number:
+            if not all(map(self._knows, drawn)):
+                self._learn([shape for times in TIMES for shape in one_of_each(shapes_of(works(times)))])
+            if not all(map(self._knows, drawn)):
+                return None
+            self._times[key] = self._soonest(works, free_bytes)
+            self._save()
+        return self._times.get(key, 1.0)
+
+    def _soonest(self, works: Callable[[float], Sequence[Work]], free_bytes: Callable[[], int | None]) -> float:
+        """Searching for the fused schedules that are compared takes half as long as for one, all together."""
+        profile, settings, least_tokens = self._profile, self._settings, self._observed.least_tokens
+        assert profile is not None
+        if least_tokens is None:
+            _logger.info("micro-batches as they were drawn: what others would cost has not been observed")
+            return 1.0
+        drawn = works(1.0)
+        memory_limit = (settings.memory_limit_bytes or free_bytes()) if self._is_fused else None
+        limit_s = min(settings.time_limit_s, self._training_s(drawn[0].counts, shapes_of(drawn))) / 2 / len(TIMES)
+        known: dict[tuple[Counts, Shape], Schedule] = {}
+
+        def schedule(work: Work) -> Schedule:
+            replicas, key = replicas_of(self.placement, work.counts), (work.counts, work.typical)
+            if not self._is_fused:
+                return serial_schedule(replicas, work.counts)
+            if key not in known:
+                largest = settings.longest or one_of_each(shapes_of([work]))[2]
+                problem = fused_problem(profile, replicas, *key, memory_limit, largest)
+                known[key] = solved(problem, limit_s / len(drawn), settings.num_workers).schedule
+            return known[key]
+
+        return soonest(works, profile, self.placement, schedule, least_tokens=least_tokens, gap_s=self._gap_s)
 
     def plans(
         self,
@@ -113,9 +167,15 @@ class TrainingPlanner:
         """
         counts = list(counts)
         if not self._is_fused:
-            return {one: Plan(serial_schedule(replicas_of(self.placement, one), one)) for one in counts}
+            return {
+                one: Plan(
+                    serial_schedule(replicas_of(self.placement, one), one),
+                    is_watched=self._watches and not self._knows(one),
+                )
+                for one in counts
+            }
         if not all(map(self._knows, counts)):
-            self._learn(shapes)
+            self._learn(one_of_each(shapes))
         missing = [one for one in dict.fromkeys(counts) if one not in self._plans and self._knows(one)]
         if not self._plans:
             self._gains.clear()
@@ -157,14 +217,19 @@ class TrainingPlanner:
 
     def _learn(self, shapes: Sequence[Shape]) -> None:
         """Make a profile of what has been observed, if that is enough."""
-        profile = self._observed.profile(one_of_each(shapes))
+        profile = self._observed.profile(shapes)
         if profile is not None:
             self._profile = profile
-            self._store.save(Measured(self.placement, profile, self._unfused, self._planned_update_s))
+            self._save()
+
+    def _save(self) -> None:
+        self._store.save(
+            Measured(self.placement, self._profile, self._unfused, self._planned_update_s, dict(self._times))
+        )
 
     def _watched(self, counts: Counts) -> Plan:
         """One that shows what is not known yet."""
-        return Plan(halved_serial_schedule(replicas_of(self.placement, counts), counts))
+        return Plan(halved_serial_schedule(replicas_of(self.placement, counts), counts), is_watched=True)
 
     @property
     def opposite_gain(self) -> float | None:
@@ -176,14 +241,15 @@ class TrainingPlanner:
 
     def observe(self, spans: Iterable[Span]) -> None:
         """Learn from an update's spans of all ranks; forget plans that no longer hold."""
-        if not self._is_fused:
+        if not self._watches:
             return
         spans = list(spans)
+        self._gap_s = median_gap_s(spans)
         trained = [span for span in spans if span.category == TRAIN]
         if trained:
             self._updates_left -= 1
             self._update_s = max(one.end_s for one in trained) - min(one.start_s for one in trained)
-        drift = _drift(trained)
+        drift = drift_of(trained)
         has_drifted = drift is not None and drift > self._settings.replan_drift
         if has_drifted and not self._num_drifted:
             self._observed.forget()  # what held before
@@ -273,23 +339,3 @@ def _names(placement: Sequence[Replica], counts: Counts) -> frozenset[str]:
 
 def _most_replicas(placement: Sequence[Replica]) -> int:
     return 1 + max(replica.index for replica in placement)
-
-
-def _drift(spans: Iterable[Span]) -> float | None:
-    """How far a stage's executed over planned time is from the median stage's; None without planned operations.
-
-    A machine that is slower all over changes no schedule, so only the proportions between stages count.
-    """
-    executed: defaultdict[str, float] = defaultdict(float)
-    planned: defaultdict[str, float] = defaultdict(float)
-    for span in spans:
-        start_s, end_s = span.arguments.get("planned_start_s"), span.arguments.get("planned_end_s")
-        if isinstance(start_s, float) and isinstance(end_s, float):
-            stage = span.name.rpartition(".")[0]
-            executed[stage] += span.duration_s
-            planned[stage] += end_s - start_s
-    ratios = [executed[stage] / planned[stage] for stage in planned if planned[stage] > 0]
-    if not ratios:
-        return None
-    typical = statistics.median(ratios)
-    return max(abs(ratio / typical - 1) for ratio in ratios)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.opposite import has_opposites, plain_profile, without_opposites
@@ -17,6 +18,10 @@ from schedules.baselines.serial import serial
 from schedules.bounds import makespan_lower_bound
 from schedules.fused.cache import ScheduleCache
 from schedules.fused.greedy import greedy
+from schedules.fused.parts import schedule_in_parts
+
+if TYPE_CHECKING:
+    from schedules.fused.solve import Solution
 
 _logger = logging.getLogger(__name__)
 
@@ -25,10 +30,14 @@ _LEAST_SEARCH_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A schedule of one optimizer step, and the profile that its times come from; None where nothing was measured."""
+    """A schedule of one optimizer step, and the profile that its times come from; None where nothing was measured.
+
+    is_watched: ranks are to show what a later plan has to know: messages, and the memory of micro-batches.
+    """
 
     schedule: Schedule
     profile: Profile | None = None
+    is_watched: bool = False
 
 
 @lru_cache(maxsize=64)
@@ -109,14 +118,20 @@ def fused_schedule(
     schedule = cache.load(problem) if cache is not None else None
     found = "kept from an earlier search"
     if schedule is None:
-        from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
+        solutions: list[Solution] = []
 
-        if num_steps is not None:
-            saved_ticks = evaluate(greedy(problem)).makespan - makespan_lower_bound(problem)
-            time_limit_s = min(time_limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
-        solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, objective=Objective.MAKESPAN)
-        schedule = solution.schedule
-        found = f"{solution.makespan_gap:.1%} above the lower bound at most, found in {solution.seconds:.1f} s"
+        def search(part: Problem, share: float) -> Schedule:
+            limit_s = time_limit_s
+            if num_steps is not None:
+                saved_ticks = evaluate(greedy(part)).makespan - makespan_lower_bound(part)
+                limit_s = min(limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
+            solutions.append(solved(part, share * limit_s, num_workers))
+            return solutions[-1].schedule
+
+        schedule = schedule_in_parts(problem, search)
+        longest = max(solutions, key=lambda one: one.makespan)
+        seconds = sum(one.seconds for one in solutions)
+        found = f"{longest.makespan_gap:.1%} above the lower bound at most, found in {seconds:.1f} s"
         if cache is not None:
             cache.store(schedule)
     fused = evaluate(schedule)
@@ -128,6 +143,17 @@ def fused_schedule(
         found,
     )
     return schedule
+
+
+def solved(problem: Problem, time_limit_s: float, num_workers: int) -> Solution:
+    """The shortest schedule found in so long.
+
+    Raises:
+        ValueError: a memory limit is too low for one micro-batch.
+    """
+    from schedules.fused.solve import Objective, solve  # imports OR-tools, which workers do without
+
+    return solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, objective=Objective.MAKESPAN)
 
 
 def unfused_timing(

@@ -23,7 +23,7 @@ from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
-from fuse.intrastage.planned_times import planned_times
+from fuse.intrastage.planned_times import PlannedSteps
 from fuse.intrastage.stage import TrainedStage
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -50,7 +50,8 @@ class TrainingSettings:
     losses, targets: by role that trains. layout: what micro-batches are made like.
     autocast: the type to compute in; None for float32.
     timeout_s: a peer that does not answer for so long counts as lost.
-    loss_normalization: as of `Algorithm`. units: of the roles whose micro-batches are regrouped.
+    loss_normalization: as of `Algorithm`. units: of the roles whose micro-batches are regrouped, into at least
+        `least_micro_batches` of a step.
     """
 
     backend: Literal["transformers", "megatron"]
@@ -65,6 +66,7 @@ class TrainingSettings:
     tensor_parallel_size: int = 1
     loss_normalization: LossNormalization = "micro_batch"
     units: Mapping[str, int] = field(default_factory=dict)
+    least_micro_batches: int = 1
 
     def build_stage(
         self,
@@ -121,6 +123,7 @@ class TrainingRank:
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
         self._observed_models: set[str] = set()
+        self._planned = PlannedSteps(self._rank)
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 replica.model,
@@ -207,8 +210,9 @@ class TrainingRank:
         probes: dict[tuple[int, int], MemoryProbe] = {}
         if plan.profile is not None:
             shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
-            planned = planned_times(plan.schedule, plan.profile, [name for name, _ in running.pipelines], shapes)
-        elif self._settings.split_backward and not self._observed_models >= one.parts.keys():
+            names = [name for name, _ in running.pipelines]
+            planned = self._planned.times(plan.schedule, plan.profile, names, shapes)
+        elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             self._observe_messages(plan.schedule, running, per_pipeline)
             probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in running.stages.items()}
@@ -285,13 +289,14 @@ class TrainingRank:
         arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
         self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
 
-    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]]) -> Profile:
-        """Measure this rank's operations and messages on the micro-batches of these samples, one per length bucket."""
+    def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]], in_turn: bool = False) -> Profile:
+        """Measure this rank's operations and messages on micro-batches of these samples; in_turn: others then idle."""
         self.offload.bring_all()
         made = [self._micro_batches(experience, samples) for samples in micro_batches]
         per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
-            return measure(self._rank, self._pipelines, self._stages, per_pipeline, self._communicators)
+            args = self._rank, self._pipelines, self._stages, per_pipeline, self._communicators
+            return measure(*args, in_turn=in_turn)
 
     def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[str, MicroBatch]:
         made = self._settings.layout.micro_batches(experience, samples, 1.0)

@@ -9,14 +9,18 @@ and the loss is computed of it once more, without gradient.
 That is exact for a loss that is a sum of terms of units of samples (a sample; a pair), each of which depends on its own
 unit alone and is weighted by numbers of samples or positions: all of fuse's but one. GRPO's `top_entropy_quantile`
 below 1 trains on tokens above a quantile of the micro-batch's entropies, which no sample knows alone: such
-micro-batches stay as they were drawn. So do those of a step that has only one.
+micro-batches stay as they were drawn. So do those of a step that is to have only one.
+
+How many there are may then differ from how many were drawn. Never fewer: of more groups the largest is no larger, so
+that what a step holds in memory is within what the micro-batches that were drawn may take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +36,30 @@ _SAID = Metric("said")
 """Of a regrouped micro-batch in place of metrics: what its head said, [positions, 1 or 2]."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dealing:
+    """Into how many micro-batches the samples of an optimizer step are dealt; by default as many as were drawn.
+
+    times: of the number that was drawn. at_least: micro-batches. in_pieces: every other one once more into a half and
+    two quarters, so that their operations show what the size of a micro-batch costs.
+    """
+
+    times: float = 1.0
+    at_least: int = 1
+    in_pieces: bool = False
+
+    def number(self, drawn: int, units: int) -> int:
+        """Micro-batches of a step that was drawn in `drawn` and has so many units, each of which stays whole."""
+        return max(drawn, min(units, max(self.at_least, round(self.times * drawn))))
+
+
 def prepared(
     rounds: Sequence[Round],
     experience: Experience,
     *,
     loss_normalization: LossNormalization,
     units: Mapping[str, int],
+    dealing: Dealing = Dealing(),
 ) -> Sequence[Round]:
     """The rounds as they are trained: weighted as `loss_normalization` has it, micro-batches dealt by length.
 
@@ -45,21 +67,28 @@ def prepared(
     """
     if loss_normalization == "token":
         rounds = by_tokens(rounds, experience)
-    return regrouped(rounds, experience, units)
+    return regrouped(rounds, experience, units, dealing)
 
 
-def regrouped(rounds: Sequence[Round], experience: Experience, units: Mapping[str, int]) -> list[Round]:
-    """The same with each optimizer step's samples dealt by length into as many micro-batches."""
+def regrouped(
+    rounds: Sequence[Round],
+    experience: Experience,
+    units: Mapping[str, int],
+    dealing: Dealing = Dealing(),
+) -> list[Round]:
+    """The same with each optimizer step's samples dealt by length."""
     dealt = [dict(one.parts) for one in rounds]
     for role, unit in units.items():
         for of_step in steps_of(role, rounds):
             parts = [rounds[index].parts[role] for index in of_step]
-            for index, part in zip(of_step, _regrouped_step(parts, experience, role, unit), strict=True):
+            for index, part in zip(of_step, _regrouped_step(parts, experience, role, unit, dealing), strict=True):
                 dealt[index][role] = part
     return [Round(parts) for parts in dealt]
 
 
-def _regrouped_step(parts: Sequence[StepPart], experience: Experience, role: str, unit: int) -> list[StepPart]:
+def _regrouped_step(
+    parts: Sequence[StepPart], experience: Experience, role: str, unit: int, dealing: Dealing
+) -> list[StepPart]:
     counts = _num_positions(experience, role)
     drawn: list[tuple[int, Share]] = []
     for part in parts:
@@ -68,15 +97,16 @@ def _regrouped_step(parts: Sequence[StepPart], experience: Experience, role: str
                 weight=weight, num_samples=len(samples), num_positions=sum(counts[sample] for sample in samples)
             )
             drawn += [(sample, replace(share, place=len(drawn) + row)) for row, sample in enumerate(samples)]
-    num_micro_batches = sum(len(part.micro_batches) for part in parts)
-    if num_micro_batches < 2:
-        return list(parts)
     in_units = [drawn[start : start + unit] for start in range(0, len(drawn), unit)]
+    number = dealing.number(sum(len(part.micro_batches) for part in parts), len(in_units))
+    if number == 1 and not dealing.in_pieces:
+        return list(parts)
     longest = [max(len(experience.prompts[one]) + experience.lengths[one] for one, _ in own) for own in in_units]
-    groups = iter(length_groups(longest, num_micro_batches))
+    groups = length_groups(longest, number)
     made = []
-    for part in parts:
-        dealt = [[one for index in next(groups) for one in in_units[index]] for _ in part.micro_batches]
+    for part, own_groups in zip(parts, np.array_split(np.arange(number), len(parts)), strict=True):
+        micro_batches = [piece for group in own_groups for piece in _pieces(groups, int(group), dealing)]
+        dealt = [[one for index in piece for one in in_units[index]] for piece in micro_batches]
         made.append(
             replace(
                 part,
@@ -86,6 +116,17 @@ def _regrouped_step(parts: Sequence[StepPart], experience: Experience, role: str
             )
         )
     return made
+
+
+def _pieces(groups: Sequence[tuple[int, ...]], index: int, dealing: Dealing) -> Iterator[tuple[int, ...]]:
+    """The group, or a half and two quarters of it: of the last group, and of every other one before."""
+    group = groups[index]
+    if not dealing.in_pieces or (len(groups) - 1 - index) % 2:
+        yield group
+        return
+    half = (len(group) + 1) // 2
+    quarter = (half + len(group) + 1) // 2
+    yield from filter(None, (group[:half], group[half:quarter], group[quarter:]))
 
 
 def row_weights(experience: Experience, role: str, samples: Sequence[int], shares: Sequence[Share]) -> RowWeights:

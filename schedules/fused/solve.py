@@ -14,14 +14,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
-from schedules.bounds import check_feasible
+from schedules.bounds import check_feasible, makespan_lower_bound, peak_memory_lower_bound
 from schedules.formats import schedule_to_json
+from schedules.fused.coarse import coarsened
 from schedules.fused.incumbent import Deadline, Improvement
 from schedules.fused.portfolio import Objective, Portfolio
 from schedules.ir import Problem, Schedule
+from schedules.timing import evaluate
 
 __all__ = ["Improvement", "Objective", "Solution", "Status", "solution_to_json", "solve"]
 
@@ -74,6 +76,7 @@ def solve(
 ) -> Solution:
     """The best schedule found in the time given; earlier when it is proven best, or once `stop` is set.
 
+    Durations of more ticks than native code counts are searched in coarser ones; all that is told is in the problem's.
     `progress` is called with each improvement, from any worker's thread. Seeds make each part reproducible; what the
     parts get done in a time limit also depends on the machine.
 
@@ -89,7 +92,9 @@ def solve(
         raise ValueError(f"seed {seed} must be from 0 to {_NUM_SEEDS - 1}")
     check_feasible(problem)
     deadline = Deadline(time_limit_s, stop)
-    portfolio = Portfolio(problem, deadline, objective, seed, num_workers, progress)
+    coarse, factor = coarsened(problem)
+    told = None if progress is None else lambda one: progress(_in_own_ticks(one, factor))
+    portfolio = Portfolio(coarse, deadline, objective, seed, num_workers, told)
     portfolio.offer_constructions()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="solve") as workers:
         try:
@@ -101,26 +106,37 @@ def solve(
                         finished.result()
         finally:
             deadline.end_now()  # on an error too, or the other workers would keep the pool open
-    return _solution(portfolio)
+    return _solution(portfolio, problem, factor)
 
 
-def _solution(portfolio: Portfolio) -> Solution:
+def _in_own_ticks(improvement: Improvement, factor: int) -> Improvement:
+    return replace(improvement, makespan=factor * improvement.makespan)
+
+
+def _solution(portfolio: Portfolio, problem: Problem, factor: int) -> Solution:
+    """Of the problem, whose ticks the portfolio may have searched in multiples of."""
     best = portfolio.incumbent
-    memory_bound = portfolio.memory_bound(best.makespan)
+    schedule, makespan = best.schedule, best.makespan
+    makespan_bound, memory_bound = portfolio.makespan_bound, portfolio.memory_bound(makespan)
+    if factor > 1:
+        schedule = Schedule(problem, schedule.ranks)
+        makespan, makespan_bound = evaluate(schedule).makespan, makespan_lower_bound(problem)
+        if portfolio.objective is Objective.MAKESPAN_THEN_MEMORY:
+            memory_bound = peak_memory_lower_bound(problem, makespan)
     status = Status.FEASIBLE
-    if best.makespan == portfolio.makespan_bound:
+    if makespan == makespan_bound:
         done = portfolio.objective is Objective.MAKESPAN or best.peak_bytes == memory_bound
         status = Status.OPTIMAL if done else Status.MAKESPAN_OPTIMAL
     return Solution(
-        schedule=best.schedule,
-        makespan=best.makespan,
+        schedule=schedule,
+        makespan=makespan,
         peak_bytes=best.peak_bytes,
-        makespan_lower_bound=portfolio.makespan_bound,
+        makespan_lower_bound=makespan_bound,
         memory_lower_bound=memory_bound,
         status=status,
         found_by=best.history[-1].found_by,
         seconds=portfolio.deadline.elapsed_s,
-        history=tuple(best.history),
+        history=tuple(_in_own_ticks(one, factor) for one in best.history),
     )
 
 

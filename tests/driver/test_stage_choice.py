@@ -11,6 +11,7 @@ from fuse.driver.model_size import ModelSize
 from fuse.driver.stage_choice import StageChoice
 from fuse.intrastage.opposite import UpdateCosts, has_opposites, with_opposites
 from fuse.intrastage.placement import place
+from fuse.intrastage.search_time import SearchTime
 from fuse.training.model_spec import ModelSpec
 
 from ..intrastage.test_stage_balance import layer_costs
@@ -30,6 +31,7 @@ def choice(num_micro_batches: int = 4) -> StageChoice:
         is_fused=True,
         tensor_parallel_size=1,
         tick_s=1e-3,
+        within=SearchTime(60.0),
     )
 
 

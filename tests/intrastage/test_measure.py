@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fuse.intrastage.cost_profile import Shape
@@ -70,6 +72,24 @@ def test_a_rank_measures_its_stages_on_every_shape_and_leaves_them_as_they_were(
     for key, stage in stages.items():
         assert all(one.grad is None for one in stage.model.parameters())
         assert all(torch.equal(one, old) for one, old in zip(stage.model.parameters(), before[key], strict=True))
+
+
+def test_ranks_measure_one_after_the_other_where_none_is_to_contend(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    monkeypatch.setattr(dist, "barrier", lambda: events.append("barrier"))
+
+    def clock() -> float:
+        events.append("computing")
+        return float(len(events))
+
+    stages = {(0, 2): stages_of(TransformersStage, split=False)[0, 2]}
+    measure(1, [("actor.0", (1, 1, 1))], stages, [[batch_of(2, 8)]], [], repeats=1, clock=clock)
+    assert set(events) == {"computing"}
+    events.clear()
+    pipelines = [("actor.0", (1, 1, 1)), ("critic.0", (2, 2, 2))]
+    measure(1, pipelines, stages, [[batch_of(2, 8)], []], [], repeats=1, clock=clock, in_turn=True)
+    assert [key for key, _ in groupby(events)] == ["barrier", "computing", "barrier"]
+    assert events.count("barrier") == 3, "rank 0's turn comes before this one's, rank 2's after it"
 
 
 def test_a_measurement_of_nothing_is_refused() -> None:

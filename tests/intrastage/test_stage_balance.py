@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from fuse.intrastage import stage_balance
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
-from fuse.intrastage.placement import Replica, place
-from fuse.intrastage.stage_balance import LayerCosts, balance_stages
+from fuse.intrastage.opposite import with_opposites
+from fuse.intrastage.placement import Replica, one_of_alike, place
+from fuse.intrastage.search_time import SearchTime
+from fuse.intrastage.stage_balance import LayerCosts, balance_stages, predicted_step_s, unfused_stages
 
 SHAPE = Shape(2, 64)
 
@@ -47,6 +52,7 @@ def balanced(
         4,
         is_fused=is_fused,
         tick_s=1e-3,
+        within=SearchTime(60.0),
     )
     return {replica.model: replica for replica in found}
 
@@ -103,3 +109,65 @@ def test_no_stage_is_left_without_a_layer_and_none_is_lost() -> None:
         assert all(start < stop for start, stop in replica.layer_ranges)
         assert (replica.layer_ranges[0][0], replica.layer_ranges[-1][1]) == (0, 4)
         assert all(left[1] == right[0] for left, right in itertools.pairwise(replica.layer_ranges))
+
+
+def test_of_groups_of_replicas_that_are_alike_one_stands_for_all() -> None:
+    placement = (*place("actor", 256, 32), *place("critic", 256, 64, reverse=True))
+    group, counts = one_of_alike(placement, 1023)
+    assert [(one.name, one.ranks) for one in group] == [
+        ("actor.0", tuple(range(32))),
+        ("actor.1", tuple(range(32, 64))),
+        ("critic.0", tuple(range(64))[::-1]),
+    ]
+    assert dict(counts) == {"actor": 256, "critic": 256}  # type: ignore[arg-type]  # 128 each, where the last has 127
+    opposite = with_opposites(place("actor", 4, 2))
+    assert one_of_alike(opposite, 8) == (opposite[:2], (("actor", 4),))
+    for single in (place("actor", 4, 4), (*place("actor", 4, 2), *place("critic", 2, 2))):
+        assert one_of_alike(single, 8) == (single, 8)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_replicas_are_cut_as_one_of_them_is(is_fused: bool) -> None:
+    costs_of = {"actor": layer_costs("actor", head=40), "critic": layer_costs("critic", embedding=15)}
+    num_layers = dict.fromkeys(costs_of, 8)
+    found = {}
+    for num_ranks in (2, 4):
+        placement = (*place("actor", num_ranks, 2), *place("critic", num_ranks, 2))
+        cut = balance_stages(
+            costs_of, placement, num_layers, 2 * num_ranks, is_fused=is_fused, tick_s=1e-3, within=SearchTime(60.0)
+        )
+        assert [(one.model, one.index) for one in cut] == [(one.model, one.index) for one in placement]
+        assert [set(one.ranks) for one in cut] == [set(one.ranks) for one in placement]
+        found[num_ranks] = {(one.model, one.layer_ranges, one.ranks[0] % 2) for one in cut}
+        steps = predicted_step_s(costs_of, cut, 2 * num_ranks, is_fused=is_fused, tick_s=1e-3)
+        found[num_ranks].add(("step", None, round(1e3 * steps)))
+    assert found[2] == found[4]
+
+
+@pytest.mark.parametrize("schedule_s", [3.0, 100.0])
+def test_a_search_for_256_devices_ends_in_time(monkeypatch: pytest.MonkeyPatch, schedule_s: float) -> None:
+    """By a clock on which a schedule takes seconds; whatever was tried by then, the best of it is taken."""
+    now_s, limit_s = [0.0], 40.0
+
+    def timed(schedule: Any) -> Any:
+        problem = getattr(schedule, "problem", schedule)
+        assert problem.num_ranks == 32
+        now_s[0] += schedule_s
+        return SimpleNamespace(makespan=stage_balance._busiest_ticks(problem))
+
+    monkeypatch.setattr(stage_balance, "greedy", lambda problem: problem)
+    monkeypatch.setattr(stage_balance, "evaluate", timed)
+    costs_of = {"actor": layer_costs("actor", head=90), "critic": layer_costs("critic", embedding=50)}
+    placement = (*place("actor", 256, 32), *place("critic", 256, 32, reverse=True))
+    asked = costs_of, placement, dict.fromkeys(costs_of, 128), 1024
+    within = SearchTime(limit_s, lambda: now_s[0])
+    cut = balance_stages(*asked, is_fused=True, tick_s=1e-3, within=within)
+    assert now_s[0] <= limit_s + schedule_s
+    unfused_stages(*asked, tick_s=1e-3, within=within)
+    assert now_s[0] <= limit_s + schedule_s
+    sizes = {one.model: [stop - start for start, stop in one.layer_ranges or ()] for one in cut}
+    assert sizes.keys() == costs_of.keys()
+    if schedule_s < limit_s:
+        assert sizes["actor"][-1] < 4, "the head is worth nine layers"
+    else:
+        assert all(own == [4] * 32 for own in sizes.values())

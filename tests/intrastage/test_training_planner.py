@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from fuse.intrastage import training_planner
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
+from fuse.intrastage.micro_batch_number import Work, shapes_of
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import DRIFT_UPDATES, PlanSettings, TrainingPlanner
@@ -46,6 +48,7 @@ def settings(
     memory_limit_bytes: int | None = None,
     time_limit_s: float = 1.0,
     longest: Shape | None = None,
+    chooses_number: bool = False,
 ) -> PlanSettings:
     return PlanSettings(
         fused=fused,
@@ -57,6 +60,7 @@ def settings(
         replan_drift=0.3,
         directory=directory,
         longest=longest,
+        chooses_number=chooses_number,
     )
 
 
@@ -349,3 +353,75 @@ def test_one_pipeline_is_not_fused_with_itself(tmp_path: Path) -> None:
     (plan,) = planner.plans({4}, SHAPES).values()
     assert plan.profile is None
     assert {op.kind for ops in plan.schedule.ranks for op in ops} == {Kind.F, Kind.B}
+
+
+# The number of micro-batches
+
+
+def divided(times: float, models: Sequence[str] = ("actor", "critic")) -> list[Work]:
+    """A round of two micro-batches of the models, or of more and smaller ones."""
+    number = round(2 * times)
+    return [Work(dict.fromkeys(models, (Shape(2, 192 // number),) * number))]
+
+
+VARIED = [Shape(2, 96), Shape(1, 96), Shape(1, 48), Shape(1, 48)] * 2
+DRAWN, CRITIC_DRAWN = (("actor", 2), ("critic", 2)), (("critic", 2),)
+critic_divided = partial(divided, models=("critic",))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_number_of_micro_batches_is_decided_once_and_kept(
+    tmp_path: Path, fused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Operations take time in proportion to tokens: the more the better, where there are bubbles."""
+    planner = planner_in(tmp_path, fused=fused, chooses_number=True)
+    assert planner.times([DRAWN], divided) is None
+    (plan,) = planner.plans([DRAWN], VARIED).values()
+    assert plan.is_watched
+    planner.observe(watched(VARIED))
+    with caplog.at_level(logging.INFO):
+        assert planner.times([CRITIC_DRAWN], critic_divided) == 4.0
+        assert planner.times([DRAWN], divided) == (1.0 if fused else 4.0), "two models of a size leave none"
+    assert "8 micro-batches of critic, dealt from 2 micro-batches of critic: an update's steps are" in caplog.text
+    counts = critic_divided(4.0)[0].counts
+    (plan,) = planner.plans([counts], shapes_of(critic_divided(4.0))).values()
+    assert not plan.is_watched
+    assert [one.num_micro_batches for one in plan.schedule.problem.pipelines] == [8]
+
+    def unasked(times: float) -> list[Work]:
+        raise AssertionError("it is known")
+
+    for known in (planner, planner_in(tmp_path, fused=fused, chooses_number=True)):
+        assert known.times([CRITIC_DRAWN], unasked) == 4.0
+    assert planner_in(tmp_path, fused=fused).times([CRITIC], unasked) == 1.0, "the caller's number"
+
+
+def test_operations_that_cost_the_same_whatever_their_size_keep_the_number(tmp_path: Path) -> None:
+    planner = planner_in(tmp_path, chooses_number=True)
+    planner.observe(replace(span, end_s=span.start_s + 0.01) for span in watched(VARIED) if span.category == "train")
+    assert planner.times([CRITIC_DRAWN], critic_divided) == 1.0
+
+
+def test_sizes_that_were_not_observed_keep_the_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One size, or too few operations, do not tell what others would cost."""
+    for name, shapes in (("one size", [Shape(2, 96)] * 8), ("few", VARIED[:4])):
+        planner = planner_in(tmp_path / name, chooses_number=True)
+        planner.observe(watched(shapes))
+        with caplog.at_level(logging.INFO):
+            assert planner.times([CRITIC_DRAWN], critic_divided) == 1.0
+        assert "what others would cost has not been observed" in caplog.messages[-1]
+        (tmp_path / "cache").rename(tmp_path / f"cache of {name}")
+
+
+def test_what_trains_later_is_decided_later(tmp_path: Path) -> None:
+    """The critic alone at first, then both; drift leaves the numbers what they are."""
+    planner = planner_in(tmp_path, chooses_number=True)
+    planner.observe(span for span in watched(VARIED) if "critic" in span.name)
+    assert planner.times([CRITIC_DRAWN], critic_divided) == 4.0
+    assert planner.times([DRAWN], divided) is None
+    planner.observe(watched(VARIED))
+    assert planner.times([DRAWN], divided) == 1.0
+    planner.plans([CRITIC_DRAWN], VARIED)
+    planner.observe(spans(1.0, of_one_stage=2.0))
+    assert planner.will_solve([CRITIC_DRAWN])
+    assert planner.times([CRITIC_DRAWN], critic_divided) == 4.0

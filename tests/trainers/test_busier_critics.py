@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "kl_target": 0.1,
     "kl_horizon": 40,
     "inter_stage_fusion": False,  # inference adds up in the order of its batches
+    "num_micro_batches": 1,  # another number adds up in another order
     "num_sample_generations": 0,
 }
 TIMED = ("time/", "idle/", "bubble/", "eps", "step_time")
@@ -60,7 +61,8 @@ def test_serial_training_and_one_device_without_regrouping_arrive_at_the_same_we
     assert tiny.difference(two.policy_model, serial.policy_model) == 0.0
     assert tiny.difference(two.value_model, serial.value_model) == 0.0
     assert logged(two) == logged(serial)
-    one = tiny.train(tmp_path / "one", num_devices=1, regroup_micro_batches=False, **OPTIONS)
+    as_drawn = {**OPTIONS, "num_micro_batches": None, "regroup_micro_batches": False}
+    one = tiny.train(tmp_path / "one", num_devices=1, **as_drawn)
     assert tiny.difference(two.policy_model, one.policy_model) < tiny.ROUNDING
     assert tiny.difference(two.value_model, one.value_model) < tiny.ROUNDING
     for row, other in zip(logged(two), logged(one), strict=True):

@@ -131,6 +131,7 @@ def test_training_fused_changes_no_bit(tmp_path: Path) -> None:
         "actor_stages": 4,
         "models": {"num_hidden_layers": 4},
         "inter_stage_fusion": False,
+        "num_micro_batches": 1,  # those drawn; else both choose by times
     }
     fused = tiny.train(tmp_path / "fused", **options)
     serial = tiny.train(tmp_path / "serial", intra_stage_fusion=False, balance_stages=False, **options)

@@ -31,7 +31,7 @@ from fuse.trace import SpanRecorder
 from fuse.training.layout import RaggedLayout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.regrouping import Remembering, drawn_metrics, prepared, row_weights, said
+from fuse.training.regrouping import Dealing, Remembering, drawn_metrics, prepared, row_weights, said
 from fuse.training.rounds import Round, StepPart, rounds, step_reports
 from fuse.training.steps import OptimizerStep, StepReport, optimizer_steps
 from schedules.fused.greedy import greedy
@@ -143,12 +143,17 @@ class Sum:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("normalization", ["micro_batch", "token"])
-def test_gradients_and_metrics_are_those_of_the_micro_batches_that_were_drawn(name: str, normalization: Any) -> None:
+@pytest.mark.parametrize(
+    ("normalization", "dealing"),
+    [("micro_batch", Dealing()), ("token", Dealing(times=1.5)), ("micro_batch", Dealing(in_pieces=True))],
+)
+def test_gradients_and_metrics_are_those_of_the_micro_batches_that_were_drawn(
+    name: str, normalization: Any, dealing: Dealing
+) -> None:
     loss, kind, unit = LOSSES[name]
     of = experience(actor=kind)
     as_drawn, dealt = (
-        prepared([DRAWN], of, loss_normalization=normalization, units=units)[0].parts["actor"]
+        prepared([DRAWN], of, loss_normalization=normalization, units=units, dealing=dealing)[0].parts["actor"]
         for units in ({}, {"actor": unit})
     )
     assert not as_drawn.shares
@@ -186,6 +191,46 @@ def test_a_step_of_one_micro_batch_stays_as_it_is() -> None:
     one = Round({"actor": StepPart(micro_batches=((3, 1, 2),), weights=(1.0,), is_last=True)})
     of = experience(actor=PolicyTargets)
     assert prepared([one], of, loss_normalization="micro_batch", units={"actor": 1}) == [one]
+
+
+@pytest.mark.parametrize(
+    ("dealing", "expected"),
+    [
+        (Dealing(), 3),
+        (Dealing(times=1.5), 4),
+        (Dealing(times=2.0), 6),
+        (Dealing(times=9.0), 6),  # as many as there are pairs
+        (Dealing(at_least=5), 5),
+        (Dealing(at_least=2), 3),  # never fewer
+        (Dealing(times=0.5), 3),
+    ],
+)
+def test_there_are_as_many_micro_batches_as_asked_for_and_none_is_larger(dealing: Dealing, expected: int) -> None:
+    of = experience(actor=PairTargets)
+    drawn, dealt = (
+        prepared([DRAWN], of, loss_normalization="micro_batch", units={"actor": PAIR}, dealing=one)[0].parts["actor"]
+        for one in (Dealing(), dealing)
+    )
+    assert len(dealt.micro_batches) == expected
+    assert sorted(sample for own in dealt.micro_batches for sample in own) == list(range(len(LENGTHS)))
+    largest, largest_drawn = (
+        max(RaggedLayout().shape(of, samples).size for samples in one.micro_batches) for one in (dealt, drawn)
+    )
+    assert largest <= largest_drawn
+
+
+def test_in_pieces_they_are_of_several_sizes() -> None:
+    """The last of them, and every other one before, as a half and two quarters; a step's only one, too."""
+    of = experience(actor=PolicyTargets)
+    alone = Round({"actor": StepPart(micro_batches=(tuple(range(len(LENGTHS))),), weights=(1.0,), is_last=True)})
+    pieces, of_one = (
+        prepared([one], of, loss_normalization="micro_batch", units={"actor": 1}, dealing=Dealing(in_pieces=True))[0]
+        .parts["actor"]
+        .micro_batches
+        for one in (DRAWN, alone)
+    )
+    assert pieces == ((4, 9, 6, 2), (7, 0), (3,), (10, 8, 1), (11,), (5,))
+    assert list(map(len, of_one)) == [6, 3, 3]
 
 
 def test_a_sample_that_a_step_has_twice_counts_twice() -> None:

@@ -18,7 +18,7 @@ from ..trainers import tiny
 
 pytestmark = pytest.mark.usefixtures("pooled_workers")
 
-OPTIONS: dict[str, Any] = {"total_episodes": 16, "num_sample_generations": 0, "trace_steps": 0}
+OPTIONS: dict[str, Any] = {"total_episodes": 16, "num_sample_generations": 0, "trace_steps": 0, "num_micro_batches": 1}
 
 
 def generated(count: int = 24) -> list[Sample]:

@@ -26,9 +26,9 @@ INSTANCE = {
 }
 
 KEYS = {
-    "setting", "actor_layers", "critic_layers", "lengths", "num_micro_batches", "critic_epochs", "micro_batch_tokens",
-    "padding", "serial_ms", "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial", "bubble_fused",
-    "bubble_planned", "overhead_share", "why", "serial", "fused",
+    "setting", "actor_layers", "critic_layers", "lengths", "num_micro_batches", "num_trained", "critic_epochs",
+    "micro_batch_tokens", "padding", "serial_ms", "fused_ms", "ratio", "predicted_ratio", "gain_share", "bubble_serial",
+    "bubble_fused", "bubble_planned", "overhead_share", "why", "serial", "fused",
 }  # fmt: skip
 SIDE_KEYS = {
     "step_ms", "setup_ms", "executed_ms", "optimizer_ms", "planned_ms", "bubble_planned", "bubble_executed", "slowdown",
@@ -56,7 +56,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -
     sizes = ["--sizes", "2:1", "--micro-batches", "2", "--tokens", "16", "--hidden", "16", "--repeats", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "Cluster", worker_pool)
-        assert run(*sizes, "--solve-seconds", "0.5", "--lengths", str(lengths), "--json", str(out)) == 0
+        sizes += ["--drawn-number", "--solve-seconds", "0.5"]
+        assert run(*sizes, "--lengths", str(lengths), "--json", str(out)) == 0
     results: dict[str, Any] = json.loads(out.read_text())
     return results
 
@@ -68,6 +69,7 @@ def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
         assert row.keys() == KEYS
         assert row["serial"].keys() == row["fused"].keys() == SIDE_KEYS
         assert (row["actor_layers"], row["critic_layers"], row["num_micro_batches"]) == (4, 2, 2)
+        assert row["num_trained"] == {"serial": 2, "fused": 2}
         assert row["ratio"] == pytest.approx(row["serial_ms"] / row["fused_ms"])
         assert 0 < row["bubble_planned"] < 1
         assert 0 < row["serial"]["bubble_planned"] < 1
@@ -100,8 +102,8 @@ def test_compares_opposite_replicas_with_plain_1f1b(
         assert (row["actor_layers"], row["critic_layers"], row["num_micro_batches"]) == (4, 0, 3)
         plain, both = row["serial"], row["fused"]
         assert plain.keys() == both.keys() == SIDE_KEYS
-        predicted = (plain["planned_ms"] + plain["optimizer_ms"]) / (both["planned_ms"] + both["optimizer_ms"])
-        assert row["predicted_ratio"] == pytest.approx(predicted)
+        plain_ms, both_ms = (one["planned_ms"] + one["setup_ms"] + one["optimizer_ms"] for one in (plain, both))
+        assert row["predicted_ratio"] == pytest.approx(plain_ms / both_ms)
     assert results["options"]["bidirectional"] is True
     of_plain, of_both = (profile_from_json(results["profiles"][name]) for name in ("plain", "both ways"))
     assert {one.pipeline for one in of_plain.stages} == {"actor.0"}
@@ -109,16 +111,27 @@ def test_compares_opposite_replicas_with_plain_1f1b(
     assert "two opposite replicas (fused)" in capsys.readouterr().out
 
 
-def test_a_critic_takes_more_steps_than_the_actor(
+def test_a_critic_takes_more_steps_than_the_actor_and_both_in_the_planners_micro_batches(
     tmp_path: Path, pooled_workers: None, worker_pool: WorkerPool
 ) -> None:
     out = tmp_path / "out.json"
+    asked: list[Any] = []
+
+    def twice(works: Any, *_: Any, **options: Any) -> float:
+        asked.append((len(works(2.0)), options))
+        return 2.0
+
     sizes = ["--sizes", "1:1", "--micro-batches", "4", "--tokens", "16", "--hidden", "16", "--repeats", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "Cluster", worker_pool)
+        patch.setattr(steps, "soonest", twice)
         assert run(*sizes, "--solve-seconds", "0.5", "--critic-epochs", "2", "--json", str(out)) == 0
     results = json.loads(out.read_text())
     uniform, _ = results["rows"]
+    assert uniform["num_trained"] == {"serial": 8, "fused": 8}
+    assert uniform["micro_batch_tokens"] == [8] * 8
+    assert [number for number, _ in asked] == [2] * 4, "rounds of each side, in both settings"
+    assert all(options["gap_s"] > 0 and options["least_tokens"] == 3 for _, options in asked)
     assert (uniform["setting"], uniform["critic_epochs"]) == ("1:1 uniform 4 x2", 2)
     assert uniform.keys() == KEYS
     assert uniform["serial"].keys() == uniform["fused"].keys() == SIDE_KEYS

@@ -39,12 +39,12 @@ def row(serial: Side, fused: Side) -> dict[str, Any]:
     return row_of("2:1", LAYERS, task, [16, 16], serial, fused, padding=1.0)
 
 
-def test_the_predicted_gain_includes_the_optimizer_on_both_sides() -> None:
-    found = row(SIDE, FUSED)
+def test_the_predicted_gain_includes_setup_and_optimizer_on_both_sides() -> None:
+    found = row(SIDE, {**FUSED, "step_ms": 118.0, "setup_ms": 3.0})
     assert found["setting"] == "2:1 uniform 2"
-    assert found["ratio"] == pytest.approx(160 / 117)
-    assert found["predicted_ratio"] == pytest.approx(158 / 115)
-    assert found["gain_share"] == pytest.approx((43 / 117) / (43 / 115))
+    assert found["ratio"] == pytest.approx(160 / 118)
+    assert found["predicted_ratio"] == pytest.approx((148 + 12.5) / (105 + 12.5))
+    assert found["gain_share"] == pytest.approx((42 / 118) / (43 / 117.5))
     assert found["why"] == ""
 
 

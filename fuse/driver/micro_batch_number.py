@@ -1,0 +1,60 @@
+"""The micro-batches of an update as they are trained: dealt by length, as many as are planned to train soonest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from fuse.algorithms.batch import Experience
+from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.micro_batch_number import Work
+from fuse.intrastage.training_planner import TrainingPlanner
+from fuse.training.layout import Layout
+from fuse.training.rank import TrainingSettings
+from fuse.training.regrouping import Dealing, prepared
+from fuse.training.rounds import Round
+
+
+def dealt(
+    rounds: Sequence[Round],
+    experience: Experience,
+    settings: TrainingSettings,
+    planner: TrainingPlanner,
+    free_bytes: Callable[[], int | None],
+) -> Sequence[Round]:
+    """The rounds with weights and micro-batches as they are trained.
+
+    Where the planner does not know yet what micro-batches of other sizes cost, these are of several, which shows it.
+
+    free_bytes: as of `TrainingPlanner.plans`.
+    """
+
+    def made(dealing: Dealing) -> Sequence[Round]:
+        normalization, units = settings.loss_normalization, settings.units
+        return prepared(rounds, experience, loss_normalization=normalization, units=units, dealing=dealing)
+
+    @cache
+    def with_times(times: float) -> Sequence[Round]:
+        return made(Dealing(times=times, at_least=settings.least_micro_batches))
+
+    @cache
+    def works(times: float) -> list[Work]:
+        return [_work(one, experience, settings.layout) for one in with_times(times)]
+
+    times = planner.times([one.counts for one in rounds], works, free_bytes)
+    return made(Dealing(in_pieces=True)) if times is None else with_times(times)
+
+
+def shapes_of(rounds: Sequence[Round], experience: Experience, layout: Layout) -> list[Shape]:
+    """Of all that is trained; what several roles train counts once."""
+    parts = [part for one in rounds for part in one.parts.values()]
+    trained = dict.fromkeys(samples for part in parts for samples in part.micro_batches)
+    return [layout.shape(experience, samples) for samples in trained]
+
+
+def _work(one: Round, experience: Experience, layout: Layout) -> Work:
+    shapes = {
+        role: tuple(layout.shape(experience, samples) for samples in part.micro_batches)
+        for role, part in one.parts.items()
+    }
+    return Work(shapes)
