@@ -22,6 +22,12 @@ ended, or K + 1 activations would be held at once),
     F_{j+K}  >= B_j + x
     F_j      >= F_k + (j-k) f + (j-K-k+1) x         for k <= j - K: F_k..F_{j-1} and B_k..B_{j-K} run before F_j
 
+A **forward-only** pipeline q has the inequalities of its forwards alone. Where it comes before the last stage of p,
+
+    F_j of p >= F_k of q + (j-k+1) f of q + (j-k) f of p      for k <= j: F_k..F_j of q and F_k..F_{j-1} of p run before
+
+on that stage's rank. (The order above holds for both: before the j-th earliest F of p, j of q have ended.)
+
 **Tails** (ticks between an operation's end and the schedule's) are heads of the mirrored problem: time runs backwards,
 forwards and backwards change places, so do the first and last micro-batch, and the counting rule maps to itself.
 
@@ -50,7 +56,7 @@ Ticks = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Earliest starts of one pipeline; `forward` and `backward` are [stages, micro-batches], ticks."""
+    """Earliest starts of one pipeline, [stages, micro-batches], ticks; backwards are [stages, 0] where it has none."""
 
     forward: Ticks
     backward: Ticks
@@ -67,14 +73,16 @@ def makespan_lower_bound(problem: Problem) -> int:
     jobs: list[list[tuple[int, int, int]]] = [[] for _ in range(problem.num_ranks)]
     for pipeline, head, tail in zip(problem.pipelines, heads, tails, strict=True):
         for stage, rank in enumerate(pipeline.ranks):
-            forward_ticks, waited_ticks = pipeline.forward_ticks[stage], gradient_ticks(pipeline, stage)
+            forward_ticks = pipeline.forward_ticks[stage]
+            for start, after in zip(head.forward[stage].tolist(), tail.forward[stage].tolist(), strict=True):
+                jobs[rank].append((start, forward_ticks, after))
+            if pipeline.is_forward_only:
+                continue
+            waited_ticks = gradient_ticks(pipeline, stage)
             rest_ticks = backward_work_ticks(pipeline, stage) - waited_ticks
             for micro_batch in range(pipeline.num_micro_batches):
                 start = int(head.backward[stage, micro_batch])
                 after = max(int(tail.backward[stage, micro_batch]), rest_ticks)
-                jobs[rank].append(
-                    (int(head.forward[stage, micro_batch]), forward_ticks, int(tail.forward[stage, micro_batch]))
-                )
                 jobs[rank].append((start, waited_ticks, after))
                 if rest_ticks:
                     jobs[rank].append((start + waited_ticks, rest_ticks, 0))
@@ -148,20 +156,76 @@ def backward_work_ticks(pipeline: Pipeline, stage: int) -> int:
 
 def heads_and_tails(problem: Problem) -> tuple[list[Heads], list[Heads]]:
     """Earliest start of every operation, and least ticks from its end to the makespan, pipeline by pipeline."""
-    heads = []
-    tails = []
-    for pipeline in problem.pipelines:
-        stages = range(pipeline.num_stages)
+    scored_by: dict[int, list[int]] = {}
+    for number, pipeline in enumerate(problem.pipelines):
+        if pipeline.before is not None:
+            scored_by.setdefault(pipeline.before, []).append(number)
+    heads: dict[int, Heads] = {}
+    tails: dict[int, Heads] = {}
+    for number, pipeline in enumerate(problem.pipelines):
+        if pipeline.is_forward_only:
+            heads[number] = _with_forwards(_passes(pipeline.forward_ticks, _transfers(pipeline), _nothing(pipeline)))
+    for number, pipeline in enumerate(problem.pipelines):
+        if pipeline.is_forward_only:
+            continue
+        last_ticks, count = pipeline.forward_ticks[-1], pipeline.num_micro_batches
+        floor = _nothing(pipeline)
+        for other in scored_by.get(number, ()):
+            first = heads[other].forward[-1, :count]
+            np.maximum(floor, _behind(first, problem.pipelines[other].forward_ticks[-1], last_ticks), out=floor)
         forward = np.array(pipeline.forward_ticks, dtype=np.int64)
-        backward = np.array([gradient_ticks(pipeline, stage) for stage in stages], dtype=np.int64)
-        transfer = np.array(
-            [pipeline.transfer_ticks if a != b else 0 for a, b in pairwise(pipeline.ranks)], dtype=np.int64
-        )
-        counts = [_num_in_flight(problem, pipeline, stage) for stage in stages]
-        heads.append(_earliest(forward, backward, transfer, counts, pipeline.num_micro_batches))
-        mirrored = _earliest(backward, forward, transfer, counts, pipeline.num_micro_batches)
-        tails.append(Heads(forward=mirrored.backward[:, ::-1], backward=mirrored.forward[:, ::-1]))
-    return heads, tails
+        backward = np.array([gradient_ticks(pipeline, stage) for stage in range(pipeline.num_stages)], dtype=np.int64)
+        counts = [_num_in_flight(problem, pipeline, stage) for stage in range(pipeline.num_stages)]
+        transfer = _transfers(pipeline)
+        heads[number] = _earliest(forward, backward, transfer, counts, count, floor)
+        mirrored = _earliest(backward, forward, transfer, counts, count, _nothing(pipeline))
+        tails[number] = Heads(forward=mirrored.backward[:, ::-1], backward=mirrored.forward[:, ::-1])
+    for number, pipeline in enumerate(problem.pipelines):
+        if not pipeline.is_forward_only:
+            continue
+        floor = _nothing(pipeline)
+        if pipeline.before is not None:
+            user = problem.pipelines[pipeline.before]
+            after = tails[pipeline.before].forward[-1, ::-1]
+            behind = _behind(after, user.forward_ticks[-1], pipeline.forward_ticks[-1])
+            floor[-user.num_micro_batches :] = behind
+        mirrored_passes = _passes(pipeline.forward_ticks[::-1], _transfers(pipeline)[::-1], floor)
+        tails[number] = _with_forwards(mirrored_passes[::-1, ::-1])
+    numbers = range(len(problem.pipelines))
+    return [heads[number] for number in numbers], [tails[number] for number in numbers]
+
+
+def _transfers(pipeline: Pipeline) -> Ticks:
+    """Between neighbouring stages."""
+    return np.array([pipeline.transfer_ticks if a != b else 0 for a, b in pairwise(pipeline.ranks)], dtype=np.int64)
+
+
+def _nothing(pipeline: Pipeline) -> Ticks:
+    return np.zeros(pipeline.num_micro_batches, np.int64)
+
+
+def _with_forwards(forward: Ticks) -> Heads:
+    """Of a forward-only pipeline."""
+    return Heads(forward, forward[:, :0])
+
+
+def _passes(ticks: tuple[int, ...], transfer: Ticks, first: Ticks) -> Ticks:
+    """Earliest starts [stages, micro-batches] of forwards alone. first: [micro-batches], at stage 0."""
+    index = np.arange(len(first), dtype=np.int64)
+    starts: list[Ticks] = []
+    for stage, own in enumerate(ticks):
+        start = starts[-1] + ticks[stage - 1] + transfer[stage - 1] if stage else first.copy()
+        _at_least(start, own, index)
+        starts.append(start)
+    return np.stack(starts)
+
+
+def _behind(first: Ticks, first_ticks: int, own_ticks: int) -> Ticks:
+    """Earliest starts of operations on one rank, each behind its own of those that start at `first` at the earliest."""
+    index = np.arange(len(first), dtype=np.int64)
+    lead = np.maximum.accumulate(first - index * (first_ticks + own_ticks))
+    earliest: Ticks = lead + index * (first_ticks + own_ticks) + first_ticks
+    return earliest
 
 
 def preemptive_makespan(jobs: list[tuple[int, int, int]]) -> int:
@@ -198,8 +262,13 @@ def _num_in_flight(problem: Problem, pipeline: Pipeline, stage: int) -> int:
     return min(pipeline.num_micro_batches, room // held)
 
 
-def _earliest(forward: Ticks, backward: Ticks, transfer: Ticks, counts: list[int], num_micro_batches: int) -> Heads:
-    """Least solution of the inequalities above, by sweeps over the stages until nothing moves."""
+def _earliest(
+    forward: Ticks, backward: Ticks, transfer: Ticks, counts: list[int], num_micro_batches: int, floor: Ticks
+) -> Heads:
+    """Least solution of the inequalities above, by sweeps over the stages until nothing moves.
+
+    floor: [micro-batches], of the last stage's forwards.
+    """
     num_stages = len(forward)
     index = np.arange(num_micro_batches, dtype=np.int64)
     heads = Heads(
@@ -210,6 +279,8 @@ def _earliest(forward: Ticks, backward: Ticks, transfer: Ticks, counts: list[int
         for stage in range(num_stages):
             f, x, count = int(forward[stage]), int(backward[stage]), counts[stage]
             start = heads.forward[stage]
+            if stage == num_stages - 1:
+                np.maximum(start, floor, out=start)
             if stage:
                 np.maximum(start, heads.forward[stage - 1] + forward[stage - 1] + transfer[stage - 1], out=start)
             if count < num_micro_batches:

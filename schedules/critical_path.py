@@ -38,8 +38,7 @@ def critical_path(schedule: Schedule, timing: Timing | None = None) -> tuple[Op,
     while True:
         op = path[-1]
         arrivals = [
-            (end_of[needed] + problem.transfer_ticks(needed, op), False, needed)
-            for needed in needs(ops, op, problem.pipelines[op.pipeline].num_stages)
+            (end_of[needed] + problem.transfer_ticks(needed, op), False, needed) for needed in needs(ops, op, problem)
         ]
         if op in before:
             arrivals.append((end_of[before[op]], True, before[op]))

@@ -18,6 +18,9 @@ Text, one fact per line, for reading, diffs and golden files:
     rank 1: F0.1.0 B0.1.0 F0.1.1 B0.1.1
 
 Fields that are absent in the value (no limits, no split backward) are left out. A problem's text has no rank orders.
+
+Version 2 has forward-only pipelines, whose `backward_ticks` are followed by nothing, with or without `before 0`. What
+has none is written as version 1, which older readers know.
 """
 
 from __future__ import annotations
@@ -28,23 +31,23 @@ from typing import TypeVar
 
 from schedules.ir import Op, Pipeline, Problem, Schedule
 
-VERSION = 1
+VERSION = 2
 
 _PROBLEM_FIELDS = tuple(field.name for field in fields(Problem) if field.name != "pipelines")
 _PIPELINE_FIELDS = tuple(field.name for field in fields(Pipeline))
-_SCALARS = frozenset({"num_ranks", "num_micro_batches", "transfer_ticks"})
+_SCALARS = frozenset({"num_ranks", "num_micro_batches", "transfer_ticks", "before"})
 _T = TypeVar("_T")
 
 
 def problem_to_json(problem: Problem) -> dict[str, object]:
     """A JSON object; `problem_from_json` reads it back."""
-    return {"problem": VERSION, **_problem_object(problem)}
+    return {"problem": _version(problem), **_problem_object(problem)}
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, object]:
     """A JSON object; `schedule_from_json` reads it back."""
     orders = [[str(op) for op in order] for order in schedule.ranks]
-    return {"schedule": VERSION, **_problem_object(schedule.problem), "orders": orders}
+    return {"schedule": _version(schedule.problem), **_problem_object(schedule.problem), "orders": orders}
 
 
 def problem_from_json(value: object) -> Problem:
@@ -54,8 +57,8 @@ def problem_from_json(value: object) -> Problem:
         ValueError: the object is not a problem of this version, or its values break a rule of the problem.
     """
     members = _members(value, "problem")
-    _take_version(members, "problem")
-    return _problem_from_members(members)
+    version = _take_version(members, "problem")
+    return _problem_from_members(members, version)
 
 
 def schedule_from_json(value: object) -> Schedule:
@@ -65,23 +68,23 @@ def schedule_from_json(value: object) -> Schedule:
         ValueError: the object is not a schedule of this version, or its problem breaks a rule.
     """
     members = _members(value, "schedule")
-    _take_version(members, "schedule")
+    version = _take_version(members, "schedule")
     orders = members.pop("orders", None)
     if not isinstance(orders, list) or not all(isinstance(order, list) for order in orders):
         raise ValueError("schedule: orders must be one list of operations per rank")
     ops = tuple(tuple(Op.parse(str(op)) for op in order) for order in orders)
-    return Schedule(_problem_from_members(members), ops)
+    return Schedule(_problem_from_members(members, version), ops)
 
 
 def problem_to_text(problem: Problem) -> str:
     """Lines as in the module's docstring, without rank orders."""
-    return "\n".join([f"problem {VERSION}", *_problem_lines(problem)]) + "\n"
+    return "\n".join([f"problem {_version(problem)}", *_problem_lines(problem)]) + "\n"
 
 
 def schedule_to_text(schedule: Schedule) -> str:
     """Lines as in the module's docstring."""
     orders = [" ".join([f"rank {rank}:", *map(str, order)]) for rank, order in enumerate(schedule.ranks)]
-    return "\n".join([f"schedule {VERSION}", *_problem_lines(schedule.problem), *orders]) + "\n"
+    return "\n".join([f"schedule {_version(schedule.problem)}", *_problem_lines(schedule.problem), *orders]) + "\n"
 
 
 def problem_from_text(text: str) -> Problem:
@@ -118,12 +121,15 @@ def _field_values(value: object, names: tuple[str, ...]) -> dict[str, object]:
     return {name: list(item) if isinstance(item, tuple) else item for name, item in present if item is not None}
 
 
-def _problem_from_members(members: dict[str, object]) -> Problem:
+def _problem_from_members(members: dict[str, object], version: int) -> Problem:
     pipelines = members.pop("pipelines", None)
     if not isinstance(pipelines, list):
         raise ValueError("problem: pipelines must be a list of objects")
     parsed = tuple(_construct(Pipeline, _members(item, "pipeline"), _PIPELINE_FIELDS) for item in pipelines)
-    return _construct(Problem, {**members, "pipelines": parsed}, (*_PROBLEM_FIELDS, "pipelines"))
+    problem = _construct(Problem, {**members, "pipelines": parsed}, (*_PROBLEM_FIELDS, "pipelines"))
+    if version < _version(problem):
+        raise ValueError(f"problem: forward-only pipelines are of version {_version(problem)}, not {version}")
+    return problem
 
 
 def _construct(make: Callable[..., _T], members: Mapping[str, object], known: tuple[str, ...]) -> _T:
@@ -145,10 +151,16 @@ def _members(value: object, what: str) -> dict[str, object]:
     return dict(value)
 
 
-def _take_version(members: dict[str, object], what: str) -> None:
+def _take_version(members: dict[str, object], what: str) -> int:
     version = members.pop(what, None)
-    if version != VERSION:
-        raise ValueError(f"{what}: format version is {version!r}; this reader knows {VERSION}")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= VERSION:
+        raise ValueError(f"{what}: format version is {version!r}; this reader knows 1 to {VERSION}")
+    return version
+
+
+def _version(problem: Problem) -> int:
+    """The first that can say this."""
+    return 2 if any(pipeline.is_forward_only for pipeline in problem.pipelines) else 1
 
 
 def _problem_lines(problem: Problem) -> list[str]:
@@ -161,7 +173,7 @@ def _problem_lines(problem: Problem) -> list[str]:
 
 
 def _line(name: str, item: object) -> str:
-    return f"{name} {' '.join(map(str, item)) if isinstance(item, list) else item}"
+    return f"{name} {' '.join(map(str, item)) if isinstance(item, list) else item}".rstrip()
 
 
 def _read_lines(text: str, what: str) -> tuple[dict[str, object], list[list[str]]]:

@@ -67,6 +67,10 @@ class Pipeline:
     without them backwards of this pipeline cannot be split. `transfer_ticks` separates the end of a stage's operation
     from the start of the operation that needs its result on another rank.
 
+    A *forward-only* pipeline has no `backward_ticks` (an empty tuple) and holds nothing: its operations are forwards.
+    `before` is the number of a pipeline that uses what its last stage makes: the last forward of micro-batch m there
+    comes after the last one of micro-batch m here. Both are on one rank, so that no message is needed.
+
     Memory changes at the start of an operation: F takes `activation_bytes`, B and I give them back, I takes
     `weight_grad_bytes` (what the weight gradient still needs), W gives those back. Since a rank runs one operation
     at a time, giving back at the end instead would leave the peak where it is as long as
@@ -83,6 +87,7 @@ class Pipeline:
     activation_bytes: tuple[int, ...] = ()
     weight_grad_bytes: tuple[int, ...] = ()
     transfer_ticks: int = 0
+    before: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME_FORM.fullmatch(self.name):
@@ -101,19 +106,32 @@ class Pipeline:
             raise ValueError(f"{owner}: input_grad_ticks and weight_grad_ticks must be given together or not at all")
         per_stage = {
             "forward_ticks": (self.forward_ticks, 1),
-            "backward_ticks": (self.backward_ticks, 1),
+            "backward_ticks": (self.backward_ticks or None, 1),
             "input_grad_ticks": (self.input_grad_ticks, 1),
             "weight_grad_ticks": (self.weight_grad_ticks, 1),
             "activation_bytes": (self.activation_bytes, 0),
             "weight_grad_bytes": (self.weight_grad_bytes, 0),
         }
         for field, (values, minimum) in per_stage.items():
-            if values is not None or field in ("forward_ticks", "backward_ticks"):
+            if values is not None or field == "forward_ticks":
                 _check_integers(owner, field, values, self.num_stages, minimum)
+        if self.is_forward_only:
+            held = (*self.activation_bytes, *self.weight_grad_bytes)
+            if self.can_split or any(held):
+                raise ValueError(
+                    f"{owner}: without backward_ticks it is forward-only, and has neither halves of backwards nor "
+                    f"memory; give backward_ticks, or leave those out"
+                )
+        elif self.before is not None:
+            raise ValueError(f"{owner}: before is for forward-only pipelines; give no backward_ticks, or no before")
 
     @property
     def num_stages(self) -> int:
         return len(self.ranks)
+
+    @property
+    def is_forward_only(self) -> bool:
+        return not self.backward_ticks
 
     @property
     def can_split(self) -> bool:
@@ -173,7 +191,28 @@ class Problem:
                     f"pipeline {pipeline.name}: rank {max(pipeline.ranks)} is outside 0..{self.num_ranks - 1}; "
                     "raise num_ranks or move the stage"
                 )
+            if pipeline.before is not None:
+                self._check_before(pipeline, pipeline.before)
         self._check_size()
+
+    def _check_before(self, pipeline: Pipeline, number: int) -> None:
+        owner = f"pipeline {pipeline.name}: before"
+        _check_integers(owner, "the number", (number,), 1, minimum=0)
+        if number >= len(self.pipelines):
+            raise ValueError(f"{owner} is {number}; the pipelines are 0..{len(self.pipelines) - 1}")
+        user = self.pipelines[number]
+        if user.is_forward_only:
+            raise ValueError(f"{owner} is {user.name}, which is forward-only; name one that has backwards")
+        if user.ranks[-1] != pipeline.ranks[-1]:
+            raise ValueError(
+                f"{owner} is {user.name}, whose last stage is on rank {user.ranks[-1]} and not on rank "
+                f"{pipeline.ranks[-1]}; have both end on one rank"
+            )
+        if user.num_micro_batches > pipeline.num_micro_batches:
+            raise ValueError(
+                f"{owner} is {user.name}, which has {user.num_micro_batches} micro-batches and not at most "
+                f"{pipeline.num_micro_batches}; give one for each"
+            )
 
     def _check_size(self) -> None:
         totals = {
@@ -193,7 +232,24 @@ class Problem:
         return (
             0 <= op.stage < pipeline.num_stages
             and 0 <= op.micro_batch < pipeline.num_micro_batches
-            and (op.kind in (Kind.F, Kind.B) or pipeline.can_split)
+            and op.kind in self.kinds(op.pipeline, split=op.kind in (Kind.I, Kind.W))
+        )
+
+    def kinds(self, number: int, *, split: bool) -> tuple[Kind, ...]:
+        """Of a pipeline's operations, with backwards as I and W if `split` and it can."""
+        pipeline = self.pipelines[number]
+        if pipeline.is_forward_only:
+            return (Kind.F,)
+        return (Kind.F, Kind.I, Kind.W) if split and pipeline.can_split else (Kind.F, Kind.B)
+
+    def first(self, op: Op) -> tuple[Op, ...]:
+        """The forwards of forward-only pipelines that must come before `op` on its rank."""
+        if op.kind is not Kind.F or op.stage != self.pipelines[op.pipeline].num_stages - 1:
+            return ()
+        return tuple(
+            Op(number, pipeline.num_stages - 1, op.micro_batch, Kind.F)
+            for number, pipeline in enumerate(self.pipelines)
+            if pipeline.before == op.pipeline
         )
 
     def rank_of(self, op: Op) -> int:

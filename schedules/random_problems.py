@@ -18,8 +18,12 @@ def random_problem(
     max_micro_batches: int = 4,
     max_ticks: int = 9,
     max_bytes: int = 9,
+    max_forward_only: int = 0,
 ) -> Problem:
-    """Any shape the representation allows: virtual stages, idle ranks, transfers, split backwards; no memory limit."""
+    """Any shape the representation allows: virtual stages, idle ranks, transfers, split backwards; no memory limit.
+
+    max_forward_only: pipelines more, some of which must come before the last stage of another.
+    """
     num_ranks = random.randint(1, max_ranks)
     pipelines = []
     for number in range(random.randint(1, max_pipelines)):
@@ -43,6 +47,24 @@ def random_problem(
                 transfer_ticks=random.choice((0, random.randint(0, max_ticks))),
             )
         )
+    num_with_backwards = len(pipelines)
+    for number in range(random.randint(0, max_forward_only) if max_forward_only else 0):
+        before = random.choice((None, random.randrange(num_with_backwards)))
+        ranks = tuple(random.randrange(num_ranks) for _ in range(random.randint(1, max_stages)))
+        least = 1
+        if before is not None:
+            ranks, least = (*ranks[1:], pipelines[before].ranks[-1]), pipelines[before].num_micro_batches
+        pipelines.append(
+            Pipeline(
+                name=f"forward{number}",
+                ranks=ranks,
+                num_micro_batches=random.randint(least, max(least, max_micro_batches)),
+                forward_ticks=tuple(random.randint(1, max_ticks) for _ in ranks),
+                backward_ticks=(),
+                transfer_ticks=random.choice((0, random.randint(0, max_ticks))),
+                before=before,
+            )
+        )
     initial_bytes = tuple(random.randint(0, max_bytes) for _ in range(num_ranks))
     return Problem(num_ranks=num_ranks, pipelines=tuple(pipelines), initial_bytes=initial_bytes)
 
@@ -57,6 +79,8 @@ def random_schedule(problem: Problem, random: Random) -> Schedule:
     for number, pipeline in enumerate(problem.pipelines):
         for stage in range(pipeline.num_stages):
             chains.append(deque(Op(number, stage, m, Kind.F) for m in range(pipeline.num_micro_batches)))
+            if pipeline.is_forward_only:
+                continue
             backwards: deque[Op] = deque()
             for micro_batch in range(pipeline.num_micro_batches):
                 kind = Kind.I if pipeline.can_split and random.random() < 0.5 else Kind.B
@@ -75,6 +99,8 @@ def random_schedule(problem: Problem, random: Random) -> Schedule:
             return (op.pipeline, op.stage, op.micro_batch) in input_grads
         forward = op.kind is Kind.F
         if not forward and (op.pipeline, op.stage, op.micro_batch, True) not in done:
+            return False
+        if any((one.pipeline, one.stage, one.micro_batch, True) not in done for one in problem.first(op)):
             return False
         feeding = op.stage - 1 if forward else op.stage + 1
         if 0 <= feeding < problem.pipelines[op.pipeline].num_stages:

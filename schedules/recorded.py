@@ -202,6 +202,14 @@ def _pipeline(name: str, ranks: Sequence[list[_Event]]) -> Pipeline:
     def mean(stage: int, kind: Kind, otherwise: float) -> int:
         return max(1, round(fmean(ticks[stage, kind]) if ticks[stage, kind] else otherwise))
 
+    if all(kind is Kind.F for _, kind in ticks):
+        return Pipeline(
+            name=name,
+            ranks=tuple(home[stage] for stage in stages),
+            num_micro_batches=num_micro_batches,
+            forward_ticks=tuple(mean(stage, Kind.F, 0) for stage in stages),
+            backward_ticks=(),
+        )
     is_split = any(kind is Kind.I for _, kind in ticks)
     whole = [mean(stage, Kind.B, 0) for stage in stages]
     input_grads = tuple(mean(stage, Kind.I, whole[stage] / 2) for stage in stages)

@@ -65,7 +65,7 @@ def evaluate(schedule: Schedule, ticks: Callable[[Op], int] | None = None) -> Ti
     for rank, index in result.steps:
         op = schedule.ranks[rank][index]
         earliest = end[rank][-1] if index else 0
-        for needed in needs(known, op, problem.pipelines[op.pipeline].num_stages):
+        for needed in needs(known, op, problem):
             earliest = max(earliest, end_of[needed] + problem.transfer_ticks(needed, op))
         start[rank].append(earliest)
         end[rank].append(earliest + ticks(op))

@@ -4,7 +4,8 @@ Rules (an operation is named once per rule it breaks):
 
 - unknown: the operation is not of the problem (pipeline, stage or micro-batch out of range, or a half of a backward
   that the pipeline cannot split).
-- missing: the operation must be in the schedule and is not. Each stage and micro-batch needs F, and B or both I and W.
+- missing: the operation must be in the schedule and is not. Each stage and micro-batch needs F, and B or both I and W
+  unless its pipeline is forward-only.
 - duplicate: it stands more than once, or a micro-batch has both B and a half of it.
 - placement: it stands on another rank than its stage's.
 - dependency: it stands before one that it needs on the same rank.
@@ -95,7 +96,7 @@ def _missing(schedule: Schedule) -> Iterator[Violation]:
         for stage in range(pipeline.num_stages):
             for micro_batch in range(pipeline.num_micro_batches):
                 halves = {kind for kind in (Kind.I, Kind.W) if Op(number, stage, micro_batch, kind) in present}
-                for kind in (Kind.F, Kind.I, Kind.W) if halves else (Kind.F, Kind.B):
+                for kind in schedule.problem.kinds(number, split=bool(halves)):
                     op = Op(number, stage, micro_batch, kind)
                     if op not in present:
                         yield Violation(pipeline.ranks[stage], op, Rule.MISSING, f"{op} is in no rank's order")
@@ -124,7 +125,7 @@ def _dependencies(schedule: Schedule) -> Iterator[Violation]:
         for index, op in enumerate(order):
             position.setdefault(op, (rank, index))
     for op, (rank, index) in position.items():
-        for needed in needs(position, op, schedule.problem.pipelines[op.pipeline].num_stages):
+        for needed in needs(position, op, schedule.problem):
             needed_rank, needed_index = position.get(needed, (None, 0))
             if needed_rank == rank and needed_index > index:
                 yield Violation(rank, op, Rule.DEPENDENCY, f"it needs {needed}, which comes later on this rank")

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from schedules.ir import Kind, Op, Problem, Schedule
+from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
 
 # Messages of one pipeline in one direction (forward: True) from one rank to another; each is one FIFO of the executor.
 Channel = tuple[int, bool, int, int]
@@ -34,30 +34,33 @@ class Walk:
     blocked: tuple[Blocked, ...]
 
 
-def needs(schedule_ops: Container[Op], op: Op, num_stages: int) -> tuple[Op, ...]:
-    """The operations whose results `op` uses.
+def needs(schedule_ops: Container[Op], op: Op, problem: Problem) -> tuple[Op, ...]:
+    """The operations whose results `op` uses; last what its neighbouring stage makes, where that is one.
 
-    F(s) needs F(s-1); B and I(s) need their own F and the gradient from stage s+1, which is that stage's I where the
-    schedule has one and its B elsewhere; W needs its own I. O(1).
+    F(s) needs F(s-1), and at the last stage what forward-only pipelines must have said first; B and I(s) need their own
+    F and the gradient from stage s+1, which is that stage's I where the schedule has one and its B elsewhere; W needs
+    its own I. O(1), at the last stage O(pipelines).
     """
     if op.kind is Kind.W:
         return (replace(op, kind=Kind.I),)
     if op.kind is Kind.F:
-        return (replace(op, stage=op.stage - 1),) if op.stage else ()
+        return problem.first(op) + ((replace(op, stage=op.stage - 1),) if op.stage else ())
     own = replace(op, kind=Kind.F)
-    if op.stage == num_stages - 1:
+    if op.stage == problem.pipelines[op.pipeline].num_stages - 1:
         return (own,)
     split = replace(op, stage=op.stage + 1, kind=Kind.I)
     return (own, split if split in schedule_ops else replace(split, kind=Kind.B))
 
 
-def feeds(op: Op, num_stages: int) -> Op | None:
+def feeds(op: Op, pipeline: Pipeline) -> Op | None:
     """The operation that uses the result of a forward or a whole backward; None at the pipeline's end.
 
-    A forward feeds the next stage's, at the last stage its own backward; a backward feeds the stage before.
+    A forward feeds the next stage's, at the last stage its own backward, if any; a backward feeds the stage before.
     """
     if op.kind is Kind.F:
-        return replace(op, stage=op.stage + 1) if op.stage < num_stages - 1 else replace(op, kind=Kind.B)
+        if op.stage < pipeline.num_stages - 1:
+            return replace(op, stage=op.stage + 1)
+        return None if pipeline.is_forward_only else replace(op, kind=Kind.B)
     return replace(op, stage=op.stage - 1) if op.stage else None
 
 
@@ -84,7 +87,7 @@ def walk(schedule: Schedule) -> Walk:
     A list that breaks other rules (operations absent, duplicated or misplaced) is walked as it stands; an operation
     counts as done when its first copy has run.
     """
-    pipelines = schedule.problem.pipelines
+    problem = schedule.problem
     known = {op for _, op in schedule.ops()}
     done: set[Op] = set()
     next_index = [0] * len(schedule.ranks)
@@ -97,7 +100,7 @@ def walk(schedule: Schedule) -> Walk:
         order = schedule.ranks[rank]
         while next_index[rank] < len(order):
             op = order[next_index[rank]]
-            waits_for = [n for n in needs(known, op, pipelines[op.pipeline].num_stages) if n not in done]
+            waits_for = [n for n in needs(known, op, problem) if n not in done]
             if waits_for:
                 blocked_on[rank] = waits_for[0]
                 sleepers[waits_for[0]].append(rank)

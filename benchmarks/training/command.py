@@ -8,6 +8,7 @@ schedules alike, and for each into as many as should train soonest by it; --draw
 the micro-batches that were drawn.
 
 --bidirectional trains the actor alone, of two layers per device: in two opposite replicas against plain 1F1B.
+--forward-only trains it on samples that it and a reference score: within the step against before it.
 
 --profile-only stops at what the plan is made of: seconds and memory of every operation. --emulate N executes schedules
 of N ranks with waits in place of computation, and says how far that is from the plan.
@@ -35,7 +36,8 @@ LAYERS_PER_DEVICE = {"1:1": (2, 2), "2:1": (2, 1), "1:2": (1, 2)}
 _VOCAB_SIZE = 512
 _OPTIONS = (
     "devices", "repeats", "sizes", "micro_batches", "critic_epochs", "lengths", "tokens", "sequences", "hidden",
-    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional", "as_drawn", "drawn_number",
+    "solve_seconds", "emulate", "instances", "operation_ms", "bidirectional", "forward_only",
+    "as_drawn", "drawn_number",
 )  # fmt: skip
 
 
@@ -80,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bidirectional", action="store_true", help="train the actor alone, in two opposite replicas and by plain 1F1B"
     )
+    parser.add_argument(
+        "--forward-only", action="store_true",
+        help="train the actor alone, scoring its samples within the step, and by plain 1F1B after scoring them",
+    )  # fmt: skip
     parser.add_argument("--profile-only", action="store_true", help="print and write the measured costs, and stop")
     parser.add_argument(
         "--emulate", type=int, metavar="N", help="execute schedules of N ranks with operations replaced by waits"
@@ -99,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats is None:
         arguments.repeats = 9 if arguments.emulate is None else 1
     _check(arguments)
-    train = _train_both_ways if arguments.bidirectional else _train
+    train = _train_both_ways if arguments.bidirectional else _train_within if arguments.forward_only else _train
     results = train(arguments) if arguments.emulate is None else _emulate(arguments)
     write_rows(arguments, describe_machine(), _OPTIONS, **results)
     return 0
@@ -125,8 +131,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--bidirectional trains two replicas for real: leave out --emulate, and give at least 2 --micro-batches"
         )
-    if arguments.bidirectional and arguments.sizes != list(LAYERS_PER_DEVICE):
-        raise ValueError("--bidirectional trains no critic, and --sizes are of actor and critic: leave one of them out")
+    if arguments.forward_only and (arguments.emulate is not None or arguments.bidirectional or arguments.profile_only):
+        raise ValueError(
+            "--forward-only trains one pipeline for real, and learns costs from that: leave out --emulate, "
+            "--bidirectional and --profile-only"
+        )
+    if (arguments.bidirectional or arguments.forward_only) and arguments.sizes != list(LAYERS_PER_DEVICE):
+        one = "--bidirectional" if arguments.bidirectional else "--forward-only"
+        raise ValueError(f"{one} trains no critic, and --sizes are of actor and critic: leave one of them out")
     if arguments.emulate is not None and arguments.critic_epochs > 1:
         raise ValueError("--critic-epochs is of real training, and --emulate's problems have their own: leave it out")
     for name in ("as_drawn", "drawn_number"):
@@ -232,6 +244,25 @@ def _train_both_ways(arguments: argparse.Namespace) -> dict[str, object]:
         console.print(table)
         print(tables.summary(rows))
     return {"rows": rows, "profiles": {name: profile_to_json(profile) for name, profile in profiles.items()}}
+
+
+def _train_within(arguments: argparse.Namespace) -> dict[str, object]:
+    from fuse.benchmarks.training.within import Within
+
+    load = _load(arguments)
+    layers = 2 * arguments.devices
+    rows: list[Row] = []
+    console = Console()
+    with Within.start(arguments.devices) as trainers:
+        trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
+        for task in load.tasks:
+            rows.append(trainers.row(load, task, layers, repeats=arguments.repeats, solve_s=arguments.solve_seconds))
+            print(f"[{len(rows)}/{len(load.tasks)}] {tables.line(rows[-1])}", flush=True)
+    table = tables.steps_table(rows)
+    table.title = "Steps of the actor, ms: scoring first (serial) and scoring within (fused)"
+    console.print(table)
+    print(tables.summary(rows))
+    return {"rows": rows}
 
 
 def _emulate(arguments: argparse.Namespace) -> dict[str, object]:

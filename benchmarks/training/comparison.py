@@ -105,7 +105,7 @@ def _late_s(problem: Problem, recorded: Mapping[Op, Span]) -> float:
     """Seconds that ranks waited for messages after these were made."""
     late_s = 0.0
     for op, span in recorded.items():
-        for source in needs(recorded, op, problem.pipelines[op.pipeline].num_stages):
+        for source in needs(recorded, op, problem):
             if problem.rank_of(source) != problem.rank_of(op):
                 late_s += max(0.0, min(_wait_s(span), span.start_s - recorded[source].end_s))
     return late_s

@@ -26,6 +26,7 @@ class Algorithm:
     loss_normalization: "token" for losses that are means over a micro-batch's positions.
     units: by role, how many samples side by side are one term of its loss, where that can be regrouped; see
         `fuse.training.regrouping`.
+    late: columns of the actor's targets that its loss alone reads; see `fuse.training.late_scores`.
     """
 
     estimate: Estimate
@@ -33,3 +34,4 @@ class Algorithm:
     targets: Mapping[str, type[Targets]]
     loss_normalization: LossNormalization = "micro_batch"
     units: Mapping[str, int] = field(default_factory=dict)
+    late: frozenset[str] = frozenset()

@@ -121,7 +121,7 @@ def _of_problem(problem: Problem, console: Console) -> Shown:
             pipeline.name,
             _ranks(pipeline.ranks),
             str(pipeline.num_micro_batches),
-            *(_span(values) for values in per_stage),
+            *(_span(values) if values else "none" for values in per_stage),
         )
     console.print(table)
     if problem.memory_limit_bytes is not None:

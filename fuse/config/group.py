@@ -101,6 +101,14 @@ class GroupConfig(SampleChoiceConfig):
         "faster (which needs balance_stages and intra_stage_fusion); else plain 1F1B.",
     )
 
+    forward_only: bool | None = option(
+        None,
+        "Compute log-probabilities that the loss alone needs within the optimizer steps, by forwards that fill the "
+        "bubbles of training, in place of before them: with old_logprobs='trainer' the policy's own, and with "
+        "scoring='sharded' a reference's that is in no reward. Default: where the policy is trained through a "
+        "pipeline and plans say that it is faster; but a reference's not with inter_stage_fusion, by which it scores "
+        "while samples are generated.",
+    )
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "For from_pretrained, where models are given by name."
     )

@@ -25,6 +25,7 @@ from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.sample import SpecialTokens
+from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.layout import Layout
 from fuse.training.rank import TrainingSettings
@@ -45,11 +46,13 @@ def fleet_settings(
     *,
     whole_replicas: bool = False,
     bidirectional: bool | None = False,
+    forward_only: bool | None = False,
 ) -> FleetSettings:
     """What `config` asks for, with prompts of so many tokens, for an actor of this configuration.
 
     whole_replicas: where stages are not asked for, every device trains all of a model on its share of the samples.
     bidirectional: the one model that trains has opposite replicas; None: where that should be faster.
+    forward_only: what the loss alone needs is scored within training; None: where that should be faster.
 
     Raises:
         ValueError: stages or shares of matrices that do not fit the devices, or an engine or a KV transfer that is
@@ -78,7 +81,9 @@ def fleet_settings(
         )
     )
     placement, alternative = opposites(config, placement, length.micro_batches_per_step, bidirectional)
-    is_fused = config.intra_stage_fusion and any(share_ranks(one) for one in (placement, alternative) if one)
+    late = late_columns(config, algorithm, placement, forward_only)
+    shares = any(share_ranks(one) for one in (placement, alternative) if one)
+    is_fused = config.intra_stage_fusion and (shares or bool(late))
     training = TrainingSettings(
         backend=config.train_backend,
         split_backward=is_fused,
@@ -123,6 +128,7 @@ def fleet_settings(
         ),
         training=training,
         mixing=config.mixing,
+        late=late,
         output_dir=Path(str(config.output_dir)),
         engine_devices=config.generation_tensor_parallel_size,
         placement=placement,
@@ -143,6 +149,7 @@ def fleet_settings(
             chooses_number=bool(units)
             and config.num_micro_batches is None
             and any(len(set(replica.ranks)) > 1 for replica in (*placement, *(alternative or ()))),
+            forces_scorers=forward_only is True,
         ),
         rollout=RolloutSettings(
             policy=config.migration_policy,
@@ -175,6 +182,35 @@ def opposites(
             f"bidirectional out"
         )
     return with_opposites(placement), None
+
+
+def late_columns(
+    config: RunConfig, algorithm: Algorithm, placement: tuple[Replica, ...], forward_only: bool | None
+) -> frozenset[str]:
+    """What may be scored within training, as far as that is known before models are placed.
+
+    Raises:
+        ValueError: it is asked for, and nothing can be.
+    """
+    if forward_only is False:
+        return frozenset()
+    found = set[str]()
+    if config.intra_stage_fusion and all(len(set(replica.ranks)) > 1 for replica in placement):
+        if config.recomputes_logprobs:
+            found.add(OLD_LOGPROBS)
+        is_exposed = forward_only or not config.inter_stage_fusion
+        if config.scoring != "whole" and config.tensor_parallel_size == 1 and is_exposed:
+            found.add(REFERENCE_LOGPROBS)
+    late = algorithm.late & found
+    if forward_only and not late:
+        raise ValueError(
+            f"forward_only=True with {len(placement[0].ranks)} pipeline stages, old_logprobs={config.old_logprobs!r}, "
+            f"scoring={config.scoring!r} and intra_stage_fusion={config.intra_stage_fusion}: nothing can be scored "
+            f"within training; it needs fusion, stages on at least 2 devices, and no KL penalty in rewards, with "
+            f"old_logprobs='trainer' for several optimizer steps, or a reference and scoring='sharded'; change that, "
+            f"or leave forward_only out"
+        )
+    return late
 
 
 def engine(config: RunConfig, autocast: torch.dtype | None = None, **limits: int | None) -> EngineFactory:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import ray
 from transformers import PreTrainedModel
 
 from fuse import roles
@@ -18,33 +16,29 @@ from fuse.driver import stage_by_stage
 from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
-from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.micro_batch_number import dealt, shapes_of
-from fuse.driver.mixing import Mixing
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
-from fuse.driver.score_flow import score_through
 from fuse.driver.shared_directory import check_shared
+from fuse.driver.update import fullest_free_bytes, save_state, take_rounds
 from fuse.driver.weight_streams import WeightStreams
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
-from fuse.intrastage.placement import Counts
+from fuse.intrastage.forward_only import without_scorers
 from fuse.intrastage.training_planner import TrainingPlanner
-from fuse.intrastage.training_schedule import Plan
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
+from fuse.training.late_scores import REFERENCE_LOGPROBS, SCORED_BY, with_scores
 from fuse.training.model_spec import ModelSpec
 from fuse.training.regrouping import drawn_metrics
-from fuse.training.rounds import RankRound, Round, step_reports, unfused_counts
-from fuse.training.state import check_saved
+from fuse.training.rounds import Round, step_reports, unfused_counts
 from fuse.training.steps import StepReport
 from fuse.workers.calls import gather
 from fuse.workers.cluster import Cluster
-from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
@@ -75,6 +69,7 @@ class Fleet:
         self._scoring = {role: models[role] for role in roles.scoring(models)}
         self._tell = tell
         self._resources = ExitStack()
+        self._has_trained = False
 
     def __enter__(self) -> Fleet:
         with ExitStack() as resources:
@@ -119,6 +114,21 @@ class Fleet:
     def _planner(self) -> TrainingPlanner:
         return self._models.wait(self._tell).planner
 
+    @property
+    def late_columns(self) -> frozenset[str]:
+        """What the next update's steps will score, so that nothing need fill it in before; see `late_scores`.
+
+        The first update's reference has scored before it is known where models are cut.
+        """
+        columns = self._planner.scorers if self.settings.late else frozenset[str]()
+        return columns if self._has_trained else columns - {REFERENCE_LOGPROBS}
+
+    @property
+    def _scored_early(self) -> tuple[str, ...]:
+        """The models that score samples before training."""
+        late = {SCORED_BY[column] for column in self.late_columns} if self._has_trained else set[str]()
+        return tuple(role for role in self._scoring if role not in late)
+
     # One iteration
 
     def roll_out(
@@ -141,16 +151,17 @@ class Fleet:
         """
         settings, rollouts = self.settings, self._rollouts
         self._offload_training()
+        scored = self._scored_early
         if policy is None:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         report = LiveRollout(
             self._engines.workers,
-            (lambda: self._model_workers) if self._scoring else None,
+            (lambda: self._model_workers) if scored else None,
             samples,
             params,
             policy=policy,
             limits=rollouts.limits,
-            flow_roles=tuple(self._scoring) if settings.scoring.is_sharded else (),
+            flow_roles=scored if settings.scoring.is_sharded else (),
             pad_token_id=settings.pad_token_id,
             costs=rollouts.costs(),
             dealing=rollouts.dealing(),
@@ -188,12 +199,13 @@ class Fleet:
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of the samples."""
-        if not self._scoring:
+        scored = self._scored_early
+        if not scored:
             stage_by_stage.skip_inference(samples)
             return
         workers = self._model_workers
         self._tell("scoring")
-        roles = tuple(self._scoring) if self.settings.scoring.is_sharded else ()
+        roles = scored if self.settings.scoring.is_sharded else ()
         stage_by_stage.infer(workers, samples, flow_roles=roles, timeout_s=self.settings.training.timeout_s)
 
     def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
@@ -202,10 +214,7 @@ class Fleet:
             self._engines.call(GenerationHandle.sleep)
         workers = self._model_workers
         self._tell("log-probabilities of the policy")
-        sequences = [stage_by_stage.sequence_of(sample) for sample in samples]
-        (found,) = score_through(workers, (GENERATING,), [sequences], self.settings.training.timeout_s)
-        for sample, logprobs in zip(samples, found[GENERATING], strict=True):
-            sample.trainer_logprobs = logprobs
+        stage_by_stage.recompute_logprobs(workers, samples, self.settings.training.timeout_s)
 
     def train(
         self,
@@ -223,31 +232,27 @@ class Fleet:
             self._engines.call(GenerationHandle.sleep)
         training = self.settings.training
         rounds = dealt(rounds, experience, training, self._planner, self._free_bytes)
+        rounds = with_scores(rounds, self.late_columns)
         counts = [one.counts for one in rounds]
         shapes = shapes_of(rounds, experience, training.layout)
         if self._planner.will_solve(counts):
             self._tell("solving: the fused schedule")
-        plans: Mapping[Counts, Plan] = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
+        plans = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
         self._tell("training")
-        shared, planned, mixing = ray.put(experience), ray.put(plans), self.settings.mixing
-        pieces = [slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds))
-        results: list[list[RankRound]] = [[] for _ in self._model_workers]
-        for index, piece in enumerate(pieces):
-            if index and mixing is not None:
-                self._mix(mixing)
-            told = shared, ray.put(rounds[piece]), learning_rates[piece], planned
-            for taken, more in zip(results, gather([one.train(*told) for one in self._model_workers]), strict=True):
-                taken += more
+        mixing = self.settings.mixing
+        results = take_rounds(
+            *(self._model_workers, experience, rounds, learning_rates, plans),
+            pieces=[slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds)),
+            between=self._mix,
+        )
+        self._has_trained = True
         metrics = partial(drawn_metrics, training.losses, training.layout, experience)
         return step_reports(rounds, results[:: training.tensor_parallel_size], self._planner.placement, metrics)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""
-        on_devices = gather([worker.free_bytes() for worker in self._model_workers])
-        memory = self.settings.memory
-        if memory is not None:
-            on_devices = free_for_micro_batches(replace(memory, placement=self._planner.placement), on_devices)
-        return min((free for free in on_devices if free is not None), default=None)
+        placement = without_scorers(self._planner.placement)
+        return fullest_free_bytes(self._model_workers, self.settings.memory, placement)
 
     def synchronise(self, num_steps: int | None = None) -> None:
         """Give the trained weights to engines and to copies that score.
@@ -263,12 +268,14 @@ class Fleet:
         for role in copied:
             self._streams.to_copies(workers, role, role)
         if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
-            self._mix(settings.mixing)
+            self._mix()
         self._engines.replace_lost(lost)
         self._offload_training()
 
-    def _mix(self, mixing: Mixing) -> None:
+    def _mix(self) -> None:
         """Move the model that follows the policy towards it, where its copies are."""
+        mixing = self.settings.mixing
+        assert mixing is not None
         self._streams.to_copies(self._model_workers, GENERATING, mixing.role, mixing.alpha)
 
     def _offload_training(self, kept: Sequence[str] = ()) -> None:
@@ -296,13 +303,7 @@ class Fleet:
         Raises: OSError when a worker could not write it, or wrote it where it is not seen from here.
         """
         self._tell("saving: the training state")
-        try:
-            seen = gather([worker.save(directory, self.settings.mixed_roles) for worker in self._model_workers])
-        except WorkerError as error:
-            if isinstance(error.raised, OSError):
-                raise OSError(str(error)) from error
-            raise
-        check_saved(directory, seen)
+        save_state(self._model_workers, directory, self.settings.mixed_roles)
 
     def load(self, directory: Path) -> None:
         """Read a training state, and give its weights to whoever holds copies."""
@@ -328,14 +329,9 @@ class Fleet:
         self._engines.call(GenerationHandle.drain_spans)
 
     @property
-    def serial_bubble_ratio(self) -> float | None:
-        """Idle share that the last update would have trained with but for fusion; None where it is not known."""
-        return self._planner.serial_bubble_ratio
-
-    @property
-    def opposite_gain(self) -> float | None:
-        """How much faster than by plain 1F1B opposite replicas were planned to train, as of `TrainingPlanner`."""
-        return self._planner.opposite_gain
+    def planned(self) -> dict[str, float]:
+        """What is known of the last update's plans, by the names of `iteration_report`."""
+        return self._planner.report
 
     @property
     def process_ids(self) -> dict[str, list[int]]:

@@ -15,9 +15,12 @@ from fuse.driver.engine_choice import EngineFactory
 from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.mixing import Mixing
 from fuse.interstage.rollout_planner import RolloutSettings
+from fuse.intrastage.forward_only import Scorer
 from fuse.intrastage.placement import Counts, Replica, num_micro_batches, replicas_of
 from fuse.intrastage.training_planner import PlanSettings
 from fuse.intrastage.training_schedule import serial_schedule
+from fuse.roles import GENERATING
+from fuse.training.late_scores import SCORED_BY
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
@@ -40,6 +43,7 @@ class FleetSettings:
     engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
     engine_devices: that share each engine, a divisor of the devices.
     output_dir: where workers write checkpoints, which all hosts must share; None where none are written.
+    late: columns of targets that training steps may score; see `fuse.training.late_scores`.
     mixing: how a model that only scores follows the policy; None where none does.
     """
 
@@ -62,6 +66,7 @@ class FleetSettings:
     offloads_training: bool = False
     alternative: tuple[Replica, ...] | None = None
     mixing: Mixing | None = None
+    late: frozenset[str] = frozenset()
     output_dir: Path | None = None
     engine_devices: int = 1
 
@@ -74,6 +79,15 @@ class FleetSettings:
         """How workers build it. One that is mixed is held in float32, in which small moves are not rounded away."""
         spec = ModelSpec.of(model)
         return replace(spec, dtype=torch.float32) if role in self.mixed_roles else spec
+
+    @property
+    def scorers(self) -> list[Scorer]:
+        """Who scores them: stages that train, or shares of a model over all devices; no whole copies."""
+        return [
+            Scorer(name=column, model=GENERATING, ranks=None if role == GENERATING else tuple(range(self.num_devices)))
+            for column, role in SCORED_BY.items()
+            if column in self.late and (role == GENERATING or self.scoring.is_sharded)
+        ]
 
     def for_updates(self, num_updates: int) -> FleetSettings:
         """The same for a run that has so many left. For a single one nothing is measured beforehand."""

@@ -14,6 +14,7 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
 from fuse.driver.memory import fits
 from fuse.driver.stage_choice import StageChoice
+from fuse.intrastage.forward_only import with_scorers
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.opposite import UpdateCosts, has_opposites
 from fuse.intrastage.search_time import SearchTime
@@ -126,7 +127,8 @@ class ModelStart:
                 gather([worker.load_training_weights(role, [weights]) for worker in self._workers])
             if role in self._scoring:
                 gather([worker.load_scoring_weights(role, [weights]) for worker in self._workers])
-        return Models(self._workers, TrainingPlanner(placement, settings.plan, store, stages.unfused, stages.update_s))
+        planned = with_scorers(placement, settings.scorers)
+        return Models(self._workers, TrainingPlanner(planned, settings.plan, store, stages.unfused, stages.update_s))
 
     def _stages(self, store: MeasurementStore) -> Measured:
         """The placement asked for or its alternative, cut where measured times favour it, now or in an earlier run."""

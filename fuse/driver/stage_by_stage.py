@@ -12,6 +12,7 @@ from fuse.driver.score_flow import score_through
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.interstage.dealing import Dealing
 from fuse.interstage.migration import balance
+from fuse.roles import GENERATING
 from fuse.sample import Sample, SampleState, response_length
 from fuse.training.scoring import Inference, TokenSequence, inferences
 from fuse.workers.calls import Future, gather, wait_ended
@@ -96,6 +97,18 @@ def infer(
         found = gather([scorer.infer(one) for scorer, one in zip(scorers, pieces, strict=False)], timeout_s)
     for share, results in zip(shares, found, strict=True):
         apply_inference(share, results)
+
+
+def recompute_logprobs(scorers: Sequence[ModelHandle], samples: Sequence[Sample], timeout_s: float | None) -> None:
+    """Fill in log-probabilities of the samples' tokens as the actor's training stages compute them now.
+
+    Raises:
+        WorkerError: a model worker died, raised, or did not answer within `timeout_s`.
+    """
+    sequences = [sequence_of(sample) for sample in samples]
+    (found,) = score_through(scorers, (GENERATING,), [sequences], timeout_s)
+    for sample, logprobs in zip(samples, found[GENERATING], strict=True):
+        sample.trainer_logprobs = logprobs
 
 
 def progress_text(samples: Sequence[Sample]) -> str:

@@ -72,13 +72,12 @@ def rank_steps(schedule: Schedule, rank: int) -> tuple[Step, ...]:
 
 def _messages_after(schedule: Schedule, positions: dict[Op, int]) -> dict[int, list[tuple[int, Op, Op]]]:
     """Messages by the position of the operation that they come after: the maker's position, maker and user of each."""
-    pipelines = schedule.problem.pipelines
     used: defaultdict[tuple[int, int, bool], deque[int]] = defaultdict(lambda: deque(maxlen=MOST_UNUSED))
     messages: defaultdict[int, list[tuple[int, Op, Op]]] = defaultdict(list)
     for user in sorted(positions, key=positions.__getitem__):
         if channel_into(schedule.problem, user) is None:
             continue
-        maker = needs(positions, user, pipelines[user.pipeline].num_stages)[-1]
+        maker = needs(positions, user, schedule.problem)[-1]
         last_used = used[user.pipeline, user.stage, user.kind is Kind.F]
         after = max(positions[maker], last_used[0] if len(last_used) == MOST_UNUSED else 0)
         messages[after].append((positions[maker], maker, user))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.trace import Span
@@ -26,10 +27,11 @@ class ObservedCosts:
     """Costs of all stages and messages, from spans of all ranks.
 
     names: what a profile calls the pipelines that spans name.
+    forward_only: those of a profile that have no backwards, and whose messages are like theirs.
     """
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
+    def __init__(self, names: Mapping[str, str], forward_only: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._names, self._forward_only = names, forward_only
         self._operations: defaultdict[tuple[_Stage, Kind], deque[tuple[int, float]]] = defaultdict(
             lambda: deque(maxlen=_REMEMBERED)
         )
@@ -74,8 +76,9 @@ class ObservedCosts:
             stages=tuple(self._costs(stage, shape) for stage in sorted(stages) for shape in shapes),
             transfers=tuple(
                 TransferCosts(pipeline=pipeline, stage=stage, shape=shape, ticks=_ticks(seconds))
-                for (pipeline, stage), messages in sorted(self._messages.items())
-                for shape, seconds in sorted(messages.items())
+                for like, stage in sorted(self._messages)
+                for pipeline in self._with_messages_like(like)
+                for shape, seconds in sorted(self._messages[like, stage].items())
             ),
         )
 
@@ -102,7 +105,11 @@ class ObservedCosts:
 
     def _is_known(self, stage: _Stage) -> bool:
         has = {kind for seen, kind in self._operations if seen == stage}
-        return Kind.F in has and (Kind.B in has or {Kind.I, Kind.W} <= has)
+        return Kind.F in has and (stage[0] in self._forward_only or Kind.B in has or {Kind.I, Kind.W} <= has)
+
+    def _with_messages_like(self, pipeline: str) -> list[str]:
+        seen = {one for one, _ in self._stages}
+        return [pipeline, *(one for one, like in self._forward_only.items() if like == pipeline and one in seen)]
 
     def _seconds(self, stage: _Stage, shape: Shape) -> dict[Kind, float]:
         seconds = {
@@ -111,6 +118,8 @@ class ObservedCosts:
             if (stage, kind) in self._operations
             for fixed_s, token_s in [fit(self._operations[stage, kind])]
         }
+        if stage[0] in self._forward_only:
+            return seconds
         if Kind.B not in seconds:
             seconds[Kind.B] = seconds[Kind.I] + seconds[Kind.W]
         elif stage in self._input_shares and not {Kind.I, Kind.W} <= seconds.keys():
@@ -126,7 +135,7 @@ class ObservedCosts:
             stage=stage[1],
             shape=shape,
             forward_ticks=ticks[Kind.F],
-            backward_ticks=ticks[Kind.B],
+            backward_ticks=ticks.get(Kind.B, 0),
             input_grad_ticks=ticks.get(Kind.I),
             weight_grad_ticks=ticks.get(Kind.W),
             activation_bytes=activation_bytes * shape.size // tokens,

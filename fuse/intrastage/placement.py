@@ -12,6 +12,7 @@ class Replica:
     """One copy of a model, cut into stages: stage s runs on `ranks[s]`, with layers [start, stop) `layer_ranges[s]`.
 
     model: its role, such as "actor". index: of this copy among the model's.
+    scores: of what runs forward alone, the model whose replica of this index needs it; see `forward_only`.
 
     A rank that repeats holds several stages (virtual stages). Without `layer_ranges` layers are spread evenly.
     """
@@ -20,6 +21,7 @@ class Replica:
     index: int
     ranks: tuple[int, ...]
     layer_ranges: tuple[tuple[int, int], ...] | None = None
+    scores: str | None = None
 
     @property
     def name(self) -> str:

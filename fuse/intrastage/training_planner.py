@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuse.intrastage.cost_profile import Profile, Shape
+from fuse.intrastage.forward_only import without_scorers
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.micro_batch_number import TIMES, Work, median_gap_s, shapes_of, soonest
 from fuse.intrastage.observed import TRAIN, ObservedCosts, drift_of, one_of_each
@@ -48,6 +49,7 @@ class PlanSettings:
     time_limit_s, num_workers: for the solver, per update that needs schedules.
     num_updates, steps_per_update: that are left of the run, rounds of each, for which schedules are searched.
     memory_limit_bytes: for the micro-batches under way on a device; None: what it has free, on CPUs no limit.
+    forces_scorers: what can be scored within training is, whatever it gains.
     replan_drift: plan again once a stage's share of the time is off the plan by more than this (0.3 is 30 %) for
         `DRIFT_UPDATES` updates in a row.
     directory: where the run's measurements and schedules are kept.
@@ -65,6 +67,7 @@ class PlanSettings:
     directory: Path
     longest: Shape | None = None
     chooses_number: bool = False
+    forces_scorers: bool = False
 
 
 class TrainingPlanner:
@@ -91,10 +94,13 @@ class TrainingPlanner:
         self._times: dict[str, float] = {}  # as many micro-batches as were drawn, by what was drawn
         self._gap_s = 0.0
         known = store.load() if self._watches else None
-        if known is not None and known.placement == placement:
+        if known is not None and known.placement == without_scorers(placement):
             self._profile, self._times = known.profile, dict(known.times)
         pipelines = serial_schedule(placement, _most_replicas(placement)).problem.pipelines
-        self._observed = ObservedCosts({one.name: two.name for one, two in zip(pipelines, placement, strict=True)})
+        self._observed = ObservedCosts(
+            {one.name: two.name for one, two in zip(pipelines, placement, strict=True)},
+            {one.name: f"{one.scores}.{one.index}" for one in placement if one.scores is not None},
+        )
         self._num_drifted = 0
         self._lasting = 1 if self._profile is None else DRIFT_UPDATES
         self._unfused_ticks: dict[Counts, tuple[int, int]] = {}  # of all ranks, and of those busy
@@ -102,6 +108,7 @@ class TrainingPlanner:
         self._gains: dict[Counts, float] = {}
         self._update_s: float | None = None  # of the last update's training
         self._updates_left = settings.num_updates
+        self._scorers = frozenset(replica.model for replica in placement if replica.scores is not None)
 
     def times(
         self,
@@ -189,7 +196,7 @@ class TrainingPlanner:
         for one in self._update_unfused:
             if one not in self._unfused_ticks and self._knows(one):
                 self._unfused_ticks[one] = self._ticks_unfused(one, one_of_each(shapes)[1])
-        if has_opposites(self.placement):
+        if has_opposites(self.placement) or self._scorers:
             self._gains |= {one: self._gain(one) for one in missing}
         return {one: self._plans[one] if one in self._plans else self._watched(one) for one in counts}
 
@@ -223,9 +230,8 @@ class TrainingPlanner:
             self._save()
 
     def _save(self) -> None:
-        self._store.save(
-            Measured(self.placement, self._profile, self._unfused, self._planned_update_s, dict(self._times))
-        )
+        placement = without_scorers(self.placement)
+        self._store.save(Measured(placement, self._profile, self._unfused, self._planned_update_s, dict(self._times)))
 
     def _watched(self, counts: Counts) -> Plan:
         """One that shows what is not known yet."""
@@ -235,9 +241,39 @@ class TrainingPlanner:
     def opposite_gain(self) -> float | None:
         """Seconds of a step by plain 1F1B over those planned, less one; None without opposite replicas.
 
-        Of several plans in use, the mean.
+        Of several plans in use, the mean. Where there are scorers, plain 1F1B comes after their forwards.
         """
-        return statistics.fmean(self._gains.values()) if self._gains else None
+        known = list(self._gains.values())
+        return statistics.fmean(known) if known and has_opposites(self.placement) else None
+
+    @property
+    def forward_only_gain(self) -> float | None:
+        """As `opposite_gain`, of the plans with scorers: over those of scoring, then plain 1F1B."""
+        known = [gain for counts, gain in self._gains.items() if self._scorers_in(counts)]
+        return statistics.fmean(known) if known else None
+
+    @property
+    def report(self) -> dict[str, float]:
+        """`bubble/serial`, `gain/bidirectional` and `gain/forward_only`, where they are known."""
+        known = {
+            "bubble/serial": self.serial_bubble_ratio,
+            "gain/bidirectional": self.opposite_gain,
+            "gain/forward_only": self.forward_only_gain if self.scorers else None,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+    @property
+    def scorers(self) -> frozenset[str]:
+        """What is to be scored within training: all that can be, until plans say that nothing is gained by it."""
+        gain = self.forward_only_gain
+        return (
+            self._scorers
+            if self._is_fused and (self._settings.forces_scorers or gain is None or gain > 0)
+            else frozenset()
+        )
+
+    def _scorers_in(self, counts: Counts) -> list[str]:
+        return [one for one in sorted(self._scorers) if num_micro_batches(counts, one)]
 
     def observe(self, spans: Iterable[Span]) -> None:
         """Learn from an update's spans of all ranks; forget plans that no longer hold."""
@@ -310,16 +346,20 @@ class TrainingPlanner:
         if self._planned_update_s is not None and plain_update_s is not None:
             step_s, plain_s = step_s + self._planned_update_s, plain_s + plain_update_s
             counted = "gradients' sums and optimizer included"
-        _logger.info(
-            "two opposite replicas: a step of %s is planned to take %.3f s, by plain 1F1B %.3f s, %.2f times as fast "
-            "(%s)",
-            *(describe(counts), step_s, plain_s, plain_s / step_s, counted),
-        )
+        scorers = self._scorers_in(counts)
+        used = ["two opposite replicas"] if has_opposites(self.placement) else []
+        used += [f"{', '.join(scorers)} within training"] if scorers else []
+        if used:
+            _logger.info(
+                "%s: a step of %s is planned to take %.3f s, by %splain 1F1B %.3f s, %.2f times as fast (%s)",
+                *(" and ".join(used), describe(counts), step_s, "scoring first and " if scorers else ""),
+                *(plain_s, plain_s / step_s, counted),
+            )
         return plain_s / step_s - 1
 
     def _ticks_unfused(self, counts: Counts, typical: Shape) -> tuple[int, int]:
         """All ranks' together while the models train one after the other, and those of operations."""
-        unfused = self._unfused
+        unfused = None if self._scorers_in(counts) else self._unfused  # whose stages scorers do not have
         assert self._profile is not None
         timing = unfused_timing(
             self._profile,

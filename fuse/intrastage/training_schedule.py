@@ -61,7 +61,9 @@ def halved_serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Sch
     """
     schedule = serial_schedule(replicas, counts)
     pipelines = tuple(
-        replace(one, input_grad_ticks=(1,) * one.num_stages, weight_grad_ticks=(1,) * one.num_stages)
+        one
+        if one.is_forward_only
+        else replace(one, input_grad_ticks=(1,) * one.num_stages, weight_grad_ticks=(1,) * one.num_stages)
         for one in schedule.problem.pipelines
     )
     ranks = tuple(
@@ -75,7 +77,7 @@ def _halves(op: Op) -> tuple[Op, Op]:
 
 
 def unfused(problem: Problem) -> Schedule:
-    """One pipeline after the other: 1F1B, interleaved where ranks hold several stages."""
+    """One pipeline after the other: 1F1B, interleaved where ranks hold several stages. Forward-only ones come first."""
     return serial(problem, _alone)
 
 
@@ -167,7 +169,8 @@ def unfused_timing(
 ) -> Timing:
     """Of a step if the models trained one after the other, in the stages that suit that best.
 
-    Opposite replicas are not used then: one of the two has all micro-batches.
+    Opposite replicas are not used then: one of the two has all micro-batches. What is forward-only ends before training
+    begins.
 
     profile, replicas, shape: as of `fused_schedule`. unfused_replicas, unfused_profile: those stages and what they
     would cost, messages left out; None where they are the same.
@@ -182,7 +185,26 @@ def unfused_timing(
             for own, fused in zip(in_own_stages.pipelines, problem.pipelines, strict=True)
         )
         problem = replace(in_own_stages, pipelines=pipelines)
-    return evaluate(unfused(problem))
+    return _apart(problem)
+
+
+def _apart(problem: Problem) -> Timing:
+    """Of `unfused` with a barrier between what is forward-only and the rest."""
+    of_both = [
+        tuple(replace(one, before=None) for one in problem.pipelines if one.is_forward_only is is_first)
+        for is_first in (True, False)
+    ]
+    scoring, training = (evaluate(unfused(replace(problem, pipelines=one))) if one else None for one in of_both)
+    if scoring is None or training is None:
+        return evaluate(unfused(problem))
+    begin = scoring.makespan
+    return Timing(
+        start=tuple((*a, *(begin + t for t in b)) for a, b in zip(scoring.start, training.start, strict=True)),
+        end=tuple((*a, *(begin + t for t in b)) for a, b in zip(scoring.end, training.end, strict=True)),
+        makespan=begin + training.makespan,
+        busy_ticks=tuple(a + b for a, b in zip(scoring.busy_ticks, training.busy_ticks, strict=True)),
+        peak_bytes=training.peak_bytes,
+    )
 
 
 def fused_problem(
@@ -215,6 +237,9 @@ def _with_costs(pipeline: Pipeline, profile: Profile, name: str, shape: Shape, l
     input_grads = tuple(cost.input_grad_ticks for cost in costs if cost.input_grad_ticks is not None)
     weight_grads = tuple(cost.weight_grad_ticks for cost in costs if cost.weight_grad_ticks is not None)
     can_split = len(input_grads) == len(weight_grads) == len(costs)  # the problem splits all stages or none
+    if pipeline.is_forward_only:
+        forward = tuple(cost.forward_ticks for cost in costs)
+        return replace(pipeline, forward_ticks=forward, transfer_ticks=profile.transfer_ticks(name, shape))
     return replace(
         pipeline,
         forward_ticks=tuple(cost.forward_ticks for cost in costs),
@@ -251,9 +276,17 @@ def _problem(replicas: Sequence[Replica], counts: Counts) -> Problem:
                 )
             ),
             forward_ticks=(1,) * len(replica.ranks),
-            backward_ticks=(2,) * len(replica.ranks),
+            backward_ticks=(2,) * len(replica.ranks) if replica.scores is None else (),
+            before=None if replica.scores is None else _scored(replicas, replica),
         )
         for replica in replicas
     )
     num_ranks = 1 + max(rank for replica in replicas for rank in replica.ranks)
     return Problem(num_ranks=num_ranks, pipelines=pipelines)
+
+
+def _scored(replicas: Sequence[Replica], scorer: Replica) -> int:
+    """The number of the pipeline that needs what this one makes."""
+    keys = [(replica.model, replica.index) for replica in replicas]
+    assert scorer.scores is not None
+    return keys.index((scorer.scores, scorer.index))

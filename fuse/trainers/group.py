@@ -156,6 +156,7 @@ class GroupTrainer(Trainer):
             shuffles=args.shuffle_dataset,
             whole_replicas=not args.bidirectional and replicas_fit(policy, args),
             bidirectional=args.bidirectional,
+            forward_only=args.forward_only,
             rate_name="learning_rate",
         )
 

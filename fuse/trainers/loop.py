@@ -11,6 +11,7 @@ from fuse.trace import PhaseClock
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.metrics import reduce_metrics
 from fuse.trainers.run import Run
+from fuse.training.late_scores import tell
 from fuse.training.rounds import Round
 
 
@@ -34,7 +35,9 @@ def updates(
         experience, metrics = algorithm.estimate(samples)
         rounds, learning_rates = run.take_steps(rounds_of(update))
         with clock.phase("training"):
+            late = fleet.late_columns
             reports = fleet.train(experience, rounds, learning_rates, run.state.global_step)
+            tell(experience, late, samples)
         with clock.phase("weights"):
             fleet.synchronise(run.state.global_step + len(rounds))
         yield run.finish_update(fleet, samples, metrics | reduce_metrics(reports, num_places) | rewarding, clock)

@@ -34,7 +34,11 @@ class PolicyGradientTrainer(GroupTrainer):
         group = replace(group, reports_kl=bool(args.beta_of_reward))
         settings = EstimatorSettings(group=group, beta=args.beta_of_reward, **self._estimator_options())
         loss = LOSSES[args.loss](args, special)
-        return policy_gradient(args.advantage, settings, loss, special, is_separable=args.has_separable_loss)
+        return policy_gradient(
+            *(args.advantage, settings, loss, special),
+            is_separable=args.has_separable_loss,
+            has_reference=args.needs_reference,
+        )
 
     def _estimator_options(self) -> dict[str, Any]:
         """Those of `EstimatorSettings` that this algorithm's `args` have."""

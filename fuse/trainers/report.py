@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from fuse.trace import PhaseClock, Span, busy_s
 
@@ -14,16 +15,18 @@ _MOST_DEVICES = 8
 def iteration_report(
     tracks: Mapping[str, Mapping[str, Sequence[Span]]],
     clock: PhaseClock,
-    serial_bubble_ratio: float | None = None,
-    opposite_gain: float | None = None,
+    planned: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
     """What an iteration's spans, by device and worker, say.
 
     `time/{phase}` and `time/total` in seconds; `idle/{device}`: the share in which no worker of it computed, and of
     more than 8 devices `idle/min`, `idle/mean` and `idle/max`, so that logs do not grow with devices; and where
     training was planned, `bubble/planned`, `bubble/executed` and `bubble/serial`: idle shares of all devices while they
-    train, in the plan, in fact, and as `serial_bubble_ratio` has it without fusion. Then, too, `gain/bidirectional`:
-    how much faster than by plain 1F1B two opposite replicas were planned to train, a ratio less one.
+    train, in the plan, in fact, and as it would be without fusion. Then, too, `gain/bidirectional`: how much faster
+    than by plain 1F1B two opposite replicas were planned to train, a ratio less one; and `gain/forward_only`: as much
+    of steps that score, too, against scoring first. Where a run does both, both are of the two together.
+
+    planned: what of these plans say.
     """
     total_s = clock.end_s - clock.start_s
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
@@ -36,11 +39,7 @@ def iteration_report(
         idle = {"min": min(shares), "mean": statistics.mean(shares), "max": max(shares)}
     report |= {f"idle/{name}": share for name, share in idle.items()}
     bubbles = _bubbles([workers["model"] for workers in tracks.values()])
-    if bubbles and serial_bubble_ratio is not None:
-        bubbles["bubble/serial"] = serial_bubble_ratio
-    if bubbles and opposite_gain is not None:
-        bubbles["gain/bidirectional"] = opposite_gain
-    return report | bubbles
+    return {**report, **bubbles, **(planned if bubbles else {})}
 
 
 def _bubbles(tracks: Sequence[Sequence[Span]]) -> dict[str, float]:
@@ -90,7 +89,7 @@ def summary_line(report: Mapping[str, float]) -> str:
     bubbles = ", ".join(
         f"{name.removeprefix('bubble/')} {share:.0%}" for name, share in report.items() if name.startswith("bubble/")
     )
-    gain = report.get("gain/bidirectional")
+    gain = report.get("gain/forward_only", report.get("gain/bidirectional"))
     return (
         f"{report['time/total']:.2f} s ({phases}), idle {idle}"
         + (f", bubbles {bubbles}" if bubbles else "")

@@ -18,6 +18,7 @@ from fuse.sample import Sample
 from fuse.trace import PhaseClock
 from fuse.trainers.reward_calls import RewardCalls, RewardSettings
 from fuse.trainers.rewards import RewardFunction
+from fuse.training.late_scores import OLD_LOGPROBS
 
 
 def reward_settings(args: RunConfig) -> RewardSettings:
@@ -52,7 +53,8 @@ class Rollouts:
     """How samples are generated and scored.
 
     rewards: calls the reward function, where there is one. fused: samples are scored while others are generated.
-    tell: hears what is being done. recomputes_logprobs: the trainer computes those of samples to learn from, too.
+    tell: hears what is being done. recomputes_logprobs: the trainer computes those of samples to learn from, too, if
+        not within the update's steps.
     """
 
     rewards: Rewards
@@ -88,7 +90,7 @@ class Rollouts:
                 fleet.infer(samples)
             self.rewards.submit(samples)
         differences = {}
-        if teaches and self.recomputes_logprobs:
+        if teaches and self.recomputes_logprobs and OLD_LOGPROBS not in fleet.late_columns:
             with clock.phase("logprobs"):
                 fleet.recompute_logprobs(samples)
             differences = sampler_differences(samples)

@@ -167,7 +167,7 @@ class Run:
         state.epoch = state.episode / (self._num_rows * self.length.samples_per_prompt)
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
-        times = self._report_time(tracks, clock, fleet.serial_bubble_ratio, fleet.opposite_gain)
+        times = self._report_time(tracks, clock, fleet.planned)
         counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
         self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
@@ -231,8 +231,7 @@ class Run:
         self,
         tracks: Mapping[str, Mapping[str, Sequence[Span]]],
         clock: PhaseClock,
-        serial_bubble_ratio: float | None,
-        opposite_gain: float | None,
+        planned: Mapping[str, float],
     ) -> dict[str, float]:
         """Write the iteration's trace, log its summary line, and return where its time went as metrics."""
         step = self.state.global_step
@@ -241,7 +240,7 @@ class Run:
             with dispensable(path):
                 write_chrome_trace(path, tracks)
                 _delete_oldest(path, self.args.trace_limit)
-        report = iteration_report(tracks, clock, serial_bubble_ratio, opposite_gain)
+        report = iteration_report(tracks, clock, planned)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
         return report
 

@@ -79,13 +79,14 @@ class Trainer(TrainerFace):
         shuffles: bool = True,
         whole_replicas: bool = False,
         bidirectional: bool | None = False,
+        forward_only: bool | None = False,
         rate_name: str = "lr",
     ) -> None:
         """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
 
         prompt_lengths: of these, in tokens; first of those that are trained on.
-        num_places: see `fuse.training.layout.Layout`. whole_replicas, bidirectional: see `fleet_settings`.
-        shuffles: whether prompts are drawn at random.
+        num_places: see `fuse.training.layout.Layout`. shuffles: whether prompts are drawn at random.
+        whole_replicas, bidirectional, forward_only: see `fleet_settings`.
         rate_name: what the learning rate is logged as.
 
         Raises:
@@ -118,6 +119,7 @@ class Trainer(TrainerFace):
             policy.config,
             whole_replicas=whole_replicas,
             bidirectional=bidirectional,
+            forward_only=forward_only,
         )
         updates = {1, min(len(self.dataloader), length.num_updates), length.num_updates}  # a pass's last may differ
         self._settings = self._settings.for_rounds([one for update in updates for one in self._rounds(update)])

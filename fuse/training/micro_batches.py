@@ -29,7 +29,10 @@ def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dic
     made = {}
     for role, targets in experience.targets.items():
         offsets = experience.segments.offsets(targets.positions)
-        rows, counts = _rows(offsets, indices), [int(offsets[index + 1] - offsets[index]) for index in indices]
+        rows, counts = (
+            rows_of_samples(offsets, indices),
+            [int(offsets[index + 1] - offsets[index]) for index in indices],
+        )
         made[role] = MicroBatch(
             input_ids=input_ids,
             head_index=_ranges(first, counts),
@@ -60,7 +63,7 @@ def padded(experience: Experience, indices: Sequence[int], weight: float, pad_to
     made = {}
     for role, targets in experience.targets.items():
         offsets = experience.segments.offsets(targets.positions)
-        rows = _rows(offsets, indices)
+        rows = rows_of_samples(offsets, indices)
         counts = torch.tensor([int(offsets[index + 1] - offsets[index]) for index in indices])
         mask = (torch.arange(width) < counts[:, None]).flatten()
 
@@ -97,7 +100,7 @@ def _scatter(name: str, values: Tensor, *, rows: Tensor, mask: Tensor, fill: Map
     return result
 
 
-def _rows(offsets: Tensor, indices: Sequence[int]) -> Tensor:
+def rows_of_samples(offsets: Tensor, indices: Sequence[int]) -> Tensor:
     """Rows of the flat tensors that samples `indices` own, in their order."""
     return _ranges([int(offsets[index]) for index in indices], [int(offsets[i + 1] - offsets[i]) for i in indices])
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, MicroBatch
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
+from fuse.training.late_scores import LateScores, Scorers
 from fuse.training.layout import Layout
 from fuse.training.model_spec import ModelSpec
 from fuse.training.offload import Offload
@@ -192,20 +194,22 @@ class TrainingRank:
         rounds: Sequence[Round],
         learning_rates: Sequence[Mapping[str, float]],
         plans: Mapping[Counts, Plan],
+        scorers: Scorers = MappingProxyType({}),
     ) -> list[RankRound]:
         """Take all optimizer steps of an update, a round of them by the plan for its micro-batches.
 
-        learning_rates: by round, of the roles in it.
+        learning_rates: by round, of the roles in it. scorers: of what the rounds score.
         """
         self.offload.bring_all()
+        late = LateScores(experience, scorers, self._settings.layout, self._device, self._lane)
         return [
-            self._round(experience, one, rates, plans[one.counts])
-            for one, rates in zip(rounds, learning_rates, strict=True)
+            self._round(late, one, rates, plans[one.counts]) for one, rates in zip(rounds, learning_rates, strict=True)
         ]
 
-    def _round(self, experience: Experience, one: Round, learning_rates: Mapping[str, float], plan: Plan) -> RankRound:
-        running = Running.of(one, self._placement, self._stages, self._communicators)
-        per_pipeline = self._per_pipeline(experience, one, running)
+    def _round(self, late: LateScores, one: Round, learning_rates: Mapping[str, float], plan: Plan) -> RankRound:
+        trained = Running.of(one, self._placement, self._stages, self._communicators)
+        of_trained = self._per_pipeline(late.experience, one, trained)
+        running, scoring, per_pipeline = late.beside(one, trained, of_trained)
         planned = None
         probes: dict[tuple[int, int], MemoryProbe] = {}
         if plan.profile is not None:
@@ -214,17 +218,18 @@ class TrainingRank:
             planned = self._planned.times(plan.schedule, plan.profile, names, shapes)
         elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
-            self._observe_messages(plan.schedule, running, per_pipeline)
+            self._observe_messages(plan.schedule, trained, of_trained)
             probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in running.stages.items()}
         execute(
             plan.schedule,
             self._rank,
-            probes or running.stages,
+            {**running.stages, **probes, **scoring},
             per_pipeline,
             running.communicators,
             self._recorder,
             planned=planned,
         )
+        scored = late.finish(one)
         for (pipeline, stage), probe in probes.items():
             largest = per_pipeline[pipeline][_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
@@ -236,7 +241,8 @@ class TrainingRank:
                 with self._recorder.span(f"step {model}", "optimizer"):
                     optimizer.apply(norm, learning_rates[model])
                 optimizer.share()
-        return running.told([len(own) for own in per_pipeline], norms)
+        told = trained.told([len(own) for own in of_trained], norms)
+        return replace(told, scored=scored)
 
     def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:
         """A round's micro-batches, by pipeline; of the same samples roles share what they have in common."""

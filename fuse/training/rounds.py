@@ -22,6 +22,9 @@ from fuse.training.steps import OptimizerStep, StepReport
 
 _Row = TypeVar("_Row")
 
+ScoredSamples = tuple[tuple[int, ...], Tensor]
+"""Sample indices, and values at all of their positions, end to end."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -52,13 +55,18 @@ class StepPart:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What trains at once, by one schedule. parts: by role; a role that is not there waits."""
+    """What trains at once, by one schedule. parts: by role; a role that is not there waits.
+
+    scored: by what is scored beside it, sample indices of each micro-batch; see `fuse.training.late_scores`.
+    """
 
     parts: Mapping[str, StepPart]
+    scored: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def counts(self) -> Counts:
-        return tuple((role, len(part.micro_batches)) for role, part in self.parts.items())
+        trained = ((role, len(part.micro_batches)) for role, part in self.parts.items())
+        return (*trained, *((name, len(micro_batches)) for name, micro_batches in self.scored.items()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +74,14 @@ class RankRound:
     """What one rank tells of a round, by role.
 
     metrics: of the micro-batches whose loss was computed there, in their order. gradient_norms: before clipping, of
-    the roles that stepped. said: of regrouped micro-batches, in place of metrics, what the head said.
+    the roles that stepped. said: of regrouped micro-batches, in place of metrics, what the head said. scored: by what
+    was scored here beside them, samples and their values.
     """
 
     metrics: Mapping[str, Sequence[Mapping[Metric, float]]]
     gradient_norms: Mapping[str, float]
     said: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    scored: Mapping[str, Sequence[ScoredSamples]] = field(default_factory=dict)
 
 
 def rounds(
@@ -136,6 +146,8 @@ def unfused_counts(rounds: Sequence[Round]) -> list[Counts]:
         role: [sum(len(rounds[index].parts[role].micro_batches) for index in step) for step in steps_of(role, rounds)]
         for role in roles_of(rounds)
     }
+    for name in dict.fromkeys(name for one in rounds for name in one.scored):
+        sizes[name] = [len(one.scored.get(name, ())) for one in rounds]
     by_round = zip_longest(*sizes.values(), fillvalue=0)
     return [tuple((role, count) for role, count in zip(sizes, row, strict=True) if count) for row in by_round]
 

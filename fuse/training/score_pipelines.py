@@ -22,6 +22,7 @@ from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics
 from fuse.roles import ScoreKind, role_of
 from fuse.trace import SpanRecorder
+from fuse.training.late_scores import SCORED_BY, Scorers
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
 from fuse.training.scoring import (
@@ -92,7 +93,7 @@ class ScorePipelines:
         }
         for share in self.shares.values():
             share.model.requires_grad_(False)
-        pipelines: list[ForwardPipeline] = []
+        self._pipelines = pipelines = list[ForwardPipeline]()
         self._numbers: dict[str, list[int]] = {}
 
         def add(role: str, ranks: Sequence[int], stages: Mapping[int, Any], communicator: Any) -> None:
@@ -118,6 +119,15 @@ class ScorePipelines:
         self._flow = ForwardFlow(device_index, pipelines, recorder)
         self._num_entered = Counter[str]()
         self._num_waves = 0
+
+    @property
+    def scorers(self) -> Scorers:
+        """What can score within training, for every replica of the actor or for the only one."""
+        return {
+            column: [self._pipelines[number] for number in self._numbers[role]]
+            for column, role in SCORED_BY.items()
+            if role in self._numbers
+        }
 
     def advance(self, piece: Piece | None) -> list[Scored]:
         """Have a piece enter, or, with None, let all that is under way come to its end.

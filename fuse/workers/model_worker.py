@@ -125,7 +125,9 @@ class ModelWorker:
         plans: Mapping[Counts, Plan],
     ) -> list[RankRound]:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
-        return self._training.train(experience, rounds, learning_rates, plans)
+        columns = {column for one in rounds for column in one.scored}
+        scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
+        return self._training.train(experience, rounds, learning_rates, plans, scorers)
 
     def offload_training(self, kept: Sequence[str] = ()) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train, and `kept`.

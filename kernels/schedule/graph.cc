@@ -24,12 +24,15 @@ Graph::Graph(int num_ranks, std::vector<Chain> chains, std::vector<Ticks> durati
   chain_of.assign(n + 1, -1);
   work.assign(num_ranks, 0);
 
+  first_chains.resize(this->chains.size());
   double forward_ticks = 0;
   Node num_forwards = 0;
   for (std::size_t c = 0; c < this->chains.size(); ++c) {
     const Chain& chain = this->chains[c];
     channel_in.push_back(chain.channel_in);
     channel_out.push_back(chain.channel_out);
+    before.push_back(chain.before);
+    if (chain.before >= 0) first_chains[chain.before].push_back(static_cast<int>(c));
     for (Node x = chain.first; x < chain.first + chain.count; ++x) {
       rank_of[x] = chain.rank;
       chain_of[x] = static_cast<int>(c);

@@ -11,7 +11,8 @@ namespace fuse::schedule {
 // The forwards, the backwards or the weight gradients of one stage: nodes first .. first + count - 1, which every
 // schedule of the search keeps in this order. `channel_in` and `channel_out` number the rank-to-rank message streams
 // the operations read and feed (-1: none); operations of one stream keep their relative order too, because messages
-// are matched by order.
+// are matched by order. `before` is the chain that uses what this one makes on the same rank (-1: none): its operation
+// j comes after this one's j.
 struct Chain {
   Node first;
   Node count;
@@ -22,11 +23,12 @@ struct Chain {
   Kind kind;
   int channel_in;
   int channel_out;
+  int before;
 };
 
 // Immutable. One data dependency per node is enough: a backward's own forward always lies before the forward of the
-// last stage, and so before the gradient it needs. Only an input gradient has two successors (the gradient of the stage
-// before, and its weight gradient).
+// last stage, and so before the gradient it needs; and `before` needs no arc, as both ends are on one rank, whose order
+// keeps it. Only an input gradient has two successors (the gradient of the stage before, and its weight gradient).
 class Graph {
  public:
   // `predecessor[x]` is the node whose result x needs (size() when none), available `lag[x]` ticks after its end.
@@ -40,7 +42,8 @@ class Graph {
   // Whether u may change places with its neighbour v right after it on their rank.
   bool may_swap(Node u, Node v) const {
     const int c = chain_of[u], d = chain_of[v];
-    return c != d && predecessor[v] != u && (channel_in[c] < 0 || channel_in[c] != channel_in[d]) &&
+    return c != d && predecessor[v] != u && (before[c] != d || u - chains[c].first != v - chains[d].first) &&
+           (channel_in[c] < 0 || channel_in[c] != channel_in[d]) &&
            (channel_out[c] < 0 || channel_out[c] != channel_out[d]);
   }
 
@@ -60,6 +63,9 @@ class Graph {
   // Per chain; copies, side by side for speed.
   std::vector<int> channel_in;
   std::vector<int> channel_out;
+  std::vector<int> before;
+  // Per chain: those that have it in `before`.
+  std::vector<std::vector<int>> first_chains;
 
   // Over all nodes: mean duration of a forward, and the largest memory one operation takes.
   double mean_forward_ticks;

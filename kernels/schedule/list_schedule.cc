@@ -66,6 +66,9 @@ class ListScheduler {
     if (graph_.bytes_taken[x] > 0 && level_[chain.rank] + graph_.bytes_taken[x] > caps_[chain.rank]) {
       return graph_.none();
     }
+    for (int d : graph_.first_chains[c]) {
+      if (next_[d] <= next_[c]) return graph_.none();
+    }
     const bool is_next_message = chain.channel_in < 0 || messages_[chain.channel_in].front() == x;
     return is_next_message ? x : graph_.none();
   }

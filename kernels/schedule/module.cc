@@ -17,7 +17,7 @@ namespace {
 
 template <typename T>
 using Input = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using ChainTable = nb::ndarray<const std::int32_t, nb::shape<-1, 9>, nb::c_contig, nb::device::cpu>;
+using ChainTable = nb::ndarray<const std::int32_t, nb::shape<-1, 10>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Output = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -30,7 +30,7 @@ Graph make_graph(int num_ranks, const ChainTable& chains, const Input<Ticks>& du
                  const Input<Ticks>& lag, const Input<Bytes>& bytes_taken, const Input<Bytes>& initial_bytes) {
   std::vector<Chain> table;
   for (std::size_t c = 0; c < chains.shape(0); ++c) {
-    const std::int32_t* row = chains.data() + 9 * c;
+    const std::int32_t* row = chains.data() + 10 * c;
     table.push_back({.first = row[0],
                      .count = row[1],
                      .rank = row[2],
@@ -39,7 +39,8 @@ Graph make_graph(int num_ranks, const ChainTable& chains, const Input<Ticks>& du
                      .num_stages = row[5],
                      .kind = static_cast<Kind>(row[6]),
                      .channel_in = row[7],
-                     .channel_out = row[8]});
+                     .channel_out = row[8],
+                     .before = row[9]});
   }
   return Graph(num_ranks, std::move(table), copy(duration), copy(predecessor), copy(lag), copy(bytes_taken),
                copy(initial_bytes));

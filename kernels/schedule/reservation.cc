@@ -91,9 +91,18 @@ class Pass {
     return next_[c] < chain.count ? chain.first + next_[c] : graph_.none();
   }
 
-  bool is_ready(int c, Node x, Ticks now) const {
+  // Whether an operation that the chain's next must come after has yet to run.
+  bool is_behind(int c, bool lead_alone) const {
+    for (int d : graph_.first_chains[c]) {
+      if (next_[d] <= next_[c] && (is_lead_[d] || !lead_alone)) return true;
+    }
+    return false;
+  }
+
+  bool is_ready(int c, Node x, Ticks now, bool lead_alone) const {
     const Node p = graph_.predecessor[x];
     if (end_[p] == kNotRun || end_[p] + graph_.lag[x] > now) return false;
+    if (is_behind(c, lead_alone)) return false;
     const int channel = graph_.chains[c].channel_in;
     return channel < 0 || messages_[channel].front() == x;
   }
@@ -103,7 +112,7 @@ class Pass {
     if (!lead_alone && graph_.bytes_taken[x] > 0 && level_[chain.rank] + graph_.bytes_taken[x] > caps_[chain.rank]) {
       return false;
     }
-    if (chain.kind != Kind::kForward) return true;
+    if (chain.kind != Kind::kForward || backward_of_[c] < 0) return true;
     const int slack = is_lead_[c] ? parameters_.lead_slack : parameters_.follower_slack;
     return next_[c] - next_[backward_of_[c]] < std::max(1, chain.num_stages - chain.stage + slack);
   }
@@ -113,6 +122,7 @@ class Pass {
     for (int c : chains_of_rank_[rank]) {
       const Node x = next_node(c);
       if (!is_lead_[c] || x == graph_.none() || graph_.chains[c].kind == Kind::kWeight) continue;
+      if (is_behind(c, false)) continue;
       if (graph_.chains[c].kind == Kind::kForward && !has_room(c, x, false)) continue;
       const Node p = graph_.predecessor[x];
       const Ticks possible = end_[p] == kNotRun ? now + 1 : std::max(now, end_[p] + graph_.lag[x]);
@@ -127,7 +137,8 @@ class Pass {
     int lead = -1, follower = -1, weight = -1;
     for (int c : chains_of_rank_[rank]) {
       const Node x = next_node(c);
-      if (x == graph_.none() || (lead_alone && !is_lead_[c]) || !is_ready(c, x, now) || !has_room(c, x, lead_alone)) {
+      if (x == graph_.none() || (lead_alone && !is_lead_[c]) || !is_ready(c, x, now, lead_alone) ||
+          !has_room(c, x, lead_alone)) {
         continue;
       }
       const Chain& chain = graph_.chains[c];
@@ -169,7 +180,7 @@ class Pass {
   const ReservationParameters& parameters_;
   std::vector<std::vector<int>> chains_of_rank_;
   std::vector<char> is_lead_;               // per chain
-  std::vector<int> backward_of_;            // per forward chain
+  std::vector<int> backward_of_;            // per forward chain; -1 in a forward-only pipeline
   std::vector<Node> next_;                  // per chain: operations run
   std::vector<Ticks> end_;                  // per node
   std::vector<Ticks> free_at_;              // per rank

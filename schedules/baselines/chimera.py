@@ -24,7 +24,8 @@ def chimera(problem: Problem) -> Schedule:
         raise ValueError(f"chimera is for two pipelines, not {len(problem.pipelines)}")
     down, up = problem.pipelines
     num_stages = down.num_stages
-    if replace(up, name=down.name, ranks=down.ranks) != down or up.ranks != down.ranks[::-1]:
+    is_same = replace(up, name=down.name, ranks=down.ranks) == down and not down.is_forward_only
+    if not is_same or up.ranks != down.ranks[::-1]:
         raise ValueError(f"chimera: pipelines {down.name} and {up.name} are not equal and in opposite directions")
     if num_stages % 2 or len(set(down.ranks)) != num_stages:
         raise ValueError(f"chimera: {num_stages} stages on ranks {down.ranks}; it needs an even number, one per rank")

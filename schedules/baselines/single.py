@@ -9,10 +9,12 @@ def only_pipeline(problem: Problem, baseline: str) -> Pipeline:
     """The problem's only pipeline.
 
     Raises:
-        ValueError: the problem has several pipelines.
+        ValueError: the problem has several pipelines, or a forward-only one.
     """
     if len(problem.pipelines) != 1:
         raise ValueError(f"{baseline} is for one pipeline, not {len(problem.pipelines)}; use serial for several")
+    if problem.pipelines[0].is_forward_only:
+        raise ValueError(f"{baseline} is for a pipeline with backwards; use serial for forward-only ones beside it")
     return problem.pipelines[0]
 
 

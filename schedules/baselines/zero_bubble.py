@@ -109,5 +109,5 @@ def _candidates(pipeline: Pipeline, rank: int, order: list[Op], max_held: int) -
 def _arrival(problem: Problem, end: dict[Op, int], op: Op) -> float:
     """When all that the operation needs has ended and been transferred; never, while some of it has not run."""
     gradient = replace(op, stage=op.stage + 1, kind=Kind.I)  # every backward is split
-    sources = needs({gradient}, op, problem.pipelines[0].num_stages)
+    sources = needs({gradient}, op, problem)
     return max((end.get(source, float("inf")) + problem.transfer_ticks(source, op) for source in sources), default=0)

@@ -69,7 +69,7 @@ def _arrows(schedule: Schedule, times: dict[Op, tuple[float, float]]) -> Iterato
     problem = schedule.problem
     number = 0
     for rank, op in schedule.ops():
-        for needed in needs(times, op, problem.pipelines[op.pipeline].num_stages):
+        for needed in needs(times, op, problem):
             if problem.rank_of(needed) == rank:
                 continue
             arrow = {"name": "result", "cat": "result", "id": number, "pid": _PROCESS}

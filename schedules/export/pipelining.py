@@ -25,11 +25,17 @@ def pipelining_csv(schedule: Schedule) -> str:
     exchange in one order.
 
     Raises:
-        ValueError: the schedule is illegal, or its pipelines differ in their number of micro-batches, for which torch
-            has one number.
+        ValueError: the schedule is illegal or has forward-only pipelines, or its pipelines differ in their number of
+            micro-batches, for which torch has one number.
     """
     check(schedule)
     problem = schedule.problem
+    for pipeline in problem.pipelines:
+        if pipeline.is_forward_only:
+            raise ValueError(
+                f"pipeline {pipeline.name} is forward-only, of which torch.distributed.pipelining knows nothing; "
+                "export a schedule without it"
+            )
     counts = sorted({pipeline.num_micro_batches for pipeline in problem.pipelines})
     if len(counts) > 1:
         raise ValueError(

@@ -56,7 +56,6 @@ def compile_problem(problem: Problem, *, split: bool) -> Compiled:
     Raises:
         ValueError: the durations add up to more than native code counts.
     """
-    kinds = [(Kind.F, Kind.I, Kind.W) if split and p.can_split else (Kind.F, Kind.B) for p in problem.pipelines]
     return compile_operations(
         problem,
         {
@@ -64,7 +63,7 @@ def compile_problem(problem: Problem, *, split: bool) -> Compiled:
             for number, pipeline in enumerate(problem.pipelines)
             for stage in range(pipeline.num_stages)
             for micro_batch in range(pipeline.num_micro_batches)
-            for kind in kinds[number]
+            for kind in problem.kinds(number, split=split)
         },
     )
 
@@ -81,6 +80,7 @@ def compile_operations(problem: Problem, ops: set[Op]) -> Compiled:
     channels: dict[Channel, int] = {}
     ordered: list[Op] = []
     rows: list[tuple[int, ...]] = []
+    last_forwards: dict[int, int] = {}  # by pipeline, the chain
     for number, pipeline in enumerate(problem.pipelines):
         for stage, rank in enumerate(pipeline.ranks):
             for kinds in ((Kind.F,), (Kind.B, Kind.I), (Kind.W,)):
@@ -94,14 +94,20 @@ def compile_operations(problem: Problem, ops: set[Op]) -> Compiled:
                     ends = (channel_into(problem, chain[0]), channel_from(problem, chain[0]))
                     codes = [-1 if c is None else channels.setdefault(c, len(channels)) for c in ends]
                     kind_code = _KIND_CODE[kinds[0]]
+                    if kinds == (Kind.F,):
+                        last_forwards[number] = len(rows)
                     rows.append((len(ordered), len(chain), rank, number, stage, pipeline.num_stages, kind_code, *codes))
                     ordered.extend(chain)
     assert len(ordered) == len(ops), "an operation is not of the problem"
+    befores = [-1] * len(rows)
+    for number, pipeline in enumerate(problem.pipelines):
+        if pipeline.before is not None:
+            befores[last_forwards[number]] = last_forwards[pipeline.before]
     node_of = {op: node for node, op in enumerate(ordered)}
     sources = [_source(op, node_of, problem.pipelines[op.pipeline].num_stages) for op in ordered]
     graph = _native.Graph(
         problem.num_ranks,
-        np.array(rows, dtype=np.int32),
+        np.array([(*row, before) for row, before in zip(rows, befores, strict=True)], dtype=np.int32),
         np.array([problem.ticks(op) for op in ordered], dtype=np.int32),
         np.array([len(ordered) if s is None else node_of[s] for s in sources], dtype=np.int32),
         np.array([problem.transfer_ticks(s, op) if s else 0 for s, op in zip(sources, ordered, strict=True)], np.int32),

@@ -1,12 +1,13 @@
 """The schedule as a constraint program: improves small problems to the optimum, proves it, or proves that nothing fits.
 
-Sets: operations x (F and B, or F, I and W, of every pipeline, stage and micro-batch), ranks r, forwards of stage s in
-micro-batch order F_0, F_1, ..., likewise backwards B_0, B_1, ... (I where split) and W_0, W_1, ...
+Sets: operations x (F and B, or F, I and W, of every pipeline, stage and micro-batch; F alone where there is no
+backward), ranks r, forwards of stage s in micro-batch order F_0, F_1, ..., likewise backwards B_0, B_1, ... (I where
+split) and W_0, W_1, ...
 
 Variables: start(x) in the window [head(x), T - tail(x) - ticks(x)] of `schedules.bounds`; the makespan, or the peak.
 
 Constraints:
-  C1  start(x) >= start(p) + ticks(p) + transfer(p, x)                 x needs the result of p
+  C1  start(x) >= start(p) + ticks(p) + transfer(p, x)                 x needs the result of p, or comes after it
   C2  start(x_{j+1}) >= start(x_j) + ticks(x_j)                        micro-batches of a chain stay in order
   C3  no two operations of a rank overlap
   C4  on every rank, the bytes held at any time are within its cap: each activation over [start(F_j), start(B_j)), each
@@ -167,13 +168,12 @@ def _start_variables(model: _Model) -> bool:
         for stage in range(pipeline.num_stages):
             for micro_batch in range(pipeline.num_micro_batches):
                 head, tail = heads[number], tails[number]
-                windows = {
-                    Kind.F: (int(head.forward[stage, micro_batch]), int(tail.forward[stage, micro_batch])),
-                    Kind.B: (int(head.backward[stage, micro_batch]), int(tail.backward[stage, micro_batch])),
-                }
-                windows[Kind.I] = windows[Kind.B]
-                windows[Kind.W] = (windows[Kind.B][0] + gradient_ticks(pipeline, stage), 0)
-                for kind in _kinds(model, pipeline):
+                windows = {Kind.F: (int(head.forward[stage, micro_batch]), int(tail.forward[stage, micro_batch]))}
+                if not pipeline.is_forward_only:
+                    backward = (int(head.backward[stage, micro_batch]), int(tail.backward[stage, micro_batch]))
+                    windows[Kind.B] = windows[Kind.I] = backward
+                    windows[Kind.W] = (backward[0] + gradient_ticks(pipeline, stage), 0)
+                for kind in model.problem.kinds(number, split=model.split):
                     op = Op(number, stage, micro_batch, kind)
                     earliest, tail_ticks = windows[kind]
                     latest = model.makespan - tail_ticks - model.problem.ticks(op)
@@ -210,10 +210,10 @@ def _hold_memory(model: _Model, rank: int, cap: int | cp_model.IntVar) -> None:
     intervals, demands = [], []
     for op, start in model.start.items():
         pipeline = model.problem.pipelines[op.pipeline]
-        if model.problem.rank_of(op) != rank or op.kind not in (Kind.F, Kind.I):
+        if model.problem.rank_of(op) != rank or op.kind not in (Kind.F, Kind.I) or pipeline.is_forward_only:
             continue
         held = pipeline.activation_bytes if op.kind is Kind.F else pipeline.weight_grad_bytes
-        backward = Kind.I if Kind.I in _kinds(model, pipeline) else Kind.B
+        backward = _backward(model, pipeline)
         given_back = model.start[replace(op, kind=backward if op.kind is Kind.F else Kind.W)]
         if held[op.stage]:
             duration = model.cp.new_int_var(0, model.makespan, f"hold {op}")
@@ -224,7 +224,7 @@ def _hold_memory(model: _Model, rank: int, cap: int | cp_model.IntVar) -> None:
 
 def _counting(model: _Model) -> None:
     for number, pipeline in enumerate(model.problem.pipelines):
-        backward = Kind.I if Kind.I in _kinds(model, pipeline) else Kind.B
+        backward = _backward(model, pipeline)
         for stage, rank in enumerate(pipeline.ranks):
             held = pipeline.activation_bytes[stage]
             room = model.caps[rank] - model.problem.initial_bytes[rank]
@@ -282,14 +282,14 @@ def _solve(
     return Result(outcome, schedule, round(solver.objective_value), bound)
 
 
-def _kinds(model: _Model, pipeline: Pipeline) -> tuple[Kind, ...]:
-    return (Kind.F, Kind.I, Kind.W) if model.split and pipeline.can_split else (Kind.F, Kind.B)
+def _backward(model: _Model, pipeline: Pipeline) -> Kind:
+    return Kind.I if model.split and pipeline.can_split else Kind.B
 
 
 def _chains(model: _Model) -> Iterable[list[Op]]:
     for number, pipeline in enumerate(model.problem.pipelines):
         for stage in range(pipeline.num_stages):
-            for kind in _kinds(model, pipeline):
+            for kind in model.problem.kinds(number, split=model.split):
                 yield [Op(number, stage, micro_batch, kind) for micro_batch in range(pipeline.num_micro_batches)]
 
 
@@ -298,6 +298,6 @@ def _sources(model: _Model, op: Op) -> list[Op]:
     if op.kind is Kind.W:
         return [replace(op, kind=Kind.I)]
     if op.kind is Kind.F:
-        return [replace(op, stage=op.stage - 1)] if op.stage else []
+        return [*model.problem.first(op), *([replace(op, stage=op.stage - 1)] if op.stage else [])]
     own = replace(op, kind=Kind.F)
     return [own] if op.stage == pipeline.num_stages - 1 else [own, replace(op, stage=op.stage + 1)]

@@ -36,7 +36,7 @@ def optimum(problem: Problem) -> Schedule:
         ValueError: the problem is infeasible, or has more than `MAX_OPERATIONS` operations.
     """
     check_feasible(problem)
-    num_operations = sum(2 * p.num_stages * p.num_micro_batches for p in problem.pipelines)
+    num_operations = sum((2 - p.is_forward_only) * p.num_stages * p.num_micro_batches for p in problem.pipelines)
     if num_operations > MAX_OPERATIONS:
         raise ValueError(f"{num_operations} operations are too many to enumerate; the most is {MAX_OPERATIONS}")
     tails: dict[Op, int] = {}
@@ -44,7 +44,7 @@ def optimum(problem: Problem) -> Schedule:
         for stage in range(pipeline.num_stages):
             for micro_batch in range(pipeline.num_micro_batches):
                 tails[Op(number, stage, micro_batch, Kind.F)] = int(tail.forward[stage, micro_batch])
-                for kind in (Kind.B, Kind.I):
+                for kind in () if pipeline.is_forward_only else (Kind.B, Kind.I):
                     tails[Op(number, stage, micro_batch, kind)] = int(tail.backward[stage, micro_batch])
     ranks = range(problem.num_ranks)
     search = _Search(problem, tails, [[] for _ in ranks], [0 for _ in ranks], list(problem.initial_bytes))
@@ -86,14 +86,13 @@ def _next_operations(search: _Search) -> list[Op]:
     found = []
     for number, pipeline in enumerate(search.problem.pipelines):
         for stage in range(pipeline.num_stages):
-            for kinds in ((Kind.F,), (Kind.B, Kind.I) if pipeline.can_split else (Kind.B,), (Kind.W,)):
+            chains = ((Kind.F,), (Kind.B, Kind.I) if pipeline.can_split else (Kind.B,), (Kind.W,))
+            for kinds in chains[:1] if pipeline.is_forward_only else chains:
                 for micro_batch in range(pipeline.num_micro_batches):
                     ops = [Op(number, stage, micro_batch, kind) for kind in kinds]
                     if any(op in search.end for op in ops):
                         continue
-                    ready = [
-                        op for op in ops if all(n in search.end for n in needs(search.end, op, pipeline.num_stages))
-                    ]
+                    ready = [op for op in ops if all(n in search.end for n in needs(search.end, op, search.problem))]
                     found.extend(ready)
                     if ready or Kind.W not in kinds:
                         break
@@ -101,6 +100,6 @@ def _next_operations(search: _Search) -> list[Op]:
 
 
 def _start(search: _Search, op: Op, rank: int) -> int:
-    sources = needs(search.end, op, search.problem.pipelines[op.pipeline].num_stages)
+    sources = needs(search.end, op, search.problem)
     arrivals = [search.end[source] + search.problem.transfer_ticks(source, op) for source in sources]
     return max([search.free_at[rank], *arrivals])

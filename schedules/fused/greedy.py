@@ -56,7 +56,7 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
     limits = problem.memory_limit_bytes
     under_way: defaultdict[Channel, deque[Op]] = defaultdict(deque)
     per_micro_batch = [_bytes_per_micro_batch(problem, p) for p in range(len(problem.pipelines))]
-    num_left = sum(2 * p.num_stages * p.num_micro_batches for p in problem.pipelines)
+    num_left = sum(len(chain.tails) for of_rank in chains for chain in of_rank)
     events = [0]
 
     def fits(op: Op, rank: int) -> bool:
@@ -65,6 +65,10 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
         if not admission:
             return held[rank] + problem.bytes_taken(op) <= limits[rank]
         return op.stage > 0 or all(reserved[r] + b <= limits[r] for r, b in per_micro_batch[op.pipeline].items())
+
+    def has_what_is_first(op: Op) -> bool:
+        done = (next_micro_batch.get((one.pipeline, one.stage, one.kind), 0) for one in problem.first(op))
+        return all(count > op.micro_batch for count in done)
 
     def is_next_message(op: Op) -> bool:
         channel = channel_into(problem, op)
@@ -86,7 +90,7 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
         incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
         if incoming is not None:
             under_way[incoming].popleft()
-        fed = feeds(op, pipeline.num_stages)
+        fed = feeds(op, pipeline)
         if fed is not None:
             if outgoing is not None:
                 under_way[outgoing].append(fed)
@@ -106,7 +110,8 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
             for chain in chains[rank]:
                 micro_batch = next_micro_batch.get((chain.pipeline, chain.stage, chain.kind), 0)
                 op = Op(chain.pipeline, chain.stage, micro_batch, chain.kind)
-                if arrival.get(op, now + 1) <= now and is_next_message(op) and fits(op, rank):
+                is_here = arrival.get(op, now + 1) <= now and is_next_message(op)
+                if is_here and fits(op, rank) and has_what_is_first(op):
                     ready.append((chain.kind is Kind.F, -chain.tails[micro_batch], op))
             if ready:
                 run(min(ready)[2], rank, now)
@@ -120,7 +125,8 @@ def _chains_by_rank(problem: Problem) -> list[list[_Chain]]:
     for number, (pipeline, tail) in enumerate(zip(problem.pipelines, tails, strict=True)):
         for stage, rank in enumerate(pipeline.ranks):
             chains[rank].append(_Chain(number, stage, Kind.F, tuple(tail.forward[stage].tolist())))
-            chains[rank].append(_Chain(number, stage, Kind.B, tuple(tail.backward[stage].tolist())))
+            if not pipeline.is_forward_only:
+                chains[rank].append(_Chain(number, stage, Kind.B, tuple(tail.backward[stage].tolist())))
     return chains
 
 

@@ -39,7 +39,7 @@ def list_schedule_reference(
     chains: list[list[tuple[int, int, Kind]]] = [[] for _ in range(problem.num_ranks)]
     for number, pipeline in enumerate(problem.pipelines):
         for stage, rank in enumerate(pipeline.ranks):
-            chains[rank] += [(number, stage, Kind.F), (number, stage, Kind.B)]
+            chains[rank] += [(number, stage, kind) for kind in problem.kinds(number, split=False)]
     done: defaultdict[tuple[int, int, Kind], int] = defaultdict(int)
     arrival = {op: 0 for op in priority if op.stage == 0 and op.kind is Kind.F}
     under_way: defaultdict[Channel, deque[Op]] = defaultdict(deque)
@@ -52,6 +52,8 @@ def list_schedule_reference(
         for number, stage, kind in chains[rank]:
             op = Op(number, stage, done[number, stage, kind], kind)
             if op not in arrival or (kind is Kind.F and held[rank] + problem.bytes_taken(op) > caps[rank]):
+                continue
+            if any(done[one.pipeline, one.stage, one.kind] <= op.micro_batch for one in problem.first(op)):
                 continue
             channel = channel_into(problem, op)
             if channel is None or under_way[channel][0] == op:
@@ -73,7 +75,7 @@ def list_schedule_reference(
         incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
         if incoming is not None:
             under_way[incoming].popleft()
-        fed = feeds(op, problem.pipelines[op.pipeline].num_stages)
+        fed = feeds(op, problem.pipelines[op.pipeline])
         if fed is not None:
             if outgoing is not None:
                 under_way[outgoing].append(fed)

@@ -118,7 +118,7 @@ def anneal(
 
 
 def _shape(pipeline: Pipeline) -> Pipeline:
-    return replace(pipeline, name="-", ranks=(0,) * pipeline.num_stages)
+    return replace(pipeline, name="-", ranks=(0,) * pipeline.num_stages, before=None)
 
 
 def _ticks(pipeline: Pipeline) -> int:

@@ -71,11 +71,15 @@ def find_pattern(
 ) -> Pattern | None:
     """The pattern that holds least memory; None when none is found in time, or a period would not be short.
 
+    Nor is there one with forward-only pipelines, which hold nothing.
+
     Memory counts in units as coarse as the program needs. Where 64 bits do not hold even those there is no pattern.
 
     Args:
         work_limit: in the constraint solver's deterministic time, which gives the same pattern on every machine.
     """
+    if any(pipeline.is_forward_only for pipeline in problem.pipelines):
+        return None
     divisor = math.gcd(*(pipeline.num_micro_batches for pipeline in problem.pipelines))
     copies = tuple(pipeline.num_micro_batches // divisor for pipeline in problem.pipelines)
     if sum(copies) > MOST_COPIES:
@@ -129,7 +133,7 @@ def _in_units(problem: Problem, copies: tuple[int, ...], horizon: int) -> Proble
 
 def _keep_dependencies(problem: Problem, cp: cp_model.CpModel, start: dict[Op, cp_model.IntVar]) -> None:
     for op, variable in start.items():
-        for source in needs(start, op, problem.pipelines[op.pipeline].num_stages):
+        for source in needs(start, op, problem):
             cp.add(variable >= start[source] + problem.ticks(source) + problem.transfer_ticks(source, op))
 
 

@@ -149,7 +149,7 @@ def _freeze(schedule: Schedule) -> _Frozen:
     }
     users: defaultdict[Op, list[Op]] = defaultdict(list)
     for op in start:
-        for source in needs(start, op, problem.pipelines[op.pipeline].num_stages):
+        for source in needs(start, op, problem):
             users[source].append(op)
     following = {a: b for order in schedule.ranks for a, b in pairwise(order)}
     path: dict[Op, int] = {}
@@ -196,7 +196,7 @@ def _start_variables(model: _Model) -> None:
 def _data_dependencies(model: _Model) -> None:
     frozen, problem = model.frozen, model.frozen.schedule.problem
     for op, start in model.start.items():
-        for source in needs(frozen.start, op, problem.pipelines[op.pipeline].num_stages):
+        for source in needs(frozen.start, op, problem):
             source_start = model.start.get(source, frozen.start[source])
             model.cp.add(start >= source_start + problem.ticks(source) + problem.transfer_ticks(source, op))
 

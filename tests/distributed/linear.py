@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fuse.intrastage.communication import all_reduce_sum, open_model, open_pipelines, open_tensor_group
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.executor import execute
+from fuse.intrastage.forward_only import ScorerStage
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
@@ -86,6 +88,16 @@ class LinearStage:
             all_reduce_sum(torch.ones(1), self._tensor_group, "a test")
 
 
+class LinearScorer(LinearStage):
+    """The same, forward alone. See `ForwardStage`."""
+
+    def infer(self, micro_batch: MicroBatch, stage_input: Tensor | None, read: Any) -> Tensor:
+        self._meet()
+        with torch.no_grad():
+            output: Tensor = self._layer(micro_batch.targets if stage_input is None else stage_input).tanh()
+        return output
+
+
 @dataclass(frozen=True)
 class Training:
     """Models whose pipelines are the schedule's. models: by pipeline, whose replica it is."""
@@ -127,22 +139,57 @@ class Training:
             (number, stage): self.stage(number, stage, tensor_group)
             for number, pipeline in enumerate(self.pipelines)
             for stage, owner in enumerate(pipeline.ranks)
-            if owner == rank
+            if owner == rank and not pipeline.is_forward_only
         }
+        trained = [(pipeline.name, pipeline.ranks) for pipeline in self.pipelines if not pipeline.is_forward_only]
         pipelines = [(pipeline.name, pipeline.ranks) for pipeline in self.pipelines]
         communicators = open_pipelines(pipelines, TIMEOUT_S, self.tensor_parallel_size)
-        optimizers = {model: self._optimizer(model, stages) for model in dict.fromkeys(self.models)}
+        optimizers = {model: self._optimizer(model, stages) for model in self._trained_models}
         batches = self.micro_batches()
-        measure(rank, pipelines, stages, [own[:1] for own in batches], communicators, repeats=1)
+        measure(rank, trained, stages, [own[:1] for own in batches[: len(trained)]], communicators, repeats=1)
+        scorers, found = self._scorers(rank, tensor_group)
         for _ in range(_NUM_STEPS):
-            execute(self.schedule, rank, stages, batches, communicators, SpanRecorder())
+            execute(self.schedule, rank, stages | scorers, batches, communicators, SpanRecorder())
             for optimizer in optimizers.values():
                 optimizer.step(0.01)
+        for (number, index), values in found.items():
+            assert torch.equal(values, self._score(number, batches[number][index]))
         return {
             (self.models[number], name): parameter.detach()
             for (number, _), stage in stages.items()
             for name, parameter in stage.named_parameters()
         }
+
+    @property
+    def _trained_models(self) -> list[str]:
+        return list(dict.fromkeys(m for m, one in zip(self.models, self.pipelines, strict=True) if one.backward_ticks))
+
+    def _scorer(self, number: int, stage: int, tensor_group: Any = None) -> LinearScorer:
+        return LinearScorer(
+            self.models[number], stage, self.pipelines[number].num_stages, splits=False, tensor_group=tensor_group
+        )
+
+    def _scorers(
+        self, rank: int, tensor_group: Any
+    ) -> tuple[dict[tuple[int, int], ScorerStage], dict[tuple[int, int], Tensor]]:
+        """Of forward-only pipelines, this rank's stages, and what they will make, by pipeline and micro-batch."""
+        stages, found = {}, dict[tuple[int, int], Tensor]()
+        for number, pipeline in enumerate(self.pipelines):
+            for stage, owner in enumerate(pipeline.ranks):
+                if owner == rank and pipeline.is_forward_only:
+                    keep = None
+                    if stage == pipeline.num_stages - 1:
+                        keep = partial(lambda number, index, values: found.update({(number, index): values}), number)
+                    stages[number, stage] = ScorerStage(self._scorer(number, stage, tensor_group), _unread, keep)
+        return stages, found
+
+    def _score(self, number: int, batch: MicroBatch) -> Tensor:
+        """Without ranks, schedule or messages."""
+        passed = None
+        for stage in range(self.pipelines[number].num_stages):
+            passed = self._scorer(number, stage).infer(batch, passed, _unread)
+        assert passed is not None
+        return passed
 
     def _profile_alone(self, rank: int, tensor_group: Any) -> Profile:
         """As `measure_layer_costs` does."""
@@ -160,7 +207,7 @@ class Training:
     def expected(self) -> Weights:
         """The weights after the same steps with no rank, no schedule and no message."""
         weights: Weights = {}
-        for model in dict.fromkeys(self.models):
+        for model in self._trained_models:
             numbers = [number for number, one in enumerate(self.models) if one == model]
             stages: list[Any] = [
                 self.stage(numbers[0], stage) for stage in range(self.pipelines[numbers[0]].num_stages)
@@ -173,6 +220,10 @@ class Training:
             for held in stages:
                 weights |= {(model, name): parameter.detach() for name, parameter in held.named_parameters()}
         return weights
+
+
+def _unread(*_: Any) -> Tensor:
+    raise AssertionError("these stages have no head")
 
 
 def _accumulate(stages: Sequence[Any], batches: Sequence[MicroBatch]) -> None:

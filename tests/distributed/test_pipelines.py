@@ -232,3 +232,12 @@ def test_a_silent_peer_ends_in_an_error(measured: Path) -> None:
     waiting = json.loads((measured / "silence-0.json").read_text())["check_silence"]
     assert "rank 0, pipeline actor: waiting for the input of B llama.0.0.2 from rank 1 failed" in waiting["error"]
     assert "Timed out" in waiting["error"]  # the peer would be silent for ever
+
+
+@pytest.mark.parametrize("world", PIPELINES)
+def test_steps_that_score_are_those_that_are_scored_before_to_the_bit(measured: Path, world: str) -> None:
+    for found in results(measured, world, "check_late_scores"):
+        for way in ("False", "True"):
+            assert all(all(each) for each in found[way]["values"].values())
+            assert found[way]["weights"]
+            assert found[way]["without the order"] > 1e-4

@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -34,6 +35,7 @@ from schedules.baselines import gpipe, one_f_one_b, serial
 from schedules.formats import schedule_to_text
 
 from .forked import CONTEXT, TIMEOUT_S, World, run_world
+from .late_scoring import compare
 from .opposites import check_opposites
 from .pipelines import ADAMW, LAYERS, MODELS, Run, add_gradients, batches_of, full_model, full_weights
 
@@ -262,6 +264,11 @@ def check_silence(rank: int, world: int, directory: Path) -> dict[str, str]:
     return check_lost_peer(rank, world, directory, dies=False)
 
 
+def check_late_scores(rank: int, world: int, directory: Path) -> dict[str, Any]:
+    """An actor in one pipeline, with a reference, and in two opposite replicas."""
+    return {str(way): compare(rank, world, is_opposite=way) for way in (False, True)}
+
+
 Check = Callable[[int, int, Path], Mapping[str, float | str]]
 WORLDS: list[tuple[str, int, list[Check]]] = [
     ("one", 1, [check_state]),
@@ -276,13 +283,23 @@ WORLDS: list[tuple[str, int, list[Check]]] = [
             check_measure,
             check_steps,
             check_opposites,
+            check_late_scores,
             check_state,
         ],
     ),
     (
         "four",
         4,
-        [check_gradients, check_two_models, check_replicas, check_splits, check_steps, check_opposites, check_state],
+        [
+            check_gradients,
+            check_two_models,
+            check_replicas,
+            check_splits,
+            check_steps,
+            check_opposites,
+            check_late_scores,
+            check_state,
+        ],
     ),
     ("again", 1, [check_state]),
 ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fuse.driver import fleet as fleet_module
+from fuse.driver import update
 from fuse.driver.engines import Engines
 from fuse.driver.fleet import Fleet
 from fuse.driver.memory import RESERVE_SHARE, free_for_micro_batches
@@ -182,7 +183,7 @@ def test_what_devices_say_is_free_is_not_all_for_micro_batches(fleet: Fleet, mon
             planner=SimpleNamespace(placement=placed),
         )
     )
-    monkeypatch.setattr(fleet_module, "gather", list)
+    monkeypatch.setattr(update, "gather", list)
     made.settings.memory = None
     assert fleet._free_bytes() == 2 * 10**9
     made.settings.memory = memory

@@ -44,7 +44,7 @@ def test_no_optimum_is_below_its_bounds(seed: int) -> None:
 
 @given(st.randoms(use_true_random=False))
 def test_no_schedule_is_below_its_bounds(random: Random) -> None:
-    problem = random_problem(random)
+    problem = random_problem(random, max_forward_only=2)
     timing = evaluate(random_schedule(problem, random))
     limited = replace(problem, memory_limit_bytes=timing.peak_bytes)
     assert makespan_lower_bound(limited) <= timing.makespan

@@ -32,7 +32,7 @@ def test_goes_through_the_rank_that_holds_the_others_up() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_is_the_makespan_without_a_gap(seed: int) -> None:
     random = Random(seed)
-    schedule = random_schedule(random_problem(random), random)
+    schedule = random_schedule(random_problem(random, max_forward_only=2), random)
     timing = evaluate(schedule)
     times = {
         op: (start, end)

@@ -52,7 +52,7 @@ def test_bubbles_are_those_of_all_planned_steps() -> None:
         }
         for rank in range(2)
     }
-    report = iteration_report(tracks, clock(30.0), 0.5)
+    report = iteration_report(tracks, clock(30.0), {"bubble/serial": 0.5})
     assert report["bubble/planned"] == pytest.approx(1 - 3 / 4)
     assert report["bubble/executed"] == pytest.approx(1 - 10 / 16)
     assert report["bubble/serial"] == 0.5
@@ -60,9 +60,9 @@ def test_bubbles_are_those_of_all_planned_steps() -> None:
 
     for device in tracks.values():
         device["model"].insert(1, measured)
-    assert iteration_report(tracks, clock(30.0), 0.5)["bubble/executed"] == pytest.approx(1 - 4 / 8)
+    assert iteration_report(tracks, clock(30.0), {"bubble/serial": 0.5})["bubble/executed"] == pytest.approx(1 - 4 / 8)
 
 
 def test_without_a_plan_there_are_no_bubbles_to_report() -> None:
     tracks = {"device0": {"generation": [], "model": [op("F", 0, 1, None), step(1)]}}
-    assert "bubble/serial" not in iteration_report(tracks, clock(2.0), 0.5)
+    assert "bubble/serial" not in iteration_report(tracks, clock(2.0), {"bubble/serial": 0.5})

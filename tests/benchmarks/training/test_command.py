@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fuse.benchmarks.training import both_ways, command, steps, tables
+from fuse.benchmarks.training import both_ways, command, steps, tables, within
 from fuse.intrastage.cost_profile import profile_from_json
 
 from ...worker_pool import WorkerPool
@@ -111,6 +111,23 @@ def test_compares_opposite_replicas_with_plain_1f1b(
     assert "two opposite replicas (fused)" in capsys.readouterr().out
 
 
+def test_compares_scoring_within_a_step_with_scoring_first(
+    tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(within, "Cluster", worker_pool)
+    out = tmp_path / "out.json"
+    sizes = ["--micro-batches", "3", "--tokens", "16", "--hidden", "16", "--repeats", "1", "--solve-seconds", "0.5"]
+    assert run("--forward-only", *sizes, "--json", str(out)) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["within uniform 3", "within mixed 3"]
+    for row in rows:
+        assert row.keys() == KEYS
+        assert row["serial"].keys() == row["fused"].keys() == SIDE_KEYS
+        assert (row["actor_layers"], row["critic_layers"], row["num_micro_batches"]) == (4, 0, 3)
+    assert rows[0]["predicted_ratio"] > 1, "scoring first drains its pipelines"
+    assert "scoring within (fused)" in capsys.readouterr().out
+
+
 def test_a_critic_takes_more_steps_than_the_actor_and_both_in_the_planners_micro_batches(
     tmp_path: Path, pooled_workers: None, worker_pool: WorkerPool
 ) -> None:
@@ -196,6 +213,8 @@ def test_emulates_schedules_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
         (["--bidirectional", "--emulate", "2"], "leave out --emulate"),
         (["--bidirectional", "--micro-batches", "1"], "at least 2 --micro-batches"),
         (["--bidirectional", "--sizes", "1:1"], "leave one of them out"),
+        (["--forward-only", "--sizes", "1:1"], "--forward-only trains no critic"),
+        (["--forward-only", "--bidirectional"], "--forward-only trains one pipeline for real"),
         (["--critic-epochs", "0"], "--critic-epochs is 0"),
         (["--emulate", "2", "--as-drawn"], "--as-drawn is of real training"),
         (["--emulate", "2", "--critic-epochs", "2"], "--critic-epochs is of real training"),

@@ -69,7 +69,7 @@ def test_follows_the_format(fused: Schedule, split: Schedule) -> None:
 @pytest.mark.parametrize("seed", range(15))
 def test_follows_the_format_on_anything(seed: int) -> None:
     random = Random(seed)
-    check_format(events_of(random_schedule(random_problem(random), random)))
+    check_format(events_of(random_schedule(random_problem(random, max_forward_only=2), random)))
 
 
 def test_operations_are_where_and_when_the_evaluator_has_them(fused: Schedule) -> None:
@@ -88,7 +88,7 @@ def test_arrows_are_what_ranks_wait_for(fused: Schedule) -> None:
     across = [
         (needed, op)
         for _, op in fused.ops()
-        for needed in needs(ops, op, 2)
+        for needed in needs(ops, op, fused.problem)
         if fused.problem.rank_of(needed) != fused.problem.rank_of(op)
     ]
     events = events_of(fused)

@@ -17,7 +17,7 @@ from schedules.random_problems import random_problem
 
 @given(st.randoms(use_true_random=False))
 def test_legal_with_any_limit_that_is_enough(random: Random) -> None:
-    problem = random_problem(random)
+    problem = random_problem(random, max_forward_only=2)
     assert violations(greedy(problem)) == []
     limits = tuple(limit + random.randint(0, 9) for limit in smallest_limits(problem))
     assert violations(greedy(replace(problem, memory_limit_bytes=limits))) == []

@@ -18,7 +18,7 @@ from schedules.random_problems import random_problem
 
 @given(st.randoms(use_true_random=False), st.booleans(), st.booleans())
 def test_native_equals_the_reference(random: Random, patient: bool, limited: bool) -> None:
-    problem = random_problem(random)
+    problem = random_problem(random, max_forward_only=2)
     compiled = compile_problem(problem, split=False)
     priority = np.array([random.randint(-20, 20) for _ in compiled.ops])
     caps = (UNLIMITED_BYTES,) * problem.num_ranks

@@ -30,7 +30,7 @@ INSTANCE = actor_and_critic(
 
 @given(st.randoms(use_true_random=False))
 def test_native_evaluation_equals_the_reference(random: Random) -> None:
-    problem = random_problem(random)
+    problem = random_problem(random, max_forward_only=2)
     schedule = random_schedule(problem, random)
     compiled = compile_operations(problem, {op for _, op in schedule.ops()})
     makespan, start, peak_bytes = compiled.evaluate(schedule)
@@ -101,7 +101,7 @@ def test_annealing_depends_on_seed_and_steps_alone(window: int, split: bool) -> 
 @settings(max_examples=50)
 @given(st.randoms(use_true_random=False))
 def test_annealing_stays_legal_on_any_problem(random: Random) -> None:
-    problem = random_problem(random)
+    problem = random_problem(random, max_forward_only=2)
     start = random_schedule(problem, random)
     compiled = compile_operations(problem, {op for _, op in start.ops()})
     peaks = evaluate(start).peak_bytes
@@ -117,7 +117,7 @@ def test_annealing_stays_legal_on_any_problem(random: Random) -> None:
 @settings(max_examples=50)
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_reservation_schedules_are_legal_on_any_problem(random: Random, split: bool) -> None:
-    problem = random_problem(random)
+    problem = random_problem(random, max_forward_only=2)
     compiled = compile_problem(problem, split=split)
     groups = list(range(len(problem.pipelines)))
     limits = tuple(peak + random.randint(0, 5) for peak in evaluate(greedy(problem)).peak_bytes)

@@ -47,7 +47,7 @@ def _assert_repeats(pattern: Pattern) -> None:
         assert len(ticks) == problem.ticks(op)
         assert not ticks & busy[problem.rank_of(op)]
         busy[problem.rank_of(op)] |= ticks
-        for source in needs(pattern.start, op, problem.pipelines[op.pipeline].num_stages):
+        for source in needs(pattern.start, op, problem):
             assert start >= pattern.start[source] + problem.ticks(source) + problem.transfer_ticks(source, op)
 
 

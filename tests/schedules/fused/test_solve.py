@@ -36,7 +36,7 @@ SMALL = actor_and_critic(
 def test_random_problems_are_solved_within_their_bounds() -> None:
     random = Random(3)
     for _ in range(8):
-        problem = random_problem(random)
+        problem = random_problem(random, max_forward_only=2)
         if random.random() < 0.5:
             problem = replace(problem, memory_limit_bytes=evaluate(greedy(problem)).peak_bytes)
         solution = solve(problem, time_limit_s=0.4, seed=1)
@@ -154,7 +154,7 @@ def test_an_error_in_a_worker_ends_the_search() -> None:
 def test_whole_and_halved_backwards_stand_for_one_another() -> None:
     random = Random(2)
     for _ in range(20):
-        problem = random_problem(random)
+        problem = random_problem(random, max_forward_only=2)
         mixed = random_schedule(problem, random)
         for split in (False, True):
             compiled = compile_problem(problem, split=split)
