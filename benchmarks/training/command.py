@@ -2,7 +2,8 @@
 
 Random Llamas take real PPO steps on the CPU, by the serial and by the fused schedule in turn. Each setting is a pair of
 sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
-plan said, and what explains the difference. With --critic-epochs N the critic takes N steps for one of the actor, whose
+plan said, and what explains the difference. Operations are measured while all ranks compute and while the others idle,
+for those beside a bubble are faster. With --critic-epochs N the critic takes N steps for one of the actor, whose
 micro-batches fused steps deal evenly over them. A step's samples are dealt into micro-batches by length, for both
 schedules alike, and for each into as many as should train soonest by it; --drawn-number keeps their number, --as-drawn
 the micro-batches that were drawn.
