@@ -14,6 +14,7 @@ from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, side_of, together
 from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TrainingWorker, Way
+from fuse.driver.early_start import IMPORTED
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.placement import Counts, Replica, place, replicas_of
 from fuse.intrastage.planned_times import PlannedTimes, planned_times
@@ -49,7 +50,7 @@ class Trainers:
         Raises:
             ValueError: there are fewer devices.
         """
-        with Cluster(num_devices) as cluster:
+        with Cluster(num_devices, imported=IMPORTED) as cluster:
             devices = range(num_devices)
             workers = [cluster.spawn("training worker", one, TrainingWorker, one, SETTINGS) for one in devices]
             trainers = cls(workers)

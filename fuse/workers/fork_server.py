@@ -47,8 +47,9 @@ def fork_server(directory: Path, imported: Sequence[str]) -> Iterator[str]:
     try:
         yield address
     finally:
-        server.stdin.close()
+        server.terminate()  # it may still be importing
         server.wait()
+        server.stdin.close()
 
 
 def _next_worker(listener: socket.socket) -> tuple[list[str], dict[str, str], str] | None:
@@ -60,6 +61,8 @@ def _next_worker(listener: socket.socket) -> tuple[list[str], dict[str, str], st
         connection, _ = listener.accept()
         with connection:
             asked, standard, _, _ = socket.recv_fds(connection, 1, 3)
+            if not asked:
+                continue  # whoever asked has ended
             with connection.makefile("rb") as rest:
                 request = json.loads(asked + rest.read())
             if os.fork() == 0:
