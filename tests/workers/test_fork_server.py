@@ -60,7 +60,7 @@ def ask(tmp_path: Path) -> Ask:
 
 
 def test_processes_are_born_with_what_was_imported_and_nothing_else_of_the_server(ask: Ask, tmp_path: Path) -> None:
-    with fork_server(tmp_path, [IMPORTED]) as address:
+    with fork_server(tmp_path, [IMPORTED, "numpy.random"]) as address:
         one, other = ask(address), ask(address)
     assert one["born with"]
     assert one["parent"] == other["parent"] != os.getpid()
