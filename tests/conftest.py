@@ -112,9 +112,10 @@ def ray_cluster() -> Iterator[None]:
 
     Its CPUs are devices to hand out, more than there are cores: the pool's, and for a cluster and a run beside it.
     """
+    from fuse.driver.early_start import IMPORTED
     from fuse.workers.ray_session import local_cluster
 
-    with local_cluster(num_cpus=8):
+    with local_cluster(8, IMPORTED):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as an exception it would fail one test and not end the suite
         yield
 

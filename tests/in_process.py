@@ -37,8 +37,9 @@ class _Worker:
 
 
 class _Cluster:
-    def __init__(self, num_devices: int, **options: Any) -> None:
+    def __init__(self, num_devices: int, *, imported: Sequence[str], **options: Any) -> None:
         assert num_devices == 1, "one process holds one rank"
+        assert imported, "a run's processes are to be born with what they need"
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> _Cluster:

@@ -26,6 +26,7 @@ from fuse.benchmarks.iteration.turn import Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload
 from fuse.benchmarks.measure import product_flops_per_s
 from fuse.benchmarks.options import tell
+from fuse.driver.early_start import IMPORTED
 from fuse.workers.ray_session import local_cluster
 
 
@@ -62,7 +63,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         for names in groups:
             with ExitStack() as living:
                 # Side by side they take turns on the same cores, which the cluster counts once for each.
-                living.enter_context(local_cluster(arguments.devices * len(names)))
+                living.enter_context(local_cluster(arguments.devices * len(names), IMPORTED))
                 started = {}
                 for name in names:
                     tell(f"{name}: starting ...")

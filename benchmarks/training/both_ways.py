@@ -19,6 +19,7 @@ from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
 from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TimedRound, TrainingWorker
+from fuse.driver.early_start import IMPORTED
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, place, replica_micro_batches
@@ -98,7 +99,7 @@ class BothWays:
         Raises:
             ValueError: there are fewer devices.
         """
-        with Cluster(num_devices) as cluster:
+        with Cluster(num_devices, imported=IMPORTED) as cluster:
             devices = range(num_devices)
             workers = [cluster.spawn("training worker", one, BothWaysWorker, one, SETTINGS) for one in devices]
             started = cls(workers)

@@ -15,6 +15,7 @@ from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, side_of, together
 from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TrainingWorker, Way
+from fuse.driver.early_start import IMPORTED
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.micro_batch_number import Work, median_gap_s, soonest
 from fuse.intrastage.placement import place, replicas_of
@@ -51,7 +52,7 @@ class Trainers:
         Raises:
             ValueError: there are fewer devices.
         """
-        with Cluster(num_devices) as cluster:
+        with Cluster(num_devices, imported=IMPORTED) as cluster:
             devices = range(num_devices)
             workers = [cluster.spawn("training worker", one, TrainingWorker, one, SETTINGS) for one in devices]
             trainers = cls(workers)

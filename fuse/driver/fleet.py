@@ -13,6 +13,7 @@ from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
+from fuse.driver.early_start import IMPORTED
 from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
@@ -85,7 +86,12 @@ class Fleet:
         settings = self.settings
         self._tell("starting: engines" if self._early else "starting: Ray")
         self._cluster = self._early or resources.enter_context(
-            Cluster(settings.num_devices, ray_address=settings.ray_address, accelerator=settings.accelerator)
+            Cluster(
+                settings.num_devices,
+                ray_address=settings.ray_address,
+                accelerator=settings.accelerator,
+                imported=IMPORTED,
+            )
         )
         actor = put_state_dict(self._trained[GENERATING].state_dict())
         spec = ModelSpec.of(self._trained[GENERATING])

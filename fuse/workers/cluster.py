@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,21 @@ class Cluster:
     already uses Ray, which is then used and left running. With it, the cluster there is joined ("host:port" or
     "auto"). Leaving the block, by whatever exception, ends every worker.
 
+    imported: modules that the processes of a private cluster are born with; not where there are GPUs, which a process
+    that is forked could not use if one of them did.
+
     Raises:
         ValueError: on entry, when there are fewer devices than asked for or nothing answers at the address.
     """
 
-    def __init__(self, num_devices: int, *, ray_address: str | None = None, accelerator: Accelerator = "cpu") -> None:
+    def __init__(
+        self,
+        num_devices: int,
+        *,
+        ray_address: str | None = None,
+        accelerator: Accelerator = "cpu",
+        imported: Sequence[str] = (),
+    ) -> None:
         if num_devices < 1:
             raise ValueError(f"num_devices={num_devices}: a run needs at least one device")
         if accelerator not in ("cpu", "cuda"):
@@ -60,6 +70,7 @@ class Cluster:
         self.num_devices = num_devices
         self.devices: tuple[Device, ...] = ()
         self._ray_address = ray_address
+        self._imported = imported if accelerator == "cpu" else ()
         self._accelerator = accelerator
         self._workers: list[Worker[Any]] = []
         self._warm: dict[tuple[str, int], Any] = {}  # actors that have no worker yet
@@ -97,7 +108,7 @@ class Cluster:
             num_cores = len(os.sched_getaffinity(0))
             if self._accelerator == "cpu" and self.num_devices > num_cores:
                 raise _too_few(self.num_devices, num_cores, "core", "this machine")
-            resources.enter_context(local_cluster(self.num_devices))
+            resources.enter_context(local_cluster(self.num_devices, self._imported))
         self._logs = local_directory()
 
     def _claim(self, resources: ExitStack) -> list[int]:

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,8 @@ import ray
 from ray._private import node, parameter, ray_constants, services, worker
 
 from fuse.termination import raised_on_sigterm
-from fuse.workers import reaper
+from fuse.workers import fork_worker, reaper
+from fuse.workers.fork_server import fork_server
 from fuse.workers.ray_watch import watched
 from fuse.workers.reaper import ESSENTIAL, MARK, end_processes_of
 
@@ -32,6 +33,7 @@ _LOOPBACK = "127.0.0.1"
 _LONGEST_TEMPORARY_DIRECTORY = 36
 RAY_FILES = "ray"
 """Where in a local cluster's directory Ray's own files are."""
+_WORKER_PROGRAM = str(Path(node.__file__).parent / "workers" / "default_worker.py")
 _START_TIMEOUT_S = 300.0
 _START_ATTEMPTS = 2
 _STOP_TIMEOUT_S = 10.0
@@ -60,8 +62,10 @@ def local_directory() -> Path | None:
 
 
 @contextmanager
-def local_cluster(num_cpus: int) -> Iterator[Path]:
+def local_cluster(num_cpus: int, imported: Sequence[str] = ()) -> Iterator[Path]:
     """Start a cluster of `num_cpus` CPUs (and the GPUs Ray finds) that only this machine and user can reach.
+
+    imported: modules that its workers' processes are born with; see `fuse.workers.fork_server`.
 
     Loopback only, no dashboard, no usage statistics, a token of its own, its files in a new directory. Any
     number may run beside each other. On leaving, every process has ended and the directory, which is what is yielded,
@@ -77,7 +81,9 @@ def local_cluster(num_cpus: int) -> Iterator[Path]:
         # SPT_NOENV: processes that set their title leave the memory of their environment, and so the mark, as it is.
         marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         with _loopback(), _lean(), _patient(), _environment({**WORKER_ENVIRONMENT, **marked}):
-            _start(num_cpus, directory)
+            forking = _forking(stack.enter_context(fork_server(directory, imported))) if imported else nullcontext()
+            with forking:
+                _start(num_cpus, directory)
         _local_directory = directory
         stack.enter_context(raised_on_sigterm())
         stack.enter_context(watched(_own_processes()))
@@ -255,6 +261,26 @@ def _lean() -> Iterator[None]:
         yield
     finally:
         ray_parameter.RayParams, ray_node.Node.start_api_server = params, start_api_server
+
+
+@contextmanager
+def _forking(server: str) -> Iterator[None]:
+    """Have Ray's node start a worker's process by having it forked from the server whose socket this is."""
+    ray_parameter: Any = parameter
+    params = ray_parameter.RayParams
+
+    class Forking(parameter.RayParams):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            untyped: Any = self
+            untyped.worker_path = fork_worker.__file__
+
+    ray_parameter.RayParams = Forking
+    try:
+        with _environment({fork_worker.ADDRESS: server, fork_worker.PROGRAM: _WORKER_PROGRAM}):
+            yield
+    finally:
+        ray_parameter.RayParams = params
 
 
 class _NodeEnded(RuntimeError):

@@ -6,7 +6,7 @@ Each rank writes what it measured to DIRECTORY/{world}-{rank}.json, by name of t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -96,17 +96,24 @@ def logprob_loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tu
 
 
 ENTROPIES: list[Tensor] = []
+LOSSES: Mapping[str, tuple[Sequence[Callable[..., Any]], Sequence[Callable[..., Any]]]] = {
+    "llama": ([loss], [logprob_loss]),
+    "qwen2 tied": ([loss, logprob_loss], [loss, logprob_loss]),
+    "qwen3": ([logprob_loss], [loss]),
+    "llama classifier": ([loss], [loss]),
+}
+"""Of each model on one stage and on two: both where the head is tied, whose gradient has two parts."""
 
 
 def check_tensor_parallel(rank: int) -> dict[str, float]:
     """Every matrix on two ranks, in one stage and in two, against a whole model: three AdamW steps."""
     found: dict[str, float] = {}
-    for name in SHARED:
-        for layer_ranges in (((0, 3),), ((0, 1), (1, 3))):
-            model = shared_model(name, 3)
-            for one in (loss,) if "classifier" in name else (loss, logprob_loss):
+    for name, losses in LOSSES.items():
+        for layer_ranges, of_layout in zip((((0, 3),), ((0, 1), (1, 3))), losses, strict=True):
+            for one in of_layout:
                 key = f"{name}, {len(layer_ranges)} stages, {one.__name__}"
-                found |= {f"{key}: {what}": value for what, value in compare(model, layer_ranges, one).items()}
+                compared = compare(shared_model(name, 3), layer_ranges, one)
+                found |= {f"{key}: {what}": value for what, value in compared.items()}
     return found
 
 

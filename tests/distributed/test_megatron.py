@@ -41,7 +41,7 @@ def test_matrices_shared_by_two_ranks_train_as_whole_ones_do(
 ) -> None:
     """On one stage and two; losses on gathered logits, and on log-probabilities without gathering any."""
     for found in (one["check_tensor_parallel"] for one in measured):
-        assert len(found) == 5 * (3 * 2 + 1) * 2
+        assert len(found) == 5 * (2 + 4 + 2 + 2)
         halves = {key: value for key, value in found.items() if key.endswith("halves")}
         # W adds a head's gradient after I did that of the embedding it is tied to, and a whole backward before.
         assert max(halves.values()) <= 1e-6, halves

@@ -52,6 +52,7 @@ class Echo:
         raise KeyError("no such thing")
 
     def surroundings(self) -> dict[str, Any]:
+        is_born_with_torch = "torch" in sys.modules
         import torch
 
         cores = set()
@@ -59,6 +60,7 @@ class Echo:
             with suppress(ProcessLookupError):  # it has ended
                 cores.add(frozenset(os.sched_getaffinity(int(thread))))
         return {
+            "born": is_born_with_torch,
             "threads": torch.get_num_threads(),
             "cores": cores,
         }
@@ -84,6 +86,7 @@ def test_two_workers_share_each_device_and_nothing_with_the_other(cluster: Clust
     workers = [spawn(role, device) for device in (0, 1) for role in ("generation worker", "model worker")]
     found = gather([worker.call(Echo.surroundings) for worker in workers])
     assert len({worker.process_id for worker in workers}) == 4
+    assert all(one["born"] for one in found)
     assert [one["threads"] for one in found] == [1] * 4
     pinned = [one["cores"] for one in found]
     assert pinned[0] == pinned[1] != pinned[2] == pinned[3]

@@ -30,7 +30,9 @@ def smoke(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> 
     argv = ["bench", "iteration", "--smoke", "--peer", "trl", "--json", str(path), "--traces", str(traces)]
     num_cpus: list[int] = []
     with worker_pool.in_use(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "local_cluster", lambda number: nullcontext(num_cpus.append(number)))  # the pool has one
+        patch.setattr(
+            rounds, "local_cluster", lambda number, _: nullcontext(num_cpus.append(number))
+        )  # the pool has one
         assert cli.main(argv) == 0
     assert num_cpus == [2 * 3], "of two devices for each"
     return json.loads(path.read_text()), traces
@@ -81,7 +83,7 @@ def test_all_variants_compute_the_same(smoke: tuple[Mapping[str, Any], Path]) ->
 
 @pytest.mark.slow
 def test_groups_of_responses_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooled_workers: None) -> None:
-    monkeypatch.setattr(rounds, "local_cluster", lambda number: nullcontext())  # the pool has one
+    monkeypatch.setattr(rounds, "local_cluster", lambda *_: nullcontext())  # the pool has one
     path = tmp_path / "out.json"
     options = ["--algorithm", "grpo", "--num-generations", "4", "--smoke", "--peer", "trl", "--json", str(path)]
     assert cli.main(["bench", "iteration", *options]) == 0
@@ -97,7 +99,7 @@ def test_groups_of_responses_beside_trl(tmp_path: Path, monkeypatch: pytest.Monk
 def test_responses_end_where_the_model_ends_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooled_workers: None
 ) -> None:
-    monkeypatch.setattr(rounds, "local_cluster", nullcontext)
+    monkeypatch.setattr(rounds, "local_cluster", lambda *_: nullcontext())
     monkeypatch.setitem(command._SMOKE, "variants", ["off"])
     path = tmp_path / "out.json"
     options = ["--smoke", "--lengths", "natural", "--peer", "trl", "--json", str(path)]

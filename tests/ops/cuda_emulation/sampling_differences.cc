@@ -70,6 +70,7 @@ int main() {
   for (const std::int64_t width : {1, 2, 63, 64, 1023, 1025, 4099, 32'000}) {
     compare<float>(width);
     compare<fuse::BFloat16>(width);
+    if (num_differences > 0) break;  // the widest take longest
   }
   return num_differences > 0;
 }
