@@ -43,19 +43,20 @@ _ANSWERS: Mapping[str, Any] = {
 
 
 class EmulatedCluster:
-    """`num_devices` devices of this host, for the length of a `with` block, within a Ray cluster; see `Cluster`.
+    """Devices of this host, for the length of a `with` block, within a Ray cluster; see `Cluster`. Call `use` first.
 
     Processes neither import torch nor need a core of their own, and serve one run after the other.
-
-    costs: in seconds of this machine. max_batch: samples that an engine runs at most.
     """
 
-    def __init__(self, num_devices: int, costs: EmulatedCosts, max_batch: int) -> None:
-        self.num_devices, self._costs, self._max_batch = num_devices, costs, max_batch
+    def __init__(self) -> None:
         self._processes: dict[tuple[str, int], tuple[Any, ray.ObjectRef[int]]] = {}
         self._resources = ExitStack()
         self.models: EmulatedModels | None = None
         """Of the last run."""
+
+    def use(self, num_devices: int, costs: EmulatedCosts, max_batch: int) -> None:
+        """Have the next runs' devices be like this. costs: in seconds of this machine. max_batch: of an engine."""
+        self.num_devices, self._costs, self._max_batch = num_devices, costs, max_batch
 
     def __enter__(self) -> EmulatedCluster:
         with ExitStack() as resources:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,9 +131,11 @@ def run(arguments: argparse.Namespace) -> int:
             setattr(arguments, name, value)
     if arguments.sweep:
         return _sweep(arguments)
+    settled = _settled(arguments)
     if old is not None:
-        check_same_work(old["options"], plain_options(_settled(arguments), _OPTIONS))
-    results = _measure(arguments)
+        check_same_work(old["options"], plain_options(settled, _OPTIONS))
+    with _devices(settled) as devices:
+        results = _measure(settled, devices)
     if arguments.json:
         write_json(arguments.json, results)
     _print(results, arguments)
@@ -158,9 +161,17 @@ def _settled(arguments: argparse.Namespace) -> argparse.Namespace:
     return settled
 
 
-def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def _devices(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Those of all settings, where they are emulated."""
+    if arguments.emulate is None:
+        return nullcontext()
+    from fuse.benchmarks.iteration import emulation  # seconds
+
+    return emulation.devices()
+
+
+def _measure(arguments: argparse.Namespace, devices: Any) -> dict[str, Any]:
     """The results of one setting, as JSON has them."""
-    arguments = _settled(arguments)
     # seconds, which tables of earlier runs do without
     from fuse.benchmarks.iteration import emulation, rounds
 
@@ -170,7 +181,11 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         measured = rounds.measure(arguments)
     else:
         emulated = costs_of(arguments.costs)
-        measured, make_row, costs = emulation.measure(arguments, emulated), emulated_row, {"costs": asdict(emulated)}
+        measured, make_row, costs = (
+            emulation.measure(arguments, emulated, devices),
+            emulated_row,
+            {"costs": asdict(emulated)},
+        )
     return {
         "machine": describe_machine() | {"product_flops_per_s": measured.scale.product_flops_per_s},
         "date": datetime.now(UTC).date().isoformat(),
@@ -195,20 +210,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
     """Measure each point, and write what there is after each, so that nothing is lost when one fails."""
     if arguments.compare is not None or arguments.markdown or arguments.traces is not None:
         raise ValueError("--sweep has several results, which --compare, --markdown and --traces do not take")
-    settings = list(points(arguments))
-    for _, point in settings:
-        _settled(point)
+    settings = [(values, _settled(point)) for values, point in points(arguments)]
     png, html = picture_files(arguments.json)
     results: dict[str, Any] = {"sweep": {one.name: one.values for one in arguments.sweep}, "points": []}
-    for index, (values, point) in enumerate(settings, 1):
-        tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
-        measured = _measure(point)
-        results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
-        own = {name: measured[name] for name in ("options", "configuration", "rows")}
-        results["points"].append({"settings": values, **own})
-        if arguments.json:
-            write_json(arguments.json, results)
-        _print(measured, arguments)
+    with _devices(settings[0][1]) as devices:
+        for index, (values, point) in enumerate(settings, 1):
+            tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
+            measured = _measure(point, devices)
+            results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
+            own = {name: measured[name] for name in ("options", "configuration", "rows")}
+            results["points"].append({"settings": values, **own})
+            if arguments.json:
+                write_json(arguments.json, results)
+            _print(measured, arguments)
     draw(results["points"], png, html)
     tell(f"{png} and {html} show them")
     return 0

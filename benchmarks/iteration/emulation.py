@@ -37,16 +37,24 @@ from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.workers.ray_session import local_cluster
 
+_KV_BYTES_PER_TOKEN = 1_600_000
 _PASSES = 3
 """A forward, and two of a backward."""
 
 
-def measure(arguments: argparse.Namespace, costs: EmulatedCosts) -> Measured:
+@contextmanager
+def devices() -> Iterator[EmulatedCluster]:
+    """Emulated devices, for any number of measurements."""
+    with local_cluster(1), EmulatedCluster() as cluster:
+        yield cluster
+
+
+def measure(arguments: argparse.Namespace, costs: EmulatedCosts, cluster: EmulatedCluster) -> Measured:
     """Take the turns of all variants, one variant after the other: nothing else runs on emulated devices."""
     num_devices, scale = arguments.emulate, arguments.time_scale
-    workload = make_workload(arguments, made.Size(layers=num_devices, hidden=8, vocab=128, prompt_tokens=128))
+    workload = make_workload(arguments, _size(num_devices))
     rounds = Rounds(workload, arguments.warmup)
-    with _temporary_directory() as unnamed, _own_cache(unnamed / "cache"), local_cluster(1):
+    with _temporary_directory() as unnamed, _own_cache(unnamed / "cache"):
         directory = arguments.traces or unnamed
         configs = {
             name: fuse_config(
@@ -59,12 +67,11 @@ def measure(arguments: argparse.Namespace, costs: EmulatedCosts) -> Measured:
             for name, fusion in FUSION.items()
             if name in {SERIAL, *arguments.variants}
         }
-        tell(f"starting {2 * num_devices} processes of {num_devices} emulated devices ...")
-        with EmulatedCluster(num_devices, costs.scaled(scale), workload.batch) as cluster:
-            for name, config in configs.items():
-                with _variant(workload, config, cluster, costs, scale) as variant:
-                    for round_index in range(workload.num_rounds):
-                        rounds.take(name, variant, round_index)
+        cluster.use(num_devices, costs.scaled(scale), workload.batch)
+        for name, config in configs.items():
+            with _variant(workload, config, cluster, costs, scale) as variant:
+                for round_index in range(workload.num_rounds):
+                    rounds.take(name, variant, round_index)
     return Measured(
         rounds.turns,
         Scale(
@@ -75,6 +82,16 @@ def measure(arguments: argparse.Namespace, costs: EmulatedCosts) -> Measured:
         ),
         {name: as_json(config) for name, config in configs.items()},
     )
+
+
+def _size(num_devices: int) -> made.Size:
+    """A model of next to nothing, with a layer for each device's stage and the KV of a large one.
+
+    For so much KV policies do not expect moving it to be cheaper than computing it again, which is what is emulated.
+    """
+    heads, bytes_of_key_and_value = 4, 2 * 4
+    head_dim = _KV_BYTES_PER_TOKEN // (num_devices * heads * bytes_of_key_and_value) // 2 * 2
+    return made.Size(layers=num_devices, hidden=8, vocab=128, prompt_tokens=128, head_dim=head_dim)
 
 
 @contextmanager
