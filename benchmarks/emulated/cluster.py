@@ -113,7 +113,7 @@ class EmulatedCluster:
 
 
 class EmulatedModels:
-    """What model workers of a run would know beyond sizes, the same for all ranks. trained: by update, its rounds.
+    """What model workers of a run would know beyond sizes, the same for all ranks. trained: rounds of the last update.
 
     scoring: roles that do.
     """
@@ -121,7 +121,7 @@ class EmulatedModels:
     def __init__(self, settings: TrainingSettings, scoring: Sequence[str]) -> None:
         self._settings, self._scoring = settings, scoring
         self.placement: tuple[Replica, ...] = ()
-        self.trained: list[list[EmulatedRound]] = []
+        self.trained: list[EmulatedRound] = []
         self._told: tuple[Any, ...] = ()
         self._update: EmulatedUpdate | None = None
         self._sizes: Any = None
@@ -132,7 +132,7 @@ class EmulatedModels:
             self._told = experience, rounds, plans
             self._update = EmulatedUpdate(self.placement, self._settings, *ray.get(list(self._told)))
             self._sizes = ray.put(self._update.sizes)
-            self.trained.append(self._update.sizes)
+            self.trained = self._update.sizes
         return self._sizes
 
     def was_told(self, rank: int) -> None:

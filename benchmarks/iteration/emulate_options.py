@@ -10,8 +10,9 @@ from typing import Any
 
 from fuse.benchmarks.emulated.costs import EmulatedCosts, costs_from_json
 from fuse.benchmarks.emulated.h100 import NAMES, costs_named
-from fuse.benchmarks.iteration.rows import NATURAL
+from fuse.benchmarks.iteration.rows import NATURAL, SYNTHETIC
 from fuse.commands.options import option_name
+from fuse.interstage.length_trace import read_length_trace
 from schedules.reading import read_json
 
 SETTING: Mapping[str, Any] = MappingProxyType(
@@ -76,6 +77,8 @@ def check_emulation(arguments: argparse.Namespace) -> None:
             f"a mini-batch of {per_step} micro-batch fills no pipeline: lower --micro-batch to have several"
         )
     costs_of(arguments.costs)
+    if arguments.lengths not in (None, SYNTHETIC):
+        read_length_trace(Path(arguments.lengths), at_least=arguments.batch)
 
 
 def costs_of(option: str) -> EmulatedCosts:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,8 @@ def measure(arguments: argparse.Namespace, costs: EmulatedCosts, cluster: Emulat
         }
         cluster.use(num_devices, costs.scaled(scale), workload.batch)
         for name, config in configs.items():
-            with _variant(workload, config, cluster, costs, scale) as variant:
+            with fuse_variant(workload, config, cluster=cluster, tell=tell) as real:
+                variant = _Emulated(real, workload, config.inter_stage_fusion, cluster, costs, scale)
                 for round_index in range(workload.num_rounds):
                     rounds.take(name, variant, round_index)
     return Measured(
@@ -114,63 +114,69 @@ def _own_cache(directory: Path) -> Iterator[None]:
             os.environ["XDG_CACHE_HOME"] = before
 
 
-@contextmanager
-def _variant(
-    workload: Workload, config: Any, cluster: EmulatedCluster, costs: EmulatedCosts, scale: float
-) -> Iterator[Variant]:
-    """A trainer on the cluster's devices; its turns are in emulated seconds."""
-    num_turns = 0
+class _Emulated:
+    """A variant on emulated devices, whose turns are in emulated seconds, with what is predicted of them.
 
-    def turn(same: tuple[Response, ...] | None) -> Turn:
-        nonlocal num_turns
-        taken = variant(same)
-        num_turns += 1
-        assert cluster.models is not None
-        trained = cluster.models.trained[num_turns - 1]
-        rollout_s = _rollout_s(workload, num_turns - 1, config.inter_stage_fusion, costs, cluster.num_devices)
-        training_s = sum(one.predicted_s(costs) for one in trained)
+    real: in seconds of this machine. is_fused: whether samples are scored while others are generated.
+    """
+
+    def __init__(
+        self,
+        real: Variant,
+        workload: Workload,
+        is_fused: bool,
+        cluster: EmulatedCluster,
+        costs: EmulatedCosts,
+        scale: float,
+    ) -> None:
+        self._real, self._workload, self._is_fused = real, workload, is_fused
+        self._cluster, self._costs, self._scale = cluster, costs, scale
+        self._num_turns = 0
+
+    def __call__(self, same: tuple[Response, ...] | None) -> Turn:
+        turn = self._real(same)
+        self._num_turns += 1
         return replace(
-            taken,
-            seconds=taken.seconds / scale,
-            phases=_over(taken.phases, scale),
-            exposed_s=_over(taken.exposed_s, scale),
-            simulated_phases={"rollout": rollout_s, "training": training_s, "weights": costs.weights_s},
+            turn,
+            seconds=turn.seconds / self._scale,
+            phases=_over(turn.phases, self._scale),
+            exposed_s=_over(turn.exposed_s, self._scale),
+            simulated_phases={} if self._num_turns == 1 else self._simulated(),
         )
 
-    with fuse_variant(workload, config, cluster=cluster, tell=tell) as variant:
-        yield turn
+    def _simulated(self) -> dict[str, float]:
+        """Of the last turn; of the first there is nothing to learn a policy from."""
+        assert self._cluster.models is not None
+        return {
+            "rollout": self._rollout_s((self._num_turns - 1) * self._workload.batch),
+            "training": sum(one.predicted_s(self._costs) for one in self._cluster.models.trained),
+            "weights": self._costs.weights_s,
+        }
+
+    def _rollout_s(self, first: int) -> float:
+        """What the simulator says of samples from `first` on, under a policy that knows the lengths of those before."""
+        workload = self._workload
+        assert workload.lengths is not None
+        prompt_tokens = np.array([len(prompt) for prompt in workload.prompts])
+        response_tokens = np.array(workload.lengths)
+        rollout = Rollout(
+            prompt_tokens=prompt_tokens[first : first + workload.batch],
+            response_tokens=response_tokens[first : first + workload.batch],
+            num_devices=self._cluster.num_devices,
+            costs=self._costs.rollout,
+            limits=EngineLimits(
+                max_batch=workload.batch,
+                kv_capacity_tokens=workload.batch * (int(prompt_tokens.max()) + workload.max_new_tokens),
+                max_new_tokens=workload.max_new_tokens,
+            ),
+            can_transfer=False,
+        )
+        past = LengthTrace(prompt_tokens[:first], response_tokens[:first], (None,) * first)
+        return simulate(rollout, policy_of(ADAPTIVE if self._is_fused else NONE, rollout, past)).makespan_s
 
 
 def _over(seconds: Mapping[str, float], scale: float) -> dict[str, float]:
     return {name: one / scale for name, one in seconds.items()}
-
-
-def _rollout_s(workload: Workload, round_index: int, is_fused: bool, costs: EmulatedCosts, num_devices: int) -> float:
-    """What the simulator says of a round's rollout, under a policy that knows the lengths of the rounds before."""
-    assert workload.lengths is not None
-    first = round_index * workload.batch
-    prompt_tokens = np.array([len(prompt) for prompt in workload.prompts])
-    response_tokens = np.array(workload.lengths)
-    batch = slice(first, first + workload.batch)
-    limits = EngineLimits(
-        max_batch=workload.batch,
-        kv_capacity_tokens=workload.batch * (int(prompt_tokens.max()) + workload.max_new_tokens),
-        max_new_tokens=workload.max_new_tokens,
-    )
-    rollout = Rollout(
-        prompt_tokens=prompt_tokens[batch],
-        response_tokens=response_tokens[batch],
-        num_devices=num_devices,
-        costs=costs.rollout,
-        limits=limits,
-        can_transfer=False,
-    )
-    if not is_fused or not first:  # nothing is known of lengths before the first
-        return simulate(
-            rollout, policy_of(NONE, rollout, LengthTrace(prompt_tokens[:0], response_tokens[:0], ()))
-        ).makespan_s
-    past = LengthTrace(prompt_tokens[:first], response_tokens[:first], (None,) * first)
-    return simulate(rollout, policy_of(ADAPTIVE, rollout, past)).makespan_s
 
 
 def _training_flops(costs: EmulatedCosts, responses: Sequence[Response]) -> int:
