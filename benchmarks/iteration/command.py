@@ -29,7 +29,12 @@ from fuse.benchmarks.checkout import describe_checkout
 from fuse.benchmarks.instances import read_json
 from fuse.benchmarks.iteration.changes import MOST_LOST, changes, changes_table, check_same_work, other_machine
 from fuse.benchmarks.iteration.emulate_options import SETTING, TIME_SCALE, add_emulation, check_emulation, costs_of
-from fuse.benchmarks.iteration.emulated_rows import emulated_markdown, emulated_row, emulated_table
+from fuse.benchmarks.iteration.emulated_rows import (
+    emulated_markdown,
+    emulated_row,
+    emulated_sweep_table,
+    emulated_table,
+)
 from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, TRL, bound, markdown, row_of, tables
 from fuse.benchmarks.iteration.sweep import SWEPT, draw, picture_files, points, swept
 from fuse.benchmarks.measure import describe_machine
@@ -223,6 +228,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 write_json(arguments.json, results)
             _print(measured, arguments)
+    if settings[0][1].emulate is not None:
+        Console().print(emulated_sweep_table(results["points"]))
     draw(results["points"], png, html)
     tell(f"{png} and {html} show them")
     return 0

@@ -16,6 +16,10 @@ from fuse.benchmarks.iteration.turn import Turn
 from fuse.benchmarks.options import Row
 from fuse.commands.tables import figures_table
 
+_CAPTION = (
+    "devices wait in place of computing; simulated: by the rollout simulator and planned schedules, from the same "
+    "lengths and costs"
+)
 _TITLES = ["variant", "emulated s", "simulated s", "x off", "simulated", "of its gain"]
 
 
@@ -46,8 +50,18 @@ def emulated_table(rows: Sequence[Row]) -> Table:
         _TITLES,
         [_cells(row) for row in rows],
         title="Emulated iterations",
-        caption="devices wait in place of computing; simulated: by the rollout simulator and planned schedules, "
-        "from the same lengths and costs",
+        caption=_CAPTION,
+    )
+
+
+def emulated_sweep_table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """The variants of all points, as JSON has them, but for `off`."""
+    rows = [(point["settings"], row) for point in points for row in point["rows"] if row["variant"] != SERIAL]
+    return figures_table(
+        [*points[0]["settings"], *_TITLES],
+        [(*(Path(str(one)).stem for one in settings.values()), *_cells(row)) for settings, row in rows],
+        title="Emulated iterations",
+        caption=_CAPTION,
     )
 
 

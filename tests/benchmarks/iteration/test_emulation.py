@@ -16,6 +16,7 @@ from fuse import cli
 from fuse.benchmarks.emulated.cluster import EmulatedCluster
 from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.benchmarks.iteration import emulation
+from fuse.benchmarks.iteration.emulated_rows import emulated_sweep_table
 
 from .test_command import FIELDS
 
@@ -79,6 +80,13 @@ def test_results_are_printed_again(
     assert lines[0] == "| variant | emulated s | simulated s | x off | simulated | of its gain |"
     assert lines[-1].startswith("Emulated, ")
     assert "4 devices" in lines[-1]
+
+
+def test_a_table_of_a_sweep_has_a_line_for_each_variant_of_each_point(emulated: Mapping[str, Any]) -> None:
+    points = [{"settings": {"costs": name, "batch": 16}, "rows": emulated["rows"]} for name in ("a.json", "b.json")]
+    table = emulated_sweep_table(points)
+    cells = [list(map(str, column.cells)) for column in table.columns]
+    assert cells[:3] == [["a", "b"], ["16", "16"], ["both", "both"]]
 
 
 @pytest.mark.parametrize(
