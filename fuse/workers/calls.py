@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast
@@ -130,6 +132,8 @@ class Future(Generic[_T]):
 _UNKNOWN = object()
 _ended = threading.Condition()
 """Whenever a call has ended."""
+_INTERRUPTION_S = 0.5
+"""After which a thread that waits looks whether it is to raise something: of the end of Ray, no call tells."""
 
 
 def wait_ended(futures: Sequence[Future[Any]], timeout_s: float | None = None) -> list[Future[Any]]:
@@ -137,8 +141,10 @@ def wait_ended(futures: Sequence[Future[Any]], timeout_s: float | None = None) -
 
     After `timeout_s` that may be none.
     """
+    latest_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
     with _ended:
-        _ended.wait_for(lambda: any(future.has_ended for future in futures), timeout_s)
+        while not any(future.has_ended for future in futures) and (left_s := latest_s - time.monotonic()) > 0:
+            _ended.wait(min(left_s, _INTERRUPTION_S))
         return [future for future in futures if future.has_ended]
 
 
