@@ -19,7 +19,7 @@ _RATIOS = ("ratio_to_serial", "ratio_to_trl")
 _SPEEDS = ("samples_per_s", "tokens_per_s")
 _SAME_WORK = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
-    "mini_batches", "micro_batch", "epochs", "max_new_tokens", "smoke",
+    "mini_batches", "micro_batch", "epochs", "max_new_tokens", "smoke", "emulate", "costs", "time_scale",
 )  # fmt: skip
 
 

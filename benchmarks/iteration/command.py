@@ -8,6 +8,7 @@ forced, or natural; every variant generates and trains on the same tokens, which
   fuse bench iteration --algorithm grpo --peer trl
   fuse bench iteration --sweep batch=32,64,128 --sweep epochs=1,4 --json sweep.json
   fuse bench iteration --compare earlier.json
+  fuse bench iteration --emulate 8 --costs h100-33b --lengths lengths.csv
   fuse bench iteration --model PATH --prompts prompts.jsonl --prompt-column question --peer trl --json out.json
 """
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,13 @@ from fuse.benchmarks import smollm2
 from fuse.benchmarks.checkout import describe_checkout
 from fuse.benchmarks.instances import read_json
 from fuse.benchmarks.iteration.changes import MOST_LOST, changes, changes_table, check_same_work, other_machine
+from fuse.benchmarks.iteration.emulate_options import SETTING, TIME_SCALE, add_emulation, check_emulation, costs_of
+from fuse.benchmarks.iteration.emulated_rows import (
+    emulated_markdown,
+    emulated_row,
+    emulated_sweep_table,
+    emulated_table,
+)
 from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, TRL, bound, markdown, row_of, tables
 from fuse.benchmarks.iteration.sweep import SWEPT, draw, picture_files, points, swept
 from fuse.benchmarks.measure import describe_machine
@@ -36,7 +46,12 @@ _OPTIONS = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
+    "emulate", "costs", "time_scale",
 )  # fmt: skip
+_DEFAULTS = {
+    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 1, "max_new_tokens": 256, "repeats": 5,
+}  # fmt: skip
+"""Of options that have others where devices are emulated."""
 _REPORTED = (*_OPTIONS, "pad_token")
 _FIELDS = ("machine", "date", "options", "rows")
 _SMOKE = {
@@ -68,13 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_numbers(
         parser,
         num_generations=(8, "responses to a prompt, of grpo"),
-        devices=(2, "GPUs, or cores without one"),
-        batch=(64, "samples per iteration"),
-        micro_batch=(8, "samples trained at once"),
-        mini_batches=(1, "optimizer steps per epoch"),
+        devices=(_DEFAULTS["devices"], "GPUs, or cores without one"),
+        batch=(_DEFAULTS["batch"], "samples per iteration"),
+        micro_batch=(_DEFAULTS["micro_batch"], "samples trained at once"),
+        mini_batches=(_DEFAULTS["mini_batches"], "optimizer steps per epoch"),
         epochs=(1, "epochs per iteration"),
-        max_new_tokens=(256, "of the longest response"),
-        repeats=(5, "timed iterations of each"),
+        max_new_tokens=(_DEFAULTS["max_new_tokens"], "of the longest response"),
+        repeats=(_DEFAULTS["repeats"], "timed iterations of each"),
         warmup=(2, "iterations of each before these, in which stages are measured and schedules solved"),
     )
     text = f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)"
@@ -84,6 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-at-a-time", action="store_true",
         help="end each variant before the next starts; as always on GPUs, and where memory does not hold them all",
     )  # fmt: skip
+    add_emulation(parser)
+    parser.set_defaults(**dict.fromkeys(_DEFAULTS))  # to tell what was given
     parser.add_argument("--traces", type=Path, metavar="DIR", help="keep traces and plans of each variant in DIR")
     parser.add_argument(
         "--smoke",
@@ -119,9 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
             setattr(arguments, name, value)
     if arguments.sweep:
         return _sweep(arguments)
+    settled = _settled(arguments)
     if old is not None:
-        check_same_work(old["options"], plain_options(_settled(arguments), _OPTIONS))
-    results = _measure(arguments)
+        check_same_work(old["options"], plain_options(settled, _OPTIONS))
+    with _devices(settled) as devices:
+        results = _measure(settled, devices)
     if arguments.json:
         write_json(arguments.json, results)
     _print(results, arguments)
@@ -134,8 +153,12 @@ def _settled(arguments: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: they cannot.
     """
+    arguments = _filled(arguments)
+    check_emulation(arguments)
     _check(arguments)
     settled = argparse.Namespace(**vars(arguments))
+    if settled.emulate is not None:
+        settled.devices = settled.emulate
     if settled.algorithm == "grpo":  # nothing is trained at once with the policy
         settled.variants = [name for name in settled.variants if name in (SERIAL, "both")]
     if settled.lengths is None and smollm2.is_meant_by(settled.model):
@@ -143,40 +166,70 @@ def _settled(arguments: argparse.Namespace) -> argparse.Namespace:
     return settled
 
 
-def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The results of one setting, as JSON has them."""
-    arguments = _settled(arguments)
-    from fuse.benchmarks.iteration import rounds  # seconds, which tables of earlier runs do without
+def _devices(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Those of all settings, where they are emulated."""
+    if arguments.emulate is None:
+        return nullcontext()
+    from fuse.benchmarks.iteration import emulation  # seconds
 
-    measured = rounds.measure(arguments)
+    return emulation.devices()
+
+
+def _measure(arguments: argparse.Namespace, devices: Any) -> dict[str, Any]:
+    """The results of one setting, as JSON has them."""
+    # seconds, which tables of earlier runs do without
+    from fuse.benchmarks.iteration import emulation, rounds
+
+    costs: dict[str, Any] = {}
+    make_row = row_of
+    if arguments.emulate is None:
+        measured = rounds.measure(arguments)
+    else:
+        emulated = costs_of(arguments.costs)
+        measured, make_row, costs = (
+            emulation.measure(arguments, emulated, devices),
+            emulated_row,
+            {"costs": asdict(emulated)},
+        )
     return {
         "machine": describe_machine() | {"product_flops_per_s": measured.scale.product_flops_per_s},
         "date": datetime.now(UTC).date().isoformat(),
         **describe_checkout(),
         "options": plain_options(arguments, _OPTIONS),
         "configuration": {"command": plain_options(arguments, _REPORTED), "trainers": measured.trainers},
-        "rows": [row_of(name, measured.turns, measured.scale) for name in measured.turns],
+        **costs,
+        "rows": [make_row(name, measured.turns, measured.scale) for name in measured.turns],
     }
+
+
+def _filled(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The same with a default for whatever was not given."""
+    defaults: dict[str, Any] = dict(_DEFAULTS)
+    if arguments.emulate is not None:
+        defaults |= {**SETTING, "devices": None, "time_scale": TIME_SCALE}
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    return argparse.Namespace(**(vars(arguments) | defaults | given))
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
     """Measure each point, and write what there is after each, so that nothing is lost when one fails."""
     if arguments.compare is not None or arguments.markdown or arguments.traces is not None:
         raise ValueError("--sweep has several results, which --compare, --markdown and --traces do not take")
-    settings = list(points(arguments))
-    for _, point in settings:
-        _settled(point)
+    settings = [(values, _settled(point)) for values, point in points(arguments)]
     png, html = picture_files(arguments.json)
     results: dict[str, Any] = {"sweep": {one.name: one.values for one in arguments.sweep}, "points": []}
-    for index, (values, point) in enumerate(settings, 1):
-        tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
-        measured = _measure(point)
-        results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
-        own = {name: measured[name] for name in ("options", "configuration", "rows")}
-        results["points"].append({"settings": values, **own})
-        if arguments.json:
-            write_json(arguments.json, results)
-        _print(measured, arguments)
+    with _devices(settings[0][1]) as devices:
+        for index, (values, point) in enumerate(settings, 1):
+            tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
+            measured = _measure(point, devices)
+            results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
+            own = {name: measured[name] for name in ("options", "configuration", "rows")}
+            results["points"].append({"settings": values, **own})
+            if arguments.json:
+                write_json(arguments.json, results)
+            _print(measured, arguments)
+    if settings[0][1].emulate is not None:
+        Console().print(emulated_sweep_table(results["points"]))
     draw(results["points"], png, html)
     tell(f"{png} and {html} show them")
     return 0
@@ -192,9 +245,12 @@ def _compare(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> int:
 
 
 def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    is_emulated = results["options"].get("emulate") is not None
     if arguments.markdown:
-        print(markdown(results))
+        print(emulated_markdown(results) if is_emulated else markdown(results))
         return
+    if is_emulated:
+        Console().print(emulated_table(results["rows"]))
     for table in tables(results["rows"]):
         Console().print(table)
     Console().print(bound(results["rows"]), highlight=False)
@@ -205,7 +261,7 @@ def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before anything heavy is loaded."""
     check_counts(arguments, "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens", "repeats", "warmup")
-    if arguments.devices < 2:
+    if arguments.emulate is None and arguments.devices < 2:
         raise ValueError(f"--devices is {arguments.devices}: there is nothing to fuse on fewer than 2")
     if arguments.batch % (arguments.mini_batches * arguments.micro_batch):
         raise ValueError(

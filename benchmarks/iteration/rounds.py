@@ -44,7 +44,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
     """Take the turns of all variants."""
     on_gpus = torch.cuda.is_available()
     _check_machine(arguments, torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0)), on_gpus)
-    workload = _workload(arguments)
+    workload = make_workload(arguments, made.SMOKE_SIZE if arguments.smoke else made.DEFAULT_SIZE)
     with tempfile.TemporaryDirectory(prefix="fuse-bench-") as unnamed:
         directory = arguments.traces or Path(unnamed)
         configs = {
@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         training_flops=TrainingFlops(workload),
         product_flops_per_s=_product_flops_per_s(),
     )
-    trainers = {name: _as_json(config) for name, config in configs.items()}
+    trainers = {name: as_json(config) for name, config in configs.items()}
     return Measured(rounds.turns, scale, trainers)
 
 
@@ -134,7 +134,7 @@ def check_same_tokens(name: str, responses: Sequence[Response], expected: Sequen
             )
 
 
-def _as_json(config: Any) -> dict[str, Any]:
+def as_json(config: Any) -> dict[str, Any]:
     """All fields, as transformers writes them."""
     fields: dict[str, Any] = json.loads(config.to_json_string())
     return fields
@@ -162,8 +162,12 @@ def _check_machine(arguments: argparse.Namespace, num_present: int, on_gpus: boo
             raise ValueError("--peer trl runs TRL's trainer in one process, on one of several GPUs: leave it out")
 
 
-def _workload(arguments: argparse.Namespace) -> Workload:
-    size = made.SMOKE_SIZE if arguments.smoke else made.DEFAULT_SIZE
+def make_workload(arguments: argparse.Namespace, size: made.Size) -> Workload:
+    """What the arguments ask for. size: where no model is given.
+
+    Raises:
+        ValueError: no such model, or lengths or prompts that do not fill the rounds.
+    """
     batch, longest = arguments.batch, arguments.max_new_tokens
     num_samples = (arguments.warmup + arguments.repeats) * batch
     group = arguments.num_generations if arguments.algorithm == "grpo" else 1

@@ -32,6 +32,8 @@ SWEPT: Mapping[str, type] = MappingProxyType(
         "micro_batch": int,
         "epochs": int,
         "max_new_tokens": int,
+        "emulate": int,
+        "costs": str,
     }
 )
 """Options that take several values, with their types."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 
+from fuse.activity import Listener, silent
 from fuse.benchmarks.iteration.exposed import exposed_s
 from fuse.benchmarks.iteration.turn import PeakMemory, Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload, even_tokens
@@ -47,9 +48,13 @@ def fuse_config(
 
 
 @contextmanager
-def fuse_variant(workload: Workload, config: PPOConfig | GRPOConfig) -> Iterator[Variant]:
-    """A trainer and its workers."""
+def fuse_variant(
+    workload: Workload, config: PPOConfig | GRPOConfig, *, cluster: Any = None, tell: Listener = silent
+) -> Iterator[Variant]:
+    """A trainer and its workers. cluster: where they run, by default one of their own. tell: hears what is done."""
     trainer = _trainer(workload, config)
+    trainer.cluster = cluster
+    trainer.activity.listen(tell)
     trainer.remove_callback(PrinterCallback)
     in_order: Any = trainer.train_dataset
     trainer.dataloader = DataLoader(in_order, batch_size=workload.prompts_per_round, collate_fn=list)

@@ -27,7 +27,7 @@ class Turn:
     metrics: as logged. phases: seconds, of which `other` is the rest. idle_share: by device. outside_share: of the
     iteration, in which no device computed; None where there are no spans to tell. exposed_s: seconds by kind of work
     that the iteration waited for. bubbles: idle shares of the devices while they train; peak_bytes: resident memory of
-    the largest process, by role.
+    the largest process, by role. simulated_phases: seconds that are predicted of an emulated one.
     """
 
     seconds: float
@@ -39,6 +39,7 @@ class Turn:
     exposed_s: Mapping[str, float] = field(default_factory=dict)
     bubbles: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
+    simulated_phases: Mapping[str, float] = field(default_factory=dict)
 
 
 Variant = Callable[[tuple[Response, ...] | None], Turn]

@@ -35,6 +35,7 @@ class Size:
     hidden: int
     vocab: int
     prompt_tokens: int
+    head_dim: int | None = None
 
 
 DEFAULT_SIZE = Size(layers=4, hidden=256, vocab=4096, prompt_tokens=32)
@@ -152,7 +153,9 @@ def embedded_models(size: Size, max_new_tokens: int) -> Models:
         eos_token=_EOS,
         padding_side="left",
     )
+    head = {} if size.head_dim is None else {"head_dim": size.head_dim}
     config = llama_config(
+        **head,
         context=size.prompt_tokens + max_new_tokens,
         num_layers=size.layers,
         hidden_size=size.hidden,

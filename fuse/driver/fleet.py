@@ -228,11 +228,11 @@ class Fleet:
         rounds: Sequence[Round],
         learning_rates: Sequence[Mapping[str, float]],
         num_before: int = 0,
-    ) -> dict[str, list[StepReport]]:
+    ) -> Callable[[], dict[str, list[StepReport]]]:
         """Take the rounds' optimizer steps, and between them have what follows the policy move.
 
         Engines that sleep do so from now on until `synchronise`. learning_rates: by round, of the roles in it.
-        num_before: steps of the policy that the run has taken. Returns each role's steps.
+        num_before: steps of the policy that the run has taken. Returns what makes reports of each role's.
         """
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
@@ -252,8 +252,8 @@ class Fleet:
             between=self._mix,
         )
         self._has_trained = True
-        metrics = partial(drawn_metrics, training.losses, training.layout, experience)
-        return step_reports(rounds, results[:: training.tensor_parallel_size], self._planner.placement, metrics)
+        drawn = partial(drawn_metrics, training.losses, training.layout, experience)
+        return partial(step_reports, rounds, results[:: training.tensor_parallel_size], self._planner.placement, drawn)
 
     def _free_bytes(self) -> int | None:
         """That micro-batches under way may take on the fullest device, if devices tell."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # processes that only speak of samples do without torch
+    from torch import Tensor
 
-from fuse.engines.kv_memory import Allocate
-from fuse.state_dict import Weights
+    from fuse.engines.kv_memory import Allocate
+    from fuse.state_dict import Weights
 
 _INT64 = 1 << 63
 

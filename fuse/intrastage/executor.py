@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import schedules
-from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
 from fuse.intrastage.message_order import Action, rank_steps
 from fuse.intrastage.planned_times import PlannedTimes, operation_name
-from fuse.intrastage.stage import Stage
-from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Kind, Op, Schedule
+
+if TYPE_CHECKING:  # what computes imports torch: a schedule of other stages is walked without
+    from torch import Tensor
+
+    from fuse.intrastage.communication import Communicator, PipelineCommunicators, Transfer
+    from fuse.intrastage.stage import Stage
+    from fuse.micro_batch import MicroBatch
 
 MOST_IN_FLIGHT = 8
 """Messages of a rank at once: on a GPU each may hold a kernel. Enough for both directions of two pipelines, twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from fuse.algorithms.algorithm import Algorithm
 from fuse.driver.fleet import Fleet
@@ -36,8 +37,10 @@ def updates(
         rounds, learning_rates = run.take_steps(rounds_of(update))
         with clock.phase("training"):
             late = fleet.late_columns
-            reports = fleet.train(experience, rounds, learning_rates, run.state.global_step)
+            report = fleet.train(experience, rounds, learning_rates, run.state.global_step)
             tell(experience, late, samples)
-        with clock.phase("weights"):
+        with clock.phase("weights"), ThreadPoolExecutor(1) as beside:
+            reports = beside.submit(report)
             fleet.synchronise(run.state.global_step + len(rounds))
-        yield run.finish_update(fleet, samples, metrics | reduce_metrics(reports, num_places) | rewarding, clock)
+        trained = reduce_metrics(reports.result(), num_places)
+        yield run.finish_update(fleet, samples, metrics | trained | rewarding, clock)

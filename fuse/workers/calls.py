@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast
@@ -95,17 +98,42 @@ class Worker(Generic[_W]):
 
 
 class Future(Generic[_T]):
-    """The result of a call that may not have ended."""
+    """The result of a call that may not have ended.
 
-    __slots__ = ("_reference", "_worker")
+    Ray tells of its end, so that whoever waits for some call out of many asks about none of them.
+    """
+
+    __slots__ = ("_reference", "_value", "_worker")
 
     def __init__(self, worker: Worker[Any], reference: ray.ObjectRef[_T]) -> None:
         self._worker = worker
         self._reference = reference
+        self._value: Any = _UNKNOWN
+        reference._on_completed(self._end)
+
+    def _end(self, value: Any) -> None:
+        """Called by a thread of Ray's, with what was returned or raised."""
+        with _ended:
+            self._value = value
+            _ended.notify_all()
+
+    @property
+    def has_ended(self) -> bool:
+        """By whatever end."""
+        return self._value is not _UNKNOWN
 
     def result(self) -> _T:
         """Wait for the call to end. Raises: WorkerError when it raised or its process died."""
+        if self.has_ended and not isinstance(self._value, RayError):
+            return cast(_T, self._value)
         return self._worker._get(self._reference)
+
+
+_UNKNOWN = object()
+_ended = threading.Condition()
+"""Whenever a call has ended."""
+_INTERRUPTION_S = 0.5
+"""After which a thread that waits looks whether it is to raise something: of the end of Ray, no call tells."""
 
 
 def wait_ended(futures: Sequence[Future[Any]], timeout_s: float | None = None) -> list[Future[Any]]:
@@ -113,11 +141,11 @@ def wait_ended(futures: Sequence[Future[Any]], timeout_s: float | None = None) -
 
     After `timeout_s` that may be none.
     """
-    by_reference = {future._reference: future for future in futures}
-    ray.wait(list(by_reference), num_returns=1, timeout=timeout_s)
-    ended, _ = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
-    done = set(ended)
-    return [future for reference, future in by_reference.items() if reference in done]
+    latest_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    with _ended:
+        while not any(future.has_ended for future in futures) and (left_s := latest_s - time.monotonic()) > 0:
+            _ended.wait(min(left_s, _INTERRUPTION_S))
+        return [future for future in futures if future.has_ended]
 
 
 def gather(futures: Sequence[Future[_T]], timeout_s: float | None = None) -> list[_T]:
@@ -127,17 +155,14 @@ def gather(futures: Sequence[Future[_T]], timeout_s: float | None = None) -> lis
         WorkerError: at the first call that raised or whose process died, without waiting for the others, which may
             be stuck waiting for it; or where none ended within `timeout_s` of the one before.
     """
-    pending = {future._reference: index for index, future in enumerate(futures)}
+    pending = dict(enumerate(futures))
     results: dict[int, _T] = {}
     while pending:
-        ray.wait(list(pending), num_returns=1, timeout=timeout_s)
-        ended, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
-        if not ended:
-            worker = futures[next(iter(pending.values()))]._worker
+        if not wait_ended(list(pending.values()), timeout_s):
+            worker = next(iter(pending.values()))._worker
             raise WorkerError(worker.device, worker.role, f"no answer within {timeout_s:g} s")
-        for reference in ended:
-            index = pending.pop(reference)
-            results[index] = futures[index].result()
+        for index in [index for index, future in pending.items() if future.has_ended]:
+            results[index] = pending.pop(index).result()
     return [results[index] for index in range(len(futures))]
 
 

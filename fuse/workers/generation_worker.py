@@ -8,17 +8,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
-from fuse.state_dict import WeightStream
 from fuse.trace import Span, SpanRecorder, now_s
-from fuse.workers.kv.transfer import KVRef, KVTransfer, ObjectStoreTransfer
 from fuse.workers.weight_inbox import WeightInbox
 from fuse.workers.weight_taker import WeightTaker
+
+if TYPE_CHECKING:  # torch is imported by what computes: a worker whose engine does not has a light process
+    import torch
+    from torch import Tensor
+
+    from fuse.workers.kv.transfer import KVRef, KVTransfer
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class GenerationWorker(WeightTaker):
     def __init__(
         self,
         make_engine: Callable[[], GenerationEngine],
-        make_kv_transfer: Callable[[], KVTransfer] = ObjectStoreTransfer,
+        make_kv_transfer: Callable[[], KVTransfer],
     ) -> None:
         super().__init__()
         self._engine = make_engine()
@@ -273,7 +274,9 @@ class GenerationWorker(WeightTaker):
     def _depart(self, sample_id: int, with_kv: bool) -> Departure:
         try:
             evicted = self._engine.evict(sample_id, with_kv=with_kv, allocate=self._kv_transfer.allocate)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             _logger.warning("no memory for the KV of sample %d, which moves without it: %s", sample_id, error)
             evicted = self._engine.evict(sample_id)
         kv = None if evicted.kv is None else self._kv_transfer.offer(evicted.kv)
@@ -286,6 +289,8 @@ class GenerationWorker(WeightTaker):
             self._kv_transfer.release(kv)
 
     def _sleep(self) -> None:
+        import torch
+
         self._engine.sleep()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the device's other process
@@ -294,6 +299,8 @@ class GenerationWorker(WeightTaker):
         self._command(lambda: self._load_weights(shapes, inbox))
 
     def _load_weights(self, shapes: Mapping[str, torch.Size], inbox: WeightInbox) -> None:
+        from fuse.state_dict import WeightStream
+
         start_s = now_s()
         try:
             self._engine.load_weights(WeightStream(shapes, inbox))
@@ -327,3 +334,9 @@ class GenerationWorker(WeightTaker):
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)

@@ -6,10 +6,12 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_Part = Iterable[tuple[str, Tensor]]
+_Part: TypeAlias = "Iterable[tuple[str, Tensor]]"
 
 
 class WeightInbox:

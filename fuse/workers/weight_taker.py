@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from fuse.workers.calls import Future, Worker
-from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.weight_inbox import WeightInbox
-from fuse.workers.weight_port import Membership, WeightPort
+
+if TYPE_CHECKING:
+    import torch
+
+    from fuse.workers.carriers.parcel import Parcel
+    from fuse.workers.weight_port import Membership, WeightPort
 
 
 class WeightTaker:
     """A worker that takes weights in: call `begin_weights`, `load` for every parcel, and `end_weights`."""
 
     def __init__(self) -> None:
-        self._port, self._inbox = WeightPort(), WeightInbox()
+        self._inbox = WeightInbox()
+
+    @cached_property
+    def _port(self) -> WeightPort:
+        from fuse.workers.weight_port import WeightPort  # imports torch, which processes without weights do without
+
+        return WeightPort()
 
     def begin_weights(self, shapes: Mapping[str, torch.Size]) -> None:
         """Have the engine, which must be empty, wait for new weights; what it objects to is raised by the next call."""

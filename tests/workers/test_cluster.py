@@ -119,6 +119,20 @@ def test_calls_run_in_order_and_a_blocking_one_does_not_hold_them_up(spawn: Spaw
     assert quick.result() == ("yes", 2)
 
 
+def test_nobody_is_asked_about_calls_that_have_not_ended(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = spawn("generation worker", 0, answer="yes")
+    blocked = worker.call(Echo.sleep, 1000.0)
+    asked: list[object] = []
+    monkeypatch.setattr(ray, "wait", lambda *arguments, **options: asked.append(arguments))
+    for value in range(20):
+        call = worker.call(Echo.echo, value)
+        assert wait_ended([blocked, call]) == [call]
+        assert call.result() == ("yes", value)
+    assert len(gather([worker.call(Echo.echo, value) for value in range(20)])) == 20
+    assert not blocked.has_ended
+    assert not asked
+
+
 def test_a_process_that_was_warmed_up_is_the_next_worker_of_its_role_and_device(cluster: Cluster, spawn: Spawn) -> None:
     cluster.warm("model worker", 1, Echo)
     warmed = cluster._warm["model worker", 1]

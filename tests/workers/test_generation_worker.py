@@ -117,7 +117,7 @@ def make() -> Iterator[Make]:
     made = []
 
     def make(engine: ReplayEngine) -> GenerationWorker:
-        made.append((engine, GenerationWorker(lambda: engine)))
+        made.append((engine, GenerationWorker(lambda: engine, ObjectStoreTransfer)))
         return made[-1][1]
 
     yield make
@@ -272,7 +272,7 @@ def test_a_request_that_the_engine_refuses_is_raised(make: Make) -> None:
 def test_closing_drops_what_is_live_and_can_be_repeated() -> None:
     engine = SteppedEngine(5)
     engine.allow(100_000)
-    worker = GenerationWorker(lambda: engine)
+    worker = GenerationWorker(lambda: engine, ObjectStoreTransfer)
     worker.submit([request(0)])
     worker.close()
     worker.close()
@@ -382,7 +382,7 @@ def test_an_engine_that_objects_in_the_middle_ends_the_stream(make: Make) -> Non
 
 
 def test_a_worker_can_be_closed_in_the_middle_of_a_stream() -> None:
-    worker = GenerationWorker(LoadingEngine)
+    worker = GenerationWorker(LoadingEngine, ObjectStoreTransfer)
     worker.begin_weights({})
     worker.load(parcel_of(a=1.0))
     with pytest.raises(RuntimeError, match="closed before its engine has got all weights"):

@@ -70,7 +70,7 @@ def test_results_are_written_after_each_point(
     path = tmp_path / "out.json"
     seen: list[int] = []
 
-    def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    def measure(arguments: argparse.Namespace, devices: None) -> dict[str, Any]:
         if seen:
             assert len(json.loads(path.read_text())["points"]) == len(seen)
         if len(seen) == 2:

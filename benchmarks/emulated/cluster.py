@@ -1,0 +1,204 @@
+"""Devices that are emulated, in place of a run's cluster: trainer, fleet and controller are the real ones.
+
+The seam is `Cluster.spawn`. Of a generation worker the engine alone is emulated. A model worker is told sizes in place
+of what would need torch: its calls are translated here, and what it would have computed is made up here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+
+from fuse.benchmarks.emulated.costs import EmulatedCosts
+from fuse.benchmarks.emulated.engine import EmulatedGenerationWorker
+from fuse.benchmarks.emulated.model_worker import EmulatedModelWorker
+from fuse.benchmarks.emulated.training import EmulatedRound
+from fuse.benchmarks.emulated.update import EmulatedUpdate
+from fuse.intrastage.placement import Replica
+from fuse.roles import role_of
+from fuse.trace import Span
+from fuse.training.rank import TrainingSettings
+from fuse.training.rounds import RankRound
+from fuse.training.scoring import Inference, TokenSequence, inferences
+from fuse.workers.calls import Future, Worker
+from fuse.workers.generation_worker import GenerationWorker
+from fuse.workers.model_worker import ModelWorker
+from fuse.workers.process import actor_class, concurrent_methods
+
+_T = TypeVar("_T")
+
+_HOST = "127.0.0.1"
+_ANSWERS: Mapping[str, Any] = {
+    "serve_store": 0, "connect": None, "place": None, "load_training_weights": None, "load_scoring_weights": None,
+    "free_bytes": None, "has_copy": False, "begin_export": {}, "end_export": None,
+}  # fmt: skip
+"""What calls of a model worker give that take no time in emulation."""
+
+
+class EmulatedCluster:
+    """Devices of this host, for the length of a `with` block, within a Ray cluster; see `Cluster`. Call `use` first.
+
+    Processes neither import torch nor need a core of their own, and serve one run after the other.
+    """
+
+    def __init__(self) -> None:
+        self._processes: dict[tuple[str, int], tuple[Any, ray.ObjectRef[int]]] = {}
+        self._resources = ExitStack()
+        self.models: EmulatedModels | None = None
+        """Of the last run."""
+
+    def use(self, num_devices: int, costs: EmulatedCosts, max_batch: int) -> None:
+        """Have the next runs' devices be like this. costs: in seconds of this machine. max_batch: of an engine."""
+        self.num_devices, self._costs, self._max_batch = num_devices, costs, max_batch
+
+    def __enter__(self) -> EmulatedCluster:
+        with ExitStack() as resources:
+            self._directory = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="fuse-emulated-")))
+            resources.callback(self._end)
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._resources.close()
+
+    def _end(self) -> None:
+        for actor, _ in self._processes.values():
+            ray.kill(actor)
+        self._processes.clear()
+
+    def host(self, device: int) -> str:
+        """Where a device's processes reach one another."""
+        return _HOST
+
+    def elsewhere(self) -> dict[str, Worker[Any]]:
+        """There is no other host."""
+        return {}
+
+    def kill(self, worker: Worker[Any]) -> None:
+        """End one worker."""
+        del self._processes[worker.role, worker.device]
+        worker.kill()
+
+    def spawn(self, role: str, device: int, worker_class: type, *args: Any) -> Worker[Any]:
+        """An emulated worker in place of one of this class, which would be made of `args`."""
+        if worker_class is GenerationWorker:
+            actor, started = self._start(role, device, EmulatedGenerationWorker, self._costs, self._max_batch)
+            return Worker(role, device, actor, started, concurrent_methods(EmulatedGenerationWorker), None)
+        assert worker_class is ModelWorker, f"there are no emulated workers of {worker_class}"
+        rank, _, _, scoring, settings, _ = args
+        if rank == 0:
+            self.models = EmulatedModels(settings, tuple(scoring))
+        assert self.models is not None
+        actor, started = self._start(
+            role, device, EmulatedModelWorker, rank, self._costs, self._directory, settings.timeout_s
+        )
+        return _ModelProcess(role, device, actor, started, self.models, rank)
+
+    def _start(self, role: str, device: int, worker_class: type, *args: Any) -> tuple[Any, ray.ObjectRef[int]]:
+        """The process of a device's worker of this role, new or with another worker in it, and when it is made."""
+        if (role, device) in self._processes:
+            actor, _ = self._processes[role, device]
+            actor.call.remote("close")
+        else:
+            actor = actor_class(worker_class).options(num_cpus=0, max_restarts=0).remote()
+        process = self._processes[role, device] = actor, actor.start.remote(None, worker_class, args, {})
+        return process
+
+
+class EmulatedModels:
+    """What model workers of a run would know beyond sizes, the same for all ranks. trained: rounds of the last update.
+
+    scoring: roles that do.
+    """
+
+    def __init__(self, settings: TrainingSettings, scoring: Sequence[str]) -> None:
+        self._settings, self._scoring = settings, scoring
+        self.placement: tuple[Replica, ...] = ()
+        self.trained: list[EmulatedRound] = []
+        self._told: tuple[Any, ...] = ()
+        self._update: EmulatedUpdate | None = None
+        self._sizes: Any = None
+
+    def sizes(self, experience: Any, rounds: Any, plans: Any) -> Any:
+        """A call's arguments, references all, as emulated ranks take them: one reference for all ranks' calls."""
+        if self._told != (experience, rounds, plans):
+            self._told = experience, rounds, plans
+            self._update = EmulatedUpdate(self.placement, self._settings, *ray.get(list(self._told)))
+            self._sizes = ray.put(self._update.sizes)
+            self.trained = self._update.sizes
+        return self._sizes
+
+    def was_told(self, rank: int) -> None:
+        """A rank has been called to train; the last one is the last."""
+        assert self._update is not None
+        if rank + 1 == self._update.num_ranks:
+            self._update.prepare()
+
+    def results(self, rank: int) -> list[RankRound]:
+        """What a rank tells of the rounds that were sized last."""
+        assert self._update is not None
+        return self._update.results(rank)
+
+    def with_plans(self, rank: int, spans: Sequence[Span]) -> list[Span]:
+        """A rank's spans of these rounds, with what its operations were planned to take."""
+        return list(spans) if self._update is None else self._update.with_plans(rank, spans)
+
+    def inferences(self, sequences: Sequence[TokenSequence]) -> list[Inference]:
+        """Zeros from every model."""
+        zeros: dict[str | None, Callable[[int], Any]] = {
+            "reference_logprobs": lambda tokens: np.zeros(tokens, np.float32),
+            "values": lambda tokens: np.zeros(tokens + 1, np.float32),
+            "scores": lambda tokens: 0.0,
+        }
+        lengths = [len(one.response_ids) for one in sequences]
+        return inferences({role: list(map(zeros[role_of(role).scores], lengths)) for role in self._scoring})
+
+
+class _Translated(Future[_T]):
+    """The answer to a call, made of what an emulated worker answers."""
+
+    __slots__ = ("_translate",)
+
+    def __init__(self, worker: Worker[Any], reference: ray.ObjectRef[Any], translate: Callable[[Any], _T]) -> None:
+        super().__init__(worker, reference)
+        self._translate = translate
+
+    def result(self) -> _T:
+        return self._translate(super().result())
+
+
+class _ModelProcess(Worker[EmulatedModelWorker]):
+    """Takes the calls of a `ModelWorker`."""
+
+    def __init__(
+        self, role: str, device: int, actor: Any, started: ray.ObjectRef[int], models: EmulatedModels, rank: int
+    ) -> None:
+        super().__init__(role, device, actor, started, frozenset(), None)
+        self._models, self._rank = models, rank
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        name = method.__name__
+        if name == "train":
+            experience, rounds, _, plans = args
+            told = self._actor.call.remote(name, self._models.sizes(experience, rounds, plans))
+            self._models.was_told(self._rank)
+            return _Translated(self, told, lambda _: self._models.results(self._rank))
+        if name == "infer":
+            (sequences,) = args
+            told = self._actor.call.remote(name, len(sequences), sum(map(len, sequences)))
+            return _Translated(self, told, lambda _: self._models.inferences(sequences))
+        if name == "drain_spans":
+            drained = super().call(method)
+            return _Translated(self, drained._reference, partial(self._models.with_plans, self._rank))
+        if name == "place":
+            (self._models.placement,) = args
+        if name not in _ANSWERS:
+            raise NotImplementedError(f"emulated devices do not {name}")
+        return Future(self, ray.put(_ANSWERS[name]))

@@ -1,0 +1,145 @@
+"""A generation engine that takes its time and computes nothing, and the real worker around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fuse.benchmarks.emulated.costs import EmulatedCosts
+from fuse.benchmarks.emulated.device import EmulatedDevice
+from fuse.engines.engine import (
+    Evicted,
+    GeneratedToken,
+    GenerationRequest,
+    already_present,
+    not_idle,
+    not_present,
+    still_live,
+)
+from fuse.workers.generation_worker import GenerationWorker
+
+if TYPE_CHECKING:
+    from fuse.workers.weight_inbox import WeightInbox
+
+_FIRST_TOKEN, _NUM_TOKENS = 2, 97
+"""Tokens that are not special, whose number has no factor in common with any batch: neighbours get others."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A sample in the engine. is_new: its context is yet to be computed."""
+
+    request: GenerationRequest
+    response_ids: list[int] = field(default_factory=list)
+    is_new: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.response_ids)
+
+
+class EmulatedEngine:
+    """Decodes samples to their `max_new_tokens`, as `fuse.engines.engine.GenerationEngine` says, in emulated time.
+
+    A token follows from sample and position alone. There is no KV: a sample that moves is computed again.
+    """
+
+    kv_capacity_tokens = None
+
+    def __init__(self, costs: EmulatedCosts, max_batch: int, device: EmulatedDevice | None = None) -> None:
+        self._costs, self._rollout, self._max_batch = costs, costs.rollout, max_batch
+        self._device = device or EmulatedDevice()
+        self._live: dict[int, _Live] = {}  # in order of submission: the first max_batch are running
+        self._was_idle = True
+
+    def submit(self, request: GenerationRequest) -> None:
+        if request.sample_id in self._live:
+            raise already_present(request.sample_id)
+        self._live[request.sample_id] = _Live(request, list(request.response_ids))
+
+    def step(self) -> list[GeneratedToken]:
+        running = list(self._live.values())[: self._max_batch]
+        if not running:
+            return []
+        if self._was_idle:
+            self._device.resume()
+        new = sum(sample.num_tokens for sample in running if sample.is_new)
+        seconds = self._rollout.decode_step(len(running), sum(sample.num_tokens for sample in running))
+        self._device.work(seconds + (self._rollout.prefill(new) if new else 0.0))
+        tokens = [self._emit(sample) for sample in running]
+        self._was_idle = not self._live
+        return tokens
+
+    def _emit(self, sample: _Live) -> GeneratedToken:
+        sample_id, position = sample.request.sample_id, len(sample.response_ids)
+        token = _FIRST_TOKEN + (sample_id + position) % _NUM_TOKENS
+        sample.response_ids.append(token)
+        sample.is_new = False
+        is_finished = position + 1 == sample.request.params.max_new_tokens
+        if is_finished:
+            del self._live[sample_id]
+        return GeneratedToken(sample_id, token, 0.0, is_finished)
+
+    def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Any = None) -> Evicted:
+        if sample_id not in self._live:
+            raise not_present(sample_id)
+        sample = self._live.pop(sample_id)
+        self._was_idle = not self._live
+        tokens = tuple(sample.response_ids)
+        return Evicted(replace(sample.request, response_ids=tokens, logprobs=(0.0,) * len(tokens)))
+
+    def admit(self, evicted: Evicted) -> None:
+        self.submit(evicted.request)
+
+    def sleep(self) -> None:
+        """Nothing is held that could be freed."""
+        if self._live:
+            raise not_idle(len(self._live))
+
+    def load_weights(self, weights: Any) -> None:
+        """Takes as long as new weights take; none come."""
+        if self._live:
+            raise still_live(len(self._live))
+        self._device.resume()
+        self._device.work(self._costs.weights_s)
+
+    def close(self) -> None:
+        self._live.clear()
+
+
+class NoKV:
+    """A `fuse.workers.kv.transfer.KVTransfer` between engines that have none."""
+
+    allocate: Any = None
+
+    def offer(self, kv: Sequence[Any]) -> None:
+        """There is no room for any."""
+
+    def fetch(self, ref: Any) -> None:
+        """None was offered."""
+
+    def release(self, kv: Sequence[Any]) -> None:
+        pass
+
+    def recall(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class EmulatedGenerationWorker(GenerationWorker):
+    """The real worker of an emulated engine, to which weights come as nothing but the time they take."""
+
+    def __init__(self, costs: EmulatedCosts, max_batch: int) -> None:
+        super().__init__(partial(EmulatedEngine, costs, max_batch), NoKV)
+
+    def _take(self, shapes: Any, inbox: WeightInbox) -> None:
+        def load() -> None:
+            self._engine.load_weights({})
+            for _ in inbox:
+                pass
+
+        self._command(load)

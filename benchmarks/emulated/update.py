@@ -1,0 +1,109 @@
+"""An update by sizes, as emulated ranks train it, and what real ranks would tell of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from fuse.algorithms.batch import Experience
+from fuse.benchmarks.emulated.training import EmulatedRound
+from fuse.intrastage.observed import TRAIN
+from fuse.intrastage.placement import Counts, Replica, replica_micro_batches, replicas_of
+from fuse.intrastage.planned_times import planned_times
+from fuse.intrastage.training_schedule import Plan
+from fuse.roles import GENERATING
+from fuse.trace import Span
+from fuse.training.rank import TrainingSettings
+from fuse.training.rounds import RankRound, Round
+
+
+class EmulatedUpdate:
+    """The rounds of an update. sizes: of each round, all that ranks need to wait as long as they should."""
+
+    def __init__(
+        self,
+        placement: Sequence[Replica],
+        settings: TrainingSettings,
+        experience: Experience,
+        rounds: Sequence[Round],
+        plans: Mapping[Counts, Plan],
+    ) -> None:
+        self._placement, self._settings, self._experience = placement, settings, experience
+        self._rounds, self._plans = rounds, [plans[one.counts] for one in rounds]
+        self.sizes = [self._sizes(one, plan) for one, plan in zip(rounds, self._plans, strict=True)]
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.sizes[0].schedule.ranks)
+
+    def _sizes(self, one: Round, plan: Plan) -> EmulatedRound:
+        replicas = replicas_of(self._placement, one.counts)
+        models = [replica.model for replica in replicas]
+        shapes = tuple(
+            tuple(
+                self._settings.layout.shape(self._experience, part.micro_batches[index])
+                for index in replica_micro_batches(len(part.micro_batches), models.count(replica.model), replica.index)
+            )
+            for replica in replicas
+            for part in (one.parts[replica.model],)
+        )
+        return EmulatedRound(
+            schedule=plan.schedule,
+            roles=tuple(models),
+            shapes=shapes,
+            is_observed=plan.profile is None and self._settings.split_backward,
+            stepping=tuple(role for role, part in one.parts.items() if part.is_last),
+        )
+
+    def prepare(self) -> None:
+        """Make what will be asked for, while ranks are at it: a real driver would not have to."""
+        _ = self._planned, self._num_positions
+
+    def results(self, rank: int) -> list[RankRound]:
+        """What a rank tells: heads say nothing but zeros, of which losses make metrics, and gradients are 1."""
+        return [
+            RankRound(
+                metrics={},
+                gradient_norms={role: 1.0 for role, part in one.parts.items() if part.is_last},
+                said={role: list(self._said(one, role)) for role in one.parts if self._is_last_of(role, rank)},
+            )
+            for one in self._rounds
+        ]
+
+    def _is_last_of(self, role: str, rank: int) -> bool:
+        return any(replica.model == role and replica.ranks[-1] == rank for replica in self._placement)
+
+    def _said(self, one: Round, role: str) -> Iterator[torch.Tensor]:
+        assert one.parts[role].shares, "micro-batches are regrouped"
+        width = 2 if role == GENERATING else 1  # log-probability and entropy; value
+        counts = self._num_positions[role]
+        return (torch.zeros(sum(counts[index] for index in own), width) for own in one.parts[role].micro_batches)
+
+    @cached_property
+    def _num_positions(self) -> dict[str, list[int]]:
+        """By role, of every sample."""
+        segments, targets = self._experience.segments, self._experience.targets
+        return {role: segments.offsets(of.positions).diff().tolist() for role, of in targets.items()}
+
+    def with_plans(self, rank: int, spans: Sequence[Span]) -> list[Span]:
+        """A rank's spans, those of its operations with when they were planned."""
+        planned = iter(self._planned[rank])
+        return [
+            replace(span, arguments={**span.arguments, **next(planned, {})}) if span.category == TRAIN else span
+            for span in spans
+        ]
+
+    @cached_property
+    def _planned(self) -> list[list[dict[str, float]]]:
+        """By rank, of its operations in their order; none where nothing was planned."""
+        by_rank: list[list[dict[str, float]]] = [[] for _ in self.sizes[0].schedule.ranks]
+        for one, sizes, plan in zip(self._rounds, self.sizes, self._plans, strict=True):
+            if plan.profile is not None:
+                names = [replica.name for replica in replicas_of(self._placement, one.counts)]
+                times = planned_times(plan.schedule, plan.profile, names, sizes.shapes)
+                for planned, ops in zip(by_rank, plan.schedule.ranks, strict=True):
+                    planned += [{"planned_start_s": times.start_s[op], "planned_end_s": times.end_s[op]} for op in ops]
+        return by_rank

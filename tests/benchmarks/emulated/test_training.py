@@ -1,0 +1,138 @@
+"""Emulated ranks walk real schedules in the time that the planner says, on a clock that nobody waits for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fuse.benchmarks.emulated.device import EmulatedDevice
+from fuse.benchmarks.emulated.h100 import costs_named
+from fuse.benchmarks.emulated.messages import Key, Mailbox, latest
+from fuse.benchmarks.emulated.training import EmulatedRound, train
+from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.observed import ObservedCosts
+from fuse.intrastage.placement import place
+from fuse.intrastage.training_schedule import halved_serial_schedule, serial_schedule
+from fuse.trace import Span, SpanRecorder
+from schedules import Schedule
+from schedules.fused.greedy import greedy
+
+COSTS = costs_named("h100-13b-33b")
+NUM_RANKS, NUM_MICRO_BATCHES = 4, 6
+REPLICAS = (*place("actor", NUM_RANKS, NUM_RANKS), *place("critic", NUM_RANKS, NUM_RANKS, reverse=True))
+
+
+class ThreadPost:
+    """Of a rank, within this process."""
+
+    def __init__(self, rank: int, queues: defaultdict[tuple[int, Key], queue.SimpleQueue[float]]) -> None:
+        self._rank, self._queues = rank, queues
+
+    def send(self, rank: int, key: Key, value: float) -> None:
+        self._queues[rank, key].put(value)
+
+    def receive(self, key: Key) -> float:
+        return self._queues[self._rank, key].get(timeout=60)
+
+
+class Queues(defaultdict[tuple[int, Key], "queue.SimpleQueue[float]"]):
+    """One for each key, made by whoever comes first."""
+
+    def __init__(self) -> None:
+        super().__init__(queue.SimpleQueue)
+        self._lock = threading.Lock()
+
+    def __missing__(self, key: tuple[int, Key]) -> queue.SimpleQueue[float]:
+        with self._lock:
+            return self[key] if key in self else super().__missing__(key)
+
+
+def made_round(schedule: Schedule, *, stepping: tuple[str, ...] = ("actor", "critic")) -> EmulatedRound:
+    shapes = tuple(Shape(4, 600) for _ in range(NUM_MICRO_BATCHES))
+    return EmulatedRound(
+        schedule=schedule, roles=("actor", "critic"), shapes=(shapes, shapes), is_observed=True, stepping=stepping
+    )
+
+
+def walk(*rounds: EmulatedRound) -> tuple[list[float], list[list[Span]]]:
+    """All ranks' times after the rounds, and their spans."""
+    queues = Queues()
+
+    def rank_of(rank: int) -> tuple[float, list[Span]]:
+        device = EmulatedDevice(now=lambda: 0.0, sleep=lambda seconds: None)
+        recorder = SpanRecorder(device)
+        for one in rounds:
+            train(one, rank, COSTS, device, ThreadPost(rank, queues), recorder)
+        return device.free_s, recorder.drain()
+
+    with ThreadPoolExecutor(NUM_RANKS) as pool:
+        times, spans = zip(*pool.map(rank_of, range(NUM_RANKS)), strict=True)
+    return list(times), list(spans)
+
+
+SCHEDULES = {
+    "serial": serial_schedule(REPLICAS, NUM_MICRO_BATCHES),
+    "halves": halved_serial_schedule(REPLICAS, NUM_MICRO_BATCHES),
+    "fused": greedy(serial_schedule(REPLICAS, NUM_MICRO_BATCHES).problem),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ranks_take_what_the_plan_says(name: str) -> None:
+    one = made_round(SCHEDULES[name])
+    times, _ = walk(one)
+    assert times == pytest.approx([one.predicted_s(COSTS)] * NUM_RANKS, rel=1e-3)  # plans count microseconds
+
+
+def test_rounds_follow_one_another_and_an_optimizer_steps_when_it_is_due() -> None:
+    first, last = made_round(SCHEDULES["fused"], stepping=()), made_round(SCHEDULES["fused"])
+    times, spans = walk(first, last)
+    assert times == pytest.approx([first.predicted_s(COSTS) + last.predicted_s(COSTS)] * NUM_RANKS, rel=1e-3)
+    assert [span.name for span in spans[0] if span.category == "optimizer"] == ["step actor", "step critic"]
+
+
+def test_spans_tell_the_planner_what_operations_and_messages_cost() -> None:
+    one = made_round(SCHEDULES["halves"])
+    observed = ObservedCosts({"actor": "actor.0", "critic": "critic.0"})
+    for spans in walk(one)[1]:
+        observed.add(spans)
+    shape = one.shapes[0][0]
+    profile = observed.profile([shape])
+    assert profile is not None
+    for stage in profile.stages:
+        costs = COSTS.training[stage.pipeline.partition(".")[0]]
+        assert stage.forward_ticks * profile.tick_s == pytest.approx(costs.forward(shape.size) / NUM_RANKS, rel=0.01)
+        assert stage.weight_grad_ticks is not None
+        expected = costs.weight_grad(shape.size) / NUM_RANKS
+        assert stage.weight_grad_ticks * profile.tick_s == pytest.approx(expected, rel=0.01)
+    message_s = profile.tick_s * profile.transfer_ticks("critic.0", shape)
+    assert message_s == pytest.approx(COSTS.message(shape.size), abs=profile.tick_s)
+
+
+def test_messages_go_through_sockets_in_order(tmp_path: Path) -> None:
+    boxes = [Mailbox(tmp_path, rank, timeout_s=60) for rank in range(2)]
+    try:
+        for number in range(100):  # more than a socket holds unread
+            boxes[0].send(1, (0, 1, 2, 3), float(number))
+        boxes[0].send(1, (4,), 0.5)
+        assert boxes[1].receive((4,)) == 0.5
+        assert [boxes[1].receive((0, 1, 2, 3)) for _ in range(100)] == [float(number) for number in range(100)]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda rank: latest(float(rank), rank, 2, boxes[rank]), range(2)))
+        assert found == [1.0, 1.0]
+    finally:
+        for box in boxes:
+            box.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_come_is_named(tmp_path: Path) -> None:
+    box = Mailbox(tmp_path, 0, timeout_s=0)
+    with pytest.raises(TimeoutError, match=r"rank 0: no message \(1, 2\) within 0 s"):
+        box.receive((1, 2))
+    box.close()
