@@ -36,8 +36,9 @@ from fuse.intrastage.forward_only import Scorer, with_scorers
 from fuse.intrastage.measurement_store import MeasurementStore
 from fuse.intrastage.observed import MESSAGE
 from fuse.intrastage.placement import Replica, place
+from fuse.intrastage.plan_settings import PlanSettings
 from fuse.intrastage.planned_times import planned_times
-from fuse.intrastage.training_planner import PlanSettings, TrainingPlanner
+from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import Plan, serial_schedule, unfused
 from fuse.trace import Span, now_s
 from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS, SCORED_BY, with_scores

@@ -23,7 +23,7 @@ from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.opposite import can_have_opposites, with_opposites
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import Replica, place, share_ranks
-from fuse.intrastage.training_planner import PlanSettings
+from fuse.intrastage.plan_settings import PlanSettings
 from fuse.sample import SpecialTokens
 from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS
 from fuse.training.layer_costs import TypicalBatch

@@ -85,13 +85,9 @@ class Fleet:
         """Start the engines, and the model workers behind them: samples are generated while models load."""
         settings = self.settings
         self._tell("starting: engines" if self._early else "starting: Ray")
+        address, accelerator = settings.ray_address, settings.accelerator
         self._cluster = self._early or resources.enter_context(
-            Cluster(
-                settings.num_devices,
-                ray_address=settings.ray_address,
-                accelerator=settings.accelerator,
-                imported=IMPORTED,
-            )
+            Cluster(settings.num_devices, ray_address=address, accelerator=accelerator, imported=IMPORTED)
         )
         actor = put_state_dict(self._trained[GENERATING].state_dict())
         spec = ModelSpec.of(self._trained[GENERATING])

@@ -17,7 +17,7 @@ from fuse.driver.mixing import Mixing
 from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.forward_only import Scorer
 from fuse.intrastage.placement import Counts, Replica, num_micro_batches, replicas_of
-from fuse.intrastage.training_planner import PlanSettings
+from fuse.intrastage.plan_settings import PlanSettings
 from fuse.intrastage.training_schedule import serial_schedule
 from fuse.roles import GENERATING
 from fuse.training.late_scores import SCORED_BY

@@ -107,3 +107,8 @@ def rows_of_samples(offsets: Tensor, indices: Sequence[int]) -> Tensor:
 
 def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+
+
+def index_of_largest(micro_batches: Sequence[MicroBatch]) -> int:
+    """Index of the one with most tokens; of several the last, which finds memory warm."""
+    return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))

@@ -33,6 +33,7 @@ from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training import state
 from fuse.training.late_scores import LateScores, Scorers
 from fuse.training.layout import Layout
+from fuse.training.micro_batches import index_of_largest
 from fuse.training.model_spec import ModelSpec
 from fuse.training.offload import Offload
 from fuse.training.regrouping import Remembering, row_weights
@@ -219,7 +220,9 @@ class TrainingRank:
         elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             self._observe_messages(plan.schedule, trained, of_trained)
-            probes = {key: MemoryProbe(stage, _largest(per_pipeline[key[0]])) for key, stage in running.stages.items()}
+            probes = {
+                key: MemoryProbe(stage, index_of_largest(per_pipeline[key[0]])) for key, stage in running.stages.items()
+            }
         execute(
             plan.schedule,
             self._rank,
@@ -231,7 +234,7 @@ class TrainingRank:
         )
         scored = late.finish(one)
         for (pipeline, stage), probe in probes.items():
-            largest = per_pipeline[pipeline][_largest(per_pipeline[pipeline])]
+            largest = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
             self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
         norms = {}
@@ -290,8 +293,7 @@ class TrainingRank:
         sizes: Mapping[str, object],
     ) -> None:
         """Record a span that tells what a micro-batch costs; see `fuse.intrastage.observed`."""
-        name = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0"
-        end_s = now_s()
+        name, end_s = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0", now_s()
         arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
         self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
 
@@ -347,8 +349,3 @@ class TrainingRank:
         """Read this rank's part of a training state, whatever ranks wrote it. models: as of `save`."""
         self.offload.bring_all()
         state.load_state(directory, self._optimizers, models)
-
-
-def _largest(micro_batches: Sequence[MicroBatch]) -> int:
-    """Index of the one with most tokens; of several the last, which finds memory warm."""
-    return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))

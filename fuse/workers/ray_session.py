@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shutil
 import signal
@@ -12,19 +11,19 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import ray
-from ray._private import node, parameter, ray_constants, services, worker
+from ray._private import worker
 
 from fuse.termination import raised_on_sigterm
-from fuse.workers import fork_worker, reaper
+from fuse.workers import reaper
 from fuse.workers.fork_server import fork_server
+from fuse.workers.ray_options import NodeEnded, environment, forking, lean, loopback, patient
 from fuse.workers.ray_watch import watched
 from fuse.workers.reaper import ESSENTIAL, MARK, end_processes_of
 
@@ -33,8 +32,6 @@ _LOOPBACK = "127.0.0.1"
 _LONGEST_TEMPORARY_DIRECTORY = 36
 RAY_FILES = "ray"
 """Where in a local cluster's directory Ray's own files are."""
-_WORKER_PROGRAM = str(Path(node.__file__).parent / "workers" / "default_worker.py")
-_START_TIMEOUT_S = 300.0
 _START_ATTEMPTS = 2
 _STOP_TIMEOUT_S = 10.0
 
@@ -80,9 +77,9 @@ def local_cluster(num_cpus: int, imported: Sequence[str] = ()) -> Iterator[Path]
         stack.callback(_stop, directory)
         # SPT_NOENV: processes that set their title leave the memory of their environment, and so the mark, as it is.
         marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        with _loopback(), _lean(), _patient(), _environment({**WORKER_ENVIRONMENT, **marked}):
-            forking = _forking(stack.enter_context(fork_server(directory, imported))) if imported else nullcontext()
-            with forking:
+        with loopback(), lean(), patient(), environment({**WORKER_ENVIRONMENT, **marked}):
+            server = stack.enter_context(fork_server(directory, imported)) if imported else None
+            with nullcontext() if server is None else forking(server):
                 _start(num_cpus, directory)
         _local_directory = directory
         stack.enter_context(raised_on_sigterm())
@@ -114,7 +111,7 @@ def joined_cluster(address: str) -> Iterator[None]:
         if address != "auto":
             host = _require_listener(address)
             if host == "localhost" or host.startswith("127."):
-                stack.enter_context(_loopback())
+                stack.enter_context(loopback())
         stack.callback(ray.shutdown)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -173,7 +170,7 @@ def _reaper(directory: Path) -> Iterator[None]:
 def _token() -> Iterator[None]:
     """Have Ray ask for a token that only this run knows, instead of writing one to the home directory."""
     try:
-        with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        with environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
             _read_authentication()
             yield
     finally:
@@ -185,21 +182,6 @@ def _read_authentication() -> None:
     native: Any = ray._raylet
     native.Config.initialize("")
     native.AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, which the processes started meanwhile inherit."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -224,69 +206,6 @@ def _quiet() -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_terminate)
 
 
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """Have Ray take 127.0.0.1 for this node, and so bind to it alone, as it does by itself on macOS.
-
-    On Linux Ray turns a loopback `_node_ip_address` into the address of the network and listens on all interfaces.
-    """
-    enabled = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
-
-
-@contextmanager
-def _lean() -> Iterator[None]:
-    """Have Ray leave out three processes that nothing here asks: autoscaler, log monitor and dashboard, which starts
-    without its pages even where it is not wanted. They take half of the time in which Ray starts on two cores."""
-
-    ray_parameter: Any = parameter
-    ray_node: Any = node
-
-    class Lean(parameter.RayParams):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            untyped: Any = self
-            untyped.no_monitor, untyped.include_log_monitor = True, False
-
-    def no_dashboard(started: Any, **_: object) -> None:
-        started._webui_url = ""
-
-    params, start_api_server = ray_parameter.RayParams, ray_node.Node.start_api_server
-    ray_parameter.RayParams, ray_node.Node.start_api_server = Lean, no_dashboard
-    try:
-        yield
-    finally:
-        ray_parameter.RayParams, ray_node.Node.start_api_server = params, start_api_server
-
-
-@contextmanager
-def _forking(server: str) -> Iterator[None]:
-    """Have Ray's node start a worker's process by having it forked from the server whose socket this is."""
-    ray_parameter: Any = parameter
-    params = ray_parameter.RayParams
-
-    class Forking(parameter.RayParams):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            untyped: Any = self
-            untyped.worker_path = fork_worker.__file__
-
-    ray_parameter.RayParams = Forking
-    try:
-        with _environment({fork_worker.ADDRESS: server, fork_worker.PROGRAM: _WORKER_PROGRAM}):
-            yield
-    finally:
-        ray_parameter.RayParams = params
-
-
-class _NodeEnded(RuntimeError):
-    """Ray's node has ended while it was starting."""
-
-
 def _start(num_cpus: int, directory: Path) -> None:
     """Start Ray, once more if its node ends meanwhile, as it does where one of its agents does not answer in time.
 
@@ -297,7 +216,7 @@ def _start(num_cpus: int, directory: Path) -> None:
         try:
             _init(num_cpus, directory)
             return
-        except _NodeEnded:
+        except NodeEnded:
             _stop(directory)
             if not attempts_left:
                 raise
@@ -321,34 +240,6 @@ def _init(num_cpus: int, directory: Path) -> None:
             "timeout_ms_task_wait_for_death_info": 30_000,
         },
     )
-
-
-@contextmanager
-def _patient() -> Iterator[None]:
-    """Have Ray wait for the node that it starts: it does for 30 s, and a busy machine takes longer."""
-    ray_node: Any = node
-    start = ray_node.Node.start_ray_processes
-
-    def start_and_wait(started: Any) -> None:
-        start(started)
-        (raylet,) = started.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
-        give_up_s = time.monotonic() + _START_TIMEOUT_S
-        while time.monotonic() < give_up_s:
-            if raylet.process.poll() is not None:
-                raise _NodeEnded(
-                    f"Ray's node has ended with exit code {raylet.process.returncode} while it was starting: see that "
-                    "the machine has memory left and is not too busy, and start again"
-                )
-            with suppress(RuntimeError):  # it is not known yet
-                services.get_node(started.gcs_address, started.node_id)
-                return
-            time.sleep(0.1)
-
-    ray_node.Node.start_ray_processes = start_and_wait
-    try:
-        yield
-    finally:
-        ray_node.Node.start_ray_processes = start
 
 
 def _own_processes() -> dict[str, subprocess.Popen[bytes]]:

@@ -17,7 +17,8 @@ from fuse.intrastage.measurement_store import Measured, MeasurementStore
 from fuse.intrastage.micro_batch_number import Work, shapes_of
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.training_planner import DRIFT_UPDATES, PlanSettings, TrainingPlanner
+from fuse.intrastage.plan_settings import DRIFT_UPDATES, PlanSettings
+from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import fused_schedule
 from fuse.trace import Span
 from schedules import Kind, Schedule, evaluate, violations

@@ -15,7 +15,7 @@ import ray
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster as RayNodes
 
-from fuse.workers import ray_session
+from fuse.workers import ray_options
 from fuse.workers.calls import gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
@@ -42,7 +42,7 @@ def nodes() -> Iterator[RayNodes]:
         environment.setenv("RAY_TMPDIR", directory)  # where Ray notes the address of the last cluster started
         Path(directory, "ray").mkdir()
         head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": directory}
-        with ray_session._lean(), ray_session._patient():
+        with ray_options.lean(), ray_options.patient():
             nodes = RayNodes(initialize_head=True, head_node_args=head)
             nodes.add_node(num_cpus=1)
         yield nodes
@@ -84,7 +84,7 @@ def test_a_connection_of_the_user_is_used_and_left_open(nodes: RayNodes) -> None
 
 
 def test_a_lost_node_is_named_as_the_cause(nodes: RayNodes) -> None:
-    with ray_session._lean(), ray_session._patient():
+    with ray_options.lean(), ray_options.patient():
         extra = nodes.add_node(num_cpus=1)
     with Cluster(3, ray_address=nodes.address) as cluster:
         workers = [cluster.spawn("model worker", device, Where) for device in range(3)]
