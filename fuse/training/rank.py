@@ -220,9 +220,8 @@ class TrainingRank:
         elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             self._observe_messages(plan.schedule, trained, of_trained)
-            probes = {
-                key: MemoryProbe(stage, index_of_largest(per_pipeline[key[0]])) for key, stage in running.stages.items()
-            }
+            largest = [index_of_largest(own) for own in per_pipeline]
+            probes = {key: MemoryProbe(stage, largest[key[0]]) for key, stage in running.stages.items()}
         execute(
             plan.schedule,
             self._rank,
@@ -234,9 +233,9 @@ class TrainingRank:
         )
         scored = late.finish(one)
         for (pipeline, stage), probe in probes.items():
-            largest = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
+            shown = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
-            self._observe(MEMORY, plan.schedule, pipeline, stage, largest, 0.0, sizes)
+            self._observe(MEMORY, plan.schedule, pipeline, stage, shown, 0.0, sizes)
         norms = {}
         for model, optimizer in self._optimizers.items():
             if model in one.parts and one.parts[model].is_last:
