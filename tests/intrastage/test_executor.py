@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fuse.intrastage import training_planner
 from fuse.intrastage.executor import execute
+from fuse.intrastage.observed import drift_of
 from fuse.intrastage.planned_times import PlannedTimes, times_of
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
@@ -161,7 +161,7 @@ def test_a_plan_carried_out_exactly_on_a_device_does_not_drift(slower: float) ->
     assert device.num_waits == 0, "a step does not wait for the device"
     spans = recorder.drain()
     assert device.num_waits == 1
-    drift = training_planner._drift(spans)
+    drift = drift_of(spans)
     assert drift is not None
     if slower == 1:
         assert drift == pytest.approx(0, abs=1e-9)
