@@ -25,8 +25,9 @@ def _all_ticks(pipeline: Pipeline) -> int:
     """Of its operations, backwards whole or split, whichever takes longer, and a message for each."""
     total = 0
     halves = zip(pipeline.input_grad_ticks or (), pipeline.weight_grad_ticks or (), strict=True)
-    split = [sum(both) for both in halves] or list(pipeline.backward_ticks)
-    for forward, backward, both in zip(pipeline.forward_ticks, pipeline.backward_ticks, split, strict=True):
+    whole = pipeline.backward_ticks or (0,) * len(pipeline.ranks)
+    split = [sum(both) for both in halves] or whole
+    for forward, backward, both in zip(pipeline.forward_ticks, whole, split, strict=True):
         total += forward + max(backward, both) + 3 * pipeline.transfer_ticks
     return total * pipeline.num_micro_batches
 

@@ -25,7 +25,10 @@ class Part:
     def form(self) -> tuple[object, ...]:
         """What parts that take the same orders have in common."""
         limits = self.problem.memory_limit_bytes is None
-        shapes = ((one.ranks, one.num_micro_batches, one.can_split) for one in self.problem.pipelines)
+        shapes = (
+            (one.ranks, one.num_micro_batches, one.can_split, one.is_forward_only, one.before)
+            for one in self.problem.pipelines
+        )
         return limits, self.problem.num_ranks, *shapes
 
     @property
@@ -33,8 +36,9 @@ class Part:
         """What the rank that has most to do computes."""
         ticks = [0] * self.problem.num_ranks
         for one in self.problem.pipelines:
-            for rank, forward, backward in zip(one.ranks, one.forward_ticks, one.backward_ticks, strict=True):
-                ticks[rank] += one.num_micro_batches * (forward + backward)
+            for each in (one.forward_ticks, one.backward_ticks):  # of a forward-only one, none
+                for rank, taken in zip(one.ranks, each, strict=bool(each)):
+                    ticks[rank] += one.num_micro_batches * taken
         return max(ticks)
 
 
@@ -53,7 +57,8 @@ def _part(problem: Problem, ranks: list[int], members: list[int]) -> Part:
     place = {rank: index for index, rank in enumerate(ranks)}
 
     def moved(pipeline: Pipeline) -> Pipeline:
-        return replace(pipeline, ranks=tuple(place[rank] for rank in pipeline.ranks))
+        before = None if pipeline.before is None else members.index(pipeline.before)  # which ends on its last rank
+        return replace(pipeline, ranks=tuple(place[rank] for rank in pipeline.ranks), before=before)
 
     limits = problem.memory_limit_bytes
     own = Problem(

@@ -18,8 +18,14 @@ def side_by_side(*problems: Problem) -> Problem:
     pipelines: list[Pipeline] = []
     first = 0
     for number, problem in enumerate(problems):
+        before = len(pipelines)
         pipelines += [
-            replace(one, name=f"{one.name}.{number}", ranks=tuple(first + rank for rank in one.ranks))
+            replace(
+                one,
+                name=f"{one.name}.{number}",
+                ranks=tuple(first + rank for rank in one.ranks),
+                before=None if one.before is None else before + one.before,
+            )
             for one in problem.pipelines
         ]
         first += problem.num_ranks
@@ -70,7 +76,10 @@ def test_a_problem_of_one_part_is_asked_for_as_it_is() -> None:
 def test_random_parts_are_scheduled_as_each_alone_would_be() -> None:
     random = Random(5)
     for _ in range(20):
-        problems = [replace(random_problem(random), memory_limit_bytes=None) for _ in range(random.randint(2, 3))]
+        problems = [
+            replace(random_problem(random, max_forward_only=2), memory_limit_bytes=None)
+            for _ in range(random.randint(2, 3))
+        ]
         whole = side_by_side(*problems)
         parts = parts_of(whole)
         assert sorted(number for part in parts for number in part.pipelines) == list(range(len(whole.pipelines)))
