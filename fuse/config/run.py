@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from fuse.config.engine_options import check_engine_options
 from fuse.config.inherited import check_inherited
 from fuse.config.processor import multiplies_bfloat16
 from fuse.driver.mixing import Mixing
@@ -141,6 +142,10 @@ class RunConfig(TrainingArguments):
         None,
         "Bytes of KV cache of each vLLM engine. Default: engine_batch_size of the longest prompts and responses, "
         "but at most a quarter of the device's memory.",
+    )
+    generation_cuda_graphs: bool = option(
+        False,
+        "Decode by captured CUDA graphs in the transformers engine on GPUs, which vLLM does by itself. Not run yet.",
     )
     engines_sleep: Literal["auto", "on", "off"] = option(
         "auto",
@@ -284,11 +289,8 @@ class RunConfig(TrainingArguments):
                 f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "
                 f"share no matrices: set train_backend='megatron', or leave it at 1"
             )
-        if self.generation_cache_bytes is not None and self.engine != "vllm":
-            raise ValueError(
-                f"generation_cache_bytes={self.generation_cache_bytes} with engine={self.engine!r}, whose cache grows "
-                "as needed: set engine='vllm', or leave it out"
-            )
+        cache_bytes, cuda_graphs = self.generation_cache_bytes, self.generation_cuda_graphs
+        check_engine_options(self.engine, self.accelerator, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"optim={self.optim} is not supported: use adamw_torch")
         if self.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):

@@ -47,13 +47,14 @@ def choose_engine(
     max_context: int | None = None,
     num_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
+    captures_decode: bool = False,
     autocast: torch.dtype | None = None,
 ) -> EngineFactory:
     """An engine that decodes up to `max_batch` samples at once; it computes in `autocast`'s type, else in float32.
 
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
     num_tokens: that a response may consist of, the first of the vocabulary; by default all.
-    kv_cache_bytes: of vLLM's cache; the other's grows as needed.
+    kv_cache_bytes: of vLLM's cache; the other's grows as needed. captures_decode: of the other, by CUDA graphs.
 
     Raises: ValueError when its package is not installed.
     """
@@ -61,7 +62,7 @@ def choose_engine(
     if kind == "vllm":
         require_vllm()
         return VllmFactory(autocast, {**limits, "kv_cache_bytes": kv_cache_bytes})
-    return TransformersFactory(autocast, limits)
+    return TransformersFactory(autocast, {**limits, "captures_decode": captures_decode})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fuse.driver import engine_choice
 from fuse.engines.captured_decode import CapturedSteps, Step
 from fuse.engines.transformers import TransformersEngine
+from fuse.training.model_spec import ModelSpec
 
 from .driving import Outputs, assert_same, collect, run
 from .test_transformers import request
@@ -114,3 +116,11 @@ def test_only_the_latest_graphs_are_kept() -> None:
 def test_graphs_are_for_gpus(build_model: BuildModel) -> None:
     with pytest.raises(ValueError, match="captures_decode: the model is on cpu"):
         TransformersEngine(build_model(), captures_decode=True)
+
+
+def test_the_option_of_a_run_reaches_the_engine(build_model: BuildModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model()
+    monkeypatch.setattr(engine_choice, "get_state_dict", lambda _: model.state_dict())
+    factory = engine_choice.choose_engine("transformers", max_batch=1, captures_decode=True)
+    with pytest.raises(ValueError, match="captures_decode: the model is on cpu"):
+        factory(ModelSpec.of(model), [], "cpu")
