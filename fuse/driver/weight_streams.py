@@ -112,7 +112,7 @@ class WeightStreams:
         try:
             for devices in self._turns(num_buckets, receivers):
                 groups = {device: self._group(device, models[device], to, receivers) for device in devices}
-                for index in range(max(num_buckets[device] for device in devices)):
+                for index in range(max((num_buckets[device] for device in devices), default=0)):
                     asked = {
                         device: [model.export_next(_name(group)) for model in models[device : device + size]]
                         for device, group in groups.items()

@@ -8,14 +8,18 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import ray
+import torch
 
 from fuse.workers.calls import Future
+from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import GenerationWorker
 from fuse.workers.model_handle import ModelHandle
 from fuse.workers.model_worker import ModelWorker
+from fuse.workers.weight_port import Membership
 from fuse.workers.weight_taker import WeightTaker, WeightTakerHandle
 
+IMPORTED_FOR_TYPES = {"torch": torch, "Parcel": Parcel, "Membership": Membership}
 OWN = {"spawn", "spawn_follower", "warm"}
 PAIRS = [(GenerationHandle, GenerationWorker), (ModelHandle, ModelWorker), (WeightTakerHandle, WeightTaker)]
 
@@ -77,7 +81,7 @@ def test_a_call_is_passed_on_with_its_arguments_in_order(handle: Any, method: Ca
 @pytest.mark.parametrize(("handle", "method"), METHODS)
 def test_types_and_defaults_are_those_of_the_worker(handle: type, method: Callable[..., Any]) -> None:
     own = getattr(handle, method.__name__)
-    expected, actual = get_type_hints(method), get_type_hints(own)
+    expected, actual = (get_type_hints(one, localns=IMPORTED_FOR_TYPES) for one in (method, own))
     assert actual.pop("return") == Future[expected.pop("return")]
     assert {name: value_of(one) for name, one in actual.items()} == expected
     defaults = [one.default for one in inspect.signature(method).parameters.values()]

@@ -21,7 +21,7 @@ from fuse.training.model_spec import ModelSpec
 from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
-from fuse.workers.kv.transfer import KVTransfer
+from fuse.workers.kv.transfer import KVTransfer, ObjectStoreTransfer
 from fuse.workers.weights import put_state_dict
 
 from ..tiny_models import build, language_model
@@ -100,14 +100,14 @@ class Workers:
 
     def _take(self, engine: EngineKind, device: int) -> Worker:
         chosen = choose_engine(engine, max_batch=MAX_BATCH)
-        make_engine = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu")
+        made_of = partial(chosen, ModelSpec.of(self._model), [self.weights], "cpu"), ObjectStoreTransfer
         worker = self._workers.get(device)
         if worker is None:
-            worker = self._cluster.spawn("generation worker", device, CarryingWorker, make_engine)
+            worker = self._cluster.spawn("generation worker", device, CarryingWorker, *made_of)
             self._workers[device] = worker
         elif self._engines[device] != engine:
             self.close(worker)
-            worker._started = worker._actor.start.remote(None, CarryingWorker, (make_engine,), {})
+            worker._started = worker._actor.start.remote(None, CarryingWorker, made_of, {})
         self._engines[device] = engine
         return worker
 
