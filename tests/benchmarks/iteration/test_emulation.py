@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,13 @@ from .test_command import FIELDS
 _OPTIONS = ["--batch", "16", "--mini-batches", "2", "--micro-batch", "2", "--max-new-tokens", "12"]
 
 
+def starts_ray(test: Any) -> Any:
+    """Before others do: the cluster that tests share is born with torch."""
+    return pytest.mark.own_ray(pytest.mark.processes(test))
+
+
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Mapping[str, Any]:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """Results of a run of two variants on four devices, a hundredth as long; and what its processes had loaded."""
     directory = tmp_path_factory.mktemp("emulation")
     loaded = []
@@ -38,13 +42,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Map
     costs, path = directory / "costs.json", directory / "out.json"
     costs.write_text(json.dumps(asdict(costs_named("h100-33b"))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emulation, "local_cluster", lambda number: nullcontext())  # tests share one
         patch.setattr(emulation, "EmulatedCluster", Watched)
         argv = [*_OPTIONS, "--emulate", "4", "--costs", str(costs), "--time-scale", "0.2", "--variants", "both"]
         assert cli.main(["bench", "iteration", *argv, "--warmup", "2", "--json", str(path)]) == 0
     return {**json.loads(path.read_text()), "loaded": loaded}
 
 
+@starts_ray
 def test_rows_say_that_they_are_emulated(emulated: Mapping[str, Any]) -> None:
     off, both = emulated["rows"]
     assert (off["variant"], both["variant"]) == ("off", "both")
@@ -61,6 +65,7 @@ def test_rows_say_that_they_are_emulated(emulated: Mapping[str, Any]) -> None:
     assert emulated["costs"] == asdict(costs_named("h100-33b"))
 
 
+@starts_ray
 def test_processes_of_emulated_devices_have_not_loaded_torch(emulated: Mapping[str, Any]) -> None:
     assert len(emulated["loaded"]) == 2 * 4
     for maps in emulated["loaded"]:
@@ -68,6 +73,7 @@ def test_processes_of_emulated_devices_have_not_loaded_torch(emulated: Mapping[s
         assert "_raylet" in maps
 
 
+@starts_ray
 def test_results_are_printed_again(
     emulated: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +88,7 @@ def test_results_are_printed_again(
     assert "4 devices" in lines[-1]
 
 
+@starts_ray
 def test_a_table_of_a_sweep_has_a_line_for_each_variant_of_each_point(emulated: Mapping[str, Any]) -> None:
     points = [{"settings": {"costs": name, "batch": 16}, "rows": emulated["rows"]} for name in ("a.json", "b.json")]
     table = emulated_sweep_table(points)
