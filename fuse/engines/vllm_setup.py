@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from schedules.files import user_cache
+
 _VERSION = "0.32"
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # step in this process
@@ -64,6 +66,8 @@ def starting_vllm() -> Iterator[Path]:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         os.environ.update(_ENVIRONMENT)
+        # Where torch compiles it remembers, and goes on to write when this folder is gone; others use it again.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "inductor"))
         tempfile.tempdir = directory  # of the file by which torch.distributed finds its ranks: here, one
         try:
             yield Path(directory)
