@@ -38,7 +38,8 @@ class Size:
     head_dim: int | None = None
 
 
-DEFAULT_SIZE = Size(layers=4, hidden=256, vocab=4096, prompt_tokens=32)
+DEFAULT_SIZE = Size(layers=4, hidden=256, vocab=1024, prompt_tokens=32)
+"""A head of a third of a layer: beside a larger one four layers cannot be dealt evenly over two stages."""
 SMOKE_SIZE = Size(layers=2, hidden=32, vocab=128, prompt_tokens=6)
 
 
