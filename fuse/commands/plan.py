@@ -26,7 +26,6 @@ from fuse.driver.memory import Ledger, Phase, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.driver.size_cut import cut_by_size
 from fuse.engines.limits import num_positions
-from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.roles import role_of, training
@@ -275,9 +274,7 @@ def _figures(planned: Ledger, choices: Sequence[Scoring], positions: int) -> dic
 
 def _layers(replica: Replica, setup: MemorySetup) -> list[int]:
     """Of every stage."""
-    num_layers, count = len(setup.models[replica.model].size.layers), len(replica.ranks)
-    ranges = replica.layer_ranges or [even_layer_range(num_layers, stage, count) for stage in range(count)]
-    return [stop - start for start, stop in ranges]
+    return [stop - start for start, stop in replica.ranges(len(setup.models[replica.model].size.layers))]
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from fuse.driver.memory_setup import MemorySetup
-from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Replica, num_micro_batches
 
 _STATE_BYTES = 16
@@ -73,9 +72,8 @@ def _moved(placement: Sequence[Replica], counts: _Counts, rank: int) -> Iterator
 
 
 def _even(setup: MemorySetup, replica: Replica) -> tuple[int, ...]:
-    num_layers, count = len(setup.models[replica.model].size.layers), len(replica.ranks)
-    ranges = (even_layer_range(num_layers, stage, count) for stage in range(count))
-    return tuple(stop - start for start, stop in ranges)
+    bare = replace(replica, layer_ranges=None)
+    return tuple(stop - start for start, stop in bare.ranges(len(setup.models[replica.model].size.layers)))
 
 
 def _ranges(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from fuse.driver.model_size import ModelSize
 from fuse.driver.stage_bytes import ModelBytes
 from fuse.intrastage.cost_profile import Shape
-from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import halved_serial_schedule, serial_schedule
 from schedules import Pipeline, Problem, Schedule, evaluate
@@ -76,9 +75,7 @@ def _pipeline(
     tensor_parallel_size: int,
 ) -> Pipeline:
     last = pipeline.num_stages - 1
-    ranges = replica.layer_ranges or tuple(
-        even_layer_range(len(size.layers), stage, last + 1) for stage in range(last + 1)
-    )
+    ranges = replica.ranges(len(size.layers))
     held, deferred = [], []
     for stage, (start, stop) in enumerate(ranges):
         taken = per_stage.stage(shape, stop - start, is_first=stage == 0, is_last=stage == last)

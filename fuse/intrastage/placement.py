@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fuse.intrastage.layer_range import even_layer_range
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -27,6 +29,11 @@ class Replica:
     def name(self) -> str:
         """What profiles and errors call this replica's pipeline."""
         return f"{self.model}.{self.index}"
+
+    def ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
+        """The layers of every stage, of a model of so many."""
+        count = len(self.ranks)
+        return self.layer_ranges or tuple(even_layer_range(num_layers, stage, count) for stage in range(count))
 
 
 def replica_from_json(value: Mapping[str, Any]) -> Replica:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from statistics import median
 
 from fuse.intrastage.cost_profile import Profile, StageCosts
-from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.measurement_store import Measured
 from fuse.intrastage.opposite import has_opposites, without_opposites
 from fuse.intrastage.placement import Counts, Replica, one_of_alike
@@ -21,6 +20,7 @@ from fuse.intrastage.search_time import SearchTime
 from fuse.intrastage.training_schedule import fused_problem, serial_schedule, solved, unfused
 from schedules import Problem, evaluate
 from schedules.fused.greedy import greedy
+from schedules.fused.parts import busiest_ticks
 
 _SOLVE_S, _LEAST_SOLVE_S = 1.0, 0.05
 """For each direction; most problems of a run are solved sooner, or compared well enough by then."""
@@ -96,7 +96,7 @@ def balance_stages(
         return evaluate(replace(serial_schedule(uncut, own_counts), problem=problem(candidate))).makespan
 
     def busiest(candidate: tuple[Replica, ...]) -> int:
-        return _busiest_ticks(problem(candidate))
+        return busiest_ticks(problem(candidate))
 
     if not is_fused:
         return _as_found(placement, group, _descend(group, serial, busiest, within)[0])
@@ -166,15 +166,6 @@ def num_forwards(problem: Problem) -> int:
     return sum(one.num_micro_batches * one.num_stages for one in problem.pipelines)
 
 
-def _busiest_ticks(problem: Problem) -> int:
-    """Of the rank that has most to do."""
-    ticks = [0] * problem.num_ranks
-    for one in problem.pipelines:
-        for rank, forward, backward in zip(one.ranks, one.forward_ticks, one.backward_ticks, strict=True):
-            ticks[rank] += one.num_micro_batches * (forward + backward)
-    return max(ticks)
-
-
 def _descend(
     placement: tuple[Replica, ...],
     makespan: Callable[[tuple[Replica, ...]], int],
@@ -226,11 +217,8 @@ def _neighbours(placement: tuple[Replica, ...]) -> Iterator[tuple[Replica, ...]]
 
 
 def _even(placement: Sequence[Replica], num_layers: Mapping[str, int]) -> tuple[Replica, ...]:
-    def ranges(replica: Replica) -> tuple[tuple[int, int], ...]:
-        num_stages = len(replica.ranks)
-        return tuple(even_layer_range(num_layers[replica.model], stage, num_stages) for stage in range(num_stages))
-
-    return tuple(replace(replica, layer_ranges=ranges(replica)) for replica in placement)
+    bare = (replace(replica, layer_ranges=None) for replica in placement)
+    return tuple(replace(one, layer_ranges=one.ranges(num_layers[one.model])) for one in bare)
 
 
 def _directions(placement: tuple[Replica, ...]) -> Iterator[tuple[Replica, ...]]:

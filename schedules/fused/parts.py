@@ -31,15 +31,15 @@ class Part:
         )
         return limits, self.problem.num_ranks, *shapes
 
-    @property
-    def busiest_ticks(self) -> int:
-        """What the rank that has most to do computes."""
-        ticks = [0] * self.problem.num_ranks
-        for one in self.problem.pipelines:
-            for each in (one.forward_ticks, one.backward_ticks):  # of a forward-only one, none
-                for rank, taken in zip(one.ranks, each, strict=bool(each)):
-                    ticks[rank] += one.num_micro_batches * taken
-        return max(ticks)
+
+def busiest_ticks(problem: Problem) -> int:
+    """What the rank that has most to do computes, backwards whole: no schedule with whole ones is shorter."""
+    ticks = [0] * problem.num_ranks
+    for one in problem.pipelines:
+        for each in (one.forward_ticks, one.backward_ticks):  # of a forward-only one, none
+            for rank, taken in zip(one.ranks, each, strict=bool(each)):
+                ticks[rank] += one.num_micro_batches * taken
+    return max(ticks)
 
 
 def parts_of(problem: Problem) -> list[Part]:
@@ -78,7 +78,7 @@ def schedule_in_parts(problem: Problem, schedule: Callable[[Problem, float], Sch
     """
     parts = parts_of(problem)
     by_form: dict[tuple[object, ...], list[Part]] = {}
-    for part in sorted(parts, key=lambda one: -one.busiest_ticks):
+    for part in sorted(parts, key=lambda one: -busiest_ticks(one.problem)):
         by_form.setdefault(part.form, []).append(part)
     orders: list[tuple[Op, ...]] = [()] * problem.num_ranks
     for first, *others in by_form.values():

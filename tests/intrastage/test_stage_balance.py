@@ -15,6 +15,7 @@ from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, one_of_alike, place
 from fuse.intrastage.search_time import SearchTime
 from fuse.intrastage.stage_balance import LayerCosts, balance_stages, predicted_step_s, unfused_stages
+from schedules.fused.parts import busiest_ticks
 
 SHAPE = Shape(2, 64)
 
@@ -153,7 +154,7 @@ def test_a_search_for_256_devices_ends_in_time(monkeypatch: pytest.MonkeyPatch, 
         problem = getattr(schedule, "problem", schedule)
         assert problem.num_ranks == 32
         now_s[0] += schedule_s
-        return SimpleNamespace(makespan=stage_balance._busiest_ticks(problem))
+        return SimpleNamespace(makespan=busiest_ticks(problem))
 
     monkeypatch.setattr(stage_balance, "greedy", lambda problem: problem)
     monkeypatch.setattr(stage_balance, "evaluate", timed)
