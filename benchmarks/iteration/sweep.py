@@ -85,6 +85,15 @@ def picture_files(json_file: Path | None) -> tuple[Path, Path]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Axes:
+    """What is drawn over what. has_numbers: between which there is something, so that a line may join them."""
+
+    option: str
+    has_numbers: bool
+    ratio: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Line:
     """How many times as fast as `off`: a median and a range for each value of the first option."""
 
@@ -105,6 +114,8 @@ class _Line:
 def draw(measured: Sequence[Mapping[str, Any]], png: Path, html: Path) -> None:
     """Draw speed over `off` by the first option that was swept: a line for each variant and setting of the others.
 
+    Points alone, where values are names.
+
     measured: points as JSON has them.
 
     Raises:
@@ -112,50 +123,71 @@ def draw(measured: Sequence[Mapping[str, Any]], png: Path, html: Path) -> None:
     """
     require("matplotlib")
     require("plotly")
-    key, lines = _lines(measured)
-    _draw_png(key, lines, png)
-    _draw_page(key, lines, html)
-
-
-def _lines(measured: Sequence[Mapping[str, Any]]) -> tuple[str, list[_Line]]:
     key = next(iter(measured[0]["settings"]))
+    is_emulated = any(row.get("emulated") for point in measured for row in point["rows"])
+    axes = _Axes(
+        option=option_name(key).removeprefix("--"),
+        has_numbers=SWEPT[key] is not str,
+        ratio=f"times as fast as {SERIAL}{', on emulated devices' if is_emulated else ''}",
+    )
+    lines = _lines(key, measured)
+    _draw_png(axes, lines, png)
+    _draw_page(axes, lines, html)
+
+
+def _lines(key: str, measured: Sequence[Mapping[str, Any]]) -> list[_Line]:
     lines: dict[str, _Line] = {}
     for point in measured:
         others = [f"{name} {value}" for name, value in point["settings"].items() if name != key]
         for row in _compared(point["rows"]):
             name = ", ".join([row["variant"], *others])
             line = lines.setdefault(name, _Line(name, [], [], []))
-            line.values.append(str(point["settings"][key]))
+            line.values.append(_short(point["settings"][key]))
             line.ratios.append(row["ratio_to_serial"])
             line.ranges.append(row["ratio_to_serial_range"])
-    return option_name(key).removeprefix("--"), list(lines.values())
+    return list(lines.values())
+
+
+def _short(value: Any) -> str:
+    """Of a file its name alone."""
+    path = Path(str(value))
+    return path.stem if path.suffix in (".csv", ".json") else str(value)
 
 
 def _compared(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["variant"] != SERIAL]
 
 
-def _draw_png(key: str, lines: Sequence[_Line], path: Path) -> None:
+def _draw_png(axes: _Axes, lines: Sequence[_Line], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    plot = figure.add_subplot()
     for line in lines:
-        axes.errorbar(line.values, line.ratios, [line.below, line.above], label=line.name, marker="o", capsize=3)
-    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xlabel(key)
-    axes.set_ylabel(f"times as fast as {SERIAL}")
-    axes.legend()
+        plot.errorbar(
+            line.values,
+            line.ratios,
+            [line.below, line.above],
+            label=line.name,
+            marker="o",
+            capsize=3,
+            linestyle="-" if axes.has_numbers else "",
+        )
+    plot.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    plot.set_xlabel(axes.option)
+    plot.set_ylabel(axes.ratio)
+    plot.legend()
     figure.savefig(path, dpi=150)
 
 
-def _draw_page(key: str, lines: Sequence[_Line], path: Path) -> None:
+def _draw_page(axes: _Axes, lines: Sequence[_Line], path: Path) -> None:
     from plotly.graph_objects import Figure, Scatter
 
     page = Figure(
         [
             Scatter(
                 name=line.name,
+                mode="lines+markers" if axes.has_numbers else "markers",
                 x=line.values,
                 y=line.ratios,
                 error_y={"type": "data", "symmetric": False, "array": line.above, "arrayminus": line.below},
@@ -165,6 +197,6 @@ def _draw_page(key: str, lines: Sequence[_Line], path: Path) -> None:
     )
     page.add_hline(1, line={"color": INK, "width": 1, "dash": "dot"})
     page.update_layout(font={"family": FONT, "color": INK, "size": 13}, plot_bgcolor="white", showlegend=True)
-    page.update_xaxes(title=key, type="category")
-    page.update_yaxes(title=f"times as fast as {SERIAL}")
+    page.update_xaxes(title=axes.option, type="category")
+    page.update_yaxes(title=axes.ratio)
     page.write_html(path, include_plotlyjs=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from fuse import cli
@@ -62,6 +63,32 @@ def test_a_picture_and_a_page_show_every_line(tmp_path: Path) -> None:
     assert "both, epochs 1" in text
     assert "both, epochs 4" in text
     assert "https://cdn.plot.ly" not in text.partition("<body>")[0], "it opens without a network"
+    assert '"mode":"lines+markers"' in text
+    assert "emulated" not in text.partition("Plotly.newPlot")[2]
+
+
+def test_names_are_not_joined_by_a_line_and_emulated_devices_are_called_so(tmp_path: Path) -> None:
+    measured = [
+        {
+            "settings": {"costs": name},
+            "rows": [{**made_row(variant, ratio), "emulated": True} for variant, ratio in rows],
+        }
+        for name, rows in (("one.json", (("off", 1.0), ("both", 1.2))), ("h100-33b", (("off", 1.0), ("both", 1.3))))
+    ]
+    seen: list[Any] = []
+
+    def errorbar(self: Axes, *arguments: Any, **options: Any) -> Any:
+        seen.append((arguments[0], options["linestyle"]))
+        return drawn(self, *arguments, **options)
+
+    drawn = Axes.errorbar
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "errorbar", errorbar)
+        draw(measured, tmp_path / "sweep.png", tmp_path / "sweep.html")
+    assert seen == [(["one", "h100-33b"], "")]
+    text = (tmp_path / "sweep.html").read_text().partition("Plotly.newPlot")[2]
+    assert '"mode":"markers"' in text
+    assert "times as fast as off, on emulated devices" in text
 
 
 def test_results_are_written_after_each_point(
