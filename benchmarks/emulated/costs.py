@@ -1,7 +1,8 @@
 """What the operations of an emulated device take: affine functions, named or from a file, in an exact JSON form.
 
     decode step      = step_s + sample_s * batch + context_s * (tokens of context in the batch)
-    prefill, scoring = fixed_s + token_s * tokens                                        (scoring: of each model)
+    prefill          = fixed_s + token_s * tokens
+    scoring          = fixed_s * micro-batches + token_s * tokens     (of each model; see `SCORING_BATCH_TOKENS`)
     forward, ...     = fixed_s + token_s * tokens, over the number of stages             (tokens: with padding)
     message          = fixed_s + token_s * tokens                      (from a stage to the next, and back)
     optimizer step   = optimizer_s over the number of stages
@@ -13,6 +14,7 @@ and so it imports little.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,6 +22,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from fuse.interstage.costs import CostModel
 from schedules import Kind
 
+SCORING_BATCH_TOKENS = 16_384
+"""Of a micro-batch that is scored."""
 _NO_LINK_S = 1e12
 """KV is not moved: samples that migrate are computed again."""
 _MOST = 1e21
@@ -95,11 +99,16 @@ class EmulatedCosts:
             prefill_token_s=self.prefill.token_s,
             inference_s=sum(one.fixed_s for one in self.scoring.values()),
             inference_token_s=sum(one.token_s for one in self.scoring.values()),
-            inference_batch_tokens=1 << 30,  # `fixed_s` is of a call
+            inference_batch_tokens=SCORING_BATCH_TOKENS,
             kv_bytes_per_token=0,
             transfer_s=_NO_LINK_S,
             transfer_byte_s=0.0,
         )
+
+    def scoring_s(self, role: str, tokens: int) -> float:
+        """Seconds in which a model scores sequences of so many tokens in all."""
+        costs = self.scoring[role]
+        return costs.fixed_s * math.ceil(tokens / SCORING_BATCH_TOKENS) + costs.token_s * tokens
 
     def scaled(self, factor: float) -> EmulatedCosts:
         """The same with every second as long as `factor` seconds."""

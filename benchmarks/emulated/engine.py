@@ -52,25 +52,22 @@ class EmulatedEngine:
         self._costs, self._rollout, self._max_batch = costs, costs.rollout, max_batch
         self._device = device or EmulatedDevice()
         self._live: dict[int, _Live] = {}  # in order of submission: the first max_batch are running
-        self._was_idle = True
 
     def submit(self, request: GenerationRequest) -> None:
         if request.sample_id in self._live:
             raise already_present(request.sample_id)
+        if not self._live:
+            self._device.resume()
         self._live[request.sample_id] = _Live(request, list(request.response_ids))
 
     def step(self) -> list[GeneratedToken]:
         running = list(self._live.values())[: self._max_batch]
         if not running:
             return []
-        if self._was_idle:
-            self._device.resume()
         new = sum(sample.num_tokens for sample in running if sample.is_new)
         seconds = self._rollout.decode_step(len(running), sum(sample.num_tokens for sample in running))
         self._device.work(seconds + (self._rollout.prefill(new) if new else 0.0))
-        tokens = [self._emit(sample) for sample in running]
-        self._was_idle = not self._live
-        return tokens
+        return [self._emit(sample) for sample in running]
 
     def _emit(self, sample: _Live) -> GeneratedToken:
         sample_id, position = sample.request.sample_id, len(sample.response_ids)
@@ -86,7 +83,6 @@ class EmulatedEngine:
         if sample_id not in self._live:
             raise not_present(sample_id)
         sample = self._live.pop(sample_id)
-        self._was_idle = not self._live
         tokens = tuple(sample.response_ids)
         return Evicted(replace(sample.request, response_ids=tokens, logprobs=(0.0,) * len(tokens)))
 
@@ -131,10 +127,14 @@ class NoKV:
 
 
 class EmulatedGenerationWorker(GenerationWorker):
-    """The real worker of an emulated engine, to which weights come as nothing but the time they take."""
+    """The real worker of an emulated engine, to which weights come as nothing but the time they take.
+
+    Decode steps are told as long as the device takes for them, however late the host is: costs are learnt from that.
+    """
 
     def __init__(self, costs: EmulatedCosts, max_batch: int) -> None:
-        super().__init__(partial(EmulatedEngine, costs, max_batch), NoKV)
+        device = EmulatedDevice()
+        super().__init__(partial(EmulatedEngine, costs, max_batch, device), NoKV, device)
 
     def _take(self, shapes: Any, inbox: WeightInbox) -> None:
         def load() -> None:

@@ -38,9 +38,9 @@ class EmulatedModelWorker:
         self._num_inferences += 1
         self._device.resume()
         sizes = {"samples": num_samples, "tokens": num_tokens, "call": self._num_inferences}
-        for role, costs in self._costs.scoring.items():
+        for role in self._costs.scoring:
             with self._recorder.span(role, "infer", **sizes):
-                self._device.work(costs(num_tokens))
+                self._device.work(self._costs.scoring_s(role, num_tokens))
 
     def drain_spans(self) -> list[Span]:
         """Spans since the last call."""

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from fuse.benchmarks.emulated.cluster import EmulatedCluster
-from fuse.benchmarks.emulated.costs import EmulatedCosts
+from fuse.benchmarks.emulated.costs import SCORING_BATCH_TOKENS, EmulatedCosts
 from fuse.benchmarks.iteration import workload as made
 from fuse.benchmarks.iteration.rates import Scale
 from fuse.benchmarks.iteration.rounds import Measured, Rounds, as_json, make_workload
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace, costs: EmulatedCosts, cluster: Emulat
         configs = {
             name: fuse_config(
                 workload,
-                {**fusion, "balance_stages": False},
+                {**fusion, "balance_stages": False, "inference_batch_tokens": SCORING_BATCH_TOKENS},
                 num_devices=num_devices,
                 engine="transformers",
                 output_dir=directory / name,

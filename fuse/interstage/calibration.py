@@ -1,21 +1,29 @@
 """What a run's own operations cost, learnt from their spans: the cost model of the live policies.
 
-A decode step is timed with its batch and context; steps that computed prompts anew tell what prefill adds; inference is
-timed with its tokens; KV transfers are timed at both ends, but for those that lost some. Until enough has been seen of
-prefill, it counts as one model's part of inference; until enough has been seen of transfers, they count
-as copies through a host's memory.
+A decode step is timed with its batch and context, and batches of all sizes count: steps of the long tail are the most
+and the last, and of few samples alone nobody learns what a sample costs. Steps that computed prompts anew tell what
+prefill adds; inference is timed with its tokens and the micro-batches that hold them; KV transfers are timed at both
+ends, but for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference;
+until enough has been seen of transfers, they count as copies through a host's memory.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from itertools import chain
 
-from fuse.interstage.costs import CostModel, fit_affine
+from fuse.interstage.costs import CostModel, fit_affine, fit_linear
 from fuse.trace import Span
 
 _KEPT = 512
-"""Latest rows of each kind that are fitted."""
+"""Latest rows of each kind that are fitted; decode steps of batches up to twice as large are a kind of their own."""
+_KEPT_OF_ONE = 128
+"""Of these, decode steps of one worker in one iteration."""
+
+_Step = tuple[float, float, float]
+"""Batch, context, seconds."""
 
 TRANSFER_S = 3e-3
 TRANSFER_BYTE_S = 1 / 2e9
@@ -28,7 +36,7 @@ class Calibration:
     def __init__(self, kv_bytes_per_token: int, inference_batch_tokens: int, num_scoring: int) -> None:
         self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
         self._num_scoring = num_scoring
-        self._decode: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)
+        self._decode: defaultdict[int, deque[_Step]] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._filled: deque[tuple[float, float, float, float]] = deque(maxlen=_KEPT)
         self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._moved: dict[str, deque[tuple[float, float]]] = {end: deque(maxlen=_KEPT) for end in ("evict", "admit")}
@@ -36,6 +44,7 @@ class Calibration:
     def add(self, spans: Iterable[Span]) -> None:
         """Learn from one worker's spans of an iteration."""
         inference: dict[tuple[object, object], float] = {}
+        decode: defaultdict[int, list[_Step]] = defaultdict(list)
         for span in spans:
             sizes = span.arguments
             if span.name == "decode":
@@ -43,7 +52,7 @@ class Calibration:
                 if row[0] and sizes["prefill_tokens"]:
                     self._filled.append((*row[:2], _number(sizes["prefill_tokens"]), row[2]))
                 elif row[0]:
-                    self._decode.append(row)
+                    decode[int(row[0]).bit_length()].append(row)
             elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
             elif span.category == "infer":  # the models that score take turns on the same sequences
@@ -51,13 +60,19 @@ class Calibration:
                 stages = _number(sizes.get("stages", 1))  # of which this device runs one; the others take as long
                 inference[key] = inference.get(key, 0.0) + span.duration_s * stages
         self._inference.extend((_number(tokens), seconds) for (_, tokens), seconds in inference.items())
+        for size, rows in decode.items():
+            self._decode[size].extend(rows[:: math.ceil(len(rows) / _KEPT_OF_ONE)])
 
     def costs(self) -> CostModel | None:
         """The costs, or None before anything is known of decoding or inference."""
-        if len({row[:2] for row in self._decode}) < 3 or len({tokens for tokens, _ in self._inference}) < 2:
+        decode = list(chain.from_iterable(self._decode.values()))
+        if len({row[:2] for row in decode}) < 3 or len({tokens for tokens, _ in self._inference}) < 2:
             return None
-        step_s, sample_s, context_s = fit_affine("decode", self._decode)
-        inference_s, inference_token_s = fit_affine("inference", self._inference)
+        step_s, sample_s, context_s = fit_affine("decode", decode)
+        batch_tokens = self._inference_batch_tokens
+        inference_s, inference_token_s = fit_linear(
+            "inference", [(math.ceil(tokens / batch_tokens), tokens, seconds) for tokens, seconds in self._inference]
+        )
         prefill_s, prefill_token_s = inference_s / self._num_scoring, inference_token_s / self._num_scoring
         beyond_decoding = [
             (tokens, seconds - step_s - sample_s * batch - context_s * context)
@@ -78,7 +93,7 @@ class Calibration:
             prefill_token_s=prefill_token_s,
             inference_s=inference_s,
             inference_token_s=inference_token_s,
-            inference_batch_tokens=self._inference_batch_tokens,
+            inference_batch_tokens=batch_tokens,
             kv_bytes_per_token=self._kv_bytes_per_token,
             transfer_s=transfer_s,
             transfer_byte_s=transfer_byte_s,

@@ -234,7 +234,12 @@ PROFILES: Mapping[str, CostModel] = MappingProxyType(
 
 
 def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
-    """Intercept and slopes of the affine function that gives each row's last number, seconds, from the others.
+    """Intercept and slopes of the affine function that gives each row's last number; see `fit_linear`."""
+    return fit_linear(name, [(1.0, *row) for row in rows])
+
+
+def fit_linear(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
+    """Coefficients of the linear function that gives each row's last number, seconds, from the others.
 
     It has the least relative errors, so that small operations count as large ones do, and no coefficient below zero.
     Where times scatter, such a function falls short of their mean; so it is scaled to give the right sum over all rows.
@@ -244,11 +249,11 @@ def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
         ValueError: fewer rows than coefficients, or a time that is not positive.
     """
     table = np.asarray(rows, dtype=np.float64)
-    if table.ndim != 2 or table.shape[0] < table.shape[1]:
+    if table.ndim != 2 or table.shape[0] < table.shape[1] - 1:
         raise ValueError(f"{len(rows)} measurements of {name} do not determine its costs: time more sizes")
     if not (np.all(np.isfinite(table)) and np.all(table[:, -1] > 0)):
         raise ValueError(f"measurements of {name} hold a time that is not positive: leave it out")
-    matrix = np.column_stack([np.ones(len(table)), table[:, :-1]])
+    matrix = table[:, :-1]
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     seconds = table[:, -1]
     solution = non_negative_least_squares(matrix / scale / seconds[:, None], np.ones(len(table))) / scale

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
-from fuse.trace import Span, SpanRecorder, now_s
+from fuse.trace import Clock, Span, SpanRecorder, now_s
 from fuse.workers.weight_inbox import WeightInbox
 from fuse.workers.weight_taker import WeightTaker
 
@@ -67,6 +67,7 @@ class GenerationWorker(WeightTaker):
     Commands take effect between two steps. An exception of the engine ends the thread, and every later call raises it.
 
     make_kv_transfer: carries the KV of samples that move; the same for all engines between which they do.
+    clock: tells when decode steps begin and end; by default the host's, for a step is over when it returns.
     """
 
     concurrent_methods: ClassVar[frozenset[str]] = frozenset({"poll"})
@@ -75,12 +76,13 @@ class GenerationWorker(WeightTaker):
         self,
         make_engine: Callable[[], GenerationEngine],
         make_kv_transfer: Callable[[], KVTransfer],
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
         self._engine = make_engine()
         self._kv_transfer = make_kv_transfer()
         self._fetched: dict[int, tuple[Tensor, ...]] = {}  # KV, until the engine has copied it
-        self._recorder = SpanRecorder()
+        self._recorder = SpanRecorder(clock)
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._samples: dict[int, _Unreported] = {}  # live ones, and finished ones until they are reported
         self._num_live = 0
@@ -165,8 +167,8 @@ class GenerationWorker(WeightTaker):
             while not self._closing:
                 self._execute_commands()
                 if self._num_live:
-                    start_s = now_s()
-                    self._publish(self._engine.step(), start_s)
+                    start = self._recorder.mark()
+                    self._publish(self._engine.step(), start)
         except BaseException as failure:  # noqa: BLE001  (the end of a thread: the next call raises it)
             with self._changed:
                 self._failure = failure
@@ -185,7 +187,7 @@ class GenerationWorker(WeightTaker):
                 raise
             done.set_result(result)
 
-    def _publish(self, tokens: Sequence[GeneratedToken], start_s: float) -> None:
+    def _publish(self, tokens: Sequence[GeneratedToken], start: Any) -> None:
         with self._changed:
             context_tokens = prefill_tokens = shared_tokens = 0
             for token in tokens:
@@ -206,7 +208,8 @@ class GenerationWorker(WeightTaker):
                 "prefill_tokens": prefill_tokens,
                 "shared_tokens": shared_tokens,
             }
-            self._recorder.add(Span("decode", "generate", start_s, now_s(), sizes))
+            end = self._recorder.mark()
+            self._recorder.record("decode", "generate", ready=None, start=start, end=end, arguments=sizes)
             if self._has_finished:
                 self._changed.notify_all()
 

@@ -71,6 +71,38 @@ def test_costs_are_those_behind_the_spans() -> None:
     assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3), "the other one waited for a process that had died"
 
 
+def test_steps_of_all_batches_count_and_not_those_of_the_last_tail_alone() -> None:
+    """Engines decode from a full batch down to one sample, the longest while; times scatter by a tenth."""
+    costs = replace(SMALL_CPU, context_s=1e-7)
+    random = np.random.default_rng(0)
+    calibration = Calibration(costs.kv_bytes_per_token, costs.inference_batch_tokens, 3)
+    calibration.add([span for call in range(3) for span in inference(costs, call, 200 * (1 + call))])
+    for _ in range(4):
+        spans = []
+        for step in range(1200):
+            batch = max(1, 64 - step // 8)
+            exact = decode(costs, batch, batch * (100 + step))
+            spans.append(replace(exact, end_s=exact.start_s + exact.duration_s * random.uniform(0.9, 1.1)))
+        calibration.add(spans)
+    learnt = calibration.costs()
+    assert learnt is not None
+    for batch in (1, 8, 64):
+        for age in (100, 1000):
+            expected = costs.decode_step(batch, batch * age)
+            assert learnt.decode_step(batch, batch * age) == pytest.approx(expected, rel=0.05)
+
+
+def test_calls_of_several_micro_batches_pay_for_each() -> None:
+    costs = replace(SMALL_CPU, inference_batch_tokens=500)
+    calibration = Calibration(costs.kv_bytes_per_token, costs.inference_batch_tokens, 3)
+    calibration.add([decode(costs, batch, 40 * batch) for batch in (1, 4, 9)])
+    calibration.add([span for call in range(6) for span in inference(costs, call, 300 * (1 + call))])
+    learnt = calibration.costs()
+    assert learnt is not None
+    assert learnt.inference_s == pytest.approx(costs.inference_s)
+    assert learnt.inference_token_s == pytest.approx(costs.inference_token_s)
+
+
 def test_the_time_of_one_stage_tells_that_of_all() -> None:
     """Of models that score through pipelines a device runs a part alone, and samples pass through all of them."""
     calibrations = [Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3) for _ in range(2)]

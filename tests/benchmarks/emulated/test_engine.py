@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fuse.benchmarks.emulated.device import EmulatedDevice
-from fuse.benchmarks.emulated.engine import EmulatedEngine
+from fuse.benchmarks.emulated.engine import EmulatedEngine, EmulatedGenerationWorker
 from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
 from fuse.interstage.migration import EngineLimits, StageByStage
@@ -84,6 +86,21 @@ def test_what_was_idle_starts_now_and_what_is_late_catches_up() -> None:
     device.work(0.5)
     assert slept == [1.0, 0.5]
     assert device.free_s == 14.5
+
+
+def test_steps_are_told_as_long_as_they_should_take_however_late_the_host_is() -> None:
+    worker = EmulatedGenerationWorker(COSTS.scaled(1e-3), max_batch=4)
+    worker.submit([request(index, length) for index, length in enumerate((2, 5, 5))])
+    while sum(one.finished for one in worker.poll(60.0)) == 0:
+        pass
+    worker.close()
+    spans = [span for span in worker.drain_spans() if span.name == "decode"]
+    assert spans
+    for span in spans:
+        sizes: Mapping[str, Any] = span.arguments
+        expected = COSTS.rollout.decode_step(sizes["batch"], sizes["context_tokens"])
+        expected += COSTS.rollout.prefill(sizes["prefill_tokens"]) if sizes["prefill_tokens"] else 0.0
+        assert span.duration_s == pytest.approx(1e-3 * expected, abs=1e-6)
 
 
 @pytest.mark.processes
