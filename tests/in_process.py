@@ -69,6 +69,23 @@ def _gather(futures: Sequence[_Future], timeout_s: float | None = None) -> list[
     return [future.result() for future in futures]
 
 
+class _PendingCalls:
+    """Calls have ended before they are expected."""
+
+    def __init__(self) -> None:
+        self._then: list[Callable[[], None]] = []
+
+    def __len__(self) -> int:
+        return len(self._then)
+
+    def expect(self, future: _Future, then: Callable[[], None]) -> None:
+        self._then.append(then)
+
+    def heard(self, timeout_s: float | None = None) -> list[Callable[[], None]]:
+        heard, self._then = self._then, []
+        return heard
+
+
 def _wait_ended(futures: Sequence[_Future], timeout_s: float | None = None) -> list[_Future]:
     return list(futures)
 
@@ -85,5 +102,5 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(weight_streams, "wait_ended", _wait_ended)
     patch.setattr(stage_by_stage, "gather", _gather)
     patch.setattr(stage_by_stage, "wait_ended", _wait_ended)
-    patch.setattr(live, "wait_ended", _wait_ended)
-    patch.setattr(score_flow, "wait_ended", _wait_ended)
+    patch.setattr(live, "PendingCalls", _PendingCalls)
+    patch.setattr(score_flow, "PendingCalls", _PendingCalls)

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from fuse.activity import silent
 from fuse.driver.rollout_state import RolloutDevice, RolloutReport, SampleTable, moves_kv
-from fuse.driver.score_flow import Pending, Scorers, scorers_of
+from fuse.driver.score_flow import Scorers, scorers_of
 from fuse.driver.stage_by_stage import (
     WAIT_S,
     apply_inference,
@@ -34,7 +34,7 @@ from fuse.interstage.dealing import Dealing
 from fuse.interstage.migration import Action, EngineLimits, Infer, Migrate, Policy, evens_out
 from fuse.sample import Sample, SampleState
 from fuse.training.scoring import Inference
-from fuse.workers.calls import Future, wait_ended
+from fuse.workers.calls import Future, PendingCalls
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure, Progress
@@ -92,7 +92,7 @@ class LiveRollout:
         self._request = partial(request_of, params=params, max_new_tokens=max_new_tokens or {})
         self._dealing = dealing or Dealing()
         self._timeout_s, self._tell = timeout_s, tell
-        self._pending: Pending = {}
+        self._pending = PendingCalls()
         self._num_scored = self._num_migrations = self._moved_bytes = 0
         self._lost_engines: list[int] = []
         self._has_news = False
@@ -103,7 +103,7 @@ class LiveRollout:
         Raises:
             WorkerError: a model worker died, raised or was silent, an engine raised, or the last engine was lost.
         """
-        start_s = generated_s = time.perf_counter()
+        start_s = self._generated_s = time.perf_counter()
         decision_s = []
         self._submit_all()
         self._has_news = True
@@ -113,7 +113,6 @@ class LiveRollout:
             if self._has_news:
                 news_s = time.perf_counter()
                 self._has_news = False
-                generated_s = news_s if self._table.home else generated_s
                 seen = self._table.seen(self._devices, self._limits, self._costs, time.monotonic())
                 self._act(self._policy(seen))
                 decision_s.append(time.perf_counter() - news_s)
@@ -123,7 +122,7 @@ class LiveRollout:
         assert all(sample.state is SampleState.SCORED for sample in self._table.samples)
         return RolloutReport(
             makespan_s=time.perf_counter() - start_s,
-            generation_s=generated_s - start_s,
+            generation_s=self._generated_s - start_s,
             num_migrations=self._num_migrations,
             moved_bytes=self._moved_bytes,
             decision_s=tuple(decision_s),
@@ -131,8 +130,8 @@ class LiveRollout:
         )
 
     def _take_answers(self) -> None:
-        for future in wait_ended(list(self._pending), WAIT_S):
-            self._pending.pop(future)()
+        for then in self._pending.heard(WAIT_S):
+            then()
         self._end_silent_ones()
         self._tell(self._table.progress_text())
 
@@ -179,6 +178,7 @@ class LiveRollout:
                 finished.append(sample)
             self._table.update(sample)
         if finished:
+            self._generated_s = time.perf_counter()
             self._on_generated(finished)
             self._has_news = True
             if self._scorers is None:
@@ -269,7 +269,7 @@ class LiveRollout:
             apply_inference(samples, results)
             self._table.update(*samples)
             self._num_scored += len(samples)
-            device.job, device.is_scoring = None, False
+            device.job, device.job_tokens, device.is_scoring = None, 0, False
             self._has_news = True
             self._admit(device)
 
@@ -292,7 +292,7 @@ class LiveRollout:
                 assert device.job is None, f"device {device.index} is to infer twice at once"
                 for sample in action.samples:
                     self._table.advance(self._table.samples[sample], SampleState.INFERRING)
-                device.job = action
+                device.job, device.job_tokens = action, self._table.columns.tokens(action.samples)
                 self._start_job(device)
 
     # Calls, and engines that die
@@ -313,7 +313,7 @@ class LiveRollout:
             if engine is device.engine:
                 then(answer)
 
-        self._pending[future] = ended
+        self._pending.expect(future, ended)
 
     def _lose_engine(self, device: RolloutDevice, error: WorkerError) -> None:
         """Go on without an engine: its samples continue elsewhere from the tokens known here."""

@@ -37,7 +37,7 @@ class RolloutDevice:
     """What a device's workers are at.
 
     held: live samples that its engine has been given. heard_s: when it last told of tokens, or got its first samples.
-    scoring_s: when its model worker was given what it scores.
+    job, job_tokens: what it scores, or is to. scoring_s: when its model worker was given that.
     """
 
     index: int
@@ -47,6 +47,7 @@ class RolloutDevice:
     num_evictions: int = 0
     released: bool = False
     job: Infer | None = None
+    job_tokens: int = 0
     is_scoring: bool = False
     heard_s: float = 0.0
     scoring_s: float = 0.0
@@ -110,14 +111,15 @@ class SampleTable:
         self, devices: Sequence[RolloutDevice], limits: EngineLimits, costs: CostModel | None, now_s: float
     ) -> RolloutState:
         """What a policy sees. costs: None where they are not known. now_s: by the clock of the devices' times."""
-        inferring = [0 if device.job is None else self.columns.tokens(device.job.samples) for device in devices]
         return self.columns.state(
             limits,
             released=[device.released for device in devices],
-            inferring_tokens=inferring,
+            inferring_tokens=[device.job_tokens for device in devices],
             inferring_left=[
-                left_to_score(costs, tokens, now_s - device.scoring_s if device.is_scoring else 0.0)
-                for tokens, device in zip(inferring, devices, strict=True)
+                left_to_score(costs, device.job_tokens, now_s - device.scoring_s if device.is_scoring else 0.0)
+                if device.job_tokens
+                else 0.0
+                for device in devices
             ],
             lost=[device.engine is None for device in devices],
         )

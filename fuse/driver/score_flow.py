@@ -17,12 +17,10 @@ from typing import Any, Protocol
 from fuse.interstage.migration import balance
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, TokenSequence, inferences
-from fuse.workers.calls import Future, wait_ended
+from fuse.workers.calls import Future, PendingCalls
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle
 
-Pending = dict[Future[Any], Callable[[], None]]
-"""Calls that have not ended, and what is done then."""
 Results = Mapping[str, Sequence[Any]]
 """Of a piece, by role, what its model says of every sequence."""
 
@@ -47,7 +45,7 @@ class WholeScorers:
     workers: by device. num_engines: among which devices are divided.
     """
 
-    def __init__(self, workers: Sequence[ModelHandle], num_engines: int, pending: Pending) -> None:
+    def __init__(self, workers: Sequence[ModelHandle], num_engines: int, pending: PendingCalls) -> None:
         size = len(workers) // num_engines
         self._teams = [workers[first : first + size] for first in range(0, len(workers), size)]
         self._pending = pending
@@ -67,7 +65,7 @@ class WholeScorers:
 
         for worker, share in zip(team, shares, strict=False):
             future = worker.infer([sequences[index] for index in share])
-            self._pending[future] = partial(ended, worker, share, future)
+            self._pending.expect(future, partial(ended, worker, share, future))
 
     def late(self, device: int) -> ModelHandle:
         return self._scoring[device][0]
@@ -89,7 +87,7 @@ class _UnderWay:
 class ScoreFlow:
     """All devices score together, a piece behind the other. roles: the models. pending: gets the calls."""
 
-    def __init__(self, workers: Sequence[ModelHandle], roles: Sequence[str], pending: Pending) -> None:
+    def __init__(self, workers: Sequence[ModelHandle], roles: Sequence[str], pending: PendingCalls) -> None:
         self._workers, self._roles, self._pending = workers, tuple(roles), pending
         self._num_pieces = 0
         self._waiting: deque[_UnderWay] = deque()
@@ -123,7 +121,7 @@ class ScoreFlow:
         call = {worker.advance(piece): worker for worker in self._workers}
         self._calls.append(call)
         for future in call:
-            self._pending[future] = partial(self._ended, future, call)
+            self._pending.expect(future, partial(self._ended, future, call))
 
     def _ended(self, future: Future[list[Scored]], call: dict[Future[list[Scored]], ModelHandle]) -> None:
         for scored in future.result():
@@ -152,23 +150,23 @@ def score_through(
     Raises:
         WorkerError: a model worker died, raised, or did not answer within `timeout_s`.
     """
-    pending: Pending = {}
+    pending = PendingCalls()
     flow = ScoreFlow(workers, roles, pending)
     found: dict[int, Results] = {}
     for number, piece in enumerate(pieces):
         flow.put_piece(piece, partial(found.__setitem__, number))
     while pending:
-        ended = wait_ended(list(pending), timeout_s)
-        if not ended:
+        heard = pending.heard(timeout_s)
+        if not heard:
             worker = flow.late(0).worker
             raise WorkerError(worker.device, worker.role, f"no scores within {timeout_s or math.inf:g} s")
-        for future in ended:
-            pending.pop(future)()
+        for then in heard:
+            then()
     return [found[number] for number in range(len(pieces))]
 
 
 def scorers_of(
-    workers: Sequence[ModelHandle], num_engines: int, flow_roles: Sequence[str], pending: Pending
+    workers: Sequence[ModelHandle], num_engines: int, flow_roles: Sequence[str], pending: PendingCalls
 ) -> Scorers:
     """Through pipelines of these roles' models over all devices; without any, every device by itself."""
     return ScoreFlow(workers, flow_roles, pending) if flow_roles else WholeScorers(workers, num_engines, pending)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast
@@ -103,19 +104,29 @@ class Future(Generic[_T]):
     Ray tells of its end, so that whoever waits for some call out of many asks about none of them.
     """
 
-    __slots__ = ("_reference", "_value", "_worker")
+    __slots__ = ("_listener", "_reference", "_value", "_worker")
 
     def __init__(self, worker: Worker[Any], reference: ray.ObjectRef[_T]) -> None:
         self._worker = worker
         self._reference = reference
         self._value: Any = _UNKNOWN
+        self._listener: deque[Future[Any]] | None = None
         reference._on_completed(self._end)
 
     def _end(self, value: Any) -> None:
         """Called by a thread of Ray's, with what was returned or raised."""
         with _ended:
             self._value = value
+            if self._listener is not None:
+                self._listener.append(self)
             _ended.notify_all()
+
+    def tell(self, listener: deque[Future[Any]]) -> None:
+        """Be appended there at the end of the call; at once if it has ended."""
+        with _ended:
+            self._listener = listener
+            if self.has_ended:
+                listener.append(self)
 
     @property
     def has_ended(self) -> bool:
@@ -146,6 +157,38 @@ def wait_ended(futures: Sequence[Future[Any]], timeout_s: float | None = None) -
         while not any(future.has_ended for future in futures) and (left_s := latest_s - time.monotonic()) > 0:
             _ended.wait(min(left_s, _INTERRUPTION_S))
         return [future for future in futures if future.has_ended]
+
+
+class PendingCalls:
+    """Calls that nobody has heard the end of, and what is done then.
+
+    An answer costs as much as it would if no other call was pending: none is asked whether it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._then: dict[Future[Any], Callable[[], None]] = {}
+        self._ended: deque[Future[Any]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._then)
+
+    def expect(self, future: Future[Any], then: Callable[[], None]) -> None:
+        """Have `then` called by whoever hears the end of this call."""
+        self._then[future] = then
+        future.tell(self._ended)
+
+    def heard(self, timeout_s: float | None = None) -> list[Callable[[], None]]:
+        """Wait until at least one of them has ended; gives what is done then, for all that have, in that order.
+
+        After `timeout_s` that may be none.
+        """
+        latest_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        with _ended:
+            while not self._ended and (left_s := latest_s - time.monotonic()) > 0:
+                _ended.wait(min(left_s, _INTERRUPTION_S))
+            ended = list(self._ended)
+            self._ended.clear()
+        return [self._then.pop(future) for future in ended]
 
 
 def gather(futures: Sequence[Future[_T]], timeout_s: float | None = None) -> list[_T]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fuse.driver.live import LiveRollout
 from fuse.engines.engine import Evicted, GenerationEngine, GenerationRequest
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, TokenSequence
@@ -237,13 +238,21 @@ FLOW_ROLES = ("critic", "reference", "reward")
 
 
 class Chance:
-    """Stands in for `wait_ended`: some calls end, and now and then an engine dies."""
+    """Waits for calls in place of `PendingCalls`: some end, and now and then an engine dies."""
 
     def __init__(self, seed: int, engines: Sequence[FakeWorker], num_deaths: int, death_rate: float) -> None:
         self.random = np.random.default_rng(seed)
         self.engines, self.num_deaths, self.death_rate = engines, num_deaths, death_rate
+        self.pending: dict[FakeFuture, Callable[[], None]] = {}
 
-    def __call__(self, futures: Sequence[FakeFuture], timeout_s: float) -> list[FakeFuture]:
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def expect(self, future: FakeFuture, then: Callable[[], None]) -> None:
+        self.pending[future] = then
+
+    def heard(self, timeout_s: float) -> list[Callable[[], None]]:
+        futures = list(self.pending)
         assert futures, "the rollout waits for nothing"
         if self.num_deaths and self.random.random() < self.death_rate:
             self.num_deaths -= 1
@@ -256,7 +265,12 @@ class Chance:
                 if is_next and self.random.random() < 0.4:
                     future.worker.run(future, self.random)
                     ended.append(future)
-        return [future for future in futures if future in ended]  # Ray does not tell which ended first
+        return [self.pending.pop(future) for future in futures if future in ended]
+
+
+def use_chance(rollout: LiveRollout, chance: Any) -> None:
+    """Have the rollout wait for fake calls."""
+    rollout._pending = chance
 
 
 def _with_response(request: GenerationRequest, ids: tuple[int, ...]) -> GenerationRequest:

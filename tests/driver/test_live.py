@@ -38,7 +38,7 @@ from fuse.interstage.migration import (
 from fuse.sample import Sample, SampleState
 from fuse.workers.errors import WorkerError
 
-from .fake_workers import FLOW_ROLES, Chance, FakeEngine, FakeScorer, token
+from .fake_workers import FLOW_ROLES, Chance, FakeEngine, FakeScorer, token, use_chance
 
 MAX_NEW_TOKENS = 24
 FIRST_ID = 1000
@@ -135,10 +135,10 @@ def roll_out(
         timeout_s=1e4 if silent else math.inf,
     )
     rollout._policy = Checked(policy, rollout)
+    use_chance(rollout, Chance(seed, engines, num_deaths, death_rate))
     clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "time", clock)
-        patch.setattr(live, "wait_ended", Chance(seed, engines, num_deaths, death_rate))
         report = rollout.run()
     for worker in workers:
         assert worker.pieces == workers[0].pieces, "pieces come in different orders"

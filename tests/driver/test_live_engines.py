@@ -24,7 +24,7 @@ from fuse.sample import Sample
 from .. import tiny_models
 from ..engines.driving import Outputs, run
 from ..engines.test_shared_prompts import Engine as CountingEngine
-from .fake_workers import Chance, FakeScorer, ServedEngine
+from .fake_workers import Chance, FakeScorer, ServedEngine, use_chance
 from .test_live import LIMITS, MAX_NEW_TOKENS, Wanderlust
 
 PARAMS = SamplingParams(
@@ -92,10 +92,10 @@ def test_filtered_tokens_do_not_depend_on_what_happens(
         pad_token_id=0,
         costs=FREE_TRANSFERS if moves_kv else None,
     )
+    use_chance(rollout, Chance(seed, workers, num_deaths, 0.15))
     with pytest.MonkeyPatch.context() as patch:
         clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
         patch.setattr(live, "time", clock)
-        patch.setattr(live, "wait_ended", Chance(seed, workers, num_deaths, 0.15))
         report = rollout.run()
     assert len(report.lost_engines) == num_deaths
     if not num_deaths:
@@ -133,9 +133,8 @@ def test_an_engine_computes_the_prompts_of_its_groups_alone(policy_model: PreTra
             pad_token_id=0,
             dealing=dealing,
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(live, "wait_ended", Chance(0, workers, 0, 0.0))
-            rollout.run()
+        use_chance(rollout, Chance(0, workers, 0, 0.0))
+        rollout.run()
         computed.append(sum(one.computed for one in engines))
         responses.append([sample.response_ids for sample in samples])
     once = sum(len(samples[first].prompt_ids) - 1 for first in range(0, 16, 4))

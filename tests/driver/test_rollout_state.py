@@ -33,7 +33,7 @@ def test_ended_samples_stay_in_sight_when_they_are_scored() -> None:
 
 def test_half_of_a_piece_is_left_or_what_the_costs_say() -> None:
     samples = [Sample(7, (1, 2), state=SampleState.INFERRING, response_ids=[0] * 8, length=8)]
-    device = RolloutDevice(0, None, job=Infer(0, (0,)), is_scoring=True, scoring_s=3.0)
+    device = RolloutDevice(0, None, job=Infer(0, (0,)), job_tokens=10, is_scoring=True, scoring_s=3.0)
     table = SampleTable(samples)
     for costs, now_s, left in ((None, 9.0, 5.0), (SMALL_CPU, 3.0, 10.0), (SMALL_CPU, 9.0, 0.0)):
         assert table.seen([device], LIMITS, costs, now_s).inferring_left.tolist() == [left]

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
-from fuse.driver.score_flow import Pending, WholeScorers
+from fuse.driver.score_flow import WholeScorers
 from fuse.training.scoring import TokenSequence
 
 
 class Answer:
     def __init__(self, results: Any) -> None:
         self.result = lambda: results
+
+
+class Pending(dict[Any, Any]):
+    """What is done at the end of calls, by call."""
+
+    expect = dict.__setitem__
 
 
 class Scorer:
@@ -33,7 +39,7 @@ def sequences(*lengths: int) -> list[TokenSequence]:
 
 def test_every_sequence_is_scored_once_and_in_its_place() -> None:
     workers: list[Any] = [Scorer(name) for name in "abcd"]
-    pending: Pending = {}
+    pending: Any = Pending()
     heard: list[Any] = []
     scorers = WholeScorers(workers, 2, pending)
     scorers.put(1, sequences(9, 3, 7, 5), heard.extend)
@@ -50,7 +56,7 @@ def test_every_sequence_is_scored_once_and_in_its_place() -> None:
 @pytest.mark.parametrize("num_engines", [1, 2])
 def test_one_sequence_needs_one_device(num_engines: int) -> None:
     workers: list[Any] = [Scorer(name) for name in "ab"]
-    pending: Pending = {}
+    pending: Any = Pending()
     heard: list[Any] = []
     WholeScorers(workers, num_engines, pending).put(0, sequences(4), heard.extend)
     ((_, then),) = pending.items()

@@ -1,0 +1,93 @@
+"""The live controller against the simulator, on the same lengths and costs: one policy, two worlds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from fuse.benchmarks.emulated.h100 import costs_named
+from fuse.interstage.adaptive import Adaptive
+from fuse.interstage.lengths import Observation, learn
+from fuse.interstage.migration import (
+    Action,
+    EngineLimits,
+    Infer,
+    Migrate,
+    Policy,
+    RolloutState,
+    StageByStage,
+    Threshold,
+)
+from fuse.interstage.rollout import Rollout
+from fuse.interstage.simulate import simulate
+
+from .emulated_workers import roll_out
+
+COSTS = costs_named("h100-13b-33b")
+NUM_SAMPLES, LONGEST = 96, 400
+
+
+def lengths(seed: int) -> list[int]:
+    drawn = np.random.default_rng(seed).lognormal(4.0, 0.9, NUM_SAMPLES)
+    return [int(one) for one in np.clip(drawn, 1, LONGEST)]
+
+
+def rollout(seed: int = 1) -> Rollout:
+    return Rollout(
+        prompt_tokens=np.full(NUM_SAMPLES, 64),
+        response_tokens=np.array(lengths(seed)),
+        num_devices=4,
+        costs=COSTS.rollout,
+        limits=EngineLimits(max_batch=NUM_SAMPLES, kv_capacity_tokens=1 << 20, max_new_tokens=LONGEST),
+        can_transfer=False,
+    )
+
+
+@dataclass(slots=True)
+class Heard:
+    """A policy, and what it decided."""
+
+    policy: Policy
+    actions: list[Action] = field(default_factory=list)
+    evens_out: bool = True
+
+    def __call__(self, state: RolloutState) -> list[Action]:
+        actions = self.policy(state)
+        self.actions += actions
+        return actions
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(action, kind) for action in self.actions)
+
+
+def adaptive() -> Policy:
+    return Adaptive(COSTS.rollout, learn(map(Observation, lengths(0)), LONGEST).for_samples(), can_transfer=False)
+
+
+POLICIES = [StageByStage(), Threshold(remaining=20, num_kept=1), adaptive()]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["none", "threshold", "adaptive"])
+def test_decisions_are_the_simulators(policy: Policy) -> None:
+    """Where the controller hears of tokens as soon as there are any."""
+    simulated, real = Heard(policy), Heard(policy)
+    expected = simulate(rollout(), simulated)
+    report, _ = roll_out(rollout(), COSTS, real, poll_s=1e-3)
+    assert real.actions == simulated.actions
+    assert report.makespan_s == pytest.approx(expected.makespan_s, rel=1e-4)
+    assert report.generation_s == pytest.approx(expected.generation_s, rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["none", "threshold", "adaptive"])
+def test_messages_cost_little_and_are_few(policy: Policy) -> None:
+    """Engines tell when samples finish, and now and then; pieces are scored, and samples moved, by one call each."""
+    simulated, real = Heard(policy), Heard(policy)
+    expected = simulate(rollout(), simulated)
+    report, num_calls = roll_out(rollout(), COSTS, real, message_s=1e-3)
+    assert report.makespan_s < 1.02 * expected.makespan_s
+    assert num_calls["infer"] == real.count(Infer)
+    assert num_calls["submit"] == 4
+    assert num_calls["poll"] <= NUM_SAMPLES + 4 * report.makespan_s / 0.25 + num_calls["evict"] + num_calls["admit"]
+    assert num_calls["evict"] <= real.count(Migrate)
