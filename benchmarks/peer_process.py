@@ -25,7 +25,8 @@ class PeerProcess:
     traceback as a note.
 
     name: what it is, for the message of its end. environment: variables that it starts with, before it imports
-    anything. closing_s: what closing, as of an engine, may take.
+    anything. context: how it is started; by default as the program is, from nothing. closing_s: what closing, as of an
+    engine, may take.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class PeerProcess:
         serve: Callable[..., None],
         *arguments: Any,
         environment: Mapping[str, str] | None = None,
-        context: BaseContext = _SPAWN,
+        context: BaseContext | None = None,
         closing_s: float = 60.0,
     ) -> None:
         self._name, self._closing_s = name, closing_s
+        context = context or _SPAWN
         self._connection, theirs = context.Pipe()
         self._process: Any = context.Process(target=_run, args=(serve, theirs, arguments), daemon=True)  # type: ignore[attr-defined]
         with mock.patch.dict(os.environ, environment or {}):

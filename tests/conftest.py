@@ -2,7 +2,8 @@
 native code of another build where it is asked for.
 
 FUSE_SCHEDULES_NATIVE=DIR, FUSE_TENSOR_NATIVE=DIR: where the `_native` module of `schedules`, of `fuse`, is taken from,
-as `make test-debug` and `make test-native-sanitized` have it.
+as `make test-debug` and `make test-native-sanitized` have it. FUSE_EXAMPLES=N: so many examples, as `make check`
+has it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ gc.disable()  # until the first test: what is imported for all of them is none
 # The same examples every time, however busy the machine: a change fails for what it changes.
 settings.register_profile(
     "suite",
-    max_examples=40,
+    max_examples=int(os.environ.get("FUSE_EXAMPLES", 40)),
     deadline=None,
     derandomize=True,
     database=None,
@@ -115,7 +116,7 @@ def ray_cluster() -> Iterator[None]:
     from fuse.driver.early_start import IMPORTED
     from fuse.workers.ray_session import local_cluster
 
-    with local_cluster(8, IMPORTED):
+    with local_cluster(8, [*IMPORTED, "fuse.intrastage.megatron_stage"]):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as an exception it would fail one test and not end the suite
         yield
 

@@ -68,8 +68,11 @@ class _Lease:
         assert len(self._devices) == self._num_devices, "other runs have the pool's devices"
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Workers are closed, and leave their world; processes that cannot, for one has died, are not used again."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Workers are closed, and leave their world; processes that cannot, for one has died, are not used again.
+
+        Raises: why one cannot, where the run itself has raised nothing, of which that would be the consequence.
+        """
         self._pool.free = sorted((*self._pool.free, *self._devices))
         processes = self._pool.processes
         left = {key: self._leave(processes[key], held) for key, held in self._workers.items() if key in processes}
@@ -83,7 +86,7 @@ class _Lease:
         failures = {key: failure for key, answers in left.items() if (failure := _failure(answers)) is not None}
         for key in failures:
             self._pool.cluster.kill(processes.pop(key))
-        if failures and not any(isinstance(one, RayActorError) for one in failures.values()):
+        if kind is None and failures and not any(isinstance(one, RayActorError) for one in failures.values()):
             raise next(iter(failures.values()))
 
     @staticmethod

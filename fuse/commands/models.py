@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from fuse.commands.model_path import check_model_path
 
@@ -83,14 +85,17 @@ def critic_from_policy(policy: PreTrainedModel, pad_token_id: int) -> PreTrained
     config.num_labels = 1
     config.pad_token_id = pad_token_id
     try:
-        critic: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+        with no_init_weights():  # drawing what is copied or zero takes longer than all else
+            critic: Any = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     except ValueError as error:
         raise ValueError(
             f"transformers has no sequence classifier of type {config.model_type}: give one with --value-model"
         ) from error
     critic.base_model.load_state_dict(policy.base_model.state_dict())
-    torch.nn.init.zeros_(critic.get_parameter("score.weight"))
-    return critic
+    for parameter in critic.score.parameters():
+        torch.nn.init.zeros_(parameter)
+    made: PreTrainedModel = critic
+    return made
 
 
 def _first_sentence(error: Exception) -> str:

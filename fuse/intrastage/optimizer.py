@@ -281,6 +281,11 @@ class ModelOptimizer:
 
 def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, what: str) -> None:
     gradients = [_grad(parameter) for parameter in parameters]
+    if (
+        len(gradients) == 1 and gradients[0].is_contiguous()
+    ):  # an embedding, of which a copy would be the largest tensor
+        all_reduce_sum(gradients[0].view(-1), group, what)
+        return
     flat = _flatten_dense_tensors(gradients)
     all_reduce_sum(flat, group, what)
     torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))

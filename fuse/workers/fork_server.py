@@ -19,13 +19,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 _BACKLOG = 1024
 
 
+class ForkServer(NamedTuple):
+    """A server that runs. address: the path of its socket."""
+
+    address: str
+    process_id: int
+
+
 @contextmanager
-def fork_server(directory: Path, imported: Sequence[str]) -> Iterator[str]:
-    """A server that has imported these modules, or is about to; yields the path of its socket, in `directory`.
+def fork_server(directory: Path, imported: Sequence[str]) -> Iterator[ForkServer]:
+    """A server that has imported these modules, or is about to, with its socket in `directory`.
 
     None of them may import Ray, which learns from the environment which process it is in.
     What it writes itself goes to a file there. It has the environment of this moment, and ends with the block or with
@@ -45,7 +53,7 @@ def fork_server(directory: Path, imported: Sequence[str]) -> Iterator[str]:
         )
     assert server.stdin is not None
     try:
-        yield address
+        yield ForkServer(address, server.pid)
     finally:
         server.terminate()  # it may still be importing
         server.wait()

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,6 +60,10 @@ class _Unreported:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
+
+
+class _Closed(RuntimeError):
+    """By which an engine ends that still waits for weights."""
 
 
 class GenerationWorker(WeightTaker):
@@ -151,11 +156,16 @@ class GenerationWorker(WeightTaker):
             return self._recorder.drain()
 
     def close(self) -> None:
-        """Stop stepping and close the engine; live samples are dropped."""
+        """Stop stepping and close the engine; live samples are dropped, and weights that have come in part.
+
+        Raises: what the engine has ended by.
+        """
         if not self._closing:
-            self._inbox.fail(RuntimeError("the worker is closed before its engine has got all weights"))
-            self._command(self._stop).result()
+            self._inbox.fail(_Closed("the worker is closed before its engine has got all weights"))
+            with suppress(_Closed):
+                self._command(self._stop).result()
             self._loop.join()
+            self._closing = True
             self._engine.close()
             self._fetched.clear()
             self._kv_transfer.close()

@@ -27,6 +27,7 @@ from fuse.training.rounds import RankRound, Round
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
 from fuse.workers.carriers.parcel import Parcel
+from fuse.workers.host_memory import give_back
 from fuse.workers.weight_port import Membership, WeightPort, WeightSender
 from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
 
@@ -127,7 +128,10 @@ class ModelWorker:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         columns = {column for one in rounds for column in one.scored}
         scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
-        return self._training.train(experience, rounds, learning_rates, plans, scorers)
+        trained = self._training.train(experience, rounds, learning_rates, plans, scorers)
+        if self._device.type == "cpu":
+            give_back()  # gradients and activations: engines and scoring come next
+        return trained
 
     def offload_training(self, kept: Sequence[str] = ()) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train, and `kept`.

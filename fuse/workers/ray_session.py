@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -79,8 +79,8 @@ def local_cluster(num_cpus: int, imported: Sequence[str] = ()) -> Iterator[Path]
         marked = {MARK: str(directory), "SPT_NOENV": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         with loopback(), lean(), patient(), environment({**WORKER_ENVIRONMENT, **marked}):
             server = stack.enter_context(fork_server(directory, imported)) if imported else None
-            with nullcontext() if server is None else forking(server):
-                _start(num_cpus, directory)
+            with nullcontext() if server is None else forking(server.address):
+                _start(num_cpus, directory, spared=frozenset() if server is None else {server.process_id})
         _local_directory = directory
         stack.enter_context(raised_on_sigterm())
         stack.enter_context(watched(_own_processes()))
@@ -206,8 +206,10 @@ def _quiet() -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_terminate)
 
 
-def _start(num_cpus: int, directory: Path) -> None:
+def _start(num_cpus: int, directory: Path, spared: Set[int]) -> None:
     """Start Ray, once more if its node ends meanwhile, as it does where one of its agents does not answer in time.
+
+    spared: processes that are not of the node, and live on.
 
     Raises:
         RuntimeError: it has ended every time.
@@ -217,7 +219,7 @@ def _start(num_cpus: int, directory: Path) -> None:
             _init(num_cpus, directory)
             return
         except NodeEnded:
-            _stop(directory)
+            _stop(directory, spared)
             if not attempts_left:
                 raise
 
@@ -249,7 +251,7 @@ def _own_processes() -> dict[str, subprocess.Popen[bytes]]:
     return {name: started[name][0].process for name in ESSENTIAL}
 
 
-def _stop(directory: Path) -> None:
+def _stop(directory: Path, spared: Set[int] = frozenset()) -> None:
     """Stop the local cluster whose files are in `directory`, and return when its last process has ended."""
     ray.shutdown()
-    end_processes_of(directory, _STOP_TIMEOUT_S)
+    end_processes_of(directory, _STOP_TIMEOUT_S, spared)

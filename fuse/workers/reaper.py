@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,10 +35,10 @@ def processes_of(directory: Path) -> set[int]:
     return found
 
 
-def end_processes_of(directory: Path, grace_s: float) -> None:
-    """Return when none is left; those that have not ended by themselves after `grace_s` are killed."""
+def end_processes_of(directory: Path, grace_s: float, spared: Set[int] = frozenset()) -> None:
+    """Return when none but those spared is left; who has not ended by itself after `grace_s` is killed."""
     kill_at_s = time.monotonic() + grace_s
-    while processes := processes_of(directory):
+    while processes := processes_of(directory) - spared:
         if time.monotonic() >= kill_at_s:
             for process in processes:
                 try:

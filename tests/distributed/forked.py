@@ -16,8 +16,8 @@ import torch
 from fuse.intrastage.communication import connect, disconnect, serve_store
 
 CONTEXT = multiprocessing.get_context("fork")
-TIMEOUT_S = 30.0
-_PATIENCE_S = 120.0
+TIMEOUT_S = 300.0
+_PATIENCE_S = 600.0
 
 Measure = Callable[[int], Mapping[str, object]]
 

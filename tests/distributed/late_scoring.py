@@ -68,7 +68,7 @@ SETTINGS = TrainingSettings(
     adamw=AdamWConfig(max_grad_norm=0.5),
     autocast=None,
     gradient_checkpointing=False,
-    timeout_s=30.0,
+    timeout_s=300.0,
 )
 
 Make = Callable[[Problem], Schedule]

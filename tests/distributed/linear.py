@@ -23,7 +23,7 @@ from fuse.micro_batch import Metrics, MicroBatch
 from fuse.trace import SpanRecorder
 from schedules import Pipeline, Problem, Schedule
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 300.0
 ADAMW = AdamWConfig(max_grad_norm=0.05)
 _SIZE = 3
 _NUM_STEPS = 2

@@ -1,5 +1,6 @@
 """The CUDA code, compiled for the CPU and run lane by lane, against the C++ code."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,33 +17,45 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")]
 
 
-def compiled(source: Path, target: Path) -> Path:
+CHECKS = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a CPU would not mind
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", *CHECKS, "-I", EMULATION, "-I", KERNELS]
+HEADERS = ["cuda_emulation.h", *(f"<{name}>" for name in ("algorithm", "cmath", "cstdint", "limits", "random"))]
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    """What every source begins with, compiled once."""
+    header = tmp_path_factory.mktemp("header") / "header.h"
+    header.write_text("".join(f"#include {name if name[0] == '<' else json.dumps(name)}\n" for name in HEADERS))
+    target = header.with_name("header.h.gch")  # which the compiler takes in its place
+    subprocess.run([COMPILER, *FLAGS, "-x", "c++-header", header, "-o", target], env=ENVIRONMENT, check=True)
+    return header
+
+
+def compiled(source: Path, target: Path, header: Path) -> Path:
     """An object file."""
-    checks = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a CPU would not mind
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", *checks, "-include", EMULATION / "cuda_emulation.h"]
-    folders = ["-I", EMULATION, "-I", KERNELS]
-    subprocess.run([COMPILER, *flags, *folders, "-c", source, "-o", target], env=ENVIRONMENT, check=True)
+    subprocess.run([COMPILER, *FLAGS, "-include", header, "-c", source, "-o", target], env=ENVIRONMENT, check=True)
     return target
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
+def others(tmp_path_factory, header):
     """Per kernel, once, what every text of its CUDA code is linked with: the comparison, and KERNEL.cc."""
     folder = tmp_path_factory.mktemp("objects")
 
     @cache
     def of_kernel(kernel: str) -> list[Path]:
         sources = [EMULATION / f"{kernel}_differences.cc", KERNELS / "tensor" / f"{kernel}.cc"]
-        return [compiled(source, folder / f"{source.stem}.o") for source in sources]
+        return [compiled(source, folder / f"{source.stem}.o", header) for source in sources]
 
     return of_kernel
 
 
-def differences(source: str, others: list[Path], folder: Path) -> list[str]:
+def differences(source: str, others: list[Path], folder: Path, header: Path) -> list[str]:
     """What KERNEL.cu with this text computes otherwise than KERNEL.cc."""
     (folder / "cuda.cc").write_text(source)
     program = folder / "differences"
-    objects = [compiled(folder / "cuda.cc", folder / "cuda.o"), *others]
+    objects = [compiled(folder / "cuda.cc", folder / "cuda.o", header), *others]
     subprocess.run([COMPILER, *objects, "-o", program], env=ENVIRONMENT, check=True)
     process = subprocess.run([program], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=120)
     if process.returncode < 0:
@@ -53,8 +66,8 @@ def differences(source: str, others: list[Path], folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob", "sampling"])
-def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_path):
-    assert differences((KERNELS / "tensor" / f"{kernel}.cu").read_text(), others(kernel), tmp_path) == []
+def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_path, header):
+    assert differences((KERNELS / "tensor" / f"{kernel}.cu").read_text(), others(kernel), tmp_path, header) == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,7 @@ def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_p
         ("linear_logprob", "column == target", "column == targets[row]", "gradients"),
     ],
 )
-def test_a_mistake_in_the_cuda_code_shows(kernel, right, wrong, what, others, tmp_path):
+def test_a_mistake_in_the_cuda_code_shows(kernel, right, wrong, what, others, tmp_path, header):
     source = (KERNELS / "tensor" / f"{kernel}.cu").read_text()
     assert source.count(right) == 1
-    assert any(what in line for line in differences(source.replace(right, wrong), others(kernel), tmp_path))
+    assert any(what in line for line in differences(source.replace(right, wrong), others(kernel), tmp_path, header))

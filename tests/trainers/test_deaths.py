@@ -183,11 +183,11 @@ def end_by(process: subprocess.Popen[str], signum: int, *, after: str, go: Path)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signum)
         go.touch()
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     finally:
         process.kill()
         process.wait()
-    _, orphans = psutil.wait_procs(children, timeout=60)
+    _, orphans = psutil.wait_procs(children, timeout=300)
     assert not [process for process in orphans if process.status() != psutil.STATUS_ZOMBIE]
     return said
 
@@ -215,7 +215,7 @@ def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
     try:
         node.kill()
         (tmp_path / "go").touch()
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     finally:
         process.kill()
         process.wait()
@@ -237,7 +237,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    _, orphans = psutil.wait_procs(children, timeout=60)  # Ray's agents look for their parent every few seconds
+    _, orphans = psutil.wait_procs(children, timeout=300)  # Ray's agents look for their parent every few seconds
     # Those that lost their parent wait for init to take note of their end.
     assert not [process for process in orphans if process.status() != psutil.STATUS_ZOMBIE]
 

@@ -256,11 +256,14 @@ def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, worker_poo
         return trainer, sorted(responses)
 
     expected, expected_responses = train("transformers")
-    for options in ({}, {"generation_tensor_parallel_size": 2}):
-        try:
-            trainer, responses = train("vllm", generation_cache_bytes=1 << 22, **options)
-        finally:
-            worker_pool.end("generation worker")  # vLLM takes its process over
+    try:
+        runs = [
+            train("vllm", generation_cache_bytes=1 << 22, **options)
+            for options in ({}, {"generation_tensor_parallel_size": 2})
+        ]
+    finally:
+        worker_pool.end("generation worker")  # vLLM takes its process over
+    for trainer, responses in runs:
         assert responses == expected_responses
         assert tiny.difference(trainer.policy_model, expected.policy_model) < tiny.ROUNDING
         kl, expected_kl = ([row["objective/kl"] for row in one.state.log_history] for one in (trainer, expected))

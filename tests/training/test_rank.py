@@ -54,7 +54,7 @@ SETTINGS = TrainingSettings(
     adamw=AdamWConfig(max_grad_norm=0.1),
     autocast=None,
     gradient_checkpointing=False,
-    timeout_s=30.0,
+    timeout_s=300.0,
 )
 
 

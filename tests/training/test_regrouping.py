@@ -282,7 +282,7 @@ def trained(
         adamw=AdamWConfig(max_grad_norm=1.0),
         autocast=None,
         gradient_checkpointing=False,
-        timeout_s=30.0,
+        timeout_s=300.0,
     )
 
     def run(rank: int) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import tests
+
+PATIENCE_S = 300.0
 
 
 class Echo:
@@ -208,16 +209,19 @@ def test_a_crash_of_native_code_brings_its_last_words(cluster: Cluster) -> None:
 def test_last_words_are_found_when_ray_is_late_to_tell_of_a_death(cluster: Cluster) -> None:
     (raylet,) = (one for one in psutil.Process().children() if one.name() == "raylet")
     worker = cluster.spawn("model worker", 0, Crashing, at_once=False)
-    assert worker.process_id
+    process = psutil.Process(worker.process_id)
     raylet.suspend()
-    resume = threading.Timer(3.0, raylet.resume)
-    resume.start()
+    try:
+        crash = worker.call(Crashing.crash)
+        process.wait(PATIENCE_S)
+        assert not crash.has_ended, "Ray has not been late"
+    finally:
+        raylet.resume()
     try:
         with pytest.raises(WorkerError, match="its process died") as caught:
-            worker.call(Crashing.crash).result()
+            crash.result()
         assert any("invariant broken" in note for note in caught.value.__cause__.__notes__)
     finally:
-        resume.join()
         cluster.kill(worker)
 
 

@@ -60,17 +60,17 @@ def ask(tmp_path: Path) -> Ask:
 
 
 def test_processes_are_born_with_what_was_imported_and_nothing_else_of_the_server(ask: Ask, tmp_path: Path) -> None:
-    with fork_server(tmp_path, [IMPORTED, "numpy.random"]) as address:
-        one, other = ask(address), ask(address)
+    with fork_server(tmp_path, [IMPORTED, "numpy.random"]) as server:
+        one, other = ask(server.address), ask(server.address)
     assert one["born with"]
-    assert one["parent"] == other["parent"] != os.getpid()
+    assert one["parent"] == other["parent"] == server.process_id
     assert one["process"] == one["group"] != other["process"] == other["group"]
     assert one["random"] != other["random"]
 
 
 def test_the_server_ends_with_its_block_and_then_workers_start_by_themselves(ask: Ask, tmp_path: Path) -> None:
-    with fork_server(tmp_path, ["no_such_module"]) as address:
-        found = ask(address)
+    with fork_server(tmp_path, ["no_such_module"]) as server:
+        found = ask(server.address)
         assert "no_such_module" in (tmp_path / "forking.log").read_text()
     assert found["process"] == found["asked by"]
     assert not found["born with"]

@@ -28,7 +28,7 @@ from ..tiny_models import build, language_model
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 NEW_TOKENS = 600  # more than an engine makes while the driver is held up between two calls
 MAX_BATCH = 2
 # of one block of vLLM's 128 tokens, of two and of three; the last ones wait, for the engines run two at a time

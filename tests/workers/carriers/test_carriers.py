@@ -19,7 +19,7 @@ from fuse.workers.carriers.shared_memory import SharedMemoryCarrier, SharedPages
 from fuse.workers.weight_port import Membership, WeightPort, WeightSender
 
 CPU = torch.device("cpu")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 
 def weights() -> dict[str, Tensor]:
