@@ -115,12 +115,13 @@ def _told(span: _Marked, seconds: Iterator[float]) -> Span:
 
 
 class PhaseClock:
-    """Wall time of an iteration and of the named phases inside it."""
+    """Wall time of an iteration and of the named phases inside it, which `spans` has one by one."""
 
     def __init__(self) -> None:
         self.start_s = now_s()
         self.end_s = self.start_s
         self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -129,6 +130,7 @@ class PhaseClock:
             yield
         finally:
             self.end_s = now_s()
+            self.spans.append(Span(name, "phase", start_s, self.end_s))
             self.seconds[name] = self.seconds.get(name, 0.0) + self.end_s - start_s
 
 

@@ -38,6 +38,8 @@ from fuse.trainers.learning_rates import (
 )
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
+from fuse.trainers.reporters import continue_reports, named_for, reported_to
+from fuse.trainers.update_metrics import device_bytes, migrations, token_rates
 from fuse.training.rounds import Round, roles_of
 from schedules.files import dispensable
 
@@ -117,6 +119,7 @@ class Run:
             if changed := differences(saved.options, kept_options(args)):
                 logger.warning("%s was written with other options: %s", resumed, ", ".join(changed))
             restore_learning_rates(self.lr_scheduler, saved.lr_scheduler, resumed)
+            continue_reports(self.callback_handler, saved.reports, self.state.global_step)
             if args.restore_callback_states_from_checkpoint:
                 untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
                 restore_callbacks(self.callback_handler, untyped)
@@ -136,7 +139,8 @@ class Run:
     def updates(self) -> Iterator[int]:
         """The updates that are left, counted from 1; ends early where a callback asks for it."""
         self._start_s, self._start_episode = time.monotonic(), self.state.episode
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        with named_for(self._run_id, self.args):
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         while self.num_steps_left and not self.control.should_training_stop:
             yield self.num_updates_done + 1
 
@@ -154,9 +158,14 @@ class Run:
         return taken, rates * (len(taken) // self._num_counted)
 
     def finish_update(
-        self, fleet: Fleet, samples: Sequence[Sample], metrics: Mapping[str, float], clock: PhaseClock
+        self,
+        fleet: Fleet,
+        samples: Sequence[Sample],
+        rounds: Sequence[Round],
+        metrics: Mapping[str, float],
+        clock: PhaseClock,
     ) -> Iteration:
-        """Count the update, report it, and save what is due."""
+        """Count the update, report it, and save what is due. rounds: that were taken."""
         state = self.state
         self.control.should_evaluate = False  # of the update before
         for _ in range(self._num_counted - 1):
@@ -168,6 +177,7 @@ class Run:
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.planned)
+        times |= token_rates(samples, rounds, tracks, clock) | migrations(tracks) | device_bytes(tracks)
         counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
         self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
@@ -262,6 +272,7 @@ class Run:
                 lr_scheduler=self.lr_scheduler.state_dict(),
                 random_generators=run_state.random_generators(),
                 options=kept_options(self.args),
+                reports=reported_to(self.callback_handler),
             ).save(directory / checkpoint.RUN_STATE_NAME)
             remembered: Any = callback_states(self.callback_handler, self.control)
             self.state.stateful_callbacks = remembered

@@ -17,6 +17,7 @@ from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.memory_use import usage_spans
 from fuse.state_dict import WeightLayout, WeightStream, adopt_state_dict, adopt_tensors, mix_tensors
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
@@ -264,5 +265,5 @@ class ModelWorker:
     # Observability
 
     def drain_spans(self) -> list[Span]:
-        """Spans since the last call."""
-        return self._recorder.drain()
+        """Spans since the last call; the last one tells memory."""
+        return [*self._recorder.drain(), *usage_spans()]

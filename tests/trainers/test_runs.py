@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuse import PPOTrainer
+from fuse.metric_table import entry_of, is_timed
 from fuse.workers.errors import WorkerError
 
 from ..worker_pool import WorkerPool
@@ -31,13 +32,27 @@ def plain(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> 
         return tiny.train(tmp_path_factory.mktemp("plain"))
 
 
+LOOKED_AT_FIRST = {
+    *("completions/mean_length", "completions/max_length", "completions/clipped_ratio"),
+    *("tokens_per_s/generation", "tokens_per_s/training", "tokens_per_s/total"),
+    *("grad_norm/actor", "grad_norm/critic", "critic/explained_variance"),
+    *("objective/scores", "objective/scores_std", "val/sampler_logprob_diff"),
+    *(f"objective/kl_quartile_{quarter}" for quarter in range(1, 5)),
+    *("idle_cause/weights", "memory/device0", "migration/samples"),
+}
+
+
 def test_a_run_on_two_devices_is_the_run_on_one(tmp_path: Path, plain: PPOTrainer) -> None:
     two = tiny.train(tmp_path / "two", num_devices=2, report_to="tensorboard", save_strategy="steps", save_steps=1)
 
-    timed = ("time/", "idle/", "eps", "step_time")
     for row_one, row_two in zip(plain.state.log_history, two.state.log_history, strict=True):
+        assert row_one.keys() >= LOOKED_AT_FIRST
+        assert not [name for name in row_two if not entry_of(name)]
+        causes = sum(value for name, value in row_two.items() if name.startswith("idle_cause/"))
+        assert causes == pytest.approx((row_two["idle/device0"] + row_two["idle/device1"]) / 2)
         for name, value in row_one.items():
-            if not name.startswith(timed):
+            assert entry_of(name), f"docs/metrics.md has no {name}"
+            if not is_timed(name):
                 assert row_two[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert tiny.difference(plain.policy_model, two.policy_model) < tiny.ROUNDING
     assert tiny.difference(plain.value_model, two.value_model) < tiny.ROUNDING
