@@ -63,17 +63,29 @@ def idle_causes(
 
     phases: of the driver, as `PhaseClock.spans` has them.
     """
-    models = {
-        device: sorted(workers.get("model", ()), key=lambda span: span.start_s) for device, workers in tracks.items()
-    }
-    steps = {device: training_steps(track) for device, track in models.items()}
-    training, behind = _training_windows(models, steps), _imbalances(steps)
+    behind = _imbalances({device: training_steps(track) for device, track in _models(tracks).items()})
+    causes = {}
+    for device, intervals in idle_intervals(tracks, start_s, end_s, phases).items():
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for begin, end, cause in intervals:
+            seconds[cause] += end - begin
+        causes[device] = dict(seconds)
+        _tell_imbalance(causes[device], behind[device])
+    return causes
+
+
+def idle_intervals(
+    tracks: Tracks, start_s: float, end_s: float, phases: Sequence[Span] = ()
+) -> dict[str, list[tuple[float, float, str]]]:
+    """By device, when it was idle and why: (start, end, cause), of all causes but imbalance, which has no place."""
+    models = _models(tracks)
+    training = _training_windows(models, {device: training_steps(track) for device, track in models.items()})
     generating = {device: _reach(_of(workers, "generate")) for device, workers in tracks.items()}
     first_s = min((reach[0] for reach in generating.values() if reach), default=start_s)
     last_s = max((reach[1] for reach in generating.values() if reach), default=first_s)
     scored_s = max((span.end_s for workers in tracks.values() for span in _of(workers, "infer")), default=last_s)
     of_phases = {name: [one for one in phases if one.name == name] for name in ("weights", "reward")}
-    causes = {}
+    found: dict[str, list[_Window]] = {}
     for device, workers in tracks.items():
         own = generating[device] or (first_s, first_s)
         windows = [
@@ -85,13 +97,19 @@ def idle_causes(
             _windows(of_phases["reward"], "reward"),
             [(start_s, end_s, "driver")],
         ]
-        seconds: defaultdict[str, float] = defaultdict(float)
+        found[device] = []
         gaps = list(_gaps([span for spans in workers.values() for span in spans], start_s, end_s))
         for one in windows:
-            gaps = _take(gaps, one, seconds)
-        causes[device] = dict(seconds)
-        _tell_imbalance(causes[device], behind[device])
-    return causes
+            gaps = _take(gaps, one, found[device])
+        found[device].sort()
+    return found
+
+
+def _models(tracks: Tracks) -> dict[str, list[Span]]:
+    """What the model workers did, in order."""
+    return {
+        device: sorted(workers.get("model", ()), key=lambda span: span.start_s) for device, workers in tracks.items()
+    }
 
 
 def shares(causes: Mapping[str, Mapping[str, float]], total_s: float) -> dict[str, float]:
@@ -129,8 +147,8 @@ def _gaps(spans: Sequence[Span], start_s: float, end_s: float) -> Iterator[_Gap]
         yield reached, end_s
 
 
-def _take(gaps: Sequence[_Gap], windows: Sequence[_Window], seconds: defaultdict[str, float]) -> list[_Gap]:
-    """Add what lies within the windows, which are in order and disjoint, to their causes; returns what is left."""
+def _take(gaps: Sequence[_Gap], windows: Sequence[_Window], found: list[_Window]) -> list[_Gap]:
+    """Add what lies within the windows, which are in order and disjoint, to what is found; returns what is left."""
     left: list[_Gap] = []
     first = 0
     for begin, end in gaps:
@@ -143,7 +161,7 @@ def _take(gaps: Sequence[_Gap], windows: Sequence[_Window], seconds: defaultdict
             if high > low:
                 if low > reached:
                     left.append((reached, low))
-                seconds[cause] += high - low
+                found.append((low, high, cause))
                 reached = high
             index += 1
         if reached < end:

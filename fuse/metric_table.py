@@ -49,7 +49,7 @@ def _timed(name: str, unit: str, meaning: str, healthy: str = "") -> MetricEntry
     return MetricEntry(name=name, unit=unit, meaning=meaning, healthy=healthy, is_timed=True)
 
 
-_SPREAD = "Zero: all responses score the same, and nothing is learnt"
+_SPREAD = "Above 0; at 0 all responses score the same, and nothing is learnt"
 
 GROUPS = (
     MetricGroup(
@@ -163,7 +163,7 @@ GROUPS = (
             _entry(
                 "grad_norm/{role}",
                 "",
-                "With one: each model's gradient norm before clipping, mean over steps",
+                "With a critic: each model's gradient norm before clipping, mean over steps",
                 "No jumps",
             ),
             _entry("lr", "", "PPO: learning rate"),

@@ -14,14 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import SaveStrategy
 
-from fuse import checkpoint, run_state
+from fuse import checkpoint, run_state, update_log
 from fuse.config.differences import differences, kept_options
 from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
 from fuse.termination import Terminated
-from fuse.trace import PhaseClock, Span, write_chrome_trace
+from fuse.trace import PhaseClock, Span
+from fuse.trace_file import DRIVER, write_chrome_trace
 from fuse.trainers.callbacks import (
     PPOState,
     callback_handler,
@@ -68,6 +69,7 @@ class Run:
     ) -> None:
         self.args, self.length, self.model, self.policy, self.tokenizer = args, length, model, policy, tokenizer
         self.output_dir = Path(str(args.output_dir))
+        self._log = self.output_dir / update_log.NAME
         self._num_rows, self._rate_name, self._tell = num_rows, rate_name, tell
         self._is_new = True
         self._saved_step: int | None = None  # of the last checkpoint that this run can go on from
@@ -124,6 +126,8 @@ class Run:
                 untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
                 restore_callbacks(self.callback_handler, untyped)
             run_state.restore_random_generators(saved.random_generators)
+        with dispensable(self._log):
+            update_log.keep_until(self._log, self.state.global_step)
         self.state.max_steps = self.length.num_steps
         self.state.num_train_epochs = self.length.num_epochs(self._num_rows)
         state: Any = self.state
@@ -181,6 +185,9 @@ class Run:
         counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
         self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
+        if self.args.trace_steps:
+            with dispensable(self._log):
+                update_log.append(self._log, update_log.record_of(state.global_step, logged, tracks, clock))
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:
             self.save_checkpoint(fleet)
@@ -237,6 +244,13 @@ class Run:
             if bar is not None:
                 bar.set_postfix_str(text)
 
+    def _about_traces(self) -> dict[str, object]:
+        """What readers of a trace need to know to simulate its rollout."""
+        args = self.args
+        policy = args.migration_policy if args.inter_stage_fusion else "none"
+        limits = {"max_new_tokens": args.max_response_tokens, "max_batch": args.engine_batch_size}
+        return {"update": self.state.global_step, "policy": policy, **limits}
+
     def _report_time(
         self,
         tracks: Mapping[str, Mapping[str, Sequence[Span]]],
@@ -248,7 +262,8 @@ class Run:
         if self.args.trace_steps and step % self.args.trace_steps == 0:
             path = self.output_dir / "traces" / f"iteration-{step:05d}.json"
             with dispensable(path):
-                write_chrome_trace(path, tracks)
+                driver = {"phases": clock.spans, "rewards": clock.rewards}
+                write_chrome_trace(path, {**tracks, DRIVER: driver}, self._about_traces())
                 _delete_oldest(path, self.args.trace_limit)
         report = iteration_report(tracks, clock, planned)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))

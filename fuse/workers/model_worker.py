@@ -152,7 +152,8 @@ class ModelWorker:
     def infer(self, sequences: Sequence[scoring.TokenSequence]) -> list[scoring.Inference]:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
-        sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
+        sizes: dict[str, object] = {"samples": len(sequences), "tokens": sum(map(len, sequences))}
+        sizes |= {"call": self._num_inferences, "sample_ids": [sequence.sample_id for sequence in sequences]}
         said: dict[str, Sequence[Any]] = {}
         for role, model in self._scoring.items():
             with self._recorder.span(role, "infer", **sizes):
