@@ -15,6 +15,7 @@ MARKED: dict[str, tuple[str, ...]] = {
         "tests/schedules/export/test_drawings.py::test_libraries_are_loaded_only_to_draw",
         "tests/run_page/test_page_in_browser.py",
         "tests/schedules/export/test_page_in_browser.py",
+        "tests/schedules/export/test_playground_in_browser.py",
     ),
 }
 """By marker, how the tests begin that have it."""

@@ -7,6 +7,7 @@ simple greedy rule gives it.
   fuse show ppo_run --html run.html                                   a run on one page
   fuse show ppo_run/traces/iteration-00003.json --html update.html    one update: its rollout, and all its steps
   fuse show --demo --html demo.html                                   a page without a run
+  fuse show --playground page.html                                    schedules under sliders
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fuse.printable import printable
 from fuse.run_page.data import details
 from schedules.bounds import makespan_lower_bound
 from schedules.critical_path import critical_path
-from schedules.export import chrome, html, svg
+from schedules.export import chrome, html, playground, svg
 from schedules.export.chart import MICROSECONDS, TICKS, Units
 from schedules.export.pipelining import pipelining_csv
 from schedules.export.terminal import MARGIN, legend, rank_lines
@@ -43,6 +44,8 @@ from schedules.timing import Timing, evaluate
 from schedules.validate import check
 
 _LEAST_COLUMNS = 20
+_PLAYGROUND_S = 1.0
+"""Of the search for each schedule of the page with sliders."""
 _CONTENTS = "a problem, schedule, solution or trace"
 
 
@@ -63,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--csv", type=output_file, metavar="OUT",
         help='write what torch.distributed.pipelining loads with format="compute_comms"',
+    )  # fmt: skip
+    parser.add_argument(
+        "--playground", type=output_file, metavar="OUT",
+        help="without FILE: write a page with sliders that compares schedules of two models, which takes half a minute",
     )  # fmt: skip
     parser.add_argument(
         "--step", type=int, metavar="N",
@@ -93,6 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
     outputs: dict[str, Path] = {
         name: path for name in ("html", "svg", "chrome", "csv") if (path := getattr(arguments, name)) is not None
     }
+    if arguments.playground is not None:
+        if arguments.file is not None or arguments.demo or outputs:
+            raise ValueError("--playground is of no FILE: give it alone")
+        with console.status("solving") as status:
+            text = playground.page(_PLAYGROUND_S, num_workers=2, tell=status.update)
+        _write(arguments.playground, text, console)
+        return 0
     if arguments.demo or (arguments.file is not None and arguments.file.is_dir()):
         return _show_run(arguments.file, outputs, console)
     if arguments.file is None:

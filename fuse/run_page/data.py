@@ -24,7 +24,7 @@ from schedules.recorded import RecordedStep, is_trace, recorded_steps
 
 MOST_DETAILS = 12
 """Updates whose traces a page carries, evenly chosen; more would make it slow to open."""
-_MOST_BYTES = 24_000_000
+_MOST_BYTES = 100_000_000
 """Of traces that a page is made of."""
 _FIGURES = 5
 _TRACE_NAME = re.compile(r"iteration-([0-9]+)\.json")

@@ -101,8 +101,10 @@ function phaseBars() {
   legend('phase-key', [...names.map(name => [name, css(PHASES[name] || 'busy')]), ['rest', css('busy')]]);
 }
 
+const ORDER = ['G', 'X', 'I', 'T', 'O', 'W', 'B'];  // of what is stacked where updates are narrow
+
 // Devices on one clock. Pauses between updates, as of a run that was resumed later, are cut to a sliver.
-let clock = [], counts = new Map();
+let clock = [], counts = new Uint8Array();
 function makeClock() {
   const mean = run.updates.reduce((s, _, i) => s + run.end[i] - run.start[i], 0) / run.updates.length;
   let at = 0;
@@ -110,16 +112,14 @@ function makeClock() {
     if (i) at += clamp(run.start[i] - run.end[i - 1], 0, mean / 20);
     const begin = at; at += run.end[i] - run.start[i]; return [begin, at];
   });
-  counts.clear();
+  const n = ORDER.length, places = new Map(ORDER.map((letter, k) => [letter.charCodeAt(0), k]));
+  counts = new Uint8Array(run.updates.length * run.devices.length * n);
+  run.strips.forEach((strips, i) => strips.forEach((strip, d) => {
+    const at = (i * run.devices.length + d) * n;
+    for (let c = 0; c < strip.length; c++) { const k = places.get(strip.charCodeAt(c)); if (k !== undefined) counts[at + k]++; }
+  }));
 }
 const whole = () => clock[clock.length - 1][1] || 1;
-const ORDER = ['G', 'X', 'I', 'T', 'O', 'W', 'B'];
-function countOf(i, d) {
-  const key = i * run.devices.length + d;
-  let of = counts.get(key);
-  if (!of) { of = {}; for (const letter of run.strips[i][d]) of[letter] = (of[letter] || 0) + 1; counts.set(key, of); }
-  return of;
-}
 function updateAt(t) {
   let low = 0, high = clock.length - 1;
   while (low < high) { const middle = (low + high + 1) >> 1; if (clock[middle][0] <= t) low = middle; else high = middle - 1; }
@@ -134,27 +134,17 @@ function devices() {
   pen.fillStyle = css('space'); for (let d = 0; d < rows; d++) pen.fillRect(margin, d * row, plot, row - 1);
   pen.save(); pen.beginPath(); pen.rect(margin, 0, plot, height); pen.clip();
   const first = updateAt(from), last = updateAt(to);
-  for (let i = first; i <= last;) {
-    const wide = (clock[i][1] - clock[i][0]) * scale;
-    let end = i;  // of those that share three pixels
-    if (wide < 6) while (end < last && (clock[end + 1][1] - clock[i][0]) * scale < 3) end++;
-    const x0 = margin + (clock[i][0] - from) * scale, x1 = margin + (clock[end][1] - from) * scale;
+  if (plot / (last - first + 1) < 6) far(pen, margin, Math.max(1, Math.floor(plot)), rows, row);
+  else for (let i = first; i <= last; i++) {
+    const x0 = margin + (clock[i][0] - from) * scale, x1 = margin + (clock[i][1] - from) * scale;
     for (let d = 0; d < rows; d++) {
-      if (wide < 6) {
-        const sums = {}; let all = 0;
-        for (let u = i; u <= end; u++) for (const [letter, c] of Object.entries(countOf(u, d))) { sums[letter] = (sums[letter] || 0) + c; all += c; }
-        let y = (d + 1) * row - 1;
-        for (const letter of ORDER) if (sums[letter]) { const h = (row - 1) * sums[letter] / all; pen.fillStyle = colours[letter]; pen.fillRect(x0, y - h, Math.max(1, x1 - x0), h); y -= h; }
-      } else {
-        const strip = run.strips[i][d], cell = (x1 - x0) / strip.length;
-        for (let c = 0; c < strip.length;) {
-          let e = c + 1; while (e < strip.length && strip[e] === strip[c]) e++;
-          if (colours[strip[c]]) { pen.fillStyle = colours[strip[c]]; pen.fillRect(x0 + c * cell, d * row, (e - c) * cell + .4, row - 1); }
-          c = e;
-        }
+      const strip = run.strips[i][d], cell = (x1 - x0) / strip.length;
+      for (let c = 0; c < strip.length;) {
+        let e = c + 1; while (e < strip.length && strip[e] === strip[c]) e++;
+        if (colours[strip[c]]) { pen.fillStyle = colours[strip[c]]; pen.fillRect(x0 + c * cell, d * row, (e - c) * cell + .4, row - 1); }
+        c = e;
       }
     }
-    i = end + 1;
   }
   const a = margin + (clock[chosen][0] - from) * scale, b = margin + (clock[chosen][1] - from) * scale;
   pen.strokeStyle = css('ink'); pen.lineWidth = 2; pen.strokeRect(a, 1, Math.max(2, b - a), rows * row - 2);
@@ -183,6 +173,31 @@ function devices() {
   };
   canvas.onclick = e => { const x = e.clientX - canvas.getBoundingClientRect().left; if (!moved && x >= margin) choose(updateAt(time(x))); };
   canvas.onwheel = e => { if (!e.ctrlKey && !e.metaKey) return; e.preventDefault(); zoom(e.deltaY > 0 ? 1.25 : .8, time(e.clientX - canvas.getBoundingClientRect().left)); };
+}
+// Where updates are narrow: in every column of pixels, what share of its updates each device spent on what.
+function far(pen, margin, width, rows, row) {
+  const n = ORDER.length, image = new ImageData(width, rows * row), pixels = new Uint32Array(image.data.buffer), [from, to] = view;
+  const pixel = hex => { const x = parseInt(hex.slice(1), 16); return (0xff000000 | (x & 255) << 16 | (x >> 8 & 255) << 8 | x >> 16) >>> 0; };
+  const paints = ORDER.map(letter => pixel(colourOf(letter))), space = pixel(css('space')), paper = pixel(css('paper'));
+  let i = updateAt(from);
+  for (let x = 0; x < width; x++) {
+    const end = updateAt(from + (to - from) * (x + 1) / width), all = (end - i + 1) * run.cells;
+    for (let d = 0; d < rows; d++) {
+      let y = (d + 1) * row - 1, sum = 0;
+      pixels[y * width + x] = paper;
+      for (let k = 0; k < n; k++) {
+        for (let u = i; u <= end; u++) sum += counts[(u * rows + d) * n + k];
+        const top = (d + 1) * row - 1 - Math.round((row - 1) * sum / all);
+        while (y > top) { y--; pixels[y * width + x] = paints[k]; }
+      }
+      while (y > d * row) { y--; pixels[y * width + x] = space; }
+    }
+    i = end;
+  }
+  const drawn = document.createElement('canvas');
+  drawn.width = width; drawn.height = rows * row;
+  drawn.getContext('2d').putImageData(image, 0, 0);
+  pen.imageSmoothingEnabled = false; pen.drawImage(drawn, margin, 0);
 }
 let waiting = false, drag = null, moved = false;
 function look(from, to) {
