@@ -66,7 +66,9 @@ def recorded_rollout(trace: Mapping[str, object]) -> Recorded | None:
         return None
     busy = [[span for span in spans if span.category in _KINDS] for spans in devices.values()]
     start_s = min(span.start_s for name in devices for span in [*stays[name], *devices[name]] if _counts(span))
-    samples, tokens, prompt_tokens = [], {}, {}
+    samples: list[SampleSpan] = []
+    tokens: dict[int, int] = {}
+    prompt_tokens: dict[int, int] = {}
     for device, name in enumerate(devices):
         for span in stays[name]:
             sample = _whole(span, "sample")

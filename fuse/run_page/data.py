@@ -148,7 +148,7 @@ def _rollout(result: SimulationResult, recorded: Recorded) -> dict[str, Any]:
     counts: dict[int, int] = {}
     for span in result.samples:
         counts[span.sample] = counts.get(span.sample, 0) + 1
-    bars: list[list[float]] = []
+    bars: list[list[float | None]] = []
     num_lanes = 1
     for device in range(len(result.timeline)):
         spans = [span for span in result.samples if span.device == device]

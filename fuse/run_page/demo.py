@@ -96,9 +96,16 @@ def _simulated(lengths: np.ndarray, num_devices: int) -> SimulationResult:
 
 
 def _schedule(num_devices: int) -> Schedule:
-    options = {"actor_stages": num_devices, "critic_stages": num_devices}
-    counts = {"actor_microbatches": 2 * num_devices, "critic_microbatches": 2 * num_devices}
-    return greedy(actor_and_critic(**options, **counts, actor_forward=2, critic_forward=1).problem)
+    return greedy(
+        actor_and_critic(
+            actor_stages=num_devices,
+            critic_stages=num_devices,
+            actor_microbatches=2 * num_devices,
+            critic_microbatches=2 * num_devices,
+            actor_forward=2,
+            critic_forward=1,
+        ).problem
+    )
 
 
 def _tracks(

@@ -61,14 +61,9 @@ def token_rates(
 def _trained_tokens(sizes: Sequence[int], rounds: Sequence[Round]) -> int:
     """Samples by their numbers in the update; where an algorithm trains on pairs of them, all count as the mean."""
     roles = {role for one in rounds for role in one.parts}
-    role = GENERATING if GENERATING in roles else next(iter(roles), None)
-    places = [
-        sample
-        for one in rounds
-        if role in one.parts
-        for micro_batch in one.parts[role].micro_batches
-        for sample in micro_batch
-    ]
+    role = GENERATING if GENERATING in roles else next(iter(roles), "")
+    parts = [one.parts[role] for one in rounds if role in one.parts]
+    places = [sample for part in parts for micro_batch in part.micro_batches for sample in micro_batch]
     if len({*places}) != len(sizes):
         return round(len(places) * statistics.fmean(sizes)) if sizes else 0
     return sum(sizes[place] for place in places)
