@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from fuse.idle_causes import NOT_BUSY
 from fuse.trace import Span, busy_s
 
 _K = TypeVar("_K", bound=Hashable)
@@ -84,8 +85,8 @@ def idle_shares(tracks: Tracks, start_s: float, end_s: float) -> dict[str, float
 
 
 def spans_of(workers: Mapping[str, Sequence[Span]]) -> list[Span]:
-    """All spans of a device's workers."""
-    return list(itertools.chain.from_iterable(workers.values()))
+    """All spans of a device's workers that it took time for."""
+    return [span for span in itertools.chain.from_iterable(workers.values()) if span.category not in NOT_BUSY]
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -29,7 +29,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "demo": "teach a small model to add, from nothing, in a few minutes",
         "plan": "say what a run holds in memory on each device, and whether it fits",
         "solve": "find a fused pipeline schedule",
-        "show": "print or draw a schedule and its timing",
+        "show": "print or draw a run, one of its traces, or a schedule",
+        "watch": "serve the page of a run while it goes on",
         "simulate": "replay recorded response lengths under migration policies",
     }
 )

@@ -21,8 +21,8 @@ class RunState:
     """Where a run is, as its driver knows it.
 
     run_id: of the run, the same when it is resumed. saved_s: `time.time()` when this was written.
-    run: what must not change on resumption. options: of the configuration, what a change of is told; {} in
-    checkpoints of versions that did not keep it.
+    run: what must not change on resumption. options: of the configuration, what a change of is told. reports: where
+    metrics went. Both are {} in checkpoints of versions that did not keep them.
     """
 
     run_id: str
@@ -31,6 +31,7 @@ class RunState:
     lr_scheduler: dict[str, Any]
     random_generators: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

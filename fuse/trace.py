@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 _EPOCH_S = time.time() - time.monotonic()
@@ -115,12 +113,17 @@ def _told(span: _Marked, seconds: Iterator[float]) -> Span:
 
 
 class PhaseClock:
-    """Wall time of an iteration and of the named phases inside it."""
+    """Wall time of an iteration and of the named phases inside it, which `spans` has one by one.
+
+    rewards: calls of reward functions, for whoever makes them to tell.
+    """
 
     def __init__(self) -> None:
         self.start_s = now_s()
         self.end_s = self.start_s
         self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
+        self.rewards: list[Span] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -129,6 +132,7 @@ class PhaseClock:
             yield
         finally:
             self.end_s = now_s()
+            self.spans.append(Span(name, "phase", start_s, self.end_s))
             self.seconds[name] = self.seconds.get(name, 0.0) + self.end_s - start_s
 
 
@@ -141,34 +145,3 @@ def busy_s(spans: Sequence[Span], start_s: float, end_s: float) -> float:
             covered += end - begin
             reached = end
     return covered
-
-
-def write_chrome_trace(path: Path, tracks: Mapping[str, Mapping[str, Sequence[Span]]]) -> None:
-    """Write spans as Chrome trace-event JSON (opens in Perfetto), making the directory.
-
-    `tracks` maps a device's name to its worker tracks, each a list of spans. Times become microseconds
-    since the earliest span. Source: the Trace Event Format's complete ("X") and metadata ("M") events.
-    """
-    origin_s = min(
-        (span.start_s for workers in tracks.values() for spans in workers.values() for span in spans), default=0.0
-    )
-    events: list[dict[str, object]] = []
-    for process, (device, workers) in enumerate(tracks.items()):
-        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": device}})
-        for thread, (worker, spans) in enumerate(workers.items()):
-            events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": worker}})
-            events.extend(
-                {
-                    "ph": "X",
-                    "name": span.name,
-                    "cat": span.category,
-                    "pid": process,
-                    "tid": thread,
-                    "ts": (span.start_s - origin_s) * 1e6,
-                    "dur": span.duration_s * 1e6,
-                    "args": dict(span.arguments),
-                }
-                for span in spans
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

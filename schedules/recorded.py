@@ -21,6 +21,8 @@ from schedules.validate import check
 _NAME_FORM = re.compile(r"([FBIW]) (.+)\.([0-9]{1,9})\.([0-9]{1,9})")
 TICK_S = 1e-6
 _MOST_MICROSECONDS = 1e15
+_NO_SECONDS = ("sample", "phase")
+"""Categories of what lasts while a device, or the driver, does other things."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,7 @@ def busy_seconds(trace: object) -> dict[str, dict[str, float]]:
         arguments = event.get("args")
         if event.get("name") == "process_name" and isinstance(arguments, Mapping):
             names[int(_number(event, "pid"))] = str(arguments.get("name"))
-        elif event.get("ph") == "X":
-            category = str(event.get("cat", "other"))
+        elif event.get("ph") == "X" and (category := str(event.get("cat", "other"))) not in _NO_SECONDS:
             seconds[int(_number(event, "pid"))][category] += TICK_S * _duration(event)
     return {names.get(device, f"process {device}"): dict(spent) for device, spent in sorted(seconds.items())}
 

@@ -13,7 +13,9 @@ MARKED: dict[str, tuple[str, ...]] = {
         "tests/benchmarks/rollout/test_command.py::test_compares_with_vllm",
         "tests/benchmarks/training/test_command.py::test_emulates_schedules_and_says_so",
         "tests/schedules/export/test_drawings.py::test_libraries_are_loaded_only_to_draw",
+        "tests/run_page/test_page_in_browser.py",
         "tests/schedules/export/test_page_in_browser.py",
+        "tests/schedules/export/test_playground_in_browser.py",
     ),
 }
 """By marker, how the tests begin that have it."""

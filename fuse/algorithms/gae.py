@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fuse.algorithms.batch import Experience, Segments, counted_tokens
 from fuse.algorithms.policy_loss import PolicyTargets
+from fuse.algorithms.response_lengths import length_metrics
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.ops.shaped_gae import shaped_gae
 from fuse.sample import Sample, SampleState, SpecialTokens, length_to_stop
@@ -46,7 +47,8 @@ def estimate(
     Each sample holds `length` reference log-probabilities and length + 1 values.
 
     Returns:
-        The experience, and TRL's `objective/*` and `val/num_eos_tokens` metrics.
+        The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how long
+        responses were, and what the critic explains.
     """
     assert all(sample.state is SampleState.SCORED for sample in samples)
     responses = tuple(tuple(sample.response_ids) for sample in samples)
@@ -100,7 +102,25 @@ def estimate(
         "objective/rlhf_reward": mean_score - settings.kl_coef * mean_kl,
         "objective/scores": mean_score,
         "val/num_eos_tokens": _num_eos_tokens(responses, special, width),
+        "objective/scores_std": float(scores.std()) if num_samples > 1 else 0.0,
+        **length_metrics(samples, torch.tensor([_has_eos(response, special) for response in responses])),
+        **_explained_variance(values, returns),
     }
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> dict[str, float]:
+    """`critic/explained_variance`: the part of the returns' variance that the critic knew; none where they have none.
+
+    1 for a critic that knew all, 0 for one that says the same of every state, below that for one that is worse.
+    """
+    variance = float(returns.var(correction=0))
+    if variance == 0:
+        return {}
+    return {"critic/explained_variance": 1 - float((returns - values).var(correction=0)) / variance}
+
+
+def _has_eos(response: Sequence[int], special: SpecialTokens) -> bool:
+    return any(token in special.eos for token in response)
 
 
 def _num_eos_tokens(responses: Sequence[Sequence[int]], special: SpecialTokens, width: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fuse.algorithms.batch import Experience, Positions, Segments, Targets, counted_tokens
 from fuse.algorithms.group_advantages import deviation, weighted_sum
 from fuse.algorithms.groups import by_group
+from fuse.algorithms.response_lengths import length_metrics
 from fuse.sample import Sample, SampleState, SpecialTokens
 
 
@@ -115,7 +116,7 @@ def estimate(
         advantages, deviations = advantages_of(scored)
         all_advantages.append(advantages)
         num_tokens.append(max(1, sum(lengths[rollout])))
-        metrics = _length_metrics(samples[rollout], ended[rollout])
+        metrics = length_metrics(samples[rollout], ended[rollout])
         metrics |= _reward_metrics(scored.rewards, deviations, settings)
         if settings.reports_kl:
             metrics["kl"] = float(scored.kl.sum()) / num_tokens[-1]
@@ -154,7 +155,7 @@ def rollout_metrics(
     ended = ended_of(samples, special)
     rewards = rewards_of(samples, ended, settings)
     total = by_group(weighted_sum(rewards, torch.tensor(settings.all_weights)), num_generations)
-    metrics = _length_metrics(samples, ended)
+    metrics = length_metrics(samples, ended)
     return means([metrics | _reward_metrics(rewards, deviation(total, dim=1), settings)])
 
 
@@ -199,20 +200,6 @@ def ended_of(samples: Sequence[Sample], special: SpecialTokens) -> Tensor:
     """Whether the last token of each response is an end of sequence, or padding, bool [samples]."""
     last = [sample.response_ids[sample.length - 1] for sample in samples]
     return torch.tensor([token in special.eos or token == special.pad for token in last])
-
-
-def _length_metrics(samples: Sequence[Sample], ended: Tensor) -> dict[str, float]:
-    lengths = torch.tensor([float(sample.length) for sample in samples])
-    terminated = lengths[ended] if bool(ended.any()) else torch.zeros(1)
-    return {
-        **{f"completions/{name}_length": value for name, value in _spread(lengths).items()},
-        "completions/clipped_ratio": float((~ended).float().mean()),
-        **{f"completions/{name}_terminated_length": value for name, value in _spread(terminated).items()},
-    }
-
-
-def _spread(values: Tensor) -> dict[str, float]:
-    return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
 
 
 def _reward_metrics(rewards: Tensor, deviations: Tensor, settings: GroupSettings) -> dict[str, float]:

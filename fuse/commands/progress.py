@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from fuse.activity import SILENCE_S, Activity
 from fuse.commands.results import mean_reward
+from fuse.commands.run_text import update_text
 from fuse.printable import printable
 
 if TYPE_CHECKING:  # takes seconds to import, of which there is something to tell
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # takes seconds to import, of which there is something to tel
 
 
 class UpdateProgress(TrainerCallback):
-    """Shows what the run is doing, and the mean reward and the seconds of the latest update.
+    """Shows what the run is doing, and what people look at first of the latest update.
 
     Without a terminal it prints a line of the first update, of the last, and of every other that ends at least
     `SILENCE_S` after the update of the last line. clock: seconds.
@@ -69,13 +70,17 @@ class UpdateProgress(TrainerCallback):
         reward = mean_reward(logs or {})
         if logs is None or reward is None:
             return
-        text = f"reward {reward:.3f}, {logs['time/total']:.1f} s per update"
+        text = update_text(logs)
         self._progress.update(self._task, completed=state.global_step, update=f"{text}; ")
         now_s = self._clock()
         is_due = self._printed_s is None or now_s - self._printed_s >= SILENCE_S
         if not self._console.is_terminal and (is_due or state.global_step == state.max_steps):
             self._printed_s = now_s
             self._print(f"{state.global_step}/{state.max_steps}: {text}")
+
+    def announce(self, text: str) -> None:
+        """A line that stays."""
+        self._print(printable(text))
 
     def stop(self) -> None:
         """Leave the terminal as it was; safe to call twice."""

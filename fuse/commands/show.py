@@ -1,8 +1,13 @@
-"""Print a problem, a schedule, a solution or a run's trace; draw it, or export it.
+"""Print a problem, a schedule, a solution, a run or one of its traces; draw it, or export it.
 
-Reads what schedules.formats writes (text or JSON), what `fuse solve --out` writes, and the traces of a run
-(`traces/iteration-*.json` in its output directory), which it lays over their plan. A problem is shown with the schedule
-that a simple greedy rule gives it.
+Reads what schedules.formats writes (text or JSON), what `fuse solve --out` writes, the output directory of a run, and
+its traces (`traces/iteration-*.json` there), which it lays over their plan. A problem is shown with the schedule that a
+simple greedy rule gives it.
+
+  fuse show ppo_run --html run.html                                   a run on one page
+  fuse show ppo_run/traces/iteration-00003.json --html update.html    one update: its rollout, and all its steps
+  fuse show --demo --html demo.html                                   a page without a run
+  fuse show --playground page.html                                    schedules under sliders
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +24,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fuse.commands.output import output_file
+from fuse.commands.show_run import demo_page, run_page, show_run, trace_page
+from fuse.commands.show_trace import MOST_CHARTS, print_rollout, print_steps
 from fuse.commands.tables import cell
 from fuse.printable import printable
+from fuse.run_page.data import details
 from schedules.bounds import makespan_lower_bound
 from schedules.critical_path import critical_path
-from schedules.export import chrome, html, svg
+from schedules.export import chrome, html, playground, svg
 from schedules.export.chart import MICROSECONDS, TICKS, Units
 from schedules.export.pipelining import pipelining_csv
 from schedules.export.terminal import MARGIN, legend, rank_lines
@@ -36,12 +44,18 @@ from schedules.timing import Timing, evaluate
 from schedules.validate import check
 
 _LEAST_COLUMNS = 20
+_PLAYGROUND_S = 1.0
+"""Of the search for each schedule of the page with sliders."""
 _CONTENTS = "a problem, schedule, solution or trace"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse show`."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="a problem, schedule, solution or trace")
+    parser.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE",
+        help="a problem, schedule, solution or trace, or the output directory of a run",
+    )  # fmt: skip
+    parser.add_argument("--demo", action="store_true", help="in place of FILE, a run that is made up")
     parser.add_argument(
         "--html", type=output_file, metavar="OUT", help="write an interactive page, which works offline"
     )
@@ -54,13 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='write what torch.distributed.pipelining loads with format="compute_comms"',
     )  # fmt: skip
     parser.add_argument(
-        "--step", type=int, default=1, metavar="N", help="of a trace, the optimizer step to show (default: 1)"
-    )
+        "--playground", type=output_file, metavar="OUT",
+        help="without FILE: write a page with sliders that compares schedules of two models, which takes half a minute",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step", type=int, metavar="N",
+        help="of a trace, this optimizer step alone (default: all of them; 1 for exports of one)",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What there is to draw. `executed`, `planned`: of a trace. `bounds`: of a solution, by figure."""
+    """What there is to draw. `executed`, `planned`: of a trace. `bounds`: of a solution, by figure.
+
+    `heading`: over it, where there are several. `page`: makes that of the whole file, where this is a part of it.
+    """
 
     title: str
     schedule: Schedule
@@ -68,34 +90,66 @@ class Shown:
     planned: Timing | None = None
     units: Units = TICKS
     bounds: Mapping[str, object]
+    heading: str = ""
+    page: Callable[[], str] | None = None
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the file's contents and write what was asked for."""
     console = Console(highlight=False)
-    shown = _read(arguments.file, arguments.step, console)
     outputs: dict[str, Path] = {
         name: path for name in ("html", "svg", "chrome", "csv") if (path := getattr(arguments, name)) is not None
     }
-    if shown is None:
+    if arguments.playground is not None:
+        if arguments.file is not None or arguments.demo or outputs:
+            raise ValueError("--playground is of no FILE: give it alone")
+        with console.status("solving") as status:
+            text = playground.page(_PLAYGROUND_S, num_workers=2, tell=status.update)
+        _write(arguments.playground, text, console)
+        return 0
+    if arguments.demo or (arguments.file is not None and arguments.file.is_dir()):
+        return _show_run(arguments.file, outputs, console)
+    if arguments.file is None:
+        raise ValueError(f"no FILE: give {_CONTENTS}, the output directory of a run, or --demo")
+    shown = _read(arguments.file, arguments.step, console)
+    if not shown:
         if outputs:
             raise ValueError(f"{arguments.file} holds no training step, so there is no --{next(iter(outputs))} of it")
         return 0
-    _print_schedule(console, shown)
+    for one in shown[:MOST_CHARTS]:
+        if one.heading:
+            console.print(one.heading)
+        _print_schedule(console, one)
     for name, path in outputs.items():
-        path.write_text(_export(name, shown), encoding="utf-8", newline="")
-        console.print(printable(f"wrote {path}"), soft_wrap=True, markup=False)
+        _write(path, _export(name, shown[0]), console)
     return 0
 
 
-def _read(path: Path, step: int, console: Console) -> Shown | None:
+def _show_run(directory: Path | None, outputs: dict[str, Path], console: Console) -> int:
+    if directory is not None and len(outputs) == 0:
+        show_run(console, directory)
+    for name, path in outputs.items():
+        if name != "html":
+            raise ValueError(f"--{name} is of one schedule or trace: a run has --html")
+        _write(path, demo_page() if directory is None else run_page(directory), console)
+    if directory is None and not outputs:
+        raise ValueError("--demo has nothing to print: give --html FILE")
+    return 0
+
+
+def _write(path: Path, text: str, console: Console) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
+    console.print(printable(f"wrote {path}"), soft_wrap=True, markup=False)
+
+
+def _read(path: Path, step: int | None, console: Console) -> list[Shown]:
     """Find out what the file is, print what only that kind has, and take from it what is drawn."""
     text = read_text(path, _CONTENTS)
     word = text.split(maxsplit=1)[0] if text.strip() else ""
     if word == "problem":
-        return _of_problem(problem_from_text(text), console)
+        return [_of_problem(problem_from_text(text), console)]
     if word == "schedule":
-        return _of_schedule(schedule_from_text(text))
+        return [_of_schedule(schedule_from_text(text))]
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
@@ -103,11 +157,11 @@ def _read(path: Path, step: int, console: Console) -> Shown | None:
     except NotReadableError as error:
         raise ValueError(f"{path} {error}: give {_CONTENTS}") from None
     if isinstance(value, dict) and "problem" in value:
-        return _of_problem(problem_from_json(value), console)
+        return [_of_problem(problem_from_json(value), console)]
     if isinstance(value, dict) and isinstance(value.get("schedule"), dict):
-        return _of_solution(value, console)
+        return [_of_solution(value, console)]
     if isinstance(value, dict) and "schedule" in value:
-        return _of_schedule(schedule_from_json(value))
+        return [_of_schedule(schedule_from_json(value))]
     if isinstance(value, dict) and is_trace(value):
         return _of_trace(path, value, step, console)
     raise ValueError(f"{path} is JSON, but none of a problem, a schedule, a solution of fuse solve, or a trace")
@@ -147,23 +201,29 @@ def _of_solution(value: Mapping[str, Any], console: Console) -> Shown:
     return Shown(title="Solved schedule", schedule=schedule, bounds=value)
 
 
-def _of_trace(path: Path, value: Mapping[str, Any], step: int, console: Console) -> Shown | None:
+def _of_trace(path: Path, value: Mapping[str, Any], step: int | None, console: Console) -> list[Shown]:
+    """Every step, or the one that is asked for."""
     steps = recorded_steps(value)
     _print_devices(console, busy_seconds(value))
-    if not steps:
-        return None
-    if not 1 <= step <= len(steps):
+    if step is not None and not 1 <= step <= len(steps):
         raise ValueError(f"--step is {step}, but {path} holds steps 1 to {len(steps)}")
-    chosen = steps[step - 1]
-    console.print(f"training, step {step} of {len(steps)}")
-    return Shown(
-        title=f"{path.stem}, step {step}",
-        schedule=chosen.schedule,
-        executed=chosen.executed,
-        planned=chosen.planned,
-        units=MICROSECONDS,
-        bounds={},
-    )
+    if step is None:
+        print_rollout(console, value)
+        print_steps(console, steps)
+    return [
+        Shown(
+            title=f"{path.stem}, step {number}",
+            schedule=one.schedule,
+            executed=one.executed,
+            planned=one.planned,
+            units=MICROSECONDS,
+            bounds={},
+            heading=f"training, step {number} of {len(steps)}",
+            page=(lambda: trace_page(path.stem, value, details(value))) if step is None else None,
+        )
+        for number, one in enumerate(steps, start=1)
+        if step in (None, number)
+    ]
 
 
 def _print_devices(console: Console, seconds: Mapping[str, Mapping[str, float]]) -> None:
@@ -233,6 +293,8 @@ def _path_line(shown: Shown) -> str:
 
 def _export(name: str, shown: Shown) -> str:
     drawing = {"title": shown.title, "executed": shown.executed, "planned": shown.planned, "units": shown.units}
+    if name == "html" and shown.page is not None:
+        return shown.page()
     if name == "html":
         return html.page(html.figure(shown.schedule, overview=True, **drawing))  # type: ignore[arg-type]
     if name == "svg":

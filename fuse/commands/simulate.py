@@ -1,10 +1,7 @@
 """Replay recorded response lengths under migration policies: what would each save?
 
 Each iteration takes the next rows of the trace as a batch; policies that learn from lengths learn from all other rows.
-In the table, known is the best of these policies and of the adaptive one told all lengths beforehand; no policy beats
-the bound, and none that cannot tell which samples will be long beats the blind bound on average. Gain is over none,
-followed by its parts of the gains of known and blind; moves and GB are what migrations carried. Several traces or
-maxima of tokens make a table of gains, a line each.
+Several traces or maxima of tokens make a table of gains, a line each; of one the columns are explained below it.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from rich.progress import track
 
 from fuse.commands.options import check_counts
 from fuse.commands.output import output_file
-from fuse.commands.simulation_tables import show_gains, show_policies
+from fuse.commands.simulation_tables import show_costs, show_gains, show_policies
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.dealing import prompt_numbers
 from fuse.interstage.drawing import picture
@@ -88,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     outcomes = [_simulate(console, arguments, setting, costs) for setting in settings]
     rows = [row for outcome in outcomes for row in outcome.rows]
+    show_costs(console, arguments.costs, costs)
     first = outcomes[0].results
     if len(outcomes) == 1:
         show_policies(console, rows, first)

@@ -9,11 +9,22 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fuse.commands.tables import cell
+from fuse.interstage.costs import CostModel
 from fuse.interstage.rollout import SimulationResult
 from fuse.interstage.timeline import chart
+from fuse.printable import printable
 
 _BOUNDS = {"blind": "blind_bound_seconds", "bound": "oracle_seconds"}
 """By title, the field of a row with the seconds of a bound."""
+_TOKENS, _BATCH = 1000, 64
+_COLUMNS = (
+    "seconds: of the iteration's rollout; decoding: of these, until the last token",
+    "gain: how many times as fast as none; of known, of blind: the part of their gain that this is",
+    "idle: of all devices' time; moves, GB: what migrations carried",
+    "known: the best of these policies, and of the adaptive one told all lengths beforehand",
+    "bound: no policy is faster; blind: on average none that cannot tell which samples will be long",
+)
+"""What the table's words mean, a line each."""
 
 
 def show_policies(
@@ -36,6 +47,20 @@ def show_policies(
         console.print(chart(those[0], width=max(20, console.width - 8), end_s=end_s), soft_wrap=True, markup=False)
     console.print()
     console.print(table)
+    for line in _COLUMNS:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def show_costs(console: Console, name: str, costs: CostModel) -> None:
+    """Which cost model is assumed, and what it says of a few operations."""
+    one_s, many_s = costs.decode_step(1, _TOKENS), costs.decode_step(_BATCH, _BATCH * _TOKENS)
+    scored_s = costs.inference_s + costs.inference_token_s * _TOKENS
+    text = (
+        f"costs {name}: a decode step of one sample with {_TOKENS:,} tokens of context takes {1e3 * one_s:.3g} ms, of "
+        f"{_BATCH} {1e3 * many_s:.3g} ms; scoring {_TOKENS:,} tokens {1e3 * scored_s:.3g} ms; the KV of a token has "
+        f"{costs.kv_bytes_per_token:,} bytes"
+    )
+    console.print(printable(text), soft_wrap=True, markup=False)
 
 
 def show_gains(console: Console, settings: Sequence[Sequence[dict[str, object]]]) -> None:

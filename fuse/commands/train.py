@@ -33,6 +33,7 @@ from fuse.commands.algorithms import NAMES, OPTION, asked_for, config_class
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import run_json
+from fuse.commands.run_text import how_to_go_on, plan_text
 from fuse.commands.train_inputs import read_inputs
 from fuse.config.inherited import CANNOT_MATTER, REFUSED_VALUES, REMEDIES
 from fuse.config.inherited_help import HELP, ONE_VALUE
@@ -143,10 +144,11 @@ def run(arguments: argparse.Namespace) -> int:
 
             trainer = make_trainer(arguments, inputs, tell, cluster)
             progress.watch(trainer)
+            progress.announce(plan_text(trainer))
             try:
                 trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
             except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt(f"interrupted: {trainer.how_to_resume}") from interrupt
+                raise KeyboardInterrupt(f"interrupted: {how_to_go_on(trainer)}") from interrupt
         trainer.save_model()
     written = printable(f"policy written to {trainer.args.output_dir}")
     console.print(written, highlight=False, markup=False, soft_wrap=True)

@@ -138,7 +138,7 @@ def request_of(sample: Sample, params: SamplingParams, max_new_tokens: Mapping[i
 
 def sequence_of(sample: Sample) -> TokenSequence:
     """What models score: the prompt, and the response as far as it counts."""
-    return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]), sample.rewarded_ids)
+    return TokenSequence(sample.prompt_ids, tuple(sample.response_ids[: sample.length]), sample.rewarded_ids, sample.id)
 
 
 def apply_progress(sample: Sample, progress: Progress, params: SamplingParams, pad_token_id: int | None) -> bool:

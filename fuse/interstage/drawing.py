@@ -29,6 +29,8 @@ _INFERENCE_LINE = "#c05a10"
 _SLOT_INCHES = 0.035
 _WIDTH_INCHES = 11.0
 _TOP, _BOTTOM = 0.08, 0.92  # of a device's band, y growing downwards
+_MOST_EDGED = 16
+"""Slots of a device whose bars have white edges: of more, these would be all that one sees, and pale every colour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,10 @@ class RolloutChart:
     inference: tuple[Block, ...]
     num_slots: int
     summary: str
+
+    def edge(self, width: float) -> float:
+        """Of the line around a bar, where there is room for one."""
+        return width if self.num_slots <= _MOST_EDGED else 0.0
 
 
 def rollout_chart(result: SimulationResult) -> RolloutChart:
@@ -148,7 +154,8 @@ def _draw(axes: Axes, chart: RolloutChart) -> None:
         boxes = [corners(bar.span.start_s, bar.span.end_s, bar.top, bar.bottom) for bar in bars]
         if boxes:
             axes.add_collection(
-                PolyCollection(boxes, facecolor=colour, edgecolor="white", linewidth=0.25, label=label), autolim=False
+                PolyCollection(boxes, facecolor=colour, edgecolor="white", linewidth=chart.edge(0.25), label=label),
+                autolim=False,
             )
     blocks = [
         corners(block.start_s, block.end_s, block.device + _TOP, block.device + _BOTTOM) for block in chart.inference
@@ -211,7 +218,7 @@ def page(result: SimulationResult, *, title: str = "Rollout", end_s: float | Non
                     for bar in bars
                 ],
                 hovertemplate="%{hovertext}<extra></extra>",
-                marker={"color": colour, "line": {"color": "white", "width": 0.5}},
+                marker={"color": colour, "line": {"color": "white", "width": chart.edge(0.5)}},
             )
         )
     traces.append(

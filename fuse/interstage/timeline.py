@@ -15,12 +15,12 @@ def chart(result: SimulationResult, *, width: int = 80, end_s: float | None = No
     """Each column shows what the device does in its middle: G generates, i infers, a dot is idle.
 
     `end_s` is the time at the right edge (default: the makespan), for charts to compare. Of many devices some
-    are shown, evenly chosen by when they are done with generation, those that generate longest first.
+    are shown, evenly chosen by when they are done with generation, in their order.
     """
     end_s = end_s or result.makespan_s
     order = sorted(range(len(result.timeline)), key=lambda device: (-_generated_s(result.timeline[device]), device))
     num_lines = min(_MAX_LINES, len(order))
-    shown = [order[line * len(order) // num_lines] for line in range(num_lines)]
+    shown = sorted(order[line * len(order) // num_lines] for line in range(num_lines))
     lines = []
     for device in shown:
         spans = result.timeline[device]

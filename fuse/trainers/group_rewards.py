@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from fuse.roles import numbered
 from fuse.sample import Group, Sample
+from fuse.trace import Span
 from fuse.trainers.reward_calls import RewardCalls, RewardSettings
 from fuse.trainers.rewards import RewardFunction, function_name
 
@@ -187,6 +188,10 @@ class GroupRewards:
                 self._decode([list(without[0].prompt_ids)])[0][:60],
             )
         return {**metrics, **self.journal.drain()}
+
+    def drain_spans(self) -> list[Span]:
+        """As `RewardCalls.drain_spans`, of all functions."""
+        return [span for calls in self._calls for span in calls.drain_spans()]
 
     def _columns_of(self, sample: Sample) -> Mapping[str, Any]:
         return {

@@ -12,6 +12,7 @@ from fuse.trace import PhaseClock
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.metrics import reduce_metrics
 from fuse.trainers.run import Run
+from fuse.trainers.update_metrics import kl_by_position
 from fuse.training.late_scores import tell
 from fuse.training.rounds import Round
 
@@ -43,4 +44,5 @@ def updates(
             reports = beside.submit(report)
             fleet.synchronise(run.state.global_step + len(rounds))
         trained = reduce_metrics(reports.result(), num_places)
-        yield run.finish_update(fleet, samples, metrics | trained | rewarding, clock)
+        metrics |= kl_by_position(samples)
+        yield run.finish_update(fleet, samples, rounds, metrics | trained | rewarding, clock)

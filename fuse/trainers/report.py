@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from fuse.idle_causes import NOT_BUSY, idle_causes, shares, training_steps
 from fuse.trace import PhaseClock, Span, busy_s
-
-_MOST_DEVICES = 8
-"""Of more, only what is true of all is told."""
+from fuse.trainers.update_metrics import MOST_DEVICES
 
 
 def iteration_report(
@@ -20,9 +19,10 @@ def iteration_report(
     """What an iteration's spans, by device and worker, say.
 
     `time/{phase}` and `time/total` in seconds; `idle/{device}`: the share in which no worker of it computed, and of
-    more than 8 devices `idle/min`, `idle/mean` and `idle/max`, so that logs do not grow with devices; and where
-    training was planned, `bubble/planned`, `bubble/executed` and `bubble/serial`: idle shares of all devices while they
-    train, in the plan, in fact, and as it would be without fusion. Then, too, `gain/bidirectional`: how much faster
+    more than 8 devices `idle/min`, `idle/mean` and `idle/max`, so that logs do not grow with devices;
+    `idle_cause/{cause}`, the parts of all devices' time that these add up to. Where training was planned,
+    `bubble/planned`, `bubble/executed` and `bubble/serial`: idle shares of all devices while they train, in the plan,
+    in fact, and as it would be without fusion. Then, too, `gain/bidirectional`: how much faster
     than by plain 1F1B two opposite replicas were planned to train, a ratio less one; and `gain/forward_only`: as much
     of steps that score, too, against scoring first. Where a run does both, both are of the two together.
 
@@ -32,12 +32,14 @@ def iteration_report(
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
     idle = {}
     for device, workers in tracks.items():
-        spans = [span for spans in workers.values() for span in spans]
+        spans = [span for spans in workers.values() for span in spans if span.category not in NOT_BUSY]
         idle[device] = 1.0 - busy_s(spans, clock.start_s, clock.end_s) / total_s
-    if len(idle) > _MOST_DEVICES:
-        shares = idle.values()
-        idle = {"min": min(shares), "mean": statistics.mean(shares), "max": max(shares)}
+    if len(idle) > MOST_DEVICES:
+        known = idle.values()
+        idle = {"min": min(known), "mean": statistics.mean(known), "max": max(known)}
     report |= {f"idle/{name}": share for name, share in idle.items()}
+    causes = shares(idle_causes(tracks, clock.start_s, clock.end_s, clock.spans), total_s)
+    report |= {f"idle_cause/{name}": share for name, share in causes.items()}
     bubbles = _bubbles([workers["model"] for workers in tracks.values()])
     return {**report, **bubbles, **(planned if bubbles else {})}
 
@@ -45,7 +47,7 @@ def iteration_report(
 def _bubbles(tracks: Sequence[Sequence[Span]]) -> dict[str, float]:
     """`bubble/planned` and `bubble/executed` over all planned steps; none where there is no plan."""
     planned_s = planned_busy_s = executed_s = executed_busy_s = 0.0
-    for step in zip(*(_steps(track) for track in tracks), strict=True):
+    for step in zip(*(training_steps(track) for track in tracks), strict=True):
         plans = [_planned(span) for spans in step for span in spans]
         spans = [span for spans in step for span in spans]
         if not spans or None in plans:
@@ -58,17 +60,6 @@ def _bubbles(tracks: Sequence[Sequence[Span]]) -> dict[str, float]:
     if not planned_s or not executed_s:
         return {}
     return {"bubble/planned": 1 - planned_busy_s / planned_s, "bubble/executed": 1 - executed_busy_s / executed_s}
-
-
-def _steps(track: Sequence[Span]) -> list[list[Span]]:
-    """A device's training operations, step by step: the optimizers end each."""
-    steps: list[list[Span]] = [[]]
-    for before, span in zip([None, *track], track, strict=False):
-        if span.category == "optimizer" and (before is None or before.category != "optimizer"):
-            steps.append([])
-        elif span.category == "train":
-            steps[-1].append(span)
-    return steps
 
 
 def _planned(span: Span) -> tuple[float, float] | None:

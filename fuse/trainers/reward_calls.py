@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
 from fuse.sample import Sample
+from fuse.trace import Span, now_s
 from fuse.trainers.reward_process import RewardProcess, pickled
 from fuse.trainers.rewards import LOOP, RewardError, RewardFunction, call_reward_function, function_name, listed
 
@@ -155,6 +156,7 @@ class RewardCalls:
         self._late: list[_Call] = []
         self._threads: list[threading.Thread] = []
         self._callers: list[_Caller] = []
+        self._spans: list[Span] = []
         self._in_processes = self._settings.workers == "process"
         self._pickled = pickled(function) if function is not None and self._in_processes else b""
 
@@ -221,6 +223,11 @@ class RewardCalls:
             score = self._settings.error_score
             _logger.warning("%d samples are scored reward_error_score=%g: %s", num_failed, score, failures[0])
         return {ERRORS: float(num_failed)}
+
+    def drain_spans(self) -> list[Span]:
+        """Of calls that have ended since the last time."""
+        spans, self._spans = self._spans, []
+        return spans
 
     # Calls that take long
 
@@ -293,14 +300,17 @@ class RewardCalls:
 
     def _outcome(self, call: _Call, caller: _Caller) -> tuple[list[float], list[RewardError]]:
         """Scores, and the errors in place of which some of these stand."""
+        assert self._function is not None
         samples = call.samples
         with self._decoding:
             prompts = self._decode([list(sample.prompt_ids) for sample in samples])
             responses = self._decode([sample.response_ids[: sample.length] for sample in samples])
         call.prompts, call.caller, call.begin_s = prompts, caller, self._clock()
+        start_s, ids = now_s(), [sample.id for sample in samples]
         try:
             return self._scores(call, caller, samples, prompts, responses)
         finally:
+            self._spans.append(Span(function_name(self._function), "reward", start_s, now_s(), {"sample_ids": ids}))
             with call.lock:
                 call.caller = None
 

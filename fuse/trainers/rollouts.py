@@ -15,7 +15,7 @@ from fuse.config.run import RunConfig
 from fuse.driver.fleet import Fleet
 from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample
-from fuse.trace import PhaseClock
+from fuse.trace import PhaseClock, Span
 from fuse.trainers.reward_calls import RewardCalls, RewardSettings
 from fuse.trainers.rewards import RewardFunction
 from fuse.training.late_scores import OLD_LOGPROBS
@@ -45,6 +45,10 @@ class Rewards(Protocol):
 
     def finish(self) -> dict[str, float]:
         """Wait for all that was submitted, and return metrics of it."""
+        ...
+
+    def drain_spans(self) -> Sequence[Span]:
+        """Of calls of functions since the last time."""
         ...
 
 
@@ -97,6 +101,7 @@ class Rollouts:
         with clock.phase("reward"):
             self.tell("waiting: for rewards")
             metrics = self.rewards.finish()
+        clock.rewards += self.rewards.drain_spans()
         if not teaches:
             fleet.forget_spans()
         return metrics | differences

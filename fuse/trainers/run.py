@@ -14,14 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import SaveStrategy
 
-from fuse import checkpoint, run_state
+from fuse import checkpoint, run_state, update_log
 from fuse.config.differences import differences, kept_options
 from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
 from fuse.driver.fleet import Fleet
 from fuse.sample import Sample
 from fuse.termination import Terminated
-from fuse.trace import PhaseClock, Span, write_chrome_trace
+from fuse.trace import PhaseClock, Span
+from fuse.trace_file import DRIVER, write_chrome_trace
 from fuse.trainers.callbacks import (
     PPOState,
     callback_handler,
@@ -38,6 +39,8 @@ from fuse.trainers.learning_rates import (
 )
 from fuse.trainers.publish import write_policy
 from fuse.trainers.report import iteration_report, summary_line
+from fuse.trainers.reporters import continue_reports, named_for, reported_to
+from fuse.trainers.update_metrics import device_bytes, migrations, token_rates
 from fuse.training.rounds import Round, roles_of
 from schedules.files import dispensable
 
@@ -66,6 +69,7 @@ class Run:
     ) -> None:
         self.args, self.length, self.model, self.policy, self.tokenizer = args, length, model, policy, tokenizer
         self.output_dir = Path(str(args.output_dir))
+        self._log = self.output_dir / update_log.NAME
         self._num_rows, self._rate_name, self._tell = num_rows, rate_name, tell
         self._is_new = True
         self._saved_step: int | None = None  # of the last checkpoint that this run can go on from
@@ -117,10 +121,13 @@ class Run:
             if changed := differences(saved.options, kept_options(args)):
                 logger.warning("%s was written with other options: %s", resumed, ", ".join(changed))
             restore_learning_rates(self.lr_scheduler, saved.lr_scheduler, resumed)
+            continue_reports(self.callback_handler, saved.reports, self.state.global_step)
             if args.restore_callback_states_from_checkpoint:
                 untyped: Any = self.state.stateful_callbacks  # transformers has it as a list
                 restore_callbacks(self.callback_handler, untyped)
             run_state.restore_random_generators(saved.random_generators)
+        with dispensable(self._log):
+            update_log.keep_until(self._log, self.state.global_step)
         self.state.max_steps = self.length.num_steps
         self.state.num_train_epochs = self.length.num_epochs(self._num_rows)
         state: Any = self.state
@@ -136,7 +143,8 @@ class Run:
     def updates(self) -> Iterator[int]:
         """The updates that are left, counted from 1; ends early where a callback asks for it."""
         self._start_s, self._start_episode = time.monotonic(), self.state.episode
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        with named_for(self._run_id, self.args):
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         while self.num_steps_left and not self.control.should_training_stop:
             yield self.num_updates_done + 1
 
@@ -154,9 +162,14 @@ class Run:
         return taken, rates * (len(taken) // self._num_counted)
 
     def finish_update(
-        self, fleet: Fleet, samples: Sequence[Sample], metrics: Mapping[str, float], clock: PhaseClock
+        self,
+        fleet: Fleet,
+        samples: Sequence[Sample],
+        rounds: Sequence[Round],
+        metrics: Mapping[str, float],
+        clock: PhaseClock,
     ) -> Iteration:
-        """Count the update, report it, and save what is due."""
+        """Count the update, report it, and save what is due. rounds: that were taken."""
         state = self.state
         self.control.should_evaluate = False  # of the update before
         for _ in range(self._num_counted - 1):
@@ -168,9 +181,13 @@ class Run:
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.planned)
+        times |= token_rates(samples, rounds, tracks, clock) | migrations(tracks) | device_bytes(tracks)
         counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
         self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
+        if self.args.trace_steps:
+            with dispensable(self._log):
+                update_log.append(self._log, update_log.record_of(state.global_step, logged, tracks, clock))
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:
             self.save_checkpoint(fleet)
@@ -227,6 +244,13 @@ class Run:
             if bar is not None:
                 bar.set_postfix_str(text)
 
+    def _about_traces(self) -> dict[str, object]:
+        """What readers of a trace need to know to simulate its rollout."""
+        args = self.args
+        policy = args.migration_policy if args.inter_stage_fusion else "none"
+        limits = {"max_new_tokens": args.max_response_tokens, "max_batch": args.engine_batch_size}
+        return {"update": self.state.global_step, "policy": policy, **limits}
+
     def _report_time(
         self,
         tracks: Mapping[str, Mapping[str, Sequence[Span]]],
@@ -238,7 +262,8 @@ class Run:
         if self.args.trace_steps and step % self.args.trace_steps == 0:
             path = self.output_dir / "traces" / f"iteration-{step:05d}.json"
             with dispensable(path):
-                write_chrome_trace(path, tracks)
+                driver = {"phases": clock.spans, "rewards": clock.rewards}
+                write_chrome_trace(path, {**tracks, DRIVER: driver}, self._about_traces())
                 _delete_oldest(path, self.args.trace_limit)
         report = iteration_report(tracks, clock, planned)
         logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
@@ -262,6 +287,7 @@ class Run:
                 lr_scheduler=self.lr_scheduler.state_dict(),
                 random_generators=run_state.random_generators(),
                 options=kept_options(self.args),
+                reports=reported_to(self.callback_handler),
             ).save(directory / checkpoint.RUN_STATE_NAME)
             remembered: Any = callback_states(self.callback_handler, self.control)
             self.state.stateful_callbacks = remembered

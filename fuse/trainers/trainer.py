@@ -93,7 +93,7 @@ class Trainer(TrainerFace):
             ValueError: what cannot be placed, scheduled or generated.
         """
         args, policy = self.args, models[GENERATING]
-        self.model = shown
+        self.model, self.length = shown, length
         self.train_dataset, self.eval_dataset, self.data_collator = train_dataset, eval_dataset, data_collator
         self.max_new_tokens: Mapping[int, int] = {}
         self._models, self._algorithm, self._layout = models, algorithm, layout

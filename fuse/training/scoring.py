@@ -39,12 +39,13 @@ Rows = Callable[["TokenSequence"], range]
 class TokenSequence:
     """A prompt of at least one token and the response to it.
 
-    rewarded_ids: what reward models read in place of these whose tokens are others, by role.
+    rewarded_ids: what reward models read in place of these whose tokens are others, by role. sample_id: whose it is.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     rewarded_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    sample_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

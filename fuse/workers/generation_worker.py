@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
+from fuse.memory_use import usage_spans
 from fuse.trace import Clock, Span, SpanRecorder, now_s
 from fuse.workers.weight_inbox import WeightInbox
 from fuse.workers.weight_taker import WeightTaker
@@ -52,14 +53,33 @@ class _Unreported:
     """Tokens of a live sample that no poll has taken yet, and where in the response they start.
 
     prefill_tokens: what the engine has to compute or to copy before the next token, 0 once that is there.
+    prompt_tokens, first: of the sample, and where in its response it entered, at `entered_s`. started_s: of the step
+    that gave its first token here; None before it.
     """
 
     position: int
     context_tokens: int
     prefill_tokens: int = 0
+    prompt_tokens: int = 0
+    first: int = 0
+    entered_s: float = field(default_factory=now_s)
+    started_s: float | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
+
+    def span(self, sample_id: int) -> Span:
+        """Of its stay in the engine, from the first step that gave it a token to now."""
+        assert self.started_s is not None
+        sizes = {
+            "sample": sample_id,
+            "prompt_tokens": self.prompt_tokens,
+            "first": self.first,
+            "tokens": self.position + len(self.token_ids),
+            "queued_s": self.started_s - self.entered_s,
+            "finished": self.finished,
+        }
+        return Span(f"sample {sample_id}", "sample", self.started_s, now_s(), sizes)
 
 
 class _Closed(RuntimeError):
@@ -144,16 +164,17 @@ class GenerationWorker(WeightTaker):
         self._command(lambda: None).result()
 
     def drain_spans(self) -> list[Span]:
-        """One span per decode step, migration and weight load since the last call.
+        """One span per decode step, migration, sample and weight load since the last call.
 
         A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
         tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
         samples of the same prompt (`shared_tokens`). An "admit" says of how many samples the KV was lost with the
-        process that they left, or found no memory (`lost`): they are computed anew.
+        process that they left, or found no memory (`lost`): they are computed anew. A "sample" tells when one was in
+        the engine (`sample`, of which response tokens, `first` to `tokens`), and the last span tells memory.
         """
         with self._changed:
             self._raise_failure()
-            return self._recorder.drain()
+            return [*self._recorder.drain(), *usage_spans()]
 
     def close(self) -> None:
         """Stop stepping and close the engine; live samples are dropped, and weights that have come in part.
@@ -206,12 +227,14 @@ class GenerationWorker(WeightTaker):
                 prefill_tokens += sample.prefill_tokens - token.shared_tokens
                 shared_tokens += token.shared_tokens
                 sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
+                sample.started_s = start_s if sample.started_s is None else sample.started_s
                 sample.token_ids.append(token.token_id)
                 sample.logprobs.append(token.logprob)
                 self._release(token.sample_id)
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
+                    self._recorder.add(sample.span(token.sample_id))
             sizes = {
                 "batch": len(tokens),
                 "context_tokens": context_tokens,
@@ -247,7 +270,11 @@ class GenerationWorker(WeightTaker):
             has_kv = isinstance(argument, Evicted) and argument.kv is not None
             with self._changed:
                 self._samples[request.sample_id] = _Unreported(
-                    len(request.response_ids), request.num_tokens, 0 if has_kv else request.num_tokens
+                    len(request.response_ids),
+                    request.num_tokens,
+                    0 if has_kv else request.num_tokens,
+                    prompt_tokens=len(request.prompt_ids),
+                    first=len(request.response_ids),
                 )
                 self._num_live += 1
                 self._num_entering -= 1
@@ -277,7 +304,8 @@ class GenerationWorker(WeightTaker):
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
             departures = [self._depart(sample_id, with_kv) for sample_id in live]
             for sample_id in live:
-                del self._samples[sample_id]
+                if (sample := self._samples.pop(sample_id)).started_s is not None:
+                    self._recorder.add(sample.span(sample_id))
             self._num_live -= len(live)
             self._changed.notify_all()
         num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)

@@ -17,6 +17,7 @@ from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
+from fuse.memory_use import usage_spans
 from fuse.state_dict import WeightLayout, WeightStream, adopt_state_dict, adopt_tensors, mix_tensors
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
@@ -155,7 +156,8 @@ class ModelWorker:
     def infer(self, sequences: Sequence[scoring.TokenSequence]) -> list[scoring.Inference]:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
-        sizes = {"samples": len(sequences), "tokens": sum(map(len, sequences)), "call": self._num_inferences}
+        sizes: dict[str, object] = {"samples": len(sequences), "tokens": sum(map(len, sequences))}
+        sizes |= {"call": self._num_inferences, "sample_ids": [sequence.sample_id for sequence in sequences]}
         said: dict[str, Sequence[Any]] = {}
         for role, model in self._scoring.items():
             with self._recorder.span(role, "infer", **sizes):
@@ -268,5 +270,5 @@ class ModelWorker:
     # Observability
 
     def drain_spans(self) -> list[Span]:
-        """Spans since the last call."""
-        return self._recorder.drain()
+        """Spans since the last call; the last one tells memory."""
+        return [*self._recorder.drain(), *usage_spans()]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fuse.algorithms.batch import Segments
+from fuse.algorithms.gae import _explained_variance
 from fuse.algorithms.policy_loss import CLIP_FRACTION, RATIO, PolicyTargets, clipped_policy_loss, clipped_surrogate
 from fuse.algorithms.value_loss import clipped_error
 from fuse.micro_batch import MicroBatch
@@ -87,3 +88,13 @@ def test_metrics_of_a_micro_batch_of_empty_responses_are_those_of_unchanged_poli
     loss, metrics = clipped_policy_loss(torch.zeros(0, 4), head, none, temperature=1.0, cliprange=0.2)
     assert loss.item() == 0.0
     assert {metric.name: value.item() for metric, value in metrics.items() if value != 0} == {"val/ratio": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "explained"), [([0.0, 2.0], 1.0), ([1.0, 1.0], 0.0), ([5.0, 7.0], 1.0), ([2.0, 0.0], -3.0)]
+)
+def test_a_critic_explains_what_it_knew_of_the_returns(values: list[float], explained: float) -> None:
+    """A constant error is none of variance; the wrong way round is worse than a constant."""
+    found = _explained_variance(torch.tensor(values), torch.tensor([0.0, 2.0]))
+    assert found == {"critic/explained_variance": pytest.approx(explained)}
+    assert _explained_variance(torch.tensor(values), torch.tensor([2.0, 2.0])) == {}, "nothing to explain"

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from fuse.commands.progress import UpdateProgress
+from fuse.commands.run_text import update_text
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,24 @@ def test_lines_come_by_time_and_not_by_number(seconds_per_update: float, num_upd
     lines = console.file.getvalue().splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == shown
     assert lines[0] == f"PPO 1/{num_updates}: reward 0.500, {seconds_per_update:.1f} s per update"
+
+
+def test_an_update_says_what_people_look_at_first() -> None:
+    logs = {
+        "reward": 0.25,
+        "kl": 0.0123,
+        "completions/clipped_ratio": 0.25,
+        "completions/mean_length": 99.6,
+        "tokens_per_s/total": 1234.4,
+        "idle/device0": 0.1,
+        "idle/device1": 0.3,
+        "time/total": 2.0,
+    }
+    assert update_text(logs) == (
+        "reward 0.250, KL 0.0123, 75% ended by EOS, 100 tokens long, 1,234 tokens/s, 20% idle, 2.0 s per update"
+    )
+    many = {"objective/scores": 1.0, "time/total": 1.0, "idle/min": 0.0, "idle/mean": 0.4, "idle/max": 0.5}
+    assert update_text(many) == "reward 1.000, 40% idle, 1.0 s per update"
 
 
 def test_what_is_told_is_shown_as_it_is() -> None:

@@ -25,8 +25,11 @@ def test_compares_policies_on_a_trace(trace: Path, tmp_path: Path, capsys: pytes
     command = ["simulate", "--lengths", str(trace), "--devices", "4", "--batch", "16", "--iterations", "2"]
     assert main([*command, "--policy", "threshold,adaptive,none", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
+    assert "costs llama-33b-8xh800: a decode step of one sample with 1,000 tokens" in printed
     assert "G generates, i infers" in printed
-    assert "bound" in printed
+    devices = [line.split()[0] for line in printed.splitlines() if re.fullmatch(r" +[0-9]+ [Gi.]+", line)]
+    assert devices == ["0", "1", "2", "3"] * 4
+    assert "bound: no policy is faster" in printed
 
     written = json.loads(out.read_text())
     rows = {row["policy"]: row for row in written["rows"]}

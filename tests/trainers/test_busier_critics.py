@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fuse import PPOTrainer
+from fuse.metric_table import is_timed
 
 from ..worker_pool import WorkerPool
 from . import tiny
@@ -32,13 +33,10 @@ OPTIONS: dict[str, Any] = {
     "num_micro_batches": 1,  # another number adds up in another order
     "num_sample_generations": 0,
 }
-TIMED = ("time/", "idle/", "bubble/", "eps", "step_time")
 
 
 def logged(trainer: PPOTrainer) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in row.items() if not name.startswith(TIMED)} for row in trainer.state.log_history
-    ]
+    return [{name: value for name, value in row.items() if not is_timed(name)} for row in trainer.state.log_history]
 
 
 @pytest.fixture(scope="module")

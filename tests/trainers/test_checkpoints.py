@@ -129,14 +129,16 @@ def test_what_a_worker_cannot_write_is_named(tmp_path: Path, monkeypatch: pytest
 def test_traces_that_cannot_be_written_are_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, tracks: Any) -> None:
+    def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run, "write_chrome_trace", full)
+    monkeypatch.setattr(run.update_log, "append", full)
     with caplog.at_level(logging.WARNING):
         trained = tiny.train(tmp_path, num_sample_generations=0)
     assert trained.state.global_step == 2
-    assert caplog.text.count(f"files are not kept in {tmp_path / 'traces'}: No space left on device") == 1
+    for directory in (tmp_path, tmp_path / "traces"):
+        assert caplog.text.count(f"files are not kept in {directory}: No space left on device") == 1
 
 
 def test_a_model_that_cannot_be_written_is_named(tmp_path: Path) -> None:

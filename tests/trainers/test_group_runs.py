@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerState
 
 from fuse import GRPOTrainer, RLOOTrainer
+from fuse.metric_table import entry_of
 
 from ..tiny_models import word_tokenizer
 from . import tiny, tiny_group
@@ -46,6 +47,8 @@ def test_the_sampler_is_what_is_trained(plain: GRPOTrainer) -> None:
         assert entry["val/sampler_logprob_diff"] < 1e-5
         assert entry["grad_norm"] > 0
         assert entry["num_tokens"] > 0
+        assert not [name for name in entry if not entry_of(name)], "docs/metrics.md has them all"
+        assert entry.keys() >= {"tokens_per_s/training", "objective/kl_quartile_4", "completions/clipped_ratio"}
     assert logs(plain)[0]["learning_rate"] == pytest.approx(1e-2 * 5 / 8), "the last of its four steps"
 
 

@@ -26,6 +26,7 @@ def step(at_s: float) -> Span:
 def test_idle_is_what_no_worker_of_a_device_covers() -> None:
     tracks = {"device0": {"generation": [op("decode", 0, 4, None)], "model": [op("F", 3, 5, None)]}}
     report = iteration_report(tracks, clock(10.0))
+    assert report.pop("idle_cause/driver") + report.pop("idle_cause/cool_down", 0.0) == pytest.approx(0.5)
     assert report == {"time/training": 10.0, "time/total": 10.0, "idle/device0": 0.5}
     assert summary_line(report) == "10.00 s (training 10.00), idle device0 50%"
 

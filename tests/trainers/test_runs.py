@@ -16,6 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuse import PPOTrainer
+from fuse.interstage.recorded import recorded_rollout
+from fuse.metric_table import entry_of, is_timed
+from fuse.update_log import NAME, read
 from fuse.workers.errors import WorkerError
 
 from ..worker_pool import WorkerPool
@@ -31,13 +34,27 @@ def plain(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> 
         return tiny.train(tmp_path_factory.mktemp("plain"))
 
 
+LOOKED_AT_FIRST = {
+    *("completions/mean_length", "completions/max_length", "completions/clipped_ratio"),
+    *("tokens_per_s/generation", "tokens_per_s/training", "tokens_per_s/total"),
+    *("grad_norm/actor", "grad_norm/critic", "critic/explained_variance"),
+    *("objective/scores", "objective/scores_std", "val/sampler_logprob_diff"),
+    *(f"objective/kl_quartile_{quarter}" for quarter in range(1, 5)),
+    *("idle_cause/weights", "memory/device0", "migration/samples"),
+}
+
+
 def test_a_run_on_two_devices_is_the_run_on_one(tmp_path: Path, plain: PPOTrainer) -> None:
     two = tiny.train(tmp_path / "two", num_devices=2, report_to="tensorboard", save_strategy="steps", save_steps=1)
 
-    timed = ("time/", "idle/", "eps", "step_time")
     for row_one, row_two in zip(plain.state.log_history, two.state.log_history, strict=True):
+        assert row_one.keys() >= LOOKED_AT_FIRST
+        assert not [name for name in row_two if not entry_of(name)]
+        causes = sum(value for name, value in row_two.items() if name.startswith("idle_cause/"))
+        assert causes == pytest.approx((row_two["idle/device0"] + row_two["idle/device1"]) / 2)
         for name, value in row_one.items():
-            if not name.startswith(timed):
+            assert entry_of(name), f"docs/metrics.md has no {name}"
+            if not is_timed(name):
                 assert row_two[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert tiny.difference(plain.policy_model, two.policy_model) < tiny.ROUNDING
     assert tiny.difference(plain.value_model, two.value_model) < tiny.ROUNDING
@@ -202,11 +219,32 @@ def test_a_run_on_megatron_stages_goes_on_with_others(tmp_path: Path) -> None:
 
 def _check_trace(path: Path) -> None:
     events = json.loads(path.read_text())["traceEvents"]
-    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
-    assert {"device0", "device1", "generation", "model"} <= names
+    names = {event["args"].get("name") for event in events if event["ph"] == "M"}
+    assert {"device0", "device1", "generation", "model", "driver", "phases", "rewards", "sample lane 0"} <= names
     operations = {event["name"] for event in events if event["ph"] == "X"}
     assert {"decode", "reference", "critic", "F actor.0.0", "F critic.1.3", "step actor", "load weights"} <= operations
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events if event["ph"] == "X")
+    stays, scored, rewarded = (
+        [event["args"] for event in events if event.get("cat") == category and event["ph"] == "X"]
+        for category in ("sample", "infer", "reward")
+    )
+    second = set(range(8, 16))
+    assert {one["sample"] for one in stays if one["finished"]} == second
+    assert {sample for one in scored for sample in one["sample_ids"]} == second
+    assert {sample for one in rewarded for sample in one["sample_ids"]} == second
+    assert {event["id"] for event in events if event["ph"] == "s"} == {
+        event["id"] for event in events if event["ph"] == "f"
+    }
+    phases = {event["name"] for event in events if event.get("cat") == "phase"}
+    assert {"rollout", "reward", "training", "weights"} <= phases
+    assert {event["name"] for event in events if event["ph"] == "C"} >= {"live samples", "KV tokens", "bytes of model"}
+    recorded = recorded_rollout(json.loads(path.read_text()))
+    assert recorded is not None
+    assert recorded.tokens.keys() == second
+    assert recorded.policy == "adaptive"
+    first, last = read(path.parents[1] / NAME)
+    assert (first.update, last.update, last.metrics["episode"]) == (1, 2, 16)
+    assert {device: len(cells) for device, cells in last.strips.items()} == {"device0": 64, "device1": 64}
 
 
 def _check_tensorboard(output_dir: Path, last_score: float) -> None:

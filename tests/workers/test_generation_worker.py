@@ -234,11 +234,17 @@ def test_spans_tell_batch_and_time_of_every_step(make: Make) -> None:
     worker = make(ReplayEngine(recordings(3, 2)))
     worker.submit([request(0), request(1)])
     collect(worker, 2)
-    spans = worker.drain_spans()
+    *recorded, usage = worker.drain_spans()
+    spans = [span for span in recorded if span.category == "generate"]
     assert [span.arguments["batch"] for span in spans] == [2, 2, 1]
-    assert {span.category for span in spans} == {"generate"}
     assert all(before.end_s <= after.start_s for before, after in pairwise(spans))
-    assert worker.drain_spans() == []
+    stays = {span.arguments["sample"]: span for span in recorded if span not in spans}
+    assert {sample: (span.start_s, span.arguments["tokens"]) for sample, span in stays.items()} == {
+        0: (spans[0].start_s, 3),
+        1: (spans[0].start_s, 2),
+    }
+    assert usage.arguments["bytes"] > 2**20
+    assert [span.category for span in worker.drain_spans()] == ["usage"]
 
 
 def test_spans_tell_computed_tokens_from_shared_ones(make: Make) -> None:
@@ -246,7 +252,7 @@ def test_spans_tell_computed_tokens_from_shared_ones(make: Make) -> None:
     worker = make(SharingEngine(recordings(3, 2, 1), max_batch=2))
     worker.submit([request(0), request(1), request(2)])
     collect(worker, 3)
-    sizes = [span.arguments for span in worker.drain_spans()]
+    sizes = [span.arguments for span in worker.drain_spans() if span.category == "generate"]
     assert [one["prefill_tokens"] for one in sizes] == [3, 0, 1]
     assert [one["shared_tokens"] for one in sizes] == [1, 0, 1]
 
@@ -311,7 +317,7 @@ def test_weights_are_loaded_into_an_empty_engine_only(cluster: Cluster) -> None:
     assert [one.finished for one in engine.poll(1000.0).result()] == [True]
     give(engine, WEIGHTS)
     spans = engine.drain_spans().result()
-    assert [span.category for span in spans] == ["weights", "generate", "weights"]
+    assert [span.category for span in spans] == ["weights", "sample", "generate", "weights", "usage"]
     engine.submit([request(1)])
     with pytest.raises(WorkerError, match="ValueError: cannot load weights while 1 samples are in the engine"):
         give(engine, WEIGHTS)
