@@ -1,6 +1,7 @@
 """What a run's own operations cost, learnt from their spans: the cost model of the live policies.
 
-A decode step is timed with its batch and context; steps that computed prompts anew tell what prefill adds; inference is
+A decode step is timed with its batch and context; where drafts gave samples several tokens in a step, its time is
+shared among these, for policies count in tokens. Steps that computed prompts anew tell what prefill adds; inference is
 timed with its tokens; KV transfers are timed at both ends, but for those that lost some. Until enough has been seen of
 prefill, it counts as one model's part of inference; until enough has been seen of transfers, they count
 as copies through a host's memory.
@@ -29,7 +30,7 @@ class Calibration:
         self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
         self._num_scoring = num_scoring
         self._decode: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)
-        self._filled: deque[tuple[float, float, float, float]] = deque(maxlen=_KEPT)
+        self._filled: deque[tuple[float, float, float, float, float]] = deque(maxlen=_KEPT)
         self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._moved: dict[str, deque[tuple[float, float]]] = {end: deque(maxlen=_KEPT) for end in ("evict", "admit")}
 
@@ -39,11 +40,16 @@ class Calibration:
         for span in spans:
             sizes = span.arguments
             if span.name == "decode":
-                row = _number(sizes["batch"]), _number(sizes["context_tokens"]), span.duration_s
-                if row[0] and sizes["prefill_tokens"]:
-                    self._filled.append((*row[:2], _number(sizes["prefill_tokens"]), row[2]))
-                elif row[0]:
-                    self._decode.append(row)
+                batch, context, prefill = (
+                    _number(sizes[name]) for name in ("batch", "context_tokens", "prefill_tokens")
+                )
+                if not batch:
+                    continue
+                tokens_each = _number(sizes["tokens"]) / batch
+                if prefill:
+                    self._filled.append((batch, context, prefill, tokens_each, span.duration_s))
+                else:
+                    self._decode.append((batch, context, span.duration_s / tokens_each))
             elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
             elif span.category == "infer":  # the models that score take turns on the same sequences
@@ -60,8 +66,8 @@ class Calibration:
         inference_s, inference_token_s = fit_affine("inference", self._inference)
         prefill_s, prefill_token_s = inference_s / self._num_scoring, inference_token_s / self._num_scoring
         beyond_decoding = [
-            (tokens, seconds - step_s - sample_s * batch - context_s * context)
-            for batch, context, tokens, seconds in self._filled
+            (tokens, seconds - tokens_each * (step_s + sample_s * batch + context_s * context))
+            for batch, context, tokens, tokens_each, seconds in self._filled
         ]
         prefill = [row for row in beyond_decoding if row[1] > 0]
         if len({tokens for tokens, _ in prefill}) >= 2:

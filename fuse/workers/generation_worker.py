@@ -139,8 +139,8 @@ class GenerationWorker(WeightTaker):
     def drain_spans(self) -> list[Span]:
         """One span per decode step, migration and weight load since the last call.
 
-        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
-        tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
+        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), how many tokens they
+        got (`tokens`), how many a draft had proposed beside one of each (`drafted_tokens`), and how many tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
         samples of the same prompt (`shared_tokens`). An "admit" says of how many samples the KV was lost with the
         process that they left, or found no memory (`lost`): they are computed anew.
         """
@@ -187,10 +187,14 @@ class GenerationWorker(WeightTaker):
 
     def _publish(self, tokens: Sequence[GeneratedToken], start_s: float) -> None:
         with self._changed:
-            context_tokens = prefill_tokens = shared_tokens = 0
+            batch = context_tokens = prefill_tokens = shared_tokens = drafted_tokens = 0
+            last_id = None
             for token in tokens:
                 sample = self._samples[token.sample_id]
-                context_tokens += sample.context_tokens
+                if token.sample_id != last_id:  # a sample's tokens follow one another
+                    batch, last_id = batch + 1, token.sample_id
+                    context_tokens += sample.context_tokens
+                drafted_tokens += token.drafted_tokens
                 prefill_tokens += sample.prefill_tokens - token.shared_tokens
                 shared_tokens += token.shared_tokens
                 sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
@@ -201,7 +205,9 @@ class GenerationWorker(WeightTaker):
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
             sizes = {
-                "batch": len(tokens),
+                "batch": batch,
+                "tokens": len(tokens),
+                "drafted_tokens": drafted_tokens,
                 "context_tokens": context_tokens,
                 "prefill_tokens": prefill_tokens,
                 "shared_tokens": shared_tokens,
