@@ -37,22 +37,25 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, cache: SlotCache, *, has_slot_attention: bool, num_tokens: int | None
     ) -> None:
-        self.model = model
-        self._cache = cache
+        self.model, self.cache, self.num_tokens = model, cache, num_tokens
+        self._has_slot_attention = has_slot_attention
         self._is_native = has_slot_attention and is_native(model.dtype, model.device)
-        self._num_tokens = num_tokens
+
+    def of(self, model: PreTrainedModel) -> Decoder:
+        """The same of another model, with attention like this one's."""
+        return Decoder(model, self.cache, has_slot_attention=self._has_slot_attention, num_tokens=self.num_tokens)
 
     @torch.inference_mode()
     def logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
         """Of the token that follows each input, [tokens, vocab]. All rows' tokens are among the first `context`."""
         mask = decode_mask(inputs.positions + 1, context, self.model.dtype, native=self._is_native, slots=inputs.slots)
-        self._cache.begin_decode(inputs.positions, context, num_rows, slots=inputs.slots, gathers=not self._is_native)
+        self.cache.begin_decode(inputs.positions, context, num_rows, slots=inputs.slots, gathers=not self._is_native)
         output = self.model(
             input_ids=inputs.token_ids.unsqueeze(1),
             attention_mask=mask,
             position_ids=inputs.positions.unsqueeze(1),
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
         )
-        logits: Tensor = output.logits[:, 0, : self._num_tokens]
+        logits: Tensor = output.logits[:, 0, : self.num_tokens]
         return logits

@@ -65,7 +65,7 @@ class SlotCache(Cache):
     def begin_decode(
         self, positions: Tensor, context: int, rows: int, *, slots: Tensor | None = None, gathers: bool = False
     ) -> None:
-        """The next forward writes entries at positions int64 [entries], and attends to the first `context` of `rows` rows.
+        """The next forward writes at positions int64 [entries]; it attends to the first `context` of `rows` rows.
 
         slots: the entries' rows, int64 [entries], any number of each; None for one entry of each row, in order.
         gathers: with slots, attention gets each entry's row as one of its own; else it gets the rows as they are.
@@ -94,6 +94,17 @@ class SlotCache(Cache):
         layer.values[self._slots, :, self._positions] = value_states[:, :, 0]
         rows = self._slots if self._gathers else slice(self._num_live)
         return layer.keys[rows, :, : self._context], layer.values[rows, :, : self._context]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no forward has made it layers yet."""
+        return not self._layers
+
+    def buffers(self, rows: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer that has some yet, [slots, kv_heads, capacity, head_dim], with so much room."""
+        self._reserve(rows, tokens)
+        layers = [self._layer(index, old.keys, old.values) for index, old in enumerate(self._layers)]
+        return [(layer.keys, layer.values) for layer in layers]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a row's first entries over another row."""

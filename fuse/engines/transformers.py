@@ -28,7 +28,7 @@ from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
-from fuse.engines.speculation import Speculation
+from fuse.engines.speculation import Speculation, SpeculationKind, choose_speculation
 from fuse.state_dict import WeightLayout, Weights, WeightStream, adopt_tensors, release_weights
 
 
@@ -45,6 +45,8 @@ class TransformersEngine:
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
         A longer prompt is prefilled alone; one that is copied counts for nothing.
     captures_decode: decode steps are CUDA graphs where that pays; not run on a GPU yet, so not by default.
+    speculation: what drafts tokens, as many as pay, for a step of several: "int8", the model itself with such matrices;
+        "ngram", the texts of the prompt; "auto", the first where it is native code in one call, else the second.
 
     In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.
 
@@ -61,6 +63,7 @@ class TransformersEngine:
         num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
         captures_decode: bool = False,
+        speculation: SpeculationKind = "off",
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
@@ -70,19 +73,19 @@ class TransformersEngine:
         self._captured = CapturedSteps() if captures_decode else None
         self._max_context = check_context(model, max_context)
         self._vocab_size: int = model.config.get_text_config().vocab_size
-        self._num_tokens = num_tokens
         self._max_batch = max_batch
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
         has_slot_attention = use_slot_attention(model)
         self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
         self._decoder = Decoder(model, self._cache, has_slot_attention=has_slot_attention, num_tokens=num_tokens)
-        self._speculation: Speculation | None = None
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
         self._is_asleep = False
+        self._speculation: Speculation | None = None  # until it is seen to decode without
         self._check_that_it_decodes()
+        self._speculation = choose_speculation(speculation, self._decoder)
 
     @property
     def kv_capacity_tokens(self) -> None:
@@ -233,11 +236,14 @@ class TransformersEngine:
 
     def _generate(self) -> list[GeneratedToken]:
         """One token of each row, and what drafts got right beside it."""
-        drafts: Sequence[Sequence[int]] = ()
-        if self._speculation is not None:
-            drafts = self._speculation.propose(self._rows, self._num_tokens or self._vocab_size)
-        if not any(drafts):
+        if self._speculation is None:
             return self._rows.sample(self._decode())
+        drafts = self._speculation.propose(self._rows)
+        generated = self._verify(drafts) if any(drafts) else self._rows.sample(self._decode())
+        self._speculation.learn(generated)
+        return generated
+
+    def _verify(self, drafts: Sequence[Sequence[int]]) -> list[GeneratedToken]:
         context = round_up(max(row.num_cached + 1 + len(draft) for row, draft in zip(self._rows, drafts, strict=True)))
         verification = self._rows.verification(drafts)
         return self._rows.verify(self._decoder.logits(verification.inputs, context, len(self._rows)), verification)
@@ -280,7 +286,9 @@ class TransformersEngine:
         for prompt_ids, token_ids, decoded in zip(prompts, tokens, logprobs, strict=True):
             first = len(prompt_ids)
             input_ids = torch.tensor([token_ids], device=self._model.device)
-            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1, : self._num_tokens]
+            plain = self._model(input_ids=input_ids, use_cache=False).logits[
+                0, first - 1 : -1, : self._decoder.num_tokens
+            ]
             expected = plain.float().log_softmax(1).gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
             difference = max(abs(one - other) for one, other in zip(decoded, expected, strict=True))
             if not difference <= tolerance:

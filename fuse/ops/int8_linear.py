@@ -1,4 +1,4 @@
-"""Linear layers with weights of 8 bits, for a few rows: what takes time is reading the weights, and they are a quarter."""
+"""Linear layers with weights of 8 bits, for a few rows: what takes time is reading weights, and these are a quarter."""
 
 from __future__ import annotations
 

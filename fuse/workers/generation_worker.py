@@ -139,10 +139,11 @@ class GenerationWorker(WeightTaker):
     def drain_spans(self) -> list[Span]:
         """One span per decode step, migration and weight load since the last call.
 
-        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), how many tokens they
-        got (`tokens`), how many a draft had proposed beside one of each (`drafted_tokens`), and how many tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
-        samples of the same prompt (`shared_tokens`). An "admit" says of how many samples the KV was lost with the
-        process that they left, or found no memory (`lost`): they are computed anew.
+        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), how many tokens
+        they got (`tokens`) and how many a draft had proposed (`drafted_tokens`), and how many tokens it had to compute
+        anew for samples that entered (`prefill_tokens`), beside those that it had from other samples of the same prompt
+        (`shared_tokens`). An "admit" says of how many samples the KV was lost with the process that they left, or found
+        no memory (`lost`): they are computed anew.
         """
         with self._changed:
             self._raise_failure()

@@ -87,7 +87,7 @@ def speculating(
 ) -> tuple[TransformersEngine, Scripted]:
     engine = TransformersEngine(model(architecture), **limits)
     draft = Scripted(expected_outputs(architecture), twist)
-    engine._speculation = Speculation(draft, FixedLength(count))
+    engine._speculation = Speculation(draft, FixedLength(count), VOCABULARY)
     return engine, draft
 
 
