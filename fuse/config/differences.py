@@ -23,7 +23,7 @@ MAY_DIFFER = frozenset(
         # Where and when things are computed, on which results do not depend.
         *("num_devices", "use_cpu", "ray_address", "actor_stages", "critic_stages", "balance_stages"),
         *("train_backend", "tensor_parallel_size", "engine", "engine_batch_size", "generation_cache_bytes"),
-        "generation_cuda_graphs",
+        *("generation_cuda_graphs", "speculation"),
         *("engines_sleep", "offload_training", "scoring", "regroup_micro_batches", "num_micro_batches"),
         "generation_tensor_parallel_size",
         *("inter_stage_fusion", "migration_policy", "kv_transfer", "inference_batch_tokens"),

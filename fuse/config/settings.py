@@ -223,6 +223,7 @@ def engine(config: RunConfig, autocast: torch.dtype | None = None, **limits: int
         max_batch=config.engine_batch_size,
         kv_cache_bytes=config.generation_cache_bytes,
         captures_decode=config.generation_cuda_graphs,
+        speculation=config.speculation,
         autocast=autocast,
         **limits,
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from fuse.engines.engine import GenerationEngine
 from fuse.engines.lockstep import Follower, Group, Leader
+from fuse.engines.speculation import SpeculationKind
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine, follow
 from fuse.engines.vllm_setup import require_vllm
@@ -48,13 +49,15 @@ def choose_engine(
     num_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     captures_decode: bool = False,
+    speculation: SpeculationKind = "off",
     autocast: torch.dtype | None = None,
 ) -> EngineFactory:
     """An engine that decodes up to `max_batch` samples at once; it computes in `autocast`'s type, else in float32.
 
     max_context: the most tokens of prompt and response together; by default what the model's positions allow.
     num_tokens: that a response may consist of, the first of the vocabulary; by default all.
-    kv_cache_bytes: of vLLM's cache; the other's grows as needed. captures_decode: of the other, by CUDA graphs.
+    kv_cache_bytes: of vLLM's cache; the other's grows as needed. captures_decode, speculation: of the other,
+    by CUDA graphs and by drafts.
 
     Raises: ValueError when its package is not installed.
     """
@@ -62,7 +65,7 @@ def choose_engine(
     if kind == "vllm":
         require_vllm()
         return VllmFactory(autocast, {**limits, "kv_cache_bytes": kv_cache_bytes})
-    return TransformersFactory(autocast, {**limits, "captures_decode": captures_decode})
+    return TransformersFactory(autocast, {**limits, "captures_decode": captures_decode, "speculation": speculation})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a generation engine is: it decodes many samples side by side, one token each per step."""
+"""What a generation engine is: it decodes many samples side by side, a token or more of each per step."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ class GeneratedToken:
 
     `finished` is set on the sample's last token, in the step that generates it. `shared_tokens`, on the first token
     after the sample has entered an engine, are those of its context that the engine did not compute, because it had
-    their keys and values from a sample that begins the same.
+    their keys and values from a sample that begins the same. `drafted_tokens`, on a sample's first token of a step, are
+    those that a draft proposed to follow its last one; of the tokens that the step gives the sample, all but the last
+    are drafted ones that were right.
     """
 
     sample_id: int
@@ -127,6 +129,7 @@ class GeneratedToken:
     logprob: float
     finished: bool
     shared_tokens: int = 0
+    drafted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ class GenerationEngine(Protocol):
         ...
 
     def step(self) -> list[GeneratedToken]:
-        """Generate one token for every running sample, in any order.
+        """Generate one token or more for every running sample, those of a sample in order and next to one another.
 
         Post: finished samples have left the engine, and their places are free for the next step. [] when idle; not
         idle means at least one token.

@@ -38,9 +38,9 @@ def row_filters(
 
 
 def see(filters: Filters, token_ids: Tensor) -> None:
-    """Remember each row's last token, int64 [rows], for the penalty; twice is once."""
+    """Remember tokens of each row, int64 [rows, any number], for the penalty; twice is once."""
     if filters.seen is not None:
-        filters.seen.scatter_(1, token_ids.clamp(max=filters.seen.shape[1] - 1).unsqueeze(1), True)
+        filters.seen.scatter_(1, token_ids.clamp(max=filters.seen.shape[1] - 1), True)
 
 
 def _seen(token_ids: Sequence[Sequence[int]], num_tokens: int) -> Tensor:

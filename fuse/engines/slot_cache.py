@@ -52,18 +52,28 @@ class SlotCache(Cache):
         self._row_indices = torch.arange(max_rows, device=device)
         # The forward to come: a prefill of new rows from _first_row on, or a decode step where _positions is set.
         self._first_row = 0
-        self._context = 0
+        self._context = self._num_live = 0
         self._positions: Tensor | None = None
+        self._slots = self._row_indices
+        self._gathers = False
 
     def begin_prefill(self, first_row: int, rows: int, tokens: int) -> None:
         """The next forward writes positions 0..tokens-1 of `rows` rows from `first_row` on."""
         self._reserve(first_row + rows, tokens)
         self._first_row, self._positions = first_row, None
 
-    def begin_decode(self, positions: Tensor, context: int) -> None:
-        """The next forward writes one entry per row, at positions int64 [rows], and attends to the first `context`."""
-        self._reserve(len(positions), context)
-        self._positions, self._context = positions, context
+    def begin_decode(
+        self, positions: Tensor, context: int, rows: int, *, slots: Tensor | None = None, gathers: bool = False
+    ) -> None:
+        """The next forward writes at positions int64 [entries]; it attends to the first `context` of `rows` rows.
+
+        slots: the entries' rows, int64 [entries], any number of each; None for one entry of each row, in order.
+        gathers: with slots, attention gets each entry's row as one of its own; else it gets the rows as they are.
+        """
+        self._reserve(rows, context)
+        self._positions, self._context, self._num_live = positions, context, rows
+        self._slots = self._row_indices[:rows] if slots is None else slots
+        self._gathers = gathers and slots is not None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -71,17 +81,30 @@ class SlotCache(Cache):
         """Write a layer's new entries; return what its queries attend to. The model calls this.
 
         Shapes: key_states, value_states [rows, kv_heads, tokens, head_dim]. Decoding (tokens = 1) returns views
-        [rows, kv_heads, context, head_dim]; a prefill returns its own entries, since its rows are new.
+        [rows, kv_heads, context, head_dim], or copies [entries, ...]; a prefill returns its own entries, since its rows
+        are new.
         """
         layer = self._layer(layer_idx, key_states, value_states)
-        rows, tokens = len(key_states), key_states.shape[2]
         if self._positions is None:
-            layer.keys[self._first_row : self._first_row + rows, :, :tokens] = key_states
-            layer.values[self._first_row : self._first_row + rows, :, :tokens] = value_states
+            new, tokens = slice(self._first_row, self._first_row + len(key_states)), key_states.shape[2]
+            layer.keys[new, :, :tokens] = key_states
+            layer.values[new, :, :tokens] = value_states
             return key_states, value_states
-        layer.keys[self._row_indices[:rows], :, self._positions] = key_states[:, :, 0]
-        layer.values[self._row_indices[:rows], :, self._positions] = value_states[:, :, 0]
-        return layer.keys[:rows, :, : self._context], layer.values[:rows, :, : self._context]
+        layer.keys[self._slots, :, self._positions] = key_states[:, :, 0]
+        layer.values[self._slots, :, self._positions] = value_states[:, :, 0]
+        rows = self._slots if self._gathers else slice(self._num_live)
+        return layer.keys[rows, :, : self._context], layer.values[rows, :, : self._context]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no forward has made it layers yet."""
+        return not self._layers
+
+    def buffers(self, rows: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer that has some yet, [slots, kv_heads, capacity, head_dim], with so much room."""
+        self._reserve(rows, tokens)
+        layers = [self._layer(index, old.keys, old.values) for index, old in enumerate(self._layers)]
+        return [(layer.keys, layer.values) for layer in layers]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a row's first entries over another row."""

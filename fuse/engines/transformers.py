@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fuse.engines.attention import decode_mask, use_slot_attention
+from fuse.engines.attention import use_slot_attention
 from fuse.engines.captured_decode import CapturedSteps
+from fuse.engines.decoder import Decoder
 from fuse.engines.engine import (
     Evicted,
     GeneratedToken,
@@ -27,6 +28,7 @@ from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
+from fuse.engines.speculation import Speculation, SpeculationKind, choose_speculation
 from fuse.state_dict import WeightLayout, Weights, WeightStream, adopt_tensors, release_weights
 
 
@@ -43,6 +45,8 @@ class TransformersEngine:
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
         A longer prompt is prefilled alone; one that is copied counts for nothing.
     captures_decode: decode steps are CUDA graphs where that pays; not run on a GPU yet, so not by default.
+    speculation: what drafts tokens, as many as pay, for a step of several: "int8", the model itself with such matrices;
+        "ngram", the texts of the prompt; "auto", the first where it is native code in one call, else the second.
 
     In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.
 
@@ -59,6 +63,7 @@ class TransformersEngine:
         num_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
         captures_decode: bool = False,
+        speculation: SpeculationKind = "off",
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
@@ -68,17 +73,19 @@ class TransformersEngine:
         self._captured = CapturedSteps() if captures_decode else None
         self._max_context = check_context(model, max_context)
         self._vocab_size: int = model.config.get_text_config().vocab_size
-        self._num_tokens = num_tokens
         self._max_batch = max_batch
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
-        self._has_slot_attention = use_slot_attention(model)
+        has_slot_attention = use_slot_attention(model)
         self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
+        self._decoder = Decoder(model, self._cache, has_slot_attention=has_slot_attention, num_tokens=num_tokens)
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
         self._is_asleep = False
+        self._speculation: Speculation | None = None  # until it is seen to decode without
         self._check_that_it_decodes()
+        self._speculation = choose_speculation(speculation, self._decoder)
 
     @property
     def kv_capacity_tokens(self) -> None:
@@ -107,9 +114,9 @@ class TransformersEngine:
         self._fill_slots()
         if not len(self._rows):
             return []
-        generated = self._rows.sample(self._decode())
+        generated = self._generate()
         # From the back: the last row, which fills a freed slot, is then never a finished one itself.
-        for row in reversed([row for row, token in enumerate(generated) if token.finished]):
+        for row in reversed([self._rows.index(token.sample_id) for token in generated if token.finished]):
             self._remove(row)
         return generated
 
@@ -142,7 +149,7 @@ class TransformersEngine:
         stream = WeightStream.of(weights)
         WeightLayout.of(self._model).check(stream)
         self._is_asleep = True
-        self._forget_captured()
+        self._forget()
         adopt_tensors(self._model, stream.tensors)
         self._is_asleep = False
 
@@ -152,16 +159,19 @@ class TransformersEngine:
 
     def close(self) -> None:
         self._queue.clear()
-        self._rows = Rows(0, self._rows.input_ids.device)
+        self._rows = Rows(0, self._model.device)
         self._clear_cache()
 
     def _clear_cache(self) -> None:
-        self._forget_captured()
+        self._forget()
         self._cache.clear()
 
-    def _forget_captured(self) -> None:
+    def _forget(self) -> None:
+        """What was made of weights and cache, which are going to change."""
         if self._captured is not None:
             self._captured.clear()
+        if self._speculation is not None:
+            self._speculation.draft.forget()
 
     def _fill_slots(self) -> None:
         """Give free slots to the queue's first samples, within the prefill budget."""
@@ -224,28 +234,27 @@ class TransformersEngine:
             use_cache=True,
         )
 
+    def _generate(self) -> list[GeneratedToken]:
+        """One token of each row, and what drafts got right beside it."""
+        if self._speculation is None:
+            return self._rows.sample(self._decode())
+        drafts = self._speculation.propose(self._rows)
+        generated = self._verify(drafts) if any(drafts) else self._rows.sample(self._decode())
+        self._speculation.learn(generated)
+        return generated
+
+    def _verify(self, drafts: Sequence[Sequence[int]]) -> list[GeneratedToken]:
+        context = round_up(max(row.num_cached + 1 + len(draft) for row, draft in zip(self._rows, drafts, strict=True)))
+        verification = self._rows.verification(drafts)
+        return self._rows.verify(self._decoder.logits(verification.inputs, context, len(self._rows)), verification)
+
     def _decode(self) -> Tensor:
         """Feed every row's last token; the logits of the next one, [rows, vocab]."""
         context = round_up(max(row.num_cached for row in self._rows) + 1)
+        step = partial(self._decoder.logits, self._rows.inputs, context, len(self._rows))
         if self._captured is None:
-            return self._forward(context)
-        kind = len(self._rows), context, self._cache.num_allocations
-        return self._captured.run(kind, partial(self._forward, context))
-
-    def _forward(self, context: int) -> Tensor:
-        """`_decode`, of rows whose tokens are among the first `context`."""
-        lengths = self._rows.lengths
-        mask = decode_mask(lengths + 1, context, self._model.dtype, slot_attention=self._has_slot_attention)
-        self._cache.begin_decode(lengths, context)
-        output = self._model(
-            input_ids=self._rows.input_ids.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=lengths.unsqueeze(1),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        logits: Tensor = output.logits[:, 0, : self._num_tokens]
-        return logits
+            return step()
+        return self._captured.run((len(self._rows), context, self._cache.num_allocations), step)
 
     def _check_that_it_decodes(self) -> None:
         """Raises: ValueError for a model with which a short decoding fails, by whatever error, or goes wrong."""
@@ -277,7 +286,9 @@ class TransformersEngine:
         for prompt_ids, token_ids, decoded in zip(prompts, tokens, logprobs, strict=True):
             first = len(prompt_ids)
             input_ids = torch.tensor([token_ids], device=self._model.device)
-            plain = self._model(input_ids=input_ids, use_cache=False).logits[0, first - 1 : -1, : self._num_tokens]
+            plain = self._model(input_ids=input_ids, use_cache=False).logits[
+                0, first - 1 : -1, : self._decoder.num_tokens
+            ]
             expected = plain.float().log_softmax(1).gather(1, input_ids[0, first:, None]).squeeze(1).tolist()
             difference = max(abs(one - other) for one, other in zip(decoded, expected, strict=True))
             if not difference <= tolerance:
@@ -287,6 +298,8 @@ class TransformersEngine:
                 )
 
     def _remove(self, row: int) -> None:
+        if self._speculation is not None:
+            self._speculation.draft.release(self._rows[row])
         last = self._rows.remove(row)
         if row != last:
             self._cache.move(last, row, self._rows[row].num_cached)

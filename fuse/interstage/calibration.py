@@ -1,11 +1,12 @@
 """What a run's own operations cost, learnt from their spans: the cost model of the live policies.
 
 A decode step is timed with its batch and context, and batches of all sizes count: steps of the long tail are the most
-and the last, and of few samples alone nobody learns what a sample costs. Steps that computed prompts anew tell what
-prefill adds; inference is timed with its tokens and the micro-batches that hold them; KV transfers are timed at both
-ends, but for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference;
-until enough has been seen of transfers, they count as copies through a host's memory. What calls to score took beyond
-inference is their hand-out, and what grows of it with their tokens counts as inference.
+and the last, and of few samples alone nobody learns what a sample costs. Where drafts gave samples several tokens in a
+step, its time is shared among these, for policies count in tokens. Steps that computed prompts anew tell what prefill
+adds; inference is timed with its tokens and the micro-batches that hold them; KV transfers are timed at both ends, but
+for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference; until enough
+has been seen of transfers, they count as copies through a host's memory. What calls to score took beyond inference is
+their hand-out, and what grows of it with their tokens counts as inference.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _KEPT_OF_ONE = 128
 """Of these, decode steps of one worker in one iteration."""
 
 _Step = tuple[float, float, float]
-"""Batch, context, seconds."""
+"""Batch, context, seconds per token of each sample."""
 
 TRANSFER_S = 3e-3
 TRANSFER_BYTE_S = 1 / 2e9
@@ -41,7 +42,7 @@ class Calibration:
         self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
         self._num_scoring = num_scoring
         self._decode: defaultdict[int, deque[_Step]] = defaultdict(lambda: deque(maxlen=_KEPT))
-        self._filled: deque[tuple[float, float, float, float]] = deque(maxlen=_KEPT)
+        self._filled: deque[tuple[float, float, float, float, float]] = deque(maxlen=_KEPT)
         self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._calls: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._moved: dict[str, deque[tuple[float, float]]] = {end: deque(maxlen=_KEPT) for end in ("evict", "admit")}
@@ -53,11 +54,16 @@ class Calibration:
         for span in spans:
             sizes = span.arguments
             if span.name == "decode":
-                row = _number(sizes["batch"]), _number(sizes["context_tokens"]), span.duration_s
-                if row[0] and sizes["prefill_tokens"]:
-                    self._filled.append((*row[:2], _number(sizes["prefill_tokens"]), row[2]))
-                elif row[0]:
-                    decode[int(row[0]).bit_length()].append(row)
+                batch, context, prefill = (
+                    _number(sizes[name]) for name in ("batch", "context_tokens", "prefill_tokens")
+                )
+                if not batch:
+                    continue
+                tokens_each = _number(sizes["tokens"]) / batch
+                if prefill:
+                    self._filled.append((batch, context, prefill, tokens_each, span.duration_s))
+                else:
+                    decode[int(batch).bit_length()].append((batch, context, span.duration_s / tokens_each))
             elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
             elif span.category == "infer":  # the models that score take turns on the same sequences
@@ -84,8 +90,8 @@ class Calibration:
         )
         prefill_s, prefill_token_s = inference_s / self._num_scoring, inference_token_s / self._num_scoring
         beyond_decoding = [
-            (tokens, seconds - step_s - sample_s * batch - context_s * context)
-            for batch, context, tokens, seconds in self._filled
+            (tokens, seconds - tokens_each * (step_s + sample_s * batch + context_s * context))
+            for batch, context, tokens, tokens_each, seconds in self._filled
         ]
         prefill = [row for row in beyond_decoding if row[1] > 0]
         if len({tokens for tokens, _ in prefill}) >= 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, logprob, sampling, shaped_gae
+from fuse.ops import decode_attention, gae, int8_linear, kv_blocks, linear_logprob, logprob, sampling, shaped_gae
 
 
 def describe() -> dict[str, str]:
@@ -10,6 +10,7 @@ def describe() -> dict[str, str]:
     return {
         "decode_attention": decode_attention.describe(),
         "gae": gae.describe(),
+        "int8_linear": int8_linear.describe(),
         "kv_blocks": kv_blocks.describe(),
         "linear_logprob": linear_logprob.describe(),
         "sample_tokens": sampling.describe(),

@@ -10,18 +10,21 @@ from fuse.ops.native import choose, extension, log_choice
 NATIVE_DTYPES = (torch.float32,)
 
 
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, slots: Tensor | None = None
+) -> Tensor:
     """softmax(scale * query . keys) . values over each row's first lengths[row] tokens, [rows, heads, head_dim].
 
     query: [rows, heads, head_dim]. keys, values: [rows, kv_heads, context, head_dim], views of a cache are welcome;
     heads that share a key head are neighbours. lengths: int64 [rows], 1 to context. No gradient flows.
+    slots: where the rows' keys and values are, int64 [rows]; then keys and values have any number of slots for rows.
 
     The native code reads the rows' own tokens only. The reference reads the whole context, so all of it must be finite.
     """
     native, choice = choose(query.device, query.dtype, NATIVE_DTYPES)
     log_choice("decode_attention", choice)
     if native is None:
-        return decode_attention_reference(query, keys, values, lengths, scale)
+        return decode_attention_reference(query, keys, values, lengths, scale, slots)
     head_dim = query.shape[2]
     for tensor in (query[:, :, None], keys, values):
         assert tensor.shape[3] == head_dim, f"head sizes differ: {list(tensor.shape)} and {head_dim}"
@@ -29,12 +32,17 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
     for cache in (keys, values):
         assert cache.stride(2) == head_dim, f"tokens must follow one another: strides {cache.stride()}"
     output = query.new_empty(query.shape)
-    native.decode_attention(query, keys, values, lengths.contiguous(), scale, output)
+    slots = None if slots is None else slots.contiguous()
+    native.decode_attention(query, keys, values, lengths.contiguous(), slots, scale, output)
     return output
 
 
-def decode_attention_reference(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode_attention_reference(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, slots: Tensor | None = None
+) -> Tensor:
     """`decode_attention` by torch's fused attention and a mask."""
+    if slots is not None:
+        keys, values = keys[slots], values[slots]
     return masked_attention(query, keys, values, additive_mask(lengths, keys.shape[2], query.dtype), scale)
 
 

@@ -11,7 +11,8 @@ the edge of top-p those of the highest ids, where transformers leaves the choice
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class Filters:
     top_ks: Tensor | None = None
     top_ps: Tensor | None = None
     min_ps: Tensor | None = None
+
+    def at(self, rows: Tensor) -> Filters:
+        """Copies of those of `rows`, int64 [any number], each any number of times."""
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Filters(**{name: None if tensor is None else tensor[rows] for name, tensor in own.items()})
 
 
 def sample_filtered_tokens(

@@ -53,8 +53,8 @@ class _Unreported:
     """Tokens of a live sample that no poll has taken yet, and where in the response they start.
 
     prefill_tokens: what the engine has to compute or to copy before the next token, 0 once that is there.
-    prompt_tokens, first: of the sample, and where in its response it entered, at `entered_s`. started_s: of the step
-    that gave its first token here; None before it.
+    prompt_tokens, first: of the sample, and where in its response it entered. entered, started: marks of then, and of
+    the step that gave its first token here; None before it.
     """
 
     position: int
@@ -62,24 +62,25 @@ class _Unreported:
     prefill_tokens: int = 0
     prompt_tokens: int = 0
     first: int = 0
-    entered_s: float = field(default_factory=now_s)
-    started_s: float | None = None
+    entered: Any = None
+    started: Any = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
 
-    def span(self, sample_id: int) -> Span:
-        """Of its stay in the engine, from the first step that gave it a token to now."""
-        assert self.started_s is not None
+    def record(self, sample_id: int, recorder: SpanRecorder) -> None:
+        """Its stay in the engine, from the first step that gave it a token to now; nothing before that."""
+        if self.started is None:
+            return
         sizes = {
             "sample": sample_id,
             "prompt_tokens": self.prompt_tokens,
             "first": self.first,
             "tokens": self.position + len(self.token_ids),
-            "queued_s": self.started_s - self.entered_s,
             "finished": self.finished,
         }
-        return Span(f"sample {sample_id}", "sample", self.started_s, now_s(), sizes)
+        name, end = f"sample {sample_id}", recorder.mark()
+        recorder.record(name, "sample", ready=self.entered, start=self.started, end=end, arguments=sizes)
 
 
 class _Closed(RuntimeError):
@@ -166,11 +167,12 @@ class GenerationWorker(WeightTaker):
     def drain_spans(self) -> list[Span]:
         """One span per decode step, migration, sample and weight load since the last call.
 
-        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), and how many
-        tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
-        samples of the same prompt (`shared_tokens`). An "admit" says of how many samples the KV was lost with the
-        process that they left, or found no memory (`lost`): they are computed anew. A "sample" tells when one was in
-        the engine (`sample`, of which response tokens, `first` to `tokens`), and the last span tells memory.
+        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), how many tokens
+        they got (`tokens`) and how many a draft had proposed (`drafted_tokens`), and how many tokens it had to compute
+        anew for samples that entered (`prefill_tokens`), beside those that it had from other samples of the same prompt
+        (`shared_tokens`). An "admit" says of how many samples the KV was lost with the process that they left, or found
+        no memory (`lost`): they are computed anew. A "sample" tells when one was in the engine (`sample`, of which
+        response tokens, `first` to `tokens`) and how long it had waited (`wait_s`), and the last span tells memory.
         """
         with self._changed:
             self._raise_failure()
@@ -220,23 +222,29 @@ class GenerationWorker(WeightTaker):
 
     def _publish(self, tokens: Sequence[GeneratedToken], start: Any) -> None:
         with self._changed:
-            context_tokens = prefill_tokens = shared_tokens = 0
+            batch = context_tokens = prefill_tokens = shared_tokens = drafted_tokens = 0
+            last_id = None
             for token in tokens:
                 sample = self._samples[token.sample_id]
-                context_tokens += sample.context_tokens
+                if token.sample_id != last_id:  # a sample's tokens follow one another
+                    batch, last_id = batch + 1, token.sample_id
+                    context_tokens += sample.context_tokens
+                drafted_tokens += token.drafted_tokens
                 prefill_tokens += sample.prefill_tokens - token.shared_tokens
                 shared_tokens += token.shared_tokens
                 sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
-                sample.started_s = start_s if sample.started_s is None else sample.started_s
+                sample.started = start if sample.started is None else sample.started
                 sample.token_ids.append(token.token_id)
                 sample.logprobs.append(token.logprob)
                 self._release(token.sample_id)
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
-                    self._recorder.add(sample.span(token.sample_id))
+                    sample.record(token.sample_id, self._recorder)
             sizes = {
-                "batch": len(tokens),
+                "batch": batch,
+                "tokens": len(tokens),
+                "drafted_tokens": drafted_tokens,
                 "context_tokens": context_tokens,
                 "prefill_tokens": prefill_tokens,
                 "shared_tokens": shared_tokens,
@@ -274,6 +282,7 @@ class GenerationWorker(WeightTaker):
                     request.num_tokens,
                     0 if has_kv else request.num_tokens,
                     prompt_tokens=len(request.prompt_ids),
+                    entered=self._recorder.mark(),
                     first=len(request.response_ids),
                 )
                 self._num_live += 1
@@ -304,8 +313,7 @@ class GenerationWorker(WeightTaker):
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
             departures = [self._depart(sample_id, with_kv) for sample_id in live]
             for sample_id in live:
-                if (sample := self._samples.pop(sample_id)).started_s is not None:
-                    self._recorder.add(sample.span(sample_id))
+                self._samples.pop(sample_id).record(sample_id, self._recorder)
             self._num_live -= len(live)
             self._changed.notify_all()
         num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)

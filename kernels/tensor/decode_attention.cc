@@ -64,15 +64,16 @@ FUSE_INLINE float exponentiate(float* scores, std::int64_t count) {
 
 FUSE_VECTORIZED
 void decode_attention(const float* query, std::int64_t query_row_stride, std::int64_t query_head_stride, CacheView keys,
-                      CacheView values, const std::int64_t* lengths, std::int64_t rows, std::int64_t kv_heads,
-                      std::int64_t group, std::int64_t head_dim, float scale, float* output) {
+                      CacheView values, const std::int64_t* lengths, const std::int64_t* slots, std::int64_t rows,
+                      std::int64_t kv_heads, std::int64_t group, std::int64_t head_dim, float scale, float* output) {
   const std::int64_t width = rows == 0 ? 0 : padded(*std::max_element(lengths, lengths + rows));
   std::vector<float> scores(static_cast<std::size_t>(group * width));
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t length = lengths[row];
+    const std::int64_t slot = slots == nullptr ? row : slots[row];
     for (std::int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      const float* head_keys = keys.data + row * keys.row_stride + kv_head * keys.head_stride;
-      const float* head_values = values.data + row * values.row_stride + kv_head * values.head_stride;
+      const float* head_keys = keys.data + slot * keys.row_stride + kv_head * keys.head_stride;
+      const float* head_values = values.data + slot * values.row_stride + kv_head * values.head_stride;
       const float* head_query = query + row * query_row_stride + kv_head * group * query_head_stride;
       float* head_output = output + (row * kv_heads + kv_head) * group * head_dim;
 

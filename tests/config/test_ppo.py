@@ -63,6 +63,11 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
         ({"engine": "vllm", "generation_cache_bytes": 0}, "generation_cache_bytes=0 must be at least 1"),
         ({"generation_cache_bytes": 1 << 20}, "generation_cache_bytes=1048576 with engine='transformers'"),
         ({"generation_cuda_graphs": True}, "generation_cuda_graphs=True with engine='transformers' on cpu: it is of"),
+        (
+            {"speculation": "int8", "engine": "vllm"},
+            "speculation='int8' with engine='vllm', whose own drafts would change",
+        ),
+        ({"speculation": "int4"}, "speculation='int4' is unknown: use 'auto', 'off', 'int8' or 'ngram'"),
         ({"reward_timeout_s": 0.0}, "reward_timeout_s=0.0 must be positive"),
         ({"reward_error_score": float("nan")}, "reward_error_score=nan is not a finite number"),
         ({"reward_workers": "thraed"}, "reward_workers='thraed' is unknown: use 'thread' or 'process'"),

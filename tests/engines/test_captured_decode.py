@@ -45,7 +45,11 @@ class Replays:
         engine = self._engine
         yield from (one.data_ptr() for one in engine._model.parameters())
         yield from (one.data_ptr() for layer in engine._cache._layers for one in (layer.keys, layer.values))
-        yield from (engine._rows.input_ids.data_ptr(), engine._rows.lengths.data_ptr(), len(engine._rows))
+        yield from (
+            engine._rows.inputs.token_ids.data_ptr(),
+            engine._rows.inputs.positions.data_ptr(),
+            len(engine._rows),
+        )
 
 
 def test_tokens_are_those_of_an_engine_without(build_model: BuildModel) -> None:

@@ -21,9 +21,9 @@ from fuse.trace import Span
 LIMIT = 64
 
 
-def decode(costs: CostModel, batch: int, context: int, prefill: int = 0) -> Span:
-    seconds = costs.decode_step(batch, context) + (costs.prefill(prefill) if prefill else 0.0)
-    sizes = {"batch": batch, "context_tokens": context, "prefill_tokens": prefill}
+def decode(costs: CostModel, batch: int, context: int, prefill: int = 0, tokens_each: int = 1) -> Span:
+    seconds = tokens_each * costs.decode_step(batch, context) + (costs.prefill(prefill) if prefill else 0.0)
+    sizes = {"batch": batch, "tokens": tokens_each * batch, "context_tokens": context, "prefill_tokens": prefill}
     return Span("decode", "generate", 5.0, 5.0 + seconds, sizes)
 
 
@@ -124,6 +124,21 @@ def test_where_handing_out_costs_more_than_fusion_brings_rollouts_go_stage_by_st
         found.append(planner.policy(samples))
     assert isinstance(found[0], Adaptive)
     assert found[1] == StageByStage()
+
+
+def test_steps_of_several_tokens_count_as_so_many_steps() -> None:
+    """Samples that got three tokens in a step of three times the time had each as soon as others."""
+    plain, drafted = (Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3) for _ in range(2))
+    plain.add(spans_of(SMALL_CPU))
+    drafted.add(span for span in spans_of(SMALL_CPU) if span.category != "generate")
+    drafted.add(decode(SMALL_CPU, batch, 40 * batch, tokens_each=batch) for batch in (1, 4, 9))
+    drafted.add([decode(SMALL_CPU, 4, 900, tokens_each=2)])
+    drafted.add(decode(SMALL_CPU, 4, 160, prefill, tokens_each=3) for prefill in (100, 300))
+    expected, costs = plain.costs(), drafted.costs()
+    assert expected is not None
+    assert costs is not None
+    for name in ("step_s", "sample_s", "prefill_s", "prefill_token_s"):
+        assert getattr(costs, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
 
 
 def test_the_time_of_one_stage_tells_that_of_all() -> None:

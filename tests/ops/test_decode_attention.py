@@ -71,3 +71,12 @@ def test_bfloat16_is_served_by_torch() -> None:
 
 def test_native_code_serves() -> None:
     assert describe()["decode_attention"].startswith("native C++ for float32")
+
+
+@pytest.mark.parametrize("implementation", [decode_attention, decode_attention_reference])
+def test_rows_of_any_slots(implementation) -> None:
+    """Several rows of one slot, with different lengths, and slots without any."""
+    query, keys, values, lengths = inputs(5, 2, 3, 32, 19)
+    slots = torch.tensor([3, 3, 0, 4, 3])
+    expected = written_out(query, keys[slots], values[slots], lengths, 0.3)
+    torch.testing.assert_close(implementation(query, keys, values, lengths, 0.3, slots), expected, rtol=1e-5, atol=2e-6)

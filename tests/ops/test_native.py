@@ -14,6 +14,7 @@ from fuse import ops
 from fuse.ops import native
 from fuse.ops.decode_attention import decode_attention
 from fuse.ops.gae import gae
+from fuse.ops.int8_linear import int8_linear, quantize_int8
 from fuse.ops.kv_blocks import gather, scatter
 from fuse.ops.linear_logprob import linear_logprob
 from fuse.ops.sampling import sample_tokens
@@ -118,6 +119,7 @@ def calls() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         "decode_attention": lambda: (
             decode_attention(cache[0, :, :, 0], cache[0], cache[1], torch.tensor([1, 5, 3, 2]), 0.3),
         ),
+        "int8_linear": lambda: (int8_linear(rows.sign(), *quantize_int8(weight)),),  # whose rounding is exact
         "kv_gather": lambda: gather(list(cache), 1, 3),
         "kv_scatter": lambda: scattered(list(cache)),
     }  # fmt: skip

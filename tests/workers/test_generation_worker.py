@@ -71,6 +71,14 @@ class SharingEngine(ReplayEngine):
         ]
 
 
+class DraftingEngine(ReplayEngine):
+    """Two tokens of each sample in a step, the first of which was drafted, with one that was wrong."""
+
+    def step(self) -> list[GeneratedToken]:
+        first = [replace(token, drafted_tokens=2) for token in super().step()]
+        return sorted([*first, *super().step()], key=lambda token: token.sample_id)
+
+
 class CountingEngine(ReplayEngine):
     """Tells when it has taken so many steps."""
 
@@ -255,6 +263,18 @@ def test_spans_tell_computed_tokens_from_shared_ones(make: Make) -> None:
     sizes = [span.arguments for span in worker.drain_spans() if span.category == "generate"]
     assert [one["prefill_tokens"] for one in sizes] == [3, 0, 1]
     assert [one["shared_tokens"] for one in sizes] == [1, 0, 1]
+
+
+def test_spans_tell_samples_from_tokens_and_drafted_ones(make: Make) -> None:
+    """Of samples of 4 and 6 tokens; context is that before the step."""
+    worker = make(DraftingEngine(recordings(4, 6)))
+    worker.submit([request(0), request(1)])
+    assert {len(response) for response in collect(worker, 2).values()} == {4, 6}
+    sizes = [span.arguments for span in worker.drain_spans()]
+    assert [one["batch"] for one in sizes] == [2, 2, 1]
+    assert [one["tokens"] for one in sizes] == [4, 4, 2]
+    assert [one["drafted_tokens"] for one in sizes] == [4, 4, 2]
+    assert [one["context_tokens"] for one in sizes] == [4, 8, 6]
 
 
 def test_what_the_engine_raises_is_raised_by_the_next_call_and_all_after(make: Make) -> None:

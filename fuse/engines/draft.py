@@ -1,0 +1,31 @@
+"""What proposes tokens for the target to verify: several at once, where decoding has one per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fuse.engines.rows import Row, Rows
+
+
+class Draft(Protocol):
+    """Guesses what samples will draw. Tokens never depend on it, only how many of them a step brings.
+
+    A sample's next token is argmax(logits / temperature + noise), and the noise is known beforehand: a function of
+    (seed, sample, position). A draft that adds the same noise to logits close to the target's agrees nearly always.
+    """
+
+    def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
+        """At most `counts[row]` tokens, of the model's vocabulary, to follow those of each row.
+
+        Post: the rows are as they were.
+        """
+        ...
+
+    def release(self, row: Row) -> None:
+        """A row leaves, finished or not."""
+        ...
+
+    def forget(self) -> None:
+        """The model's weights are freed or change; rows have left."""
+        ...

@@ -1,0 +1,106 @@
+"""Speculative decoding: which draft an engine has, how far it drafts, and what it proposes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+
+from fuse.engines.decoder import Decoder
+from fuse.engines.draft import Draft
+from fuse.engines.draft_lengths import PayingLengths
+from fuse.engines.engine import GeneratedToken
+from fuse.engines.int8_llama import is_served
+from fuse.engines.ngram_draft import NgramDraft
+from fuse.engines.quantized_draft import QuantizedSelf
+from fuse.engines.rows import Rows
+from fuse.ops.native import choose
+
+SpeculationKind = Literal["auto", "off", "int8", "ngram"]
+
+
+class DraftLengths(Protocol):
+    """Decides how many tokens are drafted."""
+
+    def choose(self, rows: Rows) -> Sequence[int]:
+        """Tokens to draft for each row, if its response has room for them."""
+        ...
+
+    def learn(
+        self, generated: Sequence[GeneratedToken], drafts: Sequence[Sequence[int]], draft_s: float, target_s: float
+    ) -> None:
+        """What a step brought, what was drafted for each row, and what drafting and the target's forward took."""
+        ...
+
+
+class FixedLength:
+    """As many for each row, always."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def choose(self, rows: Rows) -> Sequence[int]:
+        return [self._num_tokens] * len(rows)
+
+    def learn(self, *_: object) -> None:
+        """Nothing."""
+
+
+class Speculation:
+    """A draft, and how far it drafts.
+
+    num_tokens: that responses may consist of; a draft ends before any other.
+    """
+
+    def __init__(self, draft: Draft, lengths: DraftLengths, num_tokens: int) -> None:
+        self.draft = draft
+        self._lengths = lengths
+        self._num_tokens = num_tokens
+        self._drafts: list[list[int]] = []
+        self._draft_s = self._began_s = 0.0
+
+    def propose(self, rows: Rows) -> list[list[int]]:
+        """What may follow each row's tokens: fewer tokens than its response may still get, for a step adds one more."""
+        counts = [min(count, row.num_left - 1) for count, row in zip(self._lengths.choose(rows), rows, strict=True)]
+        began_s = time.perf_counter()
+        self._drafts = [[] for _ in counts]
+        if any(counts):
+            proposed = zip(self.draft.propose(rows, counts), counts, strict=True)
+            self._drafts = [_known(draft[:count], self._num_tokens) for draft, count in proposed]
+        self._began_s = time.perf_counter()
+        self._draft_s = self._began_s - began_s
+        return self._drafts
+
+    def learn(self, generated: Sequence[GeneratedToken]) -> None:
+        """What the step brought that the last proposal was for."""
+        self._lengths.learn(generated, self._drafts, self._draft_s, time.perf_counter() - self._began_s)
+
+
+def _known(draft: list[int], num_tokens: int) -> list[int]:
+    return draft[: next((i for i, token_id in enumerate(draft) if not 0 <= token_id < num_tokens), len(draft))]
+
+
+def choose_speculation(kind: SpeculationKind, target: Decoder) -> Speculation | None:
+    """The draft of this name for a target, which drafts as far as that pays; "auto" chooses one.
+
+    Raises: ValueError where there is none such.
+    """
+    num_tokens = target.num_tokens or target.model.config.get_text_config().vocab_size
+    if kind == "auto":
+        kind = "int8" if is_served(target.model) else "ngram"
+    if kind == "off":
+        return None
+    if kind == "ngram":
+        return Speculation(NgramDraft(), PayingLengths(draft_share=0.0), num_tokens)
+    if kind != "int8":
+        raise ValueError(f"speculation={kind!r} is unknown: use 'auto', 'off', 'int8' or 'ngram'")
+    device, dtype = target.model.device, target.model.dtype
+    native, reason = choose(device, dtype, (torch.float32,))
+    if native is None:
+        raise ValueError(
+            f"speculation='int8' with a model in {dtype} on {device}: its products are native code for float32 on CPUs "
+            f"({reason}); use 'ngram' or 'off'"
+        )
+    return Speculation(QuantizedSelf(target), PayingLengths(draft_share=0.3), num_tokens)

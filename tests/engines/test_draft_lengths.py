@@ -1,0 +1,145 @@
+"""How many tokens are drafted: the best set against all of them, what is learnt, and when there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from fuse.engines.draft_lengths import Acceptance, Floats, PayingLengths, StepTimes, best_lengths
+from fuse.engines.engine import GeneratedToken
+from fuse.engines.rows import Row, Rows
+from fuse.engines.transformers import TransformersEngine
+
+from .driving import assert_same, run
+from .test_speculation import REQUESTS, request
+
+
+def affine(fixed: float, each: float) -> Callable[[Floats], Floats]:
+    return lambda tokens: fixed + each * tokens
+
+
+def rate(
+    chances: Sequence[float], counts: Sequence[int], target: tuple[float, float], draft: tuple[float, float]
+) -> float:
+    """Tokens per second, written out."""
+    tokens = sum(sum(chance**j for j in range(count + 1)) for chance, count in zip(chances, counts, strict=True))
+    widths = [sum(count > level for count in counts) for level in range(max(counts))]
+    seconds = target[0] + target[1] * (len(counts) + sum(counts)) + sum(draft[0] + draft[1] * width for width in widths)
+    return tokens / seconds
+
+
+@given(
+    chances=st.lists(st.floats(0.05, 0.99), min_size=1, max_size=3),
+    most=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    target=st.tuples(st.floats(0.5, 2), st.floats(0, 0.5)),
+    each=st.floats(0, 0.5),
+)
+def test_no_other_lengths_are_faster(
+    chances: list[float], most: list[int], target: tuple[float, float], each: float
+) -> None:
+    """With drafts that cost so much a token; a fixed cost of their steps makes it a matter of packing."""
+    room = most[: len(chances)]
+    counts = best_lengths(np.array(chances), np.array(room), affine(*target), affine(0.0, each))
+    assert all(0 <= count <= limit for count, limit in zip(counts, room, strict=True))
+    plain = rate(chances, [0] * len(chances), target, (0.0, each))
+    best = max(rate(chances, other, target, (0.0, each)) for other in product(*(range(limit + 1) for limit in room)))
+    found = rate(chances, counts.tolist(), target, (0.0, each))
+    assert found == pytest.approx(best) if best > 1.0301 * plain else found >= plain - 1e-9
+
+
+def test_drafts_end_where_they_cost_more_than_they_bring() -> None:
+    """A draft's step takes 0.3 of a target's; 64 samples make the target compute, not read."""
+    draft, memory_bound = affine(0.3, 0.0), affine(1.0, 0.02)
+    most = np.array([8])
+    assert best_lengths(np.array([0.97]), most, memory_bound, draft)[0] >= 4
+    assert 0 < best_lengths(np.array([0.6]), most, memory_bound, draft)[0] <= 2
+    assert best_lengths(np.array([0.2]), most, memory_bound, draft)[0] == 0
+    assert not best_lengths(np.full(64, 0.97), np.full(64, 8), affine(0.0, 1.0), affine(0.0, 0.3)).any()
+
+
+def test_chances_follow_a_sample_and_begin_with_those_of_all() -> None:
+    acceptance = Acceptance()
+    first = acceptance.of(0)
+    for _ in range(30):
+        acceptance.learn(0, 4, 0)
+        acceptance.learn(1, 4, 4)
+    assert acceptance.of(0) < 0.4 < acceptance.of(2) < 0.9 < acceptance.of(1) < 1
+    acceptance.forget(0)
+    assert acceptance.of(0) == acceptance.of(2)
+    assert first == pytest.approx(0.8)
+
+
+def test_times_are_between_those_that_were_measured_and_grow_beyond() -> None:
+    times = StepTimes(slope=0.1)
+    times.learn(1, 2.0)
+    times.learn(5, 4.0)
+    assert times.of(np.array([1.0, 3.0, 5.0, 10.0])).tolist() == pytest.approx([2.0, 3.0, 4.0, 5.0])
+    times.learn(1, 12.0)
+    assert times.of(np.array([1.0]))[0] == pytest.approx(3.0), "one slow step is not believed at once"
+    for _ in range(300):
+        times.learn(1, 2.0)
+    assert times.of(np.array([5.0]))[0] == pytest.approx(2.8), "what was slow long ago is tried again"
+
+
+class NoisyDraft:
+    """Wrong each time."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
+        self.num_calls += 1
+        return [[0] * count for count in counts]
+
+    def release(self, row: Row) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
+def test_a_draft_that_is_never_right_is_given_up(build_model: Callable[..., PreTrainedModel]) -> None:
+    """Whatever the clock says: then a token more costs something."""
+    lengths = PayingLengths(draft_share=0.1)
+    engine = TransformersEngine(build_model())
+    engine.submit(request(8, stops=False, max_new_tokens=90))
+    engine.step()
+    tokens = [GeneratedToken(8, 0, -1.0, False, drafted_tokens=4)]
+    lengths.learn([GeneratedToken(8, 0, -1.0, False)], [[]], 0.0, 1.0)
+    drafted = []
+    for _ in range(60):
+        (count,) = lengths.choose(engine._rows)
+        drafted.append(count)
+        lengths.learn(tokens if count else [], [[0] * count], 0.1 * count, 1.0 + 0.1 * count)
+    assert drafted[0] > 0
+    assert sum(drafted[30:]) == 0
+
+
+@pytest.mark.parametrize("kind", ["auto", "ngram"])
+def test_tokens_are_those_of_plain_decoding(kind: str, build_model: Callable[..., PreTrainedModel]) -> None:
+    """Of greedy samples too, which come to repeat themselves; through weights that change."""
+    weights = build_model(seed=3).state_dict()
+    requests = [*REQUESTS, request(10, stops=False, max_new_tokens=80)]
+    plain, drafting = (TransformersEngine(build_model(), max_batch=4, speculation=one) for one in ("off", kind))
+    for _ in range(2):
+        assert_same(run(drafting, requests), run(plain, requests))
+        for engine in (plain, drafting):
+            engine.load_weights({name: weight.clone() for name, weight in weights.items()})
+
+
+def test_an_unknown_draft_is_refused(build_model: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(ValueError, match="speculation='int3' is unknown: use 'auto', 'off', 'int8' or 'ngram'"):
+        TransformersEngine(build_model(), speculation="int3")
+
+
+def test_int8_is_refused_where_there_is_no_code_for_it(build_model: Callable[..., PreTrainedModel]) -> None:
+    import torch
+
+    with pytest.raises(ValueError, match=r"speculation='int8' with a model in torch.bfloat16 on cpu: .* use 'ngram'"):
+        TransformersEngine(build_model(dtype=torch.bfloat16), speculation="int8")
