@@ -16,6 +16,7 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.recipe import reward
 from fuse.trainers.data import TOKENS, prompt_rows, read_rows
+from fuse.trainers.special_tokens import end_tokens
 from fuse.training.scoring import TokenSequence, scores
 
 SAMPLES = "comparison.jsonl"
@@ -97,7 +98,7 @@ def _responses(path: str, rows: Sequence[Any], comparison: Comparison) -> list[T
         seed=comparison.seed,
         temperature=comparison.temperature,
         max_new_tokens=comparison.max_new_tokens,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=end_tokens(tokenizer, model),
     )
     for index, prompt in enumerate(prompts):
         engine.submit(GenerationRequest(sample_id=index, prompt_ids=prompt, params=params))

@@ -7,14 +7,14 @@ Beyond TRL's: preferences that contradict each other are dropped, lengths balanc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from trl import RewardConfig, RewardTrainer
+from trl import RewardTrainer
 
 from fuse.recipe.accuracy import Accuracy, accuracy_of, save_calibration
 from fuse.recipe.balance import balanced_by_length, length_buckets
@@ -27,38 +27,12 @@ from fuse.training.scoring import TokenSequence, scores
 CALIBRATION = "calibration.png"
 
 
-@dataclass
-class RewardStepConfig(RewardConfig):
-    """TRL's, and these."""
-
-    square_coefficient: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the squares of both rewards in the loss (ChatGLM-RLHF; its value is not known)."},
-    )
-    length_buckets: int = field(
-        default=10,
-        metadata={
-            "help": "Buckets of the pairs' difference of lengths, in each of which as many are kept whose longer "
-            "response was chosen as whose shorter one was; 0 keeps all pairs."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        for name in ("square_coefficient", "length_buckets"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0, which turns it off")
-
-
-CONFIG = RewardStepConfig
-
-
 def train_reward_model(step: TrainingStep) -> dict[str, Any]:
     """Train, and save the model with a picture of its calibration; returns what was trained on, and held-out accuracy.
 
     Raises: ValueError where no pairs are left to train on.
     """
-    config = parsed(CONFIG, step)
+    config = parsed("reward", step)
     tokenizer = AutoTokenizer.from_pretrained(step.model)
     consistent = without_contradictions(preferences_of(read_rows(step.data))[0])
     pairs = [tokenised(preference, tokenizer) for preference in consistent.kept]

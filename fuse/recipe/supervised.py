@@ -7,12 +7,11 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from fuse.recipe.tokens import TokenisedPreference
 from fuse.recipe.training import TrainingStep, parsed, read_tokenised, run_trainer
 
-CONFIG = SFTConfig
 _IGNORED = -100
 """The label of tokens that do not count."""
 
@@ -22,7 +21,7 @@ def fine_tune(step: TrainingStep) -> dict[str, Any]:
 
     The loss is of responses alone, with their end; rows that are longer than `max_length` are cut there.
     """
-    config = parsed(CONFIG, step)
+    config = parsed("sft", step)
     tokenizer = AutoTokenizer.from_pretrained(step.model)
     rows, held_out = (read_tokenised(path, tokenizer) for path in (step.data, step.held_out))
     trainer = SFTTrainer(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
@@ -17,10 +16,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from fuse.recipe.preferences import preferences_of
 from fuse.recipe.tokens import TokenisedPreference, tokenised
 from fuse.trainers.data import read_rows
-
-Config = TypeVar("Config")
-MODULES = {"sft": "supervised", "reward": "reward"}
-"""Where a step, and the configuration that its options are of, are defined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +34,7 @@ class TrainingStep:
     options: tuple[str, ...]
 
 
-def parsed(kind: type[Config], step: TrainingStep) -> Config:
+def parsed(name: str, step: TrainingStep) -> Any:
     """The step's TRL configuration.
 
     Raises: ValueError for options that it has not, or that do not go together.
@@ -56,9 +51,8 @@ def parsed(kind: type[Config], step: TrainingStep) -> Config:
         "dataloader_pin_memory": has_accelerator,
     }
     given = [*(f"--{name}={value}" for name, value in defaults.items()), *step.options]
-    parser = _parser(kind)
-    [config] = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
-    return cast(Config, config)
+    [config] = _parser(name).parse_args_into_dataclasses(given, look_for_args_file=False)
+    return config
 
 
 def check_options(step: str, options: Sequence[str]) -> None:
@@ -66,17 +60,17 @@ def check_options(step: str, options: Sequence[str]) -> None:
 
     Raises: ValueError for those that the step's configuration has not, or with values of another kind.
     """
+    _parser(step).parse_args(["--output_dir=unused", *options])
+
+
+def _parser(step: str) -> HfArgumentParser:
     try:
-        kind = import_module(f"fuse.recipe.{MODULES[step]}").CONFIG
+        from fuse.recipe.configs import CONFIGS
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
         raise ValueError("steps sft and reward need TRL: pip install 'fuse-rlhf[recipe]'") from error
-    _parser(kind, f"--{step}").parse_args(["--output_dir=unused", *options])
-
-
-def _parser(kind: type[Any], prefix: str = "") -> HfArgumentParser:
-    return _Options(cast(DataClassType, kind), prog=prefix, add_help=False, allow_abbrev=False)
+    return _Options(cast(DataClassType, CONFIGS[step]), prog=f"--{step}", add_help=False, allow_abbrev=False)
 
 
 class _Options(HfArgumentParser):

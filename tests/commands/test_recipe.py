@@ -22,7 +22,7 @@ def toy(tmp_path_factory):
     small_llama(tokenizer, seed=0, hidden_size=32, num_layers=1).save_pretrained(directory / "base")
     tokenizer.save_pretrained(directory / "base")
     rows = [
-        {"prompt": f"{a}+{b}=", "chosen": f"#{a + b}", "rejected": f"{a}{b};{a}{b}"}
+        {"prompt": f"{a}+{b}=", "chosen": f"#{a + b}" + b % 2 * ";;", "rejected": f"{a}+{b}"}
         for a in range(10)
         for b in range(10)
     ]

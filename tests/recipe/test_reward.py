@@ -9,7 +9,8 @@ from torch.nn.functional import logsigmoid
 
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
-from fuse.recipe.reward import RewardStepConfig, SquareRegularisedTrainer, train_reward_model
+from fuse.recipe.configs import RewardStepConfig
+from fuse.recipe.reward import SquareRegularisedTrainer, train_reward_model
 from fuse.recipe.training import TrainingStep, check_options
 
 
