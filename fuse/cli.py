@@ -20,12 +20,16 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import fuse
+from fuse.options_file import OPTION as CONFIG_OPTION
+from fuse.options_file import with_config_file
 from fuse.printable import printable
 from fuse.termination import Terminated
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a policy by PPO, GRPO, RLOO, REINFORCE++ or online DPO on your prompts",
+        "recipe": "from preference data to an aligned model: fine-tuning, reward model, reinforcement learning",
+        "chat": "talk to a model",
         "demo": "teach a small model to add, from nothing, in a few minutes",
         "plan": "say what a run holds in memory on each device, and whether it fits",
         "solve": "find a fused pipeline schedule",
@@ -50,6 +54,7 @@ RUN_ERRORS: Mapping[str, str] = MappingProxyType(
         "fuse.workers.errors": "RunError",
         "fuse.trainers.rewards": "RewardError",
         "fuse.checkpoint": "SaveError",
+        "fuse.recipe.steps": "StepError",
     }
 )
 """What ends a run that the input is not to blame for: errors by the module that defines them."""
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; bad options exit with status 2 by SystemExit."""
     name, module, rest = _select(list(sys.argv[1:] if argv is None else argv))
     try:
+        rest = with_config_file(rest)
         if name in EARLY_CHECKS:
             import_module(EARLY_CHECKS[name]).check(rest)
         command: Any = import_module(module)
@@ -73,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parents=command.parents(rest) if hasattr(command, "parents") else [],
             formatter_class=HelpFormatter,
         )
+        parser.add_argument(CONFIG_OPTION, metavar="FILE", help="YAML file of options; those beside it win")
         command.add_arguments(parser)
         return int(command.run(parser.parse_args(rest)))
     except KeyboardInterrupt as interrupt:

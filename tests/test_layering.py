@@ -21,7 +21,7 @@ TIERS = (
     ("fuse.workers",),
     ("fuse.driver",),
     ("fuse.checkpoint", "fuse.config", "fuse.trainers"),
-    ("fuse.cli", "fuse.commands", "fuse.demo", "fuse.run_page"),
+    ("fuse.__main__", "fuse.cli", "fuse.commands", "fuse.demo", "fuse.recipe", "fuse.run_page"),
     ("fuse.benchmarks",),
 )
 PACKAGES = {package for tier in TIERS for package in tier}

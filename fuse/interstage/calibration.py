@@ -4,9 +4,9 @@ A decode step is timed with its batch and context, and batches of all sizes coun
 and the last, and of few samples alone nobody learns what a sample costs. Where drafts gave samples several tokens in a
 step, its time is shared among these, for policies count in tokens. Steps that computed prompts anew tell what prefill
 adds; inference is timed with its tokens and the micro-batches that hold them; KV transfers are timed at both ends, but
-for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference; until enough
-has been seen of transfers, they count as copies through a host's memory. What calls to score took beyond inference is
-their hand-out, and what grows of it with their tokens counts as inference.
+for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference; until
+enough has been seen of transfers, they count as copies through a host's memory. What calls to score took beyond
+inference is their hand-out, and what grows of it with their tokens counts as inference.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def special_tokens(
         ValueError: responses are to end at the end of sequence, and no token says that it is one.
     """
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    eos = tuple(dict.fromkeys((*_generation_eos(model), *own))) if args.stop_token == "model" else own
+    eos = end_tokens(tokenizer, model) if args.stop_token == "model" else own
     if args.stop_token is not None and not eos:
         raise ValueError(
             f"stop_token={args.stop_token!r} but the tokenizer has no end-of-sequence token: set stop_token_id instead "
@@ -29,6 +29,12 @@ def special_tokens(
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     is_padded = num_tokens < model.config.get_text_config().vocab_size and not samples_padding
     return SpecialTokens(pad=tokenizer.pad_token_id, eos=eos, stop=stop, num_tokens=num_tokens if is_padded else None)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """What ends a sequence: of the model's generation configuration, and of the tokenizer."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys((*_generation_eos(model), *own)))
 
 
 def _generation_eos(model: PreTrainedModel) -> tuple[int, ...]:

@@ -1,0 +1,49 @@
+"""The tokens of preferences, as a run of reinforcement learning sees prompts and responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from fuse.recipe.preferences import Preference, Text
+from fuse.trainers.data import TOKENS, prompt_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenisedPreference:
+    """Token ids of a prompt and of the two responses, each of which ends with the end of sequence."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def tokenised(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> TokenisedPreference:
+    """Raises: ValueError where there are no tokens, or a chat template that does not continue a prompt."""
+    try:
+        [row] = prompt_rows([{"prompt": preference.prompt}], tokenizer, prompt_column="prompt", response_length=1)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("dataset row 0 has ")) from error
+    prompt_ids = row[TOKENS]
+    return TokenisedPreference(
+        prompt_ids=prompt_ids,
+        chosen_ids=_response_ids(preference.prompt, preference.chosen, prompt_ids, tokenizer),
+        rejected_ids=_response_ids(preference.prompt, preference.rejected, prompt_ids, tokenizer),
+    )
+
+
+def _response_ids(prompt: Text, response: Text, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Up to and with the end of sequence, where generation would stop."""
+    if isinstance(response, str) or isinstance(prompt, str):
+        ids = list(tokenizer(response, add_special_tokens=False)[TOKENS])
+    else:
+        whole = list(tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=False))
+        if whole[: len(prompt_ids)] != prompt_ids:
+            raise ValueError("the chat template renders the prompt otherwise where a response follows")
+        ids = whole[len(prompt_ids) :]
+    end = tokenizer.eos_token_id
+    ids = ids[: ids.index(end)] if end in ids else ids
+    if not ids:
+        raise ValueError("a response has no tokens")
+    return [*ids, end]

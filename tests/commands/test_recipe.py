@@ -1,0 +1,146 @@
+"""`fuse recipe` from data to policy, with every step killed on the way."""
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from fuse.cli import main
+from fuse.demo.tokenizer import arithmetic_tokenizer
+from fuse.demo.warmup import small_llama
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("recipe")
+    tokenizer = arithmetic_tokenizer()
+    small_llama(tokenizer, seed=0, hidden_size=32, num_layers=1).save_pretrained(directory / "base")
+    tokenizer.save_pretrained(directory / "base")
+    rows = [
+        {"prompt": f"{a}+{b}=", "chosen": f"#{a + b}" + b % 2 * ";;", "rejected": f"{a}+{b}"}
+        for a in range(10)
+        for b in range(10)
+    ]
+    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def command(toy, *options):
+    return [
+        *("recipe", f"--model={toy / 'base'}", f"--data={toy / 'data.jsonl'}", f"--output-dir={toy / 'out'}"),
+        *options,
+    ]
+
+
+OPTIONS = """
+data-split: "3,3,4"
+held_out: 0.2
+sft: {per_device_train_batch_size: 4, max_steps: 200, save_steps: 20, learning_rate: 1.0e-2, use_cpu: true}
+reward: {per_device_train_batch_size: 4, max_steps: 200, save_steps: 20, learning_rate: 1.0e-2, use_cpu: true}
+rl:
+  num_devices: 1
+  use-cpu: true
+  total-episodes: 32
+  per_device_train_batch_size: 4
+  gradient-accumulation-steps: 2
+  num-ppo-epochs: 1
+  response-length: 6
+  save-steps: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def options(toy):
+    file = toy / "options.yaml"
+    file.write_text(OPTIONS)
+    return f"--config={file}"
+
+
+def kill_at(line, argv, log):
+    """Run the command, and kill it, with nothing that it could do about it, when a step logs this."""
+    with open(log.parent / "printed.txt", "w") as printed:
+        process = subprocess.Popen([sys.executable, "-m", "fuse", *argv], stdout=printed, stderr=subprocess.STDOUT)
+    while not (log.exists() and line in log.read_text()):
+        assert process.poll() is None, (log.parent / "printed.txt").read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with open(log.parent / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the step has ended too
+
+
+def steps_logged(log):
+    words = (line.split() for line in log.read_text().splitlines())
+    return [int(word[2]) for word in words if word[1:2] == ["step"]]
+
+
+@pytest.mark.processes
+@pytest.mark.own_ray
+def test_a_recipe_goes_on_after_a_kill_in_each_step(toy, options):
+    out = toy / "out"
+    argv = command(toy, options)
+    out.mkdir()
+    for name in ("sft", "reward"):
+        kill_at("step 21 of 200", argv, out / f"{name}.log")
+        assert not (out / f"{name}.json").exists()
+    kill_at("PPO 1/4", argv, out / "rl.log")
+    result = toy / "result.json"
+    assert main([*argv, f"--json={result}"]) == 0
+    for name in ("sft", "reward"):
+        logged = steps_logged(out / f"{name}.log")
+        [again] = [index for index, (one, following) in enumerate(pairwise(logged)) if following <= one]
+        assert logged[again + 1] % 20 == 1 < logged[again + 1]  # behind the last checkpoint
+        assert logged[-1] == 200
+    assert "--resume-from-checkpoint=true" in (out / "rl.log").read_text()
+    written = json.loads(result.read_text())
+    assert set(written) == {"sft_score", "policy_score", "p_value", "seconds", "steps"}
+    assert 0 < written["p_value"] <= 1
+    rewards = written["steps"]["rl"]["metrics"]["log_history"]
+    assert [entry["step"] for entry in rewards if "objective/scores" in entry] == [1, 2, 3, 4]
+    for name in ("sft", "policy"):
+        AutoModelForCausalLM.from_pretrained(out / name)
+        AutoTokenizer.from_pretrained(out / name)
+    assert AutoModelForSequenceClassification.from_pretrained(out / "reward").config.num_labels == 1
+    lines = [json.loads(line) for line in (out / "comparison.jsonl").read_text().splitlines()]
+    assert len(lines) == json.loads((out / "data.json").read_text())["rows"]["rl_held_out"]
+    assert written["policy_score"] == pytest.approx(sum(line["after_score"] for line in lines) / len(lines))
+
+
+@pytest.mark.processes
+def test_other_options_than_before_are_refused(toy, options, capsys):
+    assert main(command(toy, options, "--sft.seed", "3")) == 2
+    assert "step sft was completed with other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--sft.learning_rat", "1"], "options --sft.NAME: there is no learning_rat"),
+        (["--steps", "rl"], "step rl needs"),
+        (["--data-split", "1,2"], "not three shares such as 2,4,4"),
+        (["--held-out", "1.5"], "--held-out is 1.5"),
+        (["--rl.kl_coeff", "1"], "unknown option --kl-coeff: did you mean --kl-coef?"),
+        (["--model", "./nowhere"], "no model at ./nowhere"),
+        (["--demo"], "--demo brings its own model"),
+    ],
+)
+def test_bad_input_is_one_line(toy, tmp_path, capsys, given, line):
+    argv = command(toy, *given, f"--output-dir={tmp_path}")
+    try:
+        status = main(argv)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_rows_are_refused_by_number(toy, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "1+1=", "chosen": "#2", "rejected": "#2"}\n')
+    assert main(command(toy, f"--data={bad}", f"--output-dir={tmp_path / 'out'}", "--steps", "reward")) == 2
+    assert "1 of 1 rows are no preferences (rows by number, chosen equals rejected: 0)" in capsys.readouterr().err
