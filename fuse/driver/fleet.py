@@ -173,7 +173,7 @@ class Fleet:
             tell=self._tell,
         ).run()
         if teaches:
-            rollouts.observe(samples)
+            rollouts.observe(samples, () if settings.scoring.is_sharded else report.scoring_calls)
         for engine in report.lost_engines:
             self._engines.replace(engine)
         return report

@@ -61,8 +61,7 @@ class LiveRollout:
     on_generated: called with samples as they finish, before they are scored.
     max_new_tokens: by sample id, in place of that of `params`; with no stop token it forces lengths.
     timeout_s: an engine with samples and no token for so long counts as lost, and so does a model worker that scores
-        for so long.
-    tell: hears how far it is.
+        for so long. tell: hears how far it is.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class LiveRollout:
         self._pending = PendingCalls()
         self._num_scored = self._num_migrations = self._moved_bytes = 0
         self._lost_engines: list[int] = []
-        self._has_news = False
+        self._has_news = True
 
     def run(self) -> RolloutReport:
         """Generate and score all samples.
@@ -106,7 +105,6 @@ class LiveRollout:
         start_s = self._generated_s = time.perf_counter()
         decision_s = []
         self._submit_all()
-        self._has_news = True
         while self._num_scored < len(self._table.samples):
             if not self._has_news:
                 self._take_answers()
@@ -127,6 +125,7 @@ class LiveRollout:
             moved_bytes=self._moved_bytes,
             decision_s=tuple(decision_s),
             lost_engines=tuple(self._lost_engines),
+            scoring_calls=tuple(one for device in self._devices for one in device.scoring_calls),
         )
 
     def _take_answers(self) -> None:
@@ -262,6 +261,7 @@ class LiveRollout:
         """Score what the device was given, once its engine is empty."""
         if device.job is None or device.is_scoring or device.held or device.num_evictions:
             return
+        scorers = self._scoring()  # which may have to start
         device.is_scoring, device.scoring_s = True, time.monotonic()
         samples = [self._table.samples[sample] for sample in device.job.samples]
 
@@ -269,11 +269,11 @@ class LiveRollout:
             apply_inference(samples, results)
             self._table.update(*samples)
             self._num_scored += len(samples)
-            device.job, device.job_tokens, device.is_scoring = None, 0, False
+            device.end_scoring(time.monotonic())
             self._has_news = True
             self._admit(device)
 
-        self._scoring().put(device.index, [sequence_of(sample) for sample in samples], scored)
+        scorers.put(device.index, [sequence_of(sample) for sample in samples], scored)
 
     def _scoring(self) -> Scorers:
         if self._scorers_here is None:

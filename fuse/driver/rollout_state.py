@@ -22,6 +22,7 @@ class RolloutReport:
 
     generation_s, makespan_s: from the start to the last token and to the last score.
     lost_engines: devices whose engine died; its samples went on elsewhere.
+    scoring_calls: of each piece that a device scored by itself, its tokens, and seconds until its scores were there.
     """
 
     makespan_s: float
@@ -30,6 +31,7 @@ class RolloutReport:
     moved_bytes: int
     decision_s: tuple[float, ...]
     lost_engines: tuple[int, ...]
+    scoring_calls: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +54,12 @@ class RolloutDevice:
     heard_s: float = 0.0
     scoring_s: float = 0.0
     arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
+    scoring_calls: list[tuple[int, float]] = field(default_factory=list)
+
+    def end_scoring(self, now_s: float) -> None:
+        """It has scored what it was given."""
+        self.scoring_calls.append((self.job_tokens, now_s - self.scoring_s))
+        self.job, self.job_tokens, self.is_scoring = None, 0, False
 
 
 def moves_kv(costs: CostModel | None, sample: Sample) -> bool:

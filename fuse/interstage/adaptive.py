@@ -49,7 +49,7 @@ _PIECE = 0.5
 _LEAST_PIECE = 2.0
 """A piece takes at least this many times what a micro-batch costs and what it takes to hand it out."""
 _HAND_OUT_S = 5e-3
-"""From the end of a piece to the start of the next, by way of the controller."""
+"""From the end of a piece to the start of the next, by way of the controller, where it has not been measured."""
 _HOLDS_UP = 0.85
 """An engine holds up the rollout if it ends after this part of the time to come."""
 
@@ -81,7 +81,7 @@ class Adaptive:
     @property
     def _least_tokens(self) -> float:
         """Of a piece, while more is to come."""
-        least_s = _LEAST_PIECE * (self.costs.inference_s + _HAND_OUT_S)
+        least_s = _LEAST_PIECE * (self.costs.inference_s + (self.costs.hand_out_s or _HAND_OUT_S))
         return least_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S)
 
     def _moves(self, state: RolloutState, ends_s: Floats, end_s: float) -> list[Migrate]:

@@ -4,7 +4,8 @@ A decode step is timed with its batch and context, and batches of all sizes coun
 and the last, and of few samples alone nobody learns what a sample costs. Steps that computed prompts anew tell what
 prefill adds; inference is timed with its tokens and the micro-batches that hold them; KV transfers are timed at both
 ends, but for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference;
-until enough has been seen of transfers, they count as copies through a host's memory.
+until enough has been seen of transfers, they count as copies through a host's memory. What calls to score took beyond
+inference is their hand-out, and what grows of it with their tokens counts as inference.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 
-from fuse.interstage.costs import CostModel, fit_affine, fit_linear
+import numpy as np
+
+from fuse.interstage.costs import CostModel, fit_affine, fit_linear, non_negative_least_squares
 from fuse.trace import Span
 
 _KEPT = 512
@@ -39,6 +43,7 @@ class Calibration:
         self._decode: defaultdict[int, deque[_Step]] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._filled: deque[tuple[float, float, float, float]] = deque(maxlen=_KEPT)
         self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._calls: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._moved: dict[str, deque[tuple[float, float]]] = {end: deque(maxlen=_KEPT) for end in ("evict", "admit")}
 
     def add(self, spans: Iterable[Span]) -> None:
@@ -63,6 +68,10 @@ class Calibration:
         for size, rows in decode.items():
             self._decode[size].extend(rows[:: math.ceil(len(rows) / _KEPT_OF_ONE)])
 
+    def add_calls(self, calls: Iterable[tuple[float, float]]) -> None:
+        """Learn from calls to score, as who calls sees them: tokens, and seconds until the answer."""
+        self._calls.extend(calls)
+
     def costs(self) -> CostModel | None:
         """The costs, or None before anything is known of decoding or inference."""
         decode = list(chain.from_iterable(self._decode.values()))
@@ -85,7 +94,7 @@ class Calibration:
         if all(len({num_bytes for num_bytes, _ in rows}) >= 2 for rows in self._moved.values()):
             ends = [fit_affine("transfer", rows) for rows in self._moved.values()]
             transfer_s, transfer_byte_s = (sum(coefficients) for coefficients in zip(*ends, strict=True))
-        return CostModel(
+        costs = CostModel(
             step_s=step_s,
             sample_s=sample_s,
             context_s=context_s,
@@ -98,6 +107,12 @@ class Calibration:
             transfer_s=transfer_s,
             transfer_byte_s=transfer_byte_s,
         )
+        if not self._calls:
+            return costs
+        beyond_s = np.array([seconds - costs.inference(int(tokens)) for tokens, seconds in self._calls])
+        sizes = np.array([(1.0, tokens) for tokens, _ in self._calls])
+        hand_out_s, token_s = non_negative_least_squares(sizes, beyond_s).tolist()
+        return replace(costs, hand_out_s=hand_out_s, inference_token_s=inference_token_s + token_s)
 
 
 def _number(value: object) -> float:

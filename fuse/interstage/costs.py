@@ -4,6 +4,7 @@
     prefill       = prefill_s + prefill_token_s * tokens
     inference     = inference_s + inference_token_s * tokens      (all models that score together)
     KV transfer   = transfer_s + bytes / (bytes per second)
+    hand-out      = hand_out_s                              (what the controller has done takes so long to take effect)
 
 A device is whatever runs one engine: a CPU core, a GPU, or the GPUs of a tensor-parallel group.
 """
@@ -53,6 +54,8 @@ class CostModel:
     transfer_s: float
     transfer_byte_s: float
     """Reciprocal of the bandwidth; infinitely slow links are modelled by leaving KV transfer out of the engine."""
+    hand_out_s: float = 0.0
+    """Of messages: what a piece that is scored takes beside inference, and a sample that moves beside moving."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -146,6 +149,7 @@ def shared_engine_costs(costs: CostModel, num_devices: int) -> CostModel:
 
 
 _WHOLE = frozenset({"inference_batch_tokens", "kv_bytes_per_token"})
+_OPTIONAL = frozenset({"inference_batch_tokens", "hand_out_s"})
 
 
 def costs_to_json(costs: CostModel) -> dict[str, float]:
@@ -162,7 +166,7 @@ def costs_from_json(value: object) -> CostModel:
     if not isinstance(value, Mapping):
         raise ValueError(f"costs: expected an object with the fields of a cost model, not {type(value).__name__}")
     names = {field.name for field in fields(CostModel)}
-    if missing := sorted(names - set(value) - {"inference_batch_tokens"}):
+    if missing := sorted(names - set(value) - _OPTIONAL):
         raise ValueError(f"costs: field {missing[0]} is missing")
     if unknown := sorted(set(value) - names):
         raise ValueError(f"costs: unknown field {unknown[0]}: remove it")

@@ -109,8 +109,10 @@ class RolloutPlanner:
             return StageByStage()
         return Threshold(remaining=num_samples, num_kept=self._settings.num_devices)
 
-    def observe(self, samples: Sequence[Sample]) -> None:
-        """Learn how long a rollout's responses were."""
+    def observe(self, samples: Sequence[Sample], scoring_calls: Iterable[tuple[int, float]] = ()) -> None:
+        """Learn how long a rollout's responses were, and what its calls to score took: tokens and seconds of each."""
+        size = self._settings.engine_devices
+        self._calibration.add_calls((tokens / size, seconds) for tokens, seconds in scoring_calls)
         limit = self._settings.limits.max_new_tokens
         self._num_since_tuned += 1
         self._updates.append([Observation(min(limit, len(one.response_ids)), prompt=one.prompt_ids) for one in samples])

@@ -154,7 +154,7 @@ class _Simulation:
 
     def _depart(self, engine: SimulatedEngine, sample: int, target: int) -> None:
         """Send a sample on its way; one that has not started has nothing to be moved."""
-        delay_s, has_kv = 0.0, False
+        delay_s, has_kv = self._costs.hand_out_s, False
         if self._in_batch[sample]:
             self._tokens[sample] += engine.num_steps - self._entered[sample]
             self._leave_batch(sample)
@@ -163,7 +163,7 @@ class _Simulation:
         if self._started[sample]:
             cost = cheaper_migration(self._costs, context, can_transfer=self._rollout.can_transfer)
             has_kv = cost.kind is MigrationKind.TRANSFER
-            delay_s = cost.seconds if has_kv else 0.0  # recomputing takes its time on the target
+            delay_s += cost.seconds if has_kv else 0.0  # recomputing takes its time on the target
             self._moved_bytes += cost.num_bytes
             self._num_migrations += 1
         self._phase[sample] = Phase.TRAVELLING
@@ -185,8 +185,8 @@ class _Simulation:
         job = self._jobs[device]
         if job is not None and self._engines[device].is_empty:
             self._scoring[device], self._busy_since_s[device] = True, self._now_s
-            end_s = self._now_s + self._costs.inference(int(self._inferring_tokens[device]))
-            self._schedule(end_s, _EventKind.SCORED, device, 0)
+            seconds = self._costs.hand_out_s + self._costs.inference(int(self._inferring_tokens[device]))
+            self._schedule(self._now_s + seconds, _EventKind.SCORED, device, 0)
 
     def _finish_inference(self, device: int) -> None:
         job = self._jobs[device]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -84,9 +84,12 @@ def test_decisions_are_the_simulators(policy: Policy) -> None:
 def test_messages_cost_little_and_are_few(policy: Policy) -> None:
     """Engines tell when samples finish, and now and then; pieces are scored, and samples moved, by one call each."""
     simulated, real = Heard(policy), Heard(policy)
-    expected = simulate(rollout(), simulated)
+    sent = replace(rollout(), costs=replace(COSTS.rollout, hand_out_s=2e-3))
+    expected = simulate(sent, simulated)
     report, num_calls = roll_out(rollout(), COSTS, real, message_s=1e-3)
-    assert report.makespan_s < 1.02 * expected.makespan_s
+    assert report.makespan_s == pytest.approx(expected.makespan_s, rel=0.02)
+    for tokens, seconds in report.scoring_calls:
+        assert seconds == pytest.approx(COSTS.rollout.inference(tokens) + 2e-3)
     assert num_calls["infer"] == real.count(Infer)
     assert num_calls["submit"] == 4
     assert num_calls["poll"] <= NUM_SAMPLES + 4 * report.makespan_s / 0.25 + num_calls["evict"] + num_calls["admit"]

@@ -87,7 +87,7 @@ def test_the_cheaper_migration_depends_on_the_context() -> None:
 
 
 def test_costs_survive_json() -> None:
-    for costs in PROFILES.values():
+    for costs in (*PROFILES.values(), replace(SMALL_CPU, hand_out_s=2e-3)):
         assert costs_from_json(json.loads(json.dumps(costs_to_json(costs)))) == costs
 
 

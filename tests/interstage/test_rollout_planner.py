@@ -103,6 +103,29 @@ def test_calls_of_several_micro_batches_pay_for_each() -> None:
     assert learnt.inference_token_s == pytest.approx(costs.inference_token_s)
 
 
+def test_what_calls_take_beyond_inference_is_their_hand_out() -> None:
+    calibration = Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3)
+    calibration.add(spans_of(SMALL_CPU))
+    calibration.add_calls((tokens, SMALL_CPU.inference(tokens) + 4e-3 + 1e-6 * tokens) for tokens in (100, 500, 4000))
+    costs = calibration.costs()
+    assert costs is not None
+    assert costs.hand_out_s == pytest.approx(4e-3)
+    assert costs.inference_token_s == pytest.approx(SMALL_CPU.inference_token_s + 1e-6)
+    assert costs.inference_s == pytest.approx(SMALL_CPU.inference_s)
+
+
+def test_where_handing_out_costs_more_than_fusion_brings_rollouts_go_stage_by_stage() -> None:
+    samples = of_tokens(LONG_TAILED)
+    found = []
+    for hand_out_s in (1e-4, 0.1):
+        planner = RolloutPlanner(settings("adaptive"), num_scoring=3)
+        planner.observe(samples, [(100 * call, SMALL_CPU.inference(100 * call) + hand_out_s) for call in range(1, 4)])
+        planner.observe_spans(spans_of(SMALL_CPU))
+        found.append(planner.policy(samples))
+    assert isinstance(found[0], Adaptive)
+    assert found[1] == StageByStage()
+
+
 def test_the_time_of_one_stage_tells_that_of_all() -> None:
     """Of models that score through pipelines a device runs a part alone, and samples pass through all of them."""
     calibrations = [Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3) for _ in range(2)]

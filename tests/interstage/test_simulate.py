@@ -94,6 +94,15 @@ def test_threshold_migrates_the_tail_by_hand() -> None:
     assert result.makespan_s == pytest.approx(11.1)
 
 
+def test_messages_delay_what_is_scored_and_what_moves() -> None:
+    costs = replace(SECOND_PER_STEP, hand_out_s=0.5)
+    assert simulate(rollout(RESPONSES, 2, costs), StageByStage()).makespan_s == pytest.approx(11.9)
+    result = simulate(rollout(RESPONSES, 2, costs), Threshold(remaining=2, num_kept=1))
+    # As above, but the sample of device 1 is there after 4.5 s: with the step that starts at 5 s it has two more.
+    assert spans(result.timeline[1])[:3] == [(GENERATE, 0, 4), (INFER, 4, 5.3), (INFER, 7, 8.2)]
+    assert result.makespan_s == pytest.approx(11.6)
+
+
 def test_recomputing_holds_up_the_target_and_transferring_only_the_sample() -> None:
     costs = replace(SECOND_PER_STEP, prefill_token_s=0.5)
     policy = Threshold(remaining=2, num_kept=1)
