@@ -15,6 +15,7 @@ forced, or natural; every variant generates and trains on the same tokens, which
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -228,6 +229,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 write_json(arguments.json, results)
             _print(measured, arguments)
+            gc.collect()  # models and trainers of a point, which hold one another
     if settings[0][1].emulate is not None:
         Console().print(emulated_sweep_table(results["points"]))
     draw(results["points"], png, html)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,9 +98,14 @@ def test_results_are_written_after_each_point(
 ) -> None:
     path = tmp_path / "out.json"
     seen: list[int] = []
+    models: list[weakref.ref[Any]] = []
 
     def measure(arguments: argparse.Namespace, devices: None) -> dict[str, Any]:
+        trainer = argparse.Namespace(model=argparse.Namespace())
+        trainer.model.trainer = trainer
+        models.append(weakref.ref(trainer))
         if seen:
+            assert models[-2]() is None, "what a point has used is still there"
             assert len(json.loads(path.read_text())["points"]) == len(seen)
         if len(seen) == 2:
             raise ValueError("the third fails")
@@ -109,7 +116,11 @@ def test_results_are_written_after_each_point(
     monkeypatch.setattr(command, "_measure", measure)
     monkeypatch.setattr(command, "_print", lambda *_: None)
     options = ["--sweep", "batch=8,16,32", "--json", str(path)]
-    assert cli.main(["bench", "iteration", *options]) == 2
+    gc.disable()
+    try:
+        assert cli.main(["bench", "iteration", *options]) == 2
+    finally:
+        gc.enable()
     assert "the third fails" in capsys.readouterr().err
     results = json.loads(path.read_text())
     assert results["sweep"] == {"batch": [8, 16, 32]}
