@@ -50,7 +50,7 @@ class FakeRollout:
         self.policies.append(policy)
 
     def run(self) -> Any:
-        return SimpleNamespace(lost_engines=())
+        return SimpleNamespace(lost_engines=(), scoring_calls=((8, 0.5),))
 
 
 class LearningPlanner(RolloutPlanner):
@@ -63,8 +63,9 @@ class LearningPlanner(RolloutPlanner):
     def policy(self, samples: Any) -> Any:
         return "learnt"
 
-    def observe(self, samples: Any) -> None:
+    def observe(self, samples: Any, scoring_calls: Any = ()) -> None:
         self.num_taught += 1
+        self.scoring_calls = tuple(scoring_calls)
 
 
 @pytest.fixture
@@ -98,6 +99,11 @@ def test_an_evaluation_has_a_fixed_policy_and_teaches_nothing(fleet: Fleet, plan
     fleet.roll_out(samples, PARAMS)
     assert FakeRollout.policies[1:] == ["learnt"]
     assert planner.num_taught == 1
+    assert planner.scoring_calls == ((8, 0.5),)
+    settings: Any = fleet.settings
+    settings.scoring.is_sharded = True
+    fleet.roll_out(samples, PARAMS)
+    assert planner.scoring_calls == (), "pieces follow one another, and none has its devices to itself"
 
 
 @pytest.mark.parametrize("fused", [True, False])
