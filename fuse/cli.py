@@ -43,6 +43,7 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "iteration": "whole PPO iterations",
         "rollout": "rollouts under each migration policy, and generation by itself",
         "migration": "the pause of a sample that moves between engines",
+        "speculation": "drafts against plain decoding",
         "training": "pipeline training of actor and critic",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from fuse.config.run import RunConfig
+from typing import Literal
 
 
 @dataclass
@@ -22,26 +19,29 @@ class EngineOptions:
         },
     )
 
-
-def check_engine_options(config: RunConfig) -> None:
-    """Raises: ValueError where the engine asked for does not have them."""
-    engine, cache_bytes = config.engine, config.generation_cache_bytes
-    if cache_bytes is not None and engine != "vllm":
-        raise ValueError(
-            f"generation_cache_bytes={cache_bytes} with engine={engine!r}, whose cache grows as needed: set "
-            "engine='vllm', or leave it out"
-        )
-    if config.generation_cuda_graphs and (engine != "transformers" or config.accelerator != "cuda"):
-        raise ValueError(
-            f"generation_cuda_graphs=True with engine={engine!r} on {config.accelerator}: it is of the transformers "
-            "engine on GPUs; leave it out"
-        )
-    if config.speculation != "off" and engine != "transformers":
-        raise ValueError(
-            f"speculation={config.speculation!r} with engine={engine!r}, whose own drafts would change which tokens "
-            "are sampled: set engine='transformers', or leave it out"
-        )
-    if config.speculation == "int8" and config.accelerator == "cuda":
-        raise ValueError(
-            "speculation='int8' on cuda, where there is no code for its products: use 'ngram', or leave it out"
-        )
+    def check_engine_options(
+        self, engine: str, accelerator: str, *, cache_bytes: int | None, cuda_graphs: bool
+    ) -> None:
+        """Raises: ValueError where the engine asked for does not have them, or nothing has."""
+        speculation = self.speculation
+        if speculation not in ("auto", "off", "int8", "ngram"):
+            raise ValueError(f"speculation={speculation!r} is unknown: use 'auto', 'off', 'int8' or 'ngram'")
+        if cache_bytes is not None and engine != "vllm":
+            raise ValueError(
+                f"generation_cache_bytes={cache_bytes} with engine={engine!r}, whose cache grows as needed: set "
+                "engine='vllm', or leave it out"
+            )
+        if cuda_graphs and (engine != "transformers" or accelerator != "cuda"):
+            raise ValueError(
+                f"generation_cuda_graphs=True with engine={engine!r} on {accelerator}: it is of the transformers "
+                "engine on GPUs; leave it out"
+            )
+        if speculation != "off" and engine != "transformers":
+            raise ValueError(
+                f"speculation={speculation!r} with engine={engine!r}, whose own drafts would change which tokens "
+                "are sampled: set engine='transformers', or leave it out"
+            )
+        if speculation == "int8" and accelerator == "cuda":
+            raise ValueError(
+                "speculation='int8' on cuda, where there is no code for its products: use 'ngram', or leave it out"
+            )

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from fuse.config.engine_options import EngineOptions, check_engine_options
+from fuse.config.engine_options import EngineOptions
 from fuse.config.inherited import check_inherited
 from fuse.config.processor import multiplies_bfloat16
 from fuse.driver.mixing import Mixing
@@ -63,7 +63,6 @@ class RunConfig(EngineOptions, TrainingArguments):
         "migration_policy": ("adaptive", "threshold", "none"),
         "train_backend": ("transformers", "megatron"),
         "engine": ("transformers", "vllm"),
-        "speculation": ("auto", "off", "int8", "ngram"),
         "kv_transfer": ("object_store", "nixl"),
         "engines_sleep": ("auto", "on", "off"),
         "offload_training": ("auto", "on", "off"),
@@ -290,7 +289,8 @@ class RunConfig(EngineOptions, TrainingArguments):
                 f"tensor_parallel_size={self.tensor_parallel_size} with train_backend='transformers', whose stages "
                 f"share no matrices: set train_backend='megatron', or leave it at 1"
             )
-        check_engine_options(self)
+        cache_bytes, cuda_graphs = self.generation_cache_bytes, self.generation_cuda_graphs
+        self.check_engine_options(self.engine, self.accelerator, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"optim={self.optim} is not supported: use adamw_torch")
         if self.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):

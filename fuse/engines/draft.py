@@ -15,6 +15,10 @@ class Draft(Protocol):
     (seed, sample, position). A draft that adds the same noise to logits close to the target's agrees nearly always.
     """
 
+    def prepare(self) -> None:
+        """Make what proposals need, which takes its time after weights have changed. Called before each of them."""
+        ...
+
     def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
         """At most `counts[row]` tokens, of the model's vocabulary, to follow those of each row.
 

@@ -73,14 +73,17 @@ class StepTimes:
     def is_known(self) -> bool:
         return bool(self._seconds)
 
-    def learn(self, num_tokens: int, seconds: float) -> None:
+    def pass_step(self) -> None:
+        """Times grow older."""
         self._step += 1
+        for size in [size for size, (_, step) in self._seconds.items() if step + _STALE_STEPS < self._step]:
+            del self._seconds[size]
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
         known = self._seconds.get(num_tokens)
         # Of a few times the least is the one that nothing else has disturbed; a slower one counts slowly.
         weight = 1.0 if known is None or seconds < known[0] else 0.1
         self._seconds[num_tokens] = (seconds if known is None else known[0] + weight * (seconds - known[0]), self._step)
-        for size in [size for size, (_, step) in self._seconds.items() if step + _STALE_STEPS < self._step]:
-            del self._seconds[size]
 
     def of(self, num_tokens: Floats) -> Floats:
         """Pre: something is known."""
@@ -119,6 +122,8 @@ class PayingLengths:
     def learn(
         self, generated: Sequence[GeneratedToken], drafts: Sequence[Sequence[int]], draft_s: float, target_s: float
     ) -> None:
+        for times in (self._target, self._draft):
+            times.pass_step()
         num_drafted = sum(map(len, drafts))
         self._target.learn(len(drafts) + num_drafted, target_s)
         if num_drafted and self._draft_share:
@@ -155,9 +160,9 @@ def best_lengths(
     added_s = np.zeros(len(order))
     for one in level:
         at = depth == one
-        added_s[at] = np.diff(draft_s(np.arange(1.0, at.sum() + 1)), prepend=0.0)
+        added_s[at] = np.diff(draft_s(1.0 + np.arange(at.sum(), dtype=np.float64)), prepend=0.0)
     tokens = num_samples + np.cumsum(gains[sample, depth])
-    seconds = target_s(num_samples + np.arange(1.0, len(order) + 1)) + np.cumsum(added_s)
+    seconds = target_s(num_samples + 1.0 + np.arange(len(order), dtype=np.float64)) + np.cumsum(added_s)
     rates = tokens / seconds
     if len(rates) and rates.max() > _GAIN * num_samples / float(target_s(np.array([float(num_samples)]))[0]):
         np.add.at(counts, sample[: int(rates.argmax()) + 1], 1)

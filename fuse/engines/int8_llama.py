@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.mistral import MistralForCausalLM
+from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from fuse.engines.decoder import Inputs
 from fuse.engines.slot_cache import SlotCache
@@ -94,7 +91,7 @@ class Int8Llama:
         )
         return logits
 
-    def _addresses(self, layer: nn.Module) -> list[int]:
+    def _addresses(self, layer: Any) -> list[int]:
         """Of a layer's weights, in the order of the native code's `DecoderLayer`."""
         attention, mlp = layer.self_attn, layer.mlp
         head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]

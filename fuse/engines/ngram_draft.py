@@ -66,6 +66,9 @@ class NgramDraft:
     def __init__(self) -> None:
         self._texts: OrderedDict[tuple[int, ...], _Text] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Nothing: texts are read as they come."""
+
     def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
         texts = [self._updated(row) for row in rows]
         return [

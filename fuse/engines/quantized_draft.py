@@ -31,12 +31,15 @@ class QuantizedSelf:
         self._target = target
         self._decoder: Decoder | Int8Llama | None = None
 
+    def prepare(self) -> None:
+        if self._decoder is None:
+            self._decoder = quantized(self._target)
+
     def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in rows]
         if self._target.cache.is_empty:  # the model has not run yet
             return drafts
-        if self._decoder is None:
-            self._decoder = quantized(self._target)
+        assert self._decoder is not None, "not prepared"
         live = [slot for slot, count in enumerate(counts) if count > 0]
         last = rows.inputs
         token_ids = last.token_ids

@@ -64,8 +64,10 @@ class Speculation:
     def propose(self, rows: Rows) -> list[list[int]]:
         """What may follow each row's tokens: fewer tokens than its response may still get, for a step adds one more."""
         counts = [min(count, row.num_left - 1) for count, row in zip(self._lengths.choose(rows), rows, strict=True)]
-        began_s = time.perf_counter()
         self._drafts = [[] for _ in counts]
+        if any(counts):
+            self.draft.prepare()
+        began_s = time.perf_counter()
         if any(counts):
             proposed = zip(self.draft.propose(rows, counts), counts, strict=True)
             self._drafts = [_known(draft[:count], self._num_tokens) for draft, count in proposed]

@@ -11,8 +11,7 @@ the edge of top-p those of the highest ids, where transformers leaves the choice
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,8 +41,11 @@ class Filters:
 
     def at(self, rows: Tensor) -> Filters:
         """Copies of those of `rows`, int64 [any number], each any number of times."""
-        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Filters(**{name: None if tensor is None else tensor[rows] for name, tensor in own.items()})
+        optional = self.penalties, self.seen, self.top_ks, self.top_ps, self.min_ps
+        penalties, seen, top_ks, top_ps, min_ps = (None if one is None else one[rows] for one in optional)
+        return Filters(
+            active=self.active[rows], penalties=penalties, seen=seen, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps
+        )
 
 
 def sample_filtered_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def test_times_are_between_those_that_were_measured_and_grow_beyond() -> None:
     times.learn(1, 12.0)
     assert times.of(np.array([1.0]))[0] == pytest.approx(3.0), "one slow step is not believed at once"
     for _ in range(300):
+        times.pass_step()
         times.learn(1, 2.0)
     assert times.of(np.array([5.0]))[0] == pytest.approx(2.8), "what was slow long ago is tried again"
 
@@ -92,6 +94,9 @@ class NoisyDraft:
 
     def __init__(self) -> None:
         self.num_calls = 0
+
+    def prepare(self) -> None:
+        pass
 
     def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
         self.num_calls += 1
@@ -122,7 +127,7 @@ def test_a_draft_that_is_never_right_is_given_up(build_model: Callable[..., PreT
 
 
 @pytest.mark.parametrize("kind", ["auto", "ngram"])
-def test_tokens_are_those_of_plain_decoding(kind: str, build_model: Callable[..., PreTrainedModel]) -> None:
+def test_tokens_are_those_of_plain_decoding(kind: Any, build_model: Callable[..., PreTrainedModel]) -> None:
     """Of greedy samples too, which come to repeat themselves; through weights that change."""
     weights = build_model(seed=3).state_dict()
     requests = [*REQUESTS, request(10, stops=False, max_new_tokens=80)]
@@ -134,8 +139,9 @@ def test_tokens_are_those_of_plain_decoding(kind: str, build_model: Callable[...
 
 
 def test_an_unknown_draft_is_refused(build_model: Callable[..., PreTrainedModel]) -> None:
+    unknown: Any = "int3"
     with pytest.raises(ValueError, match="speculation='int3' is unknown: use 'auto', 'off', 'int8' or 'ngram'"):
-        TransformersEngine(build_model(), speculation="int3")
+        TransformersEngine(build_model(), speculation=unknown)
 
 
 def test_int8_is_refused_where_there_is_no_code_for_it(build_model: Callable[..., PreTrainedModel]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from .test_speculation import REQUESTS, request
 BuildModel = Callable[..., PreTrainedModel]
 
 
-def speculating(model: PreTrainedModel, count: int = 4, **limits: int) -> TransformersEngine:
+def speculating(model: PreTrainedModel, count: int = 4, **limits: Any) -> TransformersEngine:
     engine = TransformersEngine(model, **limits)
     engine._speculation = Speculation(QuantizedSelf(engine._decoder), FixedLength(count), 97)
     return engine
@@ -40,7 +41,7 @@ def randomize_small(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_native_steps_are_those_of_python_modules(build_model: BuildModel, architecture: str) -> None:
     """Three rows at once, of which one is left out, two tokens one after the other; keys and values included."""
-    results = []
+    results: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
     for _ in range(2):
         engine = TransformersEngine(randomize_small(build_model(architecture)), num_tokens=90)
         for one in REQUESTS[1:4]:
@@ -77,7 +78,7 @@ def test_tokens_are_those_of_plain_decoding(build_model: BuildModel, architectur
     assert emitted - rows > 0.8 * drafted, "int8 weights draw the target's tokens, by the same noise"
 
 
-def run_steps(engine: TransformersEngine) -> list[Sequence[GeneratedToken]]:
+def run_steps(engine: TransformersEngine) -> list[list[GeneratedToken]]:
     for one in REQUESTS:
         engine.submit(one)
     steps = []

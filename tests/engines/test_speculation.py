@@ -67,6 +67,9 @@ class Scripted:
         self.released: list[int] = []
         self.num_proposed = 0
 
+    def prepare(self) -> None:
+        pass
+
     def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
         proposed = []
         for row, count in zip(rows, counts, strict=True):

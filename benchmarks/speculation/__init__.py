@@ -1,0 +1,1 @@
+"""Speculative decoding: drafts against plain decoding."""

@@ -1,0 +1,147 @@
+"""`fuse bench speculation`: how much faster drafts make the transformers engine, for batches of one size each.
+
+Every side decodes the same samples at temperature 1 in turn, plain decoding first, on one thread, prefills included;
+that all draw the same tokens is checked. How far is drafted, engines decide as in a run; they learn in the first round,
+which is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from fuse.benchmarks.llama import causal_model
+from fuse.benchmarks.measure import alternate, describe_machine
+from fuse.benchmarks.options import Row, add_json_option, add_model_options, add_selection, tell, write_rows
+from fuse.benchmarks.smollm2 import resolve
+from fuse.benchmarks.word_problems import word_problems
+from fuse.commands.options import add_numbers, check_counts
+from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.transformers import TransformersEngine
+
+_PLAIN = "off"
+_DRAFTS = ("int8", "ngram")
+_OPTIONS = ("model", "vocab_size", "kv_heads", "batches", "drafts", "new_tokens", "prompt_tokens", "repeats")
+_LINE = (
+    "{draft}, batch {batch}: {tokens_per_s:.0f} tokens/s, plain {plain_tokens_per_s:.0f}: {ratio:.2f} times as fast; "
+    "{tokens_per_step:.2f} tokens a step, {right:.0%} of {num_drafted} drafted ones right"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """Of one round: the tokens by sample, and what they took."""
+
+    token_ids: Mapping[int, Sequence[int]]
+    seconds: float
+    num_steps: int  # of samples: a step of four counts four times
+    num_drafted: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fuse bench speculation`."""
+    add_model_options(parser)
+    add_numbers(parser, batches=([1, 4, 16], "samples decoded side by side"))
+    add_selection(parser, "--drafts", _DRAFTS, "what drafts")
+    add_numbers(
+        parser,
+        new_tokens=(256, "tokens of each response"),
+        prompt_tokens=(32, "tokens of each prompt, where the model is a random one"),
+        repeats=(3, "counted rounds"),
+    )
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every batch with every draft, print a line each, and write them to `arguments.json`."""
+    check_counts(arguments, "batches", "new_tokens", "prompt_tokens", "repeats")
+    torch.set_num_threads(1)
+    path = None if arguments.model is None else resolve(arguments.model)
+    context = arguments.new_tokens + (arguments.prompt_tokens if path is None else 512)
+    model = causal_model(path, context=context, vocab_size=arguments.vocab_size, kv_heads=arguments.kv_heads)
+    prompts = _random_prompts(model, arguments) if path is None else _questions(path, max(arguments.batches))
+    rows = []
+    for batch in arguments.batches:
+        limits = {"max_batch": batch, "max_context": max(map(len, prompts)) + arguments.new_tokens}
+        sides = {
+            kind: partial(
+                _decode, TransformersEngine(model, speculation=kind, **limits), prompts[:batch], arguments.new_tokens
+            )
+            for kind in (_PLAIN, *arguments.drafts)
+        }
+        tell(f"batch {batch}: {1 + arguments.repeats} rounds of {len(sides)} ...")
+        decoded = alternate(sides, arguments.repeats)
+        for draft in arguments.drafts:
+            rows.append(_row(draft, batch, decoded[draft], decoded[_PLAIN]))
+            print(_LINE.format(**rows[-1]), flush=True)
+    write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
+    return 0
+
+
+def _decode(engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Decoded:
+    """All samples, which are as long as they may be."""
+    began_s = time.perf_counter()
+    params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=new_tokens)
+    for sample_id, prompt_ids in enumerate(prompts):
+        engine.submit(GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params))
+    token_ids: dict[int, list[int]] = {sample_id: [] for sample_id in range(len(prompts))}
+    num_steps = num_drafted = 0
+    while tokens := engine.step():
+        num_steps += len({token.sample_id for token in tokens})
+        for token in tokens:
+            token_ids[token.sample_id].append(token.token_id)
+            num_drafted += token.drafted_tokens
+    return _Decoded(token_ids, time.perf_counter() - began_s, num_steps, num_drafted)
+
+
+def _row(draft: str, batch: int, decoded: Sequence[_Decoded], plain: Sequence[_Decoded]) -> Row:
+    """Seconds are medians over rounds; counts are of all of them.
+
+    Raises: AssertionError where a token differs from plain decoding's.
+    """
+    for one, other in zip(decoded, plain, strict=True):
+        assert one.token_ids == other.token_ids, f"{draft} at batch {batch} has changed tokens"
+    seconds, plain_seconds = (statistics.median(one.seconds for one in side) for side in (decoded, plain))
+    num_tokens = plain[0].num_steps
+    num_drafted, num_steps = sum(one.num_drafted for one in decoded), sum(one.num_steps for one in decoded)
+    num_right = num_tokens * len(decoded) - num_steps
+    return {
+        "draft": draft,
+        "batch": batch,
+        "num_tokens": num_tokens,
+        "seconds": seconds,
+        "plain_seconds": plain_seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "plain_tokens_per_s": num_tokens / plain_seconds,
+        "ratio": plain_seconds / seconds,
+        "tokens_per_step": num_tokens * len(decoded) / num_steps,
+        "num_drafted": num_drafted,
+        "right": num_right / num_drafted if num_drafted else 0.0,
+    }
+
+
+def _random_prompts(model: PreTrainedModel, arguments: argparse.Namespace) -> list[list[int]]:
+    vocab_size = model.config.get_text_config().vocab_size
+    shape = max(arguments.batches), arguments.prompt_tokens
+    prompts: list[list[int]] = np.random.default_rng(1).integers(0, vocab_size, shape).tolist()
+    return prompts
+
+
+def _questions(path: str, num_prompts: int) -> list[list[int]]:
+    """Word problems as the model's chat template has them, or as they are."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    questions = [problem["question"] for problem in word_problems(num_prompts)]
+    if tokenizer.chat_template is not None:
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        questions = [
+            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats
+        ]
+    return [tokenizer(question)["input_ids"] for question in questions]

@@ -1,0 +1,38 @@
+"""`fuse bench speculation` writes one complete row per batch and draft, and sees a token that differs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from fuse.benchmarks.speculation import command
+from fuse.benchmarks.speculation.command import _Decoded
+
+
+def run(*options: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["--vocab-size", "50", "--repeats", "1", *options]))
+
+
+def test_writes_a_row_per_batch_and_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert run("--batches", "1", "3", "--new-tokens", "12", "--prompt-tokens", "5", "--json", str(path)) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["batch"], row["draft"]) for row in rows] == list(product((1, 3), ("int8", "ngram")))
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
+        assert row["num_tokens"] == 12 * row["batch"]
+        assert 1 <= row["tokens_per_step"] <= 9
+        assert 0 <= row["right"] <= 1
+    assert "int8, batch 3: " in capsys.readouterr().out
+
+
+def test_a_token_that_differs_is_seen() -> None:
+    plain, other = (_Decoded({0: [1, token_id]}, 1.0, 1, 0) for token_id in (2, 3))
+    with pytest.raises(AssertionError, match="int8 at batch 1 has changed tokens"):
+        command._row("int8", 1, [other], [plain])
