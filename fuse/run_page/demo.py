@@ -140,7 +140,7 @@ def _decode_steps(samples: Sequence[SampleSpan], start_s: float, end_s: float, b
         live = [span for span in samples if span.start_s <= now_s < span.end_s]
         context = sum(_PROMPT_TOKENS + round((now_s - span.start_s) / _COSTS.step_s) for span in live)
         step_s = _COSTS.step_s + _COSTS.sample_s * len(live) + _COSTS.context_s * context
-        sizes = {"batch": len(live), "context_tokens": context, "prefill_tokens": 0, "shared_tokens": 0}
+        sizes = {"batch": len(live), "tokens": len(live), "context_tokens": context, "prefill_tokens": 0}
         yield Span("decode", "generate", begin_s + now_s, begin_s + min(end_s, now_s + step_s), sizes)
         now_s += step_s
 
