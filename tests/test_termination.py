@@ -11,7 +11,7 @@ import pytest
 
 from fuse.termination import Terminated, graceful_termination, raise_in_main_thread, raised_on_sigterm
 
-PATIENCE_S = 300.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
