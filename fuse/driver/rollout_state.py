@@ -37,7 +37,8 @@ class RolloutDevice:
     """What a device's workers are at.
 
     held: live samples that its engine has been given. heard_s: when it last told of tokens, or got its first samples.
-    scoring_s: when its model worker was given what it scores.
+    scoring_s: when its model worker was given what it scores. training_tokens: of what it trains in place of scoring,
+        as many as it could score meanwhile.
     """
 
     index: int
@@ -50,6 +51,7 @@ class RolloutDevice:
     is_scoring: bool = False
     heard_s: float = 0.0
     scoring_s: float = 0.0
+    training_tokens: int = 0
     arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
 
 
@@ -110,7 +112,10 @@ class SampleTable:
         self, devices: Sequence[RolloutDevice], limits: EngineLimits, costs: CostModel | None, now_s: float
     ) -> RolloutState:
         """What a policy sees. costs: None where they are not known. now_s: by the clock of the devices' times."""
-        inferring = [0 if device.job is None else self.columns.tokens(device.job.samples) for device in devices]
+        inferring = [
+            device.training_tokens or (0 if device.job is None else self.columns.tokens(device.job.samples))
+            for device in devices
+        ]
         return self.columns.state(
             limits,
             released=[device.released for device in devices],

@@ -43,4 +43,4 @@ def updates(
             reports = beside.submit(report)
             fleet.synchronise(run.state.global_step + len(rounds))
         trained = reduce_metrics(reports.result(), num_places)
-        yield run.finish_update(fleet, samples, metrics | trained | rewarding, clock)
+        yield run.finish_update(fleet, samples, metrics | trained | rewarding | fleet.tail_report, clock)

@@ -153,6 +153,7 @@ class RewardCalls:
         self._queue: SimpleQueue[_Call | None] = SimpleQueue()
         self._calls: list[_Call] = []
         self._late: list[_Call] = []
+        self._rewarded: set[int] = set()  # since the last `finish`, by id
         self._threads: list[threading.Thread] = []
         self._callers: list[_Caller] = []
         self._in_processes = self._settings.workers == "process"
@@ -211,16 +212,32 @@ class RewardCalls:
                 else:
                     continue
                 failures += errors
-                self._calls.remove(call)
-                for sample, score in zip(call.samples, scores, strict=True):
-                    self._write(sample, score)
+                self._write_scores(call, scores)
             self._warn_of_waiting()
+        self._rewarded.clear()
         if self._function is None or self._settings.error_score is None:
             return {}
         if failures:
             score = self._settings.error_score
             _logger.warning("%d samples are scored reward_error_score=%g: %s", num_failed, score, failures[0])
         return {ERRORS: float(num_failed)}
+
+    def rewarded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those of these whose scores are there, which are written. What has failed is left to `finish`."""
+        if self._function is None:
+            return list(samples)
+        for call in tuple(self._calls):
+            if call.future.done() and call.future.exception() is None:
+                scores, errors = call.future.result()
+                if not errors:
+                    self._write_scores(call, scores)
+        return [sample for sample in samples if sample.id in self._rewarded]
+
+    def _write_scores(self, call: _Call, scores: Sequence[float]) -> None:
+        self._calls.remove(call)
+        for sample, score in zip(call.samples, scores, strict=True):
+            self._write(sample, score)
+            self._rewarded.add(sample.id)
 
     # Calls that take long
 

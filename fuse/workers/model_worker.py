@@ -23,7 +23,7 @@ from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.rounds import RankRound, Round
+from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
 from fuse.workers.carriers.parcel import Parcel
@@ -128,6 +128,17 @@ class ModelWorker:
         columns = {column for one in rounds for column in one.scored}
         scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
         return self._training.train(experience, rounds, learning_rates, plans, scorers)
+
+    def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
+        """Train micro-batches of the coming optimizer step now; all ranks of the replica call this at once.
+
+        See `TrainingRank.accumulate`.
+        """
+        return self._training.accumulate(model, replica, experience, part)
+
+    def scale_gradients(self, model: str, factor: float) -> None:
+        """Multiply what has been accumulated of a model's gradients here."""
+        self._training.scale_gradients(model, factor)
 
     def offload_training(self, kept: Sequence[str] = ()) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train, and `kept`.
