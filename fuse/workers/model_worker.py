@@ -150,12 +150,17 @@ class ModelWorker:
         self._training.offload.put_away([*scores, *kept])
 
     def free_bytes(self) -> int | None:
-        """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
+        """Memory that training could still take on this device; None on a CPU, whose memory has other users.
+
+        Gradients of what was trained early count as free: they are there in every step, and no part of what is left.
+        """
         if self._device.type != "cuda":
             return None
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return free + cached
+        stages = [stage for model in self._trained for stage in self._training.stages_of(model).values()]
+        parameters = [parameter for stage in stages for _, parameter in stage.named_parameters()]
+        return free + cached + sum(one.grad.nbytes for one in parameters if one.grad is not None)
 
     # Inference
 

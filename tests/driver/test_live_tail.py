@@ -57,7 +57,8 @@ class Trainer(FakeScorer):
 
 
 def experience_of(samples: Sequence[Sample], width: int) -> Experience:
-    """With nothing but their lengths."""
+    """With nothing but their lengths. The batch is known to be wider than each is, or as wide as it can be."""
+    assert all(sample.length < width or width == MAX_NEW_TOKENS for sample in samples)
     assert all(sample.state is SampleState.SCORED for sample in samples)
     assert len(samples) % GROUP == 0, "groups are whole"
     lengths = [sample.length for sample in samples]
@@ -80,7 +81,7 @@ def roll_out(
     samples = [Sample(FIRST_ID + index, (1, 2, 3 + index)) for index in range(len(lengths))]
     micro_batches = tuple((index, index + 1) for index in range(0, len(lengths), 2))
     part = StepPart(micro_batches=micro_batches, weights=(1.0,) * len(micro_batches), is_last=True)
-    early = Early(role="actor", estimate=experience_of, mean_over="samples", by_group=True)
+    early = Early(role="actor", estimate=experience_of, mean_over="samples", by_group=True, needs_longer=True)
     members = [range(index // GROUP * GROUP, index // GROUP * GROUP + GROUP) for index in range(len(lengths))]
     step = FirstStep.of(early, [Round({"actor": part})], members)
     assert step is not None

@@ -205,3 +205,12 @@ def test_a_step_is_the_same_in_whatever_order_it_is_trained(name: str, num_ranks
         for row, other_row in zip(one.metrics, other.metrics, strict=True):
             assert {metric: row[metric] for metric in row} == pytest.approx(dict(other_row), rel=1e-4, abs=1e-6)
     assert any(not torch.equal(weight, MODELS[case.role].state_dict()[key]) for key, weight in expected.items())
+
+
+def test_what_was_trained_on_something_else_is_noticed() -> None:
+    """A value after the last of 6 tokens counts in a batch of 7, and not in one that is taken to have no more."""
+    case = Case(ALGORITHMS["critic, by tokens"], 1, 1)
+    ready = case.first_step().ready(set(range(6)))
+    assert any(LENGTHS[sample] == 6 for sample in ready)
+    with pytest.raises(AssertionError, match="other positions"):
+        case.run([(0, ready, 6)])
