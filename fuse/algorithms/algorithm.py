@@ -27,13 +27,17 @@ step; or the tokens of the whole rollout, by the `batch_weights` of the targets.
 PROVISIONAL_TOKENS = 1 << 12
 """In place of a step's or a rollout's, until all are known; a power of two, by which nothing is rounded."""
 
+LEAST_TOKENS = 2
+"""Of responses that anything can be estimated of: advantages are whitened, whoever needs them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Early:
     """What can be trained before all samples of an update are scored: samples of the first optimizer step of one role.
 
     estimate: (scored samples, width) -> what they are trained on; pure, and the same as of all samples of the update:
-        of any scored ones, in their order, or of any whole groups with `by_group`. width: a lower bound of the batch's.
+        of any scored ones with LEAST_TOKENS together, in their order, or of any whole groups with `by_group`. width: a
+        lower bound of the batch's.
     mean_over: of the role's loss. With "rollout", `estimate` takes it that there are PROVISIONAL_TOKENS.
     needs_longer: whether the batch must be known to be wider than a sample's response, or as wide as it can be.
     rollout_size: samples of a rollout, of several in an update; None where there is one.

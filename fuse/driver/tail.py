@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fuse.algorithms.algorithm import LEAST_TOKENS
 from fuse.algorithms.batch import Experience
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.interstage.tail import TailSettings, Train, train_early
@@ -104,13 +105,15 @@ class Tail:
             return []  # nothing could be, and there is no need to look
         width = max(len(sample.response_ids) for sample in samples)
         ready = self._step.ready(self._indices_known(samples, width, max_new_tokens))
-        if sum(samples[index].length for index in ready) < 2:  # of one token no advantages can be estimated
-            return []
-        tokens = np.array([len(sample.prompt_ids) + sample.length for sample in samples])
         if len(ready) <= self._settings.num_kept:
             return []
+        tokens = np.array([len(sample.prompt_ids) + sample.length for sample in samples])
         actions = train_early(*(ready, tokens, replicas, self._settings), token_s=self._token_s, within_s=within_s())
-        return [self._job(action, samples, width, tokens) for action in actions]
+        return [
+            self._job(action, samples, width, tokens)
+            for action in actions
+            if sum(samples[sample].length for own in action.micro_batches for sample in own) >= LEAST_TOKENS
+        ]
 
     def _indices_known(self, samples: Sequence[Sample], width: int, max_new_tokens: int) -> set[int]:
         """Of samples of which all is known that depends on no other."""

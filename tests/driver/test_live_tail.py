@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -56,11 +57,12 @@ class Trainer(FakeScorer):
             future.error = error
 
 
-def experience_of(samples: Sequence[Sample], width: int) -> Experience:
+def experience_of(samples: Sequence[Sample], width: int, size: int) -> Experience:
     """With nothing but their lengths. The batch is known to be wider than each is, or as wide as it can be."""
     assert all(sample.length < width or width == MAX_NEW_TOKENS for sample in samples)
     assert all(sample.state is SampleState.SCORED for sample in samples)
-    assert len(samples) % GROUP == 0, "groups are whole"
+    assert len(samples) % size == 0, "groups are whole"
+    assert sum(sample.length for sample in samples) > 1, "of one token nothing can be estimated"
     lengths = [sample.length for sample in samples]
 
     nothing = torch.zeros(sum(lengths))
@@ -70,7 +72,13 @@ def experience_of(samples: Sequence[Sample], width: int) -> Experience:
 
 
 def roll_out(
-    lengths: Sequence[int], num_stages: int, which: int, seed: int, num_deaths: int = 0, dying: int | None = None
+    lengths: Sequence[int],
+    num_stages: int,
+    which: int,
+    seed: int,
+    num_deaths: int = 0,
+    dying: int | None = None,
+    by_group: bool = True,
 ) -> tuple[list[Sample], FirstStep, list[Trainer]]:
     num_devices = 4
     by_id = {FIRST_ID + index: length for index, length in enumerate(lengths)}
@@ -81,7 +89,8 @@ def roll_out(
     samples = [Sample(FIRST_ID + index, (1, 2, 3 + index)) for index in range(len(lengths))]
     micro_batches = tuple((index, index + 1) for index in range(0, len(lengths), 2))
     part = StepPart(micro_batches=micro_batches, weights=(1.0,) * len(micro_batches), is_last=True)
-    early = Early(role="actor", estimate=experience_of, mean_over="samples", by_group=True, needs_longer=True)
+    estimate = partial(experience_of, size=GROUP if by_group else 1)
+    early = Early(role="actor", estimate=estimate, mean_over="samples", by_group=by_group, needs_longer=True)
     members = [range(index // GROUP * GROUP, index // GROUP * GROUP + GROUP) for index in range(len(lengths))]
     step = FirstStep.of(early, [Round({"actor": part})], members)
     assert step is not None
@@ -118,11 +127,12 @@ def roll_out(
     which=st.integers(0, 3),
     seed=st.integers(0, 1 << 20),
     num_deaths=st.integers(0, 2),
+    by_group=st.booleans(),
 )
 def test_every_sample_is_trained_once(
-    lengths: list[int], num_stages: int, which: int, seed: int, num_deaths: int
+    lengths: list[int], num_stages: int, which: int, seed: int, num_deaths: int, by_group: bool
 ) -> None:
-    samples, step, workers = roll_out(lengths, num_stages, which, seed, num_deaths)
+    samples, step, workers = roll_out(lengths, num_stages, which, seed, num_deaths, by_group=by_group)
     assert all(sample.state is SampleState.SCORED for sample in samples)
     taken = [sample for piece in step.pieces for own in piece.micro_batches for sample in own]
     assert len(taken) == len(set(taken)) == step.num_samples - step.num_left
