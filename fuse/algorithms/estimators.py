@@ -56,6 +56,7 @@ class Estimator:
 
     penalizes: whether it has the KL penalty in the reward; else that is the loss's. by_token: whether the tokens of a
     response may have different advantages. needs_reference: even without a penalty.
+    within_groups: whether, with these settings, an advantage needs no sample of another group.
     """
 
     estimate: Estimate
@@ -63,6 +64,11 @@ class Estimator:
     penalizes: bool = False
     by_token: bool = False
     needs_reference: bool = False
+    within_groups: Callable[[EstimatorSettings], bool] = lambda settings: False
+
+
+def _scales_within_groups(settings: EstimatorSettings) -> bool:
+    return settings.scale != "batch" and settings.aggregation == "sum_then_normalize"
 
 
 def _group(scored: Scored, settings: EstimatorSettings) -> tuple[Tensor, Tensor]:
@@ -129,14 +135,18 @@ def _grpovi(scored: Scored, settings: EstimatorSettings) -> tuple[Tensor, Tensor
 
 ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
     {
-        "group": Estimator(estimate=_group),  # GRPO, arXiv 2402.03300
-        "leave_one_out": Estimator(estimate=_leave_one_out, penalizes=True),  # RLOO, arXiv 2402.14740
+        "group": Estimator(estimate=_group, within_groups=_scales_within_groups),  # GRPO, arXiv 2402.03300
+        "leave_one_out": Estimator(  # RLOO, arXiv 2402.14740
+            estimate=_leave_one_out, penalizes=True, within_groups=lambda settings: not settings.normalizes
+        ),
         "reinforce++": Estimator(  # arXiv 2501.03262
             estimate=_reinforce_plus_plus, least_generations=1, penalizes=True, by_token=True
         ),
         "reinforce++-baseline": Estimator(  # arXiv 2501.03262
             estimate=_reinforce_plus_plus_baseline, penalizes=True, by_token=True
         ),
-        "grpovi": Estimator(estimate=_grpovi, needs_reference=True),  # arXiv 2505.23247
+        "grpovi": Estimator(  # arXiv 2505.23247
+            estimate=_grpovi, needs_reference=True, within_groups=lambda settings: settings.scale != "batch"
+        ),
     }
 )

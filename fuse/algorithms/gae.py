@@ -40,11 +40,12 @@ class GAESettings:
 
 
 def estimate(
-    samples: Sequence[Sample], *, settings: GAESettings, special: SpecialTokens
+    samples: Sequence[Sample], *, settings: GAESettings, special: SpecialTokens, width: int | None = None
 ) -> tuple[Experience, dict[str, float]]:
     """Shape rewards and estimate advantages over a whole batch of scored samples.
 
-    Each sample holds `length` reference log-probabilities and length + 1 values.
+    Each sample holds `length` reference log-probabilities and length + 1 values. width: the longest generated response,
+    in tokens, of a batch of which these samples are a part.
 
     Returns:
         The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how long
@@ -53,7 +54,7 @@ def estimate(
     assert all(sample.state is SampleState.SCORED for sample in samples)
     responses = tuple(tuple(sample.response_ids) for sample in samples)
     lengths = tuple(sample.length for sample in samples)
-    width = max(len(response) for response in responses)
+    width = max(width or 0, *(len(response) for response in responses))
     segments = Segments.from_lengths(lengths, width)
 
     logprobs = _flat([sample.old_logprobs for sample in samples])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +18,7 @@ from rich.progress import track
 
 from fuse.commands.options import check_counts
 from fuse.commands.output import output_file
+from fuse.commands.simulated_tail import TailRow, add_tail_arguments, mean_row, show_tail, simulate_row
 from fuse.commands.simulation_tables import show_costs, show_gains, show_policies
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
 from fuse.interstage.dealing import prompt_numbers
@@ -40,6 +41,7 @@ _MOST = {
     "prompt_tokens": MOST_TOKENS,
     "max_batch": 1 << 20,
     "kv_tokens": 1 << 60,
+    **dict.fromkeys(("epochs", "group_size", "micro_batch"), 1 << 20),
 }
 """By option, the largest value: beyond them arrays outgrow memory, or sums 64 bits."""
 _OPTIONS = ("devices", "batch", "iterations", "max_tokens", "prompt_tokens", "costs", "max_batch", "kv_tokens")
@@ -69,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=int, default=256, help="samples that an engine runs at most (default: 256)")
     parser.add_argument("--kv-tokens", type=int, help="KV capacity of an engine (default: enough for any batch)")
     parser.add_argument("--no-transfer", action="store_true", help="engines cannot send KV: migration recomputes it")
+    add_tail_arguments(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write rows and timelines to FILE")
     parser.add_argument("--svg", type=output_file, metavar="FILE", help="draw the first iteration under each policy")
 
@@ -88,12 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
     show_costs(console, arguments.costs, costs)
     first = outcomes[0].results
     if len(outcomes) == 1:
-        show_policies(console, rows, first)
+        show_policies(console, rows, first | outcomes[0].tail_results)
     else:
         show_gains(console, [outcome.rows for outcome in outcomes])
+    tails = [(one.lengths, row) for one, outcome in zip(settings, outcomes, strict=True) for row in outcome.tails]
+    if tails:
+        show_tail(console, tails)
     if arguments.json:
         options = {name: getattr(arguments, name) for name in _OPTIONS} | {"can_transfer": not arguments.no_transfer}
         written = {"options": options, "costs": costs_to_json(costs), "rows": rows, "timelines": _timelines(first)}
+        if tails:
+            written["tail_training"] = [{"lengths": lengths} | asdict(row) for lengths, row in tails]
         arguments.json.write_text(json.dumps(written) + "\n", encoding="utf-8")
     if arguments.svg:
         drawn = {_TITLES[name]: those[0] for name, those in first.items() if name != KNOWN}
@@ -112,10 +120,12 @@ class _Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """A setting's rows, and results by policy and iteration."""
+    """A setting's rows, and results by policy and iteration; tail_results: of the same with tail training."""
 
     rows: list[dict[str, object]]
     results: dict[str, list[SimulationResult]]
+    tails: list[TailRow] = field(default_factory=list)
+    tail_results: dict[str, list[SimulationResult]] = field(default_factory=dict)
 
 
 def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) -> LengthTrace:
@@ -133,6 +143,8 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
     names = tuple(dict.fromkeys((NONE, *arguments.policy)))
     results: dict[str, list[SimulationResult]] = {name: [] for name in (*names, KNOWN)}
     bounds_s, blind_bounds_s = [], []
+    tails: dict[str, list[TailRow]] = {name: [] for name in names if arguments.tail_training}
+    tail_results: dict[str, list[SimulationResult]] = {f"{name}, tail training": [] for name in tails}
     for iteration in track(
         range(arguments.iterations), "simulating", console=console, transient=True, disable=not console.is_terminal
     ):
@@ -144,8 +156,12 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
         played[KNOWN] = min(played.values(), key=lambda result: result.makespan_s)
         for name, result in played.items():
             results[name].append(result)
+        for name, of_name in tails.items():
+            row, tail = simulate_row(arguments, name, case.rollout, case.policy(name), results[name][-1])
+            of_name.append(row)
+            tail_results[f"{name}, tail training"].append(tail.rollout)
     rows = [_row(arguments, setting, name, results, fmean(bounds_s), fmean(blind_bounds_s)) for name in results]
-    return _Outcome(rows, results)
+    return _Outcome(rows, results, [mean_row(of_name) for of_name in tails.values()], tail_results)
 
 
 class _Case:

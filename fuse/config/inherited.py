@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 WORKS = frozenset(
     {
@@ -149,3 +150,14 @@ def _check_values(config: TrainingArguments) -> None:
     for name, (values, remedy) in REFUSED_VALUES.items():
         if (value := getattr(config, name)) in values:
             raise ValueError(f"{name}={str(getattr(value, 'value', value))!r} is not supported: {remedy}")
+
+
+def check_optimizer(config: TrainingArguments) -> None:
+    """Raises: ValueError for an optimizer, or a kind of gradient checkpointing, that is not supported."""
+    if config.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+        raise ValueError(f"optim={config.optim} is not supported: use adamw_torch")
+    if config.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
+        raise ValueError(
+            f"gradient_checkpointing_kwargs={config.gradient_checkpointing_kwargs!r} is not supported: leave it out, "
+            f"or set {{'use_reentrant': False}}, which is what is done"
+        )

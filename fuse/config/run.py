@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from fuse.config.engine_options import EngineOptions
-from fuse.config.inherited import check_inherited
-from fuse.config.processor import multiplies_bfloat16
+from fuse.config.inherited import check_inherited, check_optimizer
+from fuse.config.processor import warn_of_bfloat16
 from fuse.driver.mixing import Mixing
-
-_logger = logging.getLogger(__name__)
 
 _MOST_INTEGER = 1 << 63
 _NUM_SEEDS = 1 << 32  # what numpy takes
@@ -70,6 +66,7 @@ class RunConfig(EngineOptions, TrainingArguments):
         "old_logprobs": ("auto", "engine", "trainer"),
         "reward_workers": ("thread", "process"),
         "long_prompts": ("error", "drop", "truncate"),
+        "tail_training": ("auto", "off"),
     }
 
     MAX_RESPONSE_OPTION: ClassVar[str]
@@ -111,6 +108,12 @@ class RunConfig(EngineOptions, TrainingArguments):
     )
     intra_stage_fusion: bool = option(
         True, "Train actor and critic at once in one fused schedule; else one after the other (1F1B)."
+    )
+    tail_training: Literal["auto", "off"] = option(
+        "auto",
+        "Train, on devices with nothing left to generate, what needs no sample that is still being generated: of the "
+        "first optimizer step the critic's, or complete groups without one. Gradients stay what they are, to rounding. "
+        "'auto': with inter_stage_fusion, where memory holds engines and training at once.",
     )
     schedule_time_limit_s: float = option(10.0, "Most seconds to search for a fused schedule; few are needed anew.")
     replan_drift: float = option(
@@ -232,11 +235,7 @@ class RunConfig(EngineOptions, TrainingArguments):
             self.bf16 = has_gpu and torch.cuda.is_bf16_supported()
         if self.bf16 and not has_gpu:
             self.use_cpu = True  # transformers allows bfloat16 on CPUs where they are asked for by name
-            if not multiplies_bfloat16():
-                _logger.warning(
-                    "bf16=True on a CPU without bfloat16 arithmetic (AVX-512 BF16 or AMX), slower than float32 "
-                    "there: leave it out"
-                )
+            warn_of_bfloat16()
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.output_dir = os.path.abspath(str(self.output_dir))  # workers have other current directories
         self._check_ranges()
@@ -291,13 +290,7 @@ class RunConfig(EngineOptions, TrainingArguments):
             )
         cache_bytes, cuda_graphs = self.generation_cache_bytes, self.generation_cuda_graphs
         self.check_engine_options(self.engine, self.accelerator, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
-        if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-            raise ValueError(f"optim={self.optim} is not supported: use adamw_torch")
-        if self.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
-            raise ValueError(
-                f"gradient_checkpointing_kwargs={self.gradient_checkpointing_kwargs!r} is not supported: leave it out, "
-                f"or set {{'use_reentrant': False}}, which is what is done"
-            )
+        check_optimizer(self)
 
     @property
     def accelerator(self) -> Literal["cpu", "cuda"]:
@@ -328,6 +321,11 @@ class RunConfig(EngineOptions, TrainingArguments):
     def recomputes_logprobs(self) -> bool:
         """Whether the trainer computes old log-probabilities before each update."""
         return self.old_logprobs == "trainer"
+
+    @property
+    def trains_early(self) -> bool:
+        """Whether what can be is trained before all samples are scored."""
+        return self.tail_training == "auto" and self.inter_stage_fusion and not self.recomputes_logprobs
 
     @property
     def max_inference_samples(self) -> int:

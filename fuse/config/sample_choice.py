@@ -62,6 +62,11 @@ class SampleChoiceConfig(RunConfig):
         )
         return {"overlong_penalty": lambda lengths, ended: penalty(lengths)}
 
+    @property
+    def trains_early(self) -> bool:
+        """Not where groups may be replaced after they have been scored."""
+        return super().trains_early and not self.dynamic_sampling
+
     def _check_combinations(self) -> None:
         super()._check_combinations()
         if self.max_dynamic_rounds != _ROUNDS and not self.dynamic_sampling:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -17,26 +18,25 @@ from fuse.driver.early_start import IMPORTED
 from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
-from fuse.driver.micro_batch_number import dealt, shapes_of
+from fuse.driver.live_tail import TailRollout
 from fuse.driver.model_start import ModelStart
 from fuse.driver.rollout_state import RolloutReport
 from fuse.driver.shared_directory import check_shared
-from fuse.driver.update import fullest_free_bytes, save_state, take_rounds
+from fuse.driver.tail import Tail, TailPlan, tail_of
+from fuse.driver.update import save_state, train
 from fuse.driver.weight_streams import WeightStreams
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
-from fuse.intrastage.forward_only import without_scorers
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
 from fuse.sample import Sample
 from fuse.state_dict import load_state_dict
 from fuse.trace import Span
-from fuse.training.late_scores import REFERENCE_LOGPROBS, SCORED_BY, with_scores
+from fuse.training.late_scores import REFERENCE_LOGPROBS, SCORED_BY
 from fuse.training.model_spec import ModelSpec
-from fuse.training.regrouping import drawn_metrics
-from fuse.training.rounds import Round, step_reports, unfused_counts
+from fuse.training.rounds import Round
 from fuse.training.steps import StepReport
 from fuse.workers.calls import gather
 from fuse.workers.cluster import Cluster
@@ -71,6 +71,9 @@ class Fleet:
         self._tell = tell
         self._resources = ExitStack()
         self._has_trained = False
+        self._tail: Tail | None = None
+        self.tail_report: dict[str, float] = {}
+        """Of the last update: see `fuse.driver.tail`."""
 
     def __enter__(self) -> Fleet:
         with ExitStack() as resources:
@@ -142,12 +145,14 @@ class Fleet:
         policy: Policy | None = None,
         max_new_tokens: Mapping[int, int] | None = None,
         teaches: bool = True,
+        tail: TailPlan | None = None,
     ) -> RolloutReport:
         """Fill in responses and what models say of them, sample by sample; `on_generated` gets samples as they finish.
 
         policy: in place of the one that past rollouts suggest. max_new_tokens: see `LiveRollout`.
         teaches: whether later rollouts may be planned by this one. One that must not teach runs under a fixed policy;
             `forget_spans` drops what it cost.
+        tail: what of the next `train` may be trained beside it.
 
         An engine that dies loses no sample, and another takes its place.
         """
@@ -156,7 +161,11 @@ class Fleet:
         scored = self._scored_early
         if policy is None:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
-        report = LiveRollout(
+        self._tail = None
+        if tail is not None and self._models.is_ready:
+            self._tail = tail_of(tail, settings, self._model_workers, self._planner, self.late_columns)
+        kind: Any = LiveRollout if self._tail is None else partial(TailRollout, tail=self._tail)
+        report: RolloutReport = kind(
             self._engines.workers,
             (lambda: self._model_workers) if scored else None,
             samples,
@@ -232,29 +241,19 @@ class Fleet:
         """
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
-        training = self.settings.training
-        rounds = dealt(rounds, experience, training, self._planner, self._free_bytes)
-        rounds = with_scores(rounds, self.late_columns)
-        counts = [one.counts for one in rounds]
-        shapes = shapes_of(rounds, experience, training.layout)
-        if self._planner.will_solve(counts):
-            self._tell("solving: the fused schedule")
-        plans = self._planner.plans(counts, shapes, self._free_bytes, unfused_counts(rounds))
-        self._tell("training")
-        mixing = self.settings.mixing
-        results = take_rounds(
-            *(self._model_workers, experience, rounds, learning_rates, plans),
+        training, mixing = self.settings.training, self.settings.mixing
+        tail, self._tail = self._tail, None
+        reports = train(
+            *(self._model_workers, self._planner, training, experience, rounds, learning_rates),
+            late_columns=self.late_columns,
+            tail=tail,
             pieces=[slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds)),
             between=self._mix,
+            memory=self.settings.memory,
+            tell=self._tell,
         )
-        self._has_trained = True
-        drawn = partial(drawn_metrics, training.losses, training.layout, experience)
-        return partial(step_reports, rounds, results[:: training.tensor_parallel_size], self._planner.placement, drawn)
-
-    def _free_bytes(self) -> int | None:
-        """That micro-batches under way may take on the fullest device, if devices tell."""
-        placement = without_scorers(self._planner.placement)
-        return fullest_free_bytes(self._model_workers, self.settings.memory, placement)
+        self._has_trained, self.tail_report = True, {} if tail is None else tail.report
+        return reports
 
     def synchronise(self, num_steps: int | None = None) -> None:
         """Give the trained weights to engines and to copies that score.

@@ -78,6 +78,11 @@ class ModelStart:
             self._thread.join(timeout=0.5)
         return self._ready.result()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait` returns, or raises, at once."""
+        return self._ready.done()
+
     def abandon(self) -> None:
         """End a start that goes on, with its workers."""
         self._is_abandoned = True

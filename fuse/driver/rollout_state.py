@@ -39,7 +39,8 @@ class RolloutDevice:
     """What a device's workers are at.
 
     held: live samples that its engine has been given. heard_s: when it last told of tokens, or got its first samples.
-    job, job_tokens: what it scores, or is to. scoring_s: when its model worker was given that.
+    job, job_tokens: what it scores, or is to. scoring_s: when its model worker was given that. training_tokens: of what
+        it trains in place of scoring, as many as it could score meanwhile.
     """
 
     index: int
@@ -53,8 +54,14 @@ class RolloutDevice:
     is_scoring: bool = False
     heard_s: float = 0.0
     scoring_s: float = 0.0
+    training_tokens: int = 0
     arrivals: list[Departure] = field(default_factory=list)  # admitted when what the device scores is done
     scoring_calls: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def busy_tokens(self) -> int:
+        """What it is at, or is to do, in tokens that it could score meanwhile."""
+        return self.training_tokens or self.job_tokens
 
     def end_scoring(self, now_s: float) -> None:
         """It has scored what it was given."""
@@ -122,10 +129,10 @@ class SampleTable:
         return self.columns.state(
             limits,
             released=[device.released for device in devices],
-            inferring_tokens=[device.job_tokens for device in devices],
+            inferring_tokens=[device.busy_tokens for device in devices],
             inferring_left=[
-                left_to_score(costs, device.job_tokens, now_s - device.scoring_s if device.is_scoring else 0.0)
-                if device.job_tokens
+                left_to_score(costs, device.busy_tokens, now_s - device.scoring_s if device.is_scoring else 0.0)
+                if device.busy_tokens
                 else 0.0
                 for device in devices
             ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -11,14 +12,59 @@ import ray
 from fuse.algorithms.batch import Experience
 from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.memory_setup import MemorySetup
+from fuse.driver.micro_batch_number import dealt, shapes_of
+from fuse.driver.tail import Tail
+from fuse.intrastage.forward_only import without_scorers
 from fuse.intrastage.placement import Counts, Replica
+from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import Plan
-from fuse.training.late_scores import fill
-from fuse.training.rounds import RankRound, Round
+from fuse.training.late_scores import fill, with_scores
+from fuse.training.rank import TrainingSettings
+from fuse.training.regrouping import drawn_metrics
+from fuse.training.rounds import RankRound, Round, step_reports, unfused_counts
 from fuse.training.state import check_saved
+from fuse.training.steps import StepReport
 from fuse.workers.calls import gather
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle
+
+
+def train(
+    workers: Sequence[ModelHandle],
+    planner: TrainingPlanner,
+    settings: TrainingSettings,
+    experience: Experience,
+    rounds: Sequence[Round],
+    learning_rates: Sequence[Mapping[str, float]],
+    *,
+    late_columns: Collection[str],
+    tail: Tail | None,
+    pieces: Iterable[slice],
+    between: Callable[[], None],
+    memory: MemorySetup | None,
+    tell: Callable[[str], None],
+) -> Callable[[], dict[str, list[StepReport]]]:
+    """Have an update's rounds trained as they are planned. Returns what makes reports of each role's.
+
+    late_columns: what the rounds score. tail: has trained some of the first one. pieces, between: as of `take_rounds`.
+    memory: of the run, where it is planned.
+    """
+    free_bytes = partial(fullest_free_bytes, workers, memory, without_scorers(planner.placement))
+    drawn, rounds = rounds, dealt(rounds, experience, settings, planner, free_bytes)
+    if tail is not None:
+        rounds = tail.rest(experience, drawn, rounds, planner)
+    rounds = with_scores(rounds, late_columns)
+    counts = [one.counts for one in rounds]
+    shapes = shapes_of(rounds, experience, settings.layout)
+    if planner.will_solve(counts):
+        tell("solving: the fused schedule")
+    plans = planner.plans(counts, shapes, free_bytes, unfused_counts(rounds))
+    tell("training")
+    results = take_rounds(workers, experience, rounds, learning_rates, plans, pieces=pieces, between=between)
+    if tail is not None:
+        rounds, results = tail.whole(experience, rounds, results)
+    metrics = partial(drawn_metrics, settings.losses, settings.layout, experience)
+    return partial(step_reports, rounds, results[:: settings.tensor_parallel_size], planner.placement, metrics)
 
 
 def take_rounds(

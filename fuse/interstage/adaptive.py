@@ -78,6 +78,11 @@ class Adaptive:
         piece_tokens = _PIECE * end_s / max(self.costs.inference_token_s, _LEAST_TOKEN_S)
         return [*moves, *feed(state, moves, max(piece_tokens, self._least_tokens), self._least_tokens)]
 
+    def spare_s(self, state: RolloutState) -> float:
+        """Seconds from when all is scored, if all devices share that, to the expected end of the last sample."""
+        ends_s, end_s = replace(self, lengths=self.lengths.given(state.live, state.ended))._ends(state)
+        return max(0.0, float(ends_s.max()) - end_s)
+
     @property
     def _least_tokens(self) -> float:
         """Of a piece, while more is to come."""

@@ -19,6 +19,7 @@ class SpanKind(StrEnum):
 
     GENERATE = "generate"
     INFER = "infer"
+    TRAIN = "train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

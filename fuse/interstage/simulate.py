@@ -38,7 +38,7 @@ def simulate(rollout: Rollout, policy: Policy) -> SimulationResult:
 
     A policy that breaks its contract fails an assertion, as does a sample that is lost or scored twice.
     """
-    return _Simulation(rollout, policy).run()
+    return Simulation(rollout, policy).run()
 
 
 class _EventKind(IntEnum):
@@ -47,7 +47,7 @@ class _EventKind(IntEnum):
     SCORED = 2
 
 
-class _Simulation:
+class Simulation:
     """Columns over samples and devices, engines, and the heap of events."""
 
     def __init__(self, rollout: Rollout, policy: Policy) -> None:
@@ -186,7 +186,7 @@ class _Simulation:
         if job is not None and self._engines[device].is_empty:
             self._scoring[device], self._busy_since_s[device] = True, self._now_s
             seconds = self._costs.hand_out_s + self._costs.inference(int(self._inferring_tokens[device]))
-            self._schedule(self._now_s + seconds, _EventKind.SCORED, device, 0)
+            self._schedule_end(self._now_s + seconds, device)
 
     def _finish_inference(self, device: int) -> None:
         job = self._jobs[device]
@@ -230,6 +230,10 @@ class _Simulation:
 
     def _schedule(self, time_s: float, kind: _EventKind, device: int, payload: int) -> None:
         heapq.heappush(self._events, (time_s, next(self._event_order), kind, device, payload))
+
+    def _schedule_end(self, time_s: float, device: int) -> None:
+        """Of what the device does in place of decoding."""
+        self._schedule(time_s, _EventKind.SCORED, device, 0)
 
     def _end_span(self, device: int, kind: SpanKind) -> None:
         start_s = self._busy_since_s[device]

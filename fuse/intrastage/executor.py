@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import schedules
 from fuse.intrastage.message_order import Action, rank_steps
+from fuse.intrastage.observed import TRAIN
 from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.trace import SpanRecorder
 from schedules import Kind, Op, Schedule
@@ -37,6 +38,7 @@ def execute(
     trace: SpanRecorder,
     *,
     planned: PlannedTimes | None = None,
+    category: str = TRAIN,
 ) -> None:
     """Run `schedule.ranks[rank]`; afterwards the stages' parameters hold the gradients of all micro-batches, added up.
 
@@ -44,7 +46,7 @@ def execute(
     micro_batches, communicators: by pipeline; a data-parallel replica is a pipeline with micro-batches of its own.
     trace: gets one span per operation, which starts when its input is there; `wait_s` says how long it had to wait.
     planned: of this schedule; spans then say when they were to run (`planned_start_s`, `planned_end_s`, from the
-        step's first operation).
+        step's first operation). category: of the spans.
 
     Raises:
         ValueError: the schedule is illegal, or splits a backward of a stage that cannot; nothing has run here.
@@ -61,7 +63,7 @@ def execute(
         elif step.action is Action.RECEIVE:
             run.receive(step.op)
         else:
-            run.compute(step.op, planned, trace)
+            run.compute(step.op, planned, trace, category)
     run.finish()
 
 
@@ -101,7 +103,7 @@ class _Run:
         self._results: dict[_Message, Tensor] = {}
         self._in_flight: dict[_Message, Transfer] = {}
 
-    def compute(self, op: Op, planned: PlannedTimes | None, trace: SpanRecorder) -> None:
+    def compute(self, op: Op, planned: PlannedTimes | None, trace: SpanRecorder, category: str) -> None:
         """Run the operation on its input, which it waits for, and keep its result."""
         ready = trace.mark()
         received = self._take_input(op)
@@ -115,7 +117,7 @@ class _Run:
         if planned is not None:
             arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
         name = operation_name(self._problem, op)
-        trace.record(name, "train", ready=ready, start=start, end=end, arguments=arguments)
+        trace.record(name, category, ready=ready, start=start, end=end, arguments=arguments)
 
     def send(self, op: Op) -> None:
         """Start sending what the operation made to the neighbouring stage on another rank."""

@@ -51,8 +51,8 @@ class TrainingPlanner:
     ) -> None:
         self.placement, self._settings, self._store, self._unfused = placement, settings, store, unfused
         self._planned_update_s = update_s
-        self._is_fused = settings.fused and share_ranks(placement)
-        self._watches = self._is_fused or settings.chooses_number
+        self.is_fused = settings.fused and share_ranks(placement)
+        self._watches = self.is_fused or settings.chooses_number
         self._plans: dict[Counts, Plan] = {}
         self._profile: Profile | None = None
         self._times: dict[str, float] = {}  # as many micro-batches as were drawn, by what was drawn
@@ -105,13 +105,13 @@ class TrainingPlanner:
             _logger.info("micro-batches as they were drawn: what others would cost has not been observed")
             return 1.0
         drawn = works(1.0)
-        memory_limit = (settings.memory_limit_bytes or free_bytes()) if self._is_fused else None
+        memory_limit = (settings.memory_limit_bytes or free_bytes()) if self.is_fused else None
         limit_s = min(settings.time_limit_s, self._training_s(drawn[0].counts, shapes_of(drawn))) / 2 / len(TIMES)
         known: dict[tuple[Counts, Shape], Schedule] = {}
 
         def schedule(work: Work) -> Schedule:
             replicas, key = replicas_of(self.placement, work.counts), (work.counts, work.typical)
-            if not self._is_fused:
+            if not self.is_fused:
                 return serial_schedule(replicas, work.counts)
             if key not in known:
                 largest = settings.longest or one_of_each(shapes_of([work]))[2]
@@ -137,7 +137,7 @@ class TrainingPlanner:
             ValueError: a device's memory limit is too low for one micro-batch.
         """
         counts = list(counts)
-        if not self._is_fused:
+        if not self.is_fused:
             return {
                 one: Plan(
                     serial_schedule(replicas_of(self.placement, one), one),
@@ -167,7 +167,7 @@ class TrainingPlanner:
     def will_solve(self, counts: Iterable[Counts]) -> bool:
         """Whether `plans` will search for schedules, asked for these counts."""
         missing = set(counts) - self._plans.keys()
-        return self._is_fused and any(
+        return self.is_fused and any(
             self._knows(one) or _names(self.placement, one) <= self._observed.pipelines for one in missing
         )
 
@@ -185,6 +185,11 @@ class TrainingPlanner:
         """Whether there is a profile of all that trains."""
         measured = () if self._profile is None else self._profile.stages
         return _names(self.placement, counts) <= {stage.pipeline for stage in measured}
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether micro-batches are to show what they cost."""
+        return self._watches and self._profile is None and not _names(self.placement, 1) <= self._observed.pipelines
 
     def _learn(self, shapes: Sequence[Shape]) -> None:
         """Make a profile of what has been observed, if that is enough."""
@@ -232,7 +237,7 @@ class TrainingPlanner:
         gain = self.forward_only_gain
         return (
             self._scorers
-            if self._is_fused and (self._settings.forces_scorers or gain is None or gain > 0)
+            if self.is_fused and (self._settings.forces_scorers or gain is None or gain > 0)
             else frozenset()
         )
 

@@ -174,11 +174,7 @@ class GroupRewards:
                 metrics[name] = metrics.get(name, 0.0) + value
         samples, self._samples = self._samples, []
         for sample in samples:
-            for role, index in self._models.items():
-                assert sample.scores is not None
-                sample.rewards[index] = sample.scores[role]
-            pairs = zip(self._weights, sample.rewards, strict=True)
-            sample.score = sum(weight * reward for weight, reward in pairs if not math.isnan(reward))
+            self._complete(sample)
         without = [sample for sample in samples if all(math.isnan(reward) for reward in sample.rewards)]
         if without:
             _logger.warning(
@@ -192,6 +188,23 @@ class GroupRewards:
     def drain_spans(self) -> list[Span]:
         """As `RewardCalls.drain_spans`, of all functions."""
         return [span for calls in self._calls for span in calls.drain_spans()]
+
+    def rewarded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those of these samples, which models have scored, that all functions have rewarded; they have rewards."""
+        found = list(samples)
+        for calls in self._calls:
+            found = calls.rewarded(found)
+        for sample in found:
+            self._complete(sample)
+        return found
+
+    def _complete(self, sample: Sample) -> None:
+        """Write what models say, and the weighted sum of all rewards."""
+        for role, index in self._models.items():
+            assert sample.scores is not None
+            sample.rewards[index] = sample.scores[role]
+        pairs = zip(self._weights, sample.rewards, strict=True)
+        sample.score = sum(weight * reward for weight, reward in pairs if not math.isnan(reward))
 
     def _columns_of(self, sample: Sample) -> Mapping[str, Any]:
         return {

@@ -45,4 +45,4 @@ def updates(
             fleet.synchronise(run.state.global_step + len(rounds))
         trained = reduce_metrics(reports.result(), num_places)
         metrics |= kl_by_position(samples)
-        yield run.finish_update(fleet, samples, rounds, metrics | trained | rewarding, clock)
+        yield run.finish_update(fleet, samples, rounds, metrics | trained | rewarding | fleet.tail_report, clock)

@@ -8,7 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
-from fuse.algorithms.algorithm import Algorithm
+from fuse.algorithms.algorithm import Algorithm, MeanOver
 from fuse.algorithms.estimators import EstimatorSettings
 from fuse.algorithms.group_batch import GroupSettings
 from fuse.algorithms.grpo_loss import GRPOLossSettings, grpo_loss
@@ -38,11 +38,28 @@ class PolicyGradientTrainer(GroupTrainer):
             *(args.advantage, settings, loss, special),
             is_separable=args.has_separable_loss,
             has_reference=args.needs_reference,
+            mean_over=_mean_over(args),
         )
 
     def _estimator_options(self) -> dict[str, Any]:
         """Those of `EstimatorSettings` that this algorithm's `args` have."""
         return {}
+
+
+_MEANS_OVER: Mapping[str, MeanOver] = MappingProxyType(
+    {"bnpo": "micro_batch", "dapo": "rollout", "cispo": "rollout", "vespo": "rollout"}
+)
+"""By `loss_type`; all others are means of samples."""
+
+
+def _mean_over(args: PolicyGradientConfig) -> MeanOver | None:
+    """Of the loss; None for the sum of two means of different kinds."""
+    if not isinstance(args, GRPOLossConfig):
+        return "samples"
+    mean_over = _MEANS_OVER.get(args.loss_type, "samples")
+    if not args.entropy_coef:
+        return mean_over
+    return None if mean_over == "rollout" else "micro_batch"
 
 
 def _grpo(args: PolicyGradientConfig, special: SpecialTokens) -> Loss:

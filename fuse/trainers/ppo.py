@@ -105,7 +105,8 @@ class PPOTrainer(Trainer):
         layout: Layout = TRLLayout(special.pad) if args.trl_quirks else RaggedLayout()
         algorithm = algorithm_of(args, special)
         if args.adaptive_kl:
-            algorithm = replace(algorithm, estimate=self._estimate_and_adapt)
+            early = algorithm.early and replace(algorithm.early, estimate=self._estimate_early)
+            algorithm = replace(algorithm, estimate=self._estimate_and_adapt, early=early)
         self._set_up(
             models,
             algorithm,
@@ -146,12 +147,22 @@ class PPOTrainer(Trainer):
         """With the coefficient of the KL as it is now; the next update has another."""
         control, state = self.args.kl_control, self.state
         assert control is not None
-        kl_coef = self.args.kl_coef if state.kl_coef is None else state.kl_coef
+        kl_coef = self._kl_coef
         experience, metrics = algorithm_of(self.args, self._special, kl_coef).estimate(samples)
         state.kl_coef = next_kl_coef(
             kl_coef, metrics["objective/kl"], len(samples), target=control.target, horizon=control.horizon
         )
         return experience, metrics | {"objective/kl_coef": kl_coef}
+
+    def _estimate_early(self, samples: Sequence[Sample], width: int) -> Experience:
+        """With the same coefficient."""
+        early = algorithm_of(self.args, self._special, self._kl_coef).early
+        assert early is not None
+        return early.estimate(samples, width)
+
+    @property
+    def _kl_coef(self) -> float:
+        return self.args.kl_coef if self.state.kl_coef is None else self.state.kl_coef
 
     def _make_rewards(self) -> AbstractContextManager[RewardCalls]:
         return reward_calls(self.args, self.reward_model, self.processing_class)

@@ -154,6 +154,7 @@ class RewardCalls:
         self._queue: SimpleQueue[_Call | None] = SimpleQueue()
         self._calls: list[_Call] = []
         self._late: list[_Call] = []
+        self._rewarded: set[int] = set()  # since the last `finish`, by id
         self._threads: list[threading.Thread] = []
         self._callers: list[_Caller] = []
         self._spans: list[Span] = []
@@ -207,16 +208,15 @@ class RewardCalls:
                 if call.future.done():
                     scores, errors = call.future.result()
                     num_failed += len(errors)
-                elif self._has_run_out(call):
+                elif self._taken_s(call) >= self._settings.timeout_s:
                     scores, errors = self._given_up(call)
                     num_failed += len(scores)
                 else:
                     continue
                 failures += errors
-                self._calls.remove(call)
-                for sample, score in zip(call.samples, scores, strict=True):
-                    self._write(sample, score)
+                self._write_scores(call, scores)
             self._warn_of_waiting()
+        self._rewarded.clear()
         if self._function is None or self._settings.error_score is None:
             return {}
         if failures:
@@ -229,13 +229,27 @@ class RewardCalls:
         spans, self._spans = self._spans, []
         return spans
 
+    def rewarded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those of these whose scores are there, which are written. What has failed is left to `finish`."""
+        if self._function is None:
+            return list(samples)
+        for call in tuple(self._calls):
+            if call.future.done() and call.future.exception() is None:
+                scores, errors = call.future.result()
+                if not errors:
+                    self._write_scores(call, scores)
+        return [sample for sample in samples if sample.id in self._rewarded]
+
+    def _write_scores(self, call: _Call, scores: Sequence[float]) -> None:
+        self._calls.remove(call)
+        for sample, score in zip(call.samples, scores, strict=True):
+            self._write(sample, score)
+            self._rewarded.add(sample.id)
+
     # Calls that take long
 
     def _taken_s(self, call: _Call) -> float:
         return 0.0 if call.begin_s is None else self._clock() - call.begin_s
-
-    def _has_run_out(self, call: _Call) -> bool:
-        return self._taken_s(call) >= self._settings.timeout_s
 
     def _given_up(self, call: _Call) -> tuple[list[float], list[RewardError]]:
         """Scores of a call that has run out of time. Raises: RewardError where it has none."""

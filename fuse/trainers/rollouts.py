@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fuse.algorithms.policy_loss import LARGEST_SAMPLER_DIFFERENCE, SAMPLER_DIFFERENCE
 from fuse.config.run import RunConfig
 from fuse.driver.fleet import Fleet
+from fuse.driver.tail import TailPlan
 from fuse.engines.engine import SamplingParams
 from fuse.sample import Sample
 from fuse.trace import PhaseClock, Span
@@ -42,6 +43,10 @@ class Rewards(Protocol):
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """Have generated samples rewarded; returns at once."""
+
+    def rewarded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those of these samples, which models have scored, whose rewards are known by now, and written."""
+        ...
 
     def finish(self) -> dict[str, float]:
         """Wait for all that was submitted, and return metrics of it."""
@@ -75,17 +80,21 @@ class Rollouts:
         max_new_tokens: Mapping[int, int] | None = None,
         *,
         teaches: bool = True,
+        tail: TailPlan | None = None,
     ) -> dict[str, float]:
         """Generate responses, and score them by models and by the reward function, where there is one.
 
         max_new_tokens: by sample id, in place of that of `params`. teaches: whether policies and costs of later
-            rollouts may be learnt from this one; not from an evaluation, whose samples are few and others.
+            rollouts may be learnt from this one; not from an evaluation, whose samples are few and others. tail: what
+            may be trained before all samples are scored.
 
         Returns the metrics of the reward function's calls, and of the log-probabilities.
         """
         if self.fused:
             with clock.phase("rollout"):
-                fleet.roll_out(samples, params, self._generated, max_new_tokens=max_new_tokens, teaches=teaches)
+                fleet.roll_out(
+                    *(samples, params, self._generated), max_new_tokens=max_new_tokens, teaches=teaches, tail=tail
+                )
         else:
             with clock.phase("generation"):
                 fleet.generate(samples, params, max_new_tokens=max_new_tokens)

@@ -33,6 +33,7 @@ from fuse.trainers.prompt_checks import kept_tokens
 from fuse.trainers.publish import push_policy, write_model_card, write_policy
 from fuse.trainers.rollouts import Rewards, Rollouts
 from fuse.trainers.run import Run
+from fuse.trainers.tail import tail_plan
 from fuse.training.layout import Layout
 from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
@@ -92,8 +93,7 @@ class Trainer(TrainerFace):
         Raises:
             ValueError: what cannot be placed, scheduled or generated.
         """
-        args, policy = self.args, models[GENERATING]
-        self.model, self.length = shown, length
+        args, policy, self.model, self.length = self.args, models[GENERATING], shown, length
         self.train_dataset, self.eval_dataset, self.data_collator = train_dataset, eval_dataset, data_collator
         self.max_new_tokens: Mapping[int, int] = {}
         self._models, self._algorithm, self._layout = models, algorithm, layout
@@ -158,7 +158,9 @@ class Trainer(TrainerFace):
     def _score(self, fleet: Fleet, samples: Sequence[Sample], clock: PhaseClock) -> dict[str, float]:
         """Have samples generated and scored, to be trained on. Returns metrics of rewarding them."""
         params = self._sampling_params(self.args.sampling_temperature)
-        return self._rollouts.roll_out(fleet, samples, params, clock, self.max_new_tokens)
+        rollouts, update = self._rollouts, self._run.num_updates_done + 1
+        tail = tail_plan(self.args, self._algorithm, rollouts.rewards, partial(self._rounds, update), samples)
+        return rollouts.roll_out(fleet, samples, params, clock, self.max_new_tokens, tail=tail)
 
     def _training_samples(self, batch: Any) -> list[Sample]:
         """The samples that a batch of prompts becomes, with ids that no other of the run has."""
@@ -253,8 +255,7 @@ class Trainer(TrainerFace):
     @property
     def _rollouts(self) -> Rollouts:
         assert self._rewards is not None, "only while workers run"
-        args = self.args
-        return Rollouts(self._rewards, args.inter_stage_fusion, self._tell, args.recomputes_logprobs)
+        return Rollouts(self._rewards, self.args.inter_stage_fusion, self._tell, self.args.recomputes_logprobs)
 
     def _samples(self, batch: Any, first_id: int, *, drop_padding: bool = False) -> list[Sample]:
         pad, most = self._special.pad, self._kept_tokens

@@ -19,29 +19,30 @@ from fuse.algorithms.batch import Experience, Targets
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.executor import execute
-from fuse.intrastage.measure import measure, measure_messages, shape_of
+from fuse.intrastage.measure import measure, shape_of
 from fuse.intrastage.memory_probe import MemoryProbe
-from fuse.intrastage.observed import MEMORY, MESSAGE, shape_arguments
+from fuse.intrastage.observed import MEMORY
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
 from fuse.intrastage.planned_times import PlannedSteps
 from fuse.intrastage.stage import TrainedStage
-from fuse.intrastage.training_schedule import Plan
+from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, MicroBatch
-from fuse.trace import Span, SpanRecorder, now_s
+from fuse.trace import SpanRecorder
 from fuse.training import state
 from fuse.training.late_scores import LateScores, Scorers
 from fuse.training.layout import Layout
 from fuse.training.micro_batches import index_of_largest
 from fuse.training.model_spec import ModelSpec
+from fuse.training.observing import record_messages, record_observed
 from fuse.training.offload import Offload
 from fuse.training.regrouping import Remembering, row_weights
-from fuse.training.rounds import RankRound, Round
+from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.running import Running
-from schedules import Schedule
 
-_MESSAGES = 3
+TAIL = "tail"
+"""The category of operations of `TrainingRank.accumulate`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +220,7 @@ class TrainingRank:
             planned = self._planned.times(plan.schedule, plan.profile, names, shapes)
         elif plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
-            self._observe_messages(plan.schedule, trained, of_trained)
+            record_messages(self._recorder, self._rank, plan.schedule, trained, of_trained)
             largest = [index_of_largest(own) for own in per_pipeline]
             probes = {key: MemoryProbe(stage, largest[key[0]]) for key, stage in running.stages.items()}
         execute(
@@ -235,7 +236,7 @@ class TrainingRank:
         for (pipeline, stage), probe in probes.items():
             shown = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
-            self._observe(MEMORY, plan.schedule, pipeline, stage, shown, 0.0, sizes)
+            record_observed(self._recorder, MEMORY, plan.schedule, pipeline, stage, shown, 0.0, sizes)
         norms = {}
         for model, optimizer in self._optimizers.items():
             if model in one.parts and one.parts[model].is_last:
@@ -245,6 +246,30 @@ class TrainingRank:
                 optimizer.share()
         told = trained.told([len(own) for own in of_trained], norms)
         return replace(told, scored=scored)
+
+    def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
+        """Add to a replica's gradients those of micro-batches of its coming optimizer step, by 1F1B.
+
+        All ranks of the replica call this at once, and no others; one that has none of its stages does nothing.
+        """
+        self.offload.bring_all()
+        pipelines = [(one.model, one.index) for one in self._placement]
+        number = pipelines.index((model, replica))
+        alone = replace(self._placement[number], index=0)
+        held = {(0, stage): one for (pipeline, stage), one in self._stages.items() if pipeline == number}
+        running = Running((alone,), held, [self._communicators[number]])
+        schedule = serial_schedule((alone,), ((model, len(part.micro_batches)),))
+        per_pipeline = self._per_pipeline(experience, Round({model: part}), running)
+        args = schedule, self._rank, held, per_pipeline, running.communicators, self._recorder
+        execute(*args, category=TAIL)
+        return running.told([len(part.micro_batches)], {})
+
+    def scale_gradients(self, model: str, factor: float) -> None:
+        """Multiply what has been added up of a model's gradients here since its last optimizer step."""
+        for stage in self.stages_of(model).values():
+            for _, parameter in stage.named_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
     def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:
         """A round's micro-batches, by pipeline; of the same samples roles share what they have in common."""
@@ -265,36 +290,6 @@ class TrainingRank:
                     micro_batch = replace(micro_batch, row_weights=weights).to(self._device)
                 per_pipeline[-1].append(micro_batch)
         return per_pipeline
-
-    def _observe_messages(
-        self, schedule: Schedule, running: Running, micro_batches: Sequence[Sequence[MicroBatch]]
-    ) -> None:
-        """Record what a message to the next stage takes, for each pipeline's smallest and largest micro-batch."""
-        numbers = {name: number for number, (name, _) in enumerate(running.pipelines)}
-        ends = [sorted(own, key=lambda one: one.input_ids.numel()) for own in micro_batches]
-        by_shape = [list({shape_of(one): one for one in (own[0], own[-1])}.values()) for own in ends]
-        messages = measure_messages(
-            self._rank, running.pipelines, running.stages, by_shape, running.communicators, repeats=_MESSAGES
-        )
-        for name, stage, shape, seconds in messages:
-            number = numbers[name]
-            micro_batch = next(one for one in by_shape[number] if shape_of(one) == shape)
-            self._observe(MESSAGE, schedule, number, stage, micro_batch, seconds, {})
-
-    def _observe(
-        self,
-        category: str,
-        schedule: Schedule,
-        pipeline: int,
-        stage: int,
-        micro_batch: MicroBatch,
-        seconds: float,
-        sizes: Mapping[str, object],
-    ) -> None:
-        """Record a span that tells what a micro-batch costs; see `fuse.intrastage.observed`."""
-        name, end_s = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0", now_s()
-        arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
-        self._recorder.add(Span(name, category, end_s - seconds, end_s, arguments))
 
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]], in_turn: bool = False) -> Profile:
         """Measure this rank's operations and messages on micro-batches of these samples; in_turn: others then idle."""

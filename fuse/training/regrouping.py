@@ -89,6 +89,16 @@ def regrouped(
 def _regrouped_step(
     parts: Sequence[StepPart], experience: Experience, role: str, unit: int, dealing: Dealing
 ) -> list[StepPart]:
+    drawn = drawn_shares(parts, experience, role)
+    in_units = [drawn[start : start + unit] for start in range(0, len(drawn), unit)]
+    number = dealing.number(sum(len(part.micro_batches) for part in parts), len(in_units))
+    if number == 1 and not dealing.in_pieces:
+        return list(parts)
+    return deal_out(parts, in_units, experience, number, dealing)
+
+
+def drawn_shares(parts: Sequence[StepPart], experience: Experience, role: str) -> list[tuple[int, Share]]:
+    """Samples of a step as they were drawn, in their order, each with what it counts."""
     counts = _num_positions(experience, role)
     drawn: list[tuple[int, Share]] = []
     for part in parts:
@@ -97,10 +107,17 @@ def _regrouped_step(
                 weight=weight, num_samples=len(samples), num_positions=sum(counts[sample] for sample in samples)
             )
             drawn += [(sample, replace(share, place=len(drawn) + row)) for row, sample in enumerate(samples)]
-    in_units = [drawn[start : start + unit] for start in range(0, len(drawn), unit)]
-    number = dealing.number(sum(len(part.micro_batches) for part in parts), len(in_units))
-    if number == 1 and not dealing.in_pieces:
-        return list(parts)
+    return drawn
+
+
+def deal_out(
+    parts: Sequence[StepPart],
+    in_units: Sequence[Sequence[tuple[int, Share]]],
+    experience: Experience,
+    number: int,
+    dealing: Dealing = Dealing(),
+) -> list[StepPart]:
+    """The parts of a step with these units of samples in so many micro-batches, dealt by length."""
     longest = [max(len(experience.prompts[one]) + experience.lengths[one] for one, _ in own) for own in in_units]
     groups = length_groups(longest, number)
     made = []

@@ -17,7 +17,7 @@ from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
-from fuse.training.rounds import RankRound, Round
+from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
 from fuse.workers.calls import Future, Remote, Worker, as_received
@@ -84,6 +84,14 @@ class ModelHandle:
         return self.worker.call(
             ModelWorker.train, as_received(experience), as_received(rounds), learning_rates, as_received(plans)
         )
+
+    def accumulate(self, model: str, replica: int, experience: Remote[Experience], part: StepPart) -> Future[RankRound]:
+        """Train micro-batches of the coming optimizer step now; all ranks of the replica are called at once."""
+        return self.worker.call(ModelWorker.accumulate, model, replica, as_received(experience), part)
+
+    def scale_gradients(self, model: str, factor: float) -> Future[None]:
+        """Multiply what has been accumulated of a model's gradients there."""
+        return self.worker.call(ModelWorker.scale_gradients, model, factor)
 
     def offload_training(self, kept: Sequence[str] = ()) -> Future[None]:
         """Move what trains to host memory until it is needed, but for the weights of `kept` models."""

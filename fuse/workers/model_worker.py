@@ -24,7 +24,7 @@ from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
-from fuse.training.rounds import RankRound, Round
+from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
 from fuse.workers.carriers.parcel import Parcel
@@ -134,6 +134,17 @@ class ModelWorker:
             give_back()  # gradients and activations: engines and scoring come next
         return trained
 
+    def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
+        """Train micro-batches of the coming optimizer step now; all ranks of the replica call this at once.
+
+        See `TrainingRank.accumulate`.
+        """
+        return self._training.accumulate(model, replica, experience, part)
+
+    def scale_gradients(self, model: str, factor: float) -> None:
+        """Multiply what has been accumulated of a model's gradients here."""
+        self._training.scale_gradients(model, factor)
+
     def offload_training(self, kept: Sequence[str] = ()) -> None:
         """Move what trains to host memory until it is needed, but for weights that score where they train, and `kept`.
 
@@ -144,12 +155,17 @@ class ModelWorker:
         self._training.offload.put_away([*scores, *kept])
 
     def free_bytes(self) -> int | None:
-        """Memory that training could still take on this device; None on a CPU, whose memory has other users."""
+        """Memory that training could still take on this device; None on a CPU, whose memory has other users.
+
+        Gradients of what was trained early count as free: they are there in every step, and no part of what is left.
+        """
         if self._device.type != "cuda":
             return None
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return free + cached
+        stages = [stage for model in self._trained for stage in self._training.stages_of(model).values()]
+        parameters = [parameter for stage in stages for _, parameter in stage.named_parameters()]
+        return free + cached + sum(one.grad.nbytes for one in parameters if one.grad is not None)
 
     # Inference
 

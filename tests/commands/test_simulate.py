@@ -45,6 +45,30 @@ def test_compares_policies_on_a_trace(trace: Path, tmp_path: Path, capsys: pytes
     assert kinds == {"generate", "infer"}
 
 
+def test_says_what_tail_training_hides(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one long sample a batch, of which the others' training hides all but what devices keep for the end."""
+    out = tmp_path / "out.json"
+    trace.write_text("prompt_tokens,output_tokens\n" + ("500,900\n" + "500,8\n" * 15) * 4)
+    command = ["simulate", "--lengths", str(trace), "--devices", "4", "--batch", "16", "--policy", "adaptive"]
+    tail = ["--tail-training", "groups", "--group-size", "2", "--epochs", "2", "--json", str(out)]
+    assert main([*command, *tail]) == 0
+    printed = capsys.readouterr().out
+    assert "t trains" in printed
+    assert "update gain" in printed
+    rows = {row["policy"]: row for row in json.loads(out.read_text())["tail_training"]}
+    assert rows["none"]["hidden_share"] == 0
+    assert rows["none"]["gain"] == pytest.approx(1)
+    row = rows["adaptive"]
+    assert row["hidden_share"] > 0.4
+    left_s = row["training_s"] - row["hidden_share"] * row["first_step_s"] / 4
+    assert row["gain"] == pytest.approx((row["plain_rollout_s"] + row["training_s"]) / (row["rollout_s"] + left_s))
+    assert row["gain"] > 1
+    with pytest.raises(SystemExit):
+        main([*command, "--tail-training", "actor"])
+    assert main([*command, "--tail-training", "critic", "--train-token-s", "0"]) == 2
+    assert "training on a token takes 0.0 s: give --train-token-s, above 0" in capsys.readouterr().err
+
+
 def test_several_traces_and_maxima_make_a_table(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

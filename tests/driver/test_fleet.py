@@ -162,7 +162,7 @@ def test_an_engine_that_dies_while_it_takes_anothers_place_is_replaced(
             engines._answer(1, call(None), call)
 
 
-def test_what_devices_say_is_free_is_not_all_for_micro_batches(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_devices_say_is_free_is_not_all_for_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are dropped when it is measured, and a cache may yet grow; the stages are those that were placed."""
     specs = {"actor": ModelSpec(model_class=language_model()[0], config=language_model()[1], dtype=torch.float32)}
     memory = MemorySetup(
@@ -182,22 +182,14 @@ def test_what_devices_say_is_free_is_not_all_for_micro_batches(fleet: Fleet, mon
         inference_batch_tokens=64,
     )
     placed = (Replica("actor", 0, (0, 1), ((0, 2), (2, 2))),)
-    made: Any = fleet
-    made._models = SimpleNamespace(
-        wait=lambda _: SimpleNamespace(
-            workers=[SimpleNamespace(free_bytes=lambda free=free: free) for free in (2 * 10**9, 3 * 10**9)],
-            planner=SimpleNamespace(placement=placed),
-        )
-    )
+    workers: Any = [SimpleNamespace(free_bytes=lambda free=free: free) for free in (2 * 10**9, 3 * 10**9)]
     monkeypatch.setattr(update, "gather", list)
-    made.settings.memory = None
-    assert fleet._free_bytes() == 2 * 10**9
-    made.settings.memory = memory
+    assert update.fullest_free_bytes(workers, None, placed) == 2 * 10**9
     moved = replace(memory, placement=placed)
     first, second = free_for_micro_batches(moved, [2 * 10**9, 3 * 10**9])
     assert first is not None
     assert second is not None
-    assert fleet._free_bytes() == first < second
+    assert update.fullest_free_bytes(workers, memory, placed) == first < second
     size = memory.models["actor"].size
     reserve = round(RESERVE_SHARE * 10**10)
     assert first < 2 * 10**9 - reserve - 4 * (size.embedding + sum(size.layers))

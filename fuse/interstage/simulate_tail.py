@@ -1,0 +1,160 @@
+"""A simulated rollout whose free devices train, by the policy of the live driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fuse.interstage.columns import Phase
+from fuse.interstage.migration import Action, Policy
+from fuse.interstage.rollout import Rollout, SimulationResult, SpanKind
+from fuse.interstage.simulate import Simulation
+from fuse.interstage.tail import TailSettings, spare_s, train_early
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TailWork:
+    """The first optimizer step of an update, which is on all samples of a rollout.
+
+    groups: a number of each sample's, [samples]: it is trained once all with that number are scored. token_s: seconds
+    of a replica's devices to train on a token, as long as each of its stages takes. micro_batch_s: in addition, of each
+    micro-batch. settings: as of the policy; replicas have `num_stages` devices each, side by side.
+
+    Raises:
+        ValueError: a device is left over, or a cost is negative.
+    """
+
+    groups: Ints
+    token_s: float
+    micro_batch_s: float
+    settings: TailSettings
+
+    def __post_init__(self) -> None:
+        if self.token_s < 0 or self.micro_batch_s < 0:
+            raise ValueError(f"token_s={self.token_s}, micro_batch_s={self.micro_batch_s}: a cost is not negative")
+
+    def seconds(self, micro_batch_tokens: Sequence[int]) -> float:
+        """That a replica takes for micro-batches of so many tokens: through its stages, one behind the other."""
+        stages = self.settings.num_stages
+        of_each = [self.micro_batch_s + self.token_s * tokens for tokens in micro_batch_tokens]
+        return (sum(of_each) + (stages - 1) * max(of_each)) / stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailResult:
+    """A rollout, and what was trained in it: samples, their tokens, and device-seconds."""
+
+    rollout: SimulationResult
+    num_trained: int
+    trained_tokens: int
+    training_s: float
+
+
+def simulate_tail(rollout: Rollout, policy: Policy, work: TailWork) -> TailResult:
+    """Play the rollout under the policy, to the last score, with what is trained by then.
+
+    A sample that is trained twice fails an assertion.
+
+    Raises:
+        ValueError: the replicas' devices do not divide the rollout's.
+    """
+    if rollout.num_devices % work.settings.num_stages:
+        raise ValueError(
+            f"replicas of {work.settings.num_stages} devices do not divide {rollout.num_devices}: choose a divisor"
+        )
+    return _TailSimulation(rollout, policy, work).run_with_training()
+
+
+class _TailSimulation(Simulation):
+    """To policies, a device that trains is one that scores."""
+
+    def __init__(self, rollout: Rollout, policy: Policy, work: TailWork) -> None:
+        super().__init__(rollout, policy)
+        self._work = work
+        stages = work.settings.num_stages
+        self._replicas = [range(first, first + stages) for first in range(0, rollout.num_devices, stages)]
+        self._left = np.ones(rollout.num_samples, dtype=np.bool_)
+        self._context = rollout.prompt_tokens + rollout.response_tokens
+        _, self._groups, sizes = np.unique(work.groups, return_inverse=True, return_counts=True)
+        self._num_unscored = sizes.copy()
+        self._counted = np.zeros(rollout.num_samples, dtype=np.bool_)
+        self._trains = np.zeros(rollout.num_devices, dtype=np.bool_)
+        self._training_s = 0.0
+
+    def run_with_training(self) -> TailResult:
+        result = self.run()
+        trained = ~self._left
+        return TailResult(
+            rollout=result,
+            num_trained=int(trained.sum()),
+            trained_tokens=int(self._context[trained].sum()),
+            training_s=self._training_s,
+        )
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        super()._act(actions)
+        self._train()
+
+    def _start_inference(self, device: int) -> None:
+        super()._start_inference(device)
+        self._train()
+
+    def _finish_inference(self, device: int) -> None:
+        if not self._trains[device]:
+            super()._finish_inference(device)
+            return
+        self._trains[device] = self._scoring[device] = False
+        self._inferring_tokens[device] = 0
+        self._end_span(device, SpanKind.TRAIN)
+        self._has_news = True
+        self._interrupt(device)
+
+    def _train(self) -> None:
+        free = [
+            number for number, devices in enumerate(self._replicas) if all(self._is_idle(device) for device in devices)
+        ]
+        if not free or self._now_s == 0 or not (self._phase != Phase.SCORED).any():
+            return
+        ready = np.flatnonzero(self._left & (self._scored_groups()[self._groups]))
+        if not len(ready):
+            return
+        work = self._work
+        actions = train_early(
+            *(ready.tolist(), self._context, free, work.settings),
+            token_s=(work.token_s + work.micro_batch_s / max(1, int(self._context.mean()))) / work.settings.num_stages,
+            within_s=spare_s(self._policy, self._state()),
+        )
+        for action in actions:
+            for own in action.micro_batches:
+                assert self._left[list(own)].all(), "a sample was trained twice"
+                self._left[list(own)] = False
+            seconds = self._work.seconds([int(self._context[list(own)].sum()) for own in action.micro_batches])
+            for device in self._replicas[action.replica]:
+                self._engines[device].version += 1  # it has no batch, and no boundary to come to
+                self._trains[device] = self._scoring[device] = True
+                self._busy_since_s[device] = self._now_s
+                self._inferring_tokens[device] = max(1, int(seconds / max(self._costs.inference_token_s, 1e-12)))
+                self._schedule_end(self._now_s + seconds, device)
+                self._training_s += seconds
+
+    def _scored_groups(self) -> NDArray[np.bool_]:
+        """Whether all samples of each group are scored, [groups]."""
+        new = np.flatnonzero((self._phase == Phase.SCORED) & ~self._counted)
+        self._counted[new] = True
+        np.subtract.at(self._num_unscored, self._groups[new], 1)
+        whole: NDArray[np.bool_] = self._num_unscored == 0
+        return whole
+
+    def _is_idle(self, device: int) -> bool:
+        return bool(
+            self._engines[device].is_empty
+            and not self._num_live[device]
+            and not self._leaving[device]
+            and self._jobs[device] is None
+            and not self._scoring[device]
+        )

@@ -1,0 +1,131 @@
+"""Tail training: who trains what, and that a rollout with it is one, simulated."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuse.interstage.adaptive import Adaptive
+from fuse.interstage.costs import CostModel
+from fuse.interstage.lengths import Observation, learn
+from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
+from fuse.interstage.rollout import Rollout, SpanKind
+from fuse.interstage.simulate import simulate
+from fuse.interstage.simulate_tail import TailWork, simulate_tail
+from fuse.interstage.tail import TailSettings, Train, spare_s, train_early
+
+TOKENS = np.array([50, 10, 40, 30, 20, 60])
+SETTINGS = TailSettings(micro_batch_size=2, num_kept=1)
+
+COSTS = CostModel(
+    step_s=1.0,
+    sample_s=0.0,
+    context_s=0.0,
+    prefill_s=0.0,
+    prefill_token_s=0.0,
+    inference_s=0.0,
+    inference_token_s=0.01,
+    kv_bytes_per_token=1,
+    transfer_s=0.0,
+    transfer_byte_s=0.0,
+)
+
+
+def test_long_samples_go_first_and_short_ones_are_kept() -> None:
+    chosen = train_early([0, 1, 2, 3], TOKENS, [4], SETTINGS, token_s=1.0)
+    assert chosen == [Train(4, ((0, 2),))], "a micro-batch of two; 1 is the shortest of those that are ready"
+    assert train_early([1], TOKENS, [4], SETTINGS, token_s=1.0) == []
+    shared = train_early([0, 1, 2, 3], TOKENS, [4, 7], SETTINGS, token_s=1.0)
+    assert shared == [Train(4, ((0,),)), Train(7, ((2, 3),))], "even in tokens"
+
+
+def test_a_piece_takes_half_of_the_time_to_spare() -> None:
+    assert train_early([0, 1, 2, 3], TOKENS, [0], SETTINGS, token_s=1.0, within_s=160.0) == [Train(0, ((0, 3),))]
+    assert train_early([0, 1, 2, 3], TOKENS, [0], SETTINGS, token_s=1.0, within_s=60.0) == [Train(0, ((3,),))]
+    assert train_early([0, 1, 2, 3], TOKENS, [0], SETTINGS, token_s=1.0, within_s=0.0) == []
+
+
+def test_a_pipeline_gets_a_micro_batch_for_every_stage() -> None:
+    stages = TailSettings(micro_batch_size=2, num_stages=2, num_kept=0)
+    assert train_early(range(6), TOKENS, [0], stages, token_s=1.0) == [Train(0, ((5, 0), (2, 3)))]
+    assert train_early(range(6), TOKENS, [0], stages) == [Train(0, ((5,), (0,)))], "to learn what it takes"
+
+
+def rollout(lengths: list[int], num_devices: int) -> Rollout:
+    return Rollout(
+        prompt_tokens=np.full(len(lengths), 5),
+        response_tokens=np.array(lengths),
+        num_devices=num_devices,
+        costs=COSTS,
+        limits=EngineLimits(max_batch=64, kv_capacity_tokens=1 << 20, max_new_tokens=200),
+    )
+
+
+def work(num_samples: int, group: int, num_stages: int = 1, token_s: float = 0.5) -> TailWork:
+    settings = TailSettings(micro_batch_size=2, num_stages=num_stages, num_kept=2)
+    return TailWork(groups=np.arange(num_samples) // group, token_s=token_s, micro_batch_s=0.0, settings=settings)
+
+
+def test_a_device_trains_what_is_scored_until_the_rollout_ends() -> None:
+    """Device 1 has samples of 10, 9, 8 and 7 tokens, which it scores; then it trains two of 15 and 14 in 14.5 s."""
+    lengths = [100, 10, 9, 8, 7]
+    one = rollout(lengths, 2)
+    policy = Threshold(remaining=len(lengths), num_kept=2)
+    plain, result = simulate(one, policy), simulate_tail(one, policy, work(len(lengths), 1))
+    assert result.rollout.makespan_s == pytest.approx(plain.makespan_s)
+    assert result.num_trained >= 2
+    trained = [span for spans in result.rollout.timeline for span in spans if span.kind is SpanKind.TRAIN]
+    assert sum(span.end_s - span.start_s for span in trained) == pytest.approx(0.5 * result.trained_tokens)
+    grouped = simulate_tail(one, policy, work(len(lengths), 5))
+    assert grouped.num_trained == 0, "all of them are a group with the long one"
+
+
+def policies(lengths: list[int]) -> list[Policy]:
+    model = learn([Observation(one, prompt=(index,)) for index, one in enumerate(lengths)], 200, own=())
+    adaptive = Adaptive(COSTS, model.for_samples())
+    return [StageByStage(), Threshold(remaining=len(lengths), num_kept=1), adaptive]
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=4, max_size=24),
+    which=st.integers(0, 2),
+    num_stages=st.sampled_from([1, 2]),
+    group=st.integers(1, 3),
+)
+def test_a_rollout_with_training_is_one(lengths: list[int], which: int, num_stages: int, group: int) -> None:
+    """The simulation asserts that no sample is lost, trained twice or trained before its group is scored."""
+    one = rollout(lengths, 4)
+    result = simulate_tail(one, policies(lengths)[which], work(len(lengths), group, num_stages))
+    assert result.num_trained <= max(0, len(lengths) - 2)
+    busy_s = sum(
+        span.end_s - span.start_s for spans in result.rollout.timeline for span in spans if span.kind is SpanKind.TRAIN
+    )
+    assert busy_s == pytest.approx(result.training_s)
+    if num_stages == 1:
+        assert busy_s == pytest.approx(0.5 * result.trained_tokens)
+
+
+def test_where_there_is_no_tail_nothing_is_trained() -> None:
+    one = rollout([50] * 8, 4)
+    assert simulate_tail(one, policies([50] * 8)[2], work(8, 1)).num_trained == 0
+    with pytest.raises(ValueError, match="replicas of 3 devices do not divide 4: choose a divisor"):
+        simulate_tail(one, StageByStage(), work(8, 1, num_stages=3))
+    assert math.isinf(spare())
+
+
+def spare() -> float:
+    """Of a policy that knows no costs, while a sample is live."""
+    seen: list[float] = []
+
+    def look(state: object) -> list[object]:
+        seen.append(spare_s(StageByStage(), state))  # type: ignore[arg-type]
+        return StageByStage()(state)  # type: ignore[arg-type,return-value]
+
+    simulate(rollout([3, 4], 1), look)  # type: ignore[arg-type]
+    assert seen[-1] == 0.0, "all are scored"
+    return seen[0]
