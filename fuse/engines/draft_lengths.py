@@ -10,6 +10,7 @@ for one sample; several side by side and fitted times are ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ _SAMPLE_TOKENS = 8.0
 """What the chance of all counts against a sample's own drafts."""
 _DECAY, _DECAY_OF_ALL = 0.9, 0.98
 """How fast a sample's own, and those of all, are forgotten, by draft."""
+_FEW, _SLOWER = 3, 0.1
+"""Times that make a size count, and how far a slower one is followed."""
 _STALE_STEPS = 256
 """After which a time is not known any more, so that what was slow once is tried again."""
 
@@ -58,40 +61,57 @@ class Acceptance:
         self._own.pop(sample_id, None)
 
 
-class StepTimes:
-    """Seconds of a forward over so many tokens: running ones where it was timed lately, a line through these elsewhere.
+@dataclass(slots=True)
+class _Timed:
+    seconds: float
+    count: int
+    step: int  # of the latest
 
-    slope: per token, as a share of the least time known, beyond the sizes that were timed.
+
+class StepTimes:
+    """Seconds of a forward over so many tokens: of sizes timed lately, and on lines between and beyond these.
+
+    A size counts from its third time on, by the least that lately came again: of a few times that is the one that
+    nothing else disturbed, and one that was slow once is not given up for it.
+
+    slope: per token, as a share of the least time known, beyond the sizes that count.
     """
 
     def __init__(self, slope: float) -> None:
         self._slope = slope
-        self._seconds: dict[int, tuple[float, int]] = {}  # by tokens, with the step of the latest time
+        self._timed: dict[int, _Timed] = {}
         self._step = 0
 
     @property
     def is_known(self) -> bool:
-        return bool(self._seconds)
+        return bool(self._timed)
 
     def pass_step(self) -> None:
         """Times grow older."""
         self._step += 1
-        for size in [size for size, (_, step) in self._seconds.items() if step + _STALE_STEPS < self._step]:
-            del self._seconds[size]
+        for size in [size for size, timed in self._timed.items() if timed.step + _STALE_STEPS < self._step]:
+            del self._timed[size]
 
     def learn(self, num_tokens: int, seconds: float) -> None:
-        known = self._seconds.get(num_tokens)
-        # Of a few times the least is the one that nothing else has disturbed; a slower one counts slowly.
-        weight = 1.0 if known is None or seconds < known[0] else 0.1
-        self._seconds[num_tokens] = (seconds if known is None else known[0] + weight * (seconds - known[0]), self._step)
+        size = _rounded(num_tokens)
+        timed = self._timed.setdefault(size, _Timed(seconds, 0, self._step))
+        timed.seconds = min(seconds, timed.seconds + _SLOWER * (seconds - timed.seconds))
+        timed.count, timed.step = timed.count + 1, self._step
 
     def of(self, num_tokens: Floats) -> Floats:
         """Pre: something is known."""
-        sizes = sorted(self._seconds)
-        times = np.maximum.accumulate([self._seconds[size][0] for size in sizes])
+        sizes = sorted(self._timed)
+        sizes = [size for size in sizes if self._timed[size].count >= _FEW] or sizes[:1]
+        times = np.maximum.accumulate([self._timed[size].seconds for size in sizes])
         beyond = np.maximum(num_tokens - sizes[-1], 0)
         seconds: Floats = np.interp(num_tokens, sizes, times) + self._slope * times[0] * beyond
         return seconds
+
+
+def _rounded(num_tokens: int) -> int:
+    """To four bits: sizes that take about as long count as one."""
+    unit = 1 << max(0, num_tokens.bit_length() - 4)
+    return -(-num_tokens // unit) * unit
 
 
 class PayingLengths:

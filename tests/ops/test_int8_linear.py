@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from fuse.ops import describe
 from fuse.ops.int8_linear import int8_linear, int8_linear_reference, quantize_int8
@@ -22,7 +25,9 @@ def test_no_weight_is_off_by_more_than_half_a_unit() -> None:
 
 @pytest.mark.parametrize("implementation", [int8_linear, int8_linear_reference])
 @pytest.mark.parametrize(("rows", "outs", "width"), [(0, 4, 16), (1, 9, 64), (2, 8, 70), (3, 5, 15), (5, 3, 4200)])
-def test_equals_the_products_written_out(implementation, rows: int, outs: int, width: int) -> None:
+def test_equals_the_products_written_out(
+    implementation: Callable[..., Tensor], rows: int, outs: int, width: int
+) -> None:
     """Widths around vectors and around what 32 bits add up; numbers of rows and outputs that are no multiples."""
     generator = torch.Generator().manual_seed(width)
     inputs = torch.randn(rows, width, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
