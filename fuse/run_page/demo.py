@@ -152,7 +152,7 @@ def _stay(span: SampleSpan, lengths: np.ndarray, last: Mapping[int, float], begi
         "prompt_tokens": _PROMPT_TOKENS,
         "first": 0,
         "tokens": tokens,
-        "queued_s": 0.0,
+        "wait_s": 0.0,
         "finished": span.end_s == last[span.sample],
     }
     return Span(f"sample {span.sample}", "sample", begin_s + span.start_s, begin_s + span.end_s, sizes)

@@ -7,12 +7,13 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.memory_use import usage_spans
 from fuse.trace import Span, SpanRecorder, now_s
+from fuse.workers.unreported import Unreported
 from fuse.workers.weight_inbox import WeightInbox
 from fuse.workers.weight_taker import WeightTaker
 
@@ -47,40 +48,6 @@ class Departure:
     kv: KVRef | None = None
 
 
-@dataclass(slots=True)
-class _Unreported:
-    """Tokens of a live sample that no poll has taken yet, and where in the response they start.
-
-    prefill_tokens: what the engine has to compute or to copy before the next token, 0 once that is there.
-    prompt_tokens, first: of the sample, and where in its response it entered, at `entered_s`. started_s: of the step
-    that gave its first token here; None before it.
-    """
-
-    position: int
-    context_tokens: int
-    prefill_tokens: int = 0
-    prompt_tokens: int = 0
-    first: int = 0
-    entered_s: float = field(default_factory=now_s)
-    started_s: float | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    def span(self, sample_id: int) -> Span:
-        """Of its stay in the engine, from the first step that gave it a token to now."""
-        assert self.started_s is not None
-        sizes = {
-            "sample": sample_id,
-            "prompt_tokens": self.prompt_tokens,
-            "first": self.first,
-            "tokens": self.position + len(self.token_ids),
-            "queued_s": self.started_s - self.entered_s,
-            "finished": self.finished,
-        }
-        return Span(f"sample {sample_id}", "sample", self.started_s, now_s(), sizes)
-
-
 class GenerationWorker(WeightTaker):
     """Steps an engine in a thread of its own, which waits only when the engine is empty.
 
@@ -102,7 +69,7 @@ class GenerationWorker(WeightTaker):
         self._fetched: dict[int, tuple[Tensor, ...]] = {}  # KV, until the engine has copied it
         self._recorder = SpanRecorder()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._samples: dict[int, _Unreported] = {}  # live ones, and finished ones until they are reported
+        self._samples: dict[int, Unreported] = {}  # live ones, and finished ones until they are reported
         self._num_live = 0
         self._num_entering = 0  # samples of commands that the loop has not come to
         self._changed = threading.Condition()  # guards what the loop shares with poll: samples, spans, failure
@@ -163,7 +130,8 @@ class GenerationWorker(WeightTaker):
         tokens it had to compute anew for samples that entered (`prefill_tokens`), beside those that it had from other
         samples of the same prompt (`shared_tokens`). An "admit" says of how many samples the KV was lost with the
         process that they left, or found no memory (`lost`): they are computed anew. A "sample" tells when one was in
-        the engine (`sample`, of which response tokens, `first` to `tokens`), and the last span tells memory.
+        the engine (`sample`, of which response tokens, `first` to `tokens`, `wait_s` after it entered). The last span
+        tells memory.
         """
         with self._changed:
             self._raise_failure()
@@ -215,14 +183,14 @@ class GenerationWorker(WeightTaker):
                 prefill_tokens += sample.prefill_tokens - token.shared_tokens
                 shared_tokens += token.shared_tokens
                 sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
-                sample.started_s = start_s if sample.started_s is None else sample.started_s
+                sample.started = start_s if sample.started is None else sample.started
                 sample.token_ids.append(token.token_id)
                 sample.logprobs.append(token.logprob)
                 self._release(token.sample_id)
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
-                    self._recorder.add(sample.span(token.sample_id))
+                    sample.record_stay(token.sample_id, self._recorder)
             sizes = {
                 "batch": len(tokens),
                 "context_tokens": context_tokens,
@@ -256,12 +224,13 @@ class GenerationWorker(WeightTaker):
             enter(argument)
             has_kv = isinstance(argument, Evicted) and argument.kv is not None
             with self._changed:
-                self._samples[request.sample_id] = _Unreported(
+                self._samples[request.sample_id] = Unreported(
                     len(request.response_ids),
                     request.num_tokens,
                     0 if has_kv else request.num_tokens,
                     prompt_tokens=len(request.prompt_ids),
                     first=len(request.response_ids),
+                    entered=self._recorder.mark(),
                 )
                 self._num_live += 1
                 self._num_entering -= 1
@@ -291,8 +260,7 @@ class GenerationWorker(WeightTaker):
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
             departures = [self._depart(sample_id, with_kv) for sample_id in live]
             for sample_id in live:
-                if (sample := self._samples.pop(sample_id)).started_s is not None:
-                    self._recorder.add(sample.span(sample_id))
+                self._samples.pop(sample_id).record_stay(sample_id, self._recorder)
             self._num_live -= len(live)
             self._changed.notify_all()
         num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)
