@@ -77,10 +77,13 @@ function curves() {
   $('all').ontoggle = () => { if ($('all').open && !rest.children.length) rest.append(...names.filter(name => !first.includes(name)).map(curve)); };
 }
 
+// The first update of several starts the models: figures of a run leave it out, and its bar is cut.
+const afterFirst = values => values.length > 1 ? values.slice(1) : values;
+
 // Where the time went: a bar per update
 function phaseBars() {
   const canvas = $('phases'), height = 150, [pen, width] = sized(canvas, height), n = run.updates.length;
-  const longest = Math.max(...run.end.map((e, i) => e - run.start[i])), w = width / n, top = 8;
+  const longest = Math.max(...afterFirst(run.end.map((e, i) => e - run.start[i]))), w = width / n, top = 8;
   for (let i = 0; i < n; i++) {
     let y = height;
     const total = run.end[i] - run.start[i];
@@ -210,7 +213,7 @@ function zoom(by, at) { const [a, b] = view; at = at === undefined ? (a + b) / 2
 // Idle time by cause
 function causes() {
   const rows = Object.values(run.idle).map(([cause, meaning]) => [cause, meaning, run.metrics['idle_cause/' + cause]]).filter(r => r[2]);
-  const mean = values => { const last = values.slice(-50); return last.reduce((s, x) => s + (x || 0), 0) / last.length; };
+  const mean = values => { const last = afterFirst(values).slice(-50); return last.reduce((s, x) => s + (x || 0), 0) / last.length; };
   rows.sort((a, b) => mean(b[2]) - mean(a[2]));
   $('causes').replaceChildren(...rows.map(([cause, meaning, values]) => {
     const tr = make('tr'); tr.append(make('td', cause.replace('_', '-')), make('td', (100 * mean(values)).toFixed(1) + ' %', 'n'), make('td', meaning)); return tr;

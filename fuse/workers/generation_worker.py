@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.memory_use import usage_spans
 from fuse.trace import Clock, Span, SpanRecorder, now_s
+from fuse.workers.unreported import Unreported
 from fuse.workers.weight_inbox import WeightInbox
 from fuse.workers.weight_taker import WeightTaker
 
@@ -48,41 +49,6 @@ class Departure:
     kv: KVRef | None = None
 
 
-@dataclass(slots=True)
-class _Unreported:
-    """Tokens of a live sample that no poll has taken yet, and where in the response they start.
-
-    prefill_tokens: what the engine has to compute or to copy before the next token, 0 once that is there.
-    prompt_tokens, first: of the sample, and where in its response it entered. entered, started: marks of then, and of
-    the step that gave its first token here; None before it.
-    """
-
-    position: int
-    context_tokens: int
-    prefill_tokens: int = 0
-    prompt_tokens: int = 0
-    first: int = 0
-    entered: Any = None
-    started: Any = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    def record(self, sample_id: int, recorder: SpanRecorder) -> None:
-        """Its stay in the engine, from the first step that gave it a token to now; nothing before that."""
-        if self.started is None:
-            return
-        sizes = {
-            "sample": sample_id,
-            "prompt_tokens": self.prompt_tokens,
-            "first": self.first,
-            "tokens": self.position + len(self.token_ids),
-            "finished": self.finished,
-        }
-        name, end = f"sample {sample_id}", recorder.mark()
-        recorder.record(name, "sample", ready=self.entered, start=self.started, end=end, arguments=sizes)
-
-
 class _Closed(RuntimeError):
     """By which an engine ends that still waits for weights."""
 
@@ -110,7 +76,7 @@ class GenerationWorker(WeightTaker):
         self._fetched: dict[int, tuple[Tensor, ...]] = {}  # KV, until the engine has copied it
         self._recorder = SpanRecorder(clock)
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._samples: dict[int, _Unreported] = {}  # live ones, and finished ones until they are reported
+        self._samples: dict[int, Unreported] = {}  # live ones, and finished ones until they are reported
         self._num_live = 0
         self._num_entering = 0  # samples of commands that the loop has not come to
         self._changed = threading.Condition()  # guards what the loop shares with poll: samples, spans, failure
@@ -240,7 +206,7 @@ class GenerationWorker(WeightTaker):
                 if token.finished:
                     sample.finished = self._has_finished = True
                     self._num_live -= 1
-                    sample.record(token.sample_id, self._recorder)
+                    sample.record_stay(token.sample_id, self._recorder)
             sizes = {
                 "batch": batch,
                 "tokens": len(tokens),
@@ -277,13 +243,13 @@ class GenerationWorker(WeightTaker):
             enter(argument)
             has_kv = isinstance(argument, Evicted) and argument.kv is not None
             with self._changed:
-                self._samples[request.sample_id] = _Unreported(
+                self._samples[request.sample_id] = Unreported(
                     len(request.response_ids),
                     request.num_tokens,
                     0 if has_kv else request.num_tokens,
                     prompt_tokens=len(request.prompt_ids),
-                    entered=self._recorder.mark(),
                     first=len(request.response_ids),
+                    entered=self._recorder.mark(),
                 )
                 self._num_live += 1
                 self._num_entering -= 1
@@ -313,7 +279,7 @@ class GenerationWorker(WeightTaker):
             live = [one for one in sample_ids if one in self._samples and not self._samples[one].finished]
             departures = [self._depart(sample_id, with_kv) for sample_id in live]
             for sample_id in live:
-                self._samples.pop(sample_id).record(sample_id, self._recorder)
+                self._samples.pop(sample_id).record_stay(sample_id, self._recorder)
             self._num_live -= len(live)
             self._changed.notify_all()
         num_bytes = sum(one.kv.num_bytes for one in departures if one.kv is not None)
