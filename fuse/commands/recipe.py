@@ -146,7 +146,6 @@ def _with_demo(arguments: argparse.Namespace) -> Sequence[Mapping[str, Any]] | N
     base = arguments.output_dir / "base"
     demo.save_base(base, arguments.seed)
     arguments.model = str(base)
-    arguments.data_split = arguments.data_split or demo.DATA_SPLIT
     for step, options in {"sft": demo.SFT_OPTIONS, "reward": demo.REWARD_OPTIONS, "rl": demo.RL_OPTIONS}.items():
         arguments.step_options[step][:0] = options
     return demo.rows(arguments.seed)
