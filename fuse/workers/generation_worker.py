@@ -198,13 +198,10 @@ class GenerationWorker(WeightTaker):
                 drafted_tokens += token.drafted_tokens
                 prefill_tokens += sample.prefill_tokens - token.shared_tokens
                 shared_tokens += token.shared_tokens
-                sample.context_tokens, sample.prefill_tokens = sample.context_tokens + 1, 0
-                sample.started = start if sample.started is None else sample.started
-                sample.token_ids.append(token.token_id)
-                sample.logprobs.append(token.logprob)
+                sample.add(token, start)
                 self._release(token.sample_id)
                 if token.finished:
-                    sample.finished = self._has_finished = True
+                    self._has_finished = True
                     self._num_live -= 1
                     sample.record_stay(token.sample_id, self._recorder)
             sizes = {
@@ -223,15 +220,10 @@ class GenerationWorker(WeightTaker):
     def _take_progress(self) -> list[Progress]:
         progress = []
         for sample_id, sample in list(self._samples.items()):
-            if not sample.token_ids:
-                continue
-            token_ids, logprobs = tuple(sample.token_ids), tuple(sample.logprobs)
-            progress.append(Progress(sample_id, sample.position, token_ids, logprobs, sample.finished))
-            if sample.finished:
-                del self._samples[sample_id]
-            else:
-                sample.position += len(token_ids)
-                sample.token_ids, sample.logprobs = [], []
+            if sample.token_ids:
+                progress.append(Progress(sample_id, *sample.take(), sample.finished))
+                if sample.finished:
+                    del self._samples[sample_id]
         return progress
 
     # Commands, executed in the loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fuse.engines.engine import GeneratedToken
 from fuse.trace import SpanRecorder
 
 
@@ -27,6 +28,21 @@ class Unreported:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
+
+    def add(self, token: GeneratedToken, start: Any) -> None:
+        """A token that it got from a step which began at the mark `start`."""
+        self.context_tokens, self.prefill_tokens = self.context_tokens + 1, 0
+        self.started = start if self.started is None else self.started
+        self.token_ids.append(token.token_id)
+        self.logprobs.append(token.logprob)
+        self.finished = token.finished
+
+    def take(self) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
+        """Where its tokens start, these, and their log-probabilities; from now on they are reported."""
+        taken = self.position, tuple(self.token_ids), tuple(self.logprobs)
+        self.position += len(self.token_ids)
+        self.token_ids, self.logprobs = [], []
+        return taken
 
     def record_stay(self, sample_id: int, recorder: SpanRecorder) -> None:
         """A span of its time in the engine, from the first step that gave it a token to now; none without a token."""

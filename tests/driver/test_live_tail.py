@@ -29,7 +29,7 @@ from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.tail import FirstStep
 from fuse.workers.errors import WorkerError
 
-from .fake_workers import Chance, FakeEngine, FakeFuture, FakeScorer
+from .fake_workers import Chance, FakeEngine, FakeFuture, FakeScorer, use_chance
 from .test_live import FIRST_ID, LIMITS, MAX_NEW_TOKENS, policies
 
 GROUP = 2
@@ -115,7 +115,7 @@ def roll_out(
     with pytest.MonkeyPatch.context() as patch:
         for module in (live, live_tail):
             patch.setattr(module, "time", clock)
-        patch.setattr(live, "wait_ended", Chance(seed, engines, num_deaths, 0.05))
+        use_chance(rollout, Chance(seed, engines, num_deaths, 0.05))
         rollout.run()
     return samples, step, workers
 
