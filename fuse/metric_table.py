@@ -208,6 +208,10 @@ GROUPS = (
                 "Time in which no worker of the device computed; of more than 8 devices min, mean and max",
             ),
             *(_timed(f"idle_cause/{cause}", "share", f"Idle: {meaning}", "") for cause, meaning in CAUSES.items()),
+            _timed(
+                "tail/share", "share", "Of the update's training, in tokens: done before the last sample was generated"
+            ),
+            _timed("tail/first_step_share", "share", "Samples of the first optimizer step that were trained so"),
             _timed("bubble/planned", "share", "Idle share of training in the plan"),
             _timed("bubble/executed", "share", "In fact", "Near the plan"),
             _timed("bubble/serial", "share", "As it would be without fusion", "Above the plan's"),
