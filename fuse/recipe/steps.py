@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from schedules.files import write_whole
 
 _GRACE_S = 60.0
+_POLL_S = 0.1
 _FOLLOWER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 """Runs a command that is asked to end (SIGTERM, 15) when its parent dies (PR_SET_PDEATHSIG, 1)."""
 
@@ -117,25 +119,22 @@ def _inputs(step: Step, how_to_make: str) -> dict[str, str]:
 
 
 def _run(command: Sequence[str], step: Step, tell: Callable[[str], None], lock: int) -> None:
+    """The command writes to the log itself: it can end in order when this process has been killed."""
     last = ""
-    with open(step.log, "a", encoding="utf-8") as log:
-        print(f"$ {' '.join(command)}", file=log, flush=True)
+    with open(step.log, "a", encoding="utf-8") as log, open(step.log, encoding="utf-8", errors="replace") as written:
+        print(f"$ {shlex.join(command)}", file=log, flush=True)
+        written.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, "-c", _FOLLOWER, *command],
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             pass_fds=(lock,),
         )
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", file=log, flush=True)
-                if line.strip():
-                    last = line.strip()
-                    tell(last if last.startswith(f"{step.name}:") else f"{step.name}: {last}")
+            for line in _lines(written, process):
+                last = line
+                tell(line if line.startswith(f"{step.name}:") else f"{step.name}: {line}")
             status = process.wait()
         except BaseException as error:
             _end(process)
@@ -153,7 +152,24 @@ def _run(command: Sequence[str], step: Step, tell: Callable[[str], None], lock: 
         )
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _lines(file: TextIO, process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """What is written to the file until the process has ended, without empty lines."""
+    rest, has_ended = "", False
+    while not has_ended:
+        has_ended = process.poll() is not None
+        while text := file.readline():
+            rest += text
+            if rest.endswith("\n"):
+                if rest.strip():
+                    yield rest.strip()
+                rest = ""
+        if not has_ended:
+            time.sleep(_POLL_S)
+    if rest.strip():
+        yield rest.strip()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(_GRACE_S)
