@@ -102,7 +102,8 @@ class CostModel:
             for one in self.choices
             if one.context_s < now.context_s
         ]
-        turns = [seconds / gained_s for seconds, gained_s in left_s]  # tokens of context at which it is as good
+        # Tokens of context at which it is as good.
+        turns = [min(seconds / gained_s, _MOST) for seconds, gained_s in left_s]
         return min((max(1, math.ceil((turn - context_tokens) / batch)) for turn in turns), default=math.inf)
 
     def decode_step(self, batch: int, context_tokens: int) -> float:

@@ -95,6 +95,10 @@ def test_steps_have_the_best_number_of_drafts(draft: Speculation) -> None:
     assert (len(chosen) > 1) == (draft.acceptance > 0)
 
 
+def test_context_that_costs_next_to_nothing_changes_no_choice() -> None:
+    assert with_drafts(NGRAM, context_s=1e-308).num_alike_steps(1, 10) > 10**9
+
+
 def test_drafts_that_are_never_right_change_nothing() -> None:
     responses = np.random.default_rng(0).geometric(0.02, 48).tolist()
     for draft in (INT8, NGRAM):
