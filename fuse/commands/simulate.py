@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +18,13 @@ from rich.progress import track
 
 from fuse.commands.options import check_counts
 from fuse.commands.output import output_file
+from fuse.commands.simulated_speculation import (
+    SpeculationRow,
+    add_speculation_arguments,
+    show_drafts,
+    show_speculation,
+    with_speculation,
+)
 from fuse.commands.simulated_tail import TailRow, add_tail_arguments, mean_row, show_tail, simulate_row
 from fuse.commands.simulation_tables import show_costs, show_gains, show_policies
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
@@ -71,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=int, default=256, help="samples that an engine runs at most (default: 256)")
     parser.add_argument("--kv-tokens", type=int, help="KV capacity of an engine (default: enough for any batch)")
     parser.add_argument("--no-transfer", action="store_true", help="engines cannot send KV: migration recomputes it")
+    add_speculation_arguments(parser)
     add_tail_arguments(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write rows and timelines to FILE")
     parser.add_argument("--svg", type=output_file, metavar="FILE", help="draw the first iteration under each policy")
@@ -79,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate every policy on the same batches, print a table and timelines, and write them."""
     check_counts(arguments, *_MOST, most=_MOST)
-    costs = _costs(arguments.costs)
+    costs = with_speculation(arguments, _costs(arguments.costs))
     settings = [
         _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
         for path in arguments.lengths
@@ -88,18 +96,24 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     outcomes = [_simulate(console, arguments, setting, costs) for setting in settings]
     rows = [row for outcome in outcomes for row in outcome.rows]
-    show_costs(console, arguments.costs, costs)
+    show_costs(console, arguments.costs, replace(costs, speculation=None))
+    show_drafts(console, costs)
     first = outcomes[0].results
     if len(outcomes) == 1:
         show_policies(console, rows, first | outcomes[0].tail_results)
     else:
         show_gains(console, [outcome.rows for outcome in outcomes])
     tails = [(one.lengths, row) for one, outcome in zip(settings, outcomes, strict=True) for row in outcome.tails]
+    drafts = [(one.lengths, row) for one, outcome in zip(settings, outcomes, strict=True) for row in outcome.drafts]
+    if drafts:
+        show_speculation(console, drafts)
     if tails:
         show_tail(console, tails)
     if arguments.json:
         options = {name: getattr(arguments, name) for name in _OPTIONS} | {"can_transfer": not arguments.no_transfer}
         written = {"options": options, "costs": costs_to_json(costs), "rows": rows, "timelines": _timelines(first)}
+        if drafts:
+            written["speculation"] = [{"lengths": name} | asdict(row) | {"gain": row.gain} for name, row in drafts]
         if tails:
             written["tail_training"] = [{"lengths": lengths} | asdict(row) for lengths, row in tails]
         arguments.json.write_text(json.dumps(written) + "\n", encoding="utf-8")
@@ -120,10 +134,14 @@ class _Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """A setting's rows, and results by policy and iteration; tail_results: of the same with tail training."""
+    """A setting's rows, and results by policy and iteration; tail_results: of the same with tail training.
+
+    drafts: seconds without drafts beside those of the rows, where engines draft.
+    """
 
     rows: list[dict[str, object]]
     results: dict[str, list[SimulationResult]]
+    drafts: list[SpeculationRow] = field(default_factory=list)
     tails: list[TailRow] = field(default_factory=list)
     tail_results: dict[str, list[SimulationResult]] = field(default_factory=dict)
 
@@ -143,6 +161,7 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
     names = tuple(dict.fromkeys((NONE, *arguments.policy)))
     results: dict[str, list[SimulationResult]] = {name: [] for name in (*names, KNOWN)}
     bounds_s, blind_bounds_s = [], []
+    plain_s: dict[str, list[float]] = {name: [] for name in names if costs.speculation is not None}
     tails: dict[str, list[TailRow]] = {name: [] for name in names if arguments.tail_training}
     tail_results: dict[str, list[SimulationResult]] = {f"{name}, tail training": [] for name in tails}
     for iteration in track(
@@ -156,12 +175,22 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
         played[KNOWN] = min(played.values(), key=lambda result: result.makespan_s)
         for name, result in played.items():
             results[name].append(result)
+        if plain_s:
+            plain = _Case(arguments, setting.trace, replace(costs, speculation=None), limits, case.start)
+            for name, seconds in plain_s.items():
+                seconds.append(simulate(plain.rollout, plain.policy(name)).makespan_s)
         for name, of_name in tails.items():
             row, tail = simulate_row(arguments, name, case.rollout, case.policy(name), results[name][-1])
             of_name.append(row)
             tail_results[f"{name}, tail training"].append(tail.rollout)
     rows = [_row(arguments, setting, name, results, fmean(bounds_s), fmean(blind_bounds_s)) for name in results]
-    return _Outcome(rows, results, [mean_row(of_name) for of_name in tails.values()], tail_results)
+    drafts = [
+        SpeculationRow(
+            policy=name, plain_s=fmean(seconds), seconds=fmean(result.makespan_s for result in results[name])
+        )
+        for name, seconds in plain_s.items()
+    ]
+    return _Outcome(rows, results, drafts, [mean_row(of_name) for of_name in tails.values()], tail_results)
 
 
 class _Case:
@@ -170,7 +199,7 @@ class _Case:
     def __init__(
         self, arguments: argparse.Namespace, trace: LengthTrace, costs: CostModel, limits: EngineLimits, start: int
     ) -> None:
-        batch = slice(start, start + arguments.batch)
+        self.start, batch = start, slice(start, start + arguments.batch)
         self._trace, self._prompts, self._can_transfer = trace, trace.prompts[batch], not arguments.no_transfer
         self._others = trace.rows(np.delete(np.arange(len(trace)), batch))
         self.rollout = Rollout(

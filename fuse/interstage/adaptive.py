@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fuse.interstage.costs import CostModel
+from fuse.interstage.costs import CostModel, fastest
 from fuse.interstage.fluid import Outlook, best_num_engines
 from fuse.interstage.lengths import RemainingLengths
 from fuse.interstage.migration import (
@@ -94,10 +94,11 @@ class Adaptive:
         num_engines = int(np.count_nonzero(state.num_live()[~state.lost]))
         num_wanted = self._num_engines(state, num_engines, len(free))
         if num_wanted < num_engines:
-            loads = self.costs.sample_s + self.costs.context_s * state.live.context_tokens.astype(np.float64)
+            costs, context = self._typical_costs(state.live, num_wanted), state.live.context_tokens.astype(np.float64)
+            loads = costs.sample_s + costs.context_s * context
             return consolidate(state, num_wanted, loads)
         if num_wanted > num_engines or ends_s.max() > _HOLDS_UP * end_s:
-            return self._even_out(state, _forecast(self.costs, self.lengths, state), free[: num_wanted - num_engines])
+            return self._even_out(state, self._forecast(state, num_wanted), free[: num_wanted - num_engines])
         return []
 
     def _num_engines(self, state: RolloutState, num_engines: int, num_free: int) -> int:
@@ -134,8 +135,15 @@ class Adaptive:
             far = self.lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / counts[live.devices]))
             steps = np.zeros(state.num_devices)
             np.maximum.at(steps, live.devices, far)
-            own_s = mean * (costs.sample_s + costs.context_s * (live.context_tokens + mean / 2))
-            ends_s = ends_s + steps * costs.step_s + np.bincount(live.devices, own_s, minlength=state.num_devices)
+            busy_s = ends_s
+
+            def until_ends(one: CostModel) -> Floats:
+                own_s = mean * (one.sample_s + one.context_s * (live.context_tokens + mean / 2))
+                decode_s = np.bincount(live.devices, own_s, minlength=state.num_devices)
+                together_s: Floats = busy_s + steps * one.step_s + decode_s
+                return together_s
+
+            ends_s = fastest(costs, until_ends)
             tokens += float((live.context_tokens + mean).sum())
         in_order = np.sort(ends_s)
         levels_s = (costs.inference_token_s * tokens + np.cumsum(in_order)) / np.arange(1, len(in_order) + 1)
@@ -147,6 +155,29 @@ class Adaptive:
         recompute_s = costs.prefill_s + costs.prefill_token_s * context_tokens
         transfer_s = costs.transfer_s + costs.transfer_byte_s * costs.kv_bytes_per_token * context_tokens
         return np.minimum(recompute_s, transfer_s) if self.can_transfer else recompute_s
+
+    def _typical_costs(self, live: LiveSamples, num_engines: int) -> CostModel:
+        """Of a batch of the mean size."""
+        return self.costs.at(len(live) / num_engines, float(live.context_tokens.sum()) / num_engines)
+
+    def _forecast(self, state: RolloutState, num_engines: int) -> _Forecast:
+        """Of samples on so many engines."""
+        costs, live = self.costs, state.live
+        # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
+        far = self.lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
+        context = live.context_tokens
+        prefill_s = costs.prefill_token_s * context / _num_sharing(live)
+        # The median of the shorter of two alike.
+        shared = self.lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
+
+        def own_s(one: CostModel, tokens: Floats) -> Floats:
+            return tokens * (one.sample_s + one.context_s * (context + tokens / 2)) + prefill_s
+
+        inference_s = costs.inference_s + costs.inference_token_s * (context + far)
+        return _Forecast(
+            alone_s=fastest(costs, lambda one: far * one.step_s + own_s(one, far) + inference_s),
+            shared_s=own_s(self._typical_costs(live, num_engines), shared),
+        )
 
     def _even_out(self, state: RolloutState, forecast: _Forecast, fresh: list[int]) -> list[Migrate]:
         """Move samples from engines whose samples are likely to end last to those, or `fresh` devices, that are not.
@@ -217,18 +248,3 @@ def _num_sharing(live: LiveSamples) -> Floats:
 def _is_due(live: LiveSamples) -> bool:
     """Whether to plan: at the start, and at each finish but where so many are live that one hardly counts."""
     return len(live) > 0 and (len(live) % (1 + len(live) // _FINISHES) == 0 or not live.started.any())
-
-
-def _forecast(costs: CostModel, lengths: RemainingLengths, state: RolloutState) -> _Forecast:
-    live = state.live
-    # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
-    far = lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
-    context = live.context_tokens
-    prefill_s = costs.prefill_token_s * context / _num_sharing(live)
-    # The median of the shorter of two alike.
-    shared = lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
-    far_s, shared_s = (
-        tokens * (costs.sample_s + costs.context_s * (context + tokens / 2)) + prefill_s for tokens in (far, shared)
-    )
-    inference_s = costs.inference_s + costs.inference_token_s * (context + far)
-    return _Forecast(alone_s=far * costs.step_s + far_s + inference_s, shared_s=shared_s)

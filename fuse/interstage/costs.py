@@ -7,23 +7,31 @@
     hand-out      = hand_out_s                              (what the controller has done takes so long to take effect)
 
 A device is whatever runs one engine: a CPU core, a GPU, or the GPUs of a tensor-parallel group.
+
+A decode step brings each sample one token. Where engines draft (`speculation.py`), it is the part of a step that a
+token of each sample takes: with any number of drafts an affine function, too, and the least of these with the best.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
+from functools import lru_cache, reduce
 from itertools import combinations
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fuse.interstage.speculation import Speculation, speculation_from_json
+
 _BYTES_PER_TOKEN = 12
 """A token id and its log-probability: what a migrated sample carries whichever way it moves."""
 _MOST, _LEAST_STEP_S = 1e12, 1e-12
+_SPECULATION = "speculation"
+"""The one field that is no number."""
 
 
 class MigrationKind(StrEnum):
@@ -56,9 +64,13 @@ class CostModel:
     """Reciprocal of the bandwidth; infinitely slow links are modelled by leaving KV transfer out of the engine."""
     hand_out_s: float = 0.0
     """Of messages: what a piece that is scored takes beside inference, and a sample that moves beside moving."""
+    speculation: Speculation | None = None
+    """How engines draft; None if they do not, or if the costs were measured of engines that do."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.name == _SPECULATION:
+                continue
             value = getattr(self, field.name)
             if not 0 <= value <= _MOST:
                 raise ValueError(f"{field.name} is {value}: a cost is a finite number >= 0 and <= {_MOST:g}")
@@ -70,14 +82,43 @@ class CostModel:
         if self.inference_batch_tokens < 1:
             raise ValueError(f"inference_batch_tokens is {self.inference_batch_tokens}: it must be at least 1")
 
+    @property
+    def choices(self) -> tuple[CostModel, ...]:
+        """These costs with each number of drafts that may be the best, from none: costs without `speculation`."""
+        return (self,) if self.speculation is None else _choices(self)
+
+    def at(self, batch: float, context_tokens: float) -> CostModel:
+        """The choice that is best for such a batch."""
+        return min(self.choices, key=lambda one: one.step_s + one.sample_s * batch + one.context_s * context_tokens)
+
+    def num_alike_steps(self, batch: int, context_tokens: int) -> float:
+        """Steps of an unchanging batch for which the choice stays the same, at least one; may be without end.
+
+        With each there is more context, so that drafts which read less of it become better.
+        """
+        now = self.at(batch, context_tokens)
+        left_s = [
+            ((one.step_s - now.step_s) + (one.sample_s - now.sample_s) * batch, now.context_s - one.context_s)
+            for one in self.choices
+            if one.context_s < now.context_s
+        ]
+        # Tokens of context at which it is as good.
+        turns = [min(seconds / gained_s, _MOST) for seconds, gained_s in left_s]
+        return min((max(1, math.ceil((turn - context_tokens) / batch)) for turn in turns), default=math.inf)
+
     def decode_step(self, batch: int, context_tokens: int) -> float:
         """Seconds of one step of `batch` samples with `context_tokens` tokens of context in all."""
-        return self.step_s + self.sample_s * batch + self.context_s * context_tokens
+        one = self.at(batch, context_tokens)
+        return one.step_s + one.sample_s * batch + one.context_s * context_tokens
 
     def decode(self, batch: int, context_tokens: int, num_steps: int) -> float:
-        """Seconds of consecutive steps of an unchanging batch: its context grows by `batch` tokens with each."""
-        growth = self.context_s * batch * num_steps * (num_steps - 1) / 2
-        return num_steps * self.decode_step(batch, context_tokens) + growth
+        """Seconds of consecutive steps of an unchanging batch: its context grows by `batch` tokens with each.
+
+        Drafts are as many as are best for the first: see `num_alike_steps`.
+        """
+        one = self.at(batch, context_tokens)
+        growth = one.context_s * batch * num_steps * (num_steps - 1) / 2
+        return num_steps * one.decode_step(batch, context_tokens) + growth
 
     def prefill(self, tokens: int) -> float:
         """Seconds to compute the KV of `tokens` tokens."""
@@ -90,6 +131,39 @@ class CostModel:
     def transfer(self, num_bytes: int) -> float:
         """Seconds to copy KV between two devices."""
         return self.transfer_s + self.transfer_byte_s * num_bytes
+
+
+@lru_cache(maxsize=64)
+def _choices(costs: CostModel) -> tuple[CostModel, ...]:
+    """As `CostModel.choices`, without those that others beat in every part."""
+    assert costs.speculation is not None
+    kept: list[tuple[float, float, float]] = []
+    for num_drafts in range(costs.speculation.max_drafts + 1):
+        parts = costs.speculation.per_token(num_drafts)
+        if not any(all(ours <= theirs for ours, theirs in zip(other, parts, strict=True)) for other in kept):
+            kept.append(parts)
+    return tuple(
+        replace(
+            costs,
+            step_s=step * costs.step_s,
+            sample_s=sample * costs.sample_s,
+            context_s=context * costs.context_s,
+            speculation=None,
+        )
+        for step, sample, context in kept
+    )
+
+
+def fastest(costs: CostModel, seconds: Callable[[CostModel], NDArray[np.float64]]) -> NDArray[np.float64]:
+    """What `seconds` says of the best number of drafts, element by element."""
+    return reduce(np.minimum, map(seconds, costs.choices))
+
+
+def least(costs: CostModel) -> CostModel:
+    """Costs, without drafts, of which no step takes longer than it does with any number of them."""
+    parts = ((one.step_s, one.sample_s, one.context_s) for one in costs.choices)
+    step_s, sample_s, context_s = map(min, zip(*parts, strict=True))
+    return replace(costs, step_s=step_s, sample_s=sample_s, context_s=context_s, speculation=None)
 
 
 def left_to_score(costs: CostModel | None, tokens: int, elapsed_s: float) -> float:
@@ -149,12 +223,12 @@ def shared_engine_costs(costs: CostModel, num_devices: int) -> CostModel:
 
 
 _WHOLE = frozenset({"inference_batch_tokens", "kv_bytes_per_token"})
-_OPTIONAL = frozenset({"inference_batch_tokens", "hand_out_s"})
+_OPTIONAL = frozenset({"inference_batch_tokens", "hand_out_s", _SPECULATION})
 
 
-def costs_to_json(costs: CostModel) -> dict[str, float]:
-    """The fields by name; exact, since JSON numbers round-trip Python's."""
-    return asdict(costs)
+def costs_to_json(costs: CostModel) -> dict[str, object]:
+    """The fields by name, speculation if there is one; exact, since JSON numbers round-trip Python's."""
+    return {name: value for name, value in asdict(costs).items() if name != _SPECULATION or value is not None}
 
 
 def costs_from_json(value: object) -> CostModel:
@@ -170,11 +244,13 @@ def costs_from_json(value: object) -> CostModel:
         raise ValueError(f"costs: field {missing[0]} is missing")
     if unknown := sorted(set(value) - names):
         raise ValueError(f"costs: unknown field {unknown[0]}: remove it")
-    for name, number in value.items():
+    numbers = {name: number for name, number in value.items() if name != _SPECULATION}
+    for name, number in numbers.items():
         whole = name in _WHOLE
         if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
             raise ValueError(f"costs: {name} is {number!r}: it must be {'an integer' if whole else 'a number'}")
-    return CostModel(**value)
+    speculation = speculation_from_json(value[_SPECULATION]) if _SPECULATION in value else None
+    return CostModel(**numbers, speculation=speculation)
 
 
 LLAMA_33B_8_H800 = CostModel(

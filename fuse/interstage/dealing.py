@@ -50,6 +50,9 @@ def deal(
     if len(groups) == len(prompts):
         return apart
     siblings = list(groups.values())
+    if costs is not None:  # as of batches of the mean size, to which prompts and half of the responses are context
+        context_tokens = float(np.sum(prompt_tokens)) + len(prompts) * response_tokens / 2
+        costs = costs.at(len(prompts) / num_engines, context_tokens / num_engines)
     together = _together(siblings, prompt_tokens, num_engines, costs, response_tokens)
     if costs is None:
         return together

@@ -6,8 +6,9 @@ samples live now, and each sample is among them with the same probability. For a
     step(s)  = step_s + (1 + (c - 1) * l(s)) * (sample_s + context_s * context(s))     while it has the last of all
     busy(s)  = 1 - (1 - l(s)) ** c                                                     the chance that it has any
 
-and devices that are not busy score what the others finish. A plan keeps the engines that decode now, loaded as they
-are, until a certain number of samples is left; then it goes on with another number of engines, loaded evenly.
+where engines draft with as many drafts as are best, and devices that are not busy score what the others finish. A plan
+keeps the engines that decode now, loaded as they are, until a certain number of samples is left; then it goes on with
+another number of engines, loaded evenly.
 
 Its makespan is the time to the last token, and then the time to score what is left: all devices share that, but one of
 them scores the last sample alone. Or it is the end of the sample with the longest context, which takes the longest to
@@ -22,7 +23,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fuse.interstage.costs import CostModel
+from fuse.interstage.costs import CostModel, fastest
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -101,7 +102,8 @@ def makespans(outlook: Outlook, choices: Ints, num_points: int | None = None) ->
     finished_tokens = -np.diff(left, append=0) * (context + steps / 2)
 
     # Engines as they are: the last sample is on one of them as likely as any other sample is.
-    load = costs.sample_s * outlook.live + costs.context_s * outlook.context_tokens
+    typical = costs.at(num_live / len(outlook.live), context_now * num_live / len(outlook.live))
+    load = typical.sample_s * outlook.live + typical.context_s * outlook.context_tokens
     skew = float(outlook.live @ load) / max(float(load.sum()), 1e-12)
     seconds_now = steps * _step_s(outlook, skew, live / num_live, context)
     busy_now = (1 - (1 - np.minimum(live / num_live, 1.0))[..., None] ** outlook.live).sum(axis=-1)
@@ -149,11 +151,9 @@ def _points(num_live: int) -> Ints:
 
 def _step_s(outlook: Outlook, each: Floats | float, share: Floats, context: Floats) -> Floats:
     """Seconds per token of the last sample on an engine that had `each`; where batches are full, samples take turns."""
-    costs = outlook.costs
     batch = 1 + np.maximum(0.0, each - 1) * share
     turns = np.maximum(1.0, batch / outlook.max_batch)
-    seconds: Floats = turns * costs.step_s + batch * (costs.sample_s + costs.context_s * context)
-    return seconds
+    return fastest(outlook.costs, lambda one: turns * one.step_s + batch * (one.sample_s + one.context_s * context))
 
 
 def _change_s(outlook: Outlook, choices: Ints, left: Ints, context: Floats) -> Floats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fuse.interstage.costs import fastest, least
 from fuse.interstage.rollout import Rollout
 
 
@@ -19,9 +20,10 @@ def lower_bound_s(rollout: Rollout) -> float:
     micro-batches. Work: devices do one thing at a time, so the makespan is at least the mean of their busy times. All
     prefill, each sample's part of its steps and all inference are done somewhere. `step_s` is paid once per step of an
     engine: there are at least as many steps as the longest sample has tokens, and as many as all tokens take in steps
-    of the largest batch. `inference_s` is paid once per micro-batch, of which there are fewest if all are full.
+    of the largest batch. `inference_s` is paid once per micro-batch, of which there are fewest if all are full. Where
+    engines draft, each part of a step costs what it does with the number of drafts that is best for that part.
     """
-    costs, prompts, responses = rollout.costs, rollout.prompt_tokens, rollout.response_tokens
+    costs, prompts, responses = least(rollout.costs), rollout.prompt_tokens, rollout.response_tokens
     totals = prompts + responses
     own_s = responses * (costs.sample_s + costs.context_s * (prompts + (responses - 1) / 2))
     decode_s = responses * costs.step_s + own_s
@@ -48,7 +50,8 @@ def blind_bound_s(rollout: Rollout) -> float:
 
     The longest sample then shares each step with as many others as an engine has on average while all decode: where
     some samples share with fewer, others share with more. So this bounds the mean over rollouts, and not each of them:
-    a policy that happens to leave the longest sample with few others may do better.
+    a policy that happens to leave the longest sample with few others may do better. Where engines draft, a small batch
+    gains more than a large one loses, so that uneven batches may do a little better on average, too.
     """
     costs, lengths = rollout.costs, rollout.response_tokens
     longest_first = np.argsort(-lengths, kind="stable")
@@ -57,7 +60,8 @@ def blind_bound_s(rollout: Rollout) -> float:
     live = np.searchsorted(np.sort(-lengths), -age, side="left")  # samples with more tokens than that
     context = np.cumsum(prompts)[live - 1] / live + age
     batch = np.maximum(1.0, live / rollout.num_devices)
-    decode_s = float(np.sum(costs.step_s + batch * (costs.sample_s + costs.context_s * context)))
+    steps_s = fastest(costs, lambda one: one.step_s + batch * (one.sample_s + one.context_s * context))
+    decode_s = float(np.sum(steps_s))
     prefill_s = costs.prefill(rollout.distinct_prompt_tokens // rollout.num_devices)
     last_s = costs.inference(int(prompts[0] + lengths.max()))
     return max(lower_bound_s(rollout), prefill_s + decode_s + last_s)

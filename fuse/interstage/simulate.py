@@ -2,7 +2,9 @@
 
 Events are boundaries between decode steps at which a batch changes, arrivals of migrated samples, and ends of
 inference. Between events engines advance in closed form, so the time to simulate grows with samples, not tokens.
-Simplifications: prefill holds up the engine's batch; KV transfers overlap with decoding and do not share links.
+Simplifications: prefill holds up the engine's batch; KV transfers overlap with decoding and do not share links. Where
+engines draft, samples get tokens as expected, one at a time in as much of a step: none is lucky, and boundaries lie
+between tokens.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ class Simulation:
         if engine.batch:
             if self._busy_since_s[device] is None:
                 self._busy_since_s[device] = self._now_s
-            self._plan(device, *engine.next_finish())
+            self._plan(device, *engine.next_change())
         else:
             self._end_span(device, SpanKind.GENERATE)
             self._start_inference(device)

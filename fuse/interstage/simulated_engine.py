@@ -49,7 +49,7 @@ class SimulatedEngine:
 
     def growth_s(self) -> float:
         """Seconds by which each step is slower than the one before."""
-        return self._costs.context_s * self.batch
+        return self._costs.at(self.batch, self._context_tokens).context_s * self.batch
 
     def enqueue(
         self,
@@ -69,17 +69,20 @@ class SimulatedEngine:
         self._waiting.append(_Entry(sample, context_tokens, remaining, reserved, has_kv, prompt, is_new))
 
     def next_boundary(self, now_s: float) -> tuple[int, float]:
-        """Steps from `num_steps` to the first boundary not before `now_s`, and its time; no later than a finish."""
+        """Steps from `num_steps` to the first boundary not before `now_s`, and its time; no later than a change."""
         if not self.batch:
             return 0, max(now_s, self.resumed_s)
         elapsed_s = max(0.0, now_s - self.resumed_s)
-        steps = min(math.ceil(self._steps_in(elapsed_s) - _STEP_TOLERANCE), self._steps_to_finish())
+        steps = min(math.ceil(self._steps_in(elapsed_s) - _STEP_TOLERANCE), self._steps_to_change())
         return steps, max(now_s, self.resumed_s + self._costs.decode(self.batch, self._context_tokens, steps))
 
-    def next_finish(self) -> tuple[int, float]:
-        """Steps from `num_steps` to the next finish, and its time. Pre: a sample runs."""
-        steps = self._steps_to_finish()
+    def next_change(self) -> tuple[int, float]:
+        """Steps from `num_steps` to the next finish or other number of drafts, and its time. Pre: a sample runs."""
+        steps = self._steps_to_change()
         return steps, self.resumed_s + self._costs.decode(self.batch, self._context_tokens, steps)
+
+    def _steps_to_change(self) -> int:
+        return int(min(self._steps_to_finish(), self._costs.num_alike_steps(self.batch, self._context_tokens)))
 
     def _steps_to_finish(self) -> int:
         """Steps from `num_steps` until the first running sample is done."""

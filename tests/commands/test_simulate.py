@@ -69,6 +69,32 @@ def test_says_what_tail_training_hides(trace: Path, tmp_path: Path, capsys: pyte
     assert "training on a token takes 0.0 s: give --train-token-s, above 0" in capsys.readouterr().err
 
 
+def test_says_what_drafts_bring(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain_out, out = tmp_path / "plain.json", tmp_path / "out.json"
+    command = ["simulate", "--lengths", str(trace), "--devices", "4", "--batch", "16", "--policy", "adaptive"]
+    assert main([*command, "--json", str(plain_out)]) == 0
+    assert "drafts" not in capsys.readouterr().out
+    drafts = ["--speculation", "int8", "--acceptance", "0.9", "--draft-share", "0.4"]
+    assert main([*command, *drafts, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "drafts: 0.9 of tokens are right, a step takes 0.4 of the model's; tokens drafted in batches" in printed
+    assert "no drafts" in printed
+
+    plain, written = (json.loads(path.read_text()) for path in (plain_out, out))
+    assert written["costs"]["speculation"] | {"acceptance": 0.9, "draft_share": 0.4} == written["costs"]["speculation"]
+    seconds = {row["policy"]: row["simulated_seconds"] for row in written["rows"]}
+    plain_s = {row["policy"]: row["simulated_seconds"] for row in plain["rows"]}
+    for row in written["speculation"]:
+        assert (row["plain_s"], row["seconds"]) == (plain_s[row["policy"]], seconds[row["policy"]])
+        assert row["gain"] == pytest.approx(row["plain_s"] / row["seconds"])
+        assert row["gain"] > 1.05
+
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps(written["costs"]))
+    assert main([*command, "--costs", str(costs), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"] == written["rows"]
+
+
 def test_several_traces_and_maxima_make_a_table(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +181,12 @@ def test_costs_come_from_a_file(trace: Path, tmp_path: Path) -> None:
         ("output_tokens\n5\n", ["--batch", "0"], "--batch is 0: it must be at least 1"),
         ("output_tokens\n5\n", ["--batch", "1", "--max-tokens", "0"], "--max-tokens is 0"),
         ("output_tokens\n5\n", ["--batch", "1", "--kv-tokens", "9"], "may need 133 tokens of KV"),
+        ("output_tokens\n5\n", ["--acceptance", "0.9"], "--acceptance says what drafts are like: give --speculation"),
+        (
+            "output_tokens\n5\n",
+            ["--speculation", "ngram", "--acceptance", "2"],
+            "acceptance is 2.0: a chance is 0 to 1",
+        ),
         ("output_tokens\n5\n", ["--batch", "1", "--costs", "h1000"], "--costs h1000 is neither a file nor one of"),
     ],
 )

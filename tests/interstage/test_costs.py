@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from fuse.interstage.costs import (
     fit_affine,
     non_negative_least_squares,
 )
+from fuse.interstage.speculation import DRAFTS
 
 
 def test_a_fit_recovers_the_costs_that_were_measured() -> None:
@@ -87,7 +88,11 @@ def test_the_cheaper_migration_depends_on_the_context() -> None:
 
 
 def test_costs_survive_json() -> None:
-    for costs in (*PROFILES.values(), replace(SMALL_CPU, hand_out_s=2e-3)):
+    for costs in (
+        *PROFILES.values(),
+        replace(SMALL_CPU, hand_out_s=2e-3),
+        replace(SMALL_CPU, speculation=DRAFTS["int8"]),
+    ):
         assert costs_from_json(json.loads(json.dumps(costs_to_json(costs)))) == costs
 
 
@@ -98,6 +103,12 @@ def test_costs_survive_json() -> None:
         ({"step_s": 0.0, "sample_s": 0.0, "context_s": 0.0}, "a decode step takes time"),
         ({"step_s": "fast"}, "step_s is 'fast': it must be a number"),
         ({"speed": 1.0}, "unknown field speed"),
+        ({"speculation": {"acceptance": 0.9}}, "it must be an object with acceptance, draft_share, reads_context"),
+        (
+            {"speculation": asdict(DRAFTS["int8"]) | {"max_drafts": 2.5}},
+            "max_drafts of speculation is 2.5: it must be int",
+        ),
+        ({"speculation": asdict(DRAFTS["int8"]) | {"acceptance": 1.5}}, "acceptance is 1.5: a chance is 0 to 1"),
     ],
 )
 def test_bad_json_is_refused(change: dict[str, object], line: str) -> None:

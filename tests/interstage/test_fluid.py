@@ -10,6 +10,7 @@ import pytest
 from fuse.interstage import fluid
 from fuse.interstage.costs import CostModel
 from fuse.interstage.fluid import Outlook, best_num_engines, makespans
+from fuse.interstage.speculation import Speculation
 
 COSTS = CostModel(
     step_s=1.0, sample_s=1.0, context_s=0.0, prefill_s=0.0, prefill_token_s=0.0, inference_s=0.0,
@@ -64,6 +65,27 @@ def test_a_change_waits_for_the_time_when_it_is_worth_most() -> None:
 def test_moves_cost_what_is_computed_again() -> None:
     costly = replace(OUTLOOK, costs=replace(COSTS, prefill_s=100.0), can_transfer=False)
     assert best_num_engines(costly, most=4) == 4
+
+
+def test_a_small_batch_that_decodes_fast_is_worth_more() -> None:
+    """Two engines with two samples each: two more spare each token 0.05 s, and with drafts, of which each is computed,
+    1.5 / 3.3616 - 1.25 / 3.3616 = 0.074 s: of 100 tokens that is less and more than the 6 s that moving takes.
+    """
+    plain = replace(
+        OUTLOOK,
+        costs=replace(COSTS, sample_s=0.05, prefill_s=6.0),
+        remaining=np.full((1, 4), 100.0),
+        live=np.full(2, 2),
+        context_tokens=np.zeros(2, dtype=np.int64),
+        backlog_tokens=0,
+        can_transfer=False,
+    )
+    draft = Speculation(acceptance=0.8, draft_share=0.0, reads_context=False, max_drafts=4)
+    drafting = replace(plain, costs=replace(plain.costs, speculation=draft))
+    choices = np.array([2, 4])
+    assert makespans(plain, choices)[:, 0] == pytest.approx([110 + 0.1, 105 + 6 + 0.1])
+    assert makespans(drafting, choices)[:, 0] == pytest.approx([150 / 3.3616 + 0.1, 125 / 3.3616 + 6 + 0.1])
+    assert (best_num_engines(plain, most=4), best_num_engines(drafting, most=4)) == (2, 4)
 
 
 def test_plans_are_for_the_mean_of_the_draws() -> None:

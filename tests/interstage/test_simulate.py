@@ -31,6 +31,7 @@ from fuse.interstage.migration import (
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
 from fuse.interstage.rollout import BusySpan, Rollout, SpanKind
 from fuse.interstage.simulate import simulate
+from fuse.interstage.speculation import DRAFTS
 
 SECOND_PER_STEP = CostModel(
     step_s=1.0, sample_s=0.0, context_s=0.0, prefill_s=0.0, prefill_token_s=0.0, inference_s=0.0,
@@ -39,6 +40,10 @@ SECOND_PER_STEP = CostModel(
 # As fits to noise may have it.
 ONLY_SAMPLES = replace(PROFILES["small-cpu"], step_s=0.0, context_s=0.0)
 ONLY_CONTEXT = replace(PROFILES["small-cpu"], step_s=0.0, sample_s=0.0, context_s=1e-4)
+DRAFTING = [
+    replace(costs, speculation=draft)
+    for costs, draft in ((PROFILES["llama-7b-h100"], DRAFTS["int8"]), (ONLY_CONTEXT, DRAFTS["ngram"]))
+]
 GENERATE, INFER = SpanKind.GENERATE, SpanKind.INFER
 
 
@@ -195,7 +200,7 @@ def policies(case: Rollout, seed: int) -> dict[str, Policy]:
     num_devices=st.integers(1, 5),
     max_batch=st.integers(1, 6),
     kv_places=st.integers(1, 8),
-    costs=st.sampled_from([*PROFILES.values(), ONLY_SAMPLES, ONLY_CONTEXT]),
+    costs=st.sampled_from([*PROFILES.values(), ONLY_SAMPLES, ONLY_CONTEXT, *DRAFTING]),
     can_transfer=st.booleans(),
     seed=st.integers(0, 1000),
 )

@@ -1,0 +1,97 @@
+"""What `fuse simulate --speculation` adds: engines that draft, and what that saves of rollouts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
+
+from fuse.commands.tables import cell
+from fuse.interstage.costs import CostModel
+from fuse.interstage.speculation import DRAFTS
+
+_BATCHES, _TOKENS = (1, 8, 64, 256), 1000
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of speculative decoding."""
+    parser.add_argument(
+        "--speculation", choices=tuple(DRAFTS),
+        help="engines draft, as many tokens as pay for each batch; adds a table of seconds without and with that",
+    )  # fmt: skip
+    defaults = (
+        ", ".join(f"{draft.acceptance} of {name}" for name, draft in DRAFTS.items()),
+        ", ".join(f"{draft.draft_share} of {name}" for name, draft in DRAFTS.items()),
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=float,
+        metavar="A",
+        help=f"a token's chance of being drafted right (default: {defaults[0]})",
+    )
+    parser.add_argument(
+        "--draft-share", type=float, metavar="C",
+        help=f"what a step of the draft takes of one of the model, but for its context (default: {defaults[1]})",
+    )  # fmt: skip
+
+
+def with_speculation(arguments: argparse.Namespace, costs: CostModel) -> CostModel:
+    """Costs of engines that draft as asked for.
+
+    Raises:
+        ValueError: what drafts are like is given without drafts, or is impossible.
+    """
+    given = {
+        name: getattr(arguments, name) for name in ("acceptance", "draft_share") if getattr(arguments, name) is not None
+    }
+    if arguments.speculation is None:
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{option} says what drafts are like: give --speculation {'|'.join(DRAFTS)}, too")
+        return costs
+    return replace(costs, speculation=replace(DRAFTS[arguments.speculation], **given))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationRow:
+    """Mean seconds of a rollout under a policy, without drafts and with them."""
+
+    policy: str
+    plain_s: float
+    seconds: float
+
+    @property
+    def gain(self) -> float:
+        return self.plain_s / self.seconds
+
+
+def show_drafts(console: Console, costs: CostModel) -> None:
+    """How well engines draft, and how many tokens; nothing where they do not."""
+    draft = costs.speculation
+    if draft is None:
+        return
+    counts = (
+        f"{draft.best(costs.step_s, costs.sample_s * batch, costs.context_s * batch * _TOKENS)} of {batch}"
+        for batch in _BATCHES
+    )
+    console.print(
+        f"drafts: {draft.acceptance:g} of tokens are right, a step takes {draft.draft_share:g} of the model's; tokens "
+        f"drafted in batches with {_TOKENS:,} tokens of context each: {', '.join(counts)}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def show_speculation(console: Console, rows: Sequence[tuple[str, SpeculationRow]]) -> None:
+    """A line per setting and policy. rows: with the setting's name."""
+    titles = (Column("lengths", overflow="fold"), "policy", "no drafts", "drafts", "gain")
+    table = Table(*titles, box=SIMPLE, padding=(0, 0, 0, 1))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for setting, row in rows:
+        table.add_row(cell(setting), row.policy, f"{row.plain_s:.4g}", f"{row.seconds:.4g}", f"{row.gain:.3f}x")
+    console.print(table)
