@@ -29,6 +29,8 @@ class GAESettings:
     """How rewards are shaped and advantages estimated; see `fuse.ops.shaped_gae`.
 
     missing_eos_penalty: subtracted from the score of a response without end-of-sequence token.
+    reward_range: bounds of scores, less that penalty and before the KL's; None for any. Source: DeepSpeed-Chat's
+        `clip_reward_value`.
     """
 
     kl_coef: float
@@ -37,6 +39,7 @@ class GAESettings:
     gamma: float
     lam: float
     missing_eos_penalty: float | None
+    reward_range: tuple[float, float] | None = None
 
 
 def estimate(
@@ -48,8 +51,8 @@ def estimate(
     in tokens, of a batch of which these samples are a part.
 
     Returns:
-        The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how long
-        responses were, and what the critic explains.
+        The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how many were
+        clipped, how long responses were, and what the critic explains. `objective/scores` are told unclipped.
     """
     assert all(sample.state is SampleState.SCORED for sample in samples)
     responses = tuple(tuple(sample.response_ids) for sample in samples)
@@ -64,11 +67,12 @@ def estimate(
     if settings.missing_eos_penalty is not None:
         finished = [_ends(response, special, width) for response in responses]
         scores = scores - settings.missing_eos_penalty * ~torch.tensor(finished)
+    rewards = scores if settings.reward_range is None else scores.clamp(*settings.reward_range)
 
     kl, advantages, returns = shaped_gae(
         logprobs,
         reference,
-        scores,
+        rewards,
         values,
         segments.token_offsets,
         segments.value_offsets,
@@ -95,18 +99,23 @@ def estimate(
         },
     )
     num_samples = len(samples)
-    mean_kl, mean_score = float(kl.sum()) / num_samples, float(scores.mean())
+    mean_kl = float(kl.sum()) / num_samples
     return experience, {
         "objective/kl": mean_kl,
         "objective/entropy": -float(logprobs.sum()) / num_samples,
         "objective/non_score_reward": -settings.kl_coef * mean_kl,
-        "objective/rlhf_reward": mean_score - settings.kl_coef * mean_kl,
-        "objective/scores": mean_score,
+        "objective/rlhf_reward": float(rewards.mean()) - settings.kl_coef * mean_kl,
+        "objective/scores": float(scores.mean()),
         "val/num_eos_tokens": _num_eos_tokens(responses, special, width),
         "objective/scores_std": float(scores.std()) if num_samples > 1 else 0.0,
+        **({} if settings.reward_range is None else {"objective/scores_clipped": _share(rewards != scores)}),
         **length_metrics(samples, torch.tensor([_has_eos(response, special) for response in responses])),
         **_explained_variance(values, returns),
     }
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.float().mean())
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> dict[str, float]:

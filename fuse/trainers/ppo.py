@@ -17,6 +17,7 @@ from fuse.algorithms.batch import Experience
 from fuse.algorithms.gae import GAESettings
 from fuse.algorithms.kl_control import next_kl_coef
 from fuse.algorithms.ppo import PPOSettings, ppo
+from fuse.config.clip_range import as_pair
 from fuse.config.ppo import PPOConfig
 from fuse.config.run_length import RunLength
 from fuse.roles import GENERATING
@@ -177,6 +178,7 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens, kl_coef: float | Non
         gamma=config.gamma,
         lam=config.lam,
         missing_eos_penalty=config.missing_eos_penalty,
+        reward_range=as_pair(config.reward_clip_range),
     )
     settings = PPOSettings(
         gae=gae,
