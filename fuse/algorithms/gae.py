@@ -29,8 +29,8 @@ class GAESettings:
     """How rewards are shaped and advantages estimated; see `fuse.ops.shaped_gae`.
 
     missing_eos_penalty: subtracted from the score of a response without end-of-sequence token.
-    reward_range: bounds of scores, less that penalty and before the KL's; None for any. Source: DeepSpeed-Chat's
-        `clip_reward_value`.
+    reward_range: bounds of scores, less that penalty and their baselines, before the KL's; None for any. Source:
+        DeepSpeed-Chat's `clip_reward_value`.
     """
 
     kl_coef: float
@@ -52,7 +52,8 @@ def estimate(
 
     Returns:
         The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how many were
-        clipped, how long responses were, and what the critic explains. `objective/scores` are told unclipped.
+        clipped, how long responses were, and what the critic explains. `objective/scores` are told unclipped, and
+        without baselines.
     """
     assert all(sample.state is SampleState.SCORED for sample in samples)
     responses = tuple(tuple(sample.response_ids) for sample in samples)
@@ -67,7 +68,8 @@ def estimate(
     if settings.missing_eos_penalty is not None:
         finished = [_ends(response, special, width) for response in responses]
         scores = scores - settings.missing_eos_penalty * ~torch.tensor(finished)
-    rewards = scores if settings.reward_range is None else scores.clamp(*settings.reward_range)
+    over_baseline = scores - torch.tensor([sample.baseline or 0.0 for sample in samples])
+    rewards = over_baseline if settings.reward_range is None else over_baseline.clamp(*settings.reward_range)
 
     kl, advantages, returns = shaped_gae(
         logprobs,
@@ -108,14 +110,22 @@ def estimate(
         "objective/scores": float(scores.mean()),
         "val/num_eos_tokens": _num_eos_tokens(responses, special, width),
         "objective/scores_std": float(scores.std()) if num_samples > 1 else 0.0,
-        **({} if settings.reward_range is None else {"objective/scores_clipped": _share(rewards != scores)}),
+        **_told_of_rewards(samples, over_baseline, rewards, settings),
         **length_metrics(samples, torch.tensor([_has_eos(response, special) for response in responses])),
         **_explained_variance(values, returns),
     }
 
 
-def _share(flags: Tensor) -> float:
-    return float(flags.float().mean())
+def _told_of_rewards(
+    samples: Sequence[Sample], over_baseline: Tensor, rewards: Tensor, settings: GAESettings
+) -> dict[str, float]:
+    """How far scores are above their baselines, and how many were clipped, where there are these."""
+    told = {}
+    if any(sample.baseline is not None for sample in samples):
+        told["objective/scores_over_reference"] = float(over_baseline.mean())
+    if settings.reward_range is not None:
+        told["objective/scores_clipped"] = float((rewards != over_baseline).float().mean())
+    return told
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> dict[str, float]:

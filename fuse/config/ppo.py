@@ -46,6 +46,7 @@ class PPOConfig(RunConfig):
     )
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunConfig.CHOICES,
+        "reward_baseline": ("none", "reference"),
         "kl_estimator": ("k1", "k3"),
         "loss_normalization": ("micro_batch", "token"),
     }
@@ -72,8 +73,14 @@ class PPOConfig(RunConfig):
     missing_eos_penalty: float | None = option(
         None, "Subtracted from the score of a response without end-of-sequence token."
     )
+    reward_baseline: Literal["none", "reference"] = option(
+        "none",
+        "What is taken off scores: 'reference', the score of a response of the reference model to the same prompt. All "
+        "of these are generated and scored before training, and kept in checkpoints. missing_eos_penalty and "
+        "reward_clip_range are of what is left.",
+    )
     reward_clip_range: list[float] | None = option(
-        None, "Bounds of scores, less missing_eos_penalty and before the KL penalty."
+        None, "Bounds of scores, less reward_baseline and missing_eos_penalty and before the KL penalty."
     )
     whiten_rewards: bool = option(False, "Scale rewards to unit variance over the batch.")
     kl_coef: float = option(0.05, "Weight of the KL penalty per token; with adaptive_kl of the first update.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,7 @@ class Fleet:
             self._tail = tail_of(tail, settings, self._model_workers, self._planner, self.late_columns)
         kind: Any = LiveRollout if self._tail is None else partial(TailRollout, tail=self._tail)
         report: RolloutReport = kind(
-            self._engines.workers,
-            (lambda: self._model_workers) if scored else None,
-            samples,
-            params,
+            *(self._engines.workers, (lambda: self._model_workers) if scored else None, samples, params),
             policy=policy,
             limits=rollouts.limits,
             flow_roles=scored if settings.scoring.is_sharded else (),
@@ -198,11 +195,7 @@ class Fleet:
         """Fill in the samples' responses. max_new_tokens: as of `roll_out`."""
         self._offload_training()
         stage_by_stage.generate(
-            self._engines.workers,
-            samples,
-            params,
-            self.settings.pad_token_id,
-            self._tell,
+            *(self._engines.workers, samples, params, self.settings.pad_token_id, self._tell),
             max_new_tokens=max_new_tokens,
             dealing=self._rollouts.dealing(),
             timeout_s=self.settings.training.timeout_s,
@@ -272,6 +265,16 @@ class Fleet:
             self._mix()
         self._engines.replace_lost(lost)
         self._offload_training()
+
+    @contextmanager
+    def generating_by(self, role: str) -> Iterator[None]:
+        """Have engines generate by the weights of this model, which scores and has the actor's shapes."""
+        weights = put_state_dict(self._scoring[role].state_dict())
+        gather([worker.lend_stages(GENERATING, [weights]) for worker in self._model_workers])
+        self.synchronise()
+        yield
+        gather([worker.take_back_stages() for worker in self._model_workers])
+        self.synchronise()
 
     def _mix(self) -> None:
         """Move the model that follows the policy towards it, where its copies are."""

@@ -117,6 +117,14 @@ class ModelHandle:
         """Have a scoring model compute with these weights."""
         return self.worker.call(ModelWorker.load_scoring_weights, role, weights)
 
+    def lend_stages(self, model: str, weights: Sequence[WeightsRef]) -> Future[None]:
+        """Have a model's stages there hold these weights for a while."""
+        return self.worker.call(ModelWorker.lend_stages, model, weights)
+
+    def take_back_stages(self) -> Future[None]:
+        """Have them hold their own again."""
+        return self.worker.call(ModelWorker.take_back_stages)
+
     def export_scoring_weights(self, role: str) -> Future[WeightsRef]:
         """Put a model that only scores into the object store."""
         return self.worker.call(ModelWorker.export_scoring_weights, role)
