@@ -14,6 +14,7 @@ from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
+from fuse.driver.averages import fetch_average
 from fuse.driver.early_start import IMPORTED
 from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
@@ -289,11 +290,13 @@ class Fleet:
 
     # Weights, checkpoints, traces
 
-    def fetch_weights(self) -> None:
-        """Copy the trained weights into the models that the run was started with."""
+    def fetch_weights(self, average: PreTrainedModel | None = None) -> None:
+        """Copy the trained weights into the models that the run was started with, the actor's average into another."""
         self._tell("weights: to the driver")
         for role, model in self._trained.items():
             load_state_dict(model, get_state_dict(self._exported(role)))
+        if average is not None:
+            fetch_average(average, self._model_workers, GENERATING)
 
     def fetch_mixed_weights(self) -> None:
         """Copy what follows the policy into the model that the run was started with."""
@@ -340,11 +343,8 @@ class Fleet:
     @property
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers, by their kind."""
-        return {
-            "generation": self._engines.process_ids,
-            "model": [handle.worker.process_id for handle in self._model_workers],
-        }
+        models = [handle.worker.process_id for handle in self._model_workers]
+        return {"generation": self._engines.process_ids, "model": models}
 
     def _exported(self, role: str) -> list[WeightsRef]:
-        parts = gather([worker.export_weights(role) for worker in self._model_workers])
-        return [part for part in parts if part is not None]
+        return [part for part in gather([one.export_weights(role) for one in self._model_workers]) if part is not None]

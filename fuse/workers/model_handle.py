@@ -169,6 +169,10 @@ class ModelHandle:
         """Put the rank's part of a model into the object store; None where another replica's does."""
         return self.worker.call(ModelWorker.export_weights, model)
 
+    def export_average(self, model: str) -> Future[WeightsRef]:
+        """Put what the rank has of a model's average into the object store."""
+        return self.worker.call(ModelWorker.export_average, model)
+
     def save(self, directory: Path, mixed: Sequence[str] = ()) -> Future[dict[str, int]]:
         """Write the rank's part of the training state, with `mixed` models that only score; all ranks are called at
         once. See `save_state`."""

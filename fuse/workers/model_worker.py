@@ -281,6 +281,11 @@ class ModelWorker:
             state_dict = self._training.export_weights(model)
             return put_state_dict(state_dict) if state_dict else None
 
+    def export_average(self, model: str) -> WeightsRef:
+        """Put what this rank has of a model's average into the object store."""
+        with self._recorder.span(f"export {model}", "weights"):
+            return put_state_dict(self._training.export_average(model))
+
     def save(self, directory: Path, mixed: Sequence[str] = ()) -> dict[str, int]:
         """Write this rank's part of the training state; all ranks call this at once. See `save_state`.
 

@@ -83,6 +83,8 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
         ({"critic_ppo_epochs": 0}, "critic_ppo_epochs=0 must be at least 1"),
         ({"critic_num_mini_batches": 0}, "critic_num_mini_batches=0 must be at least 1"),
         ({"critic_warmup_updates": -1}, "critic_warmup_updates=-1 must not be negative"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1, both excluded"),
+        ({"ema_decay": 0.0}, "ema_decay=0.0 must lie between 0 and 1, .*at 0 the average is the policy"),
         ({"reward_baseline": "critic"}, "reward_baseline='critic' is unknown: use 'none' or 'reference'"),
         ({"reward_clip_range": (1.0, 1.0)}, "reward_clip_range=1.0 1.0 is empty"),
         ({"reward_clip_range": [1.0]}, "reward_clip_range=1.0 is .* no range: give a smaller and a larger number"),
