@@ -39,7 +39,7 @@ from fuse.training.late_scores import REFERENCE_LOGPROBS, SCORED_BY
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rounds import Round
 from fuse.training.steps import StepReport
-from fuse.workers.calls import gather
+from fuse.workers.calls import Future, gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
@@ -93,12 +93,10 @@ class Fleet:
         self._cluster = self._early or resources.enter_context(
             Cluster(settings.num_devices, ray_address=address, accelerator=accelerator, imported=IMPORTED)
         )
-        actor = put_state_dict(self._trained[GENERATING].state_dict())
-        spec = ModelSpec.of(self._trained[GENERATING])
+        actor, spec = put_state_dict(self._trained[GENERATING].state_dict()), ModelSpec.of(self._trained[GENERATING])
         self._engines = Engines(self._cluster, settings, spec, [actor], lambda: self._exported(GENERATING))
-        self._models = ModelStart(
-            self._cluster, settings, self._trained, self._scoring, actor, after=self._engines.workers
-        )
+        models = self._trained, self._scoring
+        self._models = ModelStart(self._cluster, settings, *models, actor, after=self._engines.workers)
         self._streams = WeightStreams(self._cluster, settings)
         resources.callback(self._models.abandon)
         self._engines.wait_started(self._tell)
@@ -204,8 +202,7 @@ class Fleet:
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of the samples."""
-        scored = self._scored_early
-        if not scored:
+        if not (scored := self._scored_early):
             stage_by_stage.skip_inference(samples)
             return
         workers = self._model_workers
@@ -271,10 +268,15 @@ class Fleet:
     def generating_by(self, role: str) -> Iterator[None]:
         """Have engines generate by the weights of this model, which scores and has the actor's shapes."""
         weights = put_state_dict(self._scoring[role].state_dict())
-        gather([worker.lend_stages(GENERATING, [weights]) for worker in self._model_workers])
-        self.synchronise()
+        self._exchange(lambda worker: worker.lend_stages(GENERATING, [weights]))
         yield
-        gather([worker.take_back_stages() for worker in self._model_workers])
+        self._exchange(lambda worker: worker.take_back_stages(GENERATING))
+
+    def _exchange(self, call: Callable[[ModelHandle], Future[None]]) -> None:
+        """Have the actor's stages get other weights, and engines generate by these."""
+        if self.settings.engines_sleep:
+            self._engines.call(GenerationHandle.sleep)
+        gather([call(worker) for worker in self._model_workers])
         self.synchronise()
 
     def _mix(self) -> None:
@@ -325,10 +327,8 @@ class Fleet:
         engines = self._engines.call(GenerationHandle.drain_spans)
         for spans in (*models, *engines):
             self._rollouts.observe_spans(spans)
-        return {
-            f"device{index}": {"generation": generation, "model": model}
-            for index, (generation, model) in enumerate(zip(self._engines.by_device(engines), models, strict=True))
-        }
+        pairs = enumerate(zip(self._engines.by_device(engines), models, strict=True))
+        return {f"device{index}": {"generation": generation, "model": model} for index, (generation, model) in pairs}
 
     def forget_spans(self) -> None:
         """Drop all spans since they were drained last: nothing is learnt from them, and no trace has them."""

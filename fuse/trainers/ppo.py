@@ -152,6 +152,10 @@ class PPOTrainer(Trainer):
             batch = collate([dataset[row] for row in rows])
             return self._samples(batch, 0, drop_padding=self._layout.drops_padding)
 
+        def roll_out(samples: Sequence[Sample], num_before: int) -> None:
+            with self.activity.part_of(f"reference responses after {num_before} of {len(missing)}"):
+                self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False)
+
         updates = islice(self._rows_of_updates(), self._run.num_updates_left)
         scores = self.state.reference_scores or [None] * len(dataset)
         missing = missing_rows(scores, (row for rows in updates for row in rows))
@@ -162,9 +166,8 @@ class PPOTrainer(Trainer):
                 scores,
                 missing,
                 samples_of=samples_of,
-                roll_out=lambda samples: self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False),
+                roll_out=roll_out,
                 num_together=self._run.length.samples_per_update,
-                tell=lambda done, total: self._tell(f"reference responses: {done} of {total}"),
             )
 
     def _rows_of_updates(self) -> Iterator[list[int]]:

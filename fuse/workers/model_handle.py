@@ -121,9 +121,9 @@ class ModelHandle:
         """Have a model's stages there hold these weights for a while."""
         return self.worker.call(ModelWorker.lend_stages, model, weights)
 
-    def take_back_stages(self) -> Future[None]:
+    def take_back_stages(self, model: str) -> Future[None]:
         """Have them hold their own again."""
-        return self.worker.call(ModelWorker.take_back_stages)
+        return self.worker.call(ModelWorker.take_back_stages, model)
 
     def export_scoring_weights(self, role: str) -> Future[WeightsRef]:
         """Put a model that only scores into the object store."""

@@ -206,12 +206,12 @@ class ModelWorker:
 
     def lend_stages(self, model: str, weights: Sequence[WeightsRef]) -> None:
         """Have a model's stages hold these weights until `take_back_stages`; nothing may train meanwhile."""
-        self._training.offload.bring_all()
+        self._training.offload.bring_weights(model)
         self._lent = LentStages(self._training.stages_of(model).values(), get_state_dict(weights))
 
-    def take_back_stages(self) -> None:
+    def take_back_stages(self, model: str) -> None:
         """Have them hold their own again."""
-        self._training.offload.bring_all()
+        self._training.offload.bring_weights(model)
         self._lent.take_back()
         del self._lent
 

@@ -88,14 +88,14 @@ def test_every_prompt_has_the_score_of_a_response_of_the_reference(rewards: str,
 
 @pytest.mark.usefixtures("in_process_workers")
 def test_the_policy_begins_as_it_would_without_and_learns_something_else(tmp_path: Path) -> None:
-    def samples_of(baseline: str) -> tuple[list[tuple[list[int], list[float]]], PPOTrainer]:
-        made = trainer(tmp_path / baseline, episodes=8, reward_baseline=baseline)
+    def samples_of(baseline: str, **options: Any) -> tuple[list[tuple[list[int], list[float]]], PPOTrainer]:
+        made = trainer(tmp_path / baseline, episodes=8, reward_baseline=baseline, **options)
         with made.updates() as updates:
             samples = [sample for iteration in updates for sample in iteration.samples]
         return [(one.response_ids, one.logprobs) for one in samples], made
 
     without, plain = samples_of("none")
-    with_it, counted = samples_of("reference")
+    with_it, counted = samples_of("reference", engines_sleep="on", offload_training="on")
     assert len(without) == 8
     assert with_it == without
     assert tiny.difference(counted.policy_model, plain.policy_model) > 1e-4
@@ -118,14 +118,24 @@ def test_a_resumed_run_makes_none_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert tiny.difference(resumed.policy_model, whole.policy_model) == 0.0
 
 
+@pytest.mark.usefixtures("pooled_workers")
+def test_stages_on_two_devices_do_as_one_device_does(tmp_path: Path) -> None:
+    one, two = (trainer(tmp_path / str(count), num_devices=count, save_strategy="no") for count in (1, 2))
+    one.train()
+    two.train()
+    assert None not in one.state.reference_scores
+    assert two.state.reference_scores == one.state.reference_scores
+    assert tiny.difference(two.policy_model, one.policy_model) < tiny.ROUNDING
+
+
 def test_rows_without_a_score_are_scored_some_at_a_time() -> None:
     scores: list[float | None] = [None, 0.5, None, None, None]
     missing = missing_rows(scores, [3, 1, 0, 3, 4])
     assert missing == [3, 0, 4]
-    rolled_out, told = [], []
+    rolled_out = []
 
-    def roll_out(samples: Sequence[Sample]) -> None:
-        rolled_out.append([sample.id - FIRST_REFERENCE_ID for sample in samples])
+    def roll_out(samples: Sequence[Sample], num_before: int) -> None:
+        rolled_out.append((num_before, [sample.id - FIRST_REFERENCE_ID for sample in samples]))
         for sample in samples:
             sample.score = float(sample.prompt_ids[0])
 
@@ -135,8 +145,6 @@ def test_rows_without_a_score_are_scored_some_at_a_time() -> None:
         samples_of=lambda rows: [Sample(index, (10 + row,)) for index, row in enumerate(rows)],
         roll_out=roll_out,
         num_together=2,
-        tell=lambda done, total: told.append((done, total)),
     )
     assert found == [10.0, 0.5, None, 13.0, 14.0]
-    assert rolled_out == [[3, 0], [4]]
-    assert told == [(0, 3), (2, 3)]
+    assert rolled_out == [(0, [3, 0]), (2, [4])]
