@@ -30,7 +30,7 @@ class Activity:
     def __init__(self) -> None:
         self._listeners: list[Listener] = [_logger.info]
         self._lock = threading.Lock()
-        self._text = self._work = self._told_work = ""
+        self._text = self._work = self._told_work = self._part_of = ""
         self._since_s = self._told_s = 0.0
         self._lasts = False
 
@@ -40,11 +40,21 @@ class Activity:
 
     def tell(self, text: str) -> None:
         """Say what is being done from now on."""
+        text = self._part_of + text
         with self._lock:
             self._text, work = text, text.partition(":")[0]
             if work != self._work:
                 self._work, self._since_s = work, time.monotonic()
             self._pass_on_what_is_due()
+
+    @contextmanager
+    def part_of(self, text: str) -> Iterator[None]:
+        """Begin with `text` all that is told in the body."""
+        before, self._part_of = self._part_of, f"{text}, "
+        try:
+            yield
+        finally:
+            self._part_of = before
 
     @contextmanager
     def lasting(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
     checkpoint-12/
         config.json, model.safetensors, tokenizer files   the policy, as `from_pretrained` reads it
+        ema/                                              with `ema_decay`, the average of its weights, alike
         state/                                            both models and optimizers, sharded, by global parameter names
         trainer_state.json                                transformers' TrainerState: progress and metrics
         run_state.json                                    whose it is, learning-rate schedule, random generators

@@ -58,6 +58,13 @@ GROUPS = (
             _entry("objective/scores", "", "PPO: mean score of the responses", "Rises"),
             _entry("objective/scores_std", "", "PPO: standard deviation of the scores", _SPREAD),
             _entry("objective/rlhf_reward", "", "PPO: mean score less the KL penalty", "Rises"),
+            _entry(
+                "objective/scores_over_reference",
+                "",
+                "PPO: mean score over the reference's",
+                "Rises from 0",
+            ),
+            _entry("objective/scores_clipped", "share", "PPO: scores that `reward_clip_range` changes", "Below 0.5"),
             _entry("objective/non_score_reward", "", "PPO: mean KL penalty of a response, negative where it costs"),
             _entry("reward", "", "Without a critic: mean weighted reward", "Rises"),
             _entry("reward_std", "", "Without a critic: standard deviation of the rewards", _SPREAD),

@@ -47,6 +47,7 @@ class Sample:
     which engine, batch or device produced them. `length` is the number of response tokens that count (see
     `response_length`), known once it is generated; a response may hold more. `scores` are those of reward models by
     role, `rewards` those of all models and functions in their order, NaN for none; `score` is what they come to.
+    `baseline` is what an algorithm takes off it, where it does.
     `logprobs` are the engine's, `trainer_logprobs` those that the trainer computes by the same weights, where that was
     asked for. `rewarded_ids` are what reward models read whose tokens are not the policy's, by role.
     """
@@ -64,6 +65,7 @@ class Sample:
     values: NDArray[np.float32] | None = None
     scores: Mapping[str, float] | None = None
     score: float | None = None
+    baseline: float | None = None
     rewards: list[float] = field(default_factory=list)
     rewarded_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
 

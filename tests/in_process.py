@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import ray
 
-from fuse.driver import early_start, fleet, live, model_start, score_flow, stage_by_stage, tail, update, weight_streams
+from fuse.driver import (
+    averages,
+    early_start,
+    fleet,
+    live,
+    model_start,
+    score_flow,
+    stage_by_stage,
+    tail,
+    update,
+    weight_streams,
+)
 from fuse.intrastage import communication
 
 _LOOPBACK = "127.0.0.1"
@@ -96,6 +107,7 @@ def use(patch: pytest.MonkeyPatch) -> None:
     for module in (fleet, early_start):
         patch.setattr(module, "Cluster", _Cluster)
     patch.setattr(fleet, "gather", _gather)
+    patch.setattr(averages, "gather", _gather)
     patch.setattr(update, "gather", _gather)
     patch.setattr(tail, "gather", _gather)
     patch.setattr(model_start, "gather", _gather)

@@ -34,6 +34,17 @@ def test_other_work_is_told_soon_and_the_same_again_and_again(
     assert caplog.messages == heard
 
 
+def test_what_is_told_within_a_larger_work_begins_with_that(clock: list[float]) -> None:
+    heard: list[str] = []
+    told = Activity()
+    told.listen(heard.append)
+    with told.part_of("reference responses after 8 of 16"):
+        told.tell("generating: 0 of 8 samples")
+    clock[0] += 2
+    told.tell("training")
+    assert heard == ["reference responses after 8 of 16, generating: 0 of 8 samples", "training"]
+
+
 def test_what_is_brief_is_passed_over(clock: list[float]) -> None:
     heard: list[str] = []
     told = Activity()

@@ -29,6 +29,8 @@ class GAESettings:
     """How rewards are shaped and advantages estimated; see `fuse.ops.shaped_gae`.
 
     missing_eos_penalty: subtracted from the score of a response without end-of-sequence token.
+    reward_range: bounds of scores, less that penalty and their baselines, before the KL's; None for any. Source:
+        DeepSpeed-Chat's `clip_reward_value`.
     """
 
     kl_coef: float
@@ -37,6 +39,7 @@ class GAESettings:
     gamma: float
     lam: float
     missing_eos_penalty: float | None
+    reward_range: tuple[float, float] | None = None
 
 
 def estimate(
@@ -48,8 +51,9 @@ def estimate(
     in tokens, of a batch of which these samples are a part.
 
     Returns:
-        The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how long
-        responses were, and what the critic explains.
+        The experience, and metrics: TRL's `objective/*` and `val/num_eos_tokens`, the spread of scores, how many were
+        clipped, how long responses were, and what the critic explains. `objective/scores` are told unclipped, and
+        without baselines.
     """
     assert all(sample.state is SampleState.SCORED for sample in samples)
     responses = tuple(tuple(sample.response_ids) for sample in samples)
@@ -64,11 +68,13 @@ def estimate(
     if settings.missing_eos_penalty is not None:
         finished = [_ends(response, special, width) for response in responses]
         scores = scores - settings.missing_eos_penalty * ~torch.tensor(finished)
+    over_baseline = scores - torch.tensor([sample.baseline or 0.0 for sample in samples])
+    rewards = over_baseline if settings.reward_range is None else over_baseline.clamp(*settings.reward_range)
 
     kl, advantages, returns = shaped_gae(
         logprobs,
         reference,
-        scores,
+        rewards,
         values,
         segments.token_offsets,
         segments.value_offsets,
@@ -95,18 +101,31 @@ def estimate(
         },
     )
     num_samples = len(samples)
-    mean_kl, mean_score = float(kl.sum()) / num_samples, float(scores.mean())
+    mean_kl = float(kl.sum()) / num_samples
     return experience, {
         "objective/kl": mean_kl,
         "objective/entropy": -float(logprobs.sum()) / num_samples,
         "objective/non_score_reward": -settings.kl_coef * mean_kl,
-        "objective/rlhf_reward": mean_score - settings.kl_coef * mean_kl,
-        "objective/scores": mean_score,
+        "objective/rlhf_reward": float(rewards.mean()) - settings.kl_coef * mean_kl,
+        "objective/scores": float(scores.mean()),
         "val/num_eos_tokens": _num_eos_tokens(responses, special, width),
         "objective/scores_std": float(scores.std()) if num_samples > 1 else 0.0,
+        **_told_of_rewards(samples, over_baseline, rewards, settings),
         **length_metrics(samples, torch.tensor([_has_eos(response, special) for response in responses])),
         **_explained_variance(values, returns),
     }
+
+
+def _told_of_rewards(
+    samples: Sequence[Sample], over_baseline: Tensor, rewards: Tensor, settings: GAESettings
+) -> dict[str, float]:
+    """How far scores are above their baselines, and how many were clipped, where there are these."""
+    told = {}
+    if any(sample.baseline is not None for sample in samples):
+        told["objective/scores_over_reference"] = float(over_baseline.mean())
+    if settings.reward_range is not None:
+        told["objective/scores_clipped"] = float((rewards != over_baseline).float().mean())
+    return told
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> dict[str, float]:

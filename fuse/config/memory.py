@@ -177,6 +177,7 @@ def _setup(
         inference_batch_size=settings.scoring.limit.max_samples,
         inference_batch_tokens=settings.scoring.limit.max_tokens,
         is_fused=training.split_backward,
+        averaged=frozenset(training.average_decays),
         tensor_parallel_size=training.tensor_parallel_size,
         engine=config.engine,
         generation_cache_bytes=config.generation_cache_bytes,

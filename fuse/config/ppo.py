@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fuse.algorithms.kl_control import LARGEST_ERROR, KLControl
+from fuse.config.clip_range import clip_range
 from fuse.config.run import RunConfig, option
 
 _KL_TARGET, _KL_HORIZON = 6.0, 10_000
@@ -45,6 +46,7 @@ class PPOConfig(RunConfig):
     )
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RunConfig.CHOICES,
+        "reward_baseline": ("none", "reference"),
         "kl_estimator": ("k1", "k3"),
         "loss_normalization": ("micro_batch", "token"),
     }
@@ -70,6 +72,15 @@ class PPOConfig(RunConfig):
     temperature: float = option(0.7, "Sampling temperature.")
     missing_eos_penalty: float | None = option(
         None, "Subtracted from the score of a response without end-of-sequence token."
+    )
+    reward_baseline: Literal["none", "reference"] = option(
+        "none",
+        "What is taken off scores: 'reference', the score of a response of the reference model to the same prompt. All "
+        "of these are generated and scored before training, and kept in checkpoints. missing_eos_penalty and "
+        "reward_clip_range are of what is left.",
+    )
+    reward_clip_range: list[float] | None = option(
+        None, "Bounds of scores, less reward_baseline and missing_eos_penalty and before the KL penalty."
     )
     whiten_rewards: bool = option(False, "Scale rewards to unit variance over the batch.")
     kl_coef: float = option(0.05, "Weight of the KL penalty per token; with adaptive_kl of the first update.")
@@ -162,6 +173,7 @@ class PPOConfig(RunConfig):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
+        self.reward_clip_range = clip_range(self.reward_clip_range)
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

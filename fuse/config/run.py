@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from fuse.config.averaging import AveragingOptions
 from fuse.config.engine_options import EngineOptions
 from fuse.config.inherited import check_inherited, check_optimizer
 from fuse.config.processor import warn_of_bfloat16
@@ -32,7 +33,7 @@ def either(names: Sequence[str]) -> str:
 
 
 @dataclass
-class RunConfig(EngineOptions, TrainingArguments):
+class RunConfig(EngineOptions, AveragingOptions, TrainingArguments):
     """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
 
     An inherited option works or is refused; `fuse.config.inherited` lists the few that are accepted without effect,
@@ -291,6 +292,7 @@ class RunConfig(EngineOptions, TrainingArguments):
         cache_bytes, cuda_graphs = self.generation_cache_bytes, self.generation_cuda_graphs
         self.check_engine_options(self.engine, self.accelerator, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         check_optimizer(self)
+        self.check_averaging()
 
     @property
     def accelerator(self) -> Literal["cpu", "cuda"]:

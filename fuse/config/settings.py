@@ -24,6 +24,7 @@ from fuse.intrastage.opposite import can_have_opposites, with_opposites
 from fuse.intrastage.optimizer import AdamWConfig
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.intrastage.plan_settings import PlanSettings
+from fuse.roles import GENERATING
 from fuse.sample import SpecialTokens
 from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS
 from fuse.training.layer_costs import TypicalBatch
@@ -100,6 +101,7 @@ def fleet_settings(
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm if layout.clips_gradients else 0.0,
         ),
+        average_decays={} if config.ema_decay is None else {GENERATING: config.ema_decay},
         autocast=torch.bfloat16 if config.bf16 and layout.autocasts else None,
         gradient_checkpointing=config.gradient_checkpointing,
         timeout_s=config.worker_timeout_s,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
+from fuse.driver.averages import fetch_average
 from fuse.driver.early_start import IMPORTED
 from fuse.driver.engines import Engines
 from fuse.driver.fleet_settings import FleetSettings
@@ -38,7 +39,7 @@ from fuse.training.late_scores import REFERENCE_LOGPROBS, SCORED_BY
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rounds import Round
 from fuse.training.steps import StepReport
-from fuse.workers.calls import gather
+from fuse.workers.calls import Future, gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
@@ -92,12 +93,10 @@ class Fleet:
         self._cluster = self._early or resources.enter_context(
             Cluster(settings.num_devices, ray_address=address, accelerator=accelerator, imported=IMPORTED)
         )
-        actor = put_state_dict(self._trained[GENERATING].state_dict())
-        spec = ModelSpec.of(self._trained[GENERATING])
+        actor, spec = put_state_dict(self._trained[GENERATING].state_dict()), ModelSpec.of(self._trained[GENERATING])
         self._engines = Engines(self._cluster, settings, spec, [actor], lambda: self._exported(GENERATING))
-        self._models = ModelStart(
-            self._cluster, settings, self._trained, self._scoring, actor, after=self._engines.workers
-        )
+        models = self._trained, self._scoring
+        self._models = ModelStart(self._cluster, settings, *models, actor, after=self._engines.workers)
         self._streams = WeightStreams(self._cluster, settings)
         resources.callback(self._models.abandon)
         self._engines.wait_started(self._tell)
@@ -166,10 +165,7 @@ class Fleet:
             self._tail = tail_of(tail, settings, self._model_workers, self._planner, self.late_columns)
         kind: Any = LiveRollout if self._tail is None else partial(TailRollout, tail=self._tail)
         report: RolloutReport = kind(
-            self._engines.workers,
-            (lambda: self._model_workers) if scored else None,
-            samples,
-            params,
+            *(self._engines.workers, (lambda: self._model_workers) if scored else None, samples, params),
             policy=policy,
             limits=rollouts.limits,
             flow_roles=scored if settings.scoring.is_sharded else (),
@@ -198,11 +194,7 @@ class Fleet:
         """Fill in the samples' responses. max_new_tokens: as of `roll_out`."""
         self._offload_training()
         stage_by_stage.generate(
-            self._engines.workers,
-            samples,
-            params,
-            self.settings.pad_token_id,
-            self._tell,
+            *(self._engines.workers, samples, params, self.settings.pad_token_id, self._tell),
             max_new_tokens=max_new_tokens,
             dealing=self._rollouts.dealing(),
             timeout_s=self.settings.training.timeout_s,
@@ -210,8 +202,7 @@ class Fleet:
 
     def infer(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of the samples."""
-        scored = self._scored_early
-        if not scored:
+        if not (scored := self._scored_early):
             stage_by_stage.skip_inference(samples)
             return
         workers = self._model_workers
@@ -273,6 +264,21 @@ class Fleet:
         self._engines.replace_lost(lost)
         self._offload_training()
 
+    @contextmanager
+    def generating_by(self, role: str) -> Iterator[None]:
+        """Have engines generate by the weights of this model, which scores and has the actor's shapes."""
+        weights = put_state_dict(self._scoring[role].state_dict())
+        self._exchange(lambda worker: worker.lend_stages(GENERATING, [weights]))
+        yield
+        self._exchange(lambda worker: worker.take_back_stages(GENERATING))
+
+    def _exchange(self, call: Callable[[ModelHandle], Future[None]]) -> None:
+        """Have the actor's stages get other weights, and engines generate by these."""
+        if self.settings.engines_sleep:
+            self._engines.call(GenerationHandle.sleep)
+        gather([call(worker) for worker in self._model_workers])
+        self.synchronise()
+
     def _mix(self) -> None:
         """Move the model that follows the policy towards it, where its copies are."""
         mixing = self.settings.mixing
@@ -286,11 +292,13 @@ class Fleet:
 
     # Weights, checkpoints, traces
 
-    def fetch_weights(self) -> None:
-        """Copy the trained weights into the models that the run was started with."""
+    def fetch_weights(self, average: PreTrainedModel | None = None) -> None:
+        """Copy the trained weights into the models that the run was started with, the actor's average into another."""
         self._tell("weights: to the driver")
         for role, model in self._trained.items():
             load_state_dict(model, get_state_dict(self._exported(role)))
+        if average is not None:
+            fetch_average(average, self._model_workers, GENERATING)
 
     def fetch_mixed_weights(self) -> None:
         """Copy what follows the policy into the model that the run was started with."""
@@ -319,10 +327,8 @@ class Fleet:
         engines = self._engines.call(GenerationHandle.drain_spans)
         for spans in (*models, *engines):
             self._rollouts.observe_spans(spans)
-        return {
-            f"device{index}": {"generation": generation, "model": model}
-            for index, (generation, model) in enumerate(zip(self._engines.by_device(engines), models, strict=True))
-        }
+        pairs = enumerate(zip(self._engines.by_device(engines), models, strict=True))
+        return {f"device{index}": {"generation": generation, "model": model} for index, (generation, model) in pairs}
 
     def forget_spans(self) -> None:
         """Drop all spans since they were drained last: nothing is learnt from them, and no trace has them."""
@@ -337,11 +343,8 @@ class Fleet:
     @property
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers, by their kind."""
-        return {
-            "generation": self._engines.process_ids,
-            "model": [handle.worker.process_id for handle in self._model_workers],
-        }
+        models = [handle.worker.process_id for handle in self._model_workers]
+        return {"generation": self._engines.process_ids, "model": models}
 
     def _exported(self, role: str) -> list[WeightsRef]:
-        parts = gather([worker.export_weights(role) for worker in self._model_workers])
-        return [part for part in parts if part is not None]
+        return [part for part in gather([one.export_weights(role) for one in self._model_workers]) if part is not None]

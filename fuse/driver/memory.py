@@ -88,6 +88,7 @@ class Ledger:
         if setup.offloads_training:
             own += sum(4 * setup.models[replica.model].size.total for replica in setup.placement)
             own += sum(8 * setup.models[role].size.total for role in roles.training(setup.models))
+            own += sum(4 * setup.models[role].size.total for role in setup.averaged)
         copied = [role for role in roles.training(setup.models) if role == GENERATING or setup.scoring == "whole"]
         return own + sum(4 * setup.models[role].size.total for role in copied)
 
@@ -176,7 +177,10 @@ def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
 
 
 def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
-    """Stages in float32, gradients while it trains, and AdamW's two moments, which ranks with the same stage share."""
+    """Stages in float32, gradients while it trains, and AdamW's two moments, which ranks with the same stage share.
+
+    An average of the weights lies with the moments.
+    """
     rank = device // setup.tensor_parallel_size
     for role in roles.training(setup.models):
         size = setup.models[role].size
@@ -189,14 +193,14 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
                     stepped += largest_share(tensors, len({other.ranks[stage] for other in replicas}))
         parameters = -(-sum(held) // setup.tensor_parallel_size)
         trained = round(size.trained * parameters)
-        moments = 8 * round(size.trained * -(-stepped // setup.tensor_parallel_size))
+        stepped = round(size.trained * -(-stepped // setup.tensor_parallel_size))
         away = (Phase.TRAINING,) if setup.offloads_training else tuple(Phase)
         scores_here = role in roles.scoring(setup.models) and (
             setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
         )
         yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, 4 * parameters))
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
-        yield Entry(role, "moments", dict.fromkeys(away, moments))
+        yield Entry(role, "moments", dict.fromkeys(away, (12 if role in setup.averaged else 8) * stepped))
 
 
 def _exports(setup: MemorySetup) -> Iterator[Entry]:

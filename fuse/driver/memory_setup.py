@@ -46,6 +46,7 @@ class MemorySetup:
         layers, while the critic is scored through the stages that train.
     engines_sleep: engines drop weights and cache during training.
     offloads_training: what trains lies in host memory but during training, save weights that score where they train.
+    averaged: roles of which the stages that train keep an average, too.
     recomputes_logprobs: the stages that train compute the actor's log-probabilities before an update.
     """
 
@@ -72,6 +73,7 @@ class MemorySetup:
     engines_sleep: bool = False
     offloads_training: bool = False
     recomputes_logprobs: bool = False
+    averaged: frozenset[str] = frozenset()
 
     @property
     def longest(self) -> Shape:

@@ -15,6 +15,9 @@ from fuse.intrastage.communication import ModelGroups, all_gather_floats, all_re
 from fuse.intrastage.optimizer_shards import owned, owners, share_parameters
 from fuse.intrastage.stage import TrainedStage
 
+AVERAGE = "average"
+"""A part of the state: the moving average of weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamWConfig:
@@ -35,6 +38,10 @@ class ModelOptimizer:
     frozen: Hugging Face names of the model's parameters that stay as they are, and do not require gradients: they have
         no moments and no part in the gradient's norm.
 
+    average_decay: keeps a moving average of the weights w, from the initial ones on, which every step makes
+        average_decay * average + (1 - average_decay) * w; None for none. Source: DeepSpeed-Chat's `enable_ema`, which
+        averages after every micro-batch, between two steps over the same weights.
+
     Replicas on different ranks share the optimizer's state, as `fuse.intrastage.optimizer_shards` has it.
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
@@ -52,12 +59,13 @@ class ModelOptimizer:
         config: AdamWConfig,
         *,
         frozen: frozenset[str] = frozenset(),
+        average_decay: float | None = None,
     ) -> None:
         if groups is None:
             groups = ModelGroups(1, 1 + max(stage for _, stage in stages), {}, {}, {})
         self._name, self._groups, self._config, self._frozen = name, groups, config, frozen
         self._stages = dict(sorted(stages.items(), key=lambda item: (item[0][1], item[0][0])))
-        self._num_steps = 0
+        self._num_steps, self._average_decay = 0, average_decay
         self._all_parameters = {key: dict(stage.named_parameters()) for key, stage in self._stages.items()}
         self._parameters = {
             key: {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -95,6 +103,8 @@ class ModelOptimizer:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+            if average_decay is not None:
+                self._adamw.state[parameter][AVERAGE] = torch.zeros_like(parameter)
 
     def step(self, learning_rate: float) -> float:
         """Apply the gradients gathered since the last step, and clear them: `reduce`, `apply` and `share`.
@@ -129,7 +139,12 @@ class ModelOptimizer:
             self._clip(norm)
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
+            if self._num_steps == 0:
+                self._begin_average()
             self._adamw.step()
+            if self._average_decay is not None:
+                averages, weights = self._averages_and_weights()
+                torch._foreach_lerp_(averages, weights, 1 - self._average_decay)
         for parameters in self._parameters.values():
             for parameter in parameters.values():
                 parameter.grad = None
@@ -148,21 +163,28 @@ class ModelOptimizer:
 
     STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 
+    @property
+    def state_parts(self) -> tuple[str, ...]:
+        """STATE_PARTS, and the average where there is one."""
+        return self.STATE_PARTS if self._average_decay is None else (*self.STATE_PARTS, AVERAGE)
+
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Name of every parameter here that trains, and those of its STATE_PARTS that are here, as moments may not be.
+        """Name of every parameter here that trains, and those `state_parts` of it that are here, as moments may not be.
 
         Live tensors of its shape. Copies repeat.
         """
         for key, parameters in self._parameters.items():
-            parts = {part: self._state_part(key, part) for part in self.STATE_PARTS}
+            parts = {part: self._state_part(key, part) for part in self.state_parts}
             for name in parameters:
                 yield name, {part: held[name] for part, held in parts.items() if name in held}
 
     def export_state(self, part: str) -> dict[str, Tensor]:
-        """One of STATE_PARTS of every parameter here, as far as it is, by Hugging Face name, in host memory.
+        """One of `state_parts` of every parameter here, as far as it is, by Hugging Face name, in host memory.
 
         Of the devices that share a stage the first has all, the others nothing; all of them call this at once.
         """
+        if part == AVERAGE and self._num_steps == 0:
+            self._begin_average()
         whole: dict[str, Tensor] = {}
         for key, stage in self._stages.items():
             for name, tensor in self._state_part(key, part).items():
@@ -172,7 +194,7 @@ class ModelOptimizer:
         return whole
 
     def import_state(self, part: str, whole: Mapping[str, Tensor]) -> None:
-        """Set what is here of one of STATE_PARTS, given at least all of `state_shapes(part)`."""
+        """Set what is here of one of `state_parts`, given at least all of `state_shapes(part)`."""
         for key, stage in self._stages.items():
             own = self._state_part(key, part)
             for name, tensor in stage.from_hugging_face(whole):
@@ -186,6 +208,16 @@ class ModelOptimizer:
         moments = {} if self._adamw is None else self._adamw.state
         return {name: moments[parameter][part] for name, parameter in self._own[key].items()}
 
+    def _begin_average(self) -> None:
+        """From the weights, which are loaded after this is made, and before the first step."""
+        if self._adamw is not None and self._average_decay is not None:
+            torch._foreach_copy_(*self._averages_and_weights())
+
+    def _averages_and_weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        assert self._adamw is not None
+        stepped = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+        return [self._adamw.state[one][AVERAGE] for one in stepped], [one.detach() for one in stepped]
+
     def _owned(self, stage: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Those that this rank steps."""
         if stage not in self._owners:
@@ -197,7 +229,7 @@ class ModelOptimizer:
         return {name: parameter.detach() for name, parameter in self._parameters[key].items()}
 
     def model_shapes(self, part: str) -> Mapping[str, torch.Size]:
-        """Shape of one of STATE_PARTS of all parameters of the model that have it; empty on a rank without a stage."""
+        """Shape of one of `state_parts` of all parameters of the model that have it; none on a rank without a stage."""
         return self._having(part, next((stage.model_shapes for stage in self._stages.values()), {}))
 
     def state_shapes(self, part: str) -> Mapping[str, torch.Size]:

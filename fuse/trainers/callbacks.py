@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -30,10 +30,12 @@ class PPOState(TrainerState):
     """transformers' TrainerState with the number of prompts consumed so far.
 
     kl_coef: of the next update, where it follows a target; None before the first one.
+    reference_scores: of the reference's responses, by row of the dataset, as far as they are known.
     """
 
     episode: int = 0
     kl_coef: float | None = None
+    reference_scores: list[float | None] = field(default_factory=list)
 
 
 class PolicyAndValue(nn.Module):

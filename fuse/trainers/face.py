@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from fuse.trainers.callbacks import PPOState
@@ -35,6 +35,11 @@ class TrainerFace:
     @property
     def lr_scheduler(self) -> LRScheduler:
         return self._run.lr_scheduler
+
+    @property
+    def ema_model(self) -> PreTrainedModel | None:
+        """The average of the policy's weights over optimizer steps, after `train()`; None without `args.ema_decay`."""
+        return self._run.average
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         self.callback_handler.add_callback(callback)

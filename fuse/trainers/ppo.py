@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from fuse.algorithms.batch import Experience
 from fuse.algorithms.gae import GAESettings
 from fuse.algorithms.kl_control import next_kl_coef
 from fuse.algorithms.ppo import PPOSettings, ppo
+from fuse.config.clip_range import as_pair
 from fuse.config.ppo import PPOConfig
 from fuse.config.run_length import RunLength
+from fuse.driver.fleet import Fleet
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
-from fuse.trainers import checks
+from fuse.termination import Termination
+from fuse.trace import PhaseClock
+from fuse.trainers import checks, prompts
 from fuse.trainers.callbacks import PolicyAndValue
 from fuse.trainers.data import check_dataset
+from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
+from fuse.trainers.reference_scores import check_reference, missing_rows, score_references
 from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
@@ -93,6 +100,8 @@ class PPOTrainer(Trainer):
             models["reward"] = reward_model
         checks.check_models(models, args.train_backend)
         checks.check_reward_options(args, reward_model)
+        if args.reward_baseline == "reference":
+            check_reference(model, self.ref_model)
         train_dataset, lengths = self._usable(train_dataset, "train_dataset", special, data_collator)
         eval_lengths: list[int] = []
         if eval_dataset is not None:
@@ -129,9 +138,48 @@ class PPOTrainer(Trainer):
             check_reward_columns(self.reward_model, dataset, argument)  # a collator's are not known
         return usable
 
+    def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:
+        if self.args.reward_baseline == "reference":
+            self._score_references(fleet)
+        yield from super()._updates(fleet, termination)
+
+    def _score_references(self, fleet: Fleet) -> None:
+        """See `fuse.trainers.reference_scores`."""
+        params, dataset = self._sampling_params(self.args.sampling_temperature), self.train_dataset
+        collate = self.get_train_dataloader().collate_fn
+
+        def samples_of(rows: Sequence[int]) -> list[Sample]:
+            batch = collate([dataset[row] for row in rows])
+            return self._samples(batch, 0, drop_padding=self._layout.drops_padding)
+
+        def roll_out(samples: Sequence[Sample], num_before: int) -> None:
+            with self.activity.part_of(f"reference responses after {num_before} of {len(missing)}"):
+                self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False)
+
+        updates = islice(self._rows_of_updates(), self._run.num_updates_left)
+        scores = self.state.reference_scores or [None] * len(dataset)
+        missing = missing_rows(scores, (row for rows in updates for row in rows))
+        if not missing:
+            return
+        with fleet.generating_by("reference"):
+            self.state.reference_scores = score_references(
+                scores,
+                missing,
+                samples_of=samples_of,
+                roll_out=roll_out,
+                num_together=self._run.length.samples_per_update,
+            )
+
+    def _rows_of_updates(self) -> Iterator[list[int]]:
+        """Of the dataset, from the next update on."""
+        return prompts.row_numbers(self.get_train_dataloader(), start=self._run.num_updates_done)
+
     def _training_samples(self, batch: Any) -> list[Sample]:
         samples = self._samples(batch, self.state.episode, drop_padding=self._layout.drops_padding)
         self.state.episode += len(samples)
+        if self.args.reward_baseline == "reference":
+            for sample, row in zip(samples, next(self._rows_of_updates()), strict=True):
+                sample.baseline = self.state.reference_scores[row]
         return samples
 
     def _optimizer_steps(self, update: int) -> Mapping[str, Sequence[OptimizerStep]]:
@@ -177,6 +225,7 @@ def algorithm_of(config: PPOConfig, special: SpecialTokens, kl_coef: float | Non
         gamma=config.gamma,
         lam=config.lam,
         missing_eos_penalty=config.missing_eos_penalty,
+        reward_range=as_pair(config.reward_clip_range),
     )
     settings = PPOSettings(
         gae=gae,

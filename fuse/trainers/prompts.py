@@ -70,6 +70,17 @@ def batches(loader: Iterable[Any], start: int) -> Iterator[Any]:
         first_batch = 0
 
 
+def row_numbers(loader: DataLoader[Any], start: int) -> Iterator[list[int]]:
+    """Which rows of the dataset are in each of these `batches`."""
+    assert isinstance(loader.batch_sampler, Sized)
+    first_pass, first_batch = divmod(start, len(loader.batch_sampler))
+    for pass_index in itertools.count(first_pass):
+        if isinstance(loader.sampler, PassSampler):
+            loader.sampler.pass_index = pass_index
+        yield from itertools.islice(iter(loader.batch_sampler), first_batch, None)
+        first_batch = 0
+
+
 def rows(loader: Iterable[Sequence[Any]], start: int, batch_size: int) -> Iterator[Any]:
     """Rows of the same passes one by one, beginning with row number `start`. batch_size: rows of each batch."""
     first_batch, first_row = divmod(start, batch_size)

@@ -16,6 +16,19 @@ def write_policy(directory: Path, policy: PreTrainedModel, tokenizer: PreTrained
     tokenizer.save_pretrained(directory)
 
 
+AVERAGE_DIRECTORY = "ema"
+"""Of the average of a policy's weights, in the policy's."""
+
+
+def write_policies(
+    directory: Path, policy: PreTrainedModel, average: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """`write_policy`, and the average of its weights beside it where there is one."""
+    write_policy(directory, policy, tokenizer)
+    if average is not None:
+        write_policy(directory / AVERAGE_DIRECTORY, average, tokenizer)
+
+
 def push_policy(repository: str, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     """Upload policy and tokenizer to a Hub repository; returns the address of the commit."""
     untyped: Any = policy

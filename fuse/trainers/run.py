@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -37,7 +38,7 @@ from fuse.trainers.learning_rates import (
     logged_rates,
     restore_learning_rates,
 )
-from fuse.trainers.publish import write_policy
+from fuse.trainers.publish import write_policies
 from fuse.trainers.report import iteration_report, summary_line
 from fuse.trainers.reporters import continue_reports, named_for, reported_to
 from fuse.trainers.update_metrics import device_bytes, migrations, token_rates
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 class Run:
     """A run's state, from one update to the next.
 
-    model: what callbacks are given; `policy` is what is saved. num_rows: of the dataset.
-    rate_name: what the learning rate is logged as. tell: hears what is being done.
+    model: what callbacks are given; `policy` is what is saved, with the `average` of its weights where one is kept.
+    num_rows: of the dataset. rate_name: what the learning rate is logged as. tell: hears what is being done.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Run:
         tell: Callable[[str], None],
     ) -> None:
         self.args, self.length, self.model, self.policy, self.tokenizer = args, length, model, policy, tokenizer
+        self.average = None if args.ema_decay is None else copy.deepcopy(policy)
         self.output_dir = Path(str(args.output_dir))
         self._log = self.output_dir / update_log.NAME
         self._num_rows, self._rate_name, self._tell = num_rows, rate_name, tell
@@ -112,7 +114,7 @@ class Run:
         self._run_id, self._saved_s = uuid.uuid4().hex, 0.0
         if resumed is None:
             self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
-            self.state.kl_coef = None
+            self.state.kl_coef, self.state.reference_scores = None, []
         else:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
@@ -276,8 +278,8 @@ class Run:
         self._tell("saving: a checkpoint")
         self._saved_s = max(time.time(), self._saved_s)  # also where this host's clock is behind that of the last
         with checkpoint.writing(self.output_dir, self.state.global_step) as directory:
-            fleet.fetch_weights()
-            write_policy(directory, self.policy, self.tokenizer)
+            fleet.fetch_weights(self.average)
+            write_policies(directory, self.policy, self.average, self.tokenizer)
             if not self.args.save_only_model:
                 fleet.save(directory / checkpoint.WORKER_STATE_NAME)
             run_state.RunState(

@@ -30,7 +30,7 @@ from fuse.trainers.completions import show_completions
 from fuse.trainers.face import TrainerFace
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import kept_tokens
-from fuse.trainers.publish import push_policy, write_model_card, write_policy
+from fuse.trainers.publish import push_policy, write_model_card, write_policies
 from fuse.trainers.rollouts import Rewards, Rollouts
 from fuse.trainers.run import Run
 from fuse.trainers.tail import tail_plan
@@ -220,7 +220,7 @@ class Trainer(TrainerFace):
             yield iteration
             if termination.is_requested:
                 run.terminate(fleet)
-        fleet.fetch_weights()
+        fleet.fetch_weights(self._run.average)
         fleet.fetch_mixed_weights()
         run.end(fleet)
 
@@ -276,15 +276,15 @@ class Trainer(TrainerFace):
     # Models
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy and the tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them.
+        """Write policy and tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them; into `ema` the average.
 
-        With `args.push_to_hub` they are uploaded, too.
+        With `args.push_to_hub` policy and tokenizer are uploaded, too.
         """
         if self._fleet is not None:
-            self._fleet.fetch_weights()
+            self._fleet.fetch_weights(self._run.average)
         directory = Path(output_dir or self._run.output_dir)
         with checkpoint.saving(directory):
-            write_policy(directory, self._run.policy, self.processing_class)
+            write_policies(directory, self._run.policy, self._run.average, self.processing_class)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save")
 

@@ -22,7 +22,7 @@ from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure, shape_of
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY
-from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.optimizer import AVERAGE, AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
 from fuse.intrastage.planned_times import PlannedSteps
 from fuse.intrastage.stage import TrainedStage
@@ -52,10 +52,9 @@ class TrainingSettings:
     backend: what stages are made of. split_backward: whether they can defer weight gradients.
     tensor_parallel_size: devices that share each stage: rank r of the schedules is devices r * size and those after it.
     losses, targets: by role that trains. layout: what micro-batches are made like.
-    autocast: the type to compute in; None for float32.
-    timeout_s: a peer that does not answer for so long counts as lost.
-    loss_normalization: as of `Algorithm`. units: of the roles whose micro-batches are regrouped, into at least
-        `least_micro_batches` of a step.
+    autocast: the type to compute in; None for float32. average_decays: by role of which an average is kept.
+    timeout_s: a peer that does not answer for so long counts as lost. loss_normalization: as of `Algorithm`.
+    units: of the roles whose micro-batches are regrouped, into at least `least_micro_batches` of a step.
     """
 
     backend: Literal["transformers", "megatron"]
@@ -68,6 +67,7 @@ class TrainingSettings:
     gradient_checkpointing: bool
     timeout_s: float
     tensor_parallel_size: int = 1
+    average_decays: Mapping[str, float] = field(default_factory=dict)
     loss_normalization: LossNormalization = "micro_batch"
     units: Mapping[str, int] = field(default_factory=dict)
     least_micro_batches: int = 1
@@ -159,6 +159,7 @@ class TrainingRank:
                 ),
                 settings.adamw,
                 frozen=spec.frozen,
+                average_decay=settings.average_decays.get(model),
             )
             for model, spec in specs.items()
         }
@@ -244,8 +245,7 @@ class TrainingRank:
                 with self._recorder.span(f"step {model}", "optimizer"):
                     optimizer.apply(norm, learning_rates[model])
                 optimizer.share()
-        told = trained.told([len(own) for own in of_trained], norms)
-        return replace(told, scored=scored)
+        return replace(trained.told([len(own) for own in of_trained], norms), scored=scored)
 
     def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
         """Add to a replica's gradients those of micro-batches of its coming optimizer step, by 1F1B.
@@ -327,6 +327,11 @@ class TrainingRank:
         """What this device tells of a model, at once."""
         state_dict = dict(self.stream_weights(model, torch.float32))
         return state_dict if self.is_first_of_group else {}
+
+    def export_average(self, model: str) -> dict[str, Tensor]:
+        """What this device has of a model's average."""
+        self.offload.bring_all()
+        return self._optimizers[model].export_state(AVERAGE)
 
     def _told(self, model: str) -> list[TrainedStage]:
         return [stage for (replica, _), stage in self.stages_of(model).items() if replica == 0]

@@ -89,7 +89,7 @@ def load_state(
     _read(reader, steps)
     for model, optimizer in optimizers.items():
         optimizer.num_steps = int(steps[f"{model}.step"])
-        for part in optimizer.STATE_PARTS:  # one at a time, so that the host holds no more
+        for part in optimizer.state_parts:  # one at a time, so that the host holds no more
             prefix = f"{model}.{part}."
             tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes(part).items()}
             _read(reader, tensors)
@@ -136,7 +136,7 @@ def _saved(optimizers: Mapping[str, ModelOptimizer], models: Mapping[str, nn.Mod
     tensors: dict[str, Tensor] = {}
     for model, optimizer in optimizers.items():
         tensors[f"{model}.step"] = torch.tensor([optimizer.num_steps])
-        for part in optimizer.STATE_PARTS:
+        for part in optimizer.state_parts:
             tensors |= {f"{model}.{part}.{name}": tensor for name, tensor in optimizer.export_state(part).items()}
     for name, whole in models.items():
         tensors |= {key: parameter.detach().cpu() for key, parameter in _parameters(name, whole).items()}
@@ -149,7 +149,7 @@ def _expected(
     """Key, shape and type of every tensor of these models, also those on other ranks."""
     for model, optimizer in optimizers.items():
         yield f"{model}.step", torch.Size([1]), torch.int64
-        for part in optimizer.STATE_PARTS:
+        for part in optimizer.state_parts:
             for name, shape in optimizer.model_shapes(part).items():
                 yield f"{model}.{part}.{name}", shape, torch.float32
     for name, whole in models.items():

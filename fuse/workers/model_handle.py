@@ -117,6 +117,14 @@ class ModelHandle:
         """Have a scoring model compute with these weights."""
         return self.worker.call(ModelWorker.load_scoring_weights, role, weights)
 
+    def lend_stages(self, model: str, weights: Sequence[WeightsRef]) -> Future[None]:
+        """Have a model's stages there hold these weights for a while."""
+        return self.worker.call(ModelWorker.lend_stages, model, weights)
+
+    def take_back_stages(self, model: str) -> Future[None]:
+        """Have them hold their own again."""
+        return self.worker.call(ModelWorker.take_back_stages, model)
+
     def export_scoring_weights(self, role: str) -> Future[WeightsRef]:
         """Put a model that only scores into the object store."""
         return self.worker.call(ModelWorker.export_scoring_weights, role)
@@ -160,6 +168,10 @@ class ModelHandle:
     def export_weights(self, model: str) -> Future[WeightsRef | None]:
         """Put the rank's part of a model into the object store; None where another replica's does."""
         return self.worker.call(ModelWorker.export_weights, model)
+
+    def export_average(self, model: str) -> Future[WeightsRef]:
+        """Put what the rank has of a model's average into the object store."""
+        return self.worker.call(ModelWorker.export_average, model)
 
     def save(self, directory: Path, mixed: Sequence[str] = ()) -> Future[dict[str, int]]:
         """Write the rank's part of the training state, with `mixed` models that only score; all ranks are called at

@@ -22,6 +22,7 @@ from fuse.state_dict import WeightLayout, WeightStream, adopt_state_dict, adopt_
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
+from fuse.training.lent_stages import LentStages
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.rounds import RankRound, Round, StepPart
@@ -203,6 +204,17 @@ class ModelWorker:
             with self._recorder.span(f"load {role}", "weights"):
                 adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
+    def lend_stages(self, model: str, weights: Sequence[WeightsRef]) -> None:
+        """Have a model's stages hold these weights until `take_back_stages`; nothing may train meanwhile."""
+        self._training.offload.bring_weights(model)
+        self._lent = LentStages(self._training.stages_of(model).values(), get_state_dict(weights))
+
+    def take_back_stages(self, model: str) -> None:
+        """Have them hold their own again."""
+        self._training.offload.bring_weights(model)
+        self._lent.take_back()
+        del self._lent
+
     def export_scoring_weights(self, role: str) -> WeightsRef:
         """Put a model that only scores into the object store."""
         return put_state_dict(self._scoring[role].state_dict())
@@ -268,6 +280,11 @@ class ModelWorker:
         with self._recorder.span(f"export {model}", "weights"):
             state_dict = self._training.export_weights(model)
             return put_state_dict(state_dict) if state_dict else None
+
+    def export_average(self, model: str) -> WeightsRef:
+        """Put what this rank has of a model's average into the object store."""
+        with self._recorder.span(f"export {model}", "weights"):
+            return put_state_dict(self._training.export_average(model))
 
     def save(self, directory: Path, mixed: Sequence[str] = ()) -> dict[str, int]:
         """Write this rank's part of the training state; all ranks call this at once. See `save_state`.

@@ -300,6 +300,7 @@ def test_advantages_losses_and_their_options_are_on_the_command_line() -> None:
     mixed = parsed("--algorithm", "grpo", "--advantage", "grpovi", "--loss", "proximal_rloo", "--dynamic-sampling")
     assert (mixed.advantage, mixed.loss, mixed.dynamic_sampling) == ("grpovi", "proximal_rloo", True)
     assert parsed("--algorithm", "rloo", "--reward-clip-range", "-1", "2.5").reward_clip_range == [-1.0, 2.5]
+    assert parsed("--reward-clip-range", "-5", "5").reward_clip_range == [-5.0, 5.0]
     returns = parsed("--algorithm=reinforce++", "--advantage=reinforce++-baseline", "--overlong-buffer", "4")
     assert (returns.advantage, returns.beta, returns.overlong_buffer) == ("reinforce++-baseline", 0.01, 4)
     pairs = parsed("--algorithm", "online-dpo", "--loss-type", "ipo", "--beta", "0.2", "--num-generations", "4")

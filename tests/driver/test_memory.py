@@ -183,15 +183,18 @@ def really_held(stage: Any, batch: MicroBatch, split: bool) -> tuple[int, int, i
     return held, deferred, live.peak_bytes
 
 
-def test_weights_gradients_and_moments_are_what_training_allocates() -> None:
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_weights_gradients_and_moments_are_what_training_allocates(decay: float | None) -> None:
+    """An average of the weights lies with the moments."""
     kind = language_model(**LLAMA, tie_word_embeddings=True)
     placement = (Replica("actor", 0, (0, 0)),)
-    planned = ledger(setup_of({"actor": spec(kind)}, 1, placement=placement))
+    averaged = frozenset() if decay is None else frozenset({"actor"})
+    planned = ledger(setup_of({"actor": spec(kind)}, 1, placement=placement, averaged=averaged))
     entries = {entry.what: entry.bytes[Phase.TRAINING] for entry in planned.devices[0] if entry.role == "actor"}
     stages: dict[tuple[int, int], Any] = {
         (0, number): TransformersStage(*kind, stage=number, num_stages=2, loss=loss) for number in range(2)
     }
-    optimizer = ModelOptimizer("actor", stages, None, AdamWConfig())
+    optimizer = ModelOptimizer("actor", stages, None, AdamWConfig(), average_decay=decay)
     parameters = [parameter for stage in stages.values() for _, parameter in stage.named_parameters()]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)

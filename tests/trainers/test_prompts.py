@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from fuse.trainers.prompts import batches, make_samples, prompt_loader
+from fuse.trainers.prompts import batches, make_samples, prompt_loader, row_numbers
 
 ROWS = [{"input_ids": [index + 10], "answer": str(index)} for index in range(7)]
 
@@ -28,6 +28,12 @@ def test_every_pass_is_another_permutation_of_the_seed() -> None:
 @pytest.mark.parametrize("start", [1, 3, 5, 7])
 def test_a_resumed_run_continues_the_order(start: int) -> None:
     assert _order(start, 4) == _order(0, start + 4)[start:]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5])
+def test_rows_are_known_by_their_numbers(start: int) -> None:
+    numbers = islice(row_numbers(prompt_loader(ROWS, 2, 3), start), 5)
+    assert [[ROWS[row]["input_ids"][0] for row in rows] for rows in numbers] == _order(start, 5)
 
 
 def test_less_than_a_batch_is_refused() -> None:

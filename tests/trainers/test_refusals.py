@@ -65,6 +65,11 @@ def _same_scorer_copied(arguments: dict[str, Any]) -> None:
     arguments["reward_model"] = copy.deepcopy(arguments["value_model"])
 
 
+def _other_reference(arguments: dict[str, Any]) -> None:
+    _option(reward_baseline="reference")(arguments)
+    arguments["ref_model"] = tiny.policy(num_hidden_layers=1)
+
+
 def _unpicklable(arguments: dict[str, Any]) -> None:
     lock = threading.Lock()
 
@@ -154,6 +159,7 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_replace(model=_mistral(window=8)), "attends to the last 8 tokens only, and .* may have 64 together"),
         (_shared_storage, "model and value_model share parameters .model.model.norm.weight is value_model.model.norm"),
         (_replace(model=3), "model is 3: pass a transformers model"),
+        (_other_reference, "reward_baseline='reference' with a ref_model that is not built like model"),
         (_replace(ref_model=3), "ref_model is 3: pass a transformers model"),
         (_replace(value_model=tiny.count_a), "value_model is <function count_a .*: pass a transformers model"),
         (_replace(model=tiny.scorer(1)), "model is a LlamaForSequenceClassification without output embeddings"),
