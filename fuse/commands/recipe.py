@@ -9,8 +9,9 @@ one step: its chosen response to supervised fine-tuning (by TRL's SFTTrainer), t
 RewardTrainer), or the prompt to `fuse train`. At the end the reward model compares the policy's responses with those
 of the fine-tuned model, on prompts that no step has seen.
 
-OUT/sft, OUT/reward and OUT/policy are Hugging Face directories. Beside them, each step has a log and a JSON file of its
-metrics, and is not repeated when it is complete: the same command goes on where it was ended.
+OUT/sft, OUT/reward and OUT/policy are Hugging Face directories, and with --rl.ema_decay OUT/policy_ema. Beside them,
+each step has a log and a JSON file of its metrics, and is not repeated when it is complete: the same command goes on
+where it was ended.
 
 Options of a step are named behind it: --sft.NAME VALUE those of trl.SFTConfig, --reward.NAME VALUE those of
 trl.RewardConfig, square_coefficient and length_buckets, --rl.NAME VALUE those of `fuse train`.
@@ -22,6 +23,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +42,7 @@ from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.recipe.data import STEPS, data_file, deal_out
 from fuse.recipe.steps import Step, locked, run_step
+from fuse.trainers.publish import AVERAGE_DIRECTORY
 from schedules.files import check_writable, write_whole
 
 _STEP_OPTION = re.compile(rf"--({'|'.join(STEPS)})\.([\w-]+)(=.*)?", re.DOTALL)
@@ -102,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         data = _data(arguments, rows, tell)
         for step in _steps(arguments, rl, data):
             records[step.name] = run_step(step, _how_to_make(arguments), tell, lock)
+        _move(output_dir / "policy" / AVERAGE_DIRECTORY, output_dir / f"policy_{AVERAGE_DIRECTORY}")
     seconds = time.monotonic() - start_s
     _show(console, records, seconds, output_dir)
     if arguments.json:
@@ -272,6 +276,13 @@ def _own_step(
         inputs=inputs,
         settings={**settings, "data": data["sha256"]},
     )
+
+
+def _move(made: Path, place: Path) -> None:
+    """Put a directory that a step has just made in its place."""
+    if made.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+        made.rename(place)
 
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:

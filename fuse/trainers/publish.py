@@ -8,16 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+AVERAGE_DIRECTORY = "ema"
+"""Of the average of a policy's weights, in the policy's."""
+
 
 def write_policy(directory: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read."""
     directory.mkdir(parents=True, exist_ok=True)  # save_pretrained returns without a word where a file is in its way
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-AVERAGE_DIRECTORY = "ema"
-"""Of the average of a policy's weights, in the policy's."""
 
 
 def write_policies(

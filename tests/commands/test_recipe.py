@@ -50,6 +50,7 @@ rl:
   gradient-accumulation-steps: 2
   num-ppo-epochs: 1
   response-length: 6
+  ema_decay: 0.5
   save-steps: 1
 """
 
@@ -102,7 +103,7 @@ def test_a_recipe_goes_on_after_a_kill_in_each_step(toy, options, capsys):
     assert 0 < written["p_value"] <= 1
     rewards = written["steps"]["rl"]["metrics"]["log_history"]
     assert [entry["step"] for entry in rewards if "objective/scores" in entry] == [1, 2, 3, 4]
-    for name in ("sft", "policy"):
+    for name in ("sft", "policy", "policy_ema"):
         AutoModelForCausalLM.from_pretrained(out / name)
         AutoTokenizer.from_pretrained(out / name)
     assert AutoModelForSequenceClassification.from_pretrained(out / "reward").config.num_labels == 1
