@@ -57,7 +57,12 @@ GROUPS = (
         entries=(
             _entry("objective/scores", "", "PPO: mean score of the responses", "Rises"),
             _entry("objective/scores_std", "", "PPO: standard deviation of the scores", _SPREAD),
-            _entry("objective/rlhf_reward", "", "PPO: mean score less the KL penalty", "Rises"),
+            _entry(
+                "objective/rlhf_reward",
+                "",
+                "PPO: mean score, over its baseline and clipped, less the KL penalty",
+                "Rises",
+            ),
             _entry(
                 "objective/scores_over_reference",
                 "",

@@ -4,10 +4,11 @@ The responses are generated and scored before the first update, in one pass over
 The engines have the reference's weights meanwhile, by way of the stages that train: no engine holds two models, and
 updates cost what they cost without. Noise is a function of (seed, row, position), so the scores are the same whenever
 they are made. They are kept in the run's state, and so in its checkpoints: a resumed run generates what is missing,
-which is nothing unless it is longer, or was ended before its first checkpoint.
+which is nothing unless it is longer, or was ended before its first checkpoint. A response that the reward function
+fails on has `reward_error_score`, as any other.
 
-Source: Hou et al. 2024, "ChatGLM-RLHF" (arXiv 2404.00934): r'(x, y) = r(x, y) - r(x, y_ref). It does not say how the
-response is decoded; here it is sampled as in training.
+Source: Hou et al. 2024, "ChatGLM-RLHF" (arXiv 2404.00934): r'(x, y) = r(x, y) - r(x, y_ref). That the response
+is sampled as in training is a choice of ours.
 """
 
 from __future__ import annotations
