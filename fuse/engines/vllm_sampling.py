@@ -110,7 +110,7 @@ class CounterSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no typ
         if self._filters is None:
             tokens, logprobs = sample_tokens(allowed, *how)
         else:
-            see(self._filters, torch.tensor([row.last_token_id for row in rows], device=self._device))
+            see(self._filters, torch.tensor([[row.last_token_id] for row in rows], device=self._device))
             tokens, logprobs = sample_filtered_tokens(allowed, *how, self._filters)
         if (group := get_tp_group()).world_size > 1:  # sums may be rounded otherwise elsewhere
             tokens = group.broadcast(tokens.contiguous())

@@ -82,6 +82,9 @@ def test_a_follower_that_fails_takes_its_leader_with_it(
     leader.tell("fail")
     ends.wait()
     thread.join()
+    for reader in threading.enumerate():
+        if reader.name == "lockstep":
+            reader.join()  # either end of the line may have been first
     assert told == ["failed"]
     assert "a process that shares this engine has failed: KeyError: 'no such block'" in capfd.readouterr().err
 
