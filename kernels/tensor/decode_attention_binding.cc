@@ -30,7 +30,8 @@ void bind_decode_attention(nb::module_& module) {
                          slots ? slots->data() : nullptr, rows, kv_heads, group, head_dim, scale, output.data());
       },
       nb::arg("query").noconvert(), nb::arg("keys").noconvert(), nb::arg("values").noconvert(),
-      nb::arg("lengths").noconvert(), nb::arg("slots").noconvert().none(), nb::arg("scale"), nb::arg("output").noconvert(),
+      nb::arg("lengths").noconvert(), nb::arg("slots").noconvert().none(), nb::arg("scale"),
+      nb::arg("output").noconvert(),
       "Writes every row's attention; each token's head_dim elements are contiguous, tokens follow one another, shapes "
       "and lengths are the caller's to check.");
 }

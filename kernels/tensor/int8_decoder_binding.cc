@@ -23,10 +23,9 @@ void bind_int8_decoder(nb::module_& module) {
         const Int8Matrix head{static_cast<const std::int8_t*>(address(1)), static_cast<const float*>(address(2)),
                               static_cast<const float*>(address(3))};
         nb::gil_scoped_release release;
-        int8_decode(sizes, reinterpret_cast<const DecoderLayer*>(layers.data()),
-                    static_cast<const float*>(address(0)), head, embeddings.data(), epsilon, token_ids.data(),
-                    slots.data(), positions.data(), cosines.data(), sines.data(),
-                    static_cast<std::int64_t>(token_ids.shape(0)), logits.data());
+        int8_decode(sizes, reinterpret_cast<const DecoderLayer*>(layers.data()), static_cast<const float*>(address(0)),
+                    head, embeddings.data(), epsilon, token_ids.data(), slots.data(), positions.data(), cosines.data(),
+                    sines.data(), static_cast<std::int64_t>(token_ids.shape(0)), logits.data());
       },
       nb::arg("shape"), nb::arg("layers"), nb::arg("ends"), nb::arg("embeddings").noconvert(), nb::arg("epsilon"),
       nb::arg("token_ids").noconvert(), nb::arg("slots").noconvert(), nb::arg("positions").noconvert(),

@@ -50,8 +50,8 @@ __attribute__((target("avx2"))) void dots_avx2(const std::int16_t* inputs, const
     for (std::int64_t i = first; i < end; i += 16) {
       _mm_prefetch(reinterpret_cast<const char*>(weights + i * outs + kAhead), _MM_HINT_T0);
       for (int out = 0; out < outs; ++out) {
-        const __m256i wide = _mm256_cvtepi8_epi16(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights + out * width + i)));
+        const __m256i wide =
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights + out * width + i)));
         for (int row = 0; row < rows; ++row) {
           const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(inputs + row * width + i));
           lanes[row * outs + out] = _mm256_add_epi32(lanes[row * outs + out], _mm256_madd_epi16(wide, own));
