@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fuse.state_dict import load_state_dict
 from fuse.workers.calls import gather
@@ -17,7 +17,7 @@ def fetch_average(model: nn.Module, workers: Sequence[ModelHandle], role: str) -
 
     Ranks may tell of the same parameter, as of copies of a tied one, and then of the same average.
     """
-    average = {name: one for name, one in model.named_parameters() if not one.requires_grad}
+    average: dict[str, Tensor] = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     for part in gather([worker.export_average(role) for worker in workers]):
         average |= get_state_dict([part])
     load_state_dict(model, average)
