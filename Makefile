@@ -122,7 +122,26 @@ $(VENV)/.notebook: $(VENV)/.dependencies
 	$(BIN)/python -c "$$INSTALL" --requirement $(VENV)/notebook-requirements.txt
 	touch $@
 
-# The figures of docs/how-it-works.md.
+# Runs the notebook's code, and keeps its pictures in it. Without a kernel: widgets have nobody to talk to then.
+define SAVE_PICTURES
+import nbformat
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+path = "notebooks/visualizer.ipynb"
+notebook = nbformat.read(path, as_version=4)
+shell = InteractiveShell.instance()
+for cell in notebook.cells:
+    if cell.cell_type == "code":
+        with capture_output() as captured:
+            ran = shell.run_cell(cell.source)
+        ran.raise_error()
+        shown = [{"image/png": output.data["image/png"]} for output in captured.outputs if "image/png" in output.data]
+        cell.outputs = [nbformat.v4.new_output("display_data", data) for data in shown]
+nbformat.write(notebook, path)
+endef
+export SAVE_PICTURES
+
+# The figures of docs/how-it-works.md, and the pictures that the notebook keeps.
 figures: setup
 	mkdir -p out
 	$(BIN)/fuse solve --actor-stages 4 --actor-microbatches 8 --actor-forward 2 --actor-activation 2 \
@@ -130,6 +149,7 @@ figures: setup
 	$(BIN)/fuse show out/fused.json --svg docs/figures/fused_schedule.svg
 	$(BIN)/fuse simulate --lengths docs/figures/lengths.csv --devices 6 --batch 96 --prompt-tokens 1024 \
 		--policy adaptive --svg docs/figures/rollout.svg
+	PLOTLY_RENDERER=json $(BIN)/python -c "$$SAVE_PICTURES"
 
 # Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
 RUN_TESTS := tests/parity tests/commands tests/benchmarks tests/workers/test_score_flow.py

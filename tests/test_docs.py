@@ -148,7 +148,12 @@ def _parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the command is given by this line; None where the line asks for help, which the parser itself gives."""
     _, module, _ = cli._select(argv)
     given: list[Any] = []
-    monkeypatch.setattr(import_module(module), "run", lambda arguments: given.append(arguments) or 0)
+
+    def run(arguments: Any) -> int:
+        given.append(arguments)
+        return 0
+
+    monkeypatch.setattr(import_module(module), "run", run)
     try:
         status: object = cli.main(argv)
     except SystemExit as end:
