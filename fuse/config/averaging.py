@@ -14,7 +14,7 @@ class AveragingOptions:
         metadata={
             "help": "Keep a moving average of the policy's weights, of which every optimizer step keeps this share and "
             "takes the rest from the new weights. It is saved beside the policy, in `ema`, and part of checkpoints; "
-            "nothing is generated or trained by it. Default: none; DeepSpeed-Chat has 0.992."
+            "nothing is generated or trained by it. Default: none."
         },
     )
 
