@@ -18,10 +18,15 @@ from typing import Any, TextIO
 
 from schedules.files import write_whole
 
-_GRACE_S = 60.0
 _POLL_S = 0.1
-_FOLLOWER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-"""Runs a command that is asked to end (SIGTERM, 15) when its parent dies (PR_SET_PDEATHSIG, 1)."""
+_FOLLOWER = """
+import os, signal, subprocess, sys, threading
+signal.signal(signal.SIGINT, lambda *_: None)
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, close_fds=False)
+threading.Thread(target=lambda: (os.read(0, 1), process.terminate()), daemon=True).start()
+sys.exit(process.wait() & 255)
+"""
+"""Runs a command, and asks it to end, once, when whoever holds its standard input has closed that, or died."""
 
 
 class StepError(RuntimeError):
@@ -126,6 +131,7 @@ def _run(command: Sequence[str], step: Step, tell: Callable[[str], None], lock: 
         written.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, "-c", _FOLLOWER, *command],
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -170,9 +176,6 @@ def _lines(file: TextIO, process: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
