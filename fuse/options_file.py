@@ -19,12 +19,18 @@ def with_config_file(argv: Sequence[str]) -> list[str]:
     Raises:
         ValueError: no such file, or one that is no mapping.
     """
-    path = None
-    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
-        option, separator, value = argument.partition("=")
-        if option == OPTION:
-            path = value if separator else following
+    path = last_value(argv, OPTION)
     return list(argv) if not path else [*_options(_mapping(Path(path)), "--"), *argv]
+
+
+def last_value(argv: Sequence[str], option: str) -> str | None:
+    """What a command line gives an option last, before any parser reads it; None where it does not."""
+    found = None
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
+        name, separator, value = argument.partition("=")
+        if name == option:
+            found = value if separator else following
+    return found
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

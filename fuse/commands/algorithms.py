@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
 import fuse
+from fuse.options_file import last_value
 
 CLASSES: Mapping[str, str] = MappingProxyType(
     {
@@ -25,11 +25,7 @@ OPTION = "--algorithm"
 
 def asked_for(argv: Sequence[str]) -> str:
     """The algorithm that a command line names last, or the first of NAMES; the parser says where there is none such."""
-    name = NAMES[0]
-    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
-        option, separator, value = argument.partition("=")
-        if option == OPTION:
-            name = value if separator else following
+    name = last_value(argv, OPTION)
     return name if name in NAMES else NAMES[0]
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -26,7 +25,7 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.printable import printable
 from fuse.trainers.data import TOKENS, prompt_rows
-from fuse.trainers.special_tokens import end_tokens
+from fuse.trainers.lone_engine import lone_engine
 
 RESET = "/reset"
 _CUT = "\ufffd"
@@ -82,17 +81,18 @@ class Speaker:
         tokenizer, model = load_tokenizer(path, None), load_policy(path)
         if arguments.system and not tokenizer.chat_template:
             raise ValueError(f"--system: the tokenizer at {path} has no chat template, so leave it out")
-        params = SamplingParams(
+        engine, params = lone_engine(
+            model,
+            tokenizer,
             seed=arguments.seed,
             temperature=arguments.temperature,
             max_new_tokens=arguments.max_new_tokens,
-            stop_token_ids=end_tokens(tokenizer, model),
+            max_batch=1,
         )
-        device: Any = torch.accelerator.current_accelerator() or torch.device("cpu")
         return cls(
             path=path,
             tokenizer=tokenizer,
-            engine=TransformersEngine(model.to(device), max_batch=1),
+            engine=engine,
             params=params,
             system=[{"role": "system", "content": arguments.system}] if arguments.system else [],
         )

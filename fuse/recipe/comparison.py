@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fuse.engines.engine import GenerationRequest, SamplingParams
-from fuse.engines.transformers import TransformersEngine
+from fuse.engines.engine import GenerationRequest
 from fuse.recipe import reward
 from fuse.trainers.data import TOKENS, prompt_rows, read_rows
-from fuse.trainers.special_tokens import end_tokens
+from fuse.trainers.lone_engine import lone_engine
 from fuse.training.scoring import TokenSequence, scores
 
 SAMPLES = "comparison.jsonl"
@@ -91,14 +90,13 @@ def _responses(path: str, rows: Sequence[Any], comparison: Comparison) -> list[T
         tuple(row[TOKENS])
         for row in prompt_rows(rows, tokenizer, prompt_column="prompt", response_length=comparison.max_new_tokens)
     ]
-    context = max(map(len, prompts)) + comparison.max_new_tokens
-    model: Any = AutoModelForCausalLM.from_pretrained(path)
-    engine = TransformersEngine(model.to(_device()), max_context=context)
-    params = SamplingParams(
+    engine, params = lone_engine(
+        AutoModelForCausalLM.from_pretrained(path),
+        tokenizer,
         seed=comparison.seed,
         temperature=comparison.temperature,
         max_new_tokens=comparison.max_new_tokens,
-        stop_token_ids=end_tokens(tokenizer, model),
+        max_context=max(map(len, prompts)) + comparison.max_new_tokens,
     )
     for index, prompt in enumerate(prompts):
         engine.submit(GenerationRequest(sample_id=index, prompt_ids=prompt, params=params))
@@ -108,7 +106,3 @@ def _responses(path: str, rows: Sequence[Any], comparison: Comparison) -> list[T
             tokens[token.sample_id].append(token.token_id)
     engine.close()
     return [TokenSequence(prompt, response) for prompt, response in zip(prompts, tokens, strict=True)]
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")

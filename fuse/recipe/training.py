@@ -93,7 +93,7 @@ def read_tokenised(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Tokeni
 
 
 def run_trainer(trainer: Any, name: str) -> None:
-    """Train, from the last checkpoint where there is one, and leave the model alone in the output directory."""
+    """Train, from the last checkpoint where there is one, and save the model in the directory of the checkpoints."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Lines(name))
     directory = trainer.args.output_dir
@@ -109,8 +109,8 @@ class _Lines(TrainerCallback):
         self._name, self._loss = name, ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        losses: Sequence[float] = [float(logs[key]) for key in ("loss",) if logs and key in logs]
-        self._loss = f", loss {losses[0]:.4g}" if losses else self._loss
+        if logs and "loss" in logs:
+            self._loss = f", loss {float(logs['loss']):.4g}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         print(f"{self._name}: step {state.global_step} of {state.max_steps}{self._loss}", flush=True)
