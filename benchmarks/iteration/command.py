@@ -50,13 +50,14 @@ _OPTIONS = (
     "emulate", "costs", "time_scale",
 )  # fmt: skip
 _DEFAULTS = {
-    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 1, "max_new_tokens": 256, "repeats": 5,
+    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 4, "max_new_tokens": 256, "repeats": 5,
 }  # fmt: skip
 """Of options that have others where devices are emulated."""
 _REPORTED = (*_OPTIONS, "pad_token")
 _FIELDS = ("machine", "date", "options", "rows")
 _SMOKE = {
-    "batch": 8, "micro_batch": 2, "max_new_tokens": 16, "warmup": 1, "repeats": 1, "variants": [SERIAL, "both"],
+    "batch": 8, "micro_batch": 2, "mini_batches": 1, "max_new_tokens": 16, "warmup": 1, "repeats": 1,
+    "variants": [SERIAL, "both"],
 }  # fmt: skip
 
 
