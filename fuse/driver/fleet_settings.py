@@ -16,7 +16,7 @@ from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.mixing import Mixing
 from fuse.interstage.rollout_planner import RolloutSettings
 from fuse.intrastage.forward_only import Scorer
-from fuse.intrastage.placement import Counts, Replica, num_micro_batches, replicas_of
+from fuse.intrastage.placement import Counts, Replica, most_replicas, num_micro_batches, replicas_of
 from fuse.intrastage.plan_settings import PlanSettings
 from fuse.intrastage.training_schedule import serial_schedule
 from fuse.roles import GENERATING
@@ -24,6 +24,7 @@ from fuse.training.late_scores import SCORED_BY
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.regrouping import Dealing
 from fuse.training.rounds import Round
 from fuse.training.scoring import ScoringSettings
 from fuse.workers.kv.transfer import MakeKVTransfer
@@ -99,15 +100,26 @@ class FleetSettings:
         """Of each model that trains."""
         return dict(Counter(replica.model for replica in self.placement))
 
+    def _counts(self, one: Round) -> Counts:
+        """Micro-batches of the round, where they are dealt with one at least for each replica."""
+        units, dealing = self.training.units, Dealing(replicas=most_replicas(self.placement))
+        fed = {
+            role: dealing.number(len(part.micro_batches), sum(map(len, part.micro_batches)) // units[role])
+            for role, part in one.parts.items()
+            if role in units
+        }
+        return tuple((name, fed.get(name, count)) for name, count in one.counts)
+
     def for_rounds(self, rounds: Sequence[Round]) -> FleetSettings:
         """The same for a run whose updates have rounds like these.
 
         Raises: ValueError when one cannot be scheduled.
         """
-        for one in rounds:
-            serial_schedule(replicas_of(self.placement, one.counts), one.counts)
+        counts = [self._counts(one) for one in rounds]
+        for one in counts:
+            serial_schedule(replicas_of(self.placement, one), one)
         most = {
-            role: max([least, *(num_micro_batches(one.counts, role) for one in rounds)])
+            role: max([least, *(num_micro_batches(one, role) for one in counts)])
             for role, least in self.num_replicas.items()
         }
         return replace(self, micro_batches_per_step=tuple(most.items()))

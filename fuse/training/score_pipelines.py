@@ -149,7 +149,7 @@ class ScorePipelines:
             self._num_waves += 1
             counts = [(len(own), sum(map(len, own))) for _, own in entering.values()]
             samples, tokens = max(counts, key=lambda count: count[1])
-            sizes = {"samples": samples, "tokens": tokens, "call": self._num_waves}
+            sizes: dict[str, object] = {"samples": samples, "tokens": tokens, "call": self._num_waves}
             yield [self._enter(piece.number, role, *one, sizes) for role, one in entering.items()]
 
     def _cut(self, role: str, sequences: Sequence[TokenSequence]) -> list[tuple[list[int], list[TokenSequence]]]:
@@ -159,9 +159,9 @@ class ScorePipelines:
         return [(indices, [seen[index] for index in indices]) for indices in cut]
 
     def _enter(
-        self, piece: int, role: str, indices: list[int], sequences: list[TokenSequence], sizes: Mapping[str, int]
+        self, piece: int, role: str, indices: list[int], sequences: list[TokenSequence], sizes: Mapping[str, object]
     ) -> Passage:
-        """By the replicas of the model in turn."""
+        """By the replicas of the model in turn; its spans tell whose samples they are about."""
         numbers = self._numbers[role]
         number = numbers[self._num_entered[role] % len(numbers)]
         self._num_entered[role] += 1
@@ -169,7 +169,7 @@ class ScorePipelines:
             pipeline=number,
             key=_Key(piece, role, tuple(indices), tuple(sequences)),
             micro_batch=laid_out(sequences, rows_of(kind_of(role))).to(self._device),
-            sizes=sizes,
+            sizes={**sizes, "sample_ids": [one.sample_id for one in sequences]},
         )
 
     def _scored(self, result: tuple[Any, Tensor]) -> Scored:

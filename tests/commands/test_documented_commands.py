@@ -15,6 +15,7 @@ import pytest
 
 from fuse import cli
 from fuse.commands import show
+from fuse.demo.tokenizer import arithmetic_tokenizer
 
 from ..documents import PAGES, ROOT, TUTORIAL, blocks, command_lines
 from ..tiny_models import build, classifier
@@ -77,6 +78,7 @@ def test_readmes_runs_train(tutorial: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (directory / "rewards.py").write_text(REWARDS)
     scorer = build(classifier(vocab_size=17, hidden_size=32, max_position_embeddings=256, pad_token_id=0))
     scorer.save_pretrained(directory / "scorer")
+    arithmetic_tokenizer().save_pretrained(directory / "scorer")
     monkeypatch.chdir(directory)
     monkeypatch.setattr(sys, "path", [str(directory), *sys.path])
     monkeypatch.delitem(sys.modules, "rewards", raising=False)
