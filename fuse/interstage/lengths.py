@@ -1,4 +1,4 @@
-"""How much longer will a sample run? A survival curve learnt from past iterations, and what others of its prompt tell."""
+"""How much longer will a sample run? A survival curve learnt from past iterations, and what others of its prompt tell.
 
 A response of at most `limit` tokens that is longer than t has survived t: S(t) = P(length > t), S(limit) = 0. What is
 left of one that has come to age a follows from S alone: P(length > t | length > a) = S(t) / S(a).
