@@ -44,6 +44,7 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "rollout": "rollouts under each migration policy, and generation by itself",
         "migration": "the pause of a sample that moves between engines",
         "speculation": "drafts against plain decoding",
+        "tail": "updates without and with what shortens and fills the long tail, simulated",
         "training": "pipeline training of actor and critic",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",

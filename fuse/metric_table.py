@@ -204,6 +204,13 @@ GROUPS = (
             ),
             _timed("step_time", "s", "The same as `time/total`, by TRL's name"),
             _timed("eps", "samples/s", "Samples a second since the run began or was resumed, rounded down"),
+            _timed("speculation/accepted", "share", "Tokens that drafts proposed, and that the policy drew, too"),
+            _timed(
+                "speculation/tokens_per_step",
+                "tokens",
+                "Of a sample in a decode step, with drafts or without",
+                "Above 1: where drafts do not pay, there are none",
+            ),
             _timed("migration/samples", "samples", "Samples that left an engine for another"),
             _timed("migration/bytes", "bytes", "KV that they took along"),
             _timed(

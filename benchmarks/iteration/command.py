@@ -47,7 +47,7 @@ _OPTIONS = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
-    "emulate", "costs", "time_scale",
+    "emulate", "costs", "time_scale", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 _DEFAULTS = {
     "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 4, "max_new_tokens": 256, "repeats": 5,
@@ -187,7 +187,7 @@ def _measure(arguments: argparse.Namespace, devices: Any) -> dict[str, Any]:
     if arguments.emulate is None:
         measured = rounds.measure(arguments)
     else:
-        emulated = costs_of(arguments.costs)
+        emulated = costs_of(arguments)
         measured, make_row, costs = (
             emulation.measure(arguments, emulated, devices),
             emulated_row,

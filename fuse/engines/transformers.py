@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -241,7 +242,7 @@ class TransformersEngine:
         drafts = self._speculation.propose(self._rows)
         generated = self._verify(drafts) if any(drafts) else self._rows.sample(self._decode())
         self._speculation.learn(generated)
-        return generated
+        return [replace(generated[0], draft_s=self._speculation.proposing_s), *generated[1:]]
 
     def _verify(self, drafts: Sequence[Sequence[int]]) -> list[GeneratedToken]:
         context = round_up(max(row.num_cached + 1 + len(draft) for row, draft in zip(self._rows, drafts, strict=True)))

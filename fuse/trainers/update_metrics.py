@@ -1,4 +1,4 @@
-"""Figures of an update that no loss gives: KL by position, tokens a second, samples that moved, bytes of devices."""
+"""Figures of an update that no loss gives: KL by position, tokens a second, drafts, samples that moved, memory."""
 
 from __future__ import annotations
 
@@ -81,6 +81,25 @@ def migrations(tracks: Tracks) -> dict[str, float]:
         f"migration/{name}": float(sum(int(str(one.get(name, 0))) for one in transfers))
         for name in ("samples", "bytes")
     }
+
+
+def drafts(tracks: Tracks) -> dict[str, float]:
+    """`speculation/accepted`, of the tokens that drafts proposed, and `speculation/tokens_per_step`, of a sample.
+
+    Steps without drafts count in the second. Nothing where nothing was drafted.
+    """
+    steps = [
+        span.arguments
+        for workers in tracks.values()
+        for span in workers.get("generation", ())
+        if span.name == "decode" and "drafted_tokens" in span.arguments
+    ]
+    batch, tokens, drafted = (
+        sum(int(str(one[name])) for one in steps) for name in ("batch", "tokens", "drafted_tokens")
+    )
+    if not drafted:
+        return {}
+    return {"speculation/accepted": (tokens - batch) / drafted, "speculation/tokens_per_step": tokens / batch}
 
 
 def device_bytes(tracks: Tracks) -> dict[str, float]:
