@@ -121,8 +121,8 @@ class PPOConfig(RunConfig):
     sft_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the policy's path.")
     reward_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the reward model's path.")
     dataset_num_proc: int | None = option(None, "For scripts: processes that tokenise the dataset.")
-    model_adapter_name: str | None = option(None, "Accepted for compatibility; must stay unset.")
-    ref_adapter_name: str | None = option(None, "Accepted for compatibility; must stay unset.")
+    model_adapter_name: str | None = option(None, "For scripts: the policy's adapter that trains.")
+    ref_adapter_name: str | None = option(None, "For scripts: the policy's adapter that is the reference.")
     ds3_gather_for_generation: bool = option(True, "Accepted for compatibility; no effect.")
 
     world_size: int | None = option(None, "Filled in by the trainer: always 1.")
@@ -193,10 +193,6 @@ class PPOConfig(RunConfig):
                 "one of them out"
             )
         self._check_kl_control()
-        if self.model_adapter_name is not None or self.ref_adapter_name is not None:
-            raise ValueError(
-                "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"
-            )
 
     def _check_kl_control(self) -> None:
         control = self.kl_control

@@ -132,6 +132,7 @@ def fleet_settings(
         mixing=config.mixing,
         late=late,
         output_dir=Path(str(config.output_dir)),
+        exported="merged" if config.engine == "vllm" else "trained",
         engine_devices=config.generation_tensor_parallel_size,
         placement=placement,
         alternative=alternative,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -22,6 +21,7 @@ from fuse.config.clip_range import as_pair
 from fuse.config.ppo import PPOConfig
 from fuse.config.run_length import RunLength
 from fuse.driver.fleet import Fleet
+from fuse.intrastage.adapters import base_of, train_adapter, with_adapter
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
 from fuse.termination import Termination
@@ -31,6 +31,7 @@ from fuse.trainers.callbacks import PolicyAndValue
 from fuse.trainers.data import check_dataset
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
+from fuse.trainers.reference import check_adapted_reference, reference_of
 from fuse.trainers.reference_scores import check_reference, missing_rows, score_references
 from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.reward_columns import check_reward_columns
@@ -43,6 +44,9 @@ from fuse.training.layout import Layout, RaggedLayout, TRLLayout
 from fuse.training.steps import Division, OptimizerStep
 from schedules.files import check_writable
 
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig, PeftModel
+
 
 class PPOTrainer(Trainer):
     """Proximal policy optimisation from rewards, in place of `trl.experimental.ppo.PPOTrainer`.
@@ -50,12 +54,15 @@ class PPOTrainer(Trainer):
     args: see `PPOConfig`.
     processing_class: the tokenizer; it needs a pad token.
     model: the policy, any causal language model that declares `base_model_pp_plan`.
-    ref_model: what the KL penalty measures from; None takes a copy of the policy.
+    ref_model: what the KL penalty measures from; None takes a copy of the policy. Of one with adapters there is none:
+        the policy itself, without them or by `args.ref_adapter_name`, is what it measures from.
     reward_model: a sequence classifier with one label, or a callable
         `(prompts: list[str], responses: list[str], **columns: list) -> list[float]`, given the dataset's other columns.
     train_dataset: rows with `input_ids`. No models share parameters.
     value_model: a sequence classifier with one label, trained as the critic.
-    data_collator, eval_dataset, callbacks: as in TRL. optimizers and peft_config must stay unset.
+    data_collator, eval_dataset, callbacks: as in TRL. optimizers must stay unset.
+    peft_config, value_peft_config: a `peft.LoraConfig` of adapters that train in place of the policy's weights, and of
+        the critic's, whose head trains beside them. Models may come with adapters, as `peft.PeftModel`, instead.
 
     After `train()` the trained weights are in `model` and `value_model`.
 
@@ -72,36 +79,40 @@ class PPOTrainer(Trainer):
         self,
         args: PPOConfig,
         processing_class: PreTrainedTokenizerBase,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         ref_model: PreTrainedModel | None,
         reward_model: PreTrainedModel | RewardFunction,
         train_dataset: Any,
-        value_model: PreTrainedModel,
+        value_model: PreTrainedModel | PeftModel,
         data_collator: Any = None,
         eval_dataset: Any = None,
         optimizers: tuple[None, None] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
-        peft_config: None = None,
+        peft_config: LoraConfig | None = None,
+        value_peft_config: LoraConfig | None = None,
     ) -> None:
-        checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers, peft_config)
+        checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers)
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         checks.check_tokenizer(processing_class)
         self.args = args
         self.processing_class = processing_class
-        self.policy_model = model
-        self.ref_model = ref_model if ref_model is not None else copy.deepcopy(model)
+        self.policy_model = with_adapter(model, peft_config, "peft_config")
+        train_adapter(self.policy_model, args.model_adapter_name)
         self.reward_model = reward_model
-        self.value_model = value_model
-        special = special_tokens(args, processing_class, model, samples_padding=args.trl_quirks)
-        models = {"actor": model, "critic": value_model, "reference": self.ref_model}
+        self.value_model = with_adapter(value_model, value_peft_config, "value_peft_config", replacing=("score",))
+        policy, critic = base_of(self.policy_model), base_of(self.value_model)
+        self.ref_model, variants = reference_of(policy, args.ref_adapter_name, ref_model)
+        check_adapted_reference(args, policy, is_given=ref_model is not None, adapter=args.ref_adapter_name)
+        special = special_tokens(args, processing_class, policy, samples_padding=args.trl_quirks)
+        models = {"actor": policy, "critic": critic, "reference": self.ref_model or policy}
         if isinstance(reward_model, PreTrainedModel):
             models["reward"] = reward_model
         checks.check_models(models, args.train_backend)
         checks.check_reward_options(args, reward_model)
         if args.reward_baseline == "reference":
-            check_reference(model, self.ref_model)
+            check_reference(policy, models["reference"])
         train_dataset, lengths = self._usable(train_dataset, "train_dataset", special, data_collator)
         eval_lengths: list[int] = []
         if eval_dataset is not None:
@@ -122,7 +133,8 @@ class PPOTrainer(Trainer):
             length,
             layout,
             special,
-            shown=PolicyAndValue(model, value_model),
+            shown=PolicyAndValue(self.policy_model, self.value_model),
+            variants=variants,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             prompt_lengths=[lengths, eval_lengths],

@@ -25,7 +25,7 @@ from fuse.intrastage.observed import MEMORY
 from fuse.intrastage.optimizer import AVERAGE, AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
 from fuse.intrastage.planned_times import PlannedSteps
-from fuse.intrastage.stage import TrainedStage
+from fuse.intrastage.stage import Exported, TrainedStage
 from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss, MicroBatch
@@ -84,7 +84,7 @@ class TrainingSettings:
         tensor_group: dist.ProcessGroup | None,
     ) -> TrainedStage:
         """A stage of this role's model, whose parameters are yet to be loaded."""
-        stage_class: Any = TransformersStage
+        stage_class: Any = partial(TransformersStage, **spec.stage_options(self.autocast))
         if self.backend == "megatron":
             from fuse.intrastage.megatron_stage import MegatronStage  # imports megatron-core
 
@@ -101,6 +101,7 @@ class TrainingSettings:
             gradient_checkpointing=self.gradient_checkpointing,
             split_backward=self.split_backward,
         )
+        made.freeze(spec.frozen)
         return made
 
 
@@ -142,8 +143,6 @@ class TrainingRank:
             for stage, owner in enumerate(replica.ranks)
             if owner == self._rank
         }
-        for (pipeline, _), held in self._stages.items():
-            held.freeze(specs[placement[pipeline].model].frozen)
         self._pipelines = [(replica.name, replica.ranks) for replica in placement]
         self._communicators = communication.open_pipelines(
             self._pipelines, settings.timeout_s, settings.tensor_parallel_size
@@ -310,22 +309,22 @@ class TrainingRank:
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
-    def exported_shapes(self, model: str) -> dict[str, torch.Size]:
+    def exported_shapes(self, model: str, part: Exported) -> dict[str, torch.Size]:
         """Of what this device and those that share its stages tell of a model, by Hugging Face name, in that order."""
-        return {name: shape for stage in self._told(model) for name, shape in stage.exported_shapes.items()}
+        return {name: shape for stage in self._told(model) for name, shape in stage.exported_shapes(part).items()}
 
-    def stream_weights(self, model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def stream_weights(self, model: str, dtype: torch.dtype, part: Exported) -> Iterator[tuple[str, Tensor]]:
         """What has `exported_shapes`, one tensor at a time; devices that share stages ask in step.
 
         Each weight is told by the first of one such group alone.
         """
         self.offload.bring_weights(model)
         for stage in self._told(model):
-            yield from stage.export_weights(dtype)
+            yield from stage.export_weights(dtype, part)
 
-    def export_weights(self, model: str) -> dict[str, Tensor]:
+    def export_weights(self, model: str, part: Exported = "whole") -> dict[str, Tensor]:
         """What this device tells of a model, at once."""
-        state_dict = dict(self.stream_weights(model, torch.float32))
+        state_dict = dict(self.stream_weights(model, torch.float32, part))
         return state_dict if self.is_first_of_group else {}
 
     def export_average(self, model: str) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuse.intrastage.adapters import SwitchedStage
 from fuse.intrastage.communication import Communicator
 from fuse.intrastage.forward_flow import ForwardFlow, ForwardPipeline, Passage
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -64,6 +66,7 @@ class ScorePipelines:
     """One device's part of scoring; all devices of the world build it at once, and call `advance` in the same order.
 
     specs: by role, models of which each device has a share, and their parameters' types. They do not train.
+    variants: by role, models that are scored through the stages of those that train, by other adapters or by none.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class ScorePipelines:
         settings: ScoringSettings,
         recorder: SpanRecorder,
         timeout_s: float,
+        *,
+        variants: Mapping[str, ModelSpec] = MappingProxyType({}),
     ) -> None:
         self._settings, self._device = settings, device
         self.shares = {
@@ -88,6 +93,7 @@ class ScorePipelines:
                 device=device,
                 autocast=settings.autocast,
                 dtype=dtype,
+                adapters=spec.adapters,
             )
             for role, (spec, dtype) in specs.items()
         }
@@ -111,6 +117,10 @@ class ScorePipelines:
 
         for replica, devices, stages, communicator in training.forward_pipelines():
             add(replica.model, devices, stages, communicator)
+            for role, spec in variants.items():
+                if spec.variant_of == replica.model:
+                    switched = {number: SwitchedStage(stage, spec.adapters) for number, stage in stages.items()}
+                    add(role, devices, switched, communicator)
         if specs:
             every = range(num_devices)
             shared = Communicator("scoring", every, step=1, timeout_s=timeout_s)

@@ -79,7 +79,6 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
         ({"response_length": 1 << 70}, "response_length has 22 digits: give a number that 64 bits hold"),
         ({"seed": -1}, "seed=-1 must be from 0 to 4294967295"),
         ({"optim": "sgd"}, "optim=.* is not supported: use adamw_torch"),
-        ({"model_adapter_name": "adapter"}, "PEFT adapters are not supported"),
         ({"critic_learning_rate": -1e-5}, "critic_learning_rate=-1e-05 must not be negative"),
         ({"critic_ppo_epochs": 0}, "critic_ppo_epochs=0 must be at least 1"),
         ({"critic_num_mini_batches": 0}, "critic_num_mini_batches=0 must be at least 1"),
