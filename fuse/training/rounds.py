@@ -64,7 +64,7 @@ class Round:
     scored: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> tuple[tuple[str, int], ...]:
         trained = ((role, len(part.micro_batches)) for role, part in self.parts.items())
         return (*trained, *((name, len(micro_batches)) for name, micro_batches in self.scored.items()))
 
