@@ -56,8 +56,16 @@ class RemainingLengths(Protocol):
         """Tokens still to come, at least 1, not exceeded with probability `level`, [..., n] or one; [..., n]."""
         ...
 
+    def chance(self, ids: Ints, ages: Ints, tokens: Floats) -> Floats:
+        """Probability of more than so many tokens [n] to come, [n]."""
+        ...
+
     def given(self, live: LiveSamples, ended: EndedSamples) -> RemainingLengths:
         """The same, knowing how a rollout stands; it is asked about its live samples alone, at their ages."""
+        ...
+
+    def untold(self) -> RemainingLengths:
+        """The same, knowing nothing of other responses to the samples' prompts."""
         ...
 
 
@@ -205,6 +213,19 @@ class SurvivalLengths:
         reached = np.searchsorted(-self.curve, -target - _ROUNDING, side="left")
         return np.clip(self.grid[reached] - ages, 1.0, self.limit - ages)
 
+    def chance(self, ids: Ints, ages: Ints, tokens: Floats) -> Floats:
+        """The curve so far beyond the age, over its height there, or as siblings have it."""
+        ages = np.minimum(ages, self.limit - 1)
+        then = np.minimum(ages + tokens, self.limit - 1)
+        if (told := self._told(ids, ages)) is not None:
+            gain = self._growth(then) - self._growth(ages)
+            return survival_given(gain[:, None], self.variance, *told)[:, 0]
+        return self._at(*self._locate(then)) / self._at(*self._locate(ages))
+
+    def untold(self) -> SurvivalLengths:
+        """The pooled curve alone."""
+        return replace(self, past=np.zeros((2, 0)), told=None)
+
     def _told(self, ids: Ints, ages: Ints) -> tuple[Floats, Floats] | None:
         """How many have ended of each sample's siblings and its prompt's past, and the exposure; None for nothing."""
         if self.told is not None:
@@ -278,6 +299,14 @@ class KnownLengths:
         """What is left, at every level."""
         shape = np.broadcast_shapes(np.shape(level), ids.shape)
         return np.broadcast_to(self.expected(ids, ages), shape)
+
+    def chance(self, ids: Ints, ages: Ints, tokens: Floats) -> Floats:
+        """There is no doubt."""
+        return (self.expected(ids, ages) > tokens).astype(np.float64)
+
+    def untold(self) -> KnownLengths:
+        """It has been told of no other responses."""
+        return self
 
     def given(self, live: LiveSamples, ended: EndedSamples) -> KnownLengths:
         """Nothing is to be told."""

@@ -236,6 +236,25 @@ def test_earlier_epochs_tell_what_siblings_that_have_ended_do() -> None:
     assert more.expected(live.ids, live.response_tokens)[0] < 0.9 * known
 
 
+def test_a_quantile_has_its_chance_whatever_is_told() -> None:
+    samples = model(clayton(0, 64, 1.0)).for_samples()
+    live, ended = at_age(clayton(1, 8, 1.0), 50)
+    told = samples.given(live, ended)
+    assert told.told is not None
+    for level in (0.1, 0.5, 0.9):
+        for one in (samples, told):
+            beyond = one.chance(live.ids, live.response_tokens, one.quantile(live.ids, live.response_tokens, level))
+            assert beyond == pytest.approx(np.full(len(live), 1 - level), abs=0.03)
+    far = samples.quantile(live.ids, live.response_tokens, 0.9)
+    assert np.array_equal(
+        told.untold().chance(live.ids, live.response_tokens, far),
+        samples.chance(live.ids, live.response_tokens, far),
+    )
+    gone = np.bincount(ended.prompts, minlength=8)[live.prompts]
+    chances = told.chance(live.ids, live.response_tokens, far)
+    assert chances[gone == gone.max()].mean() < 0.5 * chances[gone == gone.min()].mean()
+
+
 @cache
 def makespans(draw: Callable[[int, int, float], Ints], strength: float, seed: int) -> tuple[float, float]:
     """Seconds of a rollout of 8 groups of 8 on 4 engines, by pooled lengths and by those that siblings tell of."""
