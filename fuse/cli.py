@@ -45,6 +45,7 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "migration": "the pause of a sample that moves between engines",
         "speculation": "drafts against plain decoding",
         "training": "pipeline training of actor and critic",
+        "stabilisers": "what a recipe's options against going too far do",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",
         "gpu": "what only a GPU can show, checked without Ray",

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
+from fuse.config.run import RunConfig
 from fuse.trainers.callbacks import PPOState
+from fuse.trainers.publish import push_policy, write_model_card
 from fuse.trainers.run import Run
 
 
 class TrainerFace:
-    """The part of a trainer that looks into its run."""
+    """The part of a trainer that looks into its run, and tells the Hub of it."""
 
+    NAME: str
+    """Of the algorithm, for people."""
+    SOURCE: str
+    """Its paper, for people."""
+
+    args: RunConfig
+    processing_class: PreTrainedTokenizerBase
     _run: Run
 
     @property
@@ -60,3 +71,29 @@ class TrainerFace:
 
     def is_world_process_zero(self) -> bool:
         return True
+
+    def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> str:
+        """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
+        args = self.args
+        place = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+        options = {"commit_message": commit_message, **place, **options}
+        return push_policy(self._name, self._run.policy, self.processing_class, **options)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the output directory: what was trained, from what, how."""
+        tags = [tags] if isinstance(tags, str) else tags or []
+        name = model_name or self._name
+        write_model_card(
+            self._run.output_dir,
+            name,
+            self._run.policy,
+            f"{self.SOURCE} on {self.state.episode} prompts",
+            dataset_name,
+            [self.NAME.lower(), *tags],
+        )
+
+    @property
+    def _name(self) -> str:
+        return self.args.hub_model_id or self._run.output_dir.name
