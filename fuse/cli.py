@@ -46,6 +46,7 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "speculation": "drafts against plain decoding",
         "tail": "updates without and with what shortens and fills the long tail, simulated",
         "training": "pipeline training of actor and critic",
+        "stabilisers": "what a recipe's options against going too far do",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",
         "gpu": "what only a GPU can show, checked without Ray",

@@ -197,6 +197,12 @@ def late_columns(
     """
     if forward_only is False:
         return frozenset()
+    if config.auxiliary_dataset is not None:
+        if forward_only:
+            raise ValueError(
+                "forward_only=True with auxiliary_dataset, whose micro-batches nothing scores: leave one of them out"
+            )
+        return frozenset()
     found = set[str]()
     if config.intra_stage_fusion and all(len(set(replica.ranks)) > 1 for replica in placement):
         if config.recomputes_logprobs:

@@ -123,12 +123,13 @@ class FleetSettings:
     def _counts(self, one: Round) -> Counts:
         """Micro-batches of the round, where they are dealt with one at least for each replica."""
         units, dealing = self.training.units, Dealing(replicas=most_replicas(self.placement))
-        fed = {
+        added = {
             role: dealing.number(len(part.micro_batches), sum(map(len, part.micro_batches)) // units[role])
+            - len(part.micro_batches)
             for role, part in one.parts.items()
             if role in units
         }
-        return tuple((name, fed.get(name, count)) for name, count in one.counts)
+        return tuple((name, count + added.get(name, 0)) for name, count in one.counts)
 
     def for_rounds(self, rounds: Sequence[Round]) -> FleetSettings:
         """The same for a run whose updates have rounds like these.

@@ -52,12 +52,16 @@ def shapes_of(rounds: Sequence[Round], experience: Experience, layout: Layout) -
     """Of all that is trained; what several roles train counts once."""
     parts = [part for one in rounds for part in one.parts.values()]
     trained = dict.fromkeys(samples for part in parts for samples in part.micro_batches)
-    return [layout.shape(experience, samples) for samples in trained]
+    texts = [text.shape for part in parts for text in part.auxiliary]
+    return [*(layout.shape(experience, samples) for samples in trained), *texts]
 
 
 def _work(one: Round, experience: Experience, layout: Layout) -> Work:
     shapes = {
-        role: tuple(layout.shape(experience, samples) for samples in part.micro_batches)
+        role: (
+            *(layout.shape(experience, samples) for samples in part.micro_batches),
+            *(text.shape for text in part.auxiliary),
+        )
         for role, part in one.parts.items()
     }
     return Work(shapes)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from fuse.recipe.preferences import Preference, Text
+from fuse.recipe.preferences import Preference
 from fuse.trainers.data import TOKENS, prompt_rows
+from fuse.trainers.response_tokens import response_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,22 +29,6 @@ def tokenised(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Tok
     prompt_ids = row[TOKENS]
     return TokenisedPreference(
         prompt_ids=prompt_ids,
-        chosen_ids=_response_ids(preference.prompt, preference.chosen, prompt_ids, tokenizer),
-        rejected_ids=_response_ids(preference.prompt, preference.rejected, prompt_ids, tokenizer),
+        chosen_ids=response_ids(preference.prompt, preference.chosen, prompt_ids, tokenizer),
+        rejected_ids=response_ids(preference.prompt, preference.rejected, prompt_ids, tokenizer),
     )
-
-
-def _response_ids(prompt: Text, response: Text, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Up to and with the end of sequence, where generation would stop."""
-    if isinstance(response, str) or isinstance(prompt, str):
-        ids = list(tokenizer(response, add_special_tokens=False)[TOKENS])
-    else:
-        whole = list(tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=False))
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise ValueError("the chat template renders the prompt otherwise where a response follows")
-        ids = whole[len(prompt_ids) :]
-    end = tokenizer.eos_token_id
-    ids = ids[: ids.index(end)] if end in ids else ids
-    if not ids:
-        raise ValueError("a response has no tokens")
-    return [*ids, end]

@@ -38,6 +38,7 @@ from fuse.trainers.reward_columns import check_named_arguments
 from fuse.trainers.rewards import function_name
 from fuse.trainers.rollouts import reward_settings
 from fuse.trainers.special_tokens import special_tokens
+from fuse.trainers.spread_filter import filtered_groups
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import FIRST_EVALUATION_ID, Trainer
 from fuse.training.layout import RaggedLayout
@@ -151,6 +152,7 @@ class GroupTrainer(Trainer):
             reward_weights=self._weights,
             penalties=args.penalties,
             mask_truncated=args.mask_truncated_completions,
+            min_variance=args.min_reward_variance,
         )
         self._set_up(
             models,
@@ -218,19 +220,22 @@ class GroupTrainer(Trainer):
         def score(samples: Sequence[Sample]) -> dict[str, float]:
             return self._score(fleet, samples, clock)
 
-        if not self.args.dynamic_sampling:
+        args = self.args
+        least, of_groups = args.min_reward_variance, (args.num_generations, self._weights)
+        if not args.dynamic_sampling:
             samples = draw(num_groups)
-            return samples, score(samples)
+            return samples, {**score(samples), **filtered_groups(samples, *of_groups, least)}
         sampling = DynamicSampling(
-            most_rounds=self.args.max_dynamic_rounds,
-            num_generations=self.args.num_generations,
+            most_rounds=args.max_dynamic_rounds,
+            num_generations=args.num_generations,
             reward_weights=self._weights,
             draw=draw,
             score=score,
+            min_variance=least,
         )
         samples, replaced, metrics = sampling.roll_out(num_groups)
         self.state.num_input_tokens_seen += sum(len(sample.prompt_ids) + sample.length for sample in replaced)
-        return samples, metrics
+        return samples, {**metrics, **filtered_groups(samples, *of_groups, least)}
 
     def _training_samples(self, batch: Any) -> list[Sample]:
         samples = self._grouped(batch, self.state.episode, self.args.num_generations)

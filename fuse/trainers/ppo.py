@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import reward_calls
 from fuse.trainers.special_tokens import special_tokens
+from fuse.trainers.spread_filter import left_out, probes, score_variances, untried
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import Trainer
 from fuse.training.layout import Layout, RaggedLayout, TRLLayout
@@ -111,8 +113,9 @@ class PPOTrainer(Trainer):
             models["reward"] = reward_model
         checks.check_models(models, args.train_backend)
         checks.check_reward_options(args, reward_model)
-        if args.reward_baseline == "reference":
-            check_reference(policy, models["reference"])
+        for name, without in {"reward_baseline": "none", "min_reward_variance": None}.items():
+            if (value := getattr(args, name)) != without:
+                check_reference(f"{name}={value!r}", policy, models["reference"])
         train_dataset, lengths = self._usable(train_dataset, "train_dataset", special, data_collator)
         eval_lengths: list[int] = []
         if eval_dataset is not None:
@@ -151,25 +154,44 @@ class PPOTrainer(Trainer):
         return usable
 
     def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:
+        if self.args.min_reward_variance is not None:
+            self._leave_out_prompts(fleet, self.args.min_reward_variance)
         if self.args.reward_baseline == "reference":
             self._score_references(fleet)
         yield from super()._updates(fleet, termination)
 
+    def _leave_out_prompts(self, fleet: Fleet, min_variance: float) -> None:
+        """See `fuse.trainers.spread_filter`."""
+        state, length, sampler = self.state, self._run.length, self.dataloader.sampler
+        assert isinstance(sampler, prompts.PassSampler)
+        sampler.left_out, sampler.pass_index = frozenset(), 0
+        size, num_probes = length.prompts_per_update, self.args.reward_variance_samples
+        state.reward_variances = state.reward_variances or [None] * len(self.train_dataset)
+        variances, order, num_needed = state.reward_variances, list(sampler), length.num_steps * size
+        of_run = untried(variances, order, num_needed=num_needed, min_variance=min_variance, num_together=size)
+        with ExitStack() as lent:
+            for number, rows in enumerate(of_run):
+                if number == 0:
+                    lent.enter_context(fleet.generating_by("reference"))
+                samples = probes(rows, num_probes, self._samples_of)
+                self._roll_out_reference(fleet, "responses to try prompts by, after {} prompts", samples, number * size)
+                for row, variance in zip(rows, score_variances(samples, num_probes), strict=True):
+                    variances[row] = variance
+        sampler.left_out = left_out(variances, min_variance, batch_size=size)
+
+    def _roll_out(
+        self, fleet: Fleet, prompts_left: Iterator[Any], clock: PhaseClock
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
+        samples, metrics = super()._roll_out(fleet, prompts_left, clock)
+        sampler = self.dataloader.sampler
+        if self.args.min_reward_variance is not None and isinstance(sampler, prompts.PassSampler):
+            metrics["spread_filter/prompts"] = float(len(sampler.left_out))
+        return samples, metrics
+
     def _score_references(self, fleet: Fleet) -> None:
         """See `fuse.trainers.reference_scores`."""
-        params, dataset = self._sampling_params(self.args.sampling_temperature), self.train_dataset
-        collate = self.get_train_dataloader().collate_fn
-
-        def samples_of(rows: Sequence[int]) -> list[Sample]:
-            batch = collate([dataset[row] for row in rows])
-            return self._samples(batch, 0, drop_padding=self._layout.drops_padding)
-
-        def roll_out(samples: Sequence[Sample], num_before: int) -> None:
-            with self.activity.part_of(f"reference responses after {num_before} of {len(missing)}"):
-                self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False)
-
         updates = islice(self._rows_of_updates(), self._run.num_updates_left)
-        scores = self.state.reference_scores or [None] * len(dataset)
+        scores = self.state.reference_scores or [None] * len(self.train_dataset)
         missing = missing_rows(scores, (row for rows in updates for row in rows))
         if not missing:
             return
@@ -177,10 +199,21 @@ class PPOTrainer(Trainer):
             self.state.reference_scores = score_references(
                 scores,
                 missing,
-                samples_of=samples_of,
-                roll_out=roll_out,
+                samples_of=self._samples_of,
+                roll_out=partial(self._roll_out_reference, fleet, f"reference responses after {{}} of {len(missing)}"),
                 num_together=self._run.length.samples_per_update,
             )
+
+    def _samples_of(self, rows: Sequence[int]) -> list[Sample]:
+        """New ones, of rows of the dataset."""
+        batch = self.get_train_dataloader().collate_fn([self.train_dataset[row] for row in rows])
+        return self._samples(batch, 0, drop_padding=self._layout.drops_padding)
+
+    def _roll_out_reference(self, fleet: Fleet, told: str, samples: Sequence[Sample], num_before: int) -> None:
+        """Have samples generated and scored as in training, apart from it. told: with a place for `num_before`."""
+        params = self._sampling_params(self.args.sampling_temperature)
+        with self.activity.part_of(told.format(num_before)):
+            self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False)
 
     def _rows_of_updates(self) -> Iterator[list[int]]:
         """Of the dataset, from the next update on."""

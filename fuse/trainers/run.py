@@ -114,7 +114,7 @@ class Run:
         self._run_id, self._saved_s = uuid.uuid4().hex, 0.0
         if resumed is None:
             self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
-            self.state.kl_coef, self.state.reference_scores = None, []
+            self.state.kl_coef, self.state.reference_scores, self.state.reward_variances = None, [], []
         else:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())

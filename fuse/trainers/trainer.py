@@ -28,6 +28,7 @@ from fuse.sample import Sample, SpecialTokens
 from fuse.termination import Termination, graceful_termination
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
+from fuse.trainers.auxiliary_text import auxiliary_text
 from fuse.trainers.completions import show_completions
 from fuse.trainers.face import TrainerFace
 from fuse.trainers.iteration import Iteration
@@ -103,6 +104,7 @@ class Trainer(TrainerFace):
         collates = data_collator is not None
         tokens = prompts.prompt_tokens(prompt_lengths, self._kept_tokens, collates=collates)
         checks.check_engine(args, policy, tokens)
+        self._text = auxiliary_text(args, self.processing_class, policy.config, tokens)
         self._settings = fleet_settings(
             args,
             algorithm,
@@ -118,7 +120,8 @@ class Trainer(TrainerFace):
         self._settings = replace(self._settings, variants=variants)
         updates = {1, min(len(self.dataloader), length.num_updates), length.num_updates}  # a pass's last may differ
         self._settings = self._settings.for_rounds([one for update in updates for one in self._rounds(update)])
-        self._settings = within_memory(args, self._settings, models, tokens)
+        text_shape = None if self._text is None else self._text.largest
+        self._settings = within_memory(args, self._settings, models, tokens, text_shape)
         self._run = Run(
             args,
             length,
@@ -235,8 +238,10 @@ class Trainer(TrainerFace):
         return {} if self._fleet is None else self._fleet.process_ids
 
     def _rounds(self, update: int) -> list[Round]:
-        settings = self._settings
-        return rounds(self._optimizer_steps(update), settings.num_replicas, is_fused=settings.plan.fused)
+        settings, steps = self._settings, dict(self._optimizer_steps(update))
+        if self._text is not None and GENERATING in steps:
+            steps[GENERATING] = self._text.beside(steps[GENERATING], update)
+        return rounds(steps, settings.num_replicas, is_fused=settings.plan.fused)
 
     @contextmanager
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:

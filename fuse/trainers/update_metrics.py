@@ -42,8 +42,8 @@ def token_rates(
 ) -> dict[str, float]:
     """Tokens a second of all devices together: `tokens_per_s/generation`, `/training` and `/total`.
 
-    Generation: tokens of responses, by the time in which some engine decoded. Training: tokens of prompts and
-    responses that pass through the policy's stages, or those of the one model that trains, by the time of that phase.
+    Generation: tokens of responses, by the time in which some engine decoded. Training: tokens of prompts, responses
+    and text that pass through the policy's stages, or those of the one model that trains, by the time of that phase.
     Total: tokens of prompts and responses, once, by the whole update's time. Padding never counts.
     """
     sizes = [len(sample.prompt_ids) + sample.length for sample in samples]
@@ -64,9 +64,10 @@ def _trained_tokens(sizes: Sequence[int], rounds: Sequence[Round]) -> int:
     role = GENERATING if GENERATING in roles else next(iter(roles), "")
     parts = [one.parts[role] for one in rounds if role in one.parts]
     places = [sample for part in parts for micro_batch in part.micro_batches for sample in micro_batch]
+    texts = sum(text.num_tokens for part in parts for text in part.auxiliary)
     if len({*places}) != len(sizes):
-        return round(len(places) * statistics.fmean(sizes)) if sizes else 0
-    return sum(sizes[place] for place in places)
+        return texts + (round(len(places) * statistics.fmean(sizes)) if sizes else 0)
+    return texts + sum(sizes[place] for place in places)
 
 
 def migrations(tracks: Tracks) -> dict[str, float]:

@@ -58,7 +58,7 @@ rl:
 @pytest.fixture(scope="module")
 def options(toy):
     file = toy / "options.yaml"
-    file.write_text(OPTIONS)
+    file.write_text(f"{OPTIONS}  auxiliary_dataset: {toy / 'out' / 'data' / 'sft.jsonl'}\n")
     return f"--config={file}"
 
 
@@ -103,6 +103,7 @@ def test_a_recipe_goes_on_after_a_kill_in_each_step(toy, options, capsys):
     assert 0 < written["p_value"] <= 1
     rewards = written["steps"]["rl"]["metrics"]["log_history"]
     assert [entry["step"] for entry in rewards if "objective/scores" in entry] == [1, 2, 3, 4]
+    assert all(entry["auxiliary/loss"] > 0 for entry in rewards if "objective/scores" in entry)
     for name in ("sft", "policy", "policy_ema"):
         AutoModelForCausalLM.from_pretrained(out / name)
         AutoTokenizer.from_pretrained(out / name)
