@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a policy by PPO, GRPO, RLOO, REINFORCE++ or online DPO on your prompts",
         "recipe": "from preference data to an aligned model: fine-tuning, reward model, reinforcement learning",
+        "rehearsal": "choose examples for a policy to rehearse: the best of clusters",
         "chat": "talk to a model",
         "demo": "teach a small model to add, from nothing, in a few minutes",
         "plan": "say what a run holds in memory on each device, and whether it fits",

@@ -20,6 +20,7 @@ from fuse.trainers.ppo import PPOTrainer
 from fuse.trainers.prompt_checks import too_long_remedy
 from fuse.trainers.reward_columns import takes_column
 from fuse.trainers.trainer import Trainer
+from fuse.training.advantage_model import is_advantage_model
 from fuse.workers.cluster import Cluster
 
 
@@ -101,6 +102,9 @@ def _ppo(
 
 
 def _critic(path: str | None, reward: object, policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
+    """That at `path`, or one on the reward model's layers, with its head where that is one of values."""
     if path is not None:
         return load_classifier(path)
-    return copy.deepcopy(reward) if isinstance(reward, PreTrainedModel) else critic_from_policy(policy, pad_token_id)
+    if isinstance(reward, PreTrainedModel) and not is_advantage_model(reward.config):
+        return copy.deepcopy(reward)
+    return critic_from_policy(reward if isinstance(reward, PreTrainedModel) else policy, pad_token_id)

@@ -16,7 +16,8 @@ from fuse.engines.engine import GenerationRequest
 from fuse.recipe import reward
 from fuse.trainers.data import TOKENS, prompt_rows, read_rows
 from fuse.trainers.lone_engine import lone_engine
-from fuse.training.scoring import TokenSequence, scores
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import scores
 
 SAMPLES = "comparison.jsonl"
 

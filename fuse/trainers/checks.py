@@ -18,6 +18,7 @@ from fuse.intrastage.adapters import base_of, is_adapted
 from fuse.roles import GENERATING, training
 from fuse.trainers.reward_process import pickled
 from fuse.trainers.rewards import RewardFunction
+from fuse.training.advantage_model import is_advantage_model
 from fuse.training.model_spec import ModelSpec
 from fuse.training.model_support import check_trainable
 
@@ -85,7 +86,8 @@ def check_no_experts(config: PretrainedConfig, router_aux_loss_coef: float) -> N
 
 
 def check_reward_model(model: PreTrainedModel) -> None:
-    """Raises: ValueError for a model that is no sequence classifier with one label, or cannot be built again."""
+    """Raises: ValueError for a model that is no sequence classifier with one label or advantage model, or
+    cannot be built again."""
     ModelSpec.of(model)
     _check_kind("reward", model)
 
@@ -129,7 +131,8 @@ _ARGUMENTS = {"actor": "model", "critic": "value_model", "reference": "ref_model
 
 
 def _check_kind(role: str, model: PreTrainedModel) -> None:
-    """Raises: ValueError for anything but a language model where tokens count, a classifier of one label elsewhere."""
+    """Raises: ValueError for anything but a language model where tokens count, a classifier of one label elsewhere, or
+    for rewards an advantage model."""
     is_language_model = model.get_output_embeddings() is not None
     score = getattr(model, "score", None)
     kind = type(model).__name__
@@ -143,7 +146,7 @@ def _check_kind(role: str, model: PreTrainedModel) -> None:
             f"by AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)"
         )
     num_labels = getattr(score, "out_features", model.config.num_labels)
-    if num_labels != 1:
+    if num_labels != 1 and not (role == "reward" and is_advantage_model(model.config)):
         raise ValueError(
             f"{_ARGUMENTS[role]} is a {kind} with {num_labels} labels, none of which is the score: pass one with one "
             f"label, e.g. by AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -41,6 +42,7 @@ from fuse.trainers.special_tokens import special_tokens
 from fuse.trainers.spread_filter import filtered_groups
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import FIRST_EVALUATION_ID, Trainer
+from fuse.training.advantage_model import is_advantage_model
 from fuse.training.layout import RaggedLayout
 from fuse.training.steps import OptimizerStep, rollout_steps, side_by_side
 from schedules.files import check_writable
@@ -334,7 +336,8 @@ def _reward_sources(
     own: list[PreTrainedTokenizerBase | None] = [None] * len(sources)
     for index, source in enumerate(sources):
         if isinstance(source, str):
-            source = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options)
+            num_labels = {} if is_advantage_model(AutoConfig.from_pretrained(source)) else {"num_labels": 1}
+            source = AutoModelForSequenceClassification.from_pretrained(source, **num_labels, **options)
             sources[index] = source
         if isinstance(source, PreTrainedModel):
             own[index] = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)

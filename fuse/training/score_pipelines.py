@@ -27,14 +27,13 @@ from fuse.trace import SpanRecorder
 from fuse.training.late_scores import SCORED_BY, Scorers
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
+from fuse.training.reading import Reading, TokenSequence
 from fuse.training.scoring import (
     ScoringSettings,
-    TokenSequence,
     laid_out,
     micro_batches,
-    readout_of,
-    rows_of,
-    unpacked,
+    reading_of,
+    results,
 )
 
 
@@ -101,8 +100,11 @@ class ScorePipelines:
             share.model.requires_grad_(False)
         self._pipelines = pipelines = list[ForwardPipeline]()
         self._numbers: dict[str, list[int]] = {}
+        self._readings: dict[str, Reading] = {}
 
         def add(role: str, ranks: Sequence[int], stages: Mapping[int, Any], communicator: Any) -> None:
+            config = specs[role][0].config if role in specs else None
+            self._readings[role] = reading_of(kind_of(role), settings, config)
             self._numbers.setdefault(role, []).append(len(pipelines))
             pipelines.append(
                 ForwardPipeline(
@@ -110,7 +112,7 @@ class ScorePipelines:
                     ranks=tuple(ranks),
                     stages=stages,
                     communicator=communicator,
-                    read=readout_of(kind_of(role), settings),
+                    read=self._readings[role].read,
                     category="infer" if role_of(role).scores else "logprobs",
                 )
             )
@@ -178,17 +180,14 @@ class ScorePipelines:
         return Passage(
             pipeline=number,
             key=_Key(piece, role, tuple(indices), tuple(sequences)),
-            micro_batch=laid_out(sequences, rows_of(kind_of(role))).to(self._device),
+            micro_batch=laid_out(sequences, self._readings[role]).to(self._device),
             sizes={**sizes, "sample_ids": [one.sample_id for one in sequences]},
         )
 
     def _scored(self, result: tuple[Any, Tensor]) -> Scored:
         key, flat = result
-        kind = kind_of(key.role)
-        arrays: list[Any] = unpacked(flat, key.sequences, rows_of(kind))
-        if kind == "scores":
-            arrays = [float(one[0]) for one in arrays]
-        return Scored(key.piece, key.role, key.indices, tuple(arrays))
+        said = results(flat, key.sequences, self._readings[key.role])
+        return Scored(key.piece, key.role, key.indices, tuple(said))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

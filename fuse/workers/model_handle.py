@@ -18,9 +18,10 @@ from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored
-from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
+from fuse.training.scoring import Inference, ScoringSettings
 from fuse.workers.calls import Future, Remote, Worker, as_received
 from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.cluster import Accelerator, Cluster

@@ -26,6 +26,7 @@ from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.lent_stages import LentStages
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
@@ -180,7 +181,7 @@ class ModelWorker:
 
     # Inference
 
-    def infer(self, sequences: Sequence[scoring.TokenSequence]) -> list[scoring.Inference]:
+    def infer(self, sequences: Sequence[TokenSequence]) -> list[scoring.Inference]:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
         sizes: dict[str, object] = {"samples": len(sequences), "tokens": sum(map(len, sequences))}

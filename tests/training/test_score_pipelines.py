@@ -22,11 +22,12 @@ from fuse.intrastage.placement import Replica, place
 from fuse.trace import Span, SpanRecorder
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
+from fuse.training.reading import TokenSequence
 from fuse.training.score_pipelines import Piece, ScorePipelines, kind_of
-from fuse.training.scoring import MicroBatchLimit, ScoringSettings, TokenSequence, inferences, score
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings, inferences, score
 
 from ..distributed.fake_nccl import FakeNccl
-from ..tiny_models import build, classifier, language_model, spread
+from ..tiny_models import advantage_model, build, classifier, language_model, spread
 from .test_rank import SETTINGS
 
 CPU = torch.device("cpu")
@@ -36,9 +37,10 @@ MODELS = {
     "critic": spread(build(classifier(**LAYERS))),
     "reference": spread(build(language_model("qwen2", **LAYERS, tie_word_embeddings=True), seed=2)),
     "reward": spread(build(classifier("gpt_neox", num_hidden_layers=3), seed=3)),
+    "reward_1": spread(build(advantage_model(num_hidden_layers=3), seed=4)),
 }
 TRAINED = ("actor", "critic")
-SCORING = ("critic", "reference", "reward")
+SCORING = ("critic", "reference", "reward", "reward_1")
 LIMIT = MicroBatchLimit(max_samples=3, max_tokens=40)
 
 
@@ -55,11 +57,9 @@ def pieces() -> list[list[TokenSequence]]:
 
     lengths = [[(3, 4)], [(1, 9), (7, 1), (2, 0), (30, 20), (4, 4), (5, 6), (1, 1)], [(4, 2), (4, 3)], [(2, 2)] * 9]
     ids = itertools.count()
-    made = [
-        [TokenSequence(draw(prompt), draw(response), sample_id=next(ids)) for prompt, response in one]
-        for one in lengths
-    ]
-    made[2][0] = replace(made[2][0], rewarded_ids={"reward": draw(11)})
+    made = [[TokenSequence(draw(a), draw(b), sample_id=next(ids)) for a, b in one] for one in lengths]
+    own = {"reward": (draw(11), draw(3)), "reward_1": (draw(4), draw(5))}
+    made[2][0] = replace(made[2][0], rewarded_ids=own)
     return made
 
 
@@ -139,7 +139,8 @@ def test_scores_have_the_bits_of_whole_copies(layout: str, slots: int) -> None:
         for role in SCORING:
             for found, expected in zip(of_piece[role], by_whole_copies(role, piece), strict=True):
                 np.testing.assert_array_equal(found, expected)
-        assert [one.scores for one in inferences(of_piece)] == [{"reward": score} for score in of_piece["reward"]]
+        pairs = zip(of_piece["reward"], of_piece["reward_1"], strict=True)
+        assert [one.scores for one in inferences(of_piece)] == [{"reward": a, "reward_1": b} for a, b in pairs]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
