@@ -34,7 +34,8 @@ from fuse.recipe.demo import MOST_DIGITS, RL_OPTIONS
 from fuse.recipe.training import read_tokenised
 from fuse.trainers.data import read_rows
 from fuse.trainers.publish import AVERAGE_DIRECTORY
-from fuse.training.scoring import TokenSequence, reference_logprobs, scores
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import reference_logprobs, scores
 
 _NONE, _AVERAGE = "none", "ema"
 STABILISERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
