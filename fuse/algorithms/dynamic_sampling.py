@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuse.algorithms.group_advantages import deviation
+from fuse.algorithms.group_advantages import variance
 from fuse.algorithms.groups import by_group
 
 
@@ -29,4 +29,4 @@ def groups_with_spread(rewards: Tensor, num_generations: int, min_variance: floa
     missing = grouped.isnan()
     largest = grouped.masked_fill(missing, -torch.inf).amax(dim=1)
     differ = largest > grouped.masked_fill(missing, torch.inf).amin(dim=1)
-    return differ if min_variance is None else differ & (deviation(grouped, dim=1)[:, 0].square() >= min_variance)
+    return differ if min_variance is None else differ & (variance(grouped, dim=1)[:, 0] >= min_variance)

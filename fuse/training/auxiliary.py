@@ -57,9 +57,10 @@ class TextBatch:
 
 
 def text_batches(rows: Sequence[Text], *, most_rows: int, coef: float) -> tuple[TextBatch, ...]:
-    """The rows of an optimizer step in as few micro-batches of at most so many as there can be, dealt by length.
+    """The rows of an optimizer step, dealt by length into as many micro-batches as hold all at `most_rows` each.
 
-    How many there are depends on the number of rows alone. coef: of the mean over the step's learnt tokens.
+    How many there are depends on the number of rows alone. Short rows may be more together: none has more tokens,
+    padding included, than `most_rows` of the longest. coef: of the mean over the step's learnt tokens.
     """
     weight = coef / sum(len(row.learnt) for row in rows)
     groups = length_groups([len(row.input_ids) for row in rows], -(-len(rows) // most_rows))

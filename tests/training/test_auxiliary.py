@@ -27,6 +27,8 @@ from fuse.training.steps import OptimizerStep
 from .test_regrouping import LOSSES, MODELS, VOCABULARY, experience, permuted, trained
 
 COEF = 0.7
+ROUNDING = 1e-4
+"""After steps of 1e-2, of biases of keys, whose gradients are nothing but rounding; of others a tenth."""
 LENGTHS = (5, 2, 9, 3, 3, 12, 2)
 
 
@@ -68,7 +70,7 @@ def by_hand(steps: Sequence[OptimizerStep], loss: Any, kind: type[Targets]) -> t
             places = torch.tensor(row.learnt)
             summed = cross_entropy(logits[places - 1], torch.tensor(row.input_ids)[places], reduction="sum")
             (COEF * summed / num_learnt).backward()
-            total += float(summed)
+            total += float(summed.detach())
         text_losses.append(total / num_learnt)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -103,13 +105,13 @@ def test_weights_are_those_of_one_model_in_one_process(
     }
     assert found.keys() <= expected.keys()
     for key, weight in found.items():
-        torch.testing.assert_close(weight, expected[key], rtol=0, atol=2e-5, msg=lambda text, n=key: f"{n}: {text}")
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=ROUNDING, msg=lambda text, n=key: f"{n}: {text}")
     for report, text_loss in zip(reports["actor"], text_losses, strict=True):
         assert reduce_metrics({"actor": [report]})["auxiliary/loss"] == pytest.approx(text_loss, rel=1e-4)
 
 
 def test_rows_are_dealt_by_length_into_as_many_micro_batches_whatever_they_are() -> None:
     batches = text_batches(texts(0), most_rows=3, coef=1.0)
-    assert sorted(len(batch.rows) for batch in batches) == [1, 3, 3]
-    assert max(batch.shape.size for batch in batches) == 12
+    assert [[len(row.input_ids) for row in batch.rows] for batch in batches] == [[2, 2, 3, 3], [5, 9], [12]]
+    assert max(batch.shape.size for batch in batches) == 18 < 3 * 12
     assert {batch.weight for batch in batches} == {1 / sum(len(row.learnt) for row in texts(0))}
