@@ -104,7 +104,7 @@ def _no_last_token(pairs: Sequence[TokenisedPreference], padding: int, num_token
     last = {ids[-1] for one in pairs for ids in (one.prompt_ids, one.chosen_ids, one.rejected_ids)}
     for token in (padding, *range(num_tokens)):
         if token not in last:
-            return token
+            return int(token)
     raise ValueError(f"each of the {num_tokens} tokens ends a prompt or a response: none is left to pad with")
 
 
