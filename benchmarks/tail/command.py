@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
             drafts.append(setting | _draft_row(found))
             plain = replace(costs, speculation=None)
             siblings += [
-                setting | _sibling_row(trace, size, correlation, arguments.group_size, plain, limits)
+                setting | _sibling_row(arguments, trace, size, correlation, plain, limits)
                 for correlation in arguments.correlations
             ]
     _print(arguments, updates, drafts)
@@ -223,17 +223,28 @@ def _draft_row(found: _Rollouts) -> Row:
 
 
 def _sibling_row(
-    trace: LengthTrace, size: _Size, correlation: float, group_size: int, costs: CostModel, limits: EngineLimits
+    arguments: argparse.Namespace,
+    trace: LengthTrace,
+    size: _Size,
+    correlation: float,
+    costs: CostModel,
+    limits: EngineLimits,
 ) -> Row:
-    """Groups of two epochs: how well lengths of half of them are told, and rollouts of the first."""
+    """Groups of two epochs: how well lengths of half of them are told, and rollouts of batches of the second epoch."""
+    group_size = arguments.group_size
     grouped = in_groups(trace, 2 * group_size, correlation)
     num_groups, num_batch = len(grouped) // (2 * group_size), size.batch // group_size
     half = told(grouped, group_size, slice(0, num_groups // 2), limits.max_new_tokens)
-    batch = told(grouped, group_size, slice(0, num_batch), limits.max_new_tokens)
-    seconds = rollout_seconds(grouped, batch, costs, limits, size.num_devices)
+    batches = [
+        told(grouped, group_size, slice(first, first + num_batch), limits.max_new_tokens)
+        for first in range(0, min(arguments.iterations * num_batch, num_groups - num_batch + 1), num_batch)
+    ]
+    of_each = [rollout_seconds(batch, costs, limits, size.num_devices) for batch in batches]
+    seconds = {name: fmean(one[name] for one in of_each) for name in half.by_name}
     return {
         "correlation": correlation,
         "variance": half.siblings.variance,
+        "batches": len(batches),
         "told": held_against(half, group_size),
         "simulated_seconds": seconds,
         "gains": {name: seconds["pooled"] / one for name, one in seconds.items()},

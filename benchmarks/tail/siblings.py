@@ -59,6 +59,7 @@ class Told:
 
     lengths: Ints
     prompts: Ints
+    prompt_tokens: Ints
     pooled: SurvivalLengths
     siblings: SurvivalLengths
     history: SurvivalLengths
@@ -85,6 +86,7 @@ def told(trace: LengthTrace, size: int, held_out: slice, limit: int) -> Told:
     return Told(
         lengths=second.reshape(-1),
         prompts=prompts,
+        prompt_tokens=trace.prompt_tokens.reshape(responses.shape)[held_out, size:].reshape(-1),
         pooled=replace(plain, variance=0.0),
         siblings=plain,
         history=history.for_samples(dict(enumerate(prompts.tolist()))),
@@ -127,12 +129,10 @@ def _live(ids: Ints, ages: Ints, prompts: Ints) -> LiveSamples:
     return LiveSamples(ids, zeros, zeros + 1, ages, flags, flags, prompts)
 
 
-def rollout_seconds(
-    trace: LengthTrace, case: Told, costs: CostModel, limits: EngineLimits, num_devices: int
-) -> dict[str, float]:
-    """Of the case's samples under `adaptive`, by what is known. trace: as of `told`, whose first groups these are."""
+def rollout_seconds(case: Told, costs: CostModel, limits: EngineLimits, num_devices: int) -> dict[str, float]:
+    """Of the case's samples under `adaptive`, by what is known."""
     rollout = Rollout(
-        prompt_tokens=trace.prompt_tokens[: 2 * len(case.lengths) : 2],  # a group's rows have one prompt
+        prompt_tokens=case.prompt_tokens,
         response_tokens=case.lengths,
         num_devices=num_devices,
         costs=costs,

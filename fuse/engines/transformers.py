@@ -25,6 +25,7 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.engines.few_rows import use_few_rows
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
@@ -81,6 +82,8 @@ class TransformersEngine:
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
         has_slot_attention = use_slot_attention(model)
+        if model.device.type == "cpu":
+            use_few_rows(model)
         self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
         self._decoder = Decoder(model, self._cache, has_slot_attention=has_slot_attention, num_tokens=num_tokens)
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
