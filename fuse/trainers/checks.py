@@ -119,7 +119,7 @@ def check_models(models: Mapping[str, PreTrainedModel], backend: Literal["transf
         ModelSpec.of(model)
         _check_kind(role, model)
     for (role, model), (other_role, other_model) in combinations(models.items(), 2):
-        if model is not other_model:  # as the reference is an actor with adapters
+        if model is not other_model or other_role != "reference":  # which is an actor without its adapters
             _check_shares_nothing(role, model, other_role, other_model)
     for role in training(models):
         check_trainable(models[role], backend)

@@ -210,10 +210,16 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_option(lr_scheduler_kwargs={"wave": 1}), "lr_scheduler_kwargs={'wave': 1} do not fit .*'linear'"),
         (_option(num_mini_batches=3), "num_mini_batches=3 does not divide the batch of 8"),
         (_option(critic_num_mini_batches=3), "critic_num_mini_batches=3 does not divide the batch of 8"),
-        (_option(num_devices=2, critic_stages=1, critic_num_mini_batches=4), "cannot feed 2 .* replicas of the critic"),
+        (
+            _option(num_devices=2, critic_stages=1, critic_num_mini_batches=4, regroup_micro_batches=False),
+            "cannot feed 2 .* replicas of the critic",
+        ),
         (_option(whiten_rewards=True, num_mini_batches=2), "whiten_rewards needs mini-batches of at least 8"),
         (_option(num_devices=2, actor_stages=3), "actor_stages=3 neither divides the 2 pipeline ranks"),
-        (_option(num_devices=2, actor_stages=1, num_mini_batches=4), "cannot feed 2 data-parallel replicas"),
+        (
+            _option(num_devices=2, actor_stages=1, num_mini_batches=4, regroup_micro_batches=False),
+            "cannot feed 2 data-parallel replicas",
+        ),
         (_option(num_devices=2, actor_stages=1, trl_quirks=True), "cannot feed 2 data-parallel replicas"),
     ],
 )
