@@ -20,7 +20,7 @@ _SPEEDS = ("samples_per_s", "tokens_per_s")
 _SAME_WORK = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch", "epochs", "max_new_tokens", "smoke", "emulate", "costs", "time_scale",
-    "speculation", "acceptance", "draft_share",
+    "speculation", "acceptance", "draft_share", "bf16",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def check_same_work(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         ValueError: they do not, with the first option that differs.
     """
     for name in _SAME_WORK:
-        before, now = old.get(name), new.get(name)
+        before, now = old.get(name) or None, new.get(name) or None  # earlier results lack what is off now
         if before != now:
             raise ValueError(
                 f"--compare: {option_name(name)} was {before} and is {now}: compare results of the same options"

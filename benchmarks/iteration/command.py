@@ -46,7 +46,7 @@ from fuse.commands.output import write_json
 _OPTIONS = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch",
-    "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
+    "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "bf16", "one_at_a_time", "smoke",
     "emulate", "costs", "time_scale", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 _DEFAULTS = {
@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)"
     add_selection(parser, "--variants", list(FUSION), text)
     parser.add_argument("--peer", choices=(TRL,), help="compare with TRL's trainer (trl 1.12.0), in one process")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16 as runs with this option do")
     parser.add_argument(
         "--one-at-a-time", action="store_true",
         help="end each variant before the next starts; as always on GPUs, and where memory does not hold them all",

@@ -26,7 +26,7 @@ _MOST_DEVICES = 64
 _NOT_EMULATED: Mapping[str, object] = MappingProxyType(
     {
         "algorithm": "ppo", "model": None, "pad_token": None, "prompts": None, "prompt_column": None, "devices": None,
-        "engine": "transformers", "peer": None, "smoke": False, "one_at_a_time": False,
+        "engine": "transformers", "peer": None, "bf16": False, "smoke": False, "one_at_a_time": False,
     }
 )  # fmt: skip
 """Options that mean nothing to devices that compute nothing, and what they are then."""

@@ -186,7 +186,7 @@ def make_workload(arguments: argparse.Namespace, size: made.Size) -> Workload:
         prompts = made.word_problem_prompts(models, num_prompts, longest)
     else:
         prompts = made.random_prompts(models, num_prompts, size.prompt_tokens)
-    as_given = ("algorithm", "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens")
+    as_given = ("algorithm", "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens", "bf16")
     return Workload(
         models=models,
         prompts=tuple(prompt for prompt in prompts for _ in range(group)),

@@ -73,6 +73,7 @@ class Workload:
     max_new_tokens: int
     algorithm: Literal["ppo", "grpo"] = "ppo"
     num_generations: int = 1
+    bf16: bool = False
 
     @property
     def num_rounds(self) -> int:
@@ -110,7 +111,7 @@ class Workload:
             "learning_rate": 0.0,
             "max_grad_norm": 0.0,
             "gradient_checkpointing": False,
-            "bf16": False,
+            "bf16": self.bf16,
             "use_cpu": not torch.cuda.is_available(),
             "save_strategy": "no",
             "report_to": "none",
