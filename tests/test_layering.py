@@ -33,6 +33,7 @@ ADAPTERS = {
     "vllm": "fuse.engines.vllm",
     "megatron": "fuse.intrastage.megatron",
     "nixl": "fuse.workers.kv.nixl",
+    "peft": "fuse.intrastage.adapters",
 }
 BARRED_FROM_SCHEDULES = {"torch", "transformers", "ray", "fuse"}
 
@@ -57,10 +58,14 @@ def imports(path):
 
 
 def _imports(path):
+    yield from _imported(path, ast.walk(ast.parse(path.read_text(), path)))
+
+
+def _imported(path, nodes):
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(), path)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -68,6 +73,28 @@ def _imports(path):
             module = ".".join([*base, *([node.module] if node.module else [])])
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def at_once(body):
+    """Statements that run when the module is imported."""
+    for node in body:
+        is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        if not is_for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from at_once(
+                child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler)
+            )
+
+
+def loaded_with(module):
+    """All names that are imported when the module is, by it and by those of ours that it imports."""
+    names, left = set(), [module]
+    while left:
+        path = MODULES[left.pop()]
+        new = {*_imported(path, at_once(ast.parse(path.read_text(), path).body))} - names
+        names |= new
+        left += [name for name in new if name in MODULES]
+    return names
 
 
 def package(module):
@@ -132,6 +159,15 @@ def test_heavy_packages_are_imported_only_in_their_adapters(package):
         and not module.startswith(ADAPTERS[package])
     ]
     assert not importers
+
+
+@pytest.mark.parametrize("package", ADAPTERS)
+def test_heavy_packages_are_loaded_by_those_that_use_them_only(package):
+    def has(names):
+        return any(name.split(".")[0] == package for name in names)
+
+    assert any(has(loaded_with(module)) for module in MODULES if module.startswith(ADAPTERS[package]))
+    assert not has(loaded_with("fuse.trainers.ppo"))
 
 
 @pytest.mark.processes

@@ -60,6 +60,7 @@ def _without_critic(
         train_dataset=renamed(inputs.rows),
         eval_dataset=None if inputs.eval_rows is None else renamed(inputs.eval_rows),
         processing_class=tokenizer,
+        peft_config=inputs.lora,
     )
     return made
 
@@ -95,6 +96,8 @@ def _ppo(
         train_dataset=train_dataset,
         value_model=_critic(arguments.value_model, reward, policy, tokenizer.pad_token_id),
         eval_dataset=eval_dataset,
+        peft_config=inputs.lora,
+        value_peft_config=inputs.lora,
     )
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fuse.recipe.preferences import Preference, Text
 from fuse.trainers.data import TOKENS, prompt_rows
+from fuse.trainers.response_tokens import response_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +39,4 @@ def token_ids(prompt: Text, responses: Sequence[Text], tokenizer: PreTrainedToke
     except ValueError as error:
         raise ValueError(str(error).removeprefix("dataset row 0 has ")) from error
     prompt_ids: list[int] = row[TOKENS]
-    return [prompt_ids, *(_response_ids(prompt, one, prompt_ids, tokenizer) for one in responses)]
-
-
-def _response_ids(prompt: Text, response: Text, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Up to and with the end of sequence, where generation would stop."""
-    if isinstance(response, str) or isinstance(prompt, str):
-        ids = list(tokenizer(response, add_special_tokens=False)[TOKENS])
-    else:
-        whole = list(tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=False))
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise ValueError("the chat template renders the prompt otherwise where a response follows")
-        ids = whole[len(prompt_ids) :]
-    end = tokenizer.eos_token_id
-    ids = ids[: ids.index(end)] if end in ids else ids
-    if not ids:
-        raise ValueError("a response has no tokens")
-    return [*ids, end]
+    return [prompt_ids, *(response_ids(prompt, one, prompt_ids, tokenizer) for one in responses)]

@@ -36,7 +36,9 @@ class TokenSequence:
 
     def read_by(self, role: str) -> TokenSequence:
         """What this model reads."""
-        return TokenSequence(*self.rewarded_ids[role]) if role in self.rewarded_ids else self
+        if role not in self.rewarded_ids:
+            return self
+        return TokenSequence(*self.rewarded_ids[role], sample_id=self.sample_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuse.intrastage.adapters import SwitchedStage
 from fuse.intrastage.communication import Communicator
 from fuse.intrastage.forward_flow import ForwardFlow, ForwardPipeline, Passage
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -63,6 +65,7 @@ class ScorePipelines:
     """One device's part of scoring; all devices of the world build it at once, and call `advance` in the same order.
 
     specs: by role, models of which each device has a share, and their parameters' types. They do not train.
+    variants: by role, models that are scored through the stages of those that train, by other adapters or by none.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class ScorePipelines:
         settings: ScoringSettings,
         recorder: SpanRecorder,
         timeout_s: float,
+        *,
+        variants: Mapping[str, ModelSpec] = MappingProxyType({}),
     ) -> None:
         self._settings, self._device = settings, device
         self.shares = {
@@ -87,6 +92,7 @@ class ScorePipelines:
                 device=device,
                 autocast=settings.autocast,
                 dtype=dtype,
+                adapters=spec.adapters,
             )
             for role, (spec, dtype) in specs.items()
         }
@@ -113,6 +119,10 @@ class ScorePipelines:
 
         for replica, devices, stages, communicator in training.forward_pipelines():
             add(replica.model, devices, stages, communicator)
+            for role, spec in variants.items():
+                if spec.variant_of == replica.model:
+                    switched = {number: SwitchedStage(stage, spec.adapters) for number, stage in stages.items()}
+                    add(role, devices, switched, communicator)
         if specs:
             every = range(num_devices)
             shared = Communicator("scoring", every, step=1, timeout_s=timeout_s)
@@ -151,7 +161,7 @@ class ScorePipelines:
             self._num_waves += 1
             counts = [(len(own), sum(map(len, own))) for _, own in entering.values()]
             samples, tokens = max(counts, key=lambda count: count[1])
-            sizes = {"samples": samples, "tokens": tokens, "call": self._num_waves}
+            sizes: dict[str, object] = {"samples": samples, "tokens": tokens, "call": self._num_waves}
             yield [self._enter(piece.number, role, *one, sizes) for role, one in entering.items()]
 
     def _cut(self, role: str, sequences: Sequence[TokenSequence]) -> list[tuple[list[int], list[TokenSequence]]]:
@@ -161,9 +171,9 @@ class ScorePipelines:
         return [(indices, [seen[index] for index in indices]) for indices in cut]
 
     def _enter(
-        self, piece: int, role: str, indices: list[int], sequences: list[TokenSequence], sizes: Mapping[str, int]
+        self, piece: int, role: str, indices: list[int], sequences: list[TokenSequence], sizes: Mapping[str, object]
     ) -> Passage:
-        """By the replicas of the model in turn."""
+        """By the replicas of the model in turn; its spans tell whose samples they are about."""
         numbers = self._numbers[role]
         number = numbers[self._num_entered[role] % len(numbers)]
         self._num_entered[role] += 1
@@ -171,7 +181,7 @@ class ScorePipelines:
             pipeline=number,
             key=_Key(piece, role, tuple(indices), tuple(sequences)),
             micro_batch=laid_out(sequences, self._readings[role]).to(self._device),
-            sizes=sizes,
+            sizes={**sizes, "sample_ids": [one.sample_id for one in sequences]},
         )
 
     def _scored(self, result: tuple[Any, Tensor]) -> Scored:

@@ -1,10 +1,10 @@
-"""`fuse recipe` from data to policy, with every step killed on the way."""
+"""`fuse recipe` from data to policy, killed on the way while TRL trains and while `fuse train` does."""
 
 import fcntl
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 
 import pytest
@@ -14,7 +14,10 @@ from fuse.cli import main
 from fuse.commands.models import load_classifier
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
+from fuse.recipe.training import check_options
 from fuse.training.advantage_model import LABELS
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,7 @@ OPTIONS = """
 data-split: "3,3,4"
 held_out: 0.2
 sft: {per_device_train_batch_size: 4, max_steps: 200, save_steps: 20, learning_rate: 1.0e-2, use_cpu: true}
-reward:
-  {per_device_train_batch_size: 4, max_steps: 200, save_steps: 20, learning_rate: 0.01, use_cpu: true, loss: advantage}
+reward: {per_device_train_batch_size: 4, max_steps: 40, learning_rate: 1.0e-2, use_cpu: true, loss: advantage}
 rl:
   num_devices: 1
   use-cpu: true
@@ -61,21 +63,30 @@ rl:
 @pytest.fixture(scope="module")
 def options(toy):
     file = toy / "options.yaml"
-    file.write_text(OPTIONS)
+    file.write_text(f"{OPTIONS}  auxiliary_dataset: {toy / 'out' / 'data' / 'sft.jsonl'}\n")
     return f"--config={file}"
 
 
 def kill_at(line, argv, log):
-    """Run the command, and kill it, with nothing that it could do about it, when a step logs this."""
-    with open(log.parent / "printed.txt", "w") as printed:
-        process = subprocess.Popen([sys.executable, "-m", "fuse", *argv], stdout=printed, stderr=subprocess.STDOUT)
+    """Run the command, and kill it, with nothing that it could do about it, when a step logs this.
+
+    It is forked: what it would import first is here.
+    """
+    printed = log.parent / "printed.txt"
+    process = FORK.Process(target=run_apart, args=(argv, printed))
+    process.start()
     while not (log.exists() and line in log.read_text()):
-        assert process.poll() is None, (log.parent / "printed.txt").read_text()
+        assert process.is_alive(), printed.read_text()
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
     with open(log.parent / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the step has ended too
+
+
+def run_apart(argv, printed):
+    with open(printed, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        main(argv)
 
 
 def steps_logged(log):
@@ -85,27 +96,30 @@ def steps_logged(log):
 
 @pytest.mark.processes
 @pytest.mark.own_ray
-def test_a_recipe_goes_on_after_a_kill_in_each_step(toy, options, capsys):
+def test_a_recipe_goes_on_after_a_kill(toy, options, capsys):
+    """The step of the reward model is trained, and goes on, as `sft` is: recipe/test_reward.py."""
     out = toy / "out"
     argv = command(toy, options)
     out.mkdir()
     for name in ("sft", "reward"):
-        kill_at("step 21 of 200", argv, out / f"{name}.log")
-        assert not (out / f"{name}.json").exists()
+        check_options(name, ())  # imports what it needs, for those that are forked
+    kill_at("step 21 of 200", argv, out / "sft.log")
+    assert not (out / "sft.json").exists()
     kill_at("PPO 1/4", argv, out / "rl.log")
     result = toy / "result.json"
     assert main([*argv, f"--json={result}"]) == 0
-    for name in ("sft", "reward"):
-        logged = steps_logged(out / f"{name}.log")
-        [again] = [index for index, (one, following) in enumerate(pairwise(logged)) if following <= one]
-        assert logged[again + 1] % 20 == 1 < logged[again + 1]  # behind the last checkpoint
-        assert logged[-1] == 200
+    logged = steps_logged(out / "sft.log")
+    [again] = [index for index, (one, following) in enumerate(pairwise(logged)) if following <= one]
+    assert logged[again + 1] % 20 == 1 < logged[again + 1]  # behind the last checkpoint
+    assert logged[-1] == 200
+    assert steps_logged(out / "reward.log") == [*range(1, 41)]
     assert "--resume-from-checkpoint=true" in (out / "rl.log").read_text()
     written = json.loads(result.read_text())
     assert set(written) == {"sft_score", "policy_score", "p_value", "seconds", "steps"}
     assert 0 < written["p_value"] <= 1
     rewards = written["steps"]["rl"]["metrics"]["log_history"]
     assert [entry["step"] for entry in rewards if "objective/scores" in entry] == [1, 2, 3, 4]
+    assert all(entry["auxiliary/loss"] > 0 for entry in rewards if "objective/scores" in entry)
     for name in ("sft", "policy", "policy_ema"):
         AutoModelForCausalLM.from_pretrained(out / name)
         AutoTokenizer.from_pretrained(out / name)

@@ -1,6 +1,7 @@
 """The reward model's loss, and what it is trained on."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_base_that_is_another_classifier_is_refused(base, tmp_path):
         train_reward_model(step(str(tmp_path / "three"), tmp_path, [pair("1+2=", "#1", "#2")]))
 
 
-def test_what_is_left_out_is_counted_and_the_rest_learned(base, tmp_path, capsys):
+def test_what_is_left_out_is_counted_and_the_rest_learned_in_two_runs(base, tmp_path, capsys):
     rows = [
         *(pair(f"{index}+1=", "#1", "#2222") for index in range(8)),  # the shorter one wins
         *(pair(f"{index}+2=", "#1111", "#2") for index in range(8)),
@@ -145,9 +146,10 @@ def test_what_is_left_out_is_counted_and_the_rest_learned(base, tmp_path, capsys
         pair("0+4=", "#4", "#3"),
         pair("0+5=", "#3" * 40, "#4" * 40),
     ]
-    results = train_reward_model(
-        step(base, tmp_path, rows, "--max_length=32", "--max_steps=30", "--learning_rate=1e-2", "--use_cpu")
-    )
+    options = ("--max_length=32", "--save_steps=20", "--learning_rate=1e-2", "--use_cpu")
+    train_reward_model(step(base, tmp_path, rows, *options, "--max_steps=20"))
+    capsys.readouterr()
+    results = train_reward_model(step(base, tmp_path, rows, *options, "--max_steps=30"))
     counts = {name: value for name, value in results.items() if name.startswith("num_")}
     assert counts == {
         "num_pairs": 16,
@@ -156,7 +158,9 @@ def test_what_is_left_out_is_counted_and_the_rest_learned(base, tmp_path, capsys
         "num_too_long": 1,
         "num_left_out_for_balance": 4,
     }
-    assert "pairs 16, tied 2, cyclic 0, too long 1, left out for balance 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pairs 16, tied 2, cyclic 0, too long 1, left out for balance 4" in printed
+    assert re.findall(r"step (\d+) of 30", printed) == [*map(str, range(21, 31))], "it goes on from its checkpoint"
     assert results["held_out"]["num_pairs"] == len(rows)
     assert results["held_out"]["longer_wins"] == results["held_out"]["shorter_wins"] == 1.0
     assert (tmp_path / "reward" / "calibration.png").exists()

@@ -5,7 +5,9 @@ In worlds of threads under NCCL's rules of waiting. Worlds of processes: tests/w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.driver.model_size import ModelSize
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Replica, place
-from fuse.trace import SpanRecorder
+from fuse.trace import Span, SpanRecorder
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
 from fuse.training.reading import TokenSequence
@@ -54,9 +56,10 @@ def pieces() -> list[list[TokenSequence]]:
         return list(map(int, generator.integers(0, 60, count)))
 
     lengths = [[(3, 4)], [(1, 9), (7, 1), (2, 0), (30, 20), (4, 4), (5, 6), (1, 1)], [(4, 2), (4, 3)], [(2, 2)] * 9]
-    made = [[TokenSequence(draw(prompt), draw(response)) for prompt, response in one] for one in lengths]
+    ids = itertools.count()
+    made = [[TokenSequence(draw(a), draw(b), sample_id=next(ids)) for a, b in one] for one in lengths]
     own = {"reward": (draw(11), draw(3)), "reward_1": (draw(4), draw(5))}
-    made[2][0] = TokenSequence(made[2][0].prompt_ids, made[2][0].response_ids, rewarded_ids=own)
+    made[2][0] = replace(made[2][0], rewarded_ids=own)
     return made
 
 
@@ -70,7 +73,7 @@ def scored(
 ) -> tuple[list[dict[str, list[Any]]], list[dict[str, int]]]:
     """By piece and role what pipelines say; by device, the bytes of each share."""
 
-    def run(device: int) -> tuple[list[Any], dict[str, int]]:
+    def run(device: int) -> tuple[list[Any], dict[str, int], list[Span]]:
         specs = {role: ModelSpec.of(MODELS[role]) for role in MODELS}
         trained = {role: specs[role] for role in TRAINED}
         recorder = SpanRecorder()
@@ -94,17 +97,21 @@ def scored(
             role: sum(parameter.nbytes for parameter in share.model.parameters())
             for role, share in pipelines.shares.items()
         }
-        return found, held
+        return found, held, spans
 
     by_device = FakeNccl(num_devices, slots).run(run)
     results: list[dict[str, list[Any]]] = [{role: [None] * len(piece) for role in roles} for piece in pieces()]
-    for found, _ in by_device:
+    for found, _, _ in by_device:
         for one in found:
             for index, result in zip(one.indices, one.results, strict=True):
                 known = results[one.piece][one.role]
                 assert known[index] is None, "it is told twice"
                 known[index] = result
-    return results, [held for _, held in by_device]
+    first_stages = [span for _, _, spans in by_device for span in spans if span.arguments["stage"] == 0]
+    for role in roles:
+        told = [one for span in first_stages if span.name == role for one in span.arguments["sample_ids"]]
+        assert sorted(told) == [one.sample_id for piece in pieces() for one in piece], "every sample enters once"
+    return results, [held for _, held, _ in by_device]
 
 
 def by_whole_copies(role: str, piece: Sequence[TokenSequence]) -> Sequence[Any]:
