@@ -12,6 +12,8 @@ from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
 from fuse.recipe.preferences import BadRow
 from fuse.recipe.rehearsal import best_of_each, clusters_of, examples_of, scores_by_cluster
+from fuse.trainers.auxiliary_text import text_rows
+from fuse.trainers.data import read_rows
 from fuse.training.reading import TokenSequence
 from fuse.training.scoring import scores
 
@@ -112,6 +114,8 @@ def test_a_reward_model_scores_tokens(toy):
         )
         for row in rows
     ]
+    learnt = list(text_rows(read_rows(out), tokenizer, max_length=64))  # as auxiliary_dataset
+    assert [one.input_ids for one in learnt] == [(*one.prompt_ids, *one.response_ids) for one in sequences]
     model = load_classifier(str(toy / "reward")).eval()
     assert [row["score"] for row in rows] == pytest.approx(scores(model, sequences), abs=1e-5)
 
