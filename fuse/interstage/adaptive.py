@@ -37,6 +37,8 @@ _CAUTION = 2
 """A move must save its sample this many times the delay that it brings, for more moves may follow."""
 _SHARPNESS = 16
 """A sample's predicted end, as a part of the last one, to this power: in proportion to the chance that it ends last."""
+_TRUST = 0.5
+"""To this power it counts that siblings make a sample likelier to be long: groups are not quite as is assumed."""
 _MAX_MOVES = 64
 """Moves in one plan that only even out engines; the next finish plans again."""
 _LEAST_TOKEN_S = 1e-12
@@ -179,7 +181,7 @@ class Adaptive:
         return _Forecast(
             alone_s=fastest(costs, lambda one: far * one.step_s + own_s(one, far) + inference_s),
             shared_s=own_s(self._typical_costs(live, num_engines), shared),
-            likelier=chance / untold_chance,
+            likelier=(chance / untold_chance) ** _TRUST,
         )
 
     def _even_out(self, state: RolloutState, forecast: _Forecast, fresh: list[int]) -> list[Migrate]:
@@ -236,7 +238,7 @@ class _Forecast:
 
     alone_s: from now to its score, if it were the longest of all, as samples of its age go, and alone on its engine.
     shared_s: what it adds to the steps that it shares with one like it.
-    likelier: how many times as likely it is to be that long, by what is told of its prompt.
+    likelier: how many times as likely it is to be that long, by what is told of its prompt, as far as that is trusted.
     """
 
     alone_s: Floats
