@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a policy by PPO, GRPO, RLOO, REINFORCE++ or online DPO on your prompts",
         "recipe": "from preference data to an aligned model: fine-tuning, reward model, reinforcement learning",
+        "rehearsal": "choose examples for a policy to rehearse: the best of clusters",
         "chat": "talk to a model",
         "demo": "teach a small model to add, from nothing, in a few minutes",
         "plan": "say what a run holds in memory on each device, and whether it fits",
@@ -44,7 +45,9 @@ BENCHMARKS: Mapping[str, str] = MappingProxyType(
         "rollout": "rollouts under each migration policy, and generation by itself",
         "migration": "the pause of a sample that moves between engines",
         "speculation": "drafts against plain decoding",
+        "tail": "updates without and with what shortens and fills the long tail, simulated",
         "training": "pipeline training of actor and critic",
+        "stabilisers": "what a recipe's options against going too far do",
         "solver": "schedule search",
         "kernels": "native kernels against their torch references",
         "gpu": "what only a GPU can show, checked without Ray",

@@ -74,8 +74,13 @@ GROUPS = (
             _entry("reward", "", "Without a critic: mean weighted reward", "Rises"),
             _entry("reward_std", "", "Without a critic: standard deviation of the rewards", _SPREAD),
             _entry(
-                "frac_reward_zero_std", "share", "Groups whose rewards are all equal, which teach nothing", "Below 0.5"
+                "frac_reward_zero_std",
+                "share",
+                "Groups whose rewards are all equal, or below `min_reward_variance`, and teach nothing",
+                "Below 0.5",
             ),
+            _entry("spread_filter/groups", "", "Groups below `min_reward_variance`, which teach nothing", "Few"),
+            _entry("spread_filter/prompts", "", "PPO: prompts of the dataset that `min_reward_variance` leaves out"),
             _entry("rewards/{function}/mean", "", "Mean reward of one function"),
             _entry("rewards/{function}/std", "", "Its standard deviation"),
             _entry("rewards/errors", "samples", "Samples scored `reward_error_score`", "0"),
@@ -150,6 +155,7 @@ GROUPS = (
             _entry("loss/policy_avg", "", "PPO: the policy's loss"),
             _entry("policy_loss", "", "Without a critic: the loss without its entropy bonus"),
             _entry("loss/value_avg", "", "PPO: the critic's loss", "Falls"),
+            _entry("auxiliary/loss", "nats", "Mean loss of a learnt token of `auxiliary_dataset`", "Does not rise"),
             _entry(
                 "critic/explained_variance",
                 "",
@@ -191,7 +197,7 @@ GROUPS = (
             _timed(
                 "tokens_per_s/training",
                 "tokens/s",
-                "Tokens of prompts and responses that passed through the policy's training, by that phase's time",
+                "Tokens of prompts, responses and text that passed through the policy's training, by that phase's time",
             ),
             _timed(
                 "tokens_per_s/total",
@@ -204,6 +210,13 @@ GROUPS = (
             ),
             _timed("step_time", "s", "The same as `time/total`, by TRL's name"),
             _timed("eps", "samples/s", "Samples a second since the run began or was resumed, rounded down"),
+            _timed("speculation/accepted", "share", "Tokens that drafts proposed, and that the policy drew, too"),
+            _timed(
+                "speculation/tokens_per_step",
+                "tokens",
+                "Of a sample in a decode step, with drafts or without",
+                "Above 1: where drafts do not pay, there are none",
+            ),
             _timed("migration/samples", "samples", "Samples that left an engine for another"),
             _timed("migration/bytes", "bytes", "KV that they took along"),
             _timed(

@@ -49,7 +49,8 @@ class Sample:
     role, `rewards` those of all models and functions in their order, NaN for none; `score` is what they come to.
     `baseline` is what an algorithm takes off it, where it does.
     `logprobs` are the engine's, `trainer_logprobs` those that the trainer computes by the same weights, where that was
-    asked for. `rewarded_ids` are what reward models read whose tokens are not the policy's, by role.
+    asked for. `rewarded_ids` are prompt and response as reward models read them whose tokens are not
+    the policy's, by role.
     """
 
     id: int
@@ -67,7 +68,7 @@ class Sample:
     score: float | None = None
     baseline: float | None = None
     rewards: list[float] = field(default_factory=list)
-    rewarded_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    rewarded_ids: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def old_logprobs(self) -> NDArray[np.float32]:

@@ -126,10 +126,13 @@ class WeightLayout:
             required=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
         )
 
-    def check(self, weights: Weights) -> None:
-        """Raises: ValueError for names or shapes that do not match. A tied tensor may come under any of its names."""
+    def check(self, weights: Weights, *, kept: Collection[str] = ()) -> None:
+        """Raises: ValueError for names or shapes that do not match. A tied tensor may come under any of its names.
+
+        kept: what the model has already and may be left out.
+        """
         shapes = WeightStream.of(weights).shapes
-        given = {self.tensors[name] for name in shapes.keys() & self.tensors.keys()}
+        given = {self.tensors[name] for name in (*kept, *shapes) if name in self.tensors}
         optional = {name for name, tensor in self.tensors.items() if name not in self.required or tensor in given}
         _check_shapes(shapes, self.shapes, self.model_name, optional=optional)
 
@@ -175,13 +178,16 @@ def write(own: Tensor, tensor: Tensor) -> None:
     own.copy_(tensor)
 
 
-def release_weights(model: nn.Module) -> None:
+def release_weights(model: nn.Module, *, kept: Collection[str] = ()) -> None:
     """Free the parameters of a model that only computes. It keeps their shapes, and takes others by `adopt_state_dict`.
 
-    Ties stay. Until then it must not compute: parameters read as one undefined value.
+    kept: names of those that it keeps. Ties stay. Until then it must not compute: the rest reads as one undefined
+    value.
     """
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name in kept:
+                continue
             parameter.data = parameter.new_empty(()).expand(parameter.shape)
 
 
@@ -198,15 +204,15 @@ def mix_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], alpha: 
                 parameter.data = parameter.data.mul(1.0 - alpha).add_(tensor.to(parameter), alpha=alpha)
 
 
-def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, kept: Collection[str] = ()) -> None:
     """Copy `state_dict` into the model's own tensors, cast to their types.
 
-    A tensor that the model ties under several names may come under any of them; buffers may be left out.
+    A tensor that the model ties under several names may come under any of them; buffers may be left out, and `kept`.
 
     Raises:
         ValueError: names or shapes that do not match; then nothing was copied.
     """
-    WeightLayout.of(model).check(state_dict)
+    WeightLayout.of(model).check(state_dict, kept=kept)
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in state_dict.items():

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +17,9 @@ import trl
 
 import fuse
 from fuse import cli
-from fuse.commands.train_inputs import read_inputs
 from fuse.config.run import RunConfig
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIAL = ROOT / "docs" / "tutorial.md"
-_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from .documents import PAGES, ROOT, TUTORIAL, blocks, command_lines, config_files, mentioned_commands, without_blocks
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)
@@ -62,14 +56,14 @@ def test_commands_are_parsed(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """By their own parsers; nothing is run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "EARLY_CHECKS", MappingProxyType({}))
-    for name, content in _config_files(page).items():
+    for name, content in config_files(page).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
-    for argv in _command_lines(page):
+    for argv in command_lines(page):
         arguments = _parsed(argv, monkeypatch)
         if argv[0] == "recipe":
             _check_step_options(arguments.step_options, monkeypatch)
     monkeypatch.setattr(cli, "Parser", _Mention)
-    for argv in _mentioned_commands(page):
+    for argv in mentioned_commands(page):
         if argv != ["bench"]:
             _parsed(argv, monkeypatch)
 
@@ -80,15 +74,15 @@ def test_import_changes_name_what_there_is(page: Path) -> None:
 
 
 def test_python_is_python(page: Path) -> None:
-    for code in _blocks(page, "python"):
+    for code in blocks(page, "python"):
         compile(code, str(page), "exec")
 
 
 def test_the_tutorials_script_runs_by_either_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for training, which trainers/test_examples.py does: its settings are those of the example."""
     monkeypatch.chdir(tmp_path)
-    script = _blocks(TUTORIAL, "python")[0]
-    [change] = _blocks(TUTORIAL, "diff")
+    script = blocks(TUTORIAL, "python")[0]
+    [change] = blocks(TUTORIAL, "diff")
     removed, added = (re.findall(rf"^\{sign}(.+)$", change, re.MULTILINE) for sign in "-+")
     assert len(removed) == len(added) == 1
     assert script.count(removed[0]) == 1
@@ -107,19 +101,6 @@ def test_the_tutorials_script_runs_by_either_import(tmp_path: Path, monkeypatch:
     names = {line.partition("=")[0] for line in settings if line}
     assert names <= {field.name for field in dataclasses.fields(trl.GRPOConfig)}
     assert trainer.args.max_steps == 20
-
-
-def test_the_tutorials_run_has_all_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    exec(compile(_blocks(TUTORIAL, "python")[1], "inputs.py", "exec"), {})
-    sys.modules.pop("rewards", None)
-    [argv] = [argv for argv in _command_lines(TUTORIAL) if argv[0] == "train"]
-    inputs = read_inputs(_parsed(argv, monkeypatch))
-    del sys.modules["rewards"]
-    assert len(inputs.rows) == 64
-    assert inputs.rewards[0](["1+1="], ["22 3"]) == [0.5]
-    transformers.AutoModelForCausalLM.from_pretrained("base")
 
 
 def test_options_of_runs_are_in_the_table() -> None:
@@ -165,33 +146,7 @@ def _parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     return given[0]
 
 
-def _command_lines(page: Path) -> Iterator[list[str]]:
-    """Those in blocks of their own, without `fuse`."""
-    text = page.read_text(encoding="utf-8")
-    indented = re.findall(r"^ {4}(fuse .+)$", _FENCED.sub("", text), re.MULTILINE)
-    for line in [*"\n".join(_blocks(page, "")).replace("\\\n", " ").splitlines(), *indented]:
-        if line.startswith("fuse "):
-            yield shlex.split(line, comments=True)[1:]
-
-
-def _mentioned_commands(page: Path) -> Iterator[list[str]]:
-    """Those within sentences, without `fuse`."""
-    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
-    for command in re.findall(r"`fuse ([^`]+)`", text):
-        yield ["2" if word in ("N", "GB") else word for word in shlex.split(" ".join(command.split()))]
-
-
-def _config_files(page: Path) -> dict[str, str]:
-    """By the name that a command of the page has for it; the page's last YAML block."""
-    names = re.findall(r"--config (\S+\.yaml)", page.read_text(encoding="utf-8"))
-    return {name: _blocks(page, "yaml")[-1] for name in names}
-
-
-def _blocks(page: Path, language: str) -> list[str]:
-    return [code for of, code in _FENCED.findall(page.read_text(encoding="utf-8")) if of == language]
-
-
 def _anchors(page: Path) -> set[str]:
     """Of headings, as GitHub names them."""
-    headings = re.findall(r"^#+ (.+)$", _FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -33,6 +33,7 @@ ADAPTERS = {
     "vllm": "fuse.engines.vllm",
     "megatron": "fuse.intrastage.megatron",
     "nixl": "fuse.workers.kv.nixl",
+    "peft": "fuse.intrastage.adapters",
 }
 BARRED_FROM_SCHEDULES = {"torch", "transformers", "ray", "fuse"}
 

@@ -7,7 +7,8 @@ import numpy as np
 from fuse.driver.stage_by_stage import apply_inference
 from fuse.roles import numbered, role_of, scoring, training
 from fuse.sample import Sample, SampleState
-from fuse.training.scoring import TokenSequence, inferences
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import inferences
 
 
 def test_several_models_of_a_role_are_named_and_found() -> None:
@@ -32,6 +33,6 @@ def test_what_each_model_says_is_kept_by_its_role() -> None:
 
 
 def test_each_model_reads_its_own_tokens() -> None:
-    sequence = TokenSequence((1, 2), (3,), {"reward_1": (7, 8)})
+    sequence = TokenSequence((1, 2), (3,), {"reward_1": ((7, 8), (9,))})
     assert sequence.read_by("reward") is sequence
-    assert sequence.read_by("reward_1") == TokenSequence((7, 8), ())
+    assert sequence.read_by("reward_1") == TokenSequence((7, 8), (9,))

@@ -28,6 +28,8 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from fuse.training.advantage_model import LABELS
+
 _ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification),
@@ -64,6 +66,11 @@ def language_model(architecture: str = "llama", **options: Any) -> ModelKind:
 def classifier(architecture: str = "llama", **options: Any) -> ModelKind:
     """Of one label."""
     return _ARCHITECTURES[architecture][2], config(architecture, **{"num_labels": 1, **options})
+
+
+def advantage_model(architecture: str = "llama", **options: Any) -> ModelKind:
+    """A classifier with an output for what is expected."""
+    return classifier(architecture, num_labels=len(LABELS), id2label=dict(LABELS), **options)
 
 
 def build(kind: ModelKind, *, seed: int = 0) -> Any:

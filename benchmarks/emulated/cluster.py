@@ -25,8 +25,9 @@ from fuse.intrastage.placement import Replica
 from fuse.roles import role_of
 from fuse.trace import Span
 from fuse.training.rank import TrainingSettings
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import RankRound
-from fuse.training.scoring import Inference, TokenSequence, inferences
+from fuse.training.scoring import Inference, inferences
 from fuse.workers.calls import Future, Worker
 from fuse.workers.generation_worker import GenerationWorker
 from fuse.workers.model_worker import ModelWorker

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fuse.interstage.costs import CostModel
+from fuse.interstage.speculation import Speculation, speculation_from_json
 from schedules import Kind
 
 SCORING_BATCH_TOKENS = 16_384
@@ -77,7 +78,8 @@ class TrainingCosts:
 class EmulatedCosts:
     """Of everything that an emulated device does, in seconds.
 
-    scoring: by role, each model on its own. training: by role. device_flops_per_s: of the data sheet.
+    scoring: by role, each model on its own. training: by role. device_flops_per_s: of the data sheet. speculation: how
+    engines draft; None if they do not.
     """
 
     name: str
@@ -89,6 +91,7 @@ class EmulatedCosts:
     training: Mapping[str, TrainingCosts]
     message: Affine
     weights_s: float
+    speculation: Speculation | None = None
 
     @property
     def rollout(self) -> CostModel:
@@ -103,6 +106,7 @@ class EmulatedCosts:
             kv_bytes_per_token=0,
             transfer_s=_NO_LINK_S,
             transfer_byte_s=0.0,
+            speculation=self.speculation,
         )
 
     def scoring_s(self, role: str, tokens: int) -> float:
@@ -142,18 +146,21 @@ def costs_from_json(value: object, training: Sequence[str], scoring: Sequence[st
 
 
 def _read(kind: Any, value: object, where: str) -> Any:
-    """A number, a text, a dataclass of these, or a table of dataclasses by name."""
+    """A number, a text, a dataclass of these, a table of dataclasses by name, or how engines draft."""
     if kind is str:
         return str(value)
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
             raise ValueError(f"{where} is {value!r}: it must be a number, 0 to {_MOST:g}")
         return float(value)
+    if Speculation in get_args(kind):
+        return None if value is None else speculation_from_json(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {value!r}: it must be an object")
     if get_origin(kind) is Mapping:
         return {name: _read(get_args(kind)[1], one, f"{where}.{name}") for name, one in value.items()}
     kinds = get_type_hints(kind)
+    value = {**{field.name: field.default for field in fields(kind) if field.default is not MISSING}, **value}
     _check_names(value, where, list(kinds))
     make: Callable[..., Any] = kind
     return make(**{name: _read(kinds[name], value[name], f"{where}.{name}") for name in kinds})

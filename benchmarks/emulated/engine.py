@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FIRST_TOKEN, _NUM_TOKENS = 2, 97
 """Tokens that are not special, whose number has no factor in common with any batch: neighbours get others."""
+_CHANCES = 1_000_003
 
 
 @dataclass(slots=True)
@@ -43,7 +44,8 @@ class _Live:
 class EmulatedEngine:
     """Decodes samples to their `max_new_tokens`, as `fuse.engines.engine.GenerationEngine` says, in emulated time.
 
-    A token follows from sample and position alone. There is no KV: a sample that moves is computed again.
+    A token follows from sample and position alone, and so does whether a draft would have been right; engines draft as
+    many as are best for the batch. There is no KV: a sample that moves is computed again.
     """
 
     kv_capacity_tokens = None
@@ -65,19 +67,43 @@ class EmulatedEngine:
         if not running:
             return []
         new = sum(sample.num_tokens for sample in running if sample.is_new)
-        seconds = self._rollout.decode_step(len(running), sum(sample.num_tokens for sample in running))
-        self._device.work(seconds + (self._rollout.prefill(new) if new else 0.0))
-        return [self._emit(sample) for sample in running]
+        num_drafts, draft_s, model_s = self._step_s(len(running), sum(sample.num_tokens for sample in running))
+        self._device.work(draft_s + model_s + (self._rollout.prefill(new) if new else 0.0))
+        tokens = [token for sample in running for token in self._emit(sample, num_drafts)]
+        return [replace(tokens[0], draft_s=draft_s), *tokens[1:]] if draft_s else tokens
 
-    def _emit(self, sample: _Live) -> GeneratedToken:
-        sample_id, position = sample.request.sample_id, len(sample.response_ids)
-        token = _FIRST_TOKEN + (sample_id + position) % _NUM_TOKENS
-        sample.response_ids.append(token)
+    def _step_s(self, batch: int, context_tokens: int) -> tuple[int, float, float]:
+        """Drafts for each sample, and the seconds that these take, and the model."""
+        costs, draft = self._rollout, self._rollout.speculation
+        parts = costs.step_s, costs.sample_s * batch, costs.context_s * context_tokens
+        num_drafts = 0 if draft is None else draft.best(*parts)
+        if draft is None or not num_drafts:
+            return 0, 0.0, sum(parts)
+        shares = zip(draft.per_token(num_drafts), parts, strict=True)
+        model_s = sum(parts) + num_drafts * costs.sample_s * batch
+        return num_drafts, draft.tokens(num_drafts) * sum(share * part for share, part in shares) - model_s, model_s
+
+    def _emit(self, sample: _Live, num_drafts: int) -> list[GeneratedToken]:
+        """A token, after those of its drafts that are right; none is drafted beyond the response."""
+        sample_id, first = sample.request.sample_id, len(sample.response_ids)
+        last = sample.request.params.max_new_tokens - 1
+        num_drafted = min(num_drafts, last - first)
+        tokens = []
+        for position in range(first, first + num_drafted + 1):
+            token = _FIRST_TOKEN + (sample_id + position) % _NUM_TOKENS
+            sample.response_ids.append(token)
+            tokens.append(GeneratedToken(sample_id, token, 0.0, position == last))
+            if not self._is_drafted_right(sample_id, position):
+                break
         sample.is_new = False
-        is_finished = position + 1 == sample.request.params.max_new_tokens
-        if is_finished:
+        if tokens[-1].finished:
             del self._live[sample_id]
-        return GeneratedToken(sample_id, token, 0.0, is_finished)
+        return [replace(tokens[0], drafted_tokens=num_drafted), *tokens[1:]] if num_drafted else tokens
+
+    def _is_drafted_right(self, sample_id: int, position: int) -> bool:
+        draft = self._rollout.speculation
+        chance = hash((sample_id, position)) % _CHANCES / _CHANCES
+        return draft is not None and chance < draft.acceptance
 
     def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Any = None) -> Evicted:
         if sample_id not in self._live:

@@ -37,6 +37,7 @@ from fuse.trace import SpanRecorder
 from fuse.training import scoring
 from fuse.training.layout import RaggedLayout
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import Round, rounds, step_reports
 from fuse.training.steps import StepReport, optimizer_steps
 from schedules.fused.greedy import greedy
@@ -122,7 +123,7 @@ class _Scorers:
     def score(self, samples: Sequence[Sample]) -> None:
         """Fill in what models say of generated samples."""
         settings = scoring.ScoringSettings(temperature=1.0, limit=_LIMIT, autocast=self.autocast)
-        sequences = [scoring.TokenSequence(one.prompt_ids, one.response_ids) for one in samples]
+        sequences = [TokenSequence(one.prompt_ids, one.response_ids) for one in samples]
         said = {
             role: scoring.score(kind, model, sequences, settings)
             for role, model in self.models.items()

@@ -20,6 +20,7 @@ _SPEEDS = ("samples_per_s", "tokens_per_s")
 _SAME_WORK = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch", "epochs", "max_new_tokens", "smoke", "emulate", "costs", "time_scale",
+    "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 
 

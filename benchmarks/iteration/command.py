@@ -47,16 +47,17 @@ _OPTIONS = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "one_at_a_time", "smoke",
-    "emulate", "costs", "time_scale",
+    "emulate", "costs", "time_scale", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 _DEFAULTS = {
-    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 1, "max_new_tokens": 256, "repeats": 5,
+    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 4, "max_new_tokens": 256, "repeats": 5,
 }  # fmt: skip
 """Of options that have others where devices are emulated."""
 _REPORTED = (*_OPTIONS, "pad_token")
 _FIELDS = ("machine", "date", "options", "rows")
 _SMOKE = {
-    "batch": 8, "micro_batch": 2, "max_new_tokens": 16, "warmup": 1, "repeats": 1, "variants": [SERIAL, "both"],
+    "batch": 8, "micro_batch": 2, "mini_batches": 1, "max_new_tokens": 16, "warmup": 1, "repeats": 1,
+    "variants": [SERIAL, "both"],
 }  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def _measure(arguments: argparse.Namespace, devices: Any) -> dict[str, Any]:
     if arguments.emulate is None:
         measured = rounds.measure(arguments)
     else:
-        emulated = costs_of(arguments.costs)
+        emulated = costs_of(arguments)
         measured, make_row, costs = (
             emulation.measure(arguments, emulated, devices),
             emulated_row,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from fuse.benchmarks.emulated.costs import EmulatedCosts, costs_from_json
 from fuse.benchmarks.emulated.h100 import NAMES, costs_named
 from fuse.benchmarks.iteration.rows import NATURAL, SYNTHETIC
 from fuse.commands.options import option_name
+from fuse.commands.simulated_speculation import SPECULATION, add_speculation_arguments, speculation_of
 from fuse.interstage.length_trace import read_length_trace
 from schedules.reading import read_json
 
@@ -49,6 +51,7 @@ def add_emulation(parser: argparse.ArgumentParser) -> None:
         help=f"seconds that an emulated second takes here (default: {TIME_SCALE}); the less, the more the driver's own "
         "time counts",
     )  # fmt: skip
+    add_speculation_arguments(parser)
 
 
 def check_emulation(arguments: argparse.Namespace) -> None:
@@ -58,7 +61,7 @@ def check_emulation(arguments: argparse.Namespace) -> None:
         ValueError: with the first such option.
     """
     if arguments.emulate is None:
-        for name in ("costs", "time_scale"):
+        for name in ("costs", "time_scale", *SPECULATION):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"{option_name(name)} is of emulated devices: add --emulate N")
         return
@@ -76,13 +79,21 @@ def check_emulation(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"a mini-batch of {per_step} micro-batch fills no pipeline: lower --micro-batch to have several"
         )
-    costs_of(arguments.costs)
+    costs_of(arguments)
     if arguments.lengths not in (None, SYNTHETIC):
         read_length_trace(Path(arguments.lengths), at_least=arguments.batch)
 
 
-def costs_of(option: str) -> EmulatedCosts:
-    """Raises: ValueError when there are none of this name, nor in a file of this name."""
+def costs_of(arguments: argparse.Namespace) -> EmulatedCosts:
+    """With how engines are asked to draft, or else as the costs say.
+
+    Raises: ValueError when there are none of this name, nor in a file of this name, or of impossible drafts.
+    """
+    costs = _plain_costs(arguments.costs)
+    return replace(costs, speculation=speculation_of(arguments) or costs.speculation)
+
+
+def _plain_costs(option: str) -> EmulatedCosts:
     if option in NAMES:
         return costs_named(option)
     if not Path(option).exists():

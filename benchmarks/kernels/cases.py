@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fuse.algorithms.batch import Segments
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
-from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae
+from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae, skinny_linear
 
 TEMPERATURE = 0.7
 CHECKPOINTED_TOKENS = 256
@@ -82,6 +82,22 @@ def decode_attention_cases(rows: int = 64, kv_heads: int = 4, context: int = 512
         result_bytes=query.nbytes,
         **_sides(decode_attention, "decode_attention", query, keys, values, lengths, 0.125),
     )
+
+
+def skinny_linear_cases(outs: int = 32_000, width: int = 1024) -> Iterator[Case]:
+    """A matrix that no cache holds, for the tokens of a small batch or of a verification."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outs, width, generator=generator)
+    for rows in (4, 9):
+        inputs = torch.randn(rows, width, generator=generator)
+        yield Case(
+            kernel="skinny_linear",
+            shape=[rows, outs, width],
+            bytes_moved=weight.nbytes + inputs.nbytes,
+            result_bytes=4 * rows * outs,
+            flops=2 * rows * outs * width,
+            **_sides(skinny_linear, "skinny_linear", inputs, weight),
+        )
 
 
 def kv_blocks_cases(
@@ -168,6 +184,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "gae": (gae_cases, shaped_gae_cases),
     "sample_tokens": (sample_cases,),
     "decode_attention": (decode_attention_cases,),
+    "skinny_linear": (skinny_linear_cases,),
     "kv_blocks": (kv_blocks_cases,),
     "schedules": (schedule_cases,),
     "linear_logprob": tuple(

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_option(parser, "what generates under the policies")
     parser.add_argument(
         "--lengths", metavar="FILE.csv", action="append", default=[],
-        help="response lengths: column output_tokens, scaled so that the longest fills the context; may be repeated "
-        "(default: a synthetic long-tailed mix)",
+        help="response lengths: column output_tokens, scaled so that the longest fills the context; synthetic: a "
+        "long-tailed mix; may be repeated, and responses of one length are always measured, too (default: synthetic)",
     )  # fmt: skip
     add_model_options(parser)
     add_numbers(
@@ -78,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _mixes(paths: Sequence[str], num_samples: int, limit: int) -> list[Mix]:
     """Of each trace, with lengths of at most `limit`, and the uniform one."""
-    sources: dict[str, Path | None] = {Path(path).stem: Path(path) for path in paths}
+    sources = {Path(path).stem: None if path == SYNTHETIC else Path(path) for path in paths or [SYNTHETIC]}
     mixes = []
-    for name, path in (sources or {SYNTHETIC: None}).items():
+    for name, path in sources.items():
         trace = response_lengths(path, num_samples, (1 + _PAST_BATCHES) * num_samples)
         lengths = scaled_to(trace[:num_samples], limit)
         factor = max(lengths) / max(trace[:num_samples])

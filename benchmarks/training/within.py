@@ -43,9 +43,10 @@ from fuse.intrastage.training_schedule import Plan, serial_schedule, unfused
 from fuse.trace import Span, now_s
 from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS, SCORED_BY, with_scores
 from fuse.training.model_spec import ModelSpec
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import Round, rounds
 from fuse.training.score_pipelines import Piece, ScorePipelines
-from fuse.training.scoring import MicroBatchLimit, ScoringSettings, TokenSequence
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 from fuse.training.steps import OptimizerStep
 from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster

@@ -52,9 +52,14 @@ def group_advantages(
 
 def deviation(values: Tensor, dim: int) -> Tensor:
     """Sample deviation along a dimension, which stays, without what is NaN; NaN of fewer than two."""
+    return variance(values, dim).sqrt()
+
+
+def variance(values: Tensor, dim: int) -> Tensor:
+    """Sample variance, likewise."""
     count = values.isfinite().sum(dim=dim, keepdim=True)
     squares = (values - values.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim, keepdim=True)
-    return (squares / (count - 1)).sqrt().masked_fill(count < 2, torch.nan)
+    return (squares / (count - 1)).masked_fill(count < 2, torch.nan)
 
 
 def _finite(advantages: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fuse.algorithms.batch import Experience, Positions, Segments, Targets, counted_tokens
+from fuse.algorithms.dynamic_sampling import groups_with_spread
 from fuse.algorithms.group_advantages import deviation, weighted_sum
 from fuse.algorithms.groups import by_group
 from fuse.algorithms.response_lengths import length_metrics
@@ -76,7 +77,8 @@ class GroupSettings:
     num_generations: responses to a prompt, side by side. rollout_size: samples whose statistics are taken together.
     reward_names, reward_weights: by reward function. penalties: by name, beside them, with weight 1.
     reports_kl: whether the rollout's, or else the loss does.
-    mask_truncated: whether responses without an end teach nothing.
+    mask_truncated: whether responses without an end teach nothing. min_variance: of a group's rewards, penalties not
+    counted, below which none of its responses does; None for any.
     """
 
     num_generations: int
@@ -85,6 +87,7 @@ class GroupSettings:
     reward_weights: tuple[float, ...]
     penalties: Mapping[str, Penalty] = field(default_factory=dict)
     mask_truncated: bool = False
+    min_variance: float | None = None
     reports_kl: bool = False
 
     @property
@@ -104,20 +107,22 @@ def estimate(
     assert all(sample.state is SampleState.SCORED for sample in samples)
     size = settings.rollout_size
     ended = ended_of(samples, special)
-    masked = settings.mask_truncated & ~ended
-    lengths = [0 if is_masked else sample.length for sample, is_masked in zip(samples, masked.tolist(), strict=True)]
     rewards = rewards_of(samples, ended, settings)
+    filtered = without_spread(rewards, settings)
+    masked = (settings.mask_truncated & ~ended) | filtered
+    lengths = [0 if is_masked else sample.length for sample, is_masked in zip(samples, masked.tolist(), strict=True)]
+    compared = rewards.masked_fill(filtered[:, None], torch.nan)
     sampler, reference = token_logprobs_of(samples, lengths)
     old = [one.old_logprobs[:n] for one, n in zip(samples, lengths, strict=True)]
     all_advantages, all_metrics, num_tokens = [], [], []
     for first in range(0, len(samples), size):
         rollout = slice(first, first + size)
-        scored = _scored(samples[rollout], rewards[rollout], old[rollout], reference[rollout])
+        scored = _scored(samples[rollout], compared[rollout], old[rollout], reference[rollout])
         advantages, deviations = advantages_of(scored)
         all_advantages.append(advantages)
         num_tokens.append(max(1, sum(lengths[rollout])))
         metrics = length_metrics(samples[rollout], ended[rollout])
-        metrics |= _reward_metrics(scored.rewards, deviations, settings)
+        metrics |= _reward_metrics(rewards[rollout], deviations.masked_fill(filtered[rollout], 0.0), settings)
         if settings.reports_kl:
             metrics["kl"] = float(scored.kl.sum()) / num_tokens[-1]
         all_metrics.append(metrics)
@@ -166,6 +171,15 @@ def rewards_of(samples: Sequence[Sample], ended: Tensor, settings: GroupSettings
     has_none = given.isnan().all(dim=1)
     penalties = [penalty(lengths, ended).masked_fill(has_none, torch.nan) for penalty in settings.penalties.values()]
     return torch.cat([given, *(penalty[:, None] for penalty in penalties)], dim=1)
+
+
+def without_spread(rewards: Tensor, settings: GroupSettings) -> Tensor:
+    """Samples of groups that `settings.min_variance` filters, bool [samples]. rewards: of `rewards_of`."""
+    if settings.min_variance is None:
+        return torch.zeros(len(rewards), dtype=torch.bool)
+    total = weighted_sum(rewards[:, : len(settings.reward_names)], torch.tensor(settings.reward_weights))
+    keeps = groups_with_spread(total, settings.num_generations, settings.min_variance)
+    return ~keeps.repeat_interleave(settings.num_generations)
 
 
 def token_logprobs_of(samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[list[FloatArray], list[FloatArray]]:

@@ -31,6 +31,7 @@ from fuse.algorithms.group_batch import (
     rewards_of,
     rollout_metrics,
     token_logprobs_of,
+    without_spread,
 )
 from fuse.algorithms.groups import by_group
 from fuse.algorithms.grpo_loss import ENTROPY, LOSS
@@ -92,8 +93,10 @@ def estimate_pairs(
 ) -> tuple[Experience, dict[str, float]]:
     """One pair of every group: rows 2 i and 2 i + 1 are the best and the worst response to prompt i. And metrics."""
     assert all(sample.state is SampleState.SCORED for sample in samples)
-    scores = weighted_sum(rewards_of(samples, ended_of(samples, special), settings), torch.tensor(settings.all_weights))
-    pairs = pairs_of_all(scores, settings.num_generations)
+    rewards = rewards_of(samples, ended_of(samples, special), settings)
+    scores = weighted_sum(rewards, torch.tensor(settings.all_weights))
+    compared = scores.masked_fill(without_spread(rewards, settings), torch.nan)
+    pairs = pairs_of_all(compared, settings.num_generations)
     paired = [samples[row] for row in torch.stack([pairs.chosen, pairs.rejected], dim=1).flatten().tolist()]
     lengths = [sample.length for sample in paired]
     sampler, reference = token_logprobs_of(paired, lengths)

@@ -20,11 +20,13 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from fuse.commands.lora import add_lora_arguments, lora_config
 from fuse.commands.models import critic_from_policy
 from fuse.commands.options import check_counts
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import RunResults
+from fuse.commands.run_text import trained_text
 from fuse.config.grpo import GRPOConfig
 from fuse.config.ppo import PPOConfig
 from fuse.demo.plot import save_curve, tenth_means, terminal_curve
@@ -56,12 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for curve, traces, policy (default: out/demo)",
     )
+    add_lora_arguments(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write rewards, seconds and phases to FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Warm up, train, and show what came of it."""
     check_counts(arguments, "devices", "updates")
+    lora_config(arguments)  # what it refuses, it refuses now
     console, start_s = Console(highlight=False), time.monotonic()
     disable_progress_bar()  # of saving
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
@@ -71,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     warmup_s = supervised_warm_up(policy, tokenizer, task, arguments.seed, console)
 
     trainer = MAKERS[arguments.algorithm](policy, tokenizer, task, arguments)
+    if arguments.lora_r is not None:
+        console.print(trained_text(trainer).removeprefix("; "))
     with run_progress(console, f"{trainer.NAME} on {arguments.devices} devices") as progress:
         progress.watch(trainer)
         trainer.train()
@@ -122,7 +128,7 @@ def make_ppo_trainer(
         gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE,
         num_mini_batches=2,
         num_ppo_epochs=2,
-        learning_rate=2e-4,
+        learning_rate=learning_rate(arguments),
         warmup_steps=0.25,
         kl_coef=0.01,
         lam=0.95,
@@ -142,6 +148,8 @@ def make_ppo_trainer(
         reward_model=exact_match,
         train_dataset=[{"input_ids": tokenizer(prompt_text(terms))["input_ids"]} for terms in problems],
         value_model=critic_from_policy(policy, tokenizer.pad_token_id),
+        peft_config=lora_config(arguments),
+        value_peft_config=lora_config(arguments),
     )
 
 
@@ -162,7 +170,7 @@ def make_grpo_trainer(
         gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE * 2 // steps_per_update,
         num_generations=NUM_GENERATIONS,
         epsilon_high=0.28,
-        learning_rate=2e-4,
+        learning_rate=learning_rate(arguments),
         warmup_steps=0.25,
         max_completion_length=task.max_response_tokens,
         report_to="none",
@@ -176,7 +184,13 @@ def make_grpo_trainer(
         args=config,
         train_dataset=[{"prompt": prompt_text(terms)} for terms in problems],
         processing_class=tokenizer,
+        peft_config=lora_config(arguments),
     )
+
+
+def learning_rate(arguments: argparse.Namespace) -> float:
+    """Adapters start from no update at all, and take larger steps than weights do."""
+    return 2e-4 if arguments.lora_r is None else 1e-3
 
 
 MAKERS: Mapping[str, Callable[..., Trainer]] = {"ppo": make_ppo_trainer, "grpo": make_grpo_trainer}

@@ -20,6 +20,7 @@ from fuse.trainers.ppo import PPOTrainer
 from fuse.trainers.prompt_checks import too_long_remedy
 from fuse.trainers.reward_columns import takes_column
 from fuse.trainers.trainer import Trainer
+from fuse.training.advantage_model import is_advantage_model
 from fuse.workers.cluster import Cluster
 
 
@@ -59,6 +60,7 @@ def _without_critic(
         train_dataset=renamed(inputs.rows),
         eval_dataset=None if inputs.eval_rows is None else renamed(inputs.eval_rows),
         processing_class=tokenizer,
+        peft_config=inputs.lora,
     )
     return made
 
@@ -94,10 +96,15 @@ def _ppo(
         train_dataset=train_dataset,
         value_model=_critic(arguments.value_model, reward, policy, tokenizer.pad_token_id),
         eval_dataset=eval_dataset,
+        peft_config=inputs.lora,
+        value_peft_config=inputs.lora,
     )
 
 
 def _critic(path: str | None, reward: object, policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
+    """That at `path`, or one on the reward model's layers, with its head where that is one of values."""
     if path is not None:
         return load_classifier(path)
-    return copy.deepcopy(reward) if isinstance(reward, PreTrainedModel) else critic_from_policy(policy, pad_token_id)
+    if isinstance(reward, PreTrainedModel) and not is_advantage_model(reward.config):
+        return copy.deepcopy(reward)
+    return critic_from_policy(reward if isinstance(reward, PreTrainedModel) else policy, pad_token_id)

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from fuse.commands.model_path import check_model_path
+from fuse.training.advantage_model import is_advantage_model
 
 
 def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
@@ -55,7 +56,7 @@ def load_policy(path: str) -> PreTrainedModel:
 
 
 def load_classifier(path: str) -> PreTrainedModel:
-    """The sequence classifier with one label at `path`, in the type it is saved in.
+    """The sequence classifier with one label, or the advantage model, at `path`, in the type it is saved in.
 
     Raises:
         ValueError: there is none, or the model there is of another kind.
@@ -64,7 +65,8 @@ def load_classifier(path: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path)
         architecture = (config.architectures or ["unknown"])[0]
-        if not architecture.endswith("ForSequenceClassification") or config.num_labels != 1:
+        scores = config.num_labels == 1 or is_advantage_model(config)
+        if not architecture.endswith("ForSequenceClassification") or not scores:
             raise ValueError(
                 f"the model at {path} is a {architecture} with {config.num_labels} labels: "
                 "a reward or value model must be a sequence classifier with one label"
@@ -77,6 +79,8 @@ def load_classifier(path: str) -> PreTrainedModel:
 
 def critic_from_policy(policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:
     """A sequence classifier on a copy of the policy's layers, whose zero head values every state at 0 before training.
+
+    An advantage model does for a policy: what it expects of every state is about 0.
 
     Raises:
         ValueError: transformers has no sequence classifier for this architecture.

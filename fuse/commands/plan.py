@@ -10,7 +10,6 @@ qwen2.5-1.5b, -3b, -7b, -32b, -72b, llama3-8b, -70b. The other models have the p
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,21 +20,23 @@ from transformers import PretrainedConfig
 
 from fuse.commands.known_models import config_of, spec_of
 from fuse.commands.output import output_file, write_json
-from fuse.commands.tables import figures_table
-from fuse.driver.memory import Ledger, Phase, ledger
+from fuse.commands.plan_table import GB, show
+from fuse.config.auxiliary import largest_text
+from fuse.driver.memory import Ledger, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
 from fuse.driver.size_cut import cut_by_size
 from fuse.engines.limits import num_positions
+from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
-from fuse.roles import role_of, training
+from fuse.roles import GENERATING, role_of, training
 
 _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
-_GB = 1e9
 _COUNTS = (
     *("num_devices", "tensor_parallel_size", "prompt_length", "response_length", "micro_batch_size"),
     *("generation_tensor_parallel_size", "num_micro_batches", "actor_stages", "critic_stages", "engine_batch_size"),
+    *("auxiliary_max_length", "auxiliary_micro_batch_tokens"),
 )
 
 
@@ -77,6 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offload", action=yes_or_no, default=False, help="what trains lies in host memory meanwhile (default: no)"
     )
+    parser.add_argument(
+        "--ema",
+        action=yes_or_no,
+        default=False,
+        help="stages keep an average of the policy, by ema_decay (default: no)",
+    )
+    parser.add_argument(
+        "--auxiliary-max-length",
+        type=int,
+        metavar="N",
+        help="longest row of an auxiliary_dataset (default: no such rows)",
+    )
+    parser.add_argument(
+        "--auxiliary-micro-batch-tokens",
+        type=int,
+        metavar="N",
+        help="most of a micro-batch of such rows (default: those of --micro-batch-size samples, or of a row)",
+    )
     parser.add_argument("--bf16", action=yes_or_no, default=True, help="compute in bfloat16 (default: yes)")
     parser.add_argument("--gradient-checkpointing", action=yes_or_no, default=False, help="recompute layers")
     parser.add_argument(
@@ -106,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         if planned.fits:
             break
     figures = _figures(planned, choices, num_positions(config_of(arguments.model)) or _MOST_TOKENS)
-    _show(Console(highlight=False), planned, figures)
+    show(Console(highlight=False), planned, figures)
     if arguments.json:
         write_json(arguments.json, figures)
     return 0
@@ -187,6 +206,21 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         engine_devices=arguments.generation_tensor_parallel_size,
         engines_sleep=arguments.sleep,
         offloads_training=arguments.offload,
+        averaged=frozenset({GENERATING} if arguments.ema else ()),
+        text=_text(arguments),
+    )
+
+
+def _text(arguments: argparse.Namespace) -> Shape | None:
+    """The largest micro-batch of text, where there is any."""
+    length, tokens = arguments.auxiliary_max_length, arguments.auxiliary_micro_batch_tokens
+    if length is None and tokens is None:
+        return None
+    return largest_text(
+        max_length=length,
+        most_tokens=tokens,
+        micro_batch_size=arguments.micro_batch_size,
+        longest_sample=arguments.prompt_length + arguments.response_length,
     )
 
 
@@ -233,7 +267,7 @@ def _device_memory_bytes(given_gb: float | None) -> int:
     if given_gb is not None:
         if not 0 < given_gb < 1e6:
             raise ValueError(f"--device-memory-gb is {given_gb:g}: give a device's memory, such as 80")
-        return round(given_gb * _GB)
+        return round(given_gb * GB)
     if not torch.cuda.is_available():
         raise ValueError("--device-memory-gb is missing, and there is no GPU here to ask: give a device's memory")
     return int(torch.cuda.get_device_properties(0).total_memory)
@@ -284,33 +318,3 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (least + most + 1) // 2
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
     return least
-
-
-def _show(console: Console, planned: Ledger, figures: dict[str, Any]) -> None:
-    setup, device = planned.setup, planned.fullest_device
-    rows: defaultdict[str, list[list[str]]] = defaultdict(list)
-    for entry in planned.devices[device]:
-        rows[entry.role].append([f"{entry.role}: {entry.what}", *(_gb(entry.bytes.get(phase, 0)) for phase in Phase)])
-    lines = [row for of_role in rows.values() for row in of_role if any(cell != "-" for cell in row[1:])]
-    lines.append(["together", *(_gb(planned.total(device, phase)) for phase in Phase)])
-    if setup.is_fused:
-        lines.append(["training, serial / fused", "", "", f"{_gb(planned.serial_bytes)} / {_gb(planned.fused_bytes)}"])
-    if figures["bidirectional"]:
-        console.print("two opposite replicas of the policy, if that is faster than plain 1F1B", markup=False)
-    if any(replica.layer_ranges for replica in setup.placement):
-        layers = "; ".join(f"{role} {' '.join(map(str, counts))}" for role, counts in figures["layers"].items())
-        console.print(f"stages are cut by size, for even ones do not fit; layers of each: {layers}", markup=False)
-    title = f"GB on device {device} of {setup.num_devices}, the fullest; {setup.scoring} scoring"
-    console.print(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True))
-    memory, spare = setup.device_memory_bytes / _GB, planned.spare_bytes / _GB
-    answer = f"fits: {spare:.1f} GB of {memory:g} to spare" if planned.fits else f"does not fit: {-spare:.1f} GB over"
-    console.print(f"host memory of all devices together: {_gb(planned.host_bytes)} GB", markup=False)
-    response, sequences = figures["max_response_length"], figures["max_micro_batch_size"]
-    console.print(answer if planned.fits else f"{answer} {memory:g}", markup=False)
-    if response:
-        console.print(f"largest that fits, all else equal: responses of {response} tokens", end="", markup=False)
-        console.print(f", or micro-batches of {sequences}" if sequences else "", markup=False)
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / _GB:.1f}" if num_bytes >= _GB / 20 else "-" if num_bytes == 0 else "<0.1"

@@ -14,7 +14,8 @@ each step has a log and a JSON file of its metrics, and is not repeated when it 
 where it was ended.
 
 Options of a step are named behind it: --sft.NAME VALUE those of trl.SFTConfig, --reward.NAME VALUE those of
-trl.RewardConfig, square_coefficient and length_buckets, --rl.NAME VALUE those of `fuse train`.
+trl.RewardConfig, loss (pairwise or advantage), advantage_margin, expectation_coefficient, square_coefficient and
+length_buckets, --rl.NAME VALUE those of `fuse train`.
 """
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ def _steps(arguments: argparse.Namespace, rl: argparse.Namespace, data: Mapping[
             "options": arguments.step_options[name],
         }
         inputs = {"sft": out / "sft"} if name == "reward" and not arguments.reward_base else {}
-        steps.append(_own_step(out, name, settings, inputs, data, arguments.accelerate_config))
+        checkpoints = None if _keeps_checkpoints(arguments.step_options[name]) else out / name
+        steps.append(_own_step(out, name, settings, inputs, data, arguments.accelerate_config, checkpoints))
     made = {"sft": out / "sft", "reward": out / "reward"}
     policy = out / "policy"
     argv = _train_arguments(arguments)
@@ -249,7 +251,7 @@ def _steps(arguments: argparse.Namespace, rl: argparse.Namespace, data: Mapping[
         "temperature": rl.temperature,
         "max_new_tokens": getattr(rl, config_class(rl.algorithm).MAX_RESPONSE_OPTION),
     }
-    steps.append(_own_step(out, "comparison", comparison, {**made, "rl": policy}, data, None))
+    steps.append(_own_step(out, "comparison", comparison, {**made, "rl": policy}, data))
     asked_for = {*arguments.steps, *(["comparison"] if "rl" in arguments.steps else [])}
     return [step for step in steps if step.name in asked_for]
 
@@ -260,14 +262,16 @@ def _own_step(
     settings: Mapping[str, Any],
     inputs: Mapping[str, Path],
     data: Mapping[str, Any],
-    accelerate_config: Path | None,
+    accelerate_config: Path | None = None,
+    checkpoints: Path | None = None,
 ) -> Step:
     """A step that `fuse.recipe.process` does; its file is written."""
     file = out / f"{name}.settings.json"
     write_whole(file, json.dumps({"step": name, "settings": settings, "results": str(out / f"{name}.results.json")}))
     launcher = [sys.executable]
-    if accelerate_config is not None:
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config)]
+    if accelerate_config is not None:  # how many processes train decides how many rows are a batch
+        settings = {**settings, "accelerate": accelerate_config.read_text(encoding="utf-8")}
+        launcher += ["-m", "fuse.recipe.launch", "--config_file", str(accelerate_config)]
     return Step(
         name=name,
         output_dir=out,
@@ -275,7 +279,13 @@ def _own_step(
         resume=list,
         inputs=inputs,
         settings={**settings, "data": data["sha256"]},
+        checkpoints=checkpoints,
     )
+
+
+def _keeps_checkpoints(options: Sequence[str]) -> bool:
+    """Whether the user has said how many there are to be."""
+    return any(option.partition("=")[0].replace("-", "_") == "__save_total_limit" for option in options)
 
 
 def _move(made: Path, place: Path) -> None:

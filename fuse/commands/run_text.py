@@ -26,7 +26,19 @@ def plan_text(trainer: Trainer) -> str:
         f"plan: {samples} of {len(trainer.train_dataset):,} prompts; "
         f"{_count(length.num_updates, 'update')} of {_count(length.optimizer_steps_per_update, 'optimizer step')}; "
         f"{_count(devices, kind)}; responses of up to {args.max_response_tokens:,} tokens, {most:,} an update"
+        f"{trained_text(trainer)}"
     )
+
+
+def trained_text(trainer: Trainer) -> str:
+    """How much of the models trains, where something is frozen."""
+    parts = []
+    for name, model in trainer.trained_models.items():
+        total = sum(one.numel() for one in model.parameters())
+        trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        if trained < total:
+            parts.append(f"{trained:,} of {name}'s {total:,} weights ({trained / total:.2%})")
+    return f"; trains {', '.join(parts)}" if parts else ""
 
 
 def update_text(logs: Mapping[str, Any]) -> str:

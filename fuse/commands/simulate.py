@@ -12,29 +12,27 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from fuse.commands.options import check_counts
 from fuse.commands.output import output_file
+from fuse.commands.simulated_case import Case, enough_room
 from fuse.commands.simulated_speculation import (
     SpeculationRow,
     add_speculation_arguments,
     show_drafts,
     show_speculation,
-    with_speculation,
+    speculation_of,
 )
 from fuse.commands.simulated_tail import TailRow, add_tail_arguments, mean_row, show_tail, simulate_row
 from fuse.commands.simulation_tables import show_costs, show_gains, show_policies
 from fuse.interstage.costs import PROFILES, CostModel, costs_from_json, costs_to_json
-from fuse.interstage.dealing import prompt_numbers
 from fuse.interstage.drawing import picture
 from fuse.interstage.length_trace import MOST_TOKENS, LengthTrace, read_length_trace
-from fuse.interstage.migration import EngineLimits, Policy
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
-from fuse.interstage.policies import ADAPTIVE, KNOWN, NONE, POLICIES, THRESHOLD, policy_of
-from fuse.interstage.rollout import Rollout, SimulationResult
+from fuse.interstage.policies import ADAPTIVE, KNOWN, NONE, POLICIES, THRESHOLD
+from fuse.interstage.rollout import SimulationResult
 from fuse.interstage.simulate import simulate
 from schedules.export.svg import document
 from schedules.reading import read_json
@@ -87,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate every policy on the same batches, print a table and timelines, and write them."""
     check_counts(arguments, *_MOST, most=_MOST)
-    costs = with_speculation(arguments, _costs(arguments.costs))
+    costs = _costs(arguments.costs)
+    costs = replace(costs, speculation=speculation_of(arguments) or costs.speculation)
     settings = [
         _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
         for path in arguments.lengths
@@ -157,7 +156,7 @@ def _trace(path: Path, max_tokens: int | None, arguments: argparse.Namespace) ->
 
 
 def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting, costs: CostModel) -> _Outcome:
-    limits = _limits(arguments, setting.trace)
+    limits = enough_room(setting.trace, arguments.max_batch, arguments.batch, arguments.kv_tokens)
     names = tuple(dict.fromkeys((NONE, *arguments.policy)))
     results: dict[str, list[SimulationResult]] = {name: [] for name in (*names, KNOWN)}
     bounds_s, blind_bounds_s = [], []
@@ -167,7 +166,15 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
     for iteration in track(
         range(arguments.iterations), "simulating", console=console, transient=True, disable=not console.is_terminal
     ):
-        case = _Case(arguments, setting.trace, costs, limits, iteration * arguments.batch)
+        case = Case(
+            trace=setting.trace,
+            costs=costs,
+            limits=limits,
+            num_devices=arguments.devices,
+            start=iteration * arguments.batch,
+            batch=arguments.batch,
+            can_transfer=not arguments.no_transfer,
+        )
         bounds_s.append(lower_bound_s(case.rollout))
         blind_bounds_s.append(blind_bound_s(case.rollout))
         played = {name: simulate(case.rollout, case.policy(name)) for name in (*names, KNOWN)}
@@ -176,7 +183,7 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
         for name, result in played.items():
             results[name].append(result)
         if plain_s:
-            plain = _Case(arguments, setting.trace, replace(costs, speculation=None), limits, case.start)
+            plain = case.without_drafts()
             for name, seconds in plain_s.items():
                 seconds.append(simulate(plain.rollout, plain.policy(name)).makespan_s)
         for name, of_name in tails.items():
@@ -191,31 +198,6 @@ def _simulate(console: Console, arguments: argparse.Namespace, setting: _Setting
         for name, seconds in plain_s.items()
     ]
     return _Outcome(rows, results, drafts, [mean_row(of_name) for of_name in tails.values()], tail_results)
-
-
-class _Case:
-    """One batch of the trace, and what the other rows teach."""
-
-    def __init__(
-        self, arguments: argparse.Namespace, trace: LengthTrace, costs: CostModel, limits: EngineLimits, start: int
-    ) -> None:
-        self.start, batch = start, slice(start, start + arguments.batch)
-        self._trace, self._prompts, self._can_transfer = trace, trace.prompts[batch], not arguments.no_transfer
-        self._others = trace.rows(np.delete(np.arange(len(trace)), batch))
-        self.rollout = Rollout(
-            prompt_tokens=trace.prompt_tokens[batch],
-            response_tokens=trace.response_tokens[batch],
-            num_devices=arguments.devices,
-            costs=costs,
-            limits=limits,
-            can_transfer=self._can_transfer,
-            prompts=prompt_numbers(trace.prompts[batch]),
-        )
-
-    def policy(self, name: str) -> Policy:
-        """A threshold is tuned to all rows where there are no others."""
-        past = self._others if len(self._others) or name != THRESHOLD else self._trace
-        return policy_of(name, self.rollout, past, self._prompts)
 
 
 def _row(
@@ -281,14 +263,3 @@ def _costs(name: str) -> CostModel:
     if not path.exists():
         raise ValueError(f"--costs {name} is neither a file nor one of {', '.join(PROFILES)}")
     return costs_from_json(read_json(path, "the fields of a cost model"))
-
-
-def _limits(arguments: argparse.Namespace, trace: LengthTrace) -> EngineLimits:
-    """Responses may reach the longest of the trace, or --max-tokens where that cuts some."""
-    max_new_tokens = int(trace.response_tokens.max())
-    enough = (int(trace.prompt_tokens.max()) + max_new_tokens) * max(arguments.max_batch, arguments.batch)
-    return EngineLimits(
-        max_batch=arguments.max_batch,
-        kv_capacity_tokens=enough if arguments.kv_tokens is None else arguments.kv_tokens,
-        max_new_tokens=max_new_tokens,
-    )

@@ -12,8 +12,10 @@ from rich.table import Column, Table
 
 from fuse.commands.tables import cell
 from fuse.interstage.costs import CostModel
-from fuse.interstage.speculation import DRAFTS
+from fuse.interstage.speculation import DRAFTS, Speculation
 
+SPECULATION = ("speculation", "acceptance", "draft_share")
+"""The options, as they are named in arguments."""
 _BATCHES, _TOKENS = (1, 8, 64, 256), 1000
 
 
@@ -21,7 +23,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of speculative decoding."""
     parser.add_argument(
         "--speculation", choices=tuple(DRAFTS),
-        help="engines draft, as many tokens as pay for each batch; adds a table of seconds without and with that",
+        help="simulated engines draft, as many tokens as pay for each batch",
     )  # fmt: skip
     defaults = (
         ", ".join(f"{draft.acceptance} of {name}" for name, draft in DRAFTS.items()),
@@ -39,21 +41,19 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def with_speculation(arguments: argparse.Namespace, costs: CostModel) -> CostModel:
-    """Costs of engines that draft as asked for.
+def speculation_of(arguments: argparse.Namespace) -> Speculation | None:
+    """How engines are asked to draft; None if they are not.
 
     Raises:
         ValueError: what drafts are like is given without drafts, or is impossible.
     """
-    given = {
-        name: getattr(arguments, name) for name in ("acceptance", "draft_share") if getattr(arguments, name) is not None
-    }
+    given = {name: getattr(arguments, name) for name in SPECULATION[1:] if getattr(arguments, name) is not None}
     if arguments.speculation is None:
         if given:
             option = next(iter(given)).replace("_", "-")
             raise ValueError(f"--{option} says what drafts are like: give --speculation {'|'.join(DRAFTS)}, too")
-        return costs
-    return replace(costs, speculation=replace(DRAFTS[arguments.speculation], **given))
+        return None
+    return replace(DRAFTS[arguments.speculation], **given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

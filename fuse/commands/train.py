@@ -30,6 +30,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import DataClassType
 
 from fuse.commands.algorithms import NAMES, OPTION, asked_for, config_class
+from fuse.commands.lora import add_lora_arguments
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
 from fuse.commands.results import run_json
@@ -114,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="column of the prompt (default: tokens in input_ids for PPO, else prompt)",
     )
+    add_lora_arguments(parser)
     group.add_argument("--json", type=output_file, metavar="FILE", help="write rewards, seconds and phases to FILE")
     for action in parser._actions:
         action.metavar = action.metavar or _shown_choices(action)

@@ -6,23 +6,28 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fuse import checkpoint
 from fuse.commands.algorithms import config_class
+from fuse.commands.lora import lora_config
 from fuse.commands.reward_function import load_reward_function
 from fuse.commands.train_paths import check_rewards
 from fuse.trainers.data import check_source, read_rows
 
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """rewards: the functions that score, if any. rows, eval_rows: of the datasets, not tokenised."""
+    """rewards: the functions that score, if any. rows, eval_rows: of the datasets, not tokenised. lora: adapters."""
 
     config: Any
     rewards: Sequence[Any]
     rows: Sequence[Mapping[str, Any]]
     eval_rows: Sequence[Mapping[str, Any]] | None
+    lora: LoraConfig | None = None
 
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -33,6 +38,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """
     check_rewards(arguments.algorithm, arguments.reward_function, arguments.reward_model)
     check_models(arguments)
+    lora = lora_config(arguments)
     kind = config_class(arguments.algorithm)
     options = {field.name: getattr(arguments, field.name) for field in fields(kind) if field.init}
     if options["stop_token"] is None and options["stop_token_id"] is None:
@@ -46,7 +52,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     for dataset in (rows, eval_rows):
         if dataset is not None:
             check_source(dataset[0], prompt_column(arguments))
-    return Inputs(config=config, rewards=rewards, rows=rows, eval_rows=eval_rows)
+    return Inputs(config=config, rewards=rewards, rows=rows, eval_rows=eval_rows, lora=lora)
 
 
 def prompt_column(arguments: argparse.Namespace) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from fuse.config.run import option
+from fuse.config.option import option
 from fuse.config.run_length import RunLength
 from fuse.config.sample_choice import SampleChoiceConfig
 from fuse.driver.mixing import Mixing
@@ -269,6 +269,11 @@ class GroupConfig(SampleChoiceConfig):
             raise ValueError(
                 f"num_generations={self.num_generations}: responses are compared with others to their prompt, so there "
                 f"must be at least {self.least_generations}"
+            )
+        if self.num_generations < 2 and self.min_reward_variance is not None:
+            raise ValueError(
+                f"min_reward_variance={self.min_reward_variance} with num_generations={self.num_generations}: one "
+                f"reward has no variance; raise num_generations, or leave it out"
             )
         self._fill_rollout_size()
         size, uses = self.rollout_size, self.uses_per_rollout

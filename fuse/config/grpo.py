@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fuse.config.grpo_loss import GRPOLossConfig
-from fuse.config.run import option
+from fuse.config.option import option
 
 
 @dataclass

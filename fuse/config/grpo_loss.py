@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fuse.config.option import option
 from fuse.config.policy_gradient import PolicyGradientConfig
-from fuse.config.run import option
 
 _REFUSED = "Accepted for compatibility; must stay unset."
 

@@ -16,7 +16,7 @@ from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.memory import Ledger, Phase, fits, ledger
-from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, planned_models
+from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, larger, planned_models
 from fuse.driver.size_cut import cut_by_size
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import has_opposites
@@ -30,9 +30,15 @@ _GB = 1e9
 
 
 def within_memory(
-    config: RunConfig, settings: FleetSettings, models: Mapping[str, PreTrainedModel], prompts: PromptTokens
+    config: RunConfig,
+    settings: FleetSettings,
+    models: Mapping[str, PreTrainedModel],
+    prompts: PromptTokens,
+    text: Shape | None = None,
 ) -> FleetSettings:
     """The settings with what training may take of memory, once the run is known to fit. models: by role.
+
+    text: the largest micro-batch of text, where there is any.
 
     On GPUs all is counted. On CPUs only what is certain: weights, gradients and moments, over all processes here.
     Models score whole or in shares, and devices are shared in time, as `config` says, or as it fits. An alternative
@@ -43,7 +49,7 @@ def within_memory(
     """
     if prompts.most is not None:
         longest = Shape(config.per_device_train_batch_size, prompts.most + config.max_response_tokens)
-        settings = replace(settings, plan=replace(settings.plan, longest=longest))
+        settings = replace(settings, plan=replace(settings.plan, longest=larger(longest, text)))
     sharings = _sharings(config, settings)
     if config.accelerator == "cpu":
         if config.ray_address is not None:
@@ -57,7 +63,7 @@ def within_memory(
                 return _shared(settings if keeps else _without_alternative(settings), models, sharing)
         raise _exceeds_host(needed, most, models, settings.placement)
     try:
-        setup = _setup(config, settings, models, prompts, device_memory_bytes())
+        setup = _setup(config, settings, models, prompts, device_memory_bytes(), text)
     except ValueError as error:
         _logger.warning("memory is not planned: %s", error)
         return _shared(replace(settings, alternative=None), models, sharings[0])
@@ -154,6 +160,7 @@ def _setup(
     models: Mapping[str, PreTrainedModel],
     prompts: PromptTokens,
     memory_bytes: int,
+    text: Shape | None,
 ) -> MemorySetup:
     training = settings.training
     return MemorySetup(
@@ -170,6 +177,7 @@ def _setup(
         prompt_tokens=prompts.typical if prompts.most is None else prompts.most,
         response_tokens=config.max_response_tokens,
         micro_batch_size=config.per_device_train_batch_size,
+        text=text,
         num_micro_batches=settings.micro_batches_per_step,
         autocast=training.autocast,
         generation_dtype=training.autocast or torch.float32,
@@ -227,6 +235,8 @@ def _host_bytes(
         trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
         num_replicas = sum(replica.model == role for replica in placement)
         needed += num_replicas * (4 * counts[role] + 12 * trained)
+        if role in settings.training.average_decays:
+            needed += 4 * trained + counts[role] * models[role].dtype.itemsize  # of all stages; the driver's own
     return needed
 
 

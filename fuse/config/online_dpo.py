@@ -12,7 +12,7 @@ from torch import Tensor
 from fuse.algorithms.group_batch import Penalty
 from fuse.algorithms.online_dpo import PAIR
 from fuse.config.group import GroupConfig
-from fuse.config.run import option
+from fuse.config.option import option
 
 _REFUSED = "Accepted for compatibility; must stay unset."
 _NO_RATIO = "leave it out: the loss has no ratio to be clipped"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fuse.algorithms.estimators import ESTIMATORS, Estimator
 from fuse.config.group import GroupConfig
-from fuse.config.run import either, option
+from fuse.config.option import either, option
 
 _ADVANTAGES: Mapping[str, str] = {
     "group": "over the mean of a prompt's responses (GRPO)",

@@ -8,10 +8,12 @@ from typing import ClassVar, Literal
 
 from fuse.algorithms.kl_control import LARGEST_ERROR, KLControl
 from fuse.config.clip_range import clip_range
-from fuse.config.run import RunConfig, option
+from fuse.config.option import option
+from fuse.config.run import RunConfig
 
 _KL_TARGET, _KL_HORIZON = 6.0, 10_000
 """Of TRL's AdaptiveKLController (trl 0.11), which trl 1.12 has no more."""
+_VARIANCE_SAMPLES = 4
 
 
 @dataclass
@@ -38,7 +40,7 @@ class PPOConfig(RunConfig):
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         *RunConfig.NOT_NEGATIVE,
-        *("kl_coef", "vf_coef", "critic_learning_rate", "critic_warmup_updates"),
+        *("kl_coef", "vf_coef", "critic_learning_rate", "critic_warmup_updates", "min_reward_variance"),
     )
     POSITIVE: ClassVar[tuple[str, ...]] = (
         *RunConfig.POSITIVE,
@@ -55,6 +57,7 @@ class PPOConfig(RunConfig):
         "critic_num_mini_batches": None,
         "critic_warmup_updates": 0,
         "loss_normalization": "micro_batch",
+        "auxiliary_dataset": None,
     }
     """What optimizer steps consist of, where they are not TRL's: options, and their values that leave them so."""
 
@@ -81,6 +84,14 @@ class PPOConfig(RunConfig):
     )
     reward_clip_range: list[float] | None = option(
         None, "Bounds of scores, less reward_baseline and missing_eos_penalty and before the KL penalty."
+    )
+    min_reward_variance: float | None = option(
+        None,
+        "Leave out prompts to which reward_variance_samples responses of the reference, generated and scored before "
+        "training, have scores of a sample variance below this, or equal ones. Kept in checkpoints. Default: none.",
+    )
+    reward_variance_samples: int = option(
+        _VARIANCE_SAMPLES, "Responses to a prompt of which min_reward_variance takes the variance; at least 2."
     )
     whiten_rewards: bool = option(False, "Scale rewards to unit variance over the batch.")
     kl_coef: float = option(0.05, "Weight of the KL penalty per token; with adaptive_kl of the first update.")
@@ -121,8 +132,8 @@ class PPOConfig(RunConfig):
     sft_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the policy's path.")
     reward_model_path: str = option("EleutherAI/pythia-160m", "For scripts: the reward model's path.")
     dataset_num_proc: int | None = option(None, "For scripts: processes that tokenise the dataset.")
-    model_adapter_name: str | None = option(None, "Accepted for compatibility; must stay unset.")
-    ref_adapter_name: str | None = option(None, "Accepted for compatibility; must stay unset.")
+    model_adapter_name: str | None = option(None, "For scripts: the policy's adapter that trains.")
+    ref_adapter_name: str | None = option(None, "For scripts: the policy's adapter that is the reference.")
     ds3_gather_for_generation: bool = option(True, "Accepted for compatibility; no effect.")
 
     world_size: int | None = option(None, "Filled in by the trainer: always 1.")
@@ -181,6 +192,15 @@ class PPOConfig(RunConfig):
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
+        if self.reward_variance_samples < 2:
+            raise ValueError(
+                f"reward_variance_samples={self.reward_variance_samples} must be at least 2: one score has no variance"
+            )
+        if self.min_reward_variance is None and self.reward_variance_samples != _VARIANCE_SAMPLES:
+            raise ValueError(
+                f"reward_variance_samples={self.reward_variance_samples} without min_reward_variance, which it is for: "
+                f"set it, or leave this out"
+            )
         changed = [name for name, value in self.NOT_IN_TRL.items() if getattr(self, name) != value]
         if self.trl_quirks and changed:
             raise ValueError(
@@ -193,10 +213,6 @@ class PPOConfig(RunConfig):
                 "one of them out"
             )
         self._check_kl_control()
-        if self.model_adapter_name is not None or self.ref_adapter_name is not None:
-            raise ValueError(
-                "PEFT adapters are not supported: merge them into the model and leave *_adapter_name unset"
-            )
 
     def _check_kl_control(self) -> None:
         control = self.kl_control

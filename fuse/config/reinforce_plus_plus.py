@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from fuse.config.clip_range import clip_range
 from fuse.config.grpo_loss import GRPOLossConfig
+from fuse.config.option import option
 from fuse.config.policy_gradient import advantage_option, loss_option
-from fuse.config.run import option
 
 
 @dataclass

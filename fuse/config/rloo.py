@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fuse.config.clip_range import clip_range
+from fuse.config.option import option
 from fuse.config.policy_gradient import PolicyGradientConfig, advantage_option, loss_option
-from fuse.config.run import option
 
 
 @dataclass

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from fuse.config.auxiliary import AuxiliaryOptions
 from fuse.config.averaging import AveragingOptions
 from fuse.config.engine_options import EngineOptions
 from fuse.config.inherited import check_inherited, check_optimizer
+from fuse.config.option import either, option
 from fuse.config.processor import warn_of_bfloat16
 from fuse.driver.mixing import Mixing
 
@@ -21,19 +23,8 @@ _MOST_INTEGER = 1 << 63
 _NUM_SEEDS = 1 << 32  # what numpy takes
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with its help."""
-    return field(default=default, metadata={"help": text})
-
-
-def either(names: Sequence[str]) -> str:
-    """Names as a choice, in words."""
-    *others, last = map(repr, names)
-    return f"{', '.join(others)} or {last}" if others else last
-
-
 @dataclass
-class RunConfig(EngineOptions, AveragingOptions, TrainingArguments):
+class RunConfig(EngineOptions, AveragingOptions, AuxiliaryOptions, TrainingArguments):
     """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
 
     An inherited option works or is refused; `fuse.config.inherited` lists the few that are accepted without effect,
@@ -46,9 +37,8 @@ class RunConfig(EngineOptions, AveragingOptions, TrainingArguments):
 
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_devices", "actor_stages"),
-        "num_micro_batches",
-        *("engine_batch_size", "inference_batch_tokens", "activation_memory_bytes", "tensor_parallel_size"),
-        *("generation_cache_bytes", "generation_tensor_parallel_size"),
+        *("num_micro_batches", "engine_batch_size", "inference_batch_tokens", "activation_memory_bytes"),
+        *("tensor_parallel_size", "generation_cache_bytes", "generation_tensor_parallel_size"),
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         *("trace_steps", "trace_limit", "max_grad_norm", "sigterm_grace_s", "num_sample_generations"),
@@ -293,6 +283,7 @@ class RunConfig(EngineOptions, AveragingOptions, TrainingArguments):
         self.check_engine_options(self.engine, self.accelerator, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         check_optimizer(self)
         self.check_averaging()
+        self.check_auxiliary()
 
     @property
     def accelerator(self) -> Literal["cpu", "cuda"]:

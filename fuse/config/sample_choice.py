@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from fuse.algorithms.group_batch import Penalty
 from fuse.algorithms.overlong_penalty import overlong_penalty
-from fuse.config.run import RunConfig, option
+from fuse.config.option import option
+from fuse.config.run import RunConfig
 
 _ROUNDS = 10
 
@@ -26,12 +27,18 @@ class SampleChoiceConfig(RunConfig):
         *RunConfig.AT_LEAST_ONE,
         *("max_dynamic_rounds", "overlong_buffer", "overlong_max_length"),
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*RunConfig.NOT_NEGATIVE, "overlong_penalty")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*RunConfig.NOT_NEGATIVE, "overlong_penalty", "min_reward_variance")
 
     dynamic_sampling: bool = option(
         False,
         "Replace groups whose responses are all rewarded alike by groups of the next prompts, as DAPO does; "
         "dynamic_sampling/replaced_groups counts them.",
+    )
+    min_reward_variance: float | None = option(
+        None,
+        "Least sample variance of a group's rewards, penalties not counted: of groups below it, and of equal rewards, "
+        "nothing is learnt; dynamic_sampling replaces them. spread_filter/groups counts them. Default: none, by which "
+        "all groups take part.",
     )
     max_dynamic_rounds: int = option(
         _ROUNDS, "Times that dynamic_sampling draws prompts for one update; then it goes on with what there is."

@@ -132,6 +132,7 @@ def fleet_settings(
         mixing=config.mixing,
         late=late,
         output_dir=Path(str(config.output_dir)),
+        exported="merged" if config.engine == "vllm" else "trained",
         engine_devices=config.generation_tensor_parallel_size,
         placement=placement,
         alternative=alternative,
@@ -195,6 +196,12 @@ def late_columns(
         ValueError: it is asked for, and nothing can be.
     """
     if forward_only is False:
+        return frozenset()
+    if config.auxiliary_dataset is not None:
+        if forward_only:
+            raise ValueError(
+                "forward_only=True with auxiliary_dataset, whose micro-batches nothing scores: leave one of them out"
+            )
         return frozenset()
     found = set[str]()
     if config.intra_stage_fusion and all(len(set(replica.ranks)) > 1 for replica in placement):

@@ -79,7 +79,7 @@ class TransformersFactory:
         self, spec: ModelSpec, weights: Sequence[WeightsRef], device: str, group: Group | None = None
     ) -> GenerationEngine:
         assert group is None, "its matrices are whole"
-        return TransformersEngine(_model(spec, weights, device, self.autocast), **self.limits)
+        return TransformersEngine(_model(spec, weights, device, self.autocast), frozen=spec.frozen, **self.limits)
 
     def follow(self, *_: object) -> None:
         raise AssertionError("its matrices are whole")

@@ -14,9 +14,10 @@ from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
-from fuse.driver.averages import fetch_average
 from fuse.driver.early_start import IMPORTED
+from fuse.driver.engine_weights import EngineWeights
 from fuse.driver.engines import Engines
+from fuse.driver.fetch import fetch_average, fetch_scoring, fetch_trained
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.live import LiveRollout
 from fuse.driver.live_tail import TailRollout
@@ -30,20 +31,19 @@ from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout_planner import RolloutPlanner
+from fuse.intrastage.stage import Exported
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
 from fuse.sample import Sample
-from fuse.state_dict import load_state_dict
 from fuse.trace import Span
 from fuse.training.late_scores import REFERENCE_LOGPROBS, SCORED_BY
-from fuse.training.model_spec import ModelSpec
 from fuse.training.rounds import Round
 from fuse.training.steps import StepReport
 from fuse.workers.calls import Future, gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
-from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
+from fuse.workers.weights import put_state_dict
 
 
 class Fleet:
@@ -93,10 +93,13 @@ class Fleet:
         self._cluster = self._early or resources.enter_context(
             Cluster(settings.num_devices, ray_address=address, accelerator=accelerator, imported=IMPORTED)
         )
-        actor, spec = put_state_dict(self._trained[GENERATING].state_dict()), ModelSpec.of(self._trained[GENERATING])
-        self._engines = Engines(self._cluster, settings, spec, [actor], lambda: self._exported(GENERATING))
-        models = self._trained, self._scoring
-        self._models = ModelStart(self._cluster, settings, *models, actor, after=self._engines.workers)
+        actor = put_state_dict(self._trained[GENERATING].state_dict())
+        source = EngineWeights(self._trained[GENERATING], settings.exported)
+        self._engines = Engines(
+            *(self._cluster, settings, source.spec, source.initial(actor)), lambda: source.current(self._model_workers)
+        )
+        args = self._cluster, settings, self._trained, self._scoring, actor
+        self._models = ModelStart(*args, after=self._engines.workers)
         self._streams = WeightStreams(self._cluster, settings)
         resources.callback(self._models.abandon)
         self._engines.wait_started(self._tell)
@@ -246,17 +249,17 @@ class Fleet:
         self._has_trained, self.tail_report = True, {} if tail is None else tail.report
         return reports
 
-    def synchronise(self, num_steps: int | None = None) -> None:
+    def synchronise(self, num_steps: int | None = None, part: Exported | None = None) -> None:
         """Give the trained weights to engines and to copies that score.
 
-        num_steps: that the run has taken; None where what follows the policy is to stay.
+        num_steps: that the run has taken; None where what follows the policy is to stay. part: of what engines get.
         """
         self._tell("weights: to engines and inference")
         settings, workers = self.settings, self._model_workers
         is_sharded = settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
         self._offload_training(kept=(GENERATING, *copied))
-        lost = self._streams.to_engines(workers, GENERATING, settings.generation_dtype, self._engines.takers)
+        lost = self._streams.to_engines(workers, GENERATING, part or settings.exported, self._engines.takers)
         for role in copied:
             self._streams.to_copies(workers, role, role)
         if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
@@ -267,7 +270,7 @@ class Fleet:
     @contextmanager
     def generating_by(self, role: str) -> Iterator[None]:
         """Have engines generate by the weights of this model, which scores and has the actor's shapes."""
-        weights = put_state_dict(self._scoring[role].state_dict())
+        weights = put_state_dict(self.settings.spec(role, self._scoring[role]).computing(self._scoring[role]))
         self._exchange(lambda worker: worker.lend_stages(GENERATING, [weights]))
         yield
         self._exchange(lambda worker: worker.take_back_stages(GENERATING))
@@ -277,7 +280,7 @@ class Fleet:
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
         gather([call(worker) for worker in self._model_workers])
-        self.synchronise()
+        self.synchronise(part="whole" if self.settings.exported == "trained" else None)
 
     def _mix(self) -> None:
         """Move the model that follows the policy towards it, where its copies are."""
@@ -296,15 +299,14 @@ class Fleet:
         """Copy the trained weights into the models that the run was started with, the actor's average into another."""
         self._tell("weights: to the driver")
         for role, model in self._trained.items():
-            load_state_dict(model, get_state_dict(self._exported(role)))
+            fetch_trained(model, self._model_workers, role)
         if average is not None:
             fetch_average(average, self._model_workers, GENERATING)
 
     def fetch_mixed_weights(self) -> None:
         """Copy what follows the policy into the model that the run was started with."""
         for role in self.settings.mixed_roles:
-            exported = gather([self._model_workers[0].export_scoring_weights(role)])
-            load_state_dict(self._scoring[role], get_state_dict(exported))
+            fetch_scoring(self._scoring[role], self._model_workers[0], role)
 
     def save(self, directory: Path) -> None:
         """Write the training state of all models that change.
@@ -345,6 +347,3 @@ class Fleet:
         """Of the workers, by their kind."""
         models = [handle.worker.process_id for handle in self._model_workers]
         return {"generation": self._engines.process_ids, "model": models}
-
-    def _exported(self, role: str) -> list[WeightsRef]:
-        return [part for part in gather([one.export_weights(role) for one in self._model_workers]) if part is not None]

@@ -82,9 +82,10 @@ class Ledger:
 
     @property
     def host_bytes(self) -> int:
-        """In host memory: the driver's models, and what trains as exported to what computes."""
+        """In host memory: the driver's models and averages, and what trains as exported to what computes."""
         setup = self.setup
-        own = sum(model.size.total * model.spec.dtype.itemsize for model in setup.models.values())
+        models = (*setup.models.values(), *(setup.models[role] for role in setup.averaged))
+        own = sum(model.size.total * model.spec.dtype.itemsize for model in models)
         if setup.offloads_training:
             own += sum(4 * setup.models[replica.model].size.total for replica in setup.placement)
             own += sum(8 * setup.models[role].size.total for role in roles.training(setup.models))

@@ -47,6 +47,7 @@ class MemorySetup:
     engines_sleep: engines drop weights and cache during training.
     offloads_training: what trains lies in host memory but during training, save weights that score where they train.
     averaged: roles of which the stages that train keep an average, too.
+    text: the largest micro-batch of text that the actor trains on, where there is any.
     recomputes_logprobs: the stages that train compute the actor's log-probabilities before an update.
     """
 
@@ -74,11 +75,17 @@ class MemorySetup:
     offloads_training: bool = False
     recomputes_logprobs: bool = False
     averaged: frozenset[str] = frozenset()
+    text: Shape | None = None
 
     @property
     def longest(self) -> Shape:
         """The largest micro-batch there can be."""
-        return Shape(self.micro_batch_size, self.prompt_tokens + self.response_tokens)
+        return larger(Shape(self.micro_batch_size, self.prompt_tokens + self.response_tokens), self.text)
+
+
+def larger(one: Shape, other: Shape | None) -> Shape:
+    """Of two, the one with more tokens."""
+    return one if other is None else max(one, other, key=lambda shape: shape.size)
 
 
 def planned_models(

@@ -8,6 +8,7 @@ from functools import cache
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.micro_batch_number import Work
+from fuse.intrastage.placement import most_replicas
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.training.layout import Layout
 from fuse.training.rank import TrainingSettings
@@ -33,28 +34,34 @@ def dealt(
         normalization, units = settings.loss_normalization, settings.units
         return prepared(rounds, experience, loss_normalization=normalization, units=units, dealing=dealing)
 
+    replicas = most_replicas(planner.placement)
+
     @cache
     def with_times(times: float) -> Sequence[Round]:
-        return made(Dealing(times=times, at_least=settings.least_micro_batches))
+        return made(Dealing(times=times, at_least=settings.least_micro_batches, replicas=replicas))
 
     @cache
     def works(times: float) -> list[Work]:
         return [_work(one, experience, settings.layout) for one in with_times(times)]
 
     times = planner.times([one.counts for one in rounds], works, free_bytes)
-    return made(Dealing(in_pieces=True)) if times is None else with_times(times)
+    return made(Dealing(replicas=replicas, in_pieces=True)) if times is None else with_times(times)
 
 
 def shapes_of(rounds: Sequence[Round], experience: Experience, layout: Layout) -> list[Shape]:
     """Of all that is trained; what several roles train counts once."""
     parts = [part for one in rounds for part in one.parts.values()]
     trained = dict.fromkeys(samples for part in parts for samples in part.micro_batches)
-    return [layout.shape(experience, samples) for samples in trained]
+    texts = [text.shape for part in parts for text in part.auxiliary]
+    return [*(layout.shape(experience, samples) for samples in trained), *texts]
 
 
 def _work(one: Round, experience: Experience, layout: Layout) -> Work:
     shapes = {
-        role: tuple(layout.shape(experience, samples) for samples in part.micro_batches)
+        role: (
+            *(layout.shape(experience, samples) for samples in part.micro_batches),
+            *(text.shape for text in part.auxiliary),
+        )
         for role, part in one.parts.items()
     }
     return Work(shapes)

@@ -127,7 +127,8 @@ class ModelStart:
         self._doing = "weights"
         models = {**self._trained, **self._scoring}
         for role, model in models.items():
-            weights = actor if role == GENERATING else put_state_dict(model.state_dict())
+            is_actor = model is self._trained[GENERATING]
+            weights = actor if is_actor else put_state_dict(model.state_dict())
             if role in self._trained:
                 gather([worker.load_training_weights(role, [weights]) for worker in self._workers])
             if role in self._scoring:

@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from fuse.interstage.migration import balance
+from fuse.training.reading import TokenSequence
 from fuse.training.score_pipelines import Piece, Scored
-from fuse.training.scoring import Inference, TokenSequence, inferences
+from fuse.training.scoring import Inference, inferences
 from fuse.workers.calls import Future, PendingCalls
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle

@@ -14,7 +14,8 @@ from fuse.interstage.dealing import Dealing
 from fuse.interstage.migration import balance
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SampleState, response_length
-from fuse.training.scoring import Inference, TokenSequence, inferences
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import Inference, inferences
 from fuse.workers.calls import Future, gather, wait_ended
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle

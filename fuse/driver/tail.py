@@ -221,4 +221,5 @@ def tail_of(
 def _num_tokens(rounds: Sequence[Round], sizes: Sequence[int]) -> int:
     """That are trained on, by all roles."""
     parts = [part for one in rounds for part in one.parts.values()]
-    return sum(sizes[sample] for part in parts for own in part.micro_batches for sample in own)
+    of_samples = sum(sizes[sample] for part in parts for own in part.micro_batches for sample in own)
+    return of_samples + sum(text.num_tokens for part in parts for text in part.auxiliary)

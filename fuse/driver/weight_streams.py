@@ -17,6 +17,7 @@ import torch
 
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.intrastage.communication import CommunicationError
+from fuse.intrastage.stage import Exported
 from fuse.workers.calls import Future, gather, wait_ended
 from fuse.workers.carriers.parcel import BUCKET_BYTES, Parcel, cut
 from fuse.workers.cluster import Cluster
@@ -61,15 +62,19 @@ class WeightStreams:
         self._told: set[str] = set()
 
     def to_engines(
-        self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype, engines: Mapping[int, WeightTakerHandle]
+        self,
+        models: Sequence[ModelHandle],
+        role: str,
+        part: Exported,
+        engines: Mapping[int, WeightTakerHandle],
     ) -> dict[int, WorkerError]:
-        """Have engines work by a model's weights, cast to their type. engines: the process of each device.
+        """Have engines work by this part of a model's weights, cast to their type. engines: the process of each device.
 
         One that dies is dropped, with those that its death keeps from getting a broadcast. Returns why, by
         device.
         """
         receivers = _Receivers(dict(engines), may_die=True)
-        shapes, num_buckets = self._begin(models, role, dtype)
+        shapes, num_buckets = self._begin(models, role, self._settings.generation_dtype, part)
         receivers.ask(lambda engine: engine.begin_weights(shapes))
         self._send(models, num_buckets, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
         receivers.ask(lambda engine: engine.end_weights())
@@ -84,17 +89,17 @@ class WeightStreams:
         receivers = _Receivers({device: one for device, one in enumerate(models) if holders[device]}, may_die=False)
         if not receivers.live:
             return
-        shapes, num_buckets = self._begin(models, role, torch.float32)
+        shapes, num_buckets = self._begin(models, role, torch.float32, "trained")
         receivers.ask(lambda model: model.begin_copy(copied, shapes))
         self._send(
             models, num_buckets, f"copies of {copied}", receivers, lambda model, one: model.copy(copied, one, alpha)
         )
 
     def _begin(
-        self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype
+        self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype, part: Exported
     ) -> tuple[dict[str, torch.Size], dict[int, int]]:
         """Have stages prepare to send; all that will come, and how many buckets of each device that sends."""
-        parts = gather([model.begin_export(role, dtype, BUCKET_BYTES) for model in models])
+        parts = gather([model.begin_export(role, dtype, BUCKET_BYTES, part) for model in models])
         shapes = {name: shape for part in parts for name, shape in part.items()}
         assert len(shapes) == sum(map(len, parts)), "stages would send the same weight"
         return shapes, {device: len(cut(part, dtype, BUCKET_BYTES)) for device, part in enumerate(parts) if part}

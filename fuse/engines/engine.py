@@ -121,7 +121,8 @@ class GeneratedToken:
     after the sample has entered an engine, are those of its context that the engine did not compute, because it had
     their keys and values from a sample that begins the same. `drafted_tokens`, on a sample's first token of a step, are
     those that a draft proposed to follow its last one; of the tokens that the step gives the sample, all but the last
-    are drafted ones that were right.
+    are drafted ones that were right. `draft_s`, on the first token of a step, are the seconds of it that went into
+    drafts, preparing for them included.
     """
 
     sample_id: int
@@ -130,6 +131,7 @@ class GeneratedToken:
     finished: bool
     shared_tokens: int = 0
     drafted_tokens: int = 0
+    draft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from fuse.engines.decoder import Inputs
 from fuse.engines.slot_cache import SlotCache
+from fuse.merged_weight import merged_weight
 from fuse.ops.int8_linear import quantize_int8
 from fuse.ops.native import choose
 
@@ -37,7 +38,7 @@ class _Matrix:
     """Linear layers that take the same inputs, as one with int8 weights."""
 
     def __init__(self, linears: Sequence[nn.Linear], num_outs: int | None = None) -> None:
-        parts = [quantize_int8(linear.weight[:num_outs]) for linear in linears]
+        parts = [quantize_int8(merged_weight(linear)[:num_outs]) for linear in linears]
         self.quantized, self.scales = (
             torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fuse.engines.decoder import Decoder, Inputs
 from fuse.engines.int8_llama import Int8Llama, is_served
 from fuse.engines.rows import Row, Rows
 from fuse.engines.slot_cache import round_up
+from fuse.merged_weight import merged_weight
 from fuse.ops.int8_linear import int8_linear, quantize_int8
 
 
@@ -74,11 +76,11 @@ def _has_stopped(row: Row, draft: Sequence[int]) -> bool:
 
 
 class Int8Linear(nn.Module):
-    """In place of a linear layer, without its gradient."""
+    """In place of a linear layer and the adapter on it, without its gradient."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Any) -> None:
         super().__init__()
-        self._quantized, self._scales = quantize_int8(linear.weight)
+        self._quantized, self._scales = quantize_int8(merged_weight(linear))
         self._bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -99,6 +101,6 @@ def quantized_copy(model: PreTrainedModel) -> PreTrainedModel:
     copied: PreTrainedModel = copy.deepcopy(model, {id(one): one for one in kept})
     for module in list(copied.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) or hasattr(child, "lora_A"):
                 setattr(module, name, Int8Linear(child))
     return copied

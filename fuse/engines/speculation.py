@@ -60,9 +60,12 @@ class Speculation:
         self._num_tokens = num_tokens
         self._drafts: list[list[int]] = []
         self._draft_s = self._began_s = 0.0
+        self.proposing_s = 0.0
+        """What the last proposal took, all in all."""
 
     def propose(self, rows: Rows) -> list[list[int]]:
         """What may follow each row's tokens: fewer tokens than its response may still get, for a step adds one more."""
+        asked_s = time.perf_counter()
         counts = [min(count, row.num_left - 1) for count, row in zip(self._lengths.choose(rows), rows, strict=True)]
         self._drafts = [[] for _ in counts]
         if any(counts):
@@ -72,7 +75,7 @@ class Speculation:
             proposed = zip(self.draft.propose(rows, counts), counts, strict=True)
             self._drafts = [_known(draft[:count], self._num_tokens) for draft, count in proposed]
         self._began_s = time.perf_counter()
-        self._draft_s = self._began_s - began_s
+        self._draft_s, self.proposing_s = self._began_s - began_s, self._began_s - asked_s
         return self._drafts
 
     def learn(self, generated: Sequence[GeneratedToken]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -24,12 +25,14 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.engines.few_rows import use_few_rows
 from fuse.engines.kv_memory import Allocate
 from fuse.engines.limits import check_request, choose_context
 from fuse.engines.rows import Rows
 from fuse.engines.slot_cache import SlotCache, round_up
 from fuse.engines.speculation import Speculation, SpeculationKind, choose_speculation
 from fuse.state_dict import WeightLayout, Weights, WeightStream, adopt_tensors, release_weights
+from fuse.storages import Storages
 
 
 class TransformersEngine:
@@ -47,6 +50,7 @@ class TransformersEngine:
     captures_decode: decode steps are CUDA graphs where that pays; not run on a GPU yet, so not by default.
     speculation: what drafts tokens, as many as pay, for a step of several: "int8", the model itself with such matrices;
         "ngram", the texts of the prompt; "auto", the first where it is native code in one call, else the second.
+    frozen: names of weights that stay as they are: later ones come without them, and sleep keeps them, on the host.
 
     In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.
 
@@ -64,6 +68,7 @@ class TransformersEngine:
         max_prefill_tokens: int = 2048,
         captures_decode: bool = False,
         speculation: SpeculationKind = "off",
+        frozen: Collection[str] = (),
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
@@ -77,12 +82,15 @@ class TransformersEngine:
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
         has_slot_attention = use_slot_attention(model)
+        if model.device.type == "cpu":
+            use_few_rows(model)
         self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
         self._decoder = Decoder(model, self._cache, has_slot_attention=has_slot_attention, num_tokens=num_tokens)
         self._positions = torch.arange(round_up(self._max_context), device=model.device)
         self._rows = Rows(max_batch, model.device)
         self._queue: dict[int, Evicted] = {}  # by sample id, in order of submission
         self._is_asleep = False
+        self._frozen, self._kept = frozenset(frozen), Storages()
         self._speculation: Speculation | None = None  # until it is seen to decode without
         self._check_that_it_decodes()
         self._speculation = choose_speculation(speculation, self._decoder)
@@ -135,20 +143,24 @@ class TransformersEngine:
         return Evicted(request, kv)
 
     def sleep(self) -> None:
-        """Free keys, values and weights. Buffers stay: they are no weights, and few."""
+        """Free keys, values and weights. Buffers stay: they are no weights, and few; and on a host what is frozen."""
         if self._num_samples:
             raise not_idle(self._num_samples)
         self._is_asleep = True
         self._clear_cache()
-        release_weights(self._model)
+        release_weights(self._model, kept=self._frozen)
+        if self._model.device.type == "cuda":
+            frozen = [one for name, one in self._model.named_parameters() if name in self._frozen]
+            self._kept.release(frozen, keep_bits=True)
 
     def load_weights(self, weights: Weights) -> None:
         """Take new weights; a tied tensor may come under either of its names. See `adopt_state_dict`."""
         if self._num_samples:
             raise still_live(self._num_samples)
         stream = WeightStream.of(weights)
-        WeightLayout.of(self._model).check(stream)
+        WeightLayout.of(self._model).check(stream, kept=self._frozen)
         self._is_asleep = True
+        self._kept.restore()
         self._forget()
         adopt_tensors(self._model, stream.tensors)
         self._is_asleep = False
@@ -241,7 +253,7 @@ class TransformersEngine:
         drafts = self._speculation.propose(self._rows)
         generated = self._verify(drafts) if any(drafts) else self._rows.sample(self._decode())
         self._speculation.learn(generated)
-        return generated
+        return [replace(generated[0], draft_s=self._speculation.proposing_s), *generated[1:]]
 
     def _verify(self, drafts: Sequence[Sequence[int]]) -> list[GeneratedToken]:
         context = round_up(max(row.num_cached + 1 + len(draft) for row, draft in zip(self._rows, drafts, strict=True)))

@@ -163,8 +163,10 @@ class Adaptive:
     def _forecast(self, state: RolloutState, num_engines: int) -> _Forecast:
         """Of samples on so many engines."""
         costs, live = self.costs, state.live
+        untold = self.lengths.untold()
         # The median of the longest of n alike is where each of them is with probability 0.5 ** (1 / n).
-        far = self.lengths.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
+        far = untold.quantile(live.ids, live.response_tokens, 0.5 ** (1 / len(live)))
+        chance, untold_chance = (one.chance(live.ids, live.response_tokens, far - 1) for one in (self.lengths, untold))
         context = live.context_tokens
         prefill_s = costs.prefill_token_s * context / _num_sharing(live)
         # The median of the shorter of two alike.
@@ -177,13 +179,15 @@ class Adaptive:
         return _Forecast(
             alone_s=fastest(costs, lambda one: far * one.step_s + own_s(one, far) + inference_s),
             shared_s=own_s(self._typical_costs(live, num_engines), shared),
+            likelier=chance / untold_chance,
         )
 
     def _even_out(self, state: RolloutState, forecast: _Forecast, fresh: list[int]) -> list[Migrate]:
         """Move samples from engines whose samples are likely to end last to those, or `fresh` devices, that are not.
 
         A move relieves the samples on the source of the moved one's share of their steps. It burdens the samples on the
-        target, and delays the moved one. Each sample counts by how near its predicted end is to the last one.
+        target, and delays the moved one. Each sample counts by how near its predicted end is to the last one, and by
+        how much likelier than others of its age it is to come as far.
         """
         live, costs, counts = state.live, self.costs, state.num_live()
         devices = np.array(sorted({*np.flatnonzero((counts > 0) & ~state.lost).tolist(), *fresh}))
@@ -192,7 +196,7 @@ class Adaptive:
         sample_s = forecast.shared_s
         load_s = np.bincount(live.devices, weights=sample_s, minlength=state.num_devices)
         end_s = forecast.alone_s + load_s[live.devices] - sample_s
-        weight = (end_s / end_s.max()) ** _SHARPNESS
+        weight = (end_s / end_s.max()) ** _SHARPNESS * forecast.likelier
         weight /= weight.sum()
         at_stake = np.bincount(live.devices, weights=weight, minlength=state.num_devices)
         recompute_s = costs.prefill_s + costs.prefill_token_s * live.context_tokens
@@ -230,12 +234,14 @@ class Adaptive:
 class _Forecast:
     """Seconds of each live sample, [live].
 
-    alone_s: from now to its score, if it were the longest of all and alone on its engine.
+    alone_s: from now to its score, if it were the longest of all, as samples of its age go, and alone on its engine.
     shared_s: what it adds to the steps that it shares with one like it.
+    likelier: how many times as likely it is to be that long, by what is told of its prompt.
     """
 
     alone_s: Floats
     shared_s: Floats
+    likelier: Floats
 
 
 def _num_sharing(live: LiveSamples) -> Floats:

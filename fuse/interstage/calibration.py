@@ -1,34 +1,29 @@
 """What a run's own operations cost, learnt from their spans: the cost model of the live policies.
 
 A decode step is timed with its batch and context, and batches of all sizes count: steps of the long tail are the most
-and the last, and of few samples alone nobody learns what a sample costs. Where drafts gave samples several tokens in a
-step, its time is shared among these, for policies count in tokens. Steps that computed prompts anew tell what prefill
-adds; inference is timed with its tokens and the micro-batches that hold them; KV transfers are timed at both ends, but
-for those that lost some. Until enough has been seen of prefill, it counts as one model's part of inference; until
-enough has been seen of transfers, they count as copies through a host's memory. What calls to score took beyond
-inference is their hand-out, and what grows of it with their tokens counts as inference.
+and the last, and of few samples alone nobody learns what a sample costs. What drafts take and bring is learnt apart
+(`decode_calibration.py`). Steps that computed prompts anew tell what prefill adds; inference is timed with its tokens
+and the micro-batches that hold them; KV transfers are timed at both ends, but for those that lost some. Until enough
+has been seen of prefill, it counts as one model's part of inference; until enough has been seen of transfers, they
+count as copies through a host's memory. What calls to score took beyond inference is their hand-out, and what grows of
+it with their tokens counts as inference.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 
 from fuse.interstage.costs import CostModel, fit_affine, fit_linear, non_negative_least_squares
+from fuse.interstage.decode_calibration import DecodeCalibration, DecodeStep
 from fuse.trace import Span
 
 _KEPT = 512
-"""Latest rows of each kind that are fitted; decode steps of batches up to twice as large are a kind of their own."""
-_KEPT_OF_ONE = 128
-"""Of these, decode steps of one worker in one iteration."""
-
-_Step = tuple[float, float, float]
-"""Batch, context, seconds per token of each sample."""
+"""Latest rows of each kind that are fitted."""
 
 TRANSFER_S = 3e-3
 TRANSFER_BYTE_S = 1 / 2e9
@@ -41,8 +36,8 @@ class Calibration:
     def __init__(self, kv_bytes_per_token: int, inference_batch_tokens: int, num_scoring: int) -> None:
         self._kv_bytes_per_token, self._inference_batch_tokens = kv_bytes_per_token, inference_batch_tokens
         self._num_scoring = num_scoring
-        self._decode: defaultdict[int, deque[_Step]] = defaultdict(lambda: deque(maxlen=_KEPT))
-        self._filled: deque[tuple[float, float, float, float, float]] = deque(maxlen=_KEPT)
+        self._decode = DecodeCalibration()
+        self._filled: deque[DecodeStep] = deque(maxlen=_KEPT)
         self._inference: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._calls: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._moved: dict[str, deque[tuple[float, float]]] = {end: deque(maxlen=_KEPT) for end in ("evict", "admit")}
@@ -50,20 +45,11 @@ class Calibration:
     def add(self, spans: Iterable[Span]) -> None:
         """Learn from one worker's spans of an iteration."""
         inference: dict[tuple[object, object], float] = {}
-        decode: defaultdict[int, list[_Step]] = defaultdict(list)
+        decode = []
         for span in spans:
             sizes = span.arguments
             if span.name == "decode":
-                batch, context, prefill = (
-                    _number(sizes[name]) for name in ("batch", "context_tokens", "prefill_tokens")
-                )
-                if not batch:
-                    continue
-                tokens_each = _number(sizes["tokens"]) / batch
-                if prefill:
-                    self._filled.append((batch, context, prefill, tokens_each, span.duration_s))
-                else:
-                    decode[int(batch).bit_length()].append((batch, context, span.duration_s / tokens_each))
+                decode.append((sizes, span.duration_s))
             elif span.name in self._moved and sizes["bytes"] and not sizes.get("lost"):
                 self._moved[span.name].append((_number(sizes["bytes"]), span.duration_s))
             elif span.category == "infer":  # the models that score take turns on the same sequences
@@ -71,8 +57,7 @@ class Calibration:
                 stages = _number(sizes.get("stages", 1))  # of which this device runs one; the others take as long
                 inference[key] = inference.get(key, 0.0) + span.duration_s * stages
         self._inference.extend((_number(tokens), seconds) for (_, tokens), seconds in inference.items())
-        for size, rows in decode.items():
-            self._decode[size].extend(rows[:: math.ceil(len(rows) / _KEPT_OF_ONE)])
+        self._filled.extend(self._decode.add(decode))
 
     def add_calls(self, calls: Iterable[tuple[float, float]]) -> None:
         """Learn from calls to score, as who calls sees them: tokens, and seconds until the answer."""
@@ -80,19 +65,15 @@ class Calibration:
 
     def costs(self) -> CostModel | None:
         """The costs, or None before anything is known of decoding or inference."""
-        decode = list(chain.from_iterable(self._decode.values()))
-        if len({row[:2] for row in decode}) < 3 or len({tokens for tokens, _ in self._inference}) < 2:
+        decode = self._decode.costs()
+        if decode is None or len({tokens for tokens, _ in self._inference}) < 2:
             return None
-        step_s, sample_s, context_s = fit_affine("decode", decode)
         batch_tokens = self._inference_batch_tokens
         inference_s, inference_token_s = fit_linear(
             "inference", [(math.ceil(tokens / batch_tokens), tokens, seconds) for tokens, seconds in self._inference]
         )
         prefill_s, prefill_token_s = inference_s / self._num_scoring, inference_token_s / self._num_scoring
-        beyond_decoding = [
-            (tokens, seconds - tokens_each * (step_s + sample_s * batch + context_s * context))
-            for batch, context, tokens, tokens_each, seconds in self._filled
-        ]
+        beyond_decoding = [(step.prefill_tokens, step.seconds - decode.model_s(step)) for step in self._filled]
         prefill = [row for row in beyond_decoding if row[1] > 0]
         if len({tokens for tokens, _ in prefill}) >= 2:
             prefill_s, prefill_token_s = fit_affine("prefill", prefill)
@@ -101,9 +82,9 @@ class Calibration:
             ends = [fit_affine("transfer", rows) for rows in self._moved.values()]
             transfer_s, transfer_byte_s = (sum(coefficients) for coefficients in zip(*ends, strict=True))
         costs = CostModel(
-            step_s=step_s,
-            sample_s=sample_s,
-            context_s=context_s,
+            step_s=decode.step_s,
+            sample_s=decode.sample_s,
+            context_s=decode.context_s,
             prefill_s=prefill_s,
             prefill_token_s=prefill_token_s,
             inference_s=inference_s,
@@ -112,6 +93,7 @@ class Calibration:
             kv_bytes_per_token=self._kv_bytes_per_token,
             transfer_s=transfer_s,
             transfer_byte_s=transfer_byte_s,
+            speculation=decode.speculation,
         )
         if not self._calls:
             return costs

@@ -100,7 +100,7 @@ class RolloutPlanner:
         if self._threshold is not None:
             return self._threshold
         prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
-        model = learn(self._observations(), settings.limits.max_new_tokens, own=set(prompts.values()))
+        model = learn(self._observations(), settings.limits.max_new_tokens)
         return Adaptive(costs, model.for_samples(prompts))
 
     def fixed_policy(self, num_samples: int) -> Policy:
@@ -138,7 +138,7 @@ class RolloutPlanner:
             response_tokens=np.array([one.tokens for update in self._updates for one in update]),
         )
         self._num_since_tuned = 0
-        self._tuned_to = learn(self._observations(), settings.limits.max_new_tokens, own=())
+        self._tuned_to = learn(self._observations(), settings.limits.max_new_tokens)
         policy: Policy
         if settings.policy == "threshold":
             policy = self._threshold = tune_threshold(

@@ -79,8 +79,8 @@ def weigh(
     return num_ended[prompts], exposures[prompts]
 
 
-def survival_given(gain: Floats, variance: Floats, num_ended: Floats, exposure: Floats) -> Floats:
-    """P(length > t) of live samples, [n, points]; gain [n, points]: G(t) - G(age); the others [n]."""
+def survival_given(gain: Floats, variance: float, num_ended: Floats, exposure: Floats) -> Floats:
+    """P(length > t) of live samples, [n, points]; gain [n, points]: G(t) - G(age); num_ended, exposure [n]."""
     logs = np.log(gain + exposure[:, None])
     logs -= np.log(exposure)[:, None]
     logs *= -(1 / variance + num_ended)[:, None]
@@ -88,9 +88,7 @@ def survival_given(gain: Floats, variance: Floats, num_ended: Floats, exposure: 
     return probability
 
 
-def pooled_level(
-    level: Floats | float, growth: Floats, variance: Floats, num_ended: Floats, exposure: Floats
-) -> Floats:
+def pooled_level(level: Floats | float, growth: Floats, variance: float, num_ended: Floats, exposure: Floats) -> Floats:
     """S(t) at the t that a live sample's length does not exceed with probability `level`, [n]; growth [n]: G(age)."""
     gain = exposure * np.expm1(-np.log1p(-np.asarray(level)) / (1 / variance + num_ended))
     height: Floats = (growth + gain) ** (-1 / variance)

@@ -50,7 +50,7 @@ class Passage:
     pipeline: int
     key: Hashable
     micro_batch: MicroBatch
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, object]
     number: int = 0
     stage: int = 0
 

@@ -27,7 +27,7 @@ from fuse.intrastage.megatron_parallel import take_over_parallel_layers
 from fuse.intrastage.megatron_support import check_frozen, check_supported
 from fuse.intrastage.megatron_weights import EMBEDDING, HEAD, LAYERS_PREFIX, FusedWeight, fused_weights
 from fuse.intrastage.split_backward import SplitBackward
-from fuse.intrastage.stage import Readout
+from fuse.intrastage.stage import Exported, Readout
 from fuse.intrastage.transformers_stage import head_of, without_memory
 from fuse.micro_batch import Loss, Metrics, MicroBatch
 from fuse.state_dict import check_state_dict
@@ -205,12 +205,14 @@ class MegatronStage:
             for name, tensor in self.from_hugging_face(state_dict):
                 own[name].copy_(tensor)
 
-    def export_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    def export_weights(
+        self, dtype: torch.dtype = torch.float32, part: Exported = "whole"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Of whatever part: whoever asks for what trains gets the rest besides."""
         for name, parameter in self._exported():
             yield from self._weights[name].split(self._whole(name, parameter.detach().to(dtype)))
 
-    @property
-    def exported_shapes(self) -> Mapping[str, torch.Size]:
+    def exported_shapes(self, part: Exported = "whole") -> Mapping[str, torch.Size]:
         return _source_shapes(self._weights[name] for name, _ in self._exported())
 
     def _exported(self) -> Iterator[tuple[str, nn.Parameter]]:

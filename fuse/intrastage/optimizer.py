@@ -36,7 +36,7 @@ class ModelOptimizer:
     stages: by (replica, stage).
     groups: from `open_model`; None when the whole model is on this device alone.
     frozen: Hugging Face names of the model's parameters that stay as they are, and do not require gradients: they have
-        no moments and no part in the gradient's norm.
+        no state, and no part in the gradient's norm.
 
     average_decay: keeps a moving average of the weights w, from the initial ones on, which every step makes
         average_decay * average + (1 - average_decay) * w; None for none. Source: DeepSpeed-Chat's `enable_ema`, which
@@ -63,7 +63,7 @@ class ModelOptimizer:
     ) -> None:
         if groups is None:
             groups = ModelGroups(1, 1 + max(stage for _, stage in stages), {}, {}, {})
-        self._name, self._groups, self._config, self._frozen = name, groups, config, frozen
+        self._name, self._groups, self._config, self.frozen = name, groups, config, frozen
         self._stages = dict(sorted(stages.items(), key=lambda item: (item[0][1], item[0][0])))
         self._num_steps, self._average_decay = 0, average_decay
         self._all_parameters = {key: dict(stage.named_parameters()) for key, stage in self._stages.items()}
@@ -178,8 +178,12 @@ class ModelOptimizer:
             for name in parameters:
                 yield name, {part: held[name] for part, held in parts.items() if name in held}
 
+    def weights(self) -> Iterator[Tensor]:
+        """Every parameter here, whether it trains or not."""
+        return (one.detach() for parameters in self._all_parameters.values() for one in parameters.values())
+
     def export_state(self, part: str) -> dict[str, Tensor]:
-        """One of `state_parts` of every parameter here, as far as it is, by Hugging Face name, in host memory.
+        """One of `state_parts` of every parameter here that trains, as far as it is, by its name, in host memory.
 
         Of the devices that share a stage the first has all, the others nothing; all of them call this at once.
         """
@@ -194,7 +198,7 @@ class ModelOptimizer:
         return whole
 
     def import_state(self, part: str, whole: Mapping[str, Tensor]) -> None:
-        """Set what is here of one of `state_parts`, given at least all of `state_shapes(part)`."""
+        """Set what is here of one of `state_parts`, given at least all of `state_shapes`."""
         for key, stage in self._stages.items():
             own = self._state_part(key, part)
             for name, tensor in stage.from_hugging_face(whole):
@@ -204,7 +208,7 @@ class ModelOptimizer:
     def _state_part(self, key: tuple[int, int], part: str) -> dict[str, Tensor]:
         """Live tensors by the parameters' names."""
         if part == "parameter":
-            return {name: parameter.detach() for name, parameter in self._all_parameters[key].items()}
+            return self._detached(key)
         moments = {} if self._adamw is None else self._adamw.state
         return {name: moments[parameter][part] for name, parameter in self._own[key].items()}
 
@@ -228,17 +232,18 @@ class ModelOptimizer:
     def _detached(self, key: tuple[int, int]) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters[key].items()}
 
-    def model_shapes(self, part: str) -> Mapping[str, torch.Size]:
-        """Shape of one of `state_parts` of all parameters of the model that have it; none on a rank without a stage."""
-        return self._having(part, next((stage.model_shapes for stage in self._stages.values()), {}))
+    @property
+    def model_shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every parameter of the model that trains; none on a rank without a stage."""
+        return self._trained(next((stage.model_shapes for stage in self._stages.values()), {}))
 
-    def state_shapes(self, part: str) -> Mapping[str, torch.Size]:
-        """Those of `model_shapes(part)` that are here, whole or in part."""
-        shapes = {name: shape for stage in self._stages.values() for name, shape in stage.stage_shapes.items()}
-        return self._having(part, shapes)
+    @property
+    def state_shapes(self) -> Mapping[str, torch.Size]:
+        """Those of `model_shapes` that are here, whole or in part."""
+        return self._trained({name: one for stage in self._stages.values() for name, one in stage.stage_shapes.items()})
 
-    def _having(self, part: str, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
-        return {name: shape for name, shape in shapes.items() if part == "parameter" or name not in self._frozen}
+    def _trained(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        return {name: shape for name, shape in shapes.items() if name not in self.frozen}
 
     @property
     def num_steps(self) -> int:

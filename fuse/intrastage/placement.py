@@ -72,6 +72,11 @@ def place(role: str, num_ranks: int, num_stages: int, *, reverse: bool = False) 
     )
 
 
+def most_replicas(placement: Sequence[Replica]) -> int:
+    """How many replicas the model has that has most."""
+    return 1 + max(replica.index for replica in placement)
+
+
 def share_ranks(placement: Sequence[Replica]) -> bool:
     """Whether several replicas, of one model or of several, are on some rank of a world of more than one."""
     held = [rank for replica in placement for rank in set(replica.ranks)]

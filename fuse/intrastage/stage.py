@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from fuse.micro_batch import Metrics, MicroBatch
 
 Readout = Callable[[Tensor, nn.Module, MicroBatch], Tensor]
 """(hidden [selected, hidden], head, micro-batch) -> [selected]: what a model says of it, without gradient."""
+
+
+Exported = Literal["trained", "whole", "merged"]
+"""Weights that a stage tells: those that train; all; or those of the model without adapters that computes the same."""
 
 
 class Stage(Protocol):
@@ -137,7 +141,9 @@ class TrainedStage(Stage, ForwardStage, Protocol):
         """
         ...
 
-    def export_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    def export_weights(
+        self, dtype: torch.dtype = torch.float32, part: Exported = "whole"
+    ) -> Iterator[tuple[str, Tensor]]:
         """This stage's weights of this type under Hugging Face names; the first stage's copy alone of a tied embedding.
 
         They are made one by one as they are asked for: at no time does this hold more than two that training does not.
@@ -145,7 +151,6 @@ class TrainedStage(Stage, ForwardStage, Protocol):
         """
         ...
 
-    @property
-    def exported_shapes(self) -> Mapping[str, torch.Size]:
+    def exported_shapes(self, part: Exported = "whole") -> Mapping[str, torch.Size]:
         """Those of `export_weights`, in its order."""
         ...

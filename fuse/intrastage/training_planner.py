@@ -60,7 +60,7 @@ class TrainingPlanner:
         known = store.load() if self._watches else None
         if known is not None and known.placement == without_scorers(placement):
             self._profile, self._times = known.profile, dict(known.times)
-        pipelines = serial_schedule(placement, _most_replicas(placement)).problem.pipelines
+        pipelines = serial_schedule(placement, 1 + max(one.index for one in placement)).problem.pipelines
         self._observed = ObservedCosts(
             {one.name: two.name for one, two in zip(pipelines, placement, strict=True)},
             {one.name: f"{one.scores}.{one.index}" for one in placement if one.scores is not None},
@@ -344,7 +344,3 @@ class TrainingPlanner:
 def _names(placement: Sequence[Replica], counts: Counts) -> frozenset[str]:
     """What profiles call the pipelines of what trains."""
     return frozenset(replica.name for replica in replicas_of(placement, counts))
-
-
-def _most_replicas(placement: Sequence[Replica]) -> int:
-    return 1 + max(replica.index for replica in placement)

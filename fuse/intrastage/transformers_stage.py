@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from fuse.intrastage.adapters import NO_ADAPTERS, Adapters
 from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
 from fuse.intrastage.no_cache import NoCache
+from fuse.intrastage.pipeline_plan import PipelinePlan, pipeline_plan
 from fuse.intrastage.split_backward import SplitBackward
-from fuse.intrastage.stage import Readout
+from fuse.intrastage.stage import Exported, Readout
 from fuse.micro_batch import Loss, Metrics, MicroBatch
 from fuse.state_dict import check_state_dict
 
@@ -64,7 +65,7 @@ def without_memory(model_class: type[PreTrainedModel], config: PretrainedConfig)
 def check_stages(model: PreTrainedModel) -> None:
     """Raises: ValueError when stages of `model` would not compute what it does, or it cannot be cut into any."""
     head_of(model)
-    _pipeline_plan(model)
+    pipeline_plan(model)
 
 
 _SCALINGS = (
@@ -90,6 +91,7 @@ class TransformersStage:
     split_backward: linear layers can defer their weight gradients, for `backward_input` and `backward_weight`; this
         costs some tens of microseconds per linear layer and micro-batch, and changes no bit of a whole backward.
     dtype: of parameters; another than float32 is for stages that do not train.
+    adapters: in the model. frozen, frozen_dtype: what stays may be held in another type, as far as it is matrices.
 
     Parameters are uninitialised until `load_state_dict`. Modules stay in evaluation mode: dropout would make a
     step depend on the schedule.
@@ -111,6 +113,9 @@ class TransformersStage:
         gradient_checkpointing: bool = False,
         split_backward: bool = False,
         dtype: torch.dtype = torch.float32,
+        adapters: Adapters = NO_ADAPTERS,
+        frozen: Collection[str] = (),
+        frozen_dtype: torch.dtype | None = None,
     ) -> None:
         self.stage, self.num_stages = stage, num_stages
         self._loss = loss
@@ -121,9 +126,11 @@ class TransformersStage:
         config = copy.deepcopy(config)
         config.dtype = torch.float32  # sequence classifiers would build their base in the checkpoint's type
         self.model = without_memory(model_class, config).train(False)
+        self.adapters = adapters
+        adapters.inject(self.model)
         self._base: Any = self.model.base_model
         self._head = head_of(self.model)
-        plan = _pipeline_plan(self.model)
+        plan = pipeline_plan(self.model)
         self.model_shapes: Mapping[str, torch.Size] = {name: p.shape for name, p in self.model.named_parameters()}
 
         num_layers = len(getattr(self._base, plan.layers))
@@ -134,8 +141,9 @@ class TransformersStage:
         self._head_name = _name_in(self.model, self._head)
         self._tied_source = _tied_source(self.model, self._head)
         self._prune(plan)
-        for parameter in self.model.parameters():  # buffers keep the type that they are computed in
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in self.named_parameters():  # buffers keep the type that they are computed in
+            is_narrow = frozen_dtype is not None and parameter.dim() > 1 and name in frozen
+            parameter.data = parameter.data.to(frozen_dtype if is_narrow else dtype)
         self._materialise()
         self._in_flight = InFlight(SplitBackward(self.model) if split_backward else None)
         if gradient_checkpointing:
@@ -221,16 +229,28 @@ class TransformersStage:
     def from_hugging_face(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensors[name]) for name, _ in self.named_parameters() if name in tensors)
 
-    def export_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        return ((name, parameter.detach().to(dtype)) for name, parameter in self._exported())
+    def export_weights(
+        self, dtype: torch.dtype = torch.float32, part: Exported = "whole"
+    ) -> Iterator[tuple[str, Tensor]]:
+        return ((name, weight().to(dtype)) for name, _, weight in self._exported(part))
 
-    @property
-    def exported_shapes(self) -> Mapping[str, torch.Size]:
-        return {name: parameter.shape for name, parameter in self._exported()}
+    def exported_shapes(self, part: Exported = "whole") -> Mapping[str, torch.Size]:
+        return {name: shape for name, shape, _ in self._exported(part)}
 
-    def _exported(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _exported(self, part: Exported) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:
+        """Name, shape, and what gives the weight."""
         left_out = frozenset[str]() if self.is_first else self.tied_names
-        return ((name, parameter) for name, parameter in self.named_parameters() if name not in left_out)
+        if part == "merged":
+            named = (
+                (self._global_name(name), shape, weight) for name, shape, weight in self.adapters.merged(self.model)
+            )
+        else:
+            named = (
+                (name, parameter.shape, parameter.detach)
+                for name, parameter in self.named_parameters()
+                if part == "whole" or parameter.requires_grad
+            )
+        return (one for one in named if one[0] not in left_out)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy this stage's parameters and buffers from a state dict of the whole model, or of a part that has them.
@@ -265,7 +285,7 @@ class TransformersStage:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=self._autocast)
 
-    def _prune(self, plan: _Plan) -> None:
+    def _prune(self, plan: PipelinePlan) -> None:
         """Keep what this stage owns; the identity stands in for the rest, so the model's own forward still runs."""
         dropped = (() if self.is_first else plan.before) + (() if self.is_last else plan.after)
         for name in dropped:
@@ -297,28 +317,6 @@ class TransformersStage:
 
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Names of the base model's children: what comes before its layers, the layers, what comes after."""
-
-    before: tuple[str, ...]
-    layers: str
-    after: tuple[str, ...]
-
-
-def _pipeline_plan(model: PreTrainedModel) -> _Plan:
-    base: Any = model.base_model
-    names = tuple(base.config.base_model_pp_plan or ())
-    layers = [name for name in names if isinstance(getattr(base, name, None), nn.ModuleList)]
-    if len(layers) != 1:
-        raise ValueError(
-            f"{type(model).__name__} declares no pipeline plan (base_model_pp_plan), so it cannot be split into "
-            f"stages: use an architecture that does, such as Llama, Qwen2, Qwen3, Mistral or GPT-NeoX"
-        )
-    position = names.index(layers[0])
-    return _Plan(names[:position], layers[0], names[position + 1 :])
 
 
 def _name_in(model: nn.Module, wanted: nn.Module) -> str:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from fuse.ops import decode_attention, gae, int8_linear, kv_blocks, linear_logprob, logprob, sampling, shaped_gae
+from fuse.ops import (
+    decode_attention,
+    gae,
+    int8_linear,
+    kv_blocks,
+    linear_logprob,
+    logprob,
+    sampling,
+    shaped_gae,
+    skinny_linear,
+)
 
 
 def describe() -> dict[str, str]:
@@ -15,5 +25,6 @@ def describe() -> dict[str, str]:
         "linear_logprob": linear_logprob.describe(),
         "sample_tokens": sampling.describe(),
         "shaped_gae": shaped_gae.describe(),
+        "skinny_linear": skinny_linear.describe(),
         "token_logprobs": logprob.describe(),
     }

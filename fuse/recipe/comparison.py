@@ -16,7 +16,8 @@ from fuse.engines.engine import GenerationRequest
 from fuse.recipe import reward
 from fuse.trainers.data import TOKENS, prompt_rows, read_rows
 from fuse.trainers.lone_engine import lone_engine
-from fuse.training.scoring import TokenSequence, scores
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import scores
 
 SAMPLES = "comparison.jsonl"
 
@@ -47,7 +48,13 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     responses = {}
     for name in ("before", "after"):
         print(f"comparison: responses of {getattr(comparison, name)}", flush=True)
-        responses[name] = _responses(getattr(comparison, name), rows, comparison)
+        responses[name] = sampled_responses(
+            getattr(comparison, name),
+            rows,
+            seed=comparison.seed,
+            temperature=comparison.temperature,
+            max_new_tokens=comparison.max_new_tokens,
+        )
     print("comparison: scores", flush=True)
     model, tokenizer = reward.load(comparison.reward_model)
     scored = {name: np.array(scores(model.eval(), list(of))) for name, of in responses.items()}
@@ -83,20 +90,22 @@ def sign_flip_p_value(differences: Sequence[float], seed: int, num_draws: int = 
 
 
 @torch.inference_mode()
-def _responses(path: str, rows: Sequence[Any], comparison: Comparison) -> list[TokenSequence]:
-    """One to each prompt, by the product's own engine."""
+def sampled_responses(
+    path: str, rows: Sequence[Any], *, seed: int, temperature: float, max_new_tokens: int
+) -> list[TokenSequence]:
+    """One to each row's prompt, by the product's own engine. path: of the policy."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = [
         tuple(row[TOKENS])
-        for row in prompt_rows(rows, tokenizer, prompt_column="prompt", response_length=comparison.max_new_tokens)
+        for row in prompt_rows(rows, tokenizer, prompt_column="prompt", response_length=max_new_tokens)
     ]
     engine, params = lone_engine(
         AutoModelForCausalLM.from_pretrained(path),
         tokenizer,
-        seed=comparison.seed,
-        temperature=comparison.temperature,
-        max_new_tokens=comparison.max_new_tokens,
-        max_context=max(map(len, prompts)) + comparison.max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        max_context=max(map(len, prompts)) + max_new_tokens,
     )
     for index, prompt in enumerate(prompts):
         engine.submit(GenerationRequest(sample_id=index, prompt_ids=prompt, params=params))

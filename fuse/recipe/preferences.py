@@ -58,8 +58,10 @@ def preferences_of(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Preference],
     return good, bad
 
 
-def check_bad_rows(bad: Sequence[BadRow], num_rows: int, *, skips: bool, tell: Callable[[str], None]) -> None:
-    """Say how many rows are left out, and which.
+def check_bad_rows(
+    bad: Sequence[BadRow], num_rows: int, *, skips: bool, tell: Callable[[str], None], what: str = "preferences"
+) -> None:
+    """Say how many rows are left out, and which. what: they are not.
 
     Raises: ValueError for any, unless `skips`.
     """
@@ -73,7 +75,7 @@ def check_bad_rows(bad: Sequence[BadRow], num_rows: int, *, skips: bool, tell: C
         + (f" and {len(numbers) - _NAMED_ROWS} more" if len(numbers) > _NAMED_ROWS else "")
         for reason, numbers in by_reason.items()
     )
-    text = f"{len(bad)} of {num_rows} rows are no preferences (rows by number, {listed})"
+    text = f"{len(bad)} of {num_rows} rows are no {what} (rows by number, {listed})"
     if not skips:
         raise ValueError(f"{text}: mend them, or leave them out with --skip-bad-rows")
     tell(f"data: {text}, left out")
@@ -149,14 +151,22 @@ def _key(text: Text) -> str:
 
 def _preference(index: int, row: Mapping[str, Any]) -> Preference:
     """Raises: ValueError with what is wrong with the row."""
-    for name in COLUMNS:
-        if not row.get(name):
-            raise ValueError(f"no {name}")
-    prompt = _text(row["prompt"], "prompt")
-    chosen, rejected = (_response(row[name], name, prompt) for name in ("chosen", "rejected"))
+    prompt, chosen, rejected = texts_of(row, "chosen", "rejected")
     if chosen == rejected:
         raise ValueError("chosen equals rejected")
     return Preference(row=index, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def texts_of(row: Mapping[str, Any], *responses: str) -> list[Text]:
+    """The prompt of a row, and the responses in these columns.
+
+    Raises: ValueError with what is wrong with the row.
+    """
+    for name in ("prompt", *responses):
+        if not row.get(name):
+            raise ValueError(f"no {name}")
+    prompt = _text(row["prompt"], "prompt")
+    return [prompt, *(_response(row[name], name, prompt) for name in responses)]
 
 
 def _response(value: Any, name: str, prompt: Text) -> Text:

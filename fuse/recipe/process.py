@@ -39,7 +39,8 @@ def main() -> int:
     try:
         results = _named(work)(_named(settings)(**told["settings"]))
     except ValueError as error:
-        print(f"{told['step']}: {printable(' '.join(str(error).split()))}", flush=True)
+        if PartialState().is_main_process:
+            print(f"{told['step']}: {printable(' '.join(str(error).split()))}", flush=True)
         return 2
     if PartialState().is_main_process:
         write_whole(Path(told["results"]), json.dumps(results) + "\n")

@@ -1,28 +1,32 @@
-"""A reward model from preferences, by TRL's RewardTrainer: a sequence classifier with one output.
+"""A reward model from preferences, by TRL's RewardTrainer: a sequence classifier of one output, or an advantage model.
 
-Beyond TRL's: preferences that contradict each other are dropped, lengths balanced, a regulariser of ChatGLM-RLHF
-(arXiv 2404.00934), and its accuracy on held-out pairs by their difference of lengths.
+Beyond TRL's: preferences that contradict each other are dropped, lengths balanced, losses (`reward_loss.py`), and its
+accuracy on held-out pairs by their difference of lengths.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from trl import RewardTrainer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from fuse.recipe.accuracy import Accuracy, accuracy_of, save_calibration
 from fuse.recipe.balance import balanced_by_length, length_buckets
 from fuse.recipe.preferences import preferences_of, without_contradictions
+from fuse.recipe.reward_loss import AdvantageTrainer, SquareRegularisedTrainer
 from fuse.recipe.tokens import TokenisedPreference, tokenised
-from fuse.recipe.training import TrainingStep, parsed, read_tokenised, run_trainer
+from fuse.recipe.training import TrainingStep, parsed, read_tokenised, say, train
 from fuse.trainers.data import read_rows
-from fuse.training.scoring import TokenSequence, scores
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import scores
 
 CALIBRATION = "calibration.png"
 
@@ -33,6 +37,7 @@ def train_reward_model(step: TrainingStep) -> dict[str, Any]:
     Raises: ValueError where no pairs are left to train on.
     """
     config = parsed("reward", step)
+    _check_base(step.model)
     tokenizer = AutoTokenizer.from_pretrained(step.model)
     consistent = without_contradictions(preferences_of(read_rows(step.data))[0])
     pairs = [tokenised(preference, tokenizer) for preference in consistent.kept]
@@ -48,39 +53,59 @@ def train_reward_model(step: TrainingStep) -> dict[str, Any]:
         "num_too_long": len(pairs) - len(fitting),
         "num_left_out_for_balance": len(fitting) - len(kept),
     }
-    print("reward: " + ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {n}" for name, n in counts.items()))
+    say("reward: " + ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {n}" for name, n in counts.items()))
     if not kept:
         raise ValueError("no pair is left to train on: give more, or set --reward.length_buckets 0")
-    trainer = SquareRegularisedTrainer(
-        model=step.model, args=config, train_dataset=_pairs(kept), processing_class=tokenizer
-    )
-    run_trainer(trainer, "reward")
+    log_history = _train(step, config, tokenizer, kept)
     held_out = read_tokenised(step.held_out, tokenizer)
-    accuracy = held_out_accuracy(trainer.model, held_out, config.length_buckets) if held_out else None
-    if accuracy is not None:
+    accuracy = None
+    if held_out and PartialState().is_main_process:
+        gc.collect()  # what trained, which goes in circles
+        model = load(step.output_dir)[0].to(config.device)
+        accuracy = held_out_accuracy(model, held_out, config.length_buckets)
         save_calibration(accuracy, Path(step.output_dir) / CALIBRATION)
     return {
         **counts,
         "held_out": accuracy and asdict(accuracy),
-        "log_history": trainer.state.log_history,
+        "log_history": log_history,
     }
 
 
-class SquareRegularisedTrainer(RewardTrainer):
-    """Adds `square_coefficient` times the mean of r_chosen² + r_rejected², a Gaussian prior around zero.
+def _train(
+    step: TrainingStep, config: Any, tokenizer: Any, pairs: Sequence[TokenisedPreference]
+) -> list[dict[str, float]]:
+    """Train and save; returns what was logged."""
+    # Classifiers find their last token as that which is no padding, but scores are read at the end of sequence.
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = padding.convert_ids_to_tokens(_no_last_token(pairs, tokenizer.pad_token_id, len(tokenizer)))
+    kind = AdvantageTrainer if config.loss == "advantage" else SquareRegularisedTrainer
+    trainer = kind(model=step.model, args=config, train_dataset=_dataset(pairs), processing_class=padding)
+    train(trainer, "reward")
+    model: Any = trainer.model
+    model.config.pad_token_id, trainer.processing_class = tokenizer.pad_token_id, tokenizer
+    trainer.save_model(step.output_dir)
+    history: list[dict[str, float]] = trainer.state.log_history
+    return history
 
-    TRL's own `center_rewards_coefficient` weighs (r_chosen + r_rejected)², which leaves the difference free.
-    """
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        compute: Any = super().compute_loss
-        loss, outputs = compute(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        config: Any = self.args
-        if config.square_coefficient:
-            loss = loss + config.square_coefficient * 2 * outputs.logits.float().square().mean()
-        return (loss, outputs) if return_outputs else loss
+def _check_base(path: str) -> None:
+    """Raises: ValueError for a classifier of which no output is a score."""
+    config = AutoConfig.from_pretrained(path)
+    kind = (config.architectures or ["unknown"])[0]
+    if kind.endswith("ForSequenceClassification") and config.num_labels != 1:
+        raise ValueError(
+            f"the model at {path} is a {kind} with {config.num_labels} labels: give a language model, or a classifier "
+            "with one label, as --reward-base"
+        )
+
+
+def _no_last_token(pairs: Sequence[TokenisedPreference], padding: int, num_tokens: int) -> int:
+    """`padding`, or another token where that ends sequences."""
+    last = {ids[-1] for one in pairs for ids in (one.prompt_ids, one.chosen_ids, one.rejected_ids)}
+    for token in (padding, *range(num_tokens)):
+        if token not in last:
+            return int(token)
+    raise ValueError(f"each of the {num_tokens} tokens ends a prompt or a response: none is left to pad with")
 
 
 def held_out_accuracy(model: Any, pairs: Sequence[TokenisedPreference], num_buckets: int) -> Accuracy:
@@ -100,11 +125,15 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
     return AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
-def _pairs(preferences: Sequence[TokenisedPreference]) -> Dataset:
+def _dataset(pairs: Sequence[TokenisedPreference]) -> Dataset:
     return Dataset.from_list(
         [
-            {"chosen_ids": [*one.prompt_ids, *one.chosen_ids], "rejected_ids": [*one.prompt_ids, *one.rejected_ids]}
-            for one in preferences
+            {
+                "prompt_ids": one.prompt_ids,
+                "chosen_ids": [*one.prompt_ids, *one.chosen_ids],
+                "rejected_ids": [*one.prompt_ids, *one.rejected_ids],
+            }
+            for one in pairs
         ]
     )
 

@@ -6,7 +6,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from typing import Any, TextIO
 from schedules.files import write_whole
 
 _POLL_S = 0.1
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _FOLLOWER = """
 import os, signal, subprocess, sys, threading
 signal.signal(signal.SIGINT, lambda *_: None)
@@ -38,7 +41,8 @@ class Step:
     """A command that writes the JSON file `results` when it is done.
 
     command: without what makes it go on from a checkpoint. resume: that, where there is one. inputs: what it reads, by
-    the step that makes it. settings: what decides its results.
+    the step that makes it. settings: what decides its results. checkpoints: where it has some that nobody needs when
+    it is complete.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Step:
     resume: Callable[[], Sequence[str]]
     inputs: Mapping[str, Path]
     settings: Mapping[str, Any]
+    checkpoints: Path | None = None
 
     @property
     def record(self) -> Path:
@@ -81,6 +86,7 @@ def run_step(step: Step, how_to_make: str, tell: Callable[[str], None], lock: in
                 f"step {step.name} was completed with other {', '.join(changed) or 'settings'}: "
                 f"remove {step.record} to run it again, or name another --output-dir"
             )
+        _remove_checkpoints(step)
         tell(f"{step.name}: complete ({step.record})")
         return record
     tell(f"{step.name}: starting")
@@ -93,6 +99,7 @@ def run_step(step: Step, how_to_make: str, tell: Callable[[str], None], lock: in
     }
     write_whole(step.record, json.dumps(record, indent=2) + "\n")
     step.results.unlink()
+    _remove_checkpoints(step)
     return record
 
 
@@ -121,6 +128,13 @@ def _inputs(step: Step, how_to_make: str) -> dict[str, str]:
             raise ValueError(f"step {step.name} needs {path}, which is not complete: make it by {how_to_make} {maker}")
         made[maker] = hashlib.sha256(record.read_bytes()).hexdigest()
     return made
+
+
+def _remove_checkpoints(step: Step) -> None:
+    """Of a step whose record is written; a kill on the way leaves the rest to the next run."""
+    for path in [] if step.checkpoints is None else list(step.checkpoints.iterdir()):
+        if _CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def _run(command: Sequence[str], step: Step, tell: Callable[[str], None], lock: int) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from trl import SFTTrainer
 
 from fuse.recipe.tokens import TokenisedPreference
-from fuse.recipe.training import TrainingStep, parsed, read_tokenised, run_trainer
+from fuse.recipe.training import TrainingStep, parsed, read_tokenised, train
 
 _IGNORED = -100
 """The label of tokens that do not count."""
@@ -32,7 +32,8 @@ def fine_tune(step: TrainingStep) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     before = trainer.evaluate()["eval_loss"] if held_out else None
-    run_trainer(trainer, "sft")
+    train(trainer, "sft")
+    trainer.save_model(step.output_dir)
     after = trainer.evaluate()["eval_loss"] if held_out else None
     is_cut = [config.max_length is not None and len(row["input_ids"]) > config.max_length for row in map(_labels, rows)]
     return {

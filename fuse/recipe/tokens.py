@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from fuse.recipe.preferences import Preference, Text
 from fuse.trainers.data import TOKENS, prompt_rows
+from fuse.trainers.response_tokens import response_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,29 +23,20 @@ class TokenisedPreference:
 
 def tokenised(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> TokenisedPreference:
     """Raises: ValueError where there are no tokens, or a chat template that does not continue a prompt."""
+    prompt_ids, chosen_ids, rejected_ids = token_ids(
+        preference.prompt, (preference.chosen, preference.rejected), tokenizer
+    )
+    return TokenisedPreference(prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+
+
+def token_ids(prompt: Text, responses: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Of a prompt, and of responses to it with their ends.
+
+    Raises: ValueError where there are none, or a chat template that does not continue a prompt.
+    """
     try:
-        [row] = prompt_rows([{"prompt": preference.prompt}], tokenizer, prompt_column="prompt", response_length=1)
+        [row] = prompt_rows([{"prompt": prompt}], tokenizer, prompt_column="prompt", response_length=1)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("dataset row 0 has ")) from error
-    prompt_ids = row[TOKENS]
-    return TokenisedPreference(
-        prompt_ids=prompt_ids,
-        chosen_ids=_response_ids(preference.prompt, preference.chosen, prompt_ids, tokenizer),
-        rejected_ids=_response_ids(preference.prompt, preference.rejected, prompt_ids, tokenizer),
-    )
-
-
-def _response_ids(prompt: Text, response: Text, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Up to and with the end of sequence, where generation would stop."""
-    if isinstance(response, str) or isinstance(prompt, str):
-        ids = list(tokenizer(response, add_special_tokens=False)[TOKENS])
-    else:
-        whole = list(tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=False))
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise ValueError("the chat template renders the prompt otherwise where a response follows")
-        ids = whole[len(prompt_ids) :]
-    end = tokenizer.eos_token_id
-    ids = ids[: ids.index(end)] if end in ids else ids
-    if not ids:
-        raise ValueError("a response has no tokens")
-    return [*ids, end]
+    prompt_ids: list[int] = row[TOKENS]
+    return [prompt_ids, *(response_ids(prompt, one, prompt_ids, tokenizer) for one in responses)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import DataClassType
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
@@ -58,9 +59,13 @@ def parsed(name: str, step: TrainingStep) -> Any:
 def check_options(step: str, options: Sequence[str]) -> None:
     """Look at options before anything is done.
 
-    Raises: ValueError for those that the step's configuration has not, or with values of another kind.
+    Raises: ValueError for those that the step's configuration has not, or with values that it refuses.
     """
-    _parser(step).parse_args(["--output_dir=unused", *options])
+    parsed = _parser(step).parse_args(["--output_dir=unused", *options])
+    from fuse.recipe.configs import CHECKS
+
+    if step in CHECKS:
+        CHECKS[step](parsed)
 
 
 def _parser(step: str) -> HfArgumentParser:
@@ -92,14 +97,19 @@ def read_tokenised(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Tokeni
     return [tokenised(preference, tokenizer) for preference in preferences_of(rows)[0]]
 
 
-def run_trainer(trainer: Any, name: str) -> None:
-    """Train, from the last checkpoint where there is one, and save the model in the directory of the checkpoints."""
+def train(trainer: Any, name: str) -> None:
+    """Train, from the last checkpoint where there is one."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Lines(name))
     directory = trainer.args.output_dir
     checkpoint = get_last_checkpoint(directory) if Path(directory).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(directory)
+
+
+def say(text: str) -> None:
+    """Print a line, once where several processes train."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
 
 
 class _Lines(TrainerCallback):
@@ -113,4 +123,4 @@ class _Lines(TrainerCallback):
             self._loss = f", loss {float(logs['loss']):.4g}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        print(f"{self._name}: step {state.global_step} of {state.max_steps}{self._loss}", flush=True)
+        say(f"{self._name}: step {state.global_step} of {state.max_steps}{self._loss}")

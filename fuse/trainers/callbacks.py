@@ -30,12 +30,14 @@ class PPOState(TrainerState):
     """transformers' TrainerState with the number of prompts consumed so far.
 
     kl_coef: of the next update, where it follows a target; None before the first one.
-    reference_scores: of the reference's responses, by row of the dataset, as far as they are known.
+    reference_scores: of the reference's responses, by row of the dataset, as far as they are known. reward_variances:
+    of several responses, likewise.
     """
 
     episode: int = 0
     kl_coef: float | None = None
     reference_scores: list[float | None] = field(default_factory=list)
+    reward_variances: list[float | None] = field(default_factory=list)
 
 
 class PolicyAndValue(nn.Module):

@@ -14,9 +14,11 @@ from transformers.trainer_utils import IntervalStrategy
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.engines.transformers import check_context
+from fuse.intrastage.adapters import base_of, is_adapted
 from fuse.roles import GENERATING, training
 from fuse.trainers.reward_process import pickled
 from fuse.trainers.rewards import RewardFunction
+from fuse.training.advantage_model import is_advantage_model
 from fuse.training.model_spec import ModelSpec
 from fuse.training.model_support import check_trainable
 
@@ -30,7 +32,6 @@ def check_arguments(
     train_dataset: object,
     value_model: object,
     optimizers: tuple[object, object],
-    peft_config: object,
 ) -> None:
     """Raises: ValueError for a combination of the trainer's arguments that cannot be trained."""
     if train_dataset is None:
@@ -47,26 +48,31 @@ def check_arguments(
             f"(prompts, responses, **columns) -> list[float]"
         )
     for name, given in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
-        if not isinstance(given, PreTrainedModel) and not (name == "ref_model" and given is None):
+        if not isinstance(base_of(given), PreTrainedModel) and not (name == "ref_model" and given is None):
             raise ValueError(f"{name} is {given!r}: pass a transformers model, e.g. by from_pretrained")
-    check_unset({"peft_config": peft_config}, optimizers)
+    for name, given in (("ref_model", ref_model), ("reward_model", reward_model)):
+        check_whole(name, given)
+    check_unset({}, optimizers)
 
 
 def check_unset(arguments: Mapping[str, object], optimizers: tuple[object, object]) -> None:
     """Raises: ValueError for arguments of TRL's trainers that are not supported."""
     for name, value in arguments.items():
         if value is not None:
-            remedy = (
-                "merge the adapter into the model, or train all weights" if name == "peft_config" else "leave it out"
-            )
-            raise ValueError(f"{name} is not supported: {remedy}")
+            raise ValueError(f"{name} is not supported: leave it out")
     if any(item is not None for item in optimizers):
         raise ValueError("optimizers must be (None, None): AdamW runs sharded in the workers; set its options in args")
 
 
+def check_whole(argument: str, model: object) -> None:
+    """Raises: ValueError for a model with adapters that does not train."""
+    if is_adapted(model):
+        raise ValueError(f"{argument} has adapters and does not train: pass {argument}.merge_and_unload()")
+
+
 def check_policy(model: object) -> None:
     """Raises: ValueError for anything but a model."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(base_of(model), PreTrainedModel):
         raise ValueError(f"model is {model!r}: pass a causal language model, or its path")
 
 
@@ -80,7 +86,8 @@ def check_no_experts(config: PretrainedConfig, router_aux_loss_coef: float) -> N
 
 
 def check_reward_model(model: PreTrainedModel) -> None:
-    """Raises: ValueError for a model that is no sequence classifier with one label, or cannot be built again."""
+    """Raises: ValueError for a model that is no sequence classifier with one label or advantage model, or
+    cannot be built again."""
     ModelSpec.of(model)
     _check_kind("reward", model)
 
@@ -112,7 +119,8 @@ def check_models(models: Mapping[str, PreTrainedModel], backend: Literal["transf
         ModelSpec.of(model)
         _check_kind(role, model)
     for (role, model), (other_role, other_model) in combinations(models.items(), 2):
-        _check_shares_nothing(role, model, other_role, other_model)
+        if model is not other_model or other_role != "reference":  # which is an actor without its adapters
+            _check_shares_nothing(role, model, other_role, other_model)
     for role in training(models):
         check_trainable(models[role], backend)
         _warn_of_dropout(role, models[role])
@@ -123,7 +131,8 @@ _ARGUMENTS = {"actor": "model", "critic": "value_model", "reference": "ref_model
 
 
 def _check_kind(role: str, model: PreTrainedModel) -> None:
-    """Raises: ValueError for anything but a language model where tokens count, a classifier of one label elsewhere."""
+    """Raises: ValueError for anything but a language model where tokens count, a classifier of one label elsewhere, or
+    for rewards an advantage model."""
     is_language_model = model.get_output_embeddings() is not None
     score = getattr(model, "score", None)
     kind = type(model).__name__
@@ -137,7 +146,7 @@ def _check_kind(role: str, model: PreTrainedModel) -> None:
             f"by AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)"
         )
     num_labels = getattr(score, "out_features", model.config.num_labels)
-    if num_labels != 1:
+    if num_labels != 1 and not (role == "reward" and is_advantage_model(model.config)):
         raise ValueError(
             f"{_ARGUMENTS[role]} is a {kind} with {num_labels} labels, none of which is the score: pass one with one "
             f"label, e.g. by AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)"

@@ -10,12 +10,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fuse.algorithms.dynamic_sampling import groups_with_spread
-from fuse.algorithms.group_advantages import weighted_sum
 from fuse.sample import Sample
 from fuse.trainers.reward_calls import ERRORS
+from fuse.trainers.spread_filter import alike, without_spread
 
 _logger = logging.getLogger(__name__)
 
@@ -26,6 +23,7 @@ class DynamicSampling:
 
     most_rounds: of drawing prompts in their place, in one update. num_generations: samples of a group, side by side.
     reward_weights: of the functions whose weighted sums must not all be equal in a group; penalties do not count.
+    min_variance: that they must have, too.
     draw: so many prompts -> their samples. score: fills these in, and returns metrics of rewarding them.
     """
 
@@ -34,6 +32,7 @@ class DynamicSampling:
     reward_weights: Sequence[float]
     draw: Callable[[int], Sequence[Sample]]
     score: Callable[[Sequence[Sample]], Mapping[str, float]]
+    min_variance: float | None = None
 
     def roll_out(self, num_groups: int) -> tuple[list[Sample], list[Sample], dict[str, float]]:
         """So many groups, the samples that were replaced on the way, and metrics.
@@ -48,11 +47,8 @@ class DynamicSampling:
         left = self._without_spread(samples)
         while left and len(rounds) <= self.most_rounds:
             _logger.info(
-                "dynamic sampling: %d of %d groups have equal rewards, and are replaced (round %d of at most %d)",
-                len(left),
-                num_groups,
-                len(rounds),
-                self.most_rounds,
+                "dynamic sampling: %d of %d groups have %s, and are replaced (round %d of at most %d)",
+                *(len(left), num_groups, alike(self.min_variance), len(rounds), self.most_rounds),
             )
             fresh = list(self.draw(len(left)))
             rounds.append(self.score(fresh))
@@ -62,11 +58,9 @@ class DynamicSampling:
             left = self._without_spread(samples)
         if left:
             _logger.warning(
-                "dynamic sampling: after max_dynamic_rounds=%d rounds %d of %d groups still have equal rewards, and "
-                "teach nothing: raise max_dynamic_rounds, or choose prompts that are neither too easy nor too hard",
-                self.most_rounds,
-                len(left),
-                num_groups,
+                "dynamic sampling: after max_dynamic_rounds=%d rounds %d of %d groups still have %s, and teach "
+                "nothing: raise max_dynamic_rounds, or choose prompts that are neither too easy nor too hard",
+                *(self.most_rounds, len(left), num_groups, alike(self.min_variance)),
             )
         return (
             samples,
@@ -81,10 +75,7 @@ class DynamicSampling:
 
     def _without_spread(self, samples: Sequence[Sample]) -> list[int]:
         """Numbers of groups."""
-        rewards = torch.tensor([sample.rewards for sample in samples])
-        total = weighted_sum(rewards, torch.tensor(self.reward_weights))
-        has_spread = groups_with_spread(total, self.num_generations).tolist()
-        return [group for group, has in enumerate(has_spread) if not has]
+        return without_spread(samples, self.num_generations, self.reward_weights, self.min_variance)
 
     def _slice(self, group: int) -> slice:
         return slice(group * self.num_generations, (group + 1) * self.num_generations)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,6 +22,7 @@ from fuse.algorithms.algorithm import Algorithm
 from fuse.algorithms.group_batch import GroupSettings, rollout_metrics
 from fuse.config.group import GroupConfig
 from fuse.driver.fleet import Fleet
+from fuse.intrastage.adapters import base_of, is_adapted, with_adapter
 from fuse.roles import GENERATING
 from fuse.sample import Group, Sample, SpecialTokens
 from fuse.trace import PhaseClock
@@ -33,15 +34,21 @@ from fuse.trainers.dynamic_sampling import DynamicSampling
 from fuse.trainers.group_rewards import GroupRewards, RewardSource, reward_roles
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
+from fuse.trainers.reference import REFERENCE_ADAPTER, check_adapted_reference, reference_of, with_reference
 from fuse.trainers.reward_columns import check_named_arguments
 from fuse.trainers.rewards import function_name
 from fuse.trainers.rollouts import reward_settings
 from fuse.trainers.special_tokens import special_tokens
+from fuse.trainers.spread_filter import filtered_groups
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import FIRST_EVALUATION_ID, Trainer
+from fuse.training.advantage_model import is_advantage_model
 from fuse.training.layout import RaggedLayout
 from fuse.training.steps import OptimizerStep, rollout_steps, side_by_side
 from schedules.files import check_writable
+
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig, PeftModel
 
 PROMPT = "prompt"
 
@@ -58,6 +65,9 @@ class GroupTrainer(Trainer):
     processing_class: the tokenizer; by default the model's. reward_processing_classes: those of reward
         models, in the order of reward_funcs.
     eval_dataset, callbacks: as in TRL. What else TRL takes must stay unset.
+    peft_config: a `peft.LoraConfig` of adapters that train in place of the policy's weights; the KL is measured from
+        the policy without them. A model that comes with adapters, as a `peft.PeftModel`, is its own reference, as it
+        comes.
 
     After `train()` the trained weights are in `model`.
 
@@ -71,7 +81,7 @@ class GroupTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | PeftModel | str,
         reward_funcs: RewardSource | str | list[RewardSource | str] | None = None,
         args: GroupConfig | None = None,
         train_dataset: Any = None,
@@ -81,14 +91,13 @@ class GroupTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[None, None] = (None, None),
         quantization_config: None = None,
-        peft_config: None = None,
+        peft_config: LoraConfig | None = None,
         tools: None = None,
         rollout_func: None = None,
         environment_factory: None = None,
     ) -> None:
-        unsupported = {"quantization_config": quantization_config, "peft_config": peft_config, "tools": tools}
-        unsupported |= {"rollout_func": rollout_func, "environment_factory": environment_factory}
-        checks.check_unset(unsupported, optimizers)
+        unsupported = {"quantization_config": quantization_config, "tools": tools, "rollout_func": rollout_func}
+        checks.check_unset({**unsupported, "environment_factory": environment_factory}, optimizers)
         args = self.CONFIG(f"{_name_of(model)}-{self.NAME}") if args is None else args
         self.args = args
         check_dataset(train_dataset, "train_dataset")
@@ -97,8 +106,11 @@ class GroupTrainer(Trainer):
         checks.check_evaluation(args, eval_dataset)
         check_writable(Path(str(args.output_dir)), "output_dir")
         options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **_objects(args.model_init_kwargs)}
-        policy = AutoModelForCausalLM.from_pretrained(model, **options) if isinstance(model, str) else model
-        checks.check_policy(policy)
+        given = AutoModelForCausalLM.from_pretrained(model, **options) if isinstance(model, str) else model
+        checks.check_policy(given)
+        adds_reference = args.needs_reference and peft_config is None
+        self.policy_model = with_reference(with_adapter(given, peft_config, "peft_config"), adds_reference)
+        policy = base_of(self.policy_model)
         checks.check_no_experts(policy.config, args.router_aux_loss_coef)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(policy.config._name_or_path, padding_side="left")
@@ -116,9 +128,11 @@ class GroupTrainer(Trainer):
                 f"reward_weights has {len(self._weights)} weights for {len(self.reward_funcs)} reward functions: give "
                 f"one each"
             )
-        self.ref_model = copy.deepcopy(policy) if args.needs_reference else None
+        adapter = REFERENCE_ADAPTER if adds_reference and is_adapted(self.policy_model) else None
+        self.ref_model, variants = reference_of(policy, adapter) if args.needs_reference else (None, {})
+        check_adapted_reference(args, policy, is_given=False, adapter=adapter)
         special = special_tokens(args, processing_class, policy)
-        models = {"actor": policy} | ({} if self.ref_model is None else {"reference": self.ref_model})
+        models = {"actor": policy} | ({"reference": self.ref_model or policy} if args.needs_reference else {})
         checks.check_models(models, args.train_backend)
         roles = reward_roles(self.reward_funcs)
         for index, source in enumerate(self.reward_funcs):
@@ -140,6 +154,7 @@ class GroupTrainer(Trainer):
             reward_weights=self._weights,
             penalties=args.penalties,
             mask_truncated=args.mask_truncated_completions,
+            min_variance=args.min_reward_variance,
         )
         self._set_up(
             models,
@@ -147,7 +162,8 @@ class GroupTrainer(Trainer):
             length,
             RaggedLayout(),
             special,
-            shown=policy,
+            shown=self.policy_model,
+            variants=variants,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             prompt_lengths=[lengths, eval_lengths],
@@ -206,19 +222,22 @@ class GroupTrainer(Trainer):
         def score(samples: Sequence[Sample]) -> dict[str, float]:
             return self._score(fleet, samples, clock)
 
-        if not self.args.dynamic_sampling:
+        args = self.args
+        least, of_groups = args.min_reward_variance, (args.num_generations, self._weights)
+        if not args.dynamic_sampling:
             samples = draw(num_groups)
-            return samples, score(samples)
+            return samples, {**score(samples), **filtered_groups(samples, *of_groups, least)}
         sampling = DynamicSampling(
-            most_rounds=self.args.max_dynamic_rounds,
-            num_generations=self.args.num_generations,
+            most_rounds=args.max_dynamic_rounds,
+            num_generations=args.num_generations,
             reward_weights=self._weights,
             draw=draw,
             score=score,
+            min_variance=least,
         )
         samples, replaced, metrics = sampling.roll_out(num_groups)
         self.state.num_input_tokens_seen += sum(len(sample.prompt_ids) + sample.length for sample in replaced)
-        return samples, metrics
+        return samples, {**metrics, **filtered_groups(samples, *of_groups, least)}
 
     def _training_samples(self, batch: Any) -> list[Sample]:
         samples = self._grouped(batch, self.state.episode, self.args.num_generations)
@@ -290,7 +309,7 @@ def _objects(options: dict[str, Any] | str | None) -> dict[str, Any]:
     return options or {}
 
 
-def _name_of(model: PreTrainedModel | str) -> str:
+def _name_of(model: PreTrainedModel | PeftModel | str) -> str:
     return str(model if isinstance(model, str) else model.config._name_or_path).rstrip("/").rpartition("/")[2]
 
 
@@ -317,7 +336,8 @@ def _reward_sources(
     own: list[PreTrainedTokenizerBase | None] = [None] * len(sources)
     for index, source in enumerate(sources):
         if isinstance(source, str):
-            source = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options)
+            num_labels = {} if is_advantage_model(AutoConfig.from_pretrained(source)) else {"num_labels": 1}
+            source = AutoModelForSequenceClassification.from_pretrained(source, **num_labels, **options)
             sources[index] = source
         if isinstance(source, PreTrainedModel):
             own[index] = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -224,13 +225,20 @@ def reward_roles(sources: Sequence[RewardSource]) -> dict[int, str]:
     return dict(zip(places, numbered("reward", len(places)), strict=True))
 
 
-def _model_tokens(tokenizer: Any, prompt: Any, response: str) -> tuple[int, ...]:
-    """Of the whole conversation through the model's template, or of both texts."""
+def _model_tokens(tokenizer: Any, prompt: Any, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of prompt and response, of the whole conversation through the model's template, or of both texts.
+
+    The prompt ends where its own tokens end, or before a token that is partly the response's.
+    """
     if isinstance(prompt, str):
-        text = prompt + response
+        before, text = prompt, prompt + response
     else:
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    of_prompt, whole = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (before, text))
+    num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(of_prompt, whole, strict=False)))
+    end = max(1, num_common)
+    return tuple(whole[:end]), tuple(whole[end:])
 
 
 def _writer(index: int) -> Callable[[Sample, float], None]:

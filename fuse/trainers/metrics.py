@@ -21,6 +21,8 @@ def reduce_metrics(steps: Mapping[str, Sequence[StepReport]], num_places: int | 
     reduced: dict[str, float] = {}
     for of_role in steps.values():
         reduced |= _reduced([step.metrics for step in of_role], num_places)
+        if of_role[0].auxiliary:
+            reduced |= _reduced([step.auxiliary for step in of_role], None)
     norms = {role: float(np.mean([step.gradient_norm for step in of_role])) for role, of_role in steps.items()}
     return reduced | {_norm_name(role, steps): norm for role, norm in norms.items()}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -22,6 +22,7 @@ from fuse.config.clip_range import as_pair
 from fuse.config.ppo import PPOConfig
 from fuse.config.run_length import RunLength
 from fuse.driver.fleet import Fleet
+from fuse.intrastage.adapters import base_of, train_adapter, with_adapter
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
 from fuse.termination import Termination
@@ -31,17 +32,22 @@ from fuse.trainers.callbacks import PolicyAndValue
 from fuse.trainers.data import check_dataset
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import usable_prompts
+from fuse.trainers.reference import check_adapted_reference, reference_of
 from fuse.trainers.reference_scores import check_reference, missing_rows, score_references
 from fuse.trainers.reward_calls import RewardCalls
 from fuse.trainers.reward_columns import check_reward_columns
 from fuse.trainers.rewards import RewardFunction
 from fuse.trainers.rollouts import reward_calls
 from fuse.trainers.special_tokens import special_tokens
+from fuse.trainers.spread_filter import left_out, probes, score_variances, untried
 from fuse.trainers.steps import seeded
 from fuse.trainers.trainer import Trainer
 from fuse.training.layout import Layout, RaggedLayout, TRLLayout
 from fuse.training.steps import Division, OptimizerStep
 from schedules.files import check_writable
+
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig, PeftModel
 
 
 class PPOTrainer(Trainer):
@@ -50,12 +56,15 @@ class PPOTrainer(Trainer):
     args: see `PPOConfig`.
     processing_class: the tokenizer; it needs a pad token.
     model: the policy, any causal language model that declares `base_model_pp_plan`.
-    ref_model: what the KL penalty measures from; None takes a copy of the policy.
+    ref_model: what the KL penalty measures from; None takes a copy of the policy. Of one with adapters there is none:
+        the policy itself, without them or by `args.ref_adapter_name`, is what it measures from.
     reward_model: a sequence classifier with one label, or a callable
         `(prompts: list[str], responses: list[str], **columns: list) -> list[float]`, given the dataset's other columns.
     train_dataset: rows with `input_ids`. No models share parameters.
     value_model: a sequence classifier with one label, trained as the critic.
-    data_collator, eval_dataset, callbacks: as in TRL. optimizers and peft_config must stay unset.
+    data_collator, eval_dataset, callbacks: as in TRL. optimizers must stay unset.
+    peft_config, value_peft_config: a `peft.LoraConfig` of adapters that train in place of the policy's weights, and of
+        the critic's, whose head trains beside them. Models may come with adapters, as `peft.PeftModel`, instead.
 
     After `train()` the trained weights are in `model` and `value_model`.
 
@@ -72,36 +81,41 @@ class PPOTrainer(Trainer):
         self,
         args: PPOConfig,
         processing_class: PreTrainedTokenizerBase,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         ref_model: PreTrainedModel | None,
         reward_model: PreTrainedModel | RewardFunction,
         train_dataset: Any,
-        value_model: PreTrainedModel,
+        value_model: PreTrainedModel | PeftModel,
         data_collator: Any = None,
         eval_dataset: Any = None,
         optimizers: tuple[None, None] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
-        peft_config: None = None,
+        peft_config: LoraConfig | None = None,
+        value_peft_config: LoraConfig | None = None,
     ) -> None:
-        checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers, peft_config)
+        checks.check_arguments(model, ref_model, reward_model, train_dataset, value_model, optimizers)
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         checks.check_tokenizer(processing_class)
         self.args = args
         self.processing_class = processing_class
-        self.policy_model = model
-        self.ref_model = ref_model if ref_model is not None else copy.deepcopy(model)
+        self.policy_model = with_adapter(model, peft_config, "peft_config")
+        train_adapter(self.policy_model, args.model_adapter_name)
         self.reward_model = reward_model
-        self.value_model = value_model
-        special = special_tokens(args, processing_class, model, samples_padding=args.trl_quirks)
-        models = {"actor": model, "critic": value_model, "reference": self.ref_model}
+        self.value_model = with_adapter(value_model, value_peft_config, "value_peft_config", replacing=("score",))
+        policy, critic = base_of(self.policy_model), base_of(self.value_model)
+        self.ref_model, variants = reference_of(policy, args.ref_adapter_name, ref_model)
+        check_adapted_reference(args, policy, is_given=ref_model is not None, adapter=args.ref_adapter_name)
+        special = special_tokens(args, processing_class, policy, samples_padding=args.trl_quirks)
+        models = {"actor": policy, "critic": critic, "reference": self.ref_model or policy}
         if isinstance(reward_model, PreTrainedModel):
             models["reward"] = reward_model
         checks.check_models(models, args.train_backend)
         checks.check_reward_options(args, reward_model)
-        if args.reward_baseline == "reference":
-            check_reference(model, self.ref_model)
+        for name, without in {"reward_baseline": "none", "min_reward_variance": None}.items():
+            if (value := getattr(args, name)) != without:
+                check_reference(f"{name}={value!r}", policy, models["reference"])
         train_dataset, lengths = self._usable(train_dataset, "train_dataset", special, data_collator)
         eval_lengths: list[int] = []
         if eval_dataset is not None:
@@ -122,7 +136,8 @@ class PPOTrainer(Trainer):
             length,
             layout,
             special,
-            shown=PolicyAndValue(model, value_model),
+            shown=PolicyAndValue(self.policy_model, self.value_model),
+            variants=variants,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             prompt_lengths=[lengths, eval_lengths],
@@ -139,25 +154,44 @@ class PPOTrainer(Trainer):
         return usable
 
     def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:
+        if self.args.min_reward_variance is not None:
+            self._leave_out_prompts(fleet, self.args.min_reward_variance)
         if self.args.reward_baseline == "reference":
             self._score_references(fleet)
         yield from super()._updates(fleet, termination)
 
+    def _leave_out_prompts(self, fleet: Fleet, min_variance: float) -> None:
+        """See `fuse.trainers.spread_filter`."""
+        state, length, sampler = self.state, self._run.length, self.dataloader.sampler
+        assert isinstance(sampler, prompts.PassSampler)
+        sampler.left_out, sampler.pass_index = frozenset(), 0
+        size, num_probes = length.prompts_per_update, self.args.reward_variance_samples
+        state.reward_variances = state.reward_variances or [None] * len(self.train_dataset)
+        variances, order, num_needed = state.reward_variances, list(sampler), length.num_steps * size
+        of_run = untried(variances, order, num_needed=num_needed, min_variance=min_variance, num_together=size)
+        with ExitStack() as lent:
+            for number, rows in enumerate(of_run):
+                if number == 0:
+                    lent.enter_context(fleet.generating_by("reference"))
+                samples = probes(rows, num_probes, self._samples_of)
+                self._roll_out_reference(fleet, "responses to try prompts by, after {} prompts", samples, number * size)
+                for row, variance in zip(rows, score_variances(samples, num_probes), strict=True):
+                    variances[row] = variance
+        sampler.left_out = left_out(variances, min_variance, batch_size=size)
+
+    def _roll_out(
+        self, fleet: Fleet, prompts_left: Iterator[Any], clock: PhaseClock
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
+        samples, metrics = super()._roll_out(fleet, prompts_left, clock)
+        sampler = self.dataloader.sampler
+        if self.args.min_reward_variance is not None and isinstance(sampler, prompts.PassSampler):
+            metrics["spread_filter/prompts"] = float(len(sampler.left_out))
+        return samples, metrics
+
     def _score_references(self, fleet: Fleet) -> None:
         """See `fuse.trainers.reference_scores`."""
-        params, dataset = self._sampling_params(self.args.sampling_temperature), self.train_dataset
-        collate = self.get_train_dataloader().collate_fn
-
-        def samples_of(rows: Sequence[int]) -> list[Sample]:
-            batch = collate([dataset[row] for row in rows])
-            return self._samples(batch, 0, drop_padding=self._layout.drops_padding)
-
-        def roll_out(samples: Sequence[Sample], num_before: int) -> None:
-            with self.activity.part_of(f"reference responses after {num_before} of {len(missing)}"):
-                self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False)
-
         updates = islice(self._rows_of_updates(), self._run.num_updates_left)
-        scores = self.state.reference_scores or [None] * len(dataset)
+        scores = self.state.reference_scores or [None] * len(self.train_dataset)
         missing = missing_rows(scores, (row for rows in updates for row in rows))
         if not missing:
             return
@@ -165,10 +199,21 @@ class PPOTrainer(Trainer):
             self.state.reference_scores = score_references(
                 scores,
                 missing,
-                samples_of=samples_of,
-                roll_out=roll_out,
+                samples_of=self._samples_of,
+                roll_out=partial(self._roll_out_reference, fleet, f"reference responses after {{}} of {len(missing)}"),
                 num_together=self._run.length.samples_per_update,
             )
+
+    def _samples_of(self, rows: Sequence[int]) -> list[Sample]:
+        """New ones, of rows of the dataset."""
+        batch = self.get_train_dataloader().collate_fn([self.train_dataset[row] for row in rows])
+        return self._samples(batch, 0, drop_padding=self._layout.drops_padding)
+
+    def _roll_out_reference(self, fleet: Fleet, told: str, samples: Sequence[Sample], num_before: int) -> None:
+        """Have samples generated and scored as in training, apart from it. told: with a place for `num_before`."""
+        params = self._sampling_params(self.args.sampling_temperature)
+        with self.activity.part_of(told.format(num_before)):
+            self._rollouts.roll_out(fleet, samples, params, PhaseClock(), teaches=False)
 
     def _rows_of_updates(self) -> Iterator[list[int]]:
         """Of the dataset, from the next update on."""

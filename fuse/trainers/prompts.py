@@ -21,19 +21,21 @@ NOT_COLUMNS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 
 class PassSampler(Sampler[int]):
-    """A permutation of the dataset per pass, drawn from (seed, pass)."""
+    """A permutation of the dataset per pass, drawn from (seed, pass). left_out: rows that it does without."""
 
     def __init__(self, dataset: Sized, seed: int) -> None:
         self._length = len(dataset)
         self._seed = seed
         self.pass_index = 0
+        self.left_out: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self._seed << 20) + self.pass_index)
-        return iter(torch.randperm(self._length, generator=generator).tolist())
+        rows = torch.randperm(self._length, generator=generator).tolist()
+        return (row for row in rows if row not in self.left_out)
 
     def __len__(self) -> int:
-        return self._length
+        return self._length - len(self.left_out)
 
 
 def prompt_loader(

@@ -23,13 +23,13 @@ FIRST_REFERENCE_ID = 1 << 41
 """Sample ids of reference responses, by row of the dataset: apart from those of training and of evaluation."""
 
 
-def check_reference(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+def check_reference(option: str, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Raises: ValueError where the engines that are made for the policy cannot generate by the reference's weights."""
     own, other = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (policy, reference))
     if type(policy) is not type(reference) or own != other:
         raise ValueError(
-            "reward_baseline='reference' with a ref_model that is not built like model, whose engines are to generate "
-            "its responses: pass a ref_model of model's configuration, or leave it out for a copy of model"
+            f"{option} with a ref_model that is not built like model, whose engines are to generate its responses: "
+            f"pass a ref_model of model's configuration, or leave it out for a copy of model"
         )
 
 

@@ -41,7 +41,7 @@ from fuse.trainers.learning_rates import (
 from fuse.trainers.publish import write_policies
 from fuse.trainers.report import iteration_report, summary_line
 from fuse.trainers.reporters import continue_reports, named_for, reported_to
-from fuse.trainers.update_metrics import device_bytes, migrations, token_rates
+from fuse.trainers.update_metrics import device_bytes, drafts, migrations, token_rates
 from fuse.training.rounds import Round, roles_of
 from schedules.files import dispensable
 
@@ -114,7 +114,7 @@ class Run:
         self._run_id, self._saved_s = uuid.uuid4().hex, 0.0
         if resumed is None:
             self.state.global_step, self.state.episode, self.state.log_history = 0, 0, []
-            self.state.kl_coef, self.state.reference_scores = None, []
+            self.state.kl_coef, self.state.reference_scores, self.state.reward_variances = None, [], []
         else:
             self.state = PPOState.load_from_json(str(resumed / "trainer_state.json"))
             saved = run_state.RunState.load(resumed / checkpoint.RUN_STATE_NAME, self._identity())
@@ -183,7 +183,9 @@ class Run:
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
         times = self._report_time(tracks, clock, fleet.planned)
-        times |= token_rates(samples, rounds, tracks, clock) | migrations(tracks) | device_bytes(tracks)
+        times |= (
+            token_rates(samples, rounds, tracks, clock) | drafts(tracks) | migrations(tracks) | device_bytes(tracks)
+        )
         counts = {"episode": state.episode, "num_tokens": float(state.num_input_tokens_seen)}
         self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from fuse import checkpoint
+from fuse import checkpoint, roles
 from fuse.activity import Activity
 from fuse.algorithms.algorithm import Algorithm
 from fuse.config.memory import within_memory
-from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
 from fuse.config.settings import fleet_settings
 from fuse.driver.fleet import Fleet
+from fuse.driver.fleet_settings import Variant
 from fuse.engines.engine import SamplingParams
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
 from fuse.termination import Termination, graceful_termination
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
+from fuse.trainers.auxiliary_text import auxiliary_text
 from fuse.trainers.completions import show_completions
 from fuse.trainers.face import TrainerFace
 from fuse.trainers.iteration import Iteration
 from fuse.trainers.prompt_checks import kept_tokens
-from fuse.trainers.publish import push_policy, write_model_card, write_policies
 from fuse.trainers.rollouts import Rewards, Rollouts
 from fuse.trainers.run import Run
 from fuse.trainers.tail import tail_plan
@@ -54,14 +56,6 @@ class Trainer(TrainerFace):
         are no more than responses may have. Without a stop token it forces lengths.
     """
 
-    NAME: str
-    """Of the algorithm, for people."""
-    SOURCE: str
-    """Its paper, for people."""
-
-    args: RunConfig
-    processing_class: PreTrainedTokenizerBase
-
     def _set_up(
         self,
         models: Mapping[str, PreTrainedModel],
@@ -82,13 +76,14 @@ class Trainer(TrainerFace):
         bidirectional: bool | None = False,
         forward_only: bool | None = False,
         rate_name: str = "lr",
+        variants: Mapping[str, Variant] = MappingProxyType({}),
     ) -> None:
         """models: by role. shown: what callbacks get as the model. Datasets: the rows to be used.
 
         prompt_lengths: of these, in tokens; first of those that are trained on.
         num_places: see `fuse.training.layout.Layout`. shuffles: whether prompts are drawn at random.
         whole_replicas, bidirectional, forward_only: see `fleet_settings`.
-        rate_name: what the learning rate is logged as.
+        rate_name: what the learning rate is logged as. variants: as of `FleetSettings`.
 
         Raises:
             ValueError: what cannot be placed, scheduled or generated.
@@ -109,6 +104,7 @@ class Trainer(TrainerFace):
         collates = data_collator is not None
         tokens = prompts.prompt_tokens(prompt_lengths, self._kept_tokens, collates=collates)
         checks.check_engine(args, policy, tokens)
+        self._text = auxiliary_text(args, self.processing_class, policy.config, tokens)
         self._settings = fleet_settings(
             args,
             algorithm,
@@ -121,14 +117,16 @@ class Trainer(TrainerFace):
             bidirectional=bidirectional,
             forward_only=forward_only,
         )
+        self._settings = replace(self._settings, variants=variants)
         updates = {1, min(len(self.dataloader), length.num_updates), length.num_updates}  # a pass's last may differ
         self._settings = self._settings.for_rounds([one for update in updates for one in self._rounds(update)])
-        self._settings = within_memory(args, self._settings, models, tokens)
+        text_shape = None if self._text is None else self._text.largest
+        self._settings = within_memory(args, self._settings, models, tokens, text_shape)
         self._run = Run(
             args,
             length,
             shown,
-            policy,
+            self.policy_model,
             self.processing_class,
             callbacks,
             num_rows=len(train_dataset),
@@ -230,13 +228,20 @@ class Trainer(TrainerFace):
         return self._run.how_to_resume
 
     @property
+    def trained_models(self) -> dict[str, PreTrainedModel]:
+        """By role."""
+        return {role: self._models[role] for role in roles.training(self._models)}
+
+    @property
     def process_ids(self) -> dict[str, list[int]]:
         """Of the workers that run, by their kind: generation and model."""
         return {} if self._fleet is None else self._fleet.process_ids
 
     def _rounds(self, update: int) -> list[Round]:
-        settings = self._settings
-        return rounds(self._optimizer_steps(update), settings.num_replicas, is_fused=settings.plan.fused)
+        settings, steps = self._settings, dict(self._optimizer_steps(update))
+        if self._text is not None and GENERATING in steps:
+            steps[GENERATING] = self._text.beside(steps[GENERATING], update)
+        return rounds(steps, settings.num_replicas, is_fused=settings.plan.fused)
 
     @contextmanager
     def _workers(self, resumed: Path | None) -> Iterator[Fleet]:
@@ -272,47 +277,6 @@ class Trainer(TrainerFace):
 
     def _tell(self, text: str) -> None:
         self.activity.tell(text)
-
-    # Models
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write policy and tokenizer, as `AutoModelForCausalLM.from_pretrained` reads them; into `ema` the average.
-
-        With `args.push_to_hub` policy and tokenizer are uploaded, too.
-        """
-        if self._fleet is not None:
-            self._fleet.fetch_weights(self._run.average)
-        directory = Path(output_dir or self._run.output_dir)
-        with checkpoint.saving(directory):
-            write_policies(directory, self._run.policy, self._run.average, self.processing_class)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub("Model save")
-
-    def push_to_hub(self, commit_message: str = "End of training", **options: Any) -> str:
-        """Upload the policy and the tokenizer to `args.hub_model_id`, by default the output directory's name."""
-        args = self.args
-        place = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
-        options = {"commit_message": commit_message, **place, **options}
-        return push_policy(self._name, self._run.policy, self.processing_class, **options)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write README.md into the output directory: what was trained, from what, how."""
-        tags = [tags] if isinstance(tags, str) else tags or []
-        name = model_name or self._name
-        write_model_card(
-            self._run.output_dir,
-            name,
-            self._run.policy,
-            f"{self.SOURCE} on {self.state.episode} prompts",
-            dataset_name,
-            [self.NAME.lower(), *tags],
-        )
-
-    @property
-    def _name(self) -> str:
-        return self.args.hub_model_id or self._run.output_dir.name
 
     # Completions of the evaluation prompts
 

@@ -1,4 +1,4 @@
-"""Figures of an update that no loss gives: KL by position, tokens a second, samples that moved, bytes of devices."""
+"""Figures of an update that no loss gives: KL by position, tokens a second, drafts, samples that moved, memory."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def token_rates(
 ) -> dict[str, float]:
     """Tokens a second of all devices together: `tokens_per_s/generation`, `/training` and `/total`.
 
-    Generation: tokens of responses, by the time in which some engine decoded. Training: tokens of prompts and
-    responses that pass through the policy's stages, or those of the one model that trains, by the time of that phase.
+    Generation: tokens of responses, by the time in which some engine decoded. Training: tokens of prompts, responses
+    and text that pass through the policy's stages, or those of the one model that trains, by the time of that phase.
     Total: tokens of prompts and responses, once, by the whole update's time. Padding never counts.
     """
     sizes = [len(sample.prompt_ids) + sample.length for sample in samples]
@@ -64,9 +64,10 @@ def _trained_tokens(sizes: Sequence[int], rounds: Sequence[Round]) -> int:
     role = GENERATING if GENERATING in roles else next(iter(roles), "")
     parts = [one.parts[role] for one in rounds if role in one.parts]
     places = [sample for part in parts for micro_batch in part.micro_batches for sample in micro_batch]
+    texts = sum(text.num_tokens for part in parts for text in part.auxiliary)
     if len({*places}) != len(sizes):
-        return round(len(places) * statistics.fmean(sizes)) if sizes else 0
-    return sum(sizes[place] for place in places)
+        return texts + (round(len(places) * statistics.fmean(sizes)) if sizes else 0)
+    return texts + sum(sizes[place] for place in places)
 
 
 def migrations(tracks: Tracks) -> dict[str, float]:
@@ -81,6 +82,25 @@ def migrations(tracks: Tracks) -> dict[str, float]:
         f"migration/{name}": float(sum(int(str(one.get(name, 0))) for one in transfers))
         for name in ("samples", "bytes")
     }
+
+
+def drafts(tracks: Tracks) -> dict[str, float]:
+    """`speculation/accepted`, of the tokens that drafts proposed, and `speculation/tokens_per_step`, of a sample.
+
+    Steps without drafts count in the second. Nothing where nothing was drafted.
+    """
+    steps = [
+        span.arguments
+        for workers in tracks.values()
+        for span in workers.get("generation", ())
+        if span.name == "decode" and "drafted_tokens" in span.arguments
+    ]
+    batch, tokens, drafted = (
+        sum(int(str(one[name])) for one in steps) for name in ("batch", "tokens", "drafted_tokens")
+    )
+    if not drafted:
+        return {}
+    return {"speculation/accepted": (tokens - batch) / drafted, "speculation/tokens_per_step": tokens / batch}
 
 
 def device_bytes(tracks: Tracks) -> dict[str, float]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+
+from fuse.intrastage.adapters import NO_ADAPTERS, Adapters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,32 +21,57 @@ class ModelSpec:
     config: `tie_word_embeddings` says whether embedding and head are one tensor, for copies of every kind follow it.
     dtype: of the original's parameters.
     frozen: names of parameters that training leaves as they are, because they did not require gradients.
+    adapters: in the model, whose parameters are among its own.
+    variant_of: the role that trains this very model, of which this is what other adapters compute, or none.
     """
 
     model_class: type[PreTrainedModel]
     config: PretrainedConfig
     dtype: torch.dtype
     frozen: frozenset[str] = frozenset()
+    adapters: Adapters = NO_ADAPTERS
+    variant_of: str | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSpec:
         """How to build `model` again.
 
         Raises:
-            ValueError: it shares other tensors than those of embedding and head, which copies would not.
+            ValueError: it shares other tensors than those of embedding and head, which copies would not; or it has
+                adapters that copies would not compute.
         """
         config = copy.deepcopy(model.config)
         head: nn.Module | None = model.get_output_embeddings()
         if head is not None:
             config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+            if config.tie_word_embeddings and hasattr(head, "base_layer"):
+                raise ValueError(
+                    f"an adapter is on the head of a {type(model).__name__}, whose weight is the embedding's: leave it "
+                    f"out of target_modules"
+                )
         _check_ties(model, head)
         frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-        return cls(model_class=type(model), config=config, dtype=model.dtype, frozen=frozen)
+        return cls(
+            model_class=type(model), config=config, dtype=model.dtype, frozen=frozen, adapters=Adapters.of(model)
+        )
 
     @property
     def num_layers(self) -> int:
         num_layers: int = self.config.get_text_config().num_hidden_layers
         return num_layers
+
+    def stage_options(self, autocast: torch.dtype | None) -> dict[str, Any]:
+        """Of a `TransformersStage` that trains. autocast: the type that it computes in.
+
+        Frozen matrices of that very type are held in it: a product casts them to it in any case.
+        """
+        narrow = self.dtype if self.dtype == autocast else None
+        return {"adapters": self.adapters, "frozen": self.frozen, "frozen_dtype": narrow}
+
+    def computing(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Weights by which the model that trains computes as this one does. model: it, or this one's own."""
+        is_off = self.variant_of is not None and self.adapters.active is None
+        return self.adapters.without(model.state_dict()) if is_off else model.state_dict()
 
     def build(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model in evaluation mode, its parameters yet to be loaded, of this type whatever the original's.
@@ -55,6 +82,7 @@ class ModelSpec:
         with no_init_weights():  # which leaves weights untied as well
             model: Any = self.model_class(copy.deepcopy(self.config))
         model.tie_weights()
+        self.adapters.inject(model)
         for parameter in model.parameters():
             parameter.data = torch.empty_like(parameter.data, dtype=dtype, device=device)
         built: PreTrainedModel = model.to(device=device).eval().requires_grad_(False)

@@ -26,9 +26,9 @@ class Offload:
             return
         with self._recorder.span("offload", "weights"):
             for model, optimizer in self._optimizers.items():
+                if model in going:
+                    self._weights[model].release(optimizer.weights(), keep_bits=True)
                 for _, parts in optimizer.state():
-                    if model in going:
-                        self._weights[model].release([parts["parameter"]], keep_bits=True)
                     moments = [tensor for part, tensor in parts.items() if part != "parameter"]
                     self._moments.release(moments, keep_bits=True)
             if self._device.type == "cuda":

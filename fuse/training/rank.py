@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,21 +22,23 @@ from fuse.intrastage.measure import measure, shape_of
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY
 from fuse.intrastage.optimizer import AVERAGE, AdamWConfig, ModelOptimizer
-from fuse.intrastage.placement import Counts, Replica, replica_micro_batches
+from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.planned_times import PlannedSteps
-from fuse.intrastage.stage import TrainedStage
+from fuse.intrastage.stage import Exported, TrainedStage
 from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.intrastage.transformers_stage import TransformersStage
-from fuse.micro_batch import Loss, MicroBatch
+from fuse.micro_batch import Loss
 from fuse.trace import SpanRecorder
 from fuse.training import state
+from fuse.training.auxiliary import WithText
 from fuse.training.late_scores import LateScores, Scorers
 from fuse.training.layout import Layout
 from fuse.training.micro_batches import index_of_largest
 from fuse.training.model_spec import ModelSpec
 from fuse.training.observing import record_messages, record_observed
 from fuse.training.offload import Offload
-from fuse.training.regrouping import Remembering, row_weights
+from fuse.training.regrouping import Remembering
+from fuse.training.round_micro_batches import RoundMicroBatches
 from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.running import Running
 
@@ -84,7 +85,7 @@ class TrainingSettings:
         tensor_group: dist.ProcessGroup | None,
     ) -> TrainedStage:
         """A stage of this role's model, whose parameters are yet to be loaded."""
-        stage_class: Any = TransformersStage
+        stage_class: Any = partial(TransformersStage, **spec.stage_options(self.autocast))
         if self.backend == "megatron":
             from fuse.intrastage.megatron_stage import MegatronStage  # imports megatron-core
 
@@ -95,12 +96,13 @@ class TrainingSettings:
             stage=stage,
             num_stages=num_stages,
             layer_range=layer_range,
-            loss=Remembering(self.losses[role]),
+            loss=Remembering(WithText(self.losses[role])),
             device=device,
             autocast=self.autocast,
             gradient_checkpointing=self.gradient_checkpointing,
             split_backward=self.split_backward,
         )
+        made.freeze(spec.frozen)
         return made
 
 
@@ -142,8 +144,6 @@ class TrainingRank:
             for stage, owner in enumerate(replica.ranks)
             if owner == self._rank
         }
-        for (pipeline, _), held in self._stages.items():
-            held.freeze(specs[placement[pipeline].model].frozen)
         self._pipelines = [(replica.name, replica.ranks) for replica in placement]
         self._communicators = communication.open_pipelines(
             self._pipelines, settings.timeout_s, settings.tensor_parallel_size
@@ -211,7 +211,7 @@ class TrainingRank:
 
     def _round(self, late: LateScores, one: Round, learning_rates: Mapping[str, float], plan: Plan) -> RankRound:
         trained = Running.of(one, self._placement, self._stages, self._communicators)
-        of_trained = self._per_pipeline(late.experience, one, trained)
+        of_trained = self._made_of(late.experience).per_pipeline(one, trained.replicas)
         running, scoring, per_pipeline = late.beside(one, trained, of_trained)
         planned = None
         probes: dict[tuple[int, int], MemoryProbe] = {}
@@ -259,7 +259,7 @@ class TrainingRank:
         held = {(0, stage): one for (pipeline, stage), one in self._stages.items() if pipeline == number}
         running = Running((alone,), held, [self._communicators[number]])
         schedule = serial_schedule((alone,), ((model, len(part.micro_batches)),))
-        per_pipeline = self._per_pipeline(experience, Round({model: part}), running)
+        per_pipeline = self._made_of(experience).per_pipeline(Round({model: part}), (alone,))
         args = schedule, self._rank, held, per_pipeline, running.communicators, self._recorder
         execute(*args, category=TAIL)
         return running.told([len(part.micro_batches)], {})
@@ -271,38 +271,18 @@ class TrainingRank:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
-    def _per_pipeline(self, experience: Experience, one: Round, running: Running) -> list[list[MicroBatch]]:
-        """A round's micro-batches, by pipeline; of the same samples roles share what they have in common."""
-        made: dict[tuple[int, ...], dict[str, MicroBatch]] = {}
-        per_pipeline: list[list[MicroBatch]] = []
-        num_replicas = Counter(replica.model for replica in running.replicas)
-        for replica in running.replicas:
-            part = one.parts[replica.model]
-            own = replica_micro_batches(len(part.micro_batches), num_replicas[replica.model], replica.index)
-            per_pipeline.append([])
-            for index in own:
-                samples = part.micro_batches[index]
-                if samples not in made:
-                    made[samples] = self._micro_batches(experience, samples)
-                micro_batch = replace(made[samples][replica.model], weight=part.weights[index])
-                if part.shares:
-                    weights = row_weights(experience, replica.model, samples, part.shares[index])
-                    micro_batch = replace(micro_batch, row_weights=weights).to(self._device)
-                per_pipeline[-1].append(micro_batch)
-        return per_pipeline
-
     def profile(self, experience: Experience, micro_batches: Sequence[Sequence[int]], in_turn: bool = False) -> Profile:
         """Measure this rank's operations and messages on micro-batches of these samples; in_turn: others then idle."""
         self.offload.bring_all()
-        made = [self._micro_batches(experience, samples) for samples in micro_batches]
+        of_samples = self._made_of(experience)
+        made = [of_samples.by_role(samples) for samples in micro_batches]
         per_pipeline = [[by_role[replica.model] for by_role in made] for replica in self._placement]
         with self._recorder.span("profile", "train"):
             args = self._rank, self._pipelines, self._stages, per_pipeline, self._communicators
             return measure(*args, in_turn=in_turn)
 
-    def _micro_batches(self, experience: Experience, samples: Sequence[int]) -> dict[str, MicroBatch]:
-        made = self._settings.layout.micro_batches(experience, samples, 1.0)
-        return {model: micro_batch.to(self._device) for model, micro_batch in made.items()}
+    def _made_of(self, experience: Experience) -> RoundMicroBatches:
+        return RoundMicroBatches(experience, self._settings.layout, self._device)
 
     def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copy a whole model's weights into the stages held here."""
@@ -310,22 +290,22 @@ class TrainingRank:
         for stage in self.stages_of(model).values():
             stage.load_state_dict(state_dict)
 
-    def exported_shapes(self, model: str) -> dict[str, torch.Size]:
+    def exported_shapes(self, model: str, part: Exported) -> dict[str, torch.Size]:
         """Of what this device and those that share its stages tell of a model, by Hugging Face name, in that order."""
-        return {name: shape for stage in self._told(model) for name, shape in stage.exported_shapes.items()}
+        return {name: shape for stage in self._told(model) for name, shape in stage.exported_shapes(part).items()}
 
-    def stream_weights(self, model: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def stream_weights(self, model: str, dtype: torch.dtype, part: Exported) -> Iterator[tuple[str, Tensor]]:
         """What has `exported_shapes`, one tensor at a time; devices that share stages ask in step.
 
         Each weight is told by the first of one such group alone.
         """
         self.offload.bring_weights(model)
         for stage in self._told(model):
-            yield from stage.export_weights(dtype)
+            yield from stage.export_weights(dtype, part)
 
-    def export_weights(self, model: str) -> dict[str, Tensor]:
+    def export_weights(self, model: str, part: Exported = "whole") -> dict[str, Tensor]:
         """What this device tells of a model, at once."""
-        state_dict = dict(self.stream_weights(model, torch.float32))
+        state_dict = dict(self.stream_weights(model, torch.float32, part))
         return state_dict if self.is_first_of_group else {}
 
     def export_average(self, model: str) -> dict[str, Tensor]:

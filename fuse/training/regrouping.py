@@ -40,17 +40,19 @@ _SAID = Metric("said")
 class Dealing:
     """Into how many micro-batches the samples of an optimizer step are dealt; by default as many as were drawn.
 
-    times: of the number that was drawn. at_least: micro-batches. in_pieces: every other one once more into a half and
-    two quarters, so that their operations show what the size of a micro-batch costs.
+    times: of the number that was drawn. at_least: micro-batches; replicas: and so many in each part of the step, for
+    every replica is to have one. in_pieces: every other one once more into a half and two quarters, so that their
+    operations show what the size of a micro-batch costs.
     """
 
     times: float = 1.0
     at_least: int = 1
+    replicas: int = 1
     in_pieces: bool = False
 
-    def number(self, drawn: int, units: int) -> int:
+    def number(self, drawn: int, units: int, parts: int = 1) -> int:
         """Micro-batches of a step that was drawn in `drawn` and has so many units, each of which stays whole."""
-        return max(drawn, min(units, max(self.at_least, round(self.times * drawn))))
+        return max(drawn, min(units, max(self.at_least, parts * self.replicas, round(self.times * drawn))))
 
 
 def prepared(
@@ -91,7 +93,7 @@ def _regrouped_step(
 ) -> list[StepPart]:
     drawn = drawn_shares(parts, experience, role)
     in_units = [drawn[start : start + unit] for start in range(0, len(drawn), unit)]
-    number = dealing.number(sum(len(part.micro_batches) for part in parts), len(in_units))
+    number = dealing.number(sum(len(part.micro_batches) for part in parts), len(in_units), len(parts))
     if number == 1 and not dealing.in_pieces:
         return list(parts)
     return deal_out(parts, in_units, experience, number, dealing)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.placement import Counts, Replica
 from fuse.micro_batch import Metric
+from fuse.training.auxiliary import TextBatch
 from fuse.training.steps import OptimizerStep, StepReport
 
 _Row = TypeVar("_Row")
@@ -45,12 +46,19 @@ class StepPart:
 
     micro_batches: sample indices of each. weights: of each one's loss. is_last: the optimizer steps after them.
     shares: of each one's samples where they are regrouped, see `fuse.training.regrouping`; else none.
+    auxiliary: micro-batches of text, after those of samples; see `fuse.training.auxiliary`.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...]
     is_last: bool
     shares: tuple[tuple[Share, ...], ...] = ()
+    auxiliary: tuple[TextBatch, ...] = ()
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of samples and of text."""
+        return len(self.micro_batches) + len(self.auxiliary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +72,8 @@ class Round:
     scored: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
-    def counts(self) -> Counts:
-        trained = ((role, len(part.micro_batches)) for role, part in self.parts.items())
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        trained = ((role, part.num_micro_batches) for role, part in self.parts.items())
         return (*trained, *((name, len(micro_batches)) for name, micro_batches in self.scored.items()))
 
 
@@ -75,13 +83,14 @@ class RankRound:
 
     metrics: of the micro-batches whose loss was computed there, in their order. gradient_norms: before clipping, of
     the roles that stepped. said: of regrouped micro-batches, in place of metrics, what the head said. scored: by what
-    was scored here beside them, samples and their values.
+    was scored here beside them, samples and their values. auxiliary: metrics of micro-batches of text.
     """
 
     metrics: Mapping[str, Sequence[Mapping[Metric, float]]]
     gradient_norms: Mapping[str, float]
     said: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     scored: Mapping[str, Sequence[ScoredSamples]] = field(default_factory=dict)
+    auxiliary: Mapping[str, Sequence[Mapping[Metric, float]]] = field(default_factory=dict)
 
 
 def rounds(
@@ -110,13 +119,17 @@ def _parts(step: OptimizerStep, most: int, num_replicas: int) -> list[StepPart]:
     """At most so many, as even as can be, with a micro-batch for each replica."""
     micro_batches = step.micro_batches
     count = max(1, min(most, len(micro_batches) // num_replicas))
+    of_samples, of_text = (
+        np.array_split(np.arange(len(all_of_step)), count) for all_of_step in (micro_batches, step.auxiliary)
+    )
     return [
         StepPart(
             micro_batches=tuple(micro_batches[index] for index in indices),
             weights=(step.weight,) * len(indices),
             is_last=number == count - 1,
+            auxiliary=tuple(step.auxiliary[index] for index in texts),
         )
-        for number, indices in enumerate(np.array_split(np.arange(len(micro_batches)), count))
+        for number, (indices, texts) in enumerate(zip(of_samples, of_text, strict=True))
     ]
 
 
@@ -143,7 +156,7 @@ def by_tokens(rounds: Sequence[Round], experience: Experience) -> list[Round]:
 def unfused_counts(rounds: Sequence[Round]) -> list[Counts]:
     """Micro-batches in the rounds of the same steps without fusion."""
     sizes = {
-        role: [sum(len(rounds[index].parts[role].micro_batches) for index in step) for step in steps_of(role, rounds)]
+        role: [sum(rounds[index].parts[role].num_micro_batches for index in step) for step in steps_of(role, rounds)]
         for role in roles_of(rounds)
     }
     for name in dict.fromkeys(name for one in rounds for name in one.scored):
@@ -178,7 +191,8 @@ def step_reports(
             else:
                 rows = _in_turn([[one.metrics[role] for one in ranks] for ranks in of_ranks])
             norm = max(of_rank[of_step[-1]].gradient_norms[role] for of_rank in by_rank)
-            reports.setdefault(role, []).append(StepReport(metrics=rows, gradient_norm=norm))
+            texts = [row for ranks in of_ranks for one in ranks for row in one.auxiliary.get(role, ())]
+            reports.setdefault(role, []).append(StepReport(metrics=rows, gradient_norm=norm, auxiliary=texts))
     return reports
 
 

@@ -12,6 +12,7 @@ from fuse.intrastage.communication import PipelineCommunicators
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.stage import TrainedStage
 from fuse.micro_batch import Metric, Metrics
+from fuse.training.auxiliary import is_of_text
 from fuse.training.regrouping import said
 from fuse.training.rounds import RankRound, Round
 
@@ -55,7 +56,7 @@ class Running:
 
     def told(self, num_micro_batches: Sequence[int], gradient_norms: Mapping[str, float]) -> RankRound:
         """What the losses computed here gave of the round's micro-batches. num_micro_batches: by pipeline."""
-        metrics, heads_said = {}, {}
+        metrics, heads_said, of_text = {}, {}, {}
         for (pipeline, stage), held in self.stages.items():
             replica = self.replicas[pipeline]
             if stage == len(replica.ranks) - 1:
@@ -64,8 +65,10 @@ class Running:
                 if kept:
                     heads_said[replica.model] = _on_host(kept)
                 else:
-                    metrics[replica.model] = _numbers(of_all)
-        return RankRound(metrics=metrics, gradient_norms=gradient_norms, said=heads_said)
+                    metrics[replica.model] = _numbers([one for one in of_all if not is_of_text(one)])
+                if texts := [one for one in of_all if is_of_text(one)]:
+                    of_text[replica.model] = _numbers(texts)
+        return RankRound(metrics=metrics, gradient_norms=gradient_norms, said=heads_said, auxiliary=of_text)
 
 
 def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuse.intrastage.adapters import SwitchedStage
 from fuse.intrastage.communication import Communicator
 from fuse.intrastage.forward_flow import ForwardFlow, ForwardPipeline, Passage
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -25,14 +27,13 @@ from fuse.trace import SpanRecorder
 from fuse.training.late_scores import SCORED_BY, Scorers
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
+from fuse.training.reading import Reading, TokenSequence
 from fuse.training.scoring import (
     ScoringSettings,
-    TokenSequence,
     laid_out,
     micro_batches,
-    readout_of,
-    rows_of,
-    unpacked,
+    reading_of,
+    results,
 )
 
 
@@ -64,6 +65,7 @@ class ScorePipelines:
     """One device's part of scoring; all devices of the world build it at once, and call `advance` in the same order.
 
     specs: by role, models of which each device has a share, and their parameters' types. They do not train.
+    variants: by role, models that are scored through the stages of those that train, by other adapters or by none.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class ScorePipelines:
         settings: ScoringSettings,
         recorder: SpanRecorder,
         timeout_s: float,
+        *,
+        variants: Mapping[str, ModelSpec] = MappingProxyType({}),
     ) -> None:
         self._settings, self._device = settings, device
         self.shares = {
@@ -88,6 +92,7 @@ class ScorePipelines:
                 device=device,
                 autocast=settings.autocast,
                 dtype=dtype,
+                adapters=spec.adapters,
             )
             for role, (spec, dtype) in specs.items()
         }
@@ -95,8 +100,11 @@ class ScorePipelines:
             share.model.requires_grad_(False)
         self._pipelines = pipelines = list[ForwardPipeline]()
         self._numbers: dict[str, list[int]] = {}
+        self._readings: dict[str, Reading] = {}
 
         def add(role: str, ranks: Sequence[int], stages: Mapping[int, Any], communicator: Any) -> None:
+            config = specs[role][0].config if role in specs else None
+            self._readings[role] = reading_of(kind_of(role), settings, config)
             self._numbers.setdefault(role, []).append(len(pipelines))
             pipelines.append(
                 ForwardPipeline(
@@ -104,13 +112,17 @@ class ScorePipelines:
                     ranks=tuple(ranks),
                     stages=stages,
                     communicator=communicator,
-                    read=readout_of(kind_of(role), settings),
+                    read=self._readings[role].read,
                     category="infer" if role_of(role).scores else "logprobs",
                 )
             )
 
         for replica, devices, stages, communicator in training.forward_pipelines():
             add(replica.model, devices, stages, communicator)
+            for role, spec in variants.items():
+                if spec.variant_of == replica.model:
+                    switched = {number: SwitchedStage(stage, spec.adapters) for number, stage in stages.items()}
+                    add(role, devices, switched, communicator)
         if specs:
             every = range(num_devices)
             shared = Communicator("scoring", every, step=1, timeout_s=timeout_s)
@@ -149,7 +161,7 @@ class ScorePipelines:
             self._num_waves += 1
             counts = [(len(own), sum(map(len, own))) for _, own in entering.values()]
             samples, tokens = max(counts, key=lambda count: count[1])
-            sizes = {"samples": samples, "tokens": tokens, "call": self._num_waves}
+            sizes: dict[str, object] = {"samples": samples, "tokens": tokens, "call": self._num_waves}
             yield [self._enter(piece.number, role, *one, sizes) for role, one in entering.items()]
 
     def _cut(self, role: str, sequences: Sequence[TokenSequence]) -> list[tuple[list[int], list[TokenSequence]]]:
@@ -159,26 +171,23 @@ class ScorePipelines:
         return [(indices, [seen[index] for index in indices]) for indices in cut]
 
     def _enter(
-        self, piece: int, role: str, indices: list[int], sequences: list[TokenSequence], sizes: Mapping[str, int]
+        self, piece: int, role: str, indices: list[int], sequences: list[TokenSequence], sizes: Mapping[str, object]
     ) -> Passage:
-        """By the replicas of the model in turn."""
+        """By the replicas of the model in turn; its spans tell whose samples they are about."""
         numbers = self._numbers[role]
         number = numbers[self._num_entered[role] % len(numbers)]
         self._num_entered[role] += 1
         return Passage(
             pipeline=number,
             key=_Key(piece, role, tuple(indices), tuple(sequences)),
-            micro_batch=laid_out(sequences, rows_of(kind_of(role))).to(self._device),
-            sizes=sizes,
+            micro_batch=laid_out(sequences, self._readings[role]).to(self._device),
+            sizes={**sizes, "sample_ids": [one.sample_id for one in sequences]},
         )
 
     def _scored(self, result: tuple[Any, Tensor]) -> Scored:
         key, flat = result
-        kind = kind_of(key.role)
-        arrays: list[Any] = unpacked(flat, key.sequences, rows_of(kind))
-        if kind == "scores":
-            arrays = [float(one[0]) for one in arrays]
-        return Scored(key.piece, key.role, key.indices, tuple(arrays))
+        said = results(flat, key.sequences, self._readings[key.role])
+        return Scored(key.piece, key.role, key.indices, tuple(said))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,52 +7,26 @@ then needs no mask. Heads are applied only to the positions asked for.
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fuse.intrastage.no_cache import NoCache
-from fuse.intrastage.stage import Readout
 from fuse.intrastage.transformers_stage import head_of
 from fuse.micro_batch import MicroBatch
-from fuse.ops.logprob import token_logprobs
 from fuse.roles import ScoreKind, role_of
+from fuse.training.advantage_model import ADVANTAGE, is_advantage_model
+from fuse.training.reading import MEAN_HIDDEN, SCORE, VALUES, Reading, TokenSequence, log_probabilities
 
-_LOGIT_ROWS = 1024
-"""Rows of logits held at once."""
 _BATCH_TOKENS = 128
 """What a micro-batch costs beside its tokens, in tokens: 70 on a CPU core for a Llama of 4 x 256."""
-
-Rows = Callable[["TokenSequence"], range]
-"""Positions of a sequence that a head sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """A prompt of at least one token and the response to it.
-
-    rewarded_ids: what reward models read in place of these whose tokens are others, by role. sample_id: whose it is.
-    """
-
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
-    rewarded_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    sample_id: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    def read_by(self, role: str) -> TokenSequence:
-        """What this model reads."""
-        return TokenSequence(self.rewarded_ids[role], ()) if role in self.rewarded_ids else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +84,17 @@ def score(
     kind: ScoreKind, model: PreTrainedModel, sequences: Sequence[TokenSequence], settings: ScoringSettings
 ) -> Sequence[NDArray[np.float32] | float]:
     """What a model says of each sequence, of this kind."""
-    limit, autocast = settings.limit, settings.autocast
+    return _read_all(model, sequences, reading_of(kind, settings, model.config), settings.limit, settings.autocast)
+
+
+def reading_of(kind: ScoreKind, settings: ScoringSettings, config: PretrainedConfig | None) -> Reading:
+    """How a model is read for what it is to say. config: of the model; needed for scores alone."""
     if kind == "reference_logprobs":
-        return reference_logprobs(
-            model, sequences, settings.temperature, num_tokens=settings.num_tokens, limit=limit, autocast=autocast
-        )
+        return log_probabilities(settings.temperature, settings.num_tokens)
     if kind == "values":
-        return values(model, sequences, sys.maxsize, limit=limit, autocast=autocast)
-    return scores(model, sequences, limit=limit, autocast=autocast)
+        return VALUES
+    assert config is not None
+    return _score_of(config)
 
 
 def reference_logprobs(
@@ -129,68 +106,42 @@ def reference_logprobs(
     limit: MicroBatchLimit = MicroBatchLimit(),
     autocast: torch.dtype | None = None,
 ) -> list[NDArray[np.float32]]:
-    """Log-probability of each response token at `temperature`: for each sequence [response tokens].
-
-    num_tokens: that a response may consist of, the first of the vocabulary; None for all.
+    """As `log_probabilities` has them, of each sequence.
 
     Raises: ValueError for a model without a plain head, or a temperature that is not positive.
     """
-
-    def read(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        return _logprobs(hidden, head, micro_batch.targets, temperature, num_tokens)
-
-    return _read_all(model, sequences, _token_rows, read, limit, autocast)
+    return _read_all(model, sequences, log_probabilities(temperature, num_tokens), limit, autocast)
 
 
 def values(
-    model: PreTrainedModel,
-    sequences: Sequence[TokenSequence],
-    max_response_tokens: int,
-    *,
-    limit: MicroBatchLimit = MicroBatchLimit(),
-    autocast: torch.dtype | None = None,
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], *, limit: MicroBatchLimit = MicroBatchLimit()
 ) -> list[NDArray[np.float32]]:
-    """Value before each response token and after the last: for each sequence [min(response tokens + 1, the maximum)].
-
-    The value at response index t is the score head on the hidden state of the token before it.
+    """As of `VALUES`, of each sequence.
 
     Raises: ValueError for a model without a head of one output.
     """
-
-    def rows(sequence: TokenSequence) -> range:
-        return _value_rows(sequence)[:max_response_tokens]
-
-    return _read_all(model, sequences, rows, _one_output, limit, autocast)
+    return _read_all(model, sequences, VALUES, limit)
 
 
 def scores(
-    model: PreTrainedModel,
-    sequences: Sequence[TokenSequence],
-    *,
-    limit: MicroBatchLimit = MicroBatchLimit(),
-    autocast: torch.dtype | None = None,
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], *, limit: MicroBatchLimit = MicroBatchLimit()
 ) -> list[float]:
-    """The score head at the last token of prompt and response.
+    """The score of a reward model, or of an advantage model, for each sequence.
 
-    Raises: ValueError for a model without a head of one output.
+    Raises: ValueError for a model that is neither.
     """
-    return [float(score[0]) for score in _read_all(model, sequences, _last_row, _one_output, limit, autocast)]
+    return _read_all(model, sequences, _score_of(model.config), limit)
 
 
-def rows_of(kind: ScoreKind) -> Rows:
-    """Of which positions of a sequence a model says something of this kind."""
-    return {"reference_logprobs": _token_rows, "values": _value_rows, "scores": _last_row}[kind]
+def mean_hidden_states(
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], *, limit: MicroBatchLimit = MicroBatchLimit()
+) -> list[NDArray[np.float32]]:
+    """As of `MEAN_HIDDEN`, of each sequence."""
+    return _read_all(model, sequences, MEAN_HIDDEN, limit)
 
 
-def readout_of(kind: ScoreKind, settings: ScoringSettings) -> Readout:
-    """What a head says of hidden states of these positions, of this kind."""
-    if kind != "reference_logprobs":
-        return _one_output
-
-    def read(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        return _logprobs(hidden, head, micro_batch.targets, settings.temperature, settings.num_tokens)
-
-    return read
+def _score_of(config: PretrainedConfig) -> Reading:
+    return ADVANTAGE if is_advantage_model(config) else SCORE
 
 
 def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:
@@ -216,14 +167,14 @@ def micro_batches(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[li
         yield order[begin:end]
 
 
-def laid_out(sequences: Sequence[TokenSequence], rows: Rows) -> MicroBatch:
+def laid_out(sequences: Sequence[TokenSequence], reading: Reading) -> MicroBatch:
     """Sequences side by side, the longest first; heads see their rows. targets: the tokens of all responses."""
     width = len(sequences[0])
     tokens = np.zeros((len(sequences), width), dtype=np.int64)
     selected: list[int] = []
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = [*sequence.prompt_ids, *sequence.response_ids]
-        selected.extend(row * width + position for position in rows(sequence))
+        selected.extend(row * width + position for position in reading.rows(sequence))
     return MicroBatch(
         input_ids=torch.from_numpy(tokens),
         head_index=torch.tensor(selected, dtype=torch.int64),
@@ -231,62 +182,35 @@ def laid_out(sequences: Sequence[TokenSequence], rows: Rows) -> MicroBatch:
     )
 
 
-def unpacked(flat: Tensor, sequences: Sequence[TokenSequence], rows: Rows) -> list[NDArray[np.float32]]:
-    """Cut a micro-batch's results [selected] into one array per sequence."""
-    counts = [len(rows(sequence)) for sequence in sequences]
-    return np.split(flat.cpu().numpy(), np.cumsum(counts)[:-1])
-
-
-def _token_rows(sequence: TokenSequence) -> range:
-    return range(len(sequence.prompt_ids) - 1, len(sequence) - 1)
-
-
-def _value_rows(sequence: TokenSequence) -> range:
-    return range(len(sequence.prompt_ids) - 1, len(sequence))
-
-
-def _last_row(sequence: TokenSequence) -> range:
-    return range(len(sequence) - 1, len(sequence))
-
-
-def _logprobs(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, num_tokens: int | None) -> Tensor:
-    logprobs, _ = token_logprobs(hidden, head, targets, temperature, num_tokens=num_tokens, chunk_tokens=_LOGIT_ROWS)
-    return logprobs
-
-
-def _one_output(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    outputs: Tensor = head(hidden).float()
-    if outputs.shape[-1] != 1:
-        raise ValueError(
-            f"a model gives {outputs.shape[-1]} scores per token where one is needed: load it with num_labels=1"
-        )
-    return outputs.squeeze(-1)
+def results(read: Tensor, sequences: Sequence[TokenSequence], reading: Reading) -> list[Any]:
+    """What is made of a micro-batch's rows [selected, ...], for each sequence."""
+    counts = [len(reading.rows(sequence)) for sequence in sequences]
+    return [reading.result(of_one) for of_one in np.split(read.cpu().numpy(), np.cumsum(counts)[:-1])]
 
 
 def _read_all(
     model: PreTrainedModel,
     sequences: Sequence[TokenSequence],
-    rows: Rows,
-    read: Readout,
+    reading: Reading,
     limit: MicroBatchLimit,
-    autocast: torch.dtype | None,
-) -> list[NDArray[np.float32]]:
-    """What is read of the final hidden states of the rows asked for, for each sequence."""
+    autocast: torch.dtype | None = None,
+) -> list[Any]:
+    """What is made of the final hidden states of the rows asked for, for each sequence."""
     assert not model.training
     base: Any = model.base_model
     head = head_of(model)
-    results: dict[int, NDArray[np.float32]] = {}
+    said: dict[int, Any] = {}
     with torch.inference_mode(), _precision(model, autocast):
         for indices in micro_batches([len(sequence) for sequence in sequences], limit):
             own = [sequences[index] for index in indices]
-            micro_batch = laid_out(own, rows).to(model.device)
+            micro_batch = laid_out(own, reading).to(model.device)
             hidden = model.get_input_embeddings()(micro_batch.input_ids)
             # As in training: the residual stream is in the type of the computation.
             hidden = hidden.to(autocast or hidden.dtype)
             hidden = base(inputs_embeds=hidden, past_key_values=NoCache(), use_cache=False).last_hidden_state
-            flat = read(micro_batch.selected(hidden), head, micro_batch)
-            results.update(zip(indices, unpacked(flat, own, rows), strict=True))
-    return [results[index] for index in range(len(sequences))]
+            read = reading.read(micro_batch.selected(hidden), head, micro_batch)
+            said.update(zip(indices, results(read, own, reading), strict=True))
+    return [said[index] for index in range(len(sequences))]
 
 
 def _precision(model: PreTrainedModel, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

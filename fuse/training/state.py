@@ -1,4 +1,6 @@
-"""A worker's training state on disk: parameters and AdamW state by Hugging Face names, as safetensors.
+"""A worker's training state on disk: what trains and AdamW's moments of it by Hugging Face names, as safetensors.
+
+What is frozen is not part of it: whoever resumes brings the model that it was frozen in.
 
 The names know nothing of stages and their kind, of replicas, ranks or shards, so what some number of ranks saved any
 other number loads. The storage is torch.distributed.checkpoint's safetensors one: every rank writes a file with what
@@ -91,7 +93,7 @@ def load_state(
         optimizer.num_steps = int(steps[f"{model}.step"])
         for part in optimizer.state_parts:  # one at a time, so that the host holds no more
             prefix = f"{model}.{part}."
-            tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes(part).items()}
+            tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in optimizer.state_shapes.items()}
             _read(reader, tensors)
             optimizer.import_state(part, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
     for name, whole in models.items():
@@ -150,7 +152,7 @@ def _expected(
     for model, optimizer in optimizers.items():
         yield f"{model}.step", torch.Size([1]), torch.int64
         for part in optimizer.state_parts:
-            for name, shape in optimizer.model_shapes(part).items():
+            for name, shape in optimizer.model_shapes.items():
                 yield f"{model}.{part}.{name}", shape, torch.float32
     for name, whole in models.items():
         for key, parameter in _parameters(name, whole).items():
@@ -164,8 +166,11 @@ def _check(
     models: Mapping[str, nn.Module],
 ) -> None:
     found = {}
+    frozen = {
+        f"{model}.parameter.{name}" for model, one in optimizers.items() for name in one.frozen
+    }  # in earlier ones
     for key, tensor in saved.items():
-        if key.partition(".")[0] in (*optimizers, *models):
+        if key.partition(".")[0] in (*optimizers, *models) and key not in frozen:
             assert isinstance(tensor, TensorStorageMetadata)
             found[key] = f"{tensor.properties.dtype} {list(tensor.size)}"
     check_fit(

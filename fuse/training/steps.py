@@ -9,25 +9,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuse.micro_batch import Metric
+from fuse.training.auxiliary import TextBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
     """Micro-batches of one role whose gradients are summed before one step.
 
-    micro_batches: sample indices of each. weight: of each one's loss.
+    micro_batches: sample indices of each. weight: of each one's loss. auxiliary: micro-batches of text, after them.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
     weight: float
+    auxiliary: tuple[TextBatch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a role's step gave. metrics: [micro-batches]. gradient_norm: of the whole model, before clipping."""
+    """What a role's step gave. metrics: [micro-batches]. gradient_norm: of the whole model, before clipping.
+
+    auxiliary: metrics of the micro-batches of text.
+    """
 
     metrics: Sequence[Mapping[Metric, float]]
     gradient_norm: float
+    auxiliary: Sequence[Mapping[Metric, float]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fuse.engines.engine import Evicted, GeneratedToken, GenerationEngine, GenerationRequest
 from fuse.memory_use import usage_spans
 from fuse.trace import Clock, Span, SpanRecorder, now_s
+from fuse.workers.step_sizes import step_sizes
 from fuse.workers.unreported import Unreported
 from fuse.workers.weight_inbox import WeightInbox
 from fuse.workers.weight_taker import WeightTaker
@@ -133,12 +134,10 @@ class GenerationWorker(WeightTaker):
     def drain_spans(self) -> list[Span]:
         """One span per decode step, migration, sample and weight load since the last call.
 
-        A step says how many samples it decoded (`batch`), with how much context (`context_tokens`), how many tokens
-        they got (`tokens`) and how many a draft had proposed (`drafted_tokens`), and how many tokens it had to compute
-        anew for samples that entered (`prefill_tokens`), beside those that it had from other samples of the same prompt
-        (`shared_tokens`). An "admit" says of how many samples the KV was lost with the process that they left, or found
-        no memory (`lost`): they are computed anew. A "sample" tells when one was in the engine (`sample`, of which
-        response tokens, `first` to `tokens`) and how long it had waited (`wait_s`), and the last span tells memory.
+        A step says what `step_sizes` does. An "admit" says of how many samples the KV was lost with the process that
+        they left, or found no memory (`lost`): they are computed anew. A "sample" tells when one was in the engine
+        (`sample`, of which response tokens, `first` to `tokens`) and how long it had waited (`wait_s`), and the last
+        span tells memory.
         """
         with self._changed:
             self._raise_failure()
@@ -188,30 +187,15 @@ class GenerationWorker(WeightTaker):
 
     def _publish(self, tokens: Sequence[GeneratedToken], start: Any) -> None:
         with self._changed:
-            batch = context_tokens = prefill_tokens = shared_tokens = drafted_tokens = 0
-            last_id = None
+            sizes = step_sizes(tokens, self._samples)
             for token in tokens:
                 sample = self._samples[token.sample_id]
-                if token.sample_id != last_id:  # a sample's tokens follow one another
-                    batch, last_id = batch + 1, token.sample_id
-                    context_tokens += sample.context_tokens
-                drafted_tokens += token.drafted_tokens
-                prefill_tokens += sample.prefill_tokens - token.shared_tokens
-                shared_tokens += token.shared_tokens
                 sample.add(token, start)
                 self._release(token.sample_id)
                 if token.finished:
                     self._has_finished = True
                     self._num_live -= 1
                     sample.record_stay(token.sample_id, self._recorder)
-            sizes = {
-                "batch": batch,
-                "tokens": len(tokens),
-                "drafted_tokens": drafted_tokens,
-                "context_tokens": context_tokens,
-                "prefill_tokens": prefill_tokens,
-                "shared_tokens": shared_tokens,
-            }
             end = self._recorder.mark()
             self._recorder.record("decode", "generate", ready=None, start=start, end=end, arguments=sizes)
             if self._has_finished:

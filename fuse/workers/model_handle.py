@@ -12,14 +12,16 @@ from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Counts, Replica
+from fuse.intrastage.stage import Exported
 from fuse.intrastage.training_schedule import Plan
 from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored
-from fuse.training.scoring import Inference, ScoringSettings, TokenSequence
+from fuse.training.scoring import Inference, ScoringSettings
 from fuse.workers.calls import Future, Remote, Worker, as_received
 from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.cluster import Accelerator, Cluster
@@ -129,9 +131,11 @@ class ModelHandle:
         """Put a model that only scores into the object store."""
         return self.worker.call(ModelWorker.export_scoring_weights, role)
 
-    def begin_export(self, model: str, dtype: torch.dtype, most_bytes: int) -> Future[dict[str, torch.Size]]:
+    def begin_export(
+        self, model: str, dtype: torch.dtype, most_bytes: int, part: Exported
+    ) -> Future[dict[str, torch.Size]]:
         """Prepare to send the rank's part of a model; the shapes of what it will send, by name."""
-        return self.worker.call(ModelWorker.begin_export, model, dtype, most_bytes)
+        return self.worker.call(ModelWorker.begin_export, model, dtype, most_bytes, part)
 
     def export_next(self, group: str | None) -> Future[Parcel | None]:
         """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender."""
@@ -165,9 +169,9 @@ class ModelHandle:
         """Leave a group that has lost a member."""
         return self.worker.call(ModelWorker.leave, group)
 
-    def export_weights(self, model: str) -> Future[WeightsRef | None]:
+    def export_weights(self, model: str, part: Exported) -> Future[WeightsRef | None]:
         """Put the rank's part of a model into the object store; None where another replica's does."""
-        return self.worker.call(ModelWorker.export_weights, model)
+        return self.worker.call(ModelWorker.export_weights, model, part)
 
     def export_average(self, model: str) -> Future[WeightsRef]:
         """Put what the rank has of a model's average into the object store."""

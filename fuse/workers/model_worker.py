@@ -15,6 +15,7 @@ from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.placement import Counts, Replica
+from fuse.intrastage.stage import Exported
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.memory_use import usage_spans
@@ -25,6 +26,7 @@ from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.lent_stages import LentStages
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
+from fuse.training.reading import TokenSequence
 from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
@@ -88,7 +90,7 @@ class ModelWorker:
         )
         is_sharded = self._scoring_settings.is_sharded
         self._scoring: dict[str, PreTrainedModel] = {
-            role: self._trained_here(role) or spec.build(self._device, self._scoring_dtype(role))
+            role: self._scored_in_place(role) or spec.build(self._device, self._scoring_dtype(role))
             for role, spec in self._scoring_specs.items()
             if not is_sharded
         }
@@ -99,12 +101,15 @@ class ModelWorker:
             {
                 role: (spec, self._scoring_dtype(role))
                 for role, spec in self._scoring_specs.items()
-                if is_sharded and role not in self._trained
+                if is_sharded and self._source(role) not in self._trained
             },
             self._training,
             self._scoring_settings,
             self._recorder,
             self._settings.timeout_s,
+            variants={
+                role: spec for role, spec in self._scoring_specs.items() if is_sharded and spec.variant_of is not None
+            },
         )
 
     def _scoring_dtype(self, role: str) -> torch.dtype:
@@ -112,9 +117,14 @@ class ModelWorker:
         is_rounded = self._settings.autocast is not None and role not in self._trained
         return self._scoring_specs[role].dtype if is_rounded else torch.float32
 
-    def _trained_here(self, role: str) -> PreTrainedModel | None:
+    def _source(self, role: str) -> str:
+        """Whose weights a role has: another's, of whose model it is a variant, or its own."""
+        spec = self._scoring_specs.get(role)
+        return role if spec is None or spec.variant_of is None else spec.variant_of
+
+    def _scored_in_place(self, role: str) -> PreTrainedModel | None:
         """The model itself, where this rank trains all of it in one stage: then it needs no copy to score with."""
-        stages = list(self._training.stages_of(role).values())
+        stages = list(self._training.stages_of(self._source(role)).values())
         stage = stages[0] if len(stages) == 1 else None
         return stage.model if isinstance(stage, TransformersStage) and stage.num_stages == 1 else None
 
@@ -152,7 +162,8 @@ class ModelWorker:
         kept: models whose weights are about to be sent.
         """
         is_sharded = self._scoring_settings.is_sharded
-        scores = [role for role in self._scoring_specs if is_sharded or self._trained_here(role) is not None]
+        scoring = [role for role in self._scoring_specs if is_sharded or self._scored_in_place(role) is not None]
+        scores = map(self._source, scoring)
         self._training.offload.put_away([*scores, *kept])
 
     def free_bytes(self) -> int | None:
@@ -170,21 +181,21 @@ class ModelWorker:
 
     # Inference
 
-    def infer(self, sequences: Sequence[scoring.TokenSequence]) -> list[scoring.Inference]:
+    def infer(self, sequences: Sequence[TokenSequence]) -> list[scoring.Inference]:
         """Score sequences by every model that scores."""
         self._num_inferences += 1
         sizes: dict[str, object] = {"samples": len(sequences), "tokens": sum(map(len, sequences))}
         sizes |= {"call": self._num_inferences, "sample_ids": [sequence.sample_id for sequence in sequences]}
         said: dict[str, Sequence[Any]] = {}
         for role, model in self._scoring.items():
-            with self._recorder.span(role, "infer", **sizes):
+            with self._recorder.span(role, "infer", **sizes), self._scoring_specs[role].adapters.activated(model):
                 read = [sequence.read_by(role) for sequence in sequences]
                 said[role] = scoring.score(kind_of(role), model, read, self._scoring_settings)
         return scoring.inferences(said)
 
     def advance(self, piece: Piece | None) -> list[Scored]:
         """Have a piece enter the pipelines, or all come to its end; all ranks are called in one same order."""
-        for role in () if piece is None else piece.roles:
+        for role in () if piece is None else map(self._source, piece.roles):
             if role in self._trained:
                 self._training.offload.bring_weights(role)
         return self._pipelines.advance(piece)
@@ -200,7 +211,7 @@ class ModelWorker:
         if role in self._pipelines.shares:
             with self._recorder.span(f"load {role}", "weights"):
                 self._pipelines.shares[role].load_state_dict(get_state_dict(weights))
-        elif role in self._scoring and self._trained_here(role) is None:
+        elif self.has_copy(role):
             with self._recorder.span(f"load {role}", "weights"):
                 adopt_state_dict(self._scoring[role], get_state_dict(weights))
 
@@ -221,13 +232,13 @@ class ModelWorker:
 
     # Weights of an update, a bucket at a time
 
-    def begin_export(self, model: str, dtype: torch.dtype, most_bytes: int) -> dict[str, torch.Size]:
-        """Prepare to send this rank's part of a model in this type, in buckets of at most so many bytes.
+    def begin_export(self, model: str, dtype: torch.dtype, most_bytes: int, part: Exported) -> dict[str, torch.Size]:
+        """Prepare to send what this rank has of this part of a model in this type, in buckets of at most so many bytes.
 
         Returns the shapes of what it will send, by name. See `WeightSender`.
         """
-        shapes = self._training.exported_shapes(model)
-        tensors = self._training.stream_weights(model, dtype)
+        shapes = self._training.exported_shapes(model, part)
+        tensors = self._training.stream_weights(model, dtype, part)
         is_silent = not self._training.is_first_of_group
         self._sender = WeightSender(shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent)
         return {} if is_silent else shapes
@@ -246,11 +257,11 @@ class ModelWorker:
 
     def has_copy(self, role: str) -> bool:
         """Whether this rank scores by a model's copy, which must be given its weights."""
-        return role in self._scoring and self._trained_here(role) is None
+        return role in self._scoring and self._scored_in_place(role) is None
 
     def begin_copy(self, role: str, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises: ValueError when weights of these shapes do not fit the copy."""
-        WeightLayout.of(self._scoring[role]).check(WeightStream(shapes, ()))
+        """Raises: ValueError when weights of these shapes do not fit the copy, which keeps what is frozen."""
+        WeightLayout.of(self._scoring[role]).check(WeightStream(shapes, ()), kept=self._scoring_specs[role].frozen)
 
     def copy(self, role: str, parcel: Parcel, alpha: float | None) -> None:
         """Have a copy compute with these of its weights; or let it move towards them, as of `mix_tensors`."""
@@ -275,10 +286,10 @@ class ModelWorker:
         """Leave a group that has lost a member."""
         self._port.leave(group)
 
-    def export_weights(self, model: str) -> WeightsRef | None:
-        """Put this rank's part of a model into the object store; None where another replica's does."""
+    def export_weights(self, model: str, part: Exported) -> WeightsRef | None:
+        """Put what this rank has of this part of a model into the object store; None where another replica's does."""
         with self._recorder.span(f"export {model}", "weights"):
-            state_dict = self._training.export_weights(model)
+            state_dict = self._training.export_weights(model, part)
             return put_state_dict(state_dict) if state_dict else None
 
     def export_average(self, model: str) -> WeightsRef:

@@ -9,4 +9,5 @@ NB_MODULE(_native, module) {
   fuse::bind_kv_blocks(module);
   fuse::bind_linear_logprob(module);
   fuse::bind_sampling(module);
+  fuse::bind_skinny_linear(module);
 }

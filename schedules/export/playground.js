@@ -2,17 +2,26 @@
 const $ = id => document.getElementById(id), data = JSON.parse($('data').textContent);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
 
-// A problem: pipelines of one stage per rank, the second in the opposite direction. Operations are [pipeline, stage,
-// micro-batch, is forward]; what follows is schedules/timing.py and schedules/fused/greedy.py for such problems.
-function problemOf(s) {
-  const ranks = [...Array(s.stages).keys()];
-  const pipelines = [{name: 'actor', ranks, count: s.microBatches, f: s.actorForward, b: s.actorBackward, held: s.actorMemory}];
-  if (s.models > 1) pipelines.push({name: 'critic', ranks: ranks.slice().reverse(), count: s.microBatches, f: s.criticForward, b: s.criticBackward, held: s.criticMemory});
+// A problem: pipelines, the second in the opposite direction. A form says how they are cut: stages of a rank (laps), whether
+// the second lap turns back, whether backwards are in halves. Operations are [pipeline, stage, micro-batch, kind], kinds
+// F, B, I and W; what follows is schedules/timing.py.
+const WHOLE = {laps: 1, turns: false, halves: false};
+function problemOf(s, form = WHOLE) {
+  const ranks = [...Array(s.stages).keys()], lap = way => form.laps === 1 ? way : [...way, ...(form.turns ? way.slice().reverse() : way)];
+  const model = (name, way) => ({name, ranks: lap(way), count: s.microBatches, f: s[name + 'Forward'] / form.laps, b: s[name + 'Backward'] / form.laps, held: s[name + 'Memory'] / form.laps});
+  const pipelines = [model('actor', ranks)];
+  if (s.models > 1) pipelines.push(model('critic', ranks.slice().reverse()));
   return {ranks: s.stages, pipelines, limit: s.limit || null};
 }
-const ticks = (problem, op) => op[3] ? problem.pipelines[op[0]].f : problem.pipelines[op[0]].b;
-const taken = (problem, op) => op[3] ? problem.pipelines[op[0]].held : -problem.pipelines[op[0]].held;
-const keyOf = (p, s, m, f) => ((p * 64 + s) * 256 + m) * 2 + (f ? 1 : 0);
+const ticks = (problem, [p, , , kind]) => { const {f, b} = problem.pipelines[p]; return kind === 'F' ? f : kind === 'B' ? b : b / 2; };
+const taken = (problem, [p, , , kind]) => kind === 'F' ? problem.pipelines[p].held : kind === 'I' ? 0 : -problem.pipelines[p].held;
+const keyOf = (p, s, m, isForward) => ((p * 64 + s) * 256 + m) * 2 + (isForward ? 1 : 0);  // a B and an I are the same to others
+function needsOf(problem, [p, s, m, kind]) {
+  if (kind === 'F') return s ? [keyOf(p, s - 1, m, true)] : [];
+  if (kind === 'W') return [keyOf(p, s, m, false)];
+  const own = [keyOf(p, s, m, true)];
+  return s < problem.pipelines[p].ranks.length - 1 ? [...own, keyOf(p, s + 1, m, false)] : own;
+}
 
 function evaluate(problem, orders) {
   const ends = new Map(), next = orders.map(() => 0), free = orders.map(() => 0), level = orders.map(() => 0), peak = orders.map(() => 0), busy = orders.map(() => 0);
@@ -22,11 +31,11 @@ function evaluate(problem, orders) {
     moved = false;
     orders.forEach((order, rank) => {
       while (next[rank] < order.length) {
-        const op = order[next[rank]], [p, s, m, f] = op, last = problem.pipelines[p].ranks.length - 1, needs = [];
-        if (f) { if (s) needs.push(keyOf(p, s - 1, m, true)); } else { needs.push(keyOf(p, s, m, true)); if (s < last) needs.push(keyOf(p, s + 1, m, false)); }
+        const op = order[next[rank]], needs = needsOf(problem, op);
         if (needs.some(key => !ends.has(key))) break;
         const start = Math.max(free[rank], ...needs.map(key => ends.get(key))), end = start + ticks(problem, op);
-        ends.set(keyOf(p, s, m, f), end); free[rank] = end; busy[rank] += end - start; times[rank].push([start, end]);
+        if (op[3] !== 'W') ends.set(keyOf(op[0], op[1], op[2], op[3] === 'F'), end);
+        free[rank] = end; busy[rank] += end - start; times[rank].push([start, end]);
         level[rank] += taken(problem, op); peak[rank] = Math.max(peak[rank], level[rank]); next[rank]++; moved = true;
       }
     });
@@ -35,6 +44,7 @@ function evaluate(problem, orders) {
   return {times, makespan, peak, idle: makespan ? 1 - busy.reduce((a, b) => a + b, 0) / makespan / orders.length : 0};
 }
 
+// The greedy rule, for pipelines of one stage per rank and whole backwards: schedules/fused/greedy.py.
 // Least ticks from the end of each operation to the makespan: earliest starts of the pipeline run backwards.
 function tailsOf(pipeline) {
   const S = pipeline.ranks.length, M = pipeline.count, forward = pipeline.b, backward = pipeline.f;
@@ -64,7 +74,7 @@ function construct(problem, admission) {
   problem.pipelines.forEach((one, p) => { arrival.set(keyOf(p, 0, 0, true), 0); left += 2 * one.ranks.length * one.count; });
   const events = [0], push = time => { let i = events.length; while (i && events[i - 1] > time) i--; events.splice(i, 0, time); };
   const fits = (op, rank) => {
-    if (limit === null || !op[3]) return true;
+    if (limit === null || op[3] !== 'F') return true;
     const one = problem.pipelines[op[0]];
     if (!admission) return held[rank] + one.held <= limit;
     return op[1] > 0 || one.ranks.every(r => reserved[r] + one.held <= limit);
@@ -79,14 +89,14 @@ function construct(problem, admission) {
       problem.pipelines.forEach((one, p) => {
         const s = one.ranks.indexOf(rank);
         for (const f of [false, true]) {
-          const m = next.get(keyOf(p, s, 0, f)) || 0, at = arrival.get(keyOf(p, s, m, f)), op = [p, s, m, f];
+          const m = next.get(keyOf(p, s, 0, f)) || 0, at = arrival.get(keyOf(p, s, m, f)), op = [p, s, m, f ? 'F' : 'B'];
           if (m >= one.count || at === undefined || at > now || !fits(op, rank)) continue;
           const rank_ = [f ? 1 : 0, -(f ? tails[p].forward : tails[p].backward)[s][m], p];
           if (!best || rank_[0] < best[0][0] || (rank_[0] === best[0][0] && (rank_[1] < best[0][1] || (rank_[1] === best[0][1] && rank_[2] < best[0][2])))) best = [rank_, op];
         }
       });
       if (!best) continue;
-      const [p, s, m, f] = best[1], one = problem.pipelines[p], end = now + ticks(problem, best[1]), last = one.ranks.length - 1;
+      const [p, s, m, kind] = best[1], f = kind === 'F', one = problem.pipelines[p], end = now + ticks(problem, best[1]), last = one.ranks.length - 1;
       orders[rank].push(best[1]); free[rank] = end; held[rank] += taken(problem, best[1]); next.set(keyOf(p, s, 0, f), m + 1); left--;
       if (s === 0) for (const r of one.ranks) reserved[r] += f ? one.held : -one.held;
       push(end);
@@ -99,18 +109,15 @@ function construct(problem, admission) {
 }
 const greedy = problem => construct(problem, false) || construct(problem, true);
 
-// Known orders: a number per operation, of its pipeline, kind and micro-batch; its rank tells the stage.
-function known(problem, name, codes) {
-  return codes.map((row, rank) => row.map(code => {
-    const p = code >> 9, f = !(code >> 8 & 1), m = code & 255;
-    return [p, problem.pipelines[p].ranks.indexOf(rank), m, f];
-  }));
-}
-function schedules(problem) {
-  const found = data.orders[`${problem.pipelines.length} ${problem.ranks} ${problem.pipelines[0].count}`] || {}, all = {};
-  for (const [name, codes] of Object.entries(found)) all[name] = known(problem, name, codes);
-  const planned = greedy(problem);
-  if (planned) all.greedy = planned;
+// Known orders: a number per operation, of its pipeline, stage, kind and micro-batch.
+const known = codes => codes.map(row => row.map(code => [code >> 14, code >> 10 & 15, code & 255, 'FBIW'[code >> 8 & 3]]));
+// All schedules for the sliders, by name: each of a problem of its form.
+function schedules(s) {
+  const whole = problemOf(s), all = {};
+  for (const [name, form] of Object.entries(data.orders[`${whole.pipelines.length} ${s.stages} ${s.microBatches}`] || {}))
+    all[name] = {problem: problemOf(s, form), orders: known(form.codes)};
+  const planned = greedy(whole);
+  if (planned) all.greedy = {problem: whole, orders: planned};
   return all;
 }
 
@@ -126,7 +133,7 @@ for (const [name, text, low, high, by, value] of SLIDERS) {
   settings[name] = value; out.textContent = value; label.append(text, out, input); $('sliders').append(label);
   input.oninput = () => { settings[name] = +input.value; out.textContent = input.value; draw(); };
 }
-const chosen = {first: '1F1B, one model after the other', second: 'solved'};
+const chosen = {first: '1F1B', second: 'solved'};
 for (const pane of ['first', 'second']) $(pane).onchange = () => { chosen[pane] = $(pane).value; draw(); };
 function chart(canvas, problem, orders, timing, end) {
   const width = canvas.parentElement.clientWidth || 600, row = Math.max(16, Math.min(34, 300 / problem.ranks)), margin = 52, ratio = devicePixelRatio || 1, height = row * problem.ranks + 20;
@@ -138,25 +145,25 @@ function chart(canvas, problem, orders, timing, end) {
     pen.fillStyle = css('ink'); pen.fillText('rank ' + rank, 4, rank * row + row / 2);
     order.forEach((op, i) => {
       const [a, b] = timing.times[rank][i], x = margin + a * scale, w = Math.max(.6, (b - a) * scale - .6);
-      pen.fillStyle = data.looks[op[0]][op[3] ? 0 : 1]; pen.fillRect(x, rank * row + 2, w, row - 4);
-      if (w > 14) { pen.fillStyle = op[3] ? '#1f2430' : '#ffffff'; pen.fillText(op[2], x + 3, rank * row + row / 2); }
+      pen.fillStyle = data.looks[op[0]][op[3]]; pen.fillRect(x, rank * row + 2, w, row - 4);
+      if (w > 14) { pen.fillStyle = op[3] === 'F' ? '#1f2430' : '#ffffff'; pen.fillText(op[2], x + 3, rank * row + row / 2); }
     });
   });
   pen.fillStyle = css('muted'); pen.fillText('0', margin, row * problem.ranks + 10); pen.textAlign = 'right'; pen.fillText(`${end} ticks`, width - 6, row * problem.ranks + 10); pen.textAlign = 'left';
 }
 function draw() {
-  const problem = problemOf(settings), all = schedules(problem), names = Object.keys(all), timed = {};
-  for (const name of names) timed[name] = evaluate(problem, all[name]);
+  const all = schedules(settings), names = Object.keys(all), timed = {}, limit = settings.limit;
+  for (const name of names) timed[name] = evaluate(all[name].problem, all[name].orders);
   for (const pane of ['first', 'second']) {
     if (!names.includes(chosen[pane])) chosen[pane] = names[pane === 'first' ? 0 : names.length - 1];
     $(pane).replaceChildren(...names.map(name => { const o = document.createElement('option'); o.textContent = o.value = name; return o; }));
     $(pane).value = chosen[pane];
   }
   const end = Math.max(timed[chosen.first].makespan, timed[chosen.second].makespan), percent = x => (100 * x).toFixed(1) + ' %';
-  const over = name => problem.limit !== null && Math.max(...timed[name].peak) > problem.limit;
+  const over = name => limit > 0 && Math.max(...timed[name].peak) > limit;
   for (const pane of ['first', 'second']) {
     const name = chosen[pane], t = timed[name];
-    chart($(pane + '-chart'), problem, all[name], t, end);
+    chart($(pane + '-chart'), all[name].problem, all[name].orders, t, end);
     const words = `${t.makespan} ticks, ${percent(t.idle)} idle, peak memory ${Math.max(...t.peak)}${over(name) ? ', over the limit' : ''}`;
     $(pane + '-words').textContent = words; $(pane + '-words').className = over(name) ? 'over' : ''; $(pane + '-chart').setAttribute('aria-label', `${name}: ${words}`);
   }
@@ -168,8 +175,10 @@ function draw() {
     for (const text of [name, t.makespan, percent(t.idle), Math.max(...t.peak) + (over(name) ? ' (over the limit)' : ''), (a.makespan / t.makespan).toFixed(3) + 'x']) { const td = document.createElement('td'); td.textContent = text; tr.append(td); }
     return tr;
   }));
-  $('keys').replaceChildren(...problem.pipelines.flatMap((one, p) => ['forward', 'backward'].map((kind, k) => {
-    const key = document.createElement('span'), box = document.createElement('i'); key.className = 'key'; box.style.background = data.looks[p][k]; key.append(box, `${one.name} ${kind}`); return key;
+  const kinds = new Set(['first', 'second'].flatMap(pane => all[chosen[pane]].orders.flat().map(op => op[3])));
+  const words = {F: 'forward', B: 'backward', I: 'input gradient', W: 'weight gradient'};
+  $('keys').replaceChildren(...all[chosen.first].problem.pipelines.flatMap((one, p) => Object.keys(words).filter(kind => kinds.has(kind)).map(kind => {
+    const key = document.createElement('span'), box = document.createElement('i'); key.className = 'key'; box.style.background = data.looks[p][kind]; key.append(box, `${one.name} ${words[kind]}`); return key;
   })));
 }
 onresize = draw;

@@ -44,6 +44,10 @@ class Deadline:
     def is_over(self) -> bool:
         return self.left_s == 0.0
 
+    def end_within(self, seconds: float) -> None:
+        """Let all who watch this deadline finish in so long, if it does not end before."""
+        self.time_limit_s = min(self.time_limit_s, self.elapsed_s + seconds)
+
     def end_now(self) -> None:
         """Let all who watch this deadline finish."""
         self._ended = True

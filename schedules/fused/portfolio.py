@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
+from math import inf
 from random import Random
 
 from schedules.baselines import chimera, interleaved, one_f_one_b, serial, zero_bubble_h1, zero_bubble_v
@@ -65,12 +66,17 @@ class Portfolio:
         seed: int,
         num_workers: int,
         progress: Callable[[Improvement], None] | None,
+        memory_time_s: float = inf,
     ) -> None:
         self.problem = problem
         self.deadline = deadline
         self.objective = objective
         self.seed = seed
         self.num_workers = num_workers
+        limit_s = deadline.time_limit_s
+        self.makespan_time_s = max(_MAKESPAN_SHARE * limit_s, limit_s - memory_time_s)
+        if objective is Objective.MAKESPAN:
+            self.makespan_time_s = limit_s
         self.incumbent = Incumbent(problem, deadline, progress)
         # Free halves leave only their order to choose; where they cost time, workers take turns between the two forms.
         self.split = splitting_is_free(problem)
@@ -277,8 +283,7 @@ class Portfolio:
         return self.deadline.is_over or self.incumbent.peak_bytes <= self.memory_bound(makespan)
 
     def _makespan_is_settled(self) -> bool:
-        share = 1.0 if self.objective is Objective.MAKESPAN else _MAKESPAN_SHARE
-        out_of_time = self.deadline.elapsed_s > share * self.deadline.time_limit_s
+        out_of_time = self.deadline.elapsed_s > self.makespan_time_s
         return out_of_time or self.deadline.is_over or self.incumbent.makespan <= self.makespan_bound
 
     def _reservation_start(self, form: Compiled, caps: Caps, target: int, seed: int) -> Schedule | None:

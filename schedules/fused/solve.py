@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from math import inf
 
 from schedules.bounds import check_feasible, makespan_lower_bound, peak_memory_lower_bound
 from schedules.formats import schedule_to_json
@@ -71,10 +72,14 @@ def solve(
     num_workers: int = 2,
     seed: int = 0,
     objective: Objective = Objective.MAKESPAN_THEN_MEMORY,
+    memory_time_s: float = inf,
     progress: Callable[[Improvement], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Solution:
     """The best schedule found in the time given; earlier when it is proven best, or once `stop` is set.
+
+    memory_time_s: of it, at most for lowering the peak; a search for the makespan that takes long leaves a third of it
+        or less.
 
     Durations of more ticks than native code counts are searched in coarser ones; all that is told is in the problem's.
     `progress` is called with each improvement, from any worker's thread. Seeds make each part reproducible; what the
@@ -94,11 +99,13 @@ def solve(
     deadline = Deadline(time_limit_s, stop)
     coarse, factor = coarsened(problem)
     told = None if progress is None else lambda one: progress(_in_own_ticks(one, factor))
-    portfolio = Portfolio(coarse, deadline, objective, seed, num_workers, told)
+    portfolio = Portfolio(coarse, deadline, objective, seed, num_workers, told, memory_time_s)
     portfolio.offer_constructions()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="solve") as workers:
         try:
             for phase in (portfolio.shorten, portfolio.lower_peak):
+                if phase == portfolio.lower_peak:
+                    deadline.end_within(memory_time_s)
                 running = [workers.submit(phase, worker) for worker in range(num_workers)]
                 wait(running, return_when=FIRST_EXCEPTION)
                 for finished in running:

@@ -38,3 +38,9 @@ def test_of_right_and_wrong_answers_it_is_the_rule_of_the_paper_and_of_openrlhf(
 def test_refuses_groups_that_are_not_whole() -> None:
     with pytest.raises(ValueError, match="not whole groups of 4"):
         groups_with_spread(torch.zeros(6), 4)
+
+
+def test_a_least_variance_is_that_of_samples() -> None:
+    rewards = torch.tensor([0.0, 2.0, 0.0, 1.0, 1.0, 1.0, NAN, 3.0])
+    assert groups_with_spread(rewards, 2, min_variance=2.0).tolist() == [True, False, False, False]
+    assert groups_with_spread(rewards, 2, min_variance=0.0).tolist() == [True, True, False, False]

@@ -164,3 +164,24 @@ def test_stages_are_cut_by_size_where_even_ones_do_not_fit(tmp_path: Path, capsy
     assert f"by size, for even ones do not fit; layers of each: actor {figures['layers']['actor'][0]} " in (
         capsys.readouterr().out
     )
+
+
+def test_an_average_and_text_beside_samples_are_counted(tmp_path: Path, model: str) -> None:
+    def on_first(figures: dict[str, Any], what: str) -> list[int]:
+        """Of the policy or of training, by phase."""
+        rows = [
+            row for row in figures["devices"][0] if (row["role"], row["what"]) in (("actor", what), ("training", what))
+        ]
+        return [row["bytes"][phase] for row in rows for phase in sorted(row["bytes"])]
+
+    arguments = ("--model", model, "--device-memory-gb", "8")
+    plain, averaged = plan(tmp_path, *arguments), plan(tmp_path, *arguments, "--ema")
+    assert [2 * one for one in on_first(averaged, "moments")] == [3 * one for one in on_first(plain, "moments")]
+    assert averaged["host_bytes"] == plain["host_bytes"] + 2 * plain["parameters"]["actor"], "the driver's, in bfloat16"
+    as_long = plan(tmp_path, *arguments, "--auxiliary-max-length", "1024")
+    assert as_long == plain, "no longer than the longest sample"
+    longer = plan(tmp_path, *arguments, "--auxiliary-max-length", "2048")
+    more = plan(tmp_path, *arguments, "--auxiliary-max-length", "256", "--auxiliary-micro-batch-tokens", "2048")
+    for text in (longer, more):
+        assert on_first(text, "activations") > [1.5 * one for one in on_first(plain, "activations")]
+    assert main(["plan", "--num-devices", "2", *arguments, "--auxiliary-micro-batch-tokens", "9"]) == 2

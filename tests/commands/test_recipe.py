@@ -8,12 +8,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuse.cli import main
+from fuse.commands.models import load_classifier
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
 from fuse.recipe.training import check_options
+from fuse.training.advantage_model import LABELS
 
 FORK = multiprocessing.get_context("fork")
 
@@ -44,7 +46,7 @@ OPTIONS = """
 data-split: "3,3,4"
 held_out: 0.2
 sft: {per_device_train_batch_size: 4, max_steps: 200, save_steps: 20, learning_rate: 1.0e-2, use_cpu: true}
-reward: {per_device_train_batch_size: 4, max_steps: 40, learning_rate: 1.0e-2, use_cpu: true}
+reward: {per_device_train_batch_size: 4, max_steps: 40, learning_rate: 1.0e-2, use_cpu: true, loss: advantage}
 rl:
   num_devices: 1
   use-cpu: true
@@ -61,7 +63,7 @@ rl:
 @pytest.fixture(scope="module")
 def options(toy):
     file = toy / "options.yaml"
-    file.write_text(OPTIONS)
+    file.write_text(f"{OPTIONS}  auxiliary_dataset: {toy / 'out' / 'data' / 'sft.jsonl'}\n")
     return f"--config={file}"
 
 
@@ -117,10 +119,12 @@ def test_a_recipe_goes_on_after_a_kill(toy, options, capsys):
     assert 0 < written["p_value"] <= 1
     rewards = written["steps"]["rl"]["metrics"]["log_history"]
     assert [entry["step"] for entry in rewards if "objective/scores" in entry] == [1, 2, 3, 4]
+    assert all(entry["auxiliary/loss"] > 0 for entry in rewards if "objective/scores" in entry)
     for name in ("sft", "policy", "policy_ema"):
         AutoModelForCausalLM.from_pretrained(out / name)
         AutoTokenizer.from_pretrained(out / name)
-    assert AutoModelForSequenceClassification.from_pretrained(out / "reward").config.num_labels == 1
+    assert load_classifier(str(out / "reward")).config.id2label == LABELS
+    assert not list(out.glob("sft/checkpoint-*")) + list(out.glob("reward/checkpoint-*"))
     lines = [json.loads(line) for line in (out / "comparison.jsonl").read_text().splitlines()]
     assert len(lines) == json.loads((out / "data.json").read_text())["rows"]["rl_held_out"]
     assert written["policy_score"] == pytest.approx(sum(line["after_score"] for line in lines) / len(lines))

@@ -29,7 +29,7 @@ from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.regrouping import prepared
 from fuse.training.rounds import RankRound, Round, rounds
 from fuse.training.score_pipelines import ScorePipelines
-from fuse.training.scoring import MicroBatchLimit, ScoringSettings, readout_of
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings, reading_of
 from fuse.training.steps import OptimizerStep
 from schedules import Problem, Schedule
 from schedules.fused.greedy import greedy
@@ -113,7 +113,7 @@ def scored_apart(of_update: Sequence[Round], columns: Sequence[str]) -> Experien
             for samples in micro_batches:
                 made = SETTINGS.layout.micro_batches(known, samples, 1.0)["actor"]
                 made = replace(made, targets=made.targets.token_ids)
-                values = whole.infer(made, None, readout_of("reference_logprobs", SCORING))
+                values = whole.infer(made, None, reading_of("reference_logprobs", SCORING, None).read)
                 fill(known, column, [(samples, values)])
     return known
 

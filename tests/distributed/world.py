@@ -146,7 +146,7 @@ def check_steps(rank: int, world: int, directory: Path) -> dict[str, float]:
         execute(schedule, rank, stages, run.batches(), communicators, SpanRecorder())
         for name, optimizer in optimizers.items():
             norm = optimizer.step(1e-3 / (step + 1))
-            if optimizer.model_shapes("parameter"):
+            if optimizer.model_shapes:
                 error = abs(norm - expected[name][step][0]) / norm
                 found[f"{name} norm"] = max(found.get(f"{name} norm", 0.0), error)
     for name, optimizer in optimizers.items():

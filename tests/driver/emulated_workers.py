@@ -26,7 +26,8 @@ from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParam
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout import Rollout
 from fuse.sample import Sample
-from fuse.training.scoring import Inference, TokenSequence
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import Inference
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure, Progress
 from fuse.workers.model_handle import ModelHandle

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fuse.driver.live import LiveRollout
 from fuse.engines.engine import Evicted, GenerationEngine, GenerationRequest
+from fuse.training.reading import TokenSequence
 from fuse.training.score_pipelines import Piece, Scored
-from fuse.training.scoring import Inference, TokenSequence
+from fuse.training.scoring import Inference
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure, Progress

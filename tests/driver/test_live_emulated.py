@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from fuse.benchmarks.emulated.costs import EmulatedCosts
 from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.lengths import Observation, learn
@@ -22,6 +23,7 @@ from fuse.interstage.migration import (
 )
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
+from fuse.interstage.speculation import DRAFTS
 
 from .emulated_workers import roll_out
 
@@ -34,12 +36,12 @@ def lengths(seed: int) -> list[int]:
     return [int(one) for one in np.clip(drawn, 1, LONGEST)]
 
 
-def rollout(seed: int = 1) -> Rollout:
+def rollout(seed: int = 1, costs: EmulatedCosts = COSTS) -> Rollout:
     return Rollout(
         prompt_tokens=np.full(NUM_SAMPLES, 64),
         response_tokens=np.array(lengths(seed)),
         num_devices=4,
-        costs=COSTS.rollout,
+        costs=costs.rollout,
         limits=EngineLimits(max_batch=NUM_SAMPLES, kv_capacity_tokens=1 << 20, max_new_tokens=LONGEST),
         can_transfer=False,
     )
@@ -62,8 +64,8 @@ class Heard:
         return sum(isinstance(action, kind) for action in self.actions)
 
 
-def adaptive() -> Policy:
-    return Adaptive(COSTS.rollout, learn(map(Observation, lengths(0)), LONGEST).for_samples(), can_transfer=False)
+def adaptive(costs: EmulatedCosts = COSTS) -> Policy:
+    return Adaptive(costs.rollout, learn(map(Observation, lengths(0)), LONGEST).for_samples(), can_transfer=False)
 
 
 POLICIES = [StageByStage(), Threshold(remaining=20, num_kept=1), adaptive()]
@@ -94,3 +96,16 @@ def test_messages_cost_little_and_are_few(policy: Policy) -> None:
     assert num_calls["submit"] == 4
     assert num_calls["poll"] <= NUM_SAMPLES + 4 * report.makespan_s / 0.25 + num_calls["evict"] + num_calls["admit"]
     assert num_calls["evict"] <= real.count(Migrate)
+
+
+def test_rollouts_whose_engines_draft_take_about_as_long_as_simulated() -> None:
+    """Samples are as lucky with their drafts as the seed has it, so decisions are those of about the same states."""
+    drafting = replace(COSTS, speculation=DRAFTS["int8"])
+    seconds = []
+    for costs in (COSTS, drafting):
+        case, policy = rollout(costs=costs), adaptive(costs)
+        expected = simulate(case, policy)
+        report, _ = roll_out(case, costs, policy, poll_s=1e-3)
+        assert report.makespan_s == pytest.approx(expected.makespan_s, rel=0.03)
+        seconds.append(report.makespan_s)
+    assert seconds[1] < 0.95 * seconds[0]

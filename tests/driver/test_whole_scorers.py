@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fuse.driver.score_flow import WholeScorers
-from fuse.training.scoring import TokenSequence
+from fuse.training.reading import TokenSequence
 
 
 class Answer:

@@ -147,6 +147,7 @@ def test_a_draft_that_is_right_saves_steps_and_tokens_say_what_was_drafted() -> 
         steps.append(tokens)
     assert [len(tokens) for tokens in steps] == [4] * 12 + [2], "50 tokens: three drafted ones and one more a step"
     assert [[token.drafted_tokens for token in tokens] for tokens in steps] == [[3, 0, 0, 0]] * 12 + [[1, 0]]
+    assert all(tokens[0].draft_s > 0 for tokens in steps), "it took some time"
     assert [token.finished for token in steps[-1]] == [False, True]
     assert draft.num_proposed == 37
 

@@ -15,15 +15,16 @@ from fuse.interstage.calibration import TRANSFER_S, Calibration
 from fuse.interstage.costs import SMALL_CPU, CostModel
 from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
 from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
+from fuse.interstage.speculation import DRAFTS, Speculation
 from fuse.sample import Sample
 from fuse.trace import Span
 
 LIMIT = 64
 
 
-def decode(costs: CostModel, batch: int, context: int, prefill: int = 0, tokens_each: int = 1) -> Span:
-    seconds = tokens_each * costs.decode_step(batch, context) + (costs.prefill(prefill) if prefill else 0.0)
-    sizes = {"batch": batch, "tokens": tokens_each * batch, "context_tokens": context, "prefill_tokens": prefill}
+def decode(costs: CostModel, batch: int, context: int, prefill: int = 0) -> Span:
+    seconds = costs.decode_step(batch, context) + (costs.prefill(prefill) if prefill else 0.0)
+    sizes = {"batch": batch, "tokens": batch, "context_tokens": context, "prefill_tokens": prefill}
     return Span("decode", "generate", 5.0, 5.0 + seconds, sizes)
 
 
@@ -126,19 +127,68 @@ def test_where_handing_out_costs_more_than_fusion_brings_rollouts_go_stage_by_st
     assert found[1] == StageByStage()
 
 
-def test_steps_of_several_tokens_count_as_so_many_steps() -> None:
-    """Samples that got three tokens in a step of three times the time had each as soon as others."""
-    plain, drafted = (Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3) for _ in range(2))
-    plain.add(spans_of(SMALL_CPU))
-    drafted.add(span for span in spans_of(SMALL_CPU) if span.category != "generate")
-    drafted.add(decode(SMALL_CPU, batch, 40 * batch, tokens_each=batch) for batch in (1, 4, 9))
-    drafted.add([decode(SMALL_CPU, 4, 900, tokens_each=2)])
-    drafted.add(decode(SMALL_CPU, 4, 160, prefill, tokens_each=3) for prefill in (100, 300))
-    expected, costs = plain.costs(), drafted.costs()
-    assert expected is not None
-    assert costs is not None
-    for name in ("step_s", "sample_s", "prefill_s", "prefill_token_s"):
-        assert getattr(costs, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
+def drafting(costs: CostModel, batch: int, context: int, count: int, right: int, prepare_s: float = 0.0) -> Span:
+    """A step of `count` drafts for each sample, of which so many of all were right."""
+    draft = costs.speculation
+    assert draft is not None
+    draft_s = (
+        draft.draft_share * (costs.step_s + costs.sample_s * batch) + draft.reads_context * costs.context_s * context
+    )
+    model_s = costs.step_s + costs.sample_s * batch * (1 + count) + costs.context_s * context
+    sizes = {
+        "batch": batch,
+        "tokens": batch + right,
+        "context_tokens": context,
+        "prefill_tokens": 0,
+        "drafted_tokens": batch * count,
+        "draft_steps": count,
+        "tried_tokens": min(right + batch, batch * count),
+        "draft_s": count * draft_s + prepare_s,
+    }
+    return Span("decode", "generate", 5.0, 5.0 + model_s + count * draft_s + prepare_s, sizes)
+
+
+@pytest.mark.parametrize("draft", [DRAFTS["int8"], replace(DRAFTS["int8"], reads_context=False), DRAFTS["ngram"]])
+def test_what_drafts_take_and_bring_is_learnt_beside_plain_steps(draft: Speculation) -> None:
+    """One step in two hundred also quantizes new weights."""
+    costs = replace(SMALL_CPU, context_s=1e-6, speculation=draft)
+    plain = replace(costs, speculation=None)
+    random = np.random.default_rng(0)
+    calibration = Calibration(costs.kv_bytes_per_token, costs.inference_batch_tokens, 3)
+    calibration.add([span for call in range(3) for span in inference(costs, call, 200 * (1 + call))])
+    calibration.add([decode(plain, batch, 40 * batch) for batch in (9, 20, 33)])
+    before = calibration.costs()
+    assert before is not None
+    assert before.speculation is None, "nothing has been drafted"
+    spans = []
+    for step in range(200):
+        batch, count = 1 + step // 50, 1 + step % 5
+        drawn = np.cumprod(random.random((batch, count)) < draft.acceptance, axis=1).sum(axis=1)
+        prepare_s = 0.7 if step == 0 else 0.0
+        span = drafting(costs, batch, batch * (100 + step), count, int(drawn.sum()), prepare_s)
+        tried = int(np.minimum(drawn + 1, count).sum())
+        spans.append(replace(span, arguments={**span.arguments, "tried_tokens": tried}))
+    calibration.add(spans)
+    learnt = calibration.costs()
+    assert learnt is not None
+    assert learnt.speculation is not None
+    for name in ("step_s", "sample_s", "context_s"):
+        assert getattr(learnt, name) == pytest.approx(getattr(costs, name), rel=1e-6), name
+    assert learnt.speculation.draft_share == pytest.approx(draft.draft_share, abs=1e-9)
+    assert learnt.speculation.reads_context == draft.reads_context
+    assert learnt.speculation.acceptance == pytest.approx(draft.acceptance, abs=0.04)
+    assert learnt.decode_step(2, 500) == pytest.approx(costs.decode_step(2, 500), rel=0.05)
+
+
+def test_few_drafts_say_little_of_how_many_are_right() -> None:
+    costs = replace(SMALL_CPU, speculation=DRAFTS["int8"])
+    calibration = Calibration(costs.kv_bytes_per_token, costs.inference_batch_tokens, 3)
+    calibration.add([*spans_of(SMALL_CPU), drafting(costs, 1, 50, 4, 0)])
+    learnt = calibration.costs()
+    assert learnt is not None
+    assert learnt.speculation is not None
+    assert 0.7 < learnt.speculation.acceptance < 0.8, "of 0.8 for sixteen, and one that was wrong"
+    assert learnt.prefill_s == pytest.approx(SMALL_CPU.prefill_s), "steps that computed prompts are told apart as ever"
 
 
 def test_the_time_of_one_stage_tells_that_of_all() -> None:

@@ -54,7 +54,6 @@ def model(lengths: Ints, size: int = SIZE, cut: int = LIMIT, limit: int = LIMIT)
             for index, tokens in enumerate(lengths.tolist())
         ),
         limit,
-        own=(),
     )
 
 
@@ -112,11 +111,11 @@ def test_means_are_areas_under_the_curve(variance: float, age: int) -> None:
 def test_without_a_common_factor_nothing_changes() -> None:
     lengths = clayton(1, 8, 0.0)
     samples = model(clayton(0, 64, 0.0)).for_samples()
-    assert not samples.variances.any()
+    assert not samples.variance
     assert samples.given(*at_age(lengths, 50)) is samples
     # Nor with one: of prompts with one sample each.
     samples = model(clayton(0, 64, 1.0)).for_samples()
-    assert samples.variances.all()
+    assert samples.variance
     assert samples.given(*at_age(lengths, 50, size=1)) is samples
 
 
@@ -157,7 +156,7 @@ def test_few_groups_teach_nothing() -> None:
 
 def held_out_gain(learnt: LengthModel, lengths: Ints, size: int) -> float:
     """Log-likelihood of these groups beyond that of independent samples of the same curve."""
-    survival = np.interp(np.minimum(lengths - 0.5, learnt.limit - 1), learnt.grid, learnt.pooled)
+    survival = np.interp(np.minimum(lengths - 0.5, learnt.limit - 1), learnt.grid, learnt.curve)
     ended, groups = lengths < learnt.limit, np.arange(len(lengths)) // size
     return log_likelihood(learnt.variance, survival, ended, groups) - log_likelihood(0.0, survival, ended, groups)
 
@@ -194,7 +193,7 @@ def test_held_out_groups_are_as_long_as_their_siblings_say(
     assert held_out_gain(learnt, lengths, SIZE) > 50
     samples = learnt.for_samples()
     told = shares(samples, lengths, (60, 120), SIZE, level)
-    pooled = shares(replace(samples, variances=np.zeros(1)), lengths, (60, 120), SIZE, level)
+    pooled = shares(replace(samples, variance=0.0), lengths, (60, 120), SIZE, level)
     assert told == pytest.approx([level, level], abs=tolerance)
     assert np.ptp(told) < np.ptp(pooled), "what is left depends on how many siblings have ended"
 
@@ -212,20 +211,48 @@ def test_recorded_answers_to_one_prompt_tell_of_each_other() -> None:
     samples = learnt.for_samples()
     for level in (0.25, 0.5, 0.75):
         told = shares(samples, lengths, (250, 350, 450), 3, level)
-        pooled = shares(replace(samples, variances=np.zeros(1)), lengths, (250, 350, 450), 3, level)
+        pooled = shares(replace(samples, variance=0.0), lengths, (250, 350, 450), 3, level)
         assert told == pytest.approx([level, level], abs=0.12)
         assert np.ptp(told) < np.ptp(pooled)
 
 
-def test_the_past_of_a_prompt_leaves_less_to_be_told() -> None:
-    """Its own curve has what past responses tell of its factor, and siblings tell the rest."""
-    past = [Observation(int(tokens), prompt=index // SIZE) for index, tokens in enumerate(clayton(0, 64, 1.0))]
-    samples = learn(past, LIMIT).for_samples({0: 5, 1: 5, 2: "new", 3: "new"})
-    assert samples.variances[1] == pytest.approx(samples.variances[0] / (1 + SIZE * samples.variances[0]))
-    live = live_samples(np.array([0, 2]), 100, np.array([0, 1]))
-    told = samples.given(live, EndedSamples(np.array([0, 1]), np.array([5, 5])))
-    change = told.expected(live.ids, live.response_tokens) / samples.expected(live.ids, live.response_tokens)
-    assert change[1] < change[0] < 1
+def test_earlier_epochs_tell_what_siblings_that_have_ended_do() -> None:
+    """Of a prompt with three responses before, and of one with three in this rollout, to rounding."""
+    others = [Observation(int(tokens), prompt=index // SIZE) for index, tokens in enumerate(clayton(0, 64, 1.0))]
+    own = [30, 200, 90]
+    learnt = learn([*others, *(Observation(tokens, prompt="known") for tokens in own)], LIMIT)
+    samples = learnt.for_samples({0: "known", 1: "new"})
+    live = live_samples(np.array([0, 1]), np.array([70, 70]), np.array([4, 5]))
+    told = samples.given(live, EndedSamples(np.array([5, 5, 5]), np.array(own)))
+    for level in (0.1, 0.5, 0.9):
+        known, new = told.quantile(live.ids, live.response_tokens, level)
+        assert known == pytest.approx(new, abs=1)
+    known, new = told.expected(live.ids, live.response_tokens)
+    assert known == pytest.approx(new, rel=1e-3)
+    before = samples.expected(live.ids, live.response_tokens)
+    assert before[0] == pytest.approx(known, rel=1e-3), "known without a rollout"
+    # Both together tell more.
+    more = samples.given(live, EndedSamples(np.array([4, 4, 4]), np.array([5, 5, 5])))
+    assert more.expected(live.ids, live.response_tokens)[0] < 0.9 * known
+
+
+def test_a_quantile_has_its_chance_whatever_is_told() -> None:
+    samples = model(clayton(0, 64, 1.0)).for_samples()
+    live, ended = at_age(clayton(1, 8, 1.0), 50)
+    told = samples.given(live, ended)
+    assert told.told is not None
+    for level in (0.1, 0.5, 0.9):
+        for one in (samples, told):
+            beyond = one.chance(live.ids, live.response_tokens, one.quantile(live.ids, live.response_tokens, level))
+            assert beyond == pytest.approx(np.full(len(live), 1 - level), abs=0.03)
+    far = samples.quantile(live.ids, live.response_tokens, 0.9)
+    assert np.array_equal(
+        told.untold().chance(live.ids, live.response_tokens, far),
+        samples.chance(live.ids, live.response_tokens, far),
+    )
+    gone = np.bincount(ended.prompts, minlength=8)[live.prompts]
+    chances = told.chance(live.ids, live.response_tokens, far)
+    assert chances[gone == gone.max()].mean() < 0.5 * chances[gone == gone.min()].mean()
 
 
 @cache
@@ -241,7 +268,7 @@ def makespans(draw: Callable[[int, int, float], Ints], strength: float, seed: in
         prompts=np.arange(len(lengths)) // SIZE,
     )
     told = model(draw(99, 128, strength)).for_samples()
-    pooled = replace(told, variances=np.zeros(1))
+    pooled = replace(told, variance=0.0)
     pooled_s, told_s = (simulate(case, Adaptive(case.costs, one)).makespan_s for one in (pooled, told))
     return pooled_s, told_s
 

@@ -85,7 +85,7 @@ def test_a_device_trains_what_is_scored_until_the_rollout_ends() -> None:
 
 
 def policies(lengths: list[int]) -> list[Policy]:
-    model = learn([Observation(one, prompt=(index,)) for index, one in enumerate(lengths)], 200, own=())
+    model = learn([Observation(one, prompt=(index,)) for index, one in enumerate(lengths)], 200)
     adaptive = Adaptive(COSTS, model.for_samples())
     return [StageByStage(), Threshold(remaining=len(lengths), num_kept=1), adaptive]
 

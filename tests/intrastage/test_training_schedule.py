@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fuse.intrastage import training_schedule
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.training_schedule import fused_problem, fused_schedule
+from fuse.intrastage.training_schedule import fused_problem, fused_schedule, solved
 from schedules import evaluate, violations
 from schedules.baselines import serial
+from schedules.bounds import makespan_lower_bound
 from schedules.fused.cache import ScheduleCache
 
 SHAPE = Shape(2, 64)
@@ -97,3 +99,13 @@ def test_memory_is_never_planned_beyond_its_limit() -> None:
         fused_schedule(PROFILE, REPLICAS, 3, SHAPE, memory_limit_bytes=50)
     with pytest.raises(ValueError, match=r"no stage 0 of pipeline actor\.0: measure it"):
         fused_schedule(replace(PROFILE, stages=PROFILE.stages[2:]), REPLICAS, 3, SHAPE)
+
+
+def test_of_schedules_as_short_one_that_holds_less_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this problem the first schedule found of the least makespan has a peak of 401."""
+    monkeypatch.setattr(training_schedule, "_MEMORY_SEARCH_S", 2.0)
+    schedule = fused_schedule(PROFILE, REPLICAS, 3, SHAPE, time_limit_s=60.0, num_workers=1)
+    timing, problem = evaluate(schedule), schedule.problem
+    heedless = evaluate(solved(problem, time_limit_s=60.0, num_workers=1).schedule)
+    assert timing.makespan == heedless.makespan == makespan_lower_bound(problem)
+    assert max(timing.peak_bytes) < max(heedless.peak_bytes) == 401

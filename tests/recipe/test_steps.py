@@ -94,3 +94,21 @@ def test_a_directory_is_one_recipes_also_while_a_step_of_a_dead_one_runs(tmp_pat
     os.close(kept)
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.processes
+def test_checkpoints_go_once_a_step_is_complete(tmp_path, lock):
+    trained = tmp_path / "sft"
+    names = ["checkpoint-20", "checkpoint-best", "model"]
+
+    def checkpointed(program=WRITE):
+        for name in names:
+            (trained / name).mkdir(parents=True, exist_ok=True)
+        return step(tmp_path, program, checkpoints=trained)
+
+    with pytest.raises(StepError):
+        run_step(checkpointed("raise SystemExit(3)"), "make", str, lock)
+    assert sorted(path.name for path in trained.iterdir()) == names
+    for _ in range(2):  # as it ends, and what a kill at that moment has left
+        run_step(checkpointed(), "make", str, lock)
+        assert sorted(path.name for path in trained.iterdir()) == names[1:]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fuse import PPOTrainer
-from fuse.trainers import trainer as trainers
+from fuse.trainers import face
 
 from . import tiny
 
@@ -43,7 +43,7 @@ def test_completions_are_shown_as_often_as_evaluation_is_asked_for(
 @pytest.mark.parametrize("push", [False, True])
 def test_what_is_saved_is_pushed_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, push: bool) -> None:
     pushed: list[tuple[str, Any]] = []
-    monkeypatch.setattr(trainers, "push_policy", lambda name, *_, **options: pushed.append((name, options)))
+    monkeypatch.setattr(face, "push_policy", lambda name, *_, **options: pushed.append((name, options)))
     place = {"hub_token": "secret", "hub_private_repo": True, "hub_revision": "trial"}
     tiny.trainer(tmp_path, push_to_hub=push, hub_model_id="me/it", **place).save_model()
     options = {"commit_message": "Model save", "token": "secret", "private": True, "revision": "trial"}

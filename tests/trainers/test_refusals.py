@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from fuse import PPOTrainer
@@ -100,6 +101,15 @@ def _frozen(part: str, **options: Any) -> Change:
     return change
 
 
+def _adapted(target_modules: Any = None, models: Any = (), **options: Any) -> Change:
+    def change(arguments: dict[str, Any]) -> None:
+        _option(**options)(arguments)
+        config = LoraConfig(target_modules=target_modules and list(target_modules))
+        arguments |= {"peft_config": config, "model": tiny.policy(**dict(models))}
+
+    return change
+
+
 def _option(**options: Any) -> Change:
     def change(arguments: dict[str, Any]) -> None:
         arguments["args"] = tiny.config(Path(arguments["args"].output_dir), **options)
@@ -137,7 +147,14 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_replace(eval_dataset={"train": tiny.rows()}), r"eval_dataset is a dict .*eval_dataset\['train'\]"),
         (_replace(value_model=None), "value_model is None"),
         (_replace(reward_model=3), "reward_model is 3: pass a sequence classifier"),
-        (_replace(peft_config=object()), "peft_config is not supported"),
+        (_replace(peft_config=object()), "peft_config is <object .* pass a peft.LoraConfig"),
+        (_replace(peft_config=LoraConfig(lora_dropout=0.1)), "lora_dropout=0.1: models are trained without dropout"),
+        (_replace(peft_config=LoraConfig(use_dora=True)), "use_dora=True of LoraConfig is not supported: leave it"),
+        (_replace(peft_config=LoraConfig(init_lora_weights="pissa")), "init_lora_weights='pissa' changes the weights"),
+        (_adapted(train_backend="megatron"), "train_backend='megatron' trains no adapters"),
+        (_adapted(ref_adapter_name="ref"), "ref_adapter_name='ref' is no adapter of the policy beside the one that tr"),
+        (_option(model_adapter_name="a"), "model_adapter_name='a' is no adapter of the policy .it has: none.: name"),
+        (_adapted(("lm_head",), {"tie_word_embeddings": True}), "an adapter is on the head of a LlamaForCausalLM"),
         (_replace(optimizers=(object(), None)), "optimizers must be"),
         (_replace(train_dataset=tiny.rows(7)), "7 rows, fewer than one batch of 8"),
         (_replace(train_dataset=[{"text": "a"}] * 8), "no column 'input_ids' .it has: text."),
@@ -193,10 +210,16 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_option(lr_scheduler_kwargs={"wave": 1}), "lr_scheduler_kwargs={'wave': 1} do not fit .*'linear'"),
         (_option(num_mini_batches=3), "num_mini_batches=3 does not divide the batch of 8"),
         (_option(critic_num_mini_batches=3), "critic_num_mini_batches=3 does not divide the batch of 8"),
-        (_option(num_devices=2, critic_stages=1, critic_num_mini_batches=4), "cannot feed 2 .* replicas of the critic"),
+        (
+            _option(num_devices=2, critic_stages=1, critic_num_mini_batches=4, regroup_micro_batches=False),
+            "cannot feed 2 .* replicas of the critic",
+        ),
         (_option(whiten_rewards=True, num_mini_batches=2), "whiten_rewards needs mini-batches of at least 8"),
         (_option(num_devices=2, actor_stages=3), "actor_stages=3 neither divides the 2 pipeline ranks"),
-        (_option(num_devices=2, actor_stages=1, num_mini_batches=4), "cannot feed 2 data-parallel replicas"),
+        (
+            _option(num_devices=2, actor_stages=1, num_mini_batches=4, regroup_micro_batches=False),
+            "cannot feed 2 data-parallel replicas",
+        ),
         (_option(num_devices=2, actor_stages=1, trl_quirks=True), "cannot feed 2 data-parallel replicas"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from fuse.sample import Sample
 from fuse.trace import PhaseClock, Span
-from fuse.trainers.update_metrics import device_bytes, kl_by_position, migrations, token_rates
+from fuse.trainers.update_metrics import device_bytes, drafts, kl_by_position, migrations, token_rates
 from fuse.training.rounds import Round, StepPart
 
 
@@ -46,6 +46,18 @@ def test_tokens_a_second_are_of_what_was_done_in_that_time() -> None:
     }
     first = Round({"critic": StepPart(micro_batches=((0,),), weights=(1.0,), is_last=True)})
     assert token_rates(samples, [first, first], tracks, clock)["tokens_per_s/training"] == 2 * 6 / 3, "of the mean"
+
+
+def test_drafts_are_told_by_what_they_proposed_and_brought() -> None:
+    def decode(batch: int, tokens: int, drafted: int) -> Span:
+        return Span("decode", "generate", 0, 1, {"batch": batch, "tokens": tokens, "drafted_tokens": drafted})
+
+    tracks = {
+        "device0": {"generation": [decode(4, 4, 0), decode(2, 7, 6)]},
+        "device1": {"generation": [decode(2, 3, 4)]},
+    }
+    assert drafts(tracks) == {"speculation/accepted": (5 + 1) / 10, "speculation/tokens_per_step": 14 / 8}
+    assert drafts({"device0": {"generation": [decode(4, 4, 0), Span("evict", "transfer", 0, 1)]}}) == {}
 
 
 def test_moves_and_bytes() -> None:

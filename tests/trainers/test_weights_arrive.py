@@ -24,6 +24,7 @@ from fuse import PPOTrainer
 from fuse.sample import Sample, SampleState
 from fuse.training import scoring as inference
 from fuse.training.model_spec import ModelSpec
+from fuse.training.reading import TokenSequence
 
 from ..worker_pool import WorkerPool, _Lease
 from . import tiny
@@ -64,8 +65,8 @@ class Scores(TrainerCallback):
             sockets = psutil.Process(process_id).net_connections("inet")
             listening = {one.laddr.ip.removeprefix("::ffff:") for one in sockets if one.status == psutil.CONN_LISTEN}
             self.addresses |= listening
-        sequences = [inference.TokenSequence(ids[:2], ids[2:]) for ids in PROBE]
-        values = inference.values(trainer.value_model.eval(), sequences, 100)
+        sequences = [TokenSequence(ids[:2], ids[2:]) for ids in PROBE]
+        values = inference.values(trainer.value_model.eval(), sequences)
         logprobs = inference.reference_logprobs(trainer.ref_model.eval(), sequences, trainer.args.sampling_temperature)
         for sample, own_values, own_logprobs in zip(samples, values, logprobs, strict=True):
             self.differences.append(float(abs(sample.values - own_values).max()))

@@ -23,7 +23,8 @@ from fuse.micro_batch import Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
 from fuse.state_dict import adopt_state_dict
 from fuse.training.model_spec import ModelSpec
-from fuse.training.scoring import TokenSequence, reference_logprobs
+from fuse.training.reading import TokenSequence
+from fuse.training.scoring import reference_logprobs
 
 from ..tiny_models import build, classifier, language_model, spread
 

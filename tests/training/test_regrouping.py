@@ -203,6 +203,7 @@ def test_a_step_of_one_micro_batch_stays_as_it_is() -> None:
         (Dealing(at_least=5), 5),
         (Dealing(at_least=2), 3),  # never fewer
         (Dealing(times=0.5), 3),
+        (Dealing(replicas=4), 4),  # one for each
     ],
 )
 def test_there_are_as_many_micro_batches_as_asked_for_and_none_is_larger(dealing: Dealing, expected: int) -> None:

@@ -5,7 +5,9 @@ In worlds of threads under NCCL's rules of waiting. Worlds of processes: tests/w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,15 @@ from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.driver.model_size import ModelSize
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Replica, place
-from fuse.trace import SpanRecorder
+from fuse.trace import Span, SpanRecorder
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
+from fuse.training.reading import TokenSequence
 from fuse.training.score_pipelines import Piece, ScorePipelines, kind_of
-from fuse.training.scoring import MicroBatchLimit, ScoringSettings, TokenSequence, inferences, score
+from fuse.training.scoring import MicroBatchLimit, ScoringSettings, inferences, score
 
 from ..distributed.fake_nccl import FakeNccl
-from ..tiny_models import build, classifier, language_model, spread
+from ..tiny_models import advantage_model, build, classifier, language_model, spread
 from .test_rank import SETTINGS
 
 CPU = torch.device("cpu")
@@ -34,9 +37,10 @@ MODELS = {
     "critic": spread(build(classifier(**LAYERS))),
     "reference": spread(build(language_model("qwen2", **LAYERS, tie_word_embeddings=True), seed=2)),
     "reward": spread(build(classifier("gpt_neox", num_hidden_layers=3), seed=3)),
+    "reward_1": spread(build(advantage_model(num_hidden_layers=3), seed=4)),
 }
 TRAINED = ("actor", "critic")
-SCORING = ("critic", "reference", "reward")
+SCORING = ("critic", "reference", "reward", "reward_1")
 LIMIT = MicroBatchLimit(max_samples=3, max_tokens=40)
 
 
@@ -52,8 +56,10 @@ def pieces() -> list[list[TokenSequence]]:
         return list(map(int, generator.integers(0, 60, count)))
 
     lengths = [[(3, 4)], [(1, 9), (7, 1), (2, 0), (30, 20), (4, 4), (5, 6), (1, 1)], [(4, 2), (4, 3)], [(2, 2)] * 9]
-    made = [[TokenSequence(draw(prompt), draw(response)) for prompt, response in one] for one in lengths]
-    made[2][0] = TokenSequence(made[2][0].prompt_ids, made[2][0].response_ids, rewarded_ids=draw(11))
+    ids = itertools.count()
+    made = [[TokenSequence(draw(a), draw(b), sample_id=next(ids)) for a, b in one] for one in lengths]
+    own = {"reward": (draw(11), draw(3)), "reward_1": (draw(4), draw(5))}
+    made[2][0] = replace(made[2][0], rewarded_ids=own)
     return made
 
 
@@ -67,7 +73,7 @@ def scored(
 ) -> tuple[list[dict[str, list[Any]]], list[dict[str, int]]]:
     """By piece and role what pipelines say; by device, the bytes of each share."""
 
-    def run(device: int) -> tuple[list[Any], dict[str, int]]:
+    def run(device: int) -> tuple[list[Any], dict[str, int], list[Span]]:
         specs = {role: ModelSpec.of(MODELS[role]) for role in MODELS}
         trained = {role: specs[role] for role in TRAINED}
         recorder = SpanRecorder()
@@ -91,21 +97,25 @@ def scored(
             role: sum(parameter.nbytes for parameter in share.model.parameters())
             for role, share in pipelines.shares.items()
         }
-        return found, held
+        return found, held, spans
 
     by_device = FakeNccl(num_devices, slots).run(run)
     results: list[dict[str, list[Any]]] = [{role: [None] * len(piece) for role in roles} for piece in pieces()]
-    for found, _ in by_device:
+    for found, _, _ in by_device:
         for one in found:
             for index, result in zip(one.indices, one.results, strict=True):
                 known = results[one.piece][one.role]
                 assert known[index] is None, "it is told twice"
                 known[index] = result
-    return results, [held for _, held in by_device]
+    first_stages = [span for _, _, spans in by_device for span in spans if span.arguments["stage"] == 0]
+    for role in roles:
+        told = [one for span in first_stages if span.name == role for one in span.arguments["sample_ids"]]
+        assert sorted(told) == [one.sample_id for piece in pieces() for one in piece], "every sample enters once"
+    return results, [held for _, held, _ in by_device]
 
 
 def by_whole_copies(role: str, piece: Sequence[TokenSequence]) -> Sequence[Any]:
-    return score(kind_of(role), MODELS[role], piece, scoring_settings())
+    return score(kind_of(role), MODELS[role], [one.read_by(role) for one in piece], scoring_settings())
 
 
 LAYOUTS: dict[str, tuple[int, tuple[Replica, ...]]] = {
@@ -129,7 +139,8 @@ def test_scores_have_the_bits_of_whole_copies(layout: str, slots: int) -> None:
         for role in SCORING:
             for found, expected in zip(of_piece[role], by_whole_copies(role, piece), strict=True):
                 np.testing.assert_array_equal(found, expected)
-        assert [one.scores for one in inferences(of_piece)] == [{"reward": score} for score in of_piece["reward"]]
+        pairs = zip(of_piece["reward"], of_piece["reward_1"], strict=True)
+        assert [one.scores for one in inferences(of_piece)] == [{"reward": a, "reward_1": b} for a, b in pairs]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

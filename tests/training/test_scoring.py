@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from fuse.training.reading import TokenSequence
 from fuse.training.scoring import (
     MicroBatchLimit,
-    TokenSequence,
+    mean_hidden_states,
     micro_batches,
     reference_logprobs,
     scores,
     values,
 )
 
-from ..tiny_models import ModelKind, build, classifier, language_model, spread
+from ..tiny_models import ModelKind, advantage_model, build, classifier, language_model, spread
 
 SMALL = MicroBatchLimit(max_samples=3, max_tokens=40)
 
@@ -70,15 +71,30 @@ def test_logprobs_are_those_of_each_sequence_alone(
 )
 def test_values_and_scores_are_those_of_each_sequence_alone(kind: ModelKind, sequences: list[TokenSequence]) -> None:
     model = ready(kind)
-    got_values = values(model, sequences, 9, limit=SMALL)
+    got_values = values(model, sequences, limit=SMALL)
     got_scores = scores(model, sequences, limit=SMALL)
     for value, score, sequence in zip(got_values, got_scores, sequences, strict=True):
         ids = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
         every = model.score(model.base_model(ids).last_hidden_state)[0, :, 0].detach().numpy()
         first = len(sequence.prompt_ids) - 1
-        assert len(value) == min(len(sequence.response_ids) + 1, 9)
+        assert len(value) == len(sequence.response_ids) + 1
         np.testing.assert_allclose(value, every[first : first + len(value)], atol=1e-5)
         assert score == pytest.approx(every[-1], abs=1e-5)
+
+
+def test_an_advantage_is_the_reward_less_what_the_prompt_lets_expect(sequences: list[TokenSequence]) -> None:
+    model = ready(advantage_model())
+    for got, sequence in zip(scores(model, sequences, limit=SMALL), sequences, strict=True):
+        reward, _ = model(torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])).logits[0].tolist()
+        _, expected = model(torch.tensor([[*sequence.prompt_ids]])).logits[0].tolist()
+        assert got == pytest.approx(reward - expected, abs=1e-5)
+
+
+def test_hidden_states_are_averaged_over_each_sequence_alone(sequences: list[TokenSequence]) -> None:
+    model = ready(language_model())
+    for got, sequence in zip(mean_hidden_states(model, sequences, limit=SMALL), sequences, strict=True):
+        hidden = model.base_model(torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])).last_hidden_state[0]
+        np.testing.assert_allclose(got, hidden.mean(dim=0).detach().numpy(), atol=1e-5)
 
 
 def test_bfloat16_is_near_and_not_equal(sequences: list[TokenSequence]) -> None:

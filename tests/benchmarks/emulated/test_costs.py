@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from fuse.benchmarks.emulated.costs import costs_from_json
 from fuse.benchmarks.emulated.h100 import NAMES, costs_named
 from fuse.interstage.costs import LLAMA_33B_8_H800
+from fuse.interstage.speculation import DRAFTS
 from schedules import Kind
 
 TRAINING, SCORING = ("actor", "critic"), ("reference", "critic", "reward")
@@ -18,8 +19,12 @@ TRAINING, SCORING = ("actor", "critic"), ("reference", "critic", "reward")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_survive_json(name: str) -> None:
-    costs = costs_named(name)
-    assert costs_from_json(json.loads(json.dumps(asdict(costs))), TRAINING, SCORING) == costs
+    for speculation in (None, DRAFTS["int8"]):
+        costs = replace(costs_named(name), speculation=speculation)
+        table = json.loads(json.dumps(asdict(costs)))
+        assert costs_from_json(table, TRAINING, SCORING) == costs
+        del table["speculation"]
+        assert costs_from_json(table, TRAINING, SCORING) == replace(costs, speculation=None)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,7 @@ def test_costs_survive_json(name: str) -> None:
         (("training", "actor"), 3, r"costs.training.actor is 3: it must be an object"),
         (("training", "actor", "forward", "token_s"), "1", r"costs.training.actor.forward.token_s is '1'"),
         (("scoring",), {}, r"costs.scoring: reference is missing"),
+        (("speculation",), {}, r"costs: speculation is {}: it must be an object with acceptance, draft_share"),
         (("more",), 1, r"costs: unknown field more: remove it"),
     ],
 )

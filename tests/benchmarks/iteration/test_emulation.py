@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fuse.benchmarks.emulated.cluster import EmulatedCluster
 from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.benchmarks.iteration import emulation
 from fuse.benchmarks.iteration.emulated_rows import emulated_sweep_table
+from fuse.interstage.speculation import DRAFTS
 
 from .test_command import FIELDS
 
@@ -44,6 +45,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulation, "EmulatedCluster", Watched)
         argv = [*_OPTIONS, "--emulate", "4", "--costs", str(costs), "--time-scale", "0.2", "--variants", "both"]
+        argv += ["--speculation", "int8", "--acceptance", "0.9"]
         assert cli.main(["bench", "iteration", *argv, "--warmup", "2", "--json", str(path)]) == 0
     return {**json.loads(path.read_text()), "loaded": loaded}
 
@@ -62,7 +64,8 @@ def test_rows_say_that_they_are_emulated(emulated: Mapping[str, Any]) -> None:
     assert both["bubbles"]["planned"] < both["bubbles"]["serial"]
     assert emulated["options"]["emulate"] == 4
     assert emulated["options"]["time_scale"] == 0.2
-    assert emulated["costs"] == asdict(costs_named("h100-33b"))
+    draft = replace(DRAFTS["int8"], acceptance=0.9)
+    assert emulated["costs"] == asdict(replace(costs_named("h100-33b"), speculation=draft))
 
 
 @starts_ray
@@ -101,6 +104,8 @@ def test_a_table_of_a_sweep_has_a_line_for_each_variant_of_each_point(emulated: 
     [
         (["--costs", "h100-33b"], "--costs is of emulated devices: add --emulate N"),
         (["--time-scale", "1"], "--time-scale is of emulated devices: add --emulate N"),
+        (["--speculation", "int8"], "--speculation is of emulated devices: add --emulate N"),
+        (["--emulate", "8", "--acceptance", "0.9"], "--acceptance says what drafts are like: give --speculation"),
         (["--emulate", "1"], "--emulate is 1: give 2 to 64 devices"),
         (["--emulate", "8", "--costs", "h100-7b"], "--costs h100-7b is neither a file nor one of h100-33b"),
         (["--emulate", "8", "--time-scale", "0"], "--time-scale is 0.0: give a number above 0"),

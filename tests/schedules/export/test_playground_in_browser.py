@@ -11,7 +11,7 @@ import pytest
 
 from schedules import Kind, Op, Problem, Schedule
 from schedules.export import playground
-from schedules.export.playground import codes, playground_problem
+from schedules.export.playground import QUARTERS, WHOLE, Form, codes, playground_problem
 from schedules.fused.greedy import greedy
 from schedules.timing import evaluate
 from schedules.validate import check
@@ -53,50 +53,59 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     assert not complaints
 
 
-def problem_of(setting: Mapping[str, int]) -> Problem:
-    made = playground_problem(setting["models"], setting["stages"], setting["microBatches"])
-    count = made.num_ranks
+def problem_of(setting: Mapping[str, int], form: Form) -> Problem:
+    """In quarters of a slider's ticks, and of its memory."""
+    made = playground_problem(setting["models"], setting["stages"], setting["microBatches"], form)
 
     def changed(pipeline: Any) -> Any:
-        def told(name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        def told(name: str, otherwise: tuple[int, ...], divided_by: int = 1) -> tuple[int, ...]:
             value = setting.get(f"{pipeline.name}{name}")
-            return otherwise if value is None else (value,) * count
+            return otherwise if value is None else (QUARTERS * value // form.laps // divided_by,) * len(otherwise)
 
+        gradient = told("Backward", pipeline.input_grad_ticks, 2) if form.halves else None
         return replace(
             pipeline,
             forward_ticks=told("Forward", pipeline.forward_ticks),
             backward_ticks=told("Backward", pipeline.backward_ticks),
             activation_bytes=told("Memory", pipeline.activation_bytes),
+            input_grad_ticks=gradient,
+            weight_grad_ticks=gradient,
+            weight_grad_bytes=told("Memory", pipeline.weight_grad_bytes) if form.halves else (),
         )
 
-    limit = (setting["limit"],) * count if "limit" in setting else None
+    limit = (QUARTERS * setting["limit"],) * made.num_ranks if "limit" in setting else None
     return replace(made, pipelines=tuple(map(changed, made.pipelines)), memory_limit_bytes=limit)
 
 
 def of_page(rows: list[list[list[Any]]]) -> tuple[tuple[Op, ...], ...]:
-    return tuple(tuple(Op(p, s, m, Kind.F if f else Kind.B) for p, s, m, f in row) for row in rows)
+    return tuple(tuple(Op(p, s, m, Kind[kind]) for p, s, m, kind in row) for row in rows)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting.values())))
 def test_the_page_times_and_plans_as_python_does(shown: Any, setting: dict[str, int]) -> None:
     told = shown.evaluate(
-        """setting => { const p = problemOf({...settings, ...setting}), all = schedules(p);
-        return Object.fromEntries(Object.entries(all).map(([name, one]) => [name, [one, evaluate(p, one)]])); }""",
+        """setting => Object.entries(schedules({...settings, ...setting})).map(([name, one]) => [name, one.orders,
+        evaluate(one.problem, one.orders)])""",
         setting,
     )
-    problem = problem_of(setting)
-    assert of_page(told["greedy"][0]) == greedy(problem).ranks
-    assert {"GPipe, one model after the other", "1F1B, one model after the other"} < told.keys()
-    assert ("solved" in told) == (setting["models"] == 2)
-    for name, (orders, timing) in told.items():
+    forms = dict.fromkeys((name for name, _, _ in told), WHOLE)
+    forms |= {name: form for name, (_, form) in playground._BASELINES.items() if name in forms}
+    is_grouped = setting["microBatches"] % setting["stages"] == 0
+    assert {*playground._BASELINES} - forms.keys() == ({"Interleaved 1F1B"} if not is_grouped else set())
+    assert ("solved" in forms) == (setting["models"] == 2)
+    assert of_page(next(orders for name, orders, _ in told if name == "greedy")) == (
+        greedy(problem_of(setting, WHOLE)).ranks
+    )
+    for name, orders, timing in told:
+        problem = problem_of(setting, forms[name])
         schedule = Schedule(problem, of_page(orders))
         if name == "greedy" or problem.memory_limit_bytes is None:
             check(schedule)
         expected = evaluate(schedule)
-        assert timing["makespan"] == expected.makespan, name
-        assert timing["peak"] == list(expected.peak_bytes), name
+        assert QUARTERS * timing["makespan"] == expected.makespan, name
+        assert [QUARTERS * peak for peak in timing["peak"]] == list(expected.peak_bytes), name
         assert timing["idle"] == pytest.approx(expected.bubble_ratio), name
-        assert [start for row in timing["times"] for start, _ in row] == [
+        assert [QUARTERS * start for row in timing["times"] for start, _ in row] == [
             start for row in expected.start for start in row
         ]
 
@@ -115,14 +124,14 @@ def test_two_schedules_are_compared(shown: Any) -> None:
     shown.locator("#second").select_option("greedy")
     words = shown.locator("#difference").text_content()
     assert words.startswith("greedy takes ")
-    assert "less than 1F1B, one model after the other" in words
+    assert "less than 1F1B" in words
     shown.set_viewport_size({"width": 360, "height": 800})
     assert shown.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_codes_tell_pipeline_kind_and_micro_batch() -> None:
+def test_codes_tell_pipeline_stage_kind_and_micro_batch() -> None:
     schedule = greedy(playground_problem(2, 2, 4))
     for row, order in zip(codes(schedule), schedule.ranks, strict=True):
-        assert [(code >> 9, code >> 8 & 1, code & 255) for code in row] == [
-            (op.pipeline, int(op.kind is Kind.B), op.micro_batch) for op in order
+        assert [(code >> 14, code >> 10 & 15, "FBIW"[code >> 8 & 3], code & 255) for code in row] == [
+            (op.pipeline, op.stage, op.kind.name, op.micro_batch) for op in order
         ]

@@ -1,0 +1,1 @@
+"""Options against going too far: what they do to a recipe's policy."""

@@ -1,0 +1,147 @@
+"""What decode steps cost and what drafts bring, learnt from the spans of engines: with drafts or without.
+
+A step of B samples with C tokens of context and D drafted tokens, in L steps of the draft, takes
+
+    step_s + sample_s * (B + D) + context_s * C             of the model, which computes every drafted token, too, and
+    c * (L * step_s + D * sample_s) [+ context_s * C D / B]  of the draft, which reads keys or does not
+
+as `speculation.py` has it with the same number of drafts for each sample. Engines tell the draft's part from the
+model's, so that each is fitted by itself: batches of all sizes say what the model takes, and what drafts take of that
+is the median over steps, for the first after new weights prepares for all. A token's chance a of being drafted right is
+the part of those that were, of those that were tried, with a prior until enough are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from fuse.interstage.costs import fit_affine
+from fuse.interstage.speculation import Speculation
+
+_KEPT = 512
+"""Latest steps of each kind that are fitted; those of batches up to twice as large are a kind of their own."""
+_KEPT_OF_ONE = 128
+"""Of these, steps of one worker in one iteration."""
+_PRIOR, _PRIOR_TOKENS = 0.8, 16.0
+"""Drafted tokens that are right before any was seen, and how many seen ones that is worth; as engines have it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeStep:
+    """A span's sizes, as of `step_sizes`, and seconds: of the model, and of drafting."""
+
+    batch: float
+    context_tokens: float
+    prefill_tokens: float
+    drafted_tokens: float
+    draft_steps: float
+    seconds: float
+    draft_s: float
+
+    @staticmethod
+    def of(sizes: Mapping[str, object], seconds: float) -> DecodeStep:
+        """Traces of earlier versions tell nothing of drafts."""
+        draft_s = _number(sizes.get("draft_s", 0))
+        return DecodeStep(
+            **{name: _number(sizes[name]) for name in ("batch", "context_tokens", "prefill_tokens")},
+            **{name: _number(sizes.get(name, 0)) for name in ("drafted_tokens", "draft_steps")},
+            seconds=seconds - draft_s,
+            draft_s=draft_s,
+        )
+
+    @property
+    def computed_tokens(self) -> float:
+        """By the model."""
+        return self.batch + self.drafted_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeCosts:
+    """As in `CostModel`; `speculation` is None while nothing has been drafted."""
+
+    step_s: float
+    sample_s: float
+    context_s: float
+    speculation: Speculation | None
+
+    def model_s(self, step: DecodeStep) -> float:
+        """Of the model in such a step, without prefill."""
+        return self.step_s + self.sample_s * step.computed_tokens + self.context_s * step.context_tokens
+
+
+class DecodeCalibration:
+    """Collects decode steps over iterations; `costs` is fitted to them."""
+
+    def __init__(self) -> None:
+        self._steps: defaultdict[int, deque[DecodeStep]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._drafted: deque[DecodeStep] = deque(maxlen=_KEPT)
+        self._tried: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+
+    def add(self, spans: Sequence[tuple[Mapping[str, object], float]]) -> list[DecodeStep]:
+        """Learn from sizes and seconds of one worker in an iteration; returns the steps that also computed prompts."""
+        steps = [DecodeStep.of(sizes, seconds) for sizes, seconds in spans if sizes["batch"]]
+        by_size: defaultdict[int, list[DecodeStep]] = defaultdict(list)
+        for step in steps:
+            if not step.prefill_tokens:
+                by_size[int(step.batch).bit_length()].append(step)
+        for size, own in by_size.items():
+            self._steps[size].extend(_some(own))
+        self._drafted.extend(_some([step for step in steps if step.drafted_tokens]))
+        tried = [sizes for sizes, _ in spans if sizes.get("tried_tokens")]
+        if tried:
+            right = sum(_number(one["tokens"]) - _number(one["batch"]) for one in tried)
+            self._tried.append((right, sum(_number(one["tried_tokens"]) for one in tried)))
+        return [step for step in steps if step.prefill_tokens]
+
+    def costs(self) -> DecodeCosts | None:
+        """The costs, or None before steps of enough sizes are known."""
+        rows = [
+            (step.computed_tokens, step.context_tokens, step.seconds)
+            for step in chain.from_iterable(self._steps.values())
+        ]
+        if len({row[:2] for row in rows}) < 3:
+            return None
+        step_s, sample_s, context_s = fit_affine("decode", rows)
+        return DecodeCosts(
+            step_s=step_s,
+            sample_s=sample_s,
+            context_s=context_s,
+            speculation=self._speculation(step_s, sample_s, context_s),
+        )
+
+    def _speculation(self, step_s: float, sample_s: float, context_s: float) -> Speculation | None:
+        if not self._drafted or not self._tried:
+            return None
+        base_s = np.array([one.draft_steps * step_s + one.drafted_tokens * sample_s for one in self._drafted])
+        reading_s = np.array([context_s * one.context_tokens * one.drafted_tokens / one.batch for one in self._drafted])
+        draft_s = np.array([one.draft_s for one in self._drafted])
+        right, tried = np.sum(self._tried, axis=0)
+
+        def share(reads: bool) -> float:
+            return float(np.clip(np.median((draft_s - reads * reading_s) / np.maximum(base_s, 1e-12)), 0.0, 1.0))
+
+        def error(reads: bool) -> float:
+            return float(np.median(np.abs(draft_s - share(reads) * base_s - reads * reading_s)))
+
+        reads_context = error(True) < error(False)
+        return Speculation(
+            acceptance=float((_PRIOR * _PRIOR_TOKENS + right) / (_PRIOR_TOKENS + tried)),
+            draft_share=share(reads_context),
+            reads_context=reads_context,
+        )
+
+
+def _some(steps: Sequence[DecodeStep]) -> Sequence[DecodeStep]:
+    """Of all in turn."""
+    return steps[:: max(1, math.ceil(len(steps) / _KEPT_OF_ONE))]
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
