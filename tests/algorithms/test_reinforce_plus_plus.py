@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -107,7 +107,6 @@ def padded_advantages(
     return (returns - mean) * variance.clamp(min=1e-8).rsqrt()
 
 
-@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=2, max_size=8).filter(lambda lengths: len(lengths) % 2 == 0),
     extra=st.integers(0, 2),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.driver import live
@@ -156,7 +156,6 @@ def check(lengths: Sequence[int], samples: Sequence[Sample], announced: Sequence
     assert sorted(announced) == [sample.id for sample in samples]
 
 
-@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, MAX_NEW_TOKENS), min_size=1, max_size=12),
     num_devices=st.integers(1, 4),
@@ -186,7 +185,6 @@ def test_an_engine_that_gives_no_token_for_too_long_is_lost(which: int) -> None:
         roll_out(lengths, 2, policies(0)[which], seed=0, silent=[0, 1])
 
 
-@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, MAX_NEW_TOKENS), min_size=1, max_size=12),
     num_devices=st.integers(2, 4),

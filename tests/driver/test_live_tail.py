@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.algorithms.algorithm import Early
@@ -120,7 +120,6 @@ def roll_out(
     return samples, step, workers
 
 
-@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, MAX_NEW_TOKENS), min_size=4, max_size=8).map(lambda own: own * 2),
     num_stages=st.sampled_from([1, 2]),

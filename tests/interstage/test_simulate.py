@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.interstage.adaptive import Adaptive
@@ -194,7 +194,6 @@ def policies(case: Rollout, seed: int) -> dict[str, Policy]:
     }
 
 
-@settings(max_examples=60)
 @given(
     responses=st.lists(st.integers(1, 40) | st.sampled_from([1, 40]), min_size=1, max_size=24),
     num_devices=st.integers(1, 5),

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.interstage.adaptive import Adaptive
@@ -90,7 +90,6 @@ def policies(lengths: list[int]) -> list[Policy]:
     return [StageByStage(), Threshold(remaining=len(lengths), num_kept=1), adaptive]
 
 
-@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=4, max_size=24),
     which=st.integers(0, 2),

@@ -19,14 +19,33 @@ pytestmark = [pytest.mark.processes, pytest.mark.skipif(COMPILER is None, reason
 
 CHECKS = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a CPU would not mind
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", *CHECKS, "-I", EMULATION, "-I", KERNELS]
-HEADERS = ["cuda_emulation.h", *(f"<{name}>" for name in ("algorithm", "cmath", "cstdint", "limits", "random"))]
+LIBRARY = ("algorithm", "cmath", "cstdint", "cstdlib", "limits", "random")
+HEADERS = ["cuda_emulation.h", *(f"<{name}>" for name in LIBRARY)]
+
+CHOSEN = 'inline const int mistake = std::getenv("MISTAKE") ? std::atoi(std::getenv("MISTAKE")) : -1;\n'
+MISTAKES = [
+    ("gae", "lane_of_thread() == count - 1 ? after : neighbour", "neighbour", "advantages"),
+    ("kv_blocks", "run / columns % rows", "run % rows", "scattered"),
+    ("kv_blocks", "16 | source.address", "16 | 0", "signal"),
+    ("linear_logprob", "before <= group", "before < group", "statistics"),
+    ("sampling", "one.token < than.token", "one.token > than.token", "tokens"),
+    (
+        "sampling",
+        "sums->total * exp_nonpositive(sums->maximum - scaled)",
+        "sums->total + exp_nonpositive(sums->maximum - scaled)",
+        "log-probabilities",
+    ),
+    ("linear_logprob", "column == target", "column == targets[row]", "gradients"),
+]
+"""Of each kernel's CUDA code: an expression, what a mistake would have in its place, and where it shows."""
 
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
     """What every source begins with, compiled once."""
     header = tmp_path_factory.mktemp("header") / "header.h"
-    header.write_text("".join(f"#include {name if name[0] == '<' else json.dumps(name)}\n" for name in HEADERS))
+    includes = "".join(f"#include {name if name[0] == '<' else json.dumps(name)}\n" for name in HEADERS)
+    header.write_text(includes + CHOSEN)
     target = header.with_name("header.h.gch")  # which the compiler takes in its place
     subprocess.run([COMPILER, *FLAGS, "-x", "c++-header", header, "-o", target], env=ENVIRONMENT, check=True)
     return header
@@ -38,26 +57,37 @@ def compiled(source: Path, target: Path, header: Path) -> Path:
     return target
 
 
+def with_mistakes(kernel: str) -> str:
+    """KERNEL.cu, which makes the mistake of a number only where the environment chooses it."""
+    text = (KERNELS / "tensor" / f"{kernel}.cu").read_text()
+    for number, (of_kernel, right, wrong, _) in enumerate(MISTAKES):
+        if of_kernel == kernel:
+            assert text.count(right) == 1
+            text = text.replace(right, f"(mistake == {number} ? ({wrong}) : ({right}))")
+    return text
+
+
 @pytest.fixture(scope="module")
-def others(tmp_path_factory, header):
-    """Per kernel, once, what every text of its CUDA code is linked with: the comparison, and KERNEL.cc."""
-    folder = tmp_path_factory.mktemp("objects")
+def program(tmp_path_factory, header):
+    """By kernel, what compares KERNEL.cu with KERNEL.cc; compiled once, which takes longer than all comparisons."""
+    folder = tmp_path_factory.mktemp("programs")
 
     @cache
-    def of_kernel(kernel: str) -> list[Path]:
-        sources = [EMULATION / f"{kernel}_differences.cc", KERNELS / "tensor" / f"{kernel}.cc"]
-        return [compiled(source, folder / f"{source.stem}.o", header) for source in sources]
+    def of_kernel(kernel: str) -> Path:
+        source, target = folder / f"{kernel}.cu.cc", folder / kernel
+        source.write_text(with_mistakes(kernel))
+        sources = [source, EMULATION / f"{kernel}_differences.cc", KERNELS / "tensor" / f"{kernel}.cc"]
+        objects = [compiled(one, folder / f"{one.stem}.o", header) for one in sources]
+        subprocess.run([COMPILER, *objects, "-o", target], env=ENVIRONMENT, check=True)
+        return target
 
     return of_kernel
 
 
-def differences(source: str, others: list[Path], folder: Path, header: Path) -> list[str]:
-    """What KERNEL.cu with this text computes otherwise than KERNEL.cc."""
-    (folder / "cuda.cc").write_text(source)
-    program = folder / "differences"
-    objects = [compiled(folder / "cuda.cc", folder / "cuda.o", header), *others]
-    subprocess.run([COMPILER, *objects, "-o", program], env=ENVIRONMENT, check=True)
-    process = subprocess.run([program], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=120)
+def differences(program: Path, mistake: int = -1) -> list[str]:
+    """What the CUDA code computes otherwise than the C++ code, where it makes a mistake of `MISTAKES`, or none."""
+    environment = {**ENVIRONMENT, "MISTAKE": str(mistake)}
+    process = subprocess.run([program], env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
     if process.returncode < 0:
         return [f"ended by signal {-process.returncode}"]
     lines = process.stdout.splitlines()
@@ -66,23 +96,11 @@ def differences(source: str, others: list[Path], folder: Path, header: Path) -> 
 
 
 @pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob", "sampling"])
-def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, others, tmp_path, header):
-    assert differences((KERNELS / "tensor" / f"{kernel}.cu").read_text(), others(kernel), tmp_path, header) == []
+def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, program):
+    assert differences(program(kernel)) == []
 
 
-@pytest.mark.parametrize(
-    ("kernel", "right", "wrong", "what"),
-    [
-        ("gae", "lane_of_thread() == count - 1 ? after : neighbour", "neighbour", "advantages"),
-        ("kv_blocks", "run / columns % rows", "run % rows", "scattered"),
-        ("kv_blocks", "16 | source.address", "16 | 0", "signal"),
-        ("linear_logprob", "before <= group", "before < group", "statistics"),
-        ("sampling", "one.token < than.token", "one.token > than.token", "tokens"),
-        ("sampling", "sums->total * exp_nonpositive", "sums->total + exp_nonpositive", "log-probabilities"),
-        ("linear_logprob", "column == target", "column == targets[row]", "gradients"),
-    ],
-)
-def test_a_mistake_in_the_cuda_code_shows(kernel, right, wrong, what, others, tmp_path, header):
-    source = (KERNELS / "tensor" / f"{kernel}.cu").read_text()
-    assert source.count(right) == 1
-    assert any(what in line for line in differences(source.replace(right, wrong), others(kernel), tmp_path, header))
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda number: " for ".join(MISTAKES[number][2:0:-1]))
+def test_a_mistake_in_the_cuda_code_shows(number, program):
+    kernel, _, _, what = MISTAKES[number]
+    assert any(what in line for line in differences(program(kernel), number))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.ops import describe
@@ -46,7 +46,6 @@ def test_equals_the_reference_to_the_bit(dtype, lengths):
         assert torch.equal(ours, reference)
 
 
-@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=8),
     gamma=st.floats(0, 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,7 +76,6 @@ def _padded_advantages(
     return whitened, advantages + values, is_token, has_value
 
 
-@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=2, max_size=5).filter(lambda lengths: sum(lengths) > 2),
     extra=st.integers(0, 2),
@@ -141,7 +140,6 @@ def test_equals_its_steps(
         torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) >= 2),
     extra=st.integers(0, 3),

@@ -24,7 +24,7 @@ def test_one_device_in_one_process(case: Case, recorded: Recorded, in_process_wo
 
 # What is decided of tokens, rewards and advantages is decided before samples are dealt to devices.
 BEFORE_DEALING = (
-    *("missing_eos_penalty", "k3", "one_epoch"),
+    *("missing_eos_penalty", "past_stop", "k3", "whiten_rewards", "one_epoch"),
     *("pad_is_eos", "pad_in_prompts", "pad_is_sampled", "end_of_pass"),
 )
 

@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from fuse import GRPOTrainer, RLOOTrainer
 from fuse.metric_table import entry_of
+from fuse.trainers import reward_calls
 
 from ..tiny_models import word_tokenizer
 from . import tiny, tiny_group
@@ -141,8 +142,11 @@ def test_rewards_of_several_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert {name for name in logged if name.startswith("rewards/")} >= {"rewards/of_one_prompt/std"}
 
 
-def test_filters_reach_the_engines_and_functions_may_have_processes(tmp_path: Path) -> None:
+def test_filters_reach_the_engines_and_functions_may_have_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the one likeliest token alone, the responses to a prompt are all the same."""
+    monkeypatch.setattr(reward_calls, "_MOST_PROCESSES", 1)  # it imports what the trainer's state is of: seconds
 
     def share(completions: list[str], target: list[str], **kwargs: Any) -> list[float]:
         return [text.count(letter) / max(1, len(text)) for text, letter in zip(completions, target, strict=True)]

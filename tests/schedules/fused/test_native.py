@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from schedules import Pipeline, Problem, Schedule, _native, evaluate, violations
@@ -98,7 +98,6 @@ def test_annealing_depends_on_seed_and_steps_alone(window: int, split: bool) -> 
     assert _anneal(8, 1_000, window, split=split) != first
 
 
-@settings(max_examples=50)
 @given(st.randoms(use_true_random=False))
 def test_annealing_stays_legal_on_any_problem(random: Random) -> None:
     problem = random_problem(random, max_forward_only=2)
@@ -114,7 +113,6 @@ def test_annealing_stays_legal_on_any_problem(random: Random) -> None:
     assert evaluate(best).makespan == annealing.best_makespan <= evaluate(start).makespan
 
 
-@settings(max_examples=50)
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_reservation_schedules_are_legal_on_any_problem(random: Random, split: bool) -> None:
     problem = random_problem(random, max_forward_only=2)
