@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
 from fuse.commands.known_models import config_of, spec_of
+from fuse.commands.lora import add_lora_arguments, lora_config
 from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
 from fuse.driver.memory import Ledger, Phase, ledger
@@ -29,6 +30,10 @@ from fuse.engines.limits import num_positions
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.roles import role_of, training
+from fuse.training.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig
 
 _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
@@ -94,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=yes_or_no,
         help="without a critic, two replicas of the policy in opposite pipelines (default: where they fit)",
     )
+    add_lora_arguments(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to FILE")
 
 
@@ -154,8 +160,11 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         placement = with_opposites(placement)
     is_fused = share_ranks(placement)
     scores = {role: role_of(role).scores in ("values", "scores") for role in configs}
+    specs = {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()}
+    if (lora := lora_config(arguments)) is not None:
+        specs |= _adapted(specs, lora, is_reference_given=arguments.ref_model is not None)
     models = planned_models(
-        {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()},
+        specs,
         autocast=autocast,
         gradient_checkpointing=arguments.gradient_checkpointing,
         split_backward=is_fused,
@@ -188,6 +197,16 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         engines_sleep=arguments.sleep,
         offloads_training=arguments.offload,
     )
+
+
+def _adapted(specs: Mapping[str, ModelSpec], lora: LoraConfig, *, is_reference_given: bool) -> dict[str, ModelSpec]:
+    """What trains, with adapters; and the reference, which is the policy without them unless it is another model."""
+    replacing = {"actor": (), "critic": ("score",)}
+    made = {role: specs[role].adapted(lora, replacing=replacing[role]) for role in training(specs)}
+    if "reference" in specs and not is_reference_given:
+        adapters = replace(made["actor"].adapters, active=None)
+        made["reference"] = replace(made["actor"], adapters=adapters, variant_of="actor")
+    return made
 
 
 def _can_have_opposites(

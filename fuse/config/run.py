@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from fuse.config.adapters import AdapterOptions
 from fuse.config.averaging import AveragingOptions
 from fuse.config.engine_options import EngineOptions
 from fuse.config.inherited import check_inherited, check_optimizer
@@ -33,12 +34,11 @@ def either(names: Sequence[str]) -> str:
 
 
 @dataclass
-class RunConfig(EngineOptions, AveragingOptions, TrainingArguments):
+class RunConfig(EngineOptions, AveragingOptions, AdapterOptions, TrainingArguments):
     """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
 
-    An inherited option works or is refused; `fuse.config.inherited` lists the few that are accepted without effect,
-    because they cannot matter here. `max_steps` is the most updates, in place of `num_train_epochs` where
-    `total_episodes` is not set either.
+    An inherited option works or is refused; `fuse.config.inherited` lists those that cannot matter here. `max_steps` is
+    the most updates, in place of `num_train_epochs` where `total_episodes` is not set either.
 
     Raises:
         ValueError: an option out of range, with the value, the rule and the remedy.

@@ -331,6 +331,7 @@ def _reward_sources(
         if isinstance(source, str):
             source = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options)
             sources[index] = source
+        checks.check_whole("a reward model", source)
         if isinstance(source, PreTrainedModel):
             own[index] = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)
         elif not callable(source):

@@ -25,7 +25,7 @@ def test_one_device_in_one_process(case: Case, recorded: Recorded, in_process_wo
 # What is decided of tokens, rewards and advantages is decided before samples are dealt to devices.
 BEFORE_DEALING = (
     *("missing_eos_penalty", "k3", "one_epoch"),
-    *("pad_is_eos", "pad_in_prompts", "pad_is_sampled", "end_of_pass"),
+    *("pad_is_eos", "pad_in_prompts", "pad_is_sampled", "end_of_pass", "ref_adapter"),
 )
 
 
@@ -65,7 +65,7 @@ def test_one_device_in_other_processes(recorded: Recorded, pooled_workers: None,
 
 
 # What the oracle does in these is a quirk, not a matter of layout.
-QUIRKS = ("mini_batches", "end_of_pass", "pad_in_prompts")
+QUIRKS = ("mini_batches", "end_of_pass", "pad_in_prompts", "ref_adapter")
 RAGGED = [case for case in CASES if case.quirks and case.name not in QUIRKS]
 
 
