@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from fuse.driver import (
-    averages,
     early_start,
+    fetch,
     fleet,
     live,
     model_start,
@@ -107,7 +107,7 @@ def use(patch: pytest.MonkeyPatch) -> None:
     for module in (fleet, early_start):
         patch.setattr(module, "Cluster", _Cluster)
     patch.setattr(fleet, "gather", _gather)
-    patch.setattr(averages, "gather", _gather)
+    patch.setattr(fetch, "gather", _gather)
     patch.setattr(update, "gather", _gather)
     patch.setattr(tail, "gather", _gather)
     patch.setattr(model_start, "gather", _gather)

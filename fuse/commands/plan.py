@@ -10,15 +10,16 @@ qwen2.5-1.5b, -3b, -7b, -32b, -72b, llama3-8b, -70b. The other models have the p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
 from fuse.commands.known_models import config_of, spec_of
+from fuse.commands.lora import add_lora_arguments, lora_config
 from fuse.commands.output import output_file, write_json
 from fuse.commands.plan_table import GB, show
 from fuse.config.auxiliary import largest_text
@@ -30,6 +31,10 @@ from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.roles import GENERATING, role_of, training
+from fuse.training.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig
 
 _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
@@ -113,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=yes_or_no,
         help="without a critic, two replicas of the policy in opposite pipelines (default: where they fit)",
     )
+    add_lora_arguments(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to FILE")
 
 
@@ -173,8 +179,11 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
         placement = with_opposites(placement)
     is_fused = share_ranks(placement)
     scores = {role: role_of(role).scores in ("values", "scores") for role in configs}
+    specs = {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()}
+    if (lora := lora_config(arguments)) is not None:
+        specs |= _adapted(specs, lora, is_reference_given=arguments.ref_model is not None)
     models = planned_models(
-        {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()},
+        specs,
         autocast=autocast,
         gradient_checkpointing=arguments.gradient_checkpointing,
         split_backward=is_fused,
@@ -222,6 +231,16 @@ def _text(arguments: argparse.Namespace) -> Shape | None:
         micro_batch_size=arguments.micro_batch_size,
         longest_sample=arguments.prompt_length + arguments.response_length,
     )
+
+
+def _adapted(specs: Mapping[str, ModelSpec], lora: LoraConfig, *, is_reference_given: bool) -> dict[str, ModelSpec]:
+    """What trains, with adapters; and the reference, which is the policy without them unless it is another model."""
+    replacing = {"actor": (), "critic": ("score",)}
+    made = {role: specs[role].adapted(lora, replacing=replacing[role]) for role in training(specs)}
+    if "reference" in specs and not is_reference_given:
+        adapters = replace(made["actor"].adapters, active=None)
+        made["reference"] = replace(made["actor"], adapters=adapters, variant_of="actor")
+    return made
 
 
 def _can_have_opposites(

@@ -225,6 +225,7 @@ def _host_bytes(
 
     In shares, what trains has none but the engines', and of others there is as much.
     """
+    models = {role: model for role, model in models.items() if role not in settings.variants}
     counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
     trains = roles.training(models)
     needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from fuse.config.adapters import AdapterOptions
 from fuse.config.auxiliary import AuxiliaryOptions
 from fuse.config.averaging import AveragingOptions
 from fuse.config.engine_options import EngineOptions
@@ -24,12 +25,11 @@ _NUM_SEEDS = 1 << 32  # what numpy takes
 
 
 @dataclass
-class RunConfig(EngineOptions, AveragingOptions, AuxiliaryOptions, TrainingArguments):
+class RunConfig(EngineOptions, AveragingOptions, AdapterOptions, AuxiliaryOptions, TrainingArguments):
     """`transformers.TrainingArguments` plus devices, engines, stages and fusion.
 
-    An inherited option works or is refused; `fuse.config.inherited` lists the few that are accepted without effect,
-    because they cannot matter here. `max_steps` is the most updates, in place of `num_train_epochs` where
-    `total_episodes` is not set either.
+    An inherited option works or is refused; `fuse.config.inherited` lists those that cannot matter here. `max_steps` is
+    the most updates, in place of `num_train_epochs` where `total_episodes` is not set either.
 
     Raises:
         ValueError: an option out of range, with the value, the rule and the remedy.

@@ -13,7 +13,7 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.intrastage.measurement_store import machine
 from fuse.training.model_spec import ModelSpec
 
-_FORMAT = 3
+_FORMAT = 4
 _NO_MATTER = ("architectures", "transformers_version", "_name_or_path", "torch_dtype")
 
 
@@ -41,5 +41,6 @@ def identity(settings: FleetSettings, trained: Mapping[str, ModelSpec]) -> dict[
 
 def _digest(spec: ModelSpec) -> str:
     config = {name: value for name, value in spec.config.to_dict().items() if name not in _NO_MATTER}
-    text = json.dumps([spec.model_class.__name__, config, sorted(spec.frozen)], sort_keys=True, default=str)
+    told = [spec.model_class.__name__, config, sorted(spec.frozen), spec.adapters.digest]
+    text = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

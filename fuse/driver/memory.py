@@ -84,12 +84,16 @@ class Ledger:
     def host_bytes(self) -> int:
         """In host memory: the driver's models and averages, and what trains as exported to what computes."""
         setup = self.setup
-        models = (*setup.models.values(), *(setup.models[role] for role in setup.averaged))
+        distinct = [model for model in setup.models.values() if model.spec.variant_of is None]
+        models = (*distinct, *(setup.models[role] for role in setup.averaged))
         own = sum(model.size.total * model.spec.dtype.itemsize for model in models)
+        trained = {role: round(model.size.trained * model.size.total) for role, model in setup.models.items()}
         if setup.offloads_training:
-            own += sum(4 * setup.models[replica.model].size.total for replica in setup.placement)
-            own += sum(8 * setup.models[role].size.total for role in roles.training(setup.models))
-            own += sum(4 * setup.models[role].size.total for role in setup.averaged)
+            for replica in setup.placement:
+                model = setup.models[replica.model]
+                own += model.weight_bytes(model.size.total, trained[replica.model], setup.autocast)
+            own += sum(8 * trained[role] for role in roles.training(setup.models))
+            own += sum(4 * trained[role] for role in setup.averaged)
         copied = [role for role in roles.training(setup.models) if role == GENERATING or setup.scoring == "whole"]
         return own + sum(4 * setup.models[role].size.total for role in copied)
 
@@ -178,28 +182,29 @@ def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
 
 
 def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
-    """Stages in float32, gradients while it trains, and AdamW's two moments, which ranks with the same stage share.
+    """Stages, gradients of what trains of them, and AdamW's two moments, which ranks with the same stage share.
 
     An average of the weights lies with the moments.
     """
     rank = device // setup.tensor_parallel_size
     for role in roles.training(setup.models):
-        size = setup.models[role].size
+        model = setup.models[role]
         replicas = [replica for replica in setup.placement if replica.model == role]
-        held, stepped = [0], 0
+        parameters = trained = stepped = 0
         for replica in replicas:
-            for stage, (owner, tensors) in enumerate(zip(replica.ranks, size.tensors_of(replica), strict=True)):
+            sizes = model.size.tensors_of(replica), model.size.tensors_of(replica, trained=True)
+            for stage, (owner, held, learned) in enumerate(zip(replica.ranks, *sizes, strict=True)):
                 if owner == rank:
-                    held.append(sum(tensors))
-                    stepped += largest_share(tensors, len({other.ranks[stage] for other in replicas}))
-        parameters = -(-sum(held) // setup.tensor_parallel_size)
-        trained = round(size.trained * parameters)
-        stepped = round(size.trained * -(-stepped // setup.tensor_parallel_size))
+                    parameters, trained = parameters + sum(held), trained + sum(learned)
+                    stepped += largest_share(learned, len({other.ranks[stage] for other in replicas}))
+        shares = setup.tensor_parallel_size
+        parameters, trained, stepped = (-(-one // shares) for one in (parameters, trained, stepped))
         away = (Phase.TRAINING,) if setup.offloads_training else tuple(Phase)
-        scores_here = role in roles.scoring(setup.models) and (
+        scores_here = any(_source(setup, one) == role for one in roles.scoring(setup.models)) and (
             setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
         )
-        yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, 4 * parameters))
+        weights = model.weight_bytes(parameters, trained, setup.autocast)
+        yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, weights))
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
         yield Entry(role, "moments", dict.fromkeys(away, (12 if role in setup.averaged else 8) * stepped))
 
@@ -233,12 +238,18 @@ def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:
 def _shared_roles(setup: MemorySetup) -> tuple[str, ...]:
     """Those of which every device has a share to score with."""
     trained = roles.training(setup.models)
-    return tuple(role for role in roles.scoring(setup.models) if setup.scoring == "sharded" and role not in trained)
+    own = [role for role in roles.scoring(setup.models) if _source(setup, role) not in trained]
+    return tuple(own) if setup.scoring == "sharded" else ()
+
+
+def _source(setup: MemorySetup, role: str) -> str:
+    """Whose weights a role has."""
+    return setup.models[role].spec.variant_of or role
 
 
 def _is_scored_in_place(setup: MemorySetup, role: str, device: int) -> bool:
-    rank = device // setup.tensor_parallel_size
-    own = [replica for replica in setup.placement if replica.model == role and rank in replica.ranks]
+    rank, source = device // setup.tensor_parallel_size, _source(setup, role)
+    own = [replica for replica in setup.placement if replica.model == source and rank in replica.ranks]
     return len(own) == 1 and len(own[0].ranks) == 1 and setup.tensor_parallel_size == 1
 
 
@@ -297,14 +308,15 @@ def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
     working, messages = [0], 0
     for replica in setup.placement:
         model, last = setup.models[replica.model], len(replica.ranks) - 1
-        parameters = model.size.stages(replica)
+        trained = [*map(sum, model.size.tensors_of(replica, trained=True))]
+        tied = sum(model.size.trained_tensors[0]) if model.size.tied else 0
         for stage, owner in enumerate(replica.ranks):
             if owner != rank:
                 continue
             working.append(model.bytes.stage(setup.longest, 1, is_first=stage == 0, is_last=stage == last).working)
             # Gradients of replicas and of tied copies are added up in one piece of memory.
             is_shared = sum(other.model == replica.model for other in setup.placement) > 1
-            working.append(4 * parameters[stage] if is_shared else 8 * model.size.tied if stage in (0, last) else 0)
+            working.append(4 * trained[stage] if is_shared else 8 * tied if stage in (0, last) else 0)
             messages += _MESSAGES * ((stage > 0) + (stage < last)) * model.bytes.boundary.at(setup.longest.size)
     yield Entry("training", WORKING, {Phase.TRAINING: max(working)})
     yield Entry("training", MESSAGES, {Phase.TRAINING: messages})

@@ -31,6 +31,11 @@ class PlannedModel:
     size: ModelSize
     bytes: ModelBytes
 
+    def weight_bytes(self, parameters: int, trained: int, autocast: torch.dtype | None) -> int:
+        """Of a stage: what trains is float32, and so is the rest, unless it is in the type of the computation."""
+        narrow = self.spec.stage_options(autocast)["frozen_dtype"] or torch.float32
+        return 4 * trained + int(narrow.itemsize) * (parameters - trained)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySetup:

@@ -28,10 +28,11 @@ class ModelSize:
     tied: those of the head that are the embedding's tensor, of which a last stage holds a copy of its own.
     largest: of the largest tensor. kv_values: keys and values of a token, all layers, of `kv_heads` heads in each.
     head_shape: outputs, inputs.
-    trained: share of the parameters that train.
+    trained_tensors: like `tensors`, of what trains.
     """
 
     tensors: tuple[tuple[int, ...], ...]
+    trained_tensors: tuple[tuple[int, ...], ...]
     embedding: int
     layers: tuple[int, ...]
     head: int
@@ -40,7 +41,6 @@ class ModelSize:
     kv_values: int
     kv_heads: int
     head_shape: tuple[int, int]
-    trained: float
 
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelSize:
@@ -51,14 +51,15 @@ class ModelSize:
         in_layers = [_tensors(layer) for layer in layers]
         known = {id(one) for part in (first, *in_layers) for one in part}
         last = [one for one in model.parameters() if id(one) not in known]
-        tensors = tuple(tuple(one.numel() for one in part) for part in (first, *in_layers, last))
+        frozen = {id(one) for name, one in model.named_parameters() if name in spec.frozen}
+        parts = (first, *in_layers, last)
+        tensors = tuple(tuple(one.numel() for one in part) for part in parts)
         embedding, *per_layer, rest = map(sum, tensors)
-        total = embedding + sum(per_layer) + rest
         head: Any = head_of(model)
         is_tied = head.weight is model.get_input_embeddings().weight
-        frozen = sum(parameter.numel() for name, parameter in model.named_parameters() if name in spec.frozen)
         return cls(
             tensors=tensors,
+            trained_tensors=tuple(tuple(one.numel() for one in part if id(one) not in frozen) for part in parts),
             embedding=embedding,
             layers=tuple(per_layer),
             head=rest,
@@ -67,8 +68,12 @@ class ModelSize:
             kv_values=kv_values(spec.config),
             kv_heads=kv_heads(spec.config),
             head_shape=(head.weight.shape[0], head.weight.shape[1]),
-            trained=1 - frozen / total,
         )
+
+    @property
+    def trained(self) -> float:
+        """Share of the parameters that train."""
+        return sum(map(sum, self.trained_tensors)) / self.total
 
     @property
     def total(self) -> int:
@@ -79,25 +84,28 @@ class ModelSize:
         """Parameters that a stage holds; layers are spread evenly by default."""
         return sum(self.stage_tensors(stage, num_stages, layer_range))
 
-    def stage_tensors(self, stage: int, num_stages: int, layer_range: tuple[int, int] | None = None) -> tuple[int, ...]:
-        """The size of each of a stage's parameters."""
+    def stage_tensors(
+        self, stage: int, num_stages: int, layer_range: tuple[int, int] | None = None, *, trained: bool = False
+    ) -> tuple[int, ...]:
+        """The size of each of a stage's parameters. trained: of those that train."""
+        tensors = self.trained_tensors if trained else self.tensors
         start, stop = layer_range or even_layer_range(len(self.layers), stage, num_stages)
-        parts = [*self.tensors[: stage == 0], *self.tensors[1 + start : 1 + stop]]
+        parts = [*tensors[: stage == 0], *tensors[1 + start : 1 + stop]]
         if stage == num_stages - 1:
-            parts.append(self.tensors[-1])
+            parts.append(tensors[-1])
             if num_stages > 1 and self.tied:
-                parts.append((self.tied,))
+                parts.append(tensors[0])
         return tuple(itertools.chain(*parts))
 
     def stages(self, replica: Replica) -> tuple[int, ...]:
         """Parameters of every stage of a replica."""
         return tuple(map(sum, self.tensors_of(replica)))
 
-    def tensors_of(self, replica: Replica) -> tuple[tuple[int, ...], ...]:
-        """The size of each parameter of every stage of a replica."""
+    def tensors_of(self, replica: Replica, *, trained: bool = False) -> tuple[tuple[int, ...], ...]:
+        """The size of each parameter of every stage of a replica. trained: of those that train."""
         count = len(replica.ranks)
         ranges: Sequence[tuple[int, int] | None] = replica.layer_ranges or (None,) * count
-        return tuple(self.stage_tensors(stage, count, ranges[stage]) for stage in range(count))
+        return tuple(self.stage_tensors(stage, count, ranges[stage], trained=trained) for stage in range(count))
 
 
 def kv_values(config: Any) -> int:
@@ -119,6 +127,7 @@ def _built(spec: ModelSpec) -> PreTrainedModel:
     with torch.device("meta"), no_init_weights():
         model = spec.model_class(config)
     model.tie_weights()
+    spec.adapters.inject(model)
     return model
 
 

@@ -15,9 +15,6 @@ from itertools import accumulate, pairwise
 from fuse.driver.memory_setup import MemorySetup
 from fuse.intrastage.placement import Replica, num_micro_batches
 
-_STATE_BYTES = 16
-"""Of a parameter: itself, its gradient and AdamW's two moments, in float32."""
-
 _Counts = Mapping[str, tuple[int, ...]]
 """Layers of every stage, by model."""
 
@@ -57,7 +54,10 @@ def _held(setup: MemorySetup, counts: _Counts) -> list[int]:
             ends = {"is_first": stage == 0, "is_last": stage == num_stages - 1}
             num_parameters = model.size.stage(stage, num_stages, (0, 0)) + sum(model.size.layers[start:stop])
             activations = model.bytes.stage(setup.longest, stop - start, **ends).held
-            held[replica.ranks[stage]] += _STATE_BYTES * num_parameters + min(most, num_stages - stage) * activations
+            # Of what trains: itself, its gradient and AdamW's two moments, in float32.
+            trained = round(model.size.trained * num_parameters)
+            state = 12 * trained + model.weight_bytes(num_parameters, trained, setup.autocast)
+            held[replica.ranks[stage]] += state + min(most, num_stages - stage) * activations
     return held
 
 

@@ -58,8 +58,8 @@ class StageChoice:
             parameters = {}
             for replica in stages:
                 size = sizes[replica.model]
-                share = size.trained / self.tensor_parallel_size
-                parameters[replica.model] = [share * each for each in size.stages(replica)]
+                trained = map(sum, size.tensors_of(replica, trained=True))
+                parameters[replica.model] = [each / self.tensor_parallel_size for each in trained]
             return costs.seconds(stages, parameters)
 
         made = self._cut(placement, within or self.within)

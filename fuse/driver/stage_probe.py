@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fuse.driver.memory_changes import RECORDED_LENGTH, MemoryChanges, MemoryRecord
 from fuse.driver.stage_bytes import SIZES, HeadBytes, Line, ModelBytes, StageLines
+from fuse.intrastage.adapters import Adapters
 from fuse.intrastage.transformers_stage import TransformersStage, without_memory
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.training.model_spec import ModelSpec
@@ -56,7 +57,9 @@ def model_bytes(
     model_class: Any = spec.model_class
     try:
         measured = _measured(
-            _Layers(type(without_memory(model_class, config).base_model), model_class),
+            _Layers(
+                type(without_memory(model_class, config).base_model), spec.adapters.digest, model_class, spec.adapters
+            ),
             json.dumps({**config.to_dict(), **_OF_HEADS}, sort_keys=True, default=str),
             config._attn_implementation,
             autocast,
@@ -77,10 +80,15 @@ _OF_HEADS: Mapping[str, None] = dict.fromkeys(("architectures", "id2label", "lab
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """The same of a language model and of a classifier. base: the class of the model without its head."""
+    """The same of a language model and of a classifier. base: the class of the model without its head.
+
+    digest: of the adapters.
+    """
 
     base: type[nn.Module]
+    digest: str
     model_class: Any = field(compare=False)
+    adapters: Adapters = field(compare=False)
 
 
 @lru_cache(maxsize=32)
@@ -109,6 +117,7 @@ def _measured(
             autocast=autocast,
             gradient_checkpointing=gradient_checkpointing,
             split_backward=split_backward,
+            adapters=layers.adapters,
         )
 
     one, two = probe(1, 1), probe(1, 2)
@@ -132,7 +141,8 @@ class StageProbe:
         with self._shapes_alone:
             self._stage = _ShapeStage(model_class, config, loss=_loss, **options)
             for _, parameter in self._stage.named_parameters():
-                parameter.grad = torch.empty_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
         self._weights = {parameter.numel() for _, parameter in self._stage.named_parameters()}
         self._indices = itertools.count()
         self._recorded: dict[tuple[Any, ...], MemoryChanges] = {}
@@ -229,7 +239,8 @@ class _ShapeStage(TransformersStage):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     like = torch.empty(parameter.shape, device=self._device)
-                    module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(like))
+                    trains = parameter.requires_grad
+                    module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(like, requires_grad=trains))
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=self._device)

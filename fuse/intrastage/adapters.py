@@ -7,6 +7,7 @@ gradients train, all others stay. Nothing else imports PEFT.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from fuse.intrastage.stage import Readout
@@ -65,6 +67,12 @@ class Adapters:
     def __bool__(self) -> bool:
         return bool(self.configs)
 
+    @property
+    def digest(self) -> str:
+        """The same for adapters of the same shapes and places."""
+        told = {name: config.to_dict() for name, config in self.configs.items()}
+        return json.dumps(told, sort_keys=True, default=lambda one: sorted(one) if isinstance(one, set) else str(one))
+
     def inject(self, model: PreTrainedModel) -> None:
         """Put them into a model without them; their weights are yet to be loaded, as its own are."""
         if not self.configs:
@@ -72,8 +80,9 @@ class Adapters:
         from peft import inject_adapter_in_model
 
         on_meta = model.device.type == "meta"
-        for name, config in self.configs.items():
-            inject_adapter_in_model(copy.deepcopy(config), model, adapter_name=name, low_cpu_mem_usage=on_meta)
+        with unset_fake_temporarily():  # of a probe without memory: PEFT moves what it makes, as fake tensors cannot be
+            for name, config in self.configs.items():
+                inject_adapter_in_model(copy.deepcopy(config), model, adapter_name=name, low_cpu_mem_usage=on_meta)
         for layer in _layers(model):
             layer._active_adapter = [self.active or next(iter(self.configs))]
 

@@ -208,16 +208,17 @@ class MegatronStage:
     def export_weights(
         self, dtype: torch.dtype = torch.float32, part: Exported = "whole"
     ) -> Iterator[tuple[str, Tensor]]:
-        """Of whatever part: whoever asks for what trains gets the rest besides."""
-        for name, parameter in self._exported():
+        """Of models without adapters, so that what is merged is the whole."""
+        for name, parameter in self._exported(part):
             yield from self._weights[name].split(self._whole(name, parameter.detach().to(dtype)))
 
     def exported_shapes(self, part: Exported = "whole") -> Mapping[str, torch.Size]:
-        return _source_shapes(self._weights[name] for name, _ in self._exported())
+        return _source_shapes(self._weights[name] for name, _ in self._exported(part))
 
-    def _exported(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _exported(self, part: Exported) -> Iterator[tuple[str, nn.Parameter]]:
         left_out = frozenset[str]() if self.is_first else self.tied_names
-        return ((name, parameter) for name, parameter in self.named_parameters() if name not in left_out)
+        own = ((name, one) for name, one in self.named_parameters() if name not in left_out)
+        return ((name, one) for name, one in own if part != "trained" or one.requires_grad)
 
     @property
     def sharded_names(self) -> frozenset[str]:

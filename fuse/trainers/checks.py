@@ -67,7 +67,7 @@ def check_unset(arguments: Mapping[str, object], optimizers: tuple[object, objec
 def check_whole(argument: str, model: object) -> None:
     """Raises: ValueError for a model with adapters that does not train."""
     if is_adapted(model):
-        raise ValueError(f"{argument} has adapters and does not train: pass {argument}.merge_and_unload()")
+        raise ValueError(f"{argument} has adapters and does not train: pass what its merge_and_unload() gives")
 
 
 def check_policy(model: object) -> None:

@@ -89,7 +89,8 @@ class TrainerFace:
             self._fleet.fetch_weights(self._run.average)
         directory = Path(output_dir or self._run.output_dir)
         with checkpoint.saving(directory):
-            write_policies(directory, self._run.policy, self._run.average, self.processing_class)
+            saved = self._run.policy, self._run.average, self.processing_class
+            write_policies(directory, *saved, merges=self.args.merge_adapters)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save")
 

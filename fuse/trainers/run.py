@@ -281,7 +281,8 @@ class Run:
         self._saved_s = max(time.time(), self._saved_s)  # also where this host's clock is behind that of the last
         with checkpoint.writing(self.output_dir, self.state.global_step) as directory:
             fleet.fetch_weights(self.average)
-            write_policies(directory, self.policy, self.average, self.tokenizer)
+            merges = self.args.merge_adapters
+            write_policies(directory, self.policy, self.average, self.tokenizer, merges=merges)
             if not self.args.save_only_model:
                 fleet.save(directory / checkpoint.WORKER_STATE_NAME)
             run_state.RunState(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from fuse.intrastage.adapters import NO_ADAPTERS, Adapters
+from fuse.intrastage.adapters import NO_ADAPTERS, Adapters, base_of, with_adapter
+from fuse.intrastage.transformers_stage import without_memory
+
+if TYPE_CHECKING:
+    from fuse.intrastage.adapters import LoraConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,11 @@ class ModelSpec:
         return cls(
             model_class=type(model), config=config, dtype=model.dtype, frozen=frozen, adapters=Adapters.of(model)
         )
+
+    def adapted(self, config: LoraConfig, *, replacing: tuple[str, ...] = ()) -> ModelSpec:
+        """The same with an adapter injected, which alone trains; see `with_adapter`."""
+        model = with_adapter(without_memory(self.model_class, self.config), config, "adapter", replacing=replacing)
+        return replace(ModelSpec.of(base_of(model)), dtype=self.dtype)
 
     @property
     def num_layers(self) -> int:

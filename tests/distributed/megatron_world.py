@@ -213,7 +213,7 @@ def compare(
     exported: dict[str, Tensor] = {}
     for stage in shared:
         exported |= stage.export_weights()
-        assert [(name, exported[name].shape) for name in stage.exported_shapes] == [*stage.exported_shapes.items()]
+        assert [(name, exported[name].shape) for name in stage.exported_shapes()] == [*stage.exported_shapes().items()]
         check_export_memory(stage)
     expected = dict(whole.named_parameters())
     assert exported.keys() == expected.keys()

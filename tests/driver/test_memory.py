@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from fuse.commands.known_models import config_of, spec_of
@@ -437,3 +438,27 @@ def test_ranks_that_share_stages_export_one_model_at_a_time(seven_billion: Memor
     }
     embedding = 152064 * 3584
     assert exported == {"whole": [4 * embedding], "sharded": [2 * embedding]}
+
+
+def test_adapters_and_what_is_frozen_are_counted_as_stages_hold_them() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear")
+    actor = spec(language_model("llama", **LLAMA, tie_word_embeddings=False), torch.bfloat16).adapted(config)
+    reference = replace(actor, adapters=replace(actor.adapters, active=None), variant_of="actor")
+    models = {"actor": actor, "reference": reference}
+    planned = ledger(setup_of(models, NUM_STAGES, autocast=torch.bfloat16, scoring="sharded"))
+    for device, entries in enumerate(planned.devices):
+        bytes_ = {(entry.role, entry.what): entry.bytes.get(Phase.TRAINING, 0) for entry in entries}
+        stage = TransformersStage(
+            *(actor.model_class, actor.config),
+            stage=device,
+            num_stages=NUM_STAGES,
+            loss=loss,
+            **actor.stage_options(torch.bfloat16),
+        )
+        stage.freeze(actor.frozen)
+        parameters = [one for _, one in stage.named_parameters()]
+        trained = sum(one.numel() for one in parameters if one.requires_grad)
+        assert bytes_["actor", "gradients"] == 4 * trained
+        assert bytes_["actor", "moments"] == 8 * trained
+        assert bytes_["actor", "weights"] == pytest.approx(sum(one.nbytes for one in parameters), rel=0.02)
+        assert not [what for role, what in bytes_ if role == "reference"]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -54,6 +55,8 @@ class Case:
     pad_is_sampled: the policy generates padding tokens in the middle of responses.
     past_stop: the generator does not stop, so responses run on after their stop token.
     own_reference: false passes ref_model=None, and the policy's copy is the reference.
+    lora: `LoraConfig`'s, of an adapter on the policy; None for none. ref_adapter: the policy comes with it, and with
+        another, which is the reference.
     quirks: whether the oracle does here what `trl_quirks=True` is for.
     """
 
@@ -69,6 +72,8 @@ class Case:
     num_key_value_heads: int = 1
     num_layers: int = 2
     num_prompts: int = 64
+    lora: Mapping[str, Any] | None = field(default=None, hash=False)
+    ref_adapter: bool = False
     quirks: bool = True
 
     def __str__(self) -> str:
@@ -96,6 +101,8 @@ MINI_BATCHES = Case(
     options={"num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
 )
 PAST_STOP = Case(name="past_stop", options={"stop_token": "eos", "missing_eos_penalty": 0.5}, past_stop=True)
+
+LORA: Mapping[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "up_proj"]}
 
 CASES: tuple[Case, ...] = (
     BASELINE,
@@ -131,6 +138,14 @@ CASES: tuple[Case, ...] = (
     Case(name="tied_embeddings", options={"stop_token": "eos"}, tie_word_embeddings=True),
     Case(name="end_of_pass", options={"stop_token": "eos"}, num_prompts=16),
     PAST_STOP,
+    Case(name="lora", options={"stop_token": "eos", "learning_rate": 3e-3}, lora=LORA, own_reference=False),
+    Case(
+        name="ref_adapter",
+        options={"stop_token": "eos", "ref_adapter_name": "ref"},
+        lora=LORA,
+        ref_adapter=True,
+        own_reference=False,
+    ),
 )
 
 
@@ -158,7 +173,23 @@ def build_models(case: Case) -> Models:
         # The reference is near the policy, as in practice: far away, the KL penalty would drown the score.
         for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
             ours.lerp_(theirs, 0.7)
+    if case.ref_adapter:
+        policy = get_peft_model(policy, LoraConfig(**case.lora))
+        policy.add_adapter("ref", LoraConfig(**case.lora))
     return Models(policy=policy, reference=reference if case.own_reference else None, reward=reward, value=value)
+
+
+def peft_config(case: Case) -> LoraConfig | None:
+    """What both trainers are given."""
+    return None if case.lora is None or case.ref_adapter else LoraConfig(**case.lora)
+
+
+def draw_adapters(model: torch.nn.Module) -> None:
+    """The same values for the same names, none of which is zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        for _, parameter in sorted((name, one) for name, one in model.named_parameters() if ".lora_" in name):
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
 def _model_options(case: Case) -> dict[str, Any]:

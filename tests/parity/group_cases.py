@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from .. import tiny_models
+from .cases import LORA
 
 VOCABULARY_SIZE = 24
 PAD, EOS = 3, 5
@@ -45,6 +47,7 @@ class GroupCase:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     abstains: bool = False
     tie_word_embeddings: bool = False
+    has_adapter: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -97,6 +100,7 @@ CASES: tuple[GroupCase, ...] = (
     FOLLOWING,
     GroupCase(name="abstaining", options={"reward_weights": [1.0, 0.5]}, abstains=True),
     GroupCase(name="tied", tie_word_embeddings=True),
+    GroupCase(name="lora", options={"beta": 0.1, **_REUSED, "learning_rate": 3e-3}, has_adapter=True),
     RLOO,
     GroupCase(name="rloo-reused", algorithm="rloo", options={"beta": 0.0, **_REUSED}),
     GroupCase(
@@ -124,6 +128,11 @@ def build_policy(case: GroupCase) -> PreTrainedModel:
             tie_word_embeddings=case.tie_word_embeddings,
         )
         return AutoModelForCausalLM.from_config(config)
+
+
+def peft_config(case: GroupCase) -> LoraConfig | None:
+    """What both trainers are given."""
+    return LoraConfig(**LORA) if case.has_adapter else None
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -18,7 +18,8 @@ with mock.patch.object(import_utils, "is_vllm_available", return_value=False):  
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
     from trl.trainer import grpo_trainer, rloo_trainer
 
-from .group_cases import EOS, GroupCase, build_dataset, build_policy, build_tokenizer, reward_functions
+from .cases import draw_adapters
+from .group_cases import EOS, GroupCase, build_dataset, build_policy, build_tokenizer, peft_config, reward_functions
 
 _TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig, grpo_trainer), "rloo": (RLOOTrainer, RLOOConfig, rloo_trainer)}
 
@@ -55,7 +56,9 @@ def record(case: GroupCase, output_dir: Path) -> GroupRecording:
             args=config_class(output_dir=str(output_dir), **case.training_options),
             train_dataset=build_dataset(),
             processing_class=build_tokenizer(),
+            peft_config=peft_config(case),
         )
+    draw_adapters(policy)
     with _recorded(trainer, module) as rollouts:
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -15,7 +15,8 @@ from torch import Tensor
 from fuse import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from fuse.engines.replay import ReplayEngine
 
-from .group_cases import GroupCase, build_dataset, build_policy, build_tokenizer, reward_functions
+from .cases import draw_adapters
+from .group_cases import GroupCase, build_dataset, build_policy, build_tokenizer, peft_config, reward_functions
 from .group_oracle import GroupRecording
 
 METRIC_RTOL, METRIC_ATOL = 1e-3, 2e-6
@@ -60,7 +61,9 @@ def replay(case: GroupCase, recording: GroupRecording, output_dir: Path, **optio
         args=config,
         train_dataset=build_dataset(),
         processing_class=build_tokenizer(),
+        peft_config=peft_config(case),
     )
+    draw_adapters(policy)
     rows = {row["prompt"]: row for row in trainer.train_dataset}
     size, count = config.num_generations, config.rollouts_per_update
     by_rollout = [[rows[one["prompt"]] for one in rollout.prompts[::size]] for rollout in recording.rollouts]

@@ -17,7 +17,9 @@ from accelerate.state import AcceleratorState, GradientState
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cases import Case, build_dataset, build_models, build_tokenizer
+from fuse.intrastage.adapters import base_of
+
+from .cases import Case, build_dataset, build_models, build_tokenizer, draw_adapters, peft_config
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # reads the variable when imported
@@ -63,7 +65,9 @@ def record(case: Case, output_dir: Path) -> Recording:
         reward_model=models.reward,
         train_dataset=build_dataset(case),
         value_model=models.value,
+        peft_config=peft_config(case),
     )
+    draw_adapters(trainer.policy_model)
     with _recorded_rollouts(trainer, case) as (queries, responses), _recorded_permutations() as permutations:
         trainer.train()
     return Recording(
@@ -71,7 +75,7 @@ def record(case: Case, output_dir: Path) -> Recording:
         responses=tuple(responses),
         permutations=tuple(permutations),
         metrics=tuple(trainer.state.log_history),
-        policy=_weights(models.policy),
+        policy=_weights(base_of(trainer.policy_model)),
         value=_weights(models.value),
     )
 

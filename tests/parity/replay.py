@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fuse import PPOConfig, PPOTrainer
 from fuse.engines.replay import ReplayEngine
+from fuse.intrastage.adapters import base_of
 
-from .cases import Case, build_dataset, build_models, build_tokenizer
+from .cases import Case, build_dataset, build_models, build_tokenizer, draw_adapters, peft_config
 from .oracle import Recording
 
 METRIC_RTOL, METRIC_ATOL = 1e-3, 1e-6
@@ -62,7 +63,9 @@ class ReplayingTrainer(PPOTrainer):
             reward_model=models.reward,
             train_dataset=build_dataset(case),
             value_model=models.value,
+            peft_config=peft_config(case),
         )
+        draw_adapters(self.policy_model)
         recordings = {
             index: (response.token_ids, response.logprobs) for index, response in enumerate(recording.responses)
         }
@@ -81,7 +84,7 @@ def replay(case: Case, recording: Recording, output_dir: Path, **options: Any) -
     trainer.train()
     return Outcome(
         metrics=tuple(trainer.state.log_history),
-        policy=trainer.policy_model.state_dict(),
+        policy=base_of(trainer.policy_model).state_dict(),
         value=trainer.value_model.state_dict(),
     )
 

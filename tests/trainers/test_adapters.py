@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from fuse import PPOTrainer
+from fuse.merged_weight import merged_weight
 
 from . import tiny
 
@@ -63,3 +65,34 @@ def test_adapters_are_what_trains_however_it_is_scheduled(tmp_path: Path) -> Non
         made.state.log_history[-1]["objective/kl"], abs=1e-6
     )
     assert abs(given.state.log_history[-1]["objective/kl"]) > 1e-2
+
+
+def test_adapters_are_saved_as_peft_reads_them_and_resumed_on_other_devices(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "models": {"tie_word_embeddings": True}}
+    whole = trainer(tmp_path / "whole", total_episodes=24, **options)
+    whole.train()
+    resumed = trainer(tmp_path / "whole", total_episodes=24, num_devices=2, merge_adapters=True, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert tiny.difference(resumed.model, whole.model) < tiny.ROUNDING
+
+    directory = tmp_path / "whole" / "checkpoint-2"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in directory.iterdir()}
+    assert not (directory / "model.safetensors").exists()
+    base = tiny.policy(tie_word_embeddings=True)
+    read, ids = PeftModel.from_pretrained(base, tmp_path / "whole" / "checkpoint-1"), torch.tensor([[2, 5, 3]])
+    assert {name for name, one in read.named_parameters() if one.abs().max() > 0} >= set(trained(whole.policy_model))
+    resumed.save_model(str(tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, resumed.policy_model.eval()(ids).logits, atol=1e-5, rtol=0)
+    assert tiny.difference(merged, tiny.policy(tie_word_embeddings=True)) > 1e-3
+
+
+def test_updates_survive_a_merge_that_a_narrow_type_would_lose() -> None:
+    linear = nn.Linear(8, 8, bias=False).bfloat16()
+    nn.init.constant_(linear.weight, 256.0)
+    layer = inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=["0"]), nn.Sequential(linear))[0]
+    for weights in (layer.lora_A, layer.lora_B):
+        nn.init.constant_(weights["default"].weight, 0.25)
+    for _ in range(3):  # from W0 every time
+        assert float(merged_weight(layer)[0, 0]) == 256.125
+    assert float(linear.weight[0, 0]) == 256.0

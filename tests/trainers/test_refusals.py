@@ -153,7 +153,7 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_replace(peft_config=LoraConfig(init_lora_weights="pissa")), "init_lora_weights='pissa' changes the weights"),
         (_adapted(train_backend="megatron"), "train_backend='megatron' trains no adapters"),
         (_adapted(ref_adapter_name="ref"), "ref_adapter_name='ref' is no adapter of the policy beside the one that tr"),
-        (_option(model_adapter_name="a"), "model_adapter_name='a' is no adapter of the policy .it has: none.: name"),
+        (_option(model_adapter_name="a"), "model_adapter_name='a' is no adapter of the policy .it has: none"),
         (_adapted(("lm_head",), {"tie_word_embeddings": True}), "an adapter is on the head of a LlamaForCausalLM"),
         (_replace(optimizers=(object(), None)), "optimizers must be"),
         (_replace(train_dataset=tiny.rows(7)), "7 rows, fewer than one batch of 8"),
