@@ -143,7 +143,9 @@ class TransformersStage:
         self._prune(plan)
         for name, parameter in self.named_parameters():  # buffers keep the type that they are computed in
             is_narrow = frozen_dtype is not None and parameter.dim() > 1 and name in frozen
-            parameter.data = parameter.data.to(frozen_dtype if is_narrow else dtype)
+            wanted = frozen_dtype if is_narrow else dtype
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
         self._materialise()
         self._in_flight = InFlight(SplitBackward(self.model) if split_backward else None)
         if gradient_checkpointing:

@@ -119,8 +119,9 @@ def check_models(models: Mapping[str, PreTrainedModel], backend: Literal["transf
         ModelSpec.of(model)
         _check_kind(role, model)
     for (role, model), (other_role, other_model) in combinations(models.items(), 2):
-        if model is not other_model or other_role != "reference":  # which is an actor without its adapters
-            _check_shares_nothing(role, model, other_role, other_model)
+        if model is other_model and (role, other_role) == (GENERATING, "reference"):
+            continue  # which is the actor without its adapters
+        _check_shares_nothing(role, model, other_role, other_model)
     for role in training(models):
         check_trainable(models[role], backend)
         _warn_of_dropout(role, models[role])
