@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from .cases import BASELINE, CASES, EOS, PAD, Case, build_models
+from fuse.intrastage.adapters import base_of
+
+from .cases import BASELINE, CASES, EOS, PAD, Case, build_models, draw_adapters, peft_config
 from .oracle import Recording, record
 
 Recorded = Callable[[Case], Recording]
@@ -24,7 +27,11 @@ def lengths(recording: Recording) -> list[int]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_moves_the_weights_far_beyond_the_tolerance(case: Case, recorded: Recorded) -> None:
     recording, initial = recorded(case), build_models(case)
-    for before, after in ((initial.policy, recording.policy), (initial.value, recording.value)):
+    policy, config = initial.policy, peft_config(case)
+    if config is not None:
+        policy = get_peft_model(policy, config)
+    draw_adapters(policy)
+    for before, after in ((base_of(policy), recording.policy), (initial.value, recording.value)):
         moved = max((after[name] - weight).abs().max().item() for name, weight in before.state_dict().items())
         assert moved > 1e-3
 
