@@ -82,8 +82,8 @@ class TransformersEngine:
         self._max_prefill_tokens = max_prefill_tokens
         self._model = model.eval()
         has_slot_attention = use_slot_attention(model)
-        if model.device.type == "cpu":
-            use_few_rows(model)
+        if model.device.type == "cpu" and speculation != "off":
+            use_few_rows(model)  # which rounds otherwise, as steps that verify drafts do anyway
         self._cache = SlotCache(max_rows=max_batch, max_context=self._max_context, device=model.device)
         self._decoder = Decoder(model, self._cache, has_slot_attention=has_slot_attention, num_tokens=num_tokens)
         self._positions = torch.arange(round_up(self._max_context), device=model.device)

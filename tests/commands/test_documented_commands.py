@@ -22,7 +22,7 @@ from ..tiny_models import build, classifier
 from ..worker_pool import WorkerPool
 
 ELSEWHERE = {"recipe", "chat", "watch", "bench"}
-SHORTER = {"train": ["--total-episodes", "192", "--num-ppo-epochs", "1"], "solve": ["--time-limit", "1"]}
+SHORTER = {"train": ["--total-episodes", "192", "--num-ppo-epochs", "2"], "solve": ["--time-limit", "1"]}
 ONE_UPDATE = ["--max-steps", "1", "--use-cpu", "--report-to", "none"]
 REWARDS = """
 def exact(prompts, responses, **columns):

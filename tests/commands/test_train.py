@@ -379,6 +379,7 @@ def test_every_option_of_the_help_works_and_says_its_default(
     config = {field.name for field in dataclasses.fields(CONFIGS[algorithm])}
     commands = {"model", "ref_model", "reward_function", "reward_model", "value_model", "tokenizer", "pad_token"}
     commands |= {"dataset", "eval_dataset", "prompt_column", "json", "algorithm"}
+    commands |= {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
     assert names >= commands
     unknown = names - config - commands - {"help", "help_all", "config"}
     assert not unknown

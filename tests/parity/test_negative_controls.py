@@ -57,12 +57,8 @@ def biased_variance(patch: pytest.MonkeyPatch) -> None:
 
 
 def reference_without_temperature(patch: pytest.MonkeyPatch) -> None:
-    right = scoring.reference_logprobs
-
-    def reference_logprobs(model: Any, sequences: Any, temperature: float, **options: Any) -> Any:
-        return right(model, sequences, 1.0, **options)
-
-    patch.setattr(scoring, "reference_logprobs", reference_logprobs)
+    right = scoring.log_probabilities
+    patch.setattr(scoring, "log_probabilities", lambda temperature, *args: right(1.0, *args))
 
 
 def responses_not_cut_after_their_stop_token(patch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_results_are_written_after_each_point(
 
     monkeypatch.setattr(command, "_measure", measure)
     monkeypatch.setattr(command, "_print", lambda *_: None)
-    options = ["--sweep", "batch=8,16,32", "--json", str(path)]
+    options = ["--sweep", "batch=8,16,32", "--mini-batches", "1", "--json", str(path)]
     gc.disable()
     try:
         assert cli.main(["bench", "iteration", *options]) == 2

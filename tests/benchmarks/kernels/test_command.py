@@ -31,6 +31,7 @@ SMALL = {
     "decode_attention": (partial(cases.decode_attention_cases, rows=2, kv_heads=1, context=9, head_dim=8),),
     "kv_blocks": (partial(cases.kv_blocks_cases, num_layers=2, num_tokens=3, head_dim=4),),
     "schedules": (partial(schedule_cases, num_ranks=2, num_micro_batches=2),),
+    "skinny_linear": (partial(cases.skinny_linear_cases, outs=5, width=8),),
     "linear_logprob": (
         partial(cases.linear_logprob_cases, num_tokens=5, vocab_size=40, hidden_size=8),
         partial(cases.linear_logprob_cases, num_tokens=5, vocab_size=40, hidden_size=8, dtype=torch.bfloat16),
@@ -89,7 +90,7 @@ def test_writes_complete_rows_of_every_kernel(tmp_path, monkeypatch, capsys):
         found.setdefault(row["kernel"], []).append((row["pass"], row["dtype"], row["reference"]))
     assert found.keys() == {
         "gae", "shaped_gae", "sample_tokens", "decode_attention", "kv_gather", "kv_scatter", "linear_logprob",
-        "schedule_evaluation", "local_search",
+        "skinny_linear", "schedule_evaluation", "local_search",
     }  # fmt: skip
     references = ("log_softmax and gather", "checkpointed chunks")
     passes = ("forward", "forward_backward")
