@@ -47,6 +47,7 @@ _BASELINES = {
     "Zero-bubble V": (zero_bubble_v, Form(laps=2, turns=True, halves=True)),
 }
 """One model after the other."""
+_SOLVED = {"solved": WHOLE, "solved, halves": Form(halves=True)}
 
 
 def playground_problem(num_models: int, num_stages: int, num_micro_batches: int, form: Form = WHOLE) -> Problem:
@@ -117,11 +118,12 @@ def _known(
         ]
         if models == 2:
             tell(f"solving: {number} of {len(sizes)}")
-            problem = playground_problem(models, stages, count)
             if count % (stages // 2) == 0:
-                found.append(("Chimera's order", WHOLE, _chimera(problem)))
-            solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=0)
-            found.append(("solved", WHOLE, solution.schedule))
+                found.append(("Chimera's order", WHOLE, _chimera(playground_problem(models, stages, count))))
+            for name, form in _SOLVED.items():
+                problem = playground_problem(models, stages, count, form)
+                solution = solve(problem, time_limit_s=time_limit_s, num_workers=num_workers, seed=0)
+                found.append((name, form, solution.schedule))
         yield models, stages, count, found
 
 
