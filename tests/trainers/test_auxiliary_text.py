@@ -149,7 +149,7 @@ def test_without_rewards_that_differ_a_run_is_supervised_fine_tuning(tmp_path: P
             labels = torch.tensor([[token if i in row.learnt else -100 for i, token in enumerate(row.input_ids)]])
             mean = model(input_ids=torch.tensor([row.input_ids]), labels=labels).loss
             (0.5 * mean * len(row.learnt) / num_learnt).backward()
-            total += float(mean) * len(row.learnt) / num_learnt
+            total += mean.item() * len(row.learnt) / num_learnt
         losses.append(total)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
