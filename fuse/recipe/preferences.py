@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-Messages = list[dict[str, str]]
-Text = str | Messages
-"""As people write it, or a list of chat messages."""
+from fuse.trainers.response_tokens import Text
+
 COLUMNS = ("prompt", "chosen", "rejected")
 _NAMED_ROWS = 10
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fuse.recipe.preferences import BadRow, Text, texts_of
-from fuse.recipe.tokens import token_ids
+from fuse.recipe.preferences import BadRow, texts_of
+from fuse.trainers.response_tokens import Text, with_responses
 from fuse.training.reading import TokenSequence
 
 _PIECE = 64
@@ -76,7 +76,7 @@ def tokens_of(prompt: Text, response: Text, tokenizer: PreTrainedTokenizerBase) 
 
     Raises: ValueError where there are none.
     """
-    prompt_ids, response_ids = token_ids(prompt, (response,), tokenizer)
+    prompt_ids, response_ids = with_responses(prompt, (response,), tokenizer)
     return TokenSequence(prompt_ids, response_ids)
 
 

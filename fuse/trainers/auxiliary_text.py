@@ -16,9 +16,9 @@ from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.engines.limits import num_positions
 from fuse.intrastage.cost_profile import Shape
-from fuse.trainers.data import MESSAGES, TOKENS, prompt_rows, read_rows
+from fuse.trainers.data import MESSAGES, TOKENS, read_rows
 from fuse.trainers.prompts import counted_tokens
-from fuse.trainers.response_tokens import response_ids
+from fuse.trainers.response_tokens import with_responses
 from fuse.trainers.token_ids import token_ids
 from fuse.training.auxiliary import Text, text_batches
 from fuse.training.steps import OptimizerStep
@@ -207,9 +207,9 @@ def _of_response(prompt: Any, response: Any, tokenizer: PreTrainedTokenizerBase)
         response = [{"role": "assistant", "content": response}]
     if isinstance(prompt, str) and not isinstance(response, str):
         raise ValueError("the prompt is a string and the response is not: give both as strings, or as messages")
-    [row] = prompt_rows([{PROMPT: prompt}], tokenizer, prompt_column=PROMPT, response_length=1)
-    ids = [*row[TOKENS], *response_ids(prompt, response, row[TOKENS], tokenizer)]
-    return Text(tuple(ids), tuple(range(len(row[TOKENS]), len(ids))))
+    prompt_ids, own_ids = with_responses(prompt, (response,), tokenizer)
+    ids = (*prompt_ids, *own_ids)
+    return Text(ids, tuple(range(len(prompt_ids), len(ids))))
 
 
 def _check_tokens(texts: Sequence[Text], policy: PretrainedConfig) -> None:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
-from fuse.trainers.data import TOKENS
+from fuse.trainers.data import TOKENS, prompt_rows
 
 Text = str | list[dict[str, str]]
 """A string, or chat messages."""
 
 
-def response_ids(prompt: Text, response: Text, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def with_responses(prompt: Text, responses: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of a prompt, and of responses to it with their ends.
+
+    Raises: ValueError where there are none, or a chat template that does not continue a prompt.
+    """
+    try:
+        [row] = prompt_rows([{"prompt": prompt}], tokenizer, prompt_column="prompt", response_length=1)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("dataset row 0 has ")) from error
+    prompt_ids: list[int] = row[TOKENS]
+    return [prompt_ids, *(_response_ids(prompt, one, prompt_ids, tokenizer) for one in responses)]
+
+
+def _response_ids(prompt: Text, response: Text, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Up to and with the end of sequence, where generation would stop. prompt_ids: of the prompt.
 
     Raises: ValueError where there are none, or a chat template does not continue the prompt.

@@ -103,17 +103,21 @@ def solve(
     portfolio.offer_constructions()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="solve") as workers:
         try:
-            for phase in (portfolio.shorten, portfolio.lower_peak):
-                if phase == portfolio.lower_peak:
-                    deadline.end_within(memory_time_s)
-                running = [workers.submit(phase, worker) for worker in range(num_workers)]
-                wait(running, return_when=FIRST_EXCEPTION)
-                for finished in running:
-                    if finished.done():
-                        finished.result()
+            _side_by_side(portfolio.shorten, workers, num_workers)
+            deadline.end_within(memory_time_s)
+            _side_by_side(portfolio.lower_peak, workers, num_workers)
         finally:
             deadline.end_now()  # on an error too, or the other workers would keep the pool open
     return _solution(portfolio, problem, factor)
+
+
+def _side_by_side(phase: Callable[[int], None], workers: ThreadPoolExecutor, num_workers: int) -> None:
+    """Have all workers do it; raises what the first of them does that fails."""
+    running = [workers.submit(phase, worker) for worker in range(num_workers)]
+    wait(running, return_when=FIRST_EXCEPTION)
+    for finished in running:
+        if finished.done():
+            finished.result()
 
 
 def _in_own_ticks(improvement: Improvement, factor: int) -> Improvement:
