@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from fuse import checkpoint, roles
+from fuse import checkpoint, garbage, roles
 from fuse.activity import Activity
 from fuse.algorithms.algorithm import Algorithm
 from fuse.config.memory import within_memory
@@ -253,7 +253,8 @@ class Trainer(TrainerFace):
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
             self._fleet = fleet
             try:
-                yield fleet
+                with garbage.set_apart():
+                    yield fleet
             finally:
                 self._fleet = None
 
