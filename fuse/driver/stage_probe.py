@@ -60,7 +60,7 @@ def model_bytes(
             _Layers(
                 type(without_memory(model_class, config).base_model), spec.adapters.digest, model_class, spec.adapters
             ),
-            json.dumps({**config.to_dict(), **_OF_HEADS}, sort_keys=True, default=str),
+            json.dumps({**config.to_dict(), **_LEFT_OUT}, sort_keys=True, default=str),
             config._attn_implementation,
             autocast,
             gradient_checkpointing,
@@ -74,8 +74,10 @@ def model_bytes(
     return measured(head=HeadBytes(*head_shape, (autocast or torch.float32).itemsize, device))
 
 
-_OF_HEADS: Mapping[str, None] = dict.fromkeys(("architectures", "id2label", "label2id", "pad_token_id", "problem_type"))
-"""What only heads look at in a configuration, or takes no memory."""
+_LEFT_OUT: Mapping[str, None] = dict.fromkeys(
+    ("_name_or_path", "architectures", "id2label", "label2id", "pad_token_id", "problem_type")
+)
+"""What only heads look at in a configuration, where it is from, and what takes no memory."""
 
 
 @dataclass(frozen=True, slots=True)

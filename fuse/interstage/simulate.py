@@ -264,6 +264,8 @@ class Simulation:
         )
 
     def _left_to_score(self, device: int) -> float:
+        if self._jobs[device] is None:
+            return 0.0
         since_s = self._busy_since_s[device] if self._scoring[device] else None
         elapsed_s = 0.0 if since_s is None else self._now_s - since_s
         return left_to_score(self._costs, int(self._inferring_tokens[device]), elapsed_s)

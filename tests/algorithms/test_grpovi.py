@@ -146,7 +146,7 @@ def merged(rewards: list[float], p: list[float]) -> tuple[list[float], list[floa
     return list(masses.values()), list(masses)
 
 
-@settings(max_examples=300)
+@settings(max_examples=8 * settings.default.max_examples)
 @given(group=groups)
 def test_equals_both_algorithms_of_the_paper(group: tuple[list[float], list[float]]) -> None:
     rewards, logprobs = group
@@ -167,7 +167,7 @@ def test_equals_the_points_that_the_algorithms_find() -> None:
             assert algorithm(softmax(logprobs), rewards, -0.5, 1.5)[0] == expected
 
 
-@settings(max_examples=300)
+@settings(max_examples=8 * settings.default.max_examples)
 @given(group=groups | skewed_groups)
 def test_keeps_expectation_and_order_and_never_lowers_the_variance(group: tuple[list[float], list[float]]) -> None:
     rewards, logprobs = group
@@ -187,13 +187,13 @@ def test_keeps_expectation_and_order_and_never_lowers_the_variance(group: tuple[
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=8 * settings.default.max_examples)
 @given(group=groups | skewed_groups)
 def test_has_at_most_one_value_inside_the_range(group: tuple[list[float], list[float]]) -> None:
     assert len({value for value in adjust(*group, (0, 1)) if value not in (0.0, 1.0)}) <= 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(group=groups, data=st.data())
 def test_does_not_depend_on_the_order_of_samples(group: tuple[list[float], list[float]], data: st.DataObject) -> None:
     rewards, logprobs = group

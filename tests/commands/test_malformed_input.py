@@ -1,6 +1,6 @@
 """Whatever a command is given, it ends with status 0, or with status 2 and one line.
 
-FUSE_FUZZ_CASES: cases per command, e.g. 500 (default: 40).
+FUSE_EXAMPLES: cases per command, e.g. 500.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -35,7 +34,6 @@ from schedules.fused.solve import solution_to_json, solve
 from schedules.instances import actor_and_critic
 
 CASES = settings(
-    max_examples=int(os.environ.get("FUSE_FUZZ_CASES", "40")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -32,7 +33,7 @@ from schedules.random_problems import random_problem, random_schedule
 from schedules.walk import channel_from, channel_into
 
 from .fake_nccl import Deadlock, FakeNccl
-from .linear import TIMEOUT_S, Training, problem_of
+from .linear import TIMEOUT_S, Training, Weights, problem_of
 
 PLENTY = 64
 SLOTS = [0, PLENTY]
@@ -89,6 +90,7 @@ FAMILIES: dict[str, tuple[Callable[[Problem], Schedule], Placed, bool]] = {
 }
 
 
+@cache
 def training_of(family: str) -> Training:
     make, placed, splits = FAMILIES[family]
     num_ranks = 1 + max(max(ranks) for _, ranks, _ in placed)
@@ -96,10 +98,16 @@ def training_of(family: str) -> Training:
     return Training(make(problem), models)
 
 
+@cache
+def expected_of(training: Training) -> Weights:
+    """The same under all rules."""
+    return training.expected()
+
+
 def check(training: Training, slots: int) -> FakeNccl:
     """Have all devices profile and train; their weights are those of one process."""
     world = FakeNccl(training.num_devices, slots)
-    expected = training.expected()
+    expected = expected_of(training)
     found = world.run(training.run)
     assert {key for weights in found for key in weights} == expected.keys()
     for weights in found:

@@ -37,7 +37,14 @@ from fuse.training.model_spec import ModelSpec
 
 from ..tiny_models import ModelKind, build, classifier, language_model, spread
 
-LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of most tests: layers are measured once, and take longer than what is asked of them."""
 NUM_STAGES = 2
 
 
@@ -134,7 +141,7 @@ def test_known_models_have_their_published_size(name: str, parameters: int) -> N
 def test_activations_are_those_that_stages_hold(
     sequences: int, checkpointing: bool, autocast: torch.dtype | None, split: bool
 ) -> None:
-    kind = language_model(**LLAMA, num_key_value_heads=2, vocab_size=4096)
+    kind = language_model(**LLAMA, vocab_size=4096)
     planned = planned_models(
         {"actor": spec(kind)},
         autocast=autocast,
@@ -210,7 +217,7 @@ def test_weights_gradients_and_moments_are_what_training_allocates(decay: float 
 
 
 def test_the_cache_is_what_the_engine_allocates() -> None:
-    kind = language_model(**LLAMA, num_key_value_heads=2, max_position_embeddings=128)
+    kind = language_model(**LLAMA)
     setup = setup_of({"actor": spec(kind)}, 1, prompt_tokens=16, response_tokens=84, engine_batch_size=4)
     engine = TransformersEngine(spread(build(kind)), max_batch=4, max_context=100)
     params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=84)
@@ -224,7 +231,7 @@ def test_the_cache_is_what_the_engine_allocates() -> None:
 
 def test_devices_that_share_an_engine_hold_a_part_of_it() -> None:
     """Of the cache no less than one head's: here there are two."""
-    kind = language_model(**LLAMA, num_key_value_heads=2)
+    kind = language_model(**LLAMA)
     setup = setup_of({"actor": spec(kind)}, 4, engine="vllm", prompt_tokens=64, response_tokens=64)
 
     def held(engine_devices: int, what: str, **options: Any) -> int:
@@ -318,7 +325,7 @@ def test_shares_and_sleeping_engines_leave_room(seven_billion: MemorySetup) -> N
 
 
 def test_a_critic_that_one_device_trains_whole_is_scored_as_it_is() -> None:
-    models = {"actor": spec(language_model()), "critic": spec(classifier())}
+    models = {"actor": spec(language_model(**LLAMA)), "critic": spec(classifier(**LLAMA))}
     planned = ledger(setup_of(models, 1, placement=(Replica("actor", 0, (0,)), Replica("critic", 0, (0,)))))
     assert parts(planned, "critic", "scoring copy") == 0
     assert parts(ledger(setup_of(models, 2)), "critic", "scoring copy") > 0
@@ -368,7 +375,7 @@ def test_more_takes_more(seven_billion: MemorySetup) -> None:
 @pytest.mark.parametrize("num_devices", [2, 3])
 def test_opposite_replicas_hold_everything_that_trains_twice(num_devices: int) -> None:
     """Each rank its own stage and the one of the rank it exchanges gradients with, which share the moments of both."""
-    models = {"actor": spec(language_model(**LLAMA, num_key_value_heads=2))}
+    models = {"actor": spec(language_model(**LLAMA))}
     placement = place("actor", num_devices, num_devices)
     plain = ledger(setup_of(models, num_devices, placement=placement))
     both = ledger(setup_of(models, num_devices, placement=with_opposites(placement)))
@@ -401,8 +408,8 @@ def test_opposite_replicas_hold_everything_that_trains_twice(num_devices: int) -
 
 def test_cuts_by_size_leave_the_fullest_device_about_as_little_as_any() -> None:
     """All are tried. A vocabulary takes as much as some layers; one model's head is beside the other's embedding."""
-    config = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "vocab_size": 4096}
-    specs = {"actor": spec(language_model("llama", **config)), "critic": spec(classifier("llama", **config))}
+    config = {**LLAMA, "num_hidden_layers": 6, "vocab_size": 4096}
+    specs = {"actor": spec(language_model(**config)), "critic": spec(classifier(**config))}
     setup = setup_of(specs, 3, response_tokens=16, prompt_tokens=16)
 
     def peak(placement: tuple[Replica, ...]) -> int:
@@ -419,7 +426,7 @@ def test_cuts_by_size_leave_the_fullest_device_about_as_little_as_any() -> None:
 
 
 def test_a_cut_by_size_that_changes_nothing_is_none() -> None:
-    setup = setup_of({"actor": spec(language_model("llama", num_hidden_layers=2))}, 2)
+    setup = setup_of({"actor": spec(language_model(**{**LLAMA, "num_hidden_layers": 2}))}, 2)
     assert cut_by_size(setup) is setup.placement
 
 

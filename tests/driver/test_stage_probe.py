@@ -1,4 +1,4 @@
-"""What a stage takes at any length is known from one run, which models that differ by their heads share."""
+"""What a stage takes at any length is known from one run, which models that differ by head or directory share."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_a_stage_that_scales_otherwise_is_run_at_each_length() -> None:
     assert changes.kept(0) != probe.run_training(RECORDED_LENGTH).at(64).kept(0)
 
 
-def test_models_that_differ_by_their_heads_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_differ_by_head_or_directory_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stage_probe._measured.cache_clear()
-    own = bytes_of(classifier())
+    own = bytes_of(classifier(name_or_path="one"))
     stage_probe._measured.cache_clear()
-    language = bytes_of(language_model())
+    language = bytes_of(language_model(name_or_path="other"))
 
     def never(model_class: type[PreTrainedModel], *arguments: Any, **options: Any) -> None:
         raise AssertionError(model_class)

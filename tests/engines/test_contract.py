@@ -102,6 +102,17 @@ def generate(make_engine: MakeEngine, requests: Sequence[GenerationRequest], max
     return run(make_engine(requests, max_batch), requests)
 
 
+_UNDISTURBED: dict[tuple[str, bool], Outputs] = {}
+
+
+def undisturbed(make_engine: MakeEngine, requests: list[GenerationRequest]) -> Outputs:
+    """What the engine generates of RAGGED or FILTERED in one batch; once for all tests."""
+    key = make_engine.__name__, requests is FILTERED
+    if key not in _UNDISTURBED:
+        _UNDISTURBED[key] = generate(make_engine, requests)
+    return _UNDISTURBED[key]
+
+
 def test_an_engine_says_how_much_kv_it_holds(make_engine: MakeEngine) -> None:
     capacity = make_engine(RAGGED, 2).kv_capacity_tokens
     assert capacity is None or capacity >= MAX_CONTEXT
@@ -216,7 +227,7 @@ def test_an_evicted_sample_is_gone_and_the_others_do_not_notice(make_engine: Mak
     engine.evict(running)
     assert engine.evict(queued).request == RAGGED[queued]
     run(engine, outputs=outputs)
-    expected = generate(make_engine, RAGGED)
+    expected = undisturbed(make_engine, RAGGED)
     assert queued not in outputs
     assert len(outputs.pop(running)[0]) == 1
     assert_same(outputs, {sample_id: expected[sample_id] for sample_id in outputs})
@@ -229,7 +240,7 @@ def test_an_evicted_sample_is_gone_and_the_others_do_not_notice(make_engine: Mak
 def test_neither_batch_nor_order_changes_a_token(
     make_engine: MakeEngine, max_batch: int, requests: list[GenerationRequest]
 ) -> None:
-    assert_same(generate(make_engine, requests[::-1], max_batch), generate(make_engine, requests))
+    assert_same(generate(make_engine, requests[::-1], max_batch), undisturbed(make_engine, requests))
 
 
 def test_every_sample_gets_its_tokens_and_finishes_in_the_step_of_its_last(make_engine: MakeEngine) -> None:
@@ -258,7 +269,7 @@ def test_samples_may_be_submitted_at_any_step(make_engine: MakeEngine) -> None:
     for one in RAGGED:
         engine.submit(one)
         collect(outputs, engine.step())
-    assert_same(run(engine, outputs=outputs), generate(make_engine, RAGGED))
+    assert_same(run(engine, outputs=outputs), undisturbed(make_engine, RAGGED))
 
 
 def test_the_stop_token_ends_a_response_and_belongs_to_it(make_engine: MakeEngine) -> None:
@@ -279,7 +290,7 @@ def test_a_moved_sample_continues_as_if_it_had_stayed(
     make_engine: MakeEngine, with_kv: bool, num_steps: int, requests: list[GenerationRequest]
 ) -> None:
     """Two leave the middle of a running batch for another engine, which is running as well."""
-    expected = generate(make_engine, requests)
+    expected = undisturbed(make_engine, requests)
     source, target = make_engine(requests, 16), make_engine(requests, 16)
     outputs: Outputs = {}
     for one in requests[:6]:
@@ -319,7 +330,7 @@ def test_a_sample_moves_often_and_returns(make_engine: MakeEngine) -> None:
 def test_a_sample_resumes_from_the_tokens_already_received(
     make_engine: MakeEngine, requests: list[GenerationRequest]
 ) -> None:
-    expected = generate(make_engine, requests)
+    expected = undisturbed(make_engine, requests)
     resumed = [
         replace(one, response_ids=tuple(expected[one.sample_id][0][:3]), logprobs=tuple(expected[one.sample_id][1][:3]))
         for one in requests

@@ -134,7 +134,7 @@ def test_a_wrong_copy_would_show(build_model: BuildModel, monkeypatch: pytest.Mo
     assert outputs[1][0] != expected[1][0]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings.default.max_examples // 2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 15)), min_size=1, max_size=12),
     max_batch=st.integers(1, 5),

@@ -164,7 +164,7 @@ def test_a_draft_that_is_wrong_costs_no_token() -> None:
 twists = st.lists(st.sampled_from([None, "right", "wrong", "stop", "any"]), max_size=6)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(data=st.data(), max_batch=st.integers(1, 9), with_kv=st.booleans(), moves=st.integers(0, 4))
 def test_any_draft_while_samples_move(data: st.DataObject, max_batch: int, with_kv: bool, moves: int) -> None:
     """Rows draft different numbers of tokens, some right; samples move between two engines, one of which drafts not."""

@@ -56,7 +56,7 @@ def test_adaptive_keeps_up_with_a_tuned_threshold(mix: str, setting: tuple[int, 
     history = LengthHistory(prompt_tokens=np.full(NUM_PAST, 200), response_tokens=lengths_of(mix, 99, NUM_PAST))
     threshold = tune_threshold(
         history, num_samples=cases[0].num_samples, num_devices=cases[0].num_devices, costs=cases[0].costs,
-        limits=cases[0].limits, remaining_shares=(0.1, 0.4, 1.0), kept_shares=(0.25, 0.5, 1.0),
+        limits=cases[0].limits, remaining_shares=(0.1, 0.4), kept_shares=(0.25, 0.5, 1.0),
     )  # fmt: skip
     seconds = {
         "none": sum(simulate(case, StageByStage()).makespan_s for case in cases),

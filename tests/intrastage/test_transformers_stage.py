@@ -57,8 +57,8 @@ def test_refusals_name_the_model_and_the_remedy(model_class: type, model_config:
 def test_layer_types_of_the_callers_configuration_are_left_alone() -> None:
     model = model_of("qwen2 sliding")
     chain_of("transformers", model)
-    assert model.config.num_hidden_layers == 5
-    assert len(model.config.layer_types) == 5
+    assert model.config.num_hidden_layers == 4
+    assert len(model.config.layer_types) == 4
 
 
 @pytest.mark.parametrize("name", MODELS)

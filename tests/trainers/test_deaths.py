@@ -204,26 +204,6 @@ def test_sigterm_saves_at_the_end_of_the_update_and_leaves_nothing(tmp_path: Pat
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-@pytest.mark.processes
-def test_the_end_of_rays_node_ends_the_run_in_a_line(tmp_path: Path) -> None:
-    """Its workers end with it. That of Ray's control service is in workers/test_ray_session.py."""
-    process = program(tmp_path, "--held", "2")
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert "began 2\n" in iter(process.stdout.readline, ""), process.stderr.read()
-    (node,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
-    try:
-        node.kill()
-        (tmp_path / "go").touch()
-        _, said = process.communicate(timeout=600)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 1
-    assert said.count("Ray's node has ended, and with it the run") == 1
-    assert "Failed to connect to GCS" not in said
-
-
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_workers: None) -> None:
     whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0, num_devices=2)
 

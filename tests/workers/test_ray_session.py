@@ -145,14 +145,16 @@ def test_a_run_leaves_nothing_when_terminated_or_failed(directory: Path, start: 
     assert list(directory.iterdir()) == []
 
 
-def test_the_end_of_rays_control_service_ends_a_run_in_a_line(directory: Path, start: Start) -> None:
+@pytest.mark.parametrize(("name", "what"), [("gcs_server", "control service"), ("raylet", "node")])
+def test_the_end_of_a_process_of_rays_ends_a_run_in_a_line(name: str, what: str, directory: Path, start: Start) -> None:
+    """Workers end with the node."""
     driver = start()
     processes = processes_of(driver)
-    (service,) = (process for process in main_ones_of(processes) if process.name() == "gcs_server")
-    service.kill()
+    (process,) = (process for process in main_ones_of(processes) if process.name() == name)
+    process.kill()
     _, error = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 1
-    assert error.count("Ray's control service has ended, and with it the run") == 1
+    assert error.count(f"Ray's {what} has ended, and with it the run") == 1
     assert "Failed to connect to GCS" not in error
     assert_all_gone(processes)
     assert list(directory.iterdir()) == []
