@@ -196,7 +196,10 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
             for stage, (owner, held, learned) in enumerate(zip(replica.ranks, *sizes, strict=True)):
                 if owner == rank:
                     parameters, trained = parameters + sum(held), trained + sum(learned)
-                    stepped += largest_share(learned, len({other.ranks[stage] for other in replicas}))
+                    is_last = 0 < stage == len(replica.ranks) - 1
+                    tied = len(model.size.trained_tensors[0]) if model.size.tied and is_last else 0
+                    own = learned[: len(learned) - tied]  # of the rest the first stage has the moments
+                    stepped += largest_share(own, len({other.ranks[stage] for other in replicas}))
         shares = setup.tensor_parallel_size
         parameters, trained, stepped = (-(-one // shares) for one in (parameters, trained, stepped))
         away = (Phase.TRAINING,) if setup.offloads_training else tuple(Phase)
