@@ -14,6 +14,7 @@ from fuse.commands.algorithms import trainer_class
 from fuse.commands.models import critic_from_policy, load_classifier, load_policy, load_tokenizer
 from fuse.commands.train_inputs import Inputs, prompt_column
 from fuse.engines.limits import num_positions
+from fuse.intrastage.adapters import Adapters
 from fuse.trainers.data import MESSAGES, prompt_rows
 from fuse.trainers.group import PROMPT
 from fuse.trainers.ppo import PPOTrainer
@@ -91,7 +92,7 @@ def _ppo(
         args=config,
         processing_class=tokenizer,
         model=policy,
-        ref_model=load_policy(arguments.ref_model) if arguments.ref_model else None,
+        ref_model=_reference(arguments, inputs, policy),
         reward_model=reward,
         train_dataset=train_dataset,
         value_model=_critic(arguments.value_model, reward, policy, tokenizer.pad_token_id),
@@ -99,6 +100,18 @@ def _ppo(
         peft_config=inputs.lora,
         value_peft_config=inputs.lora,
     )
+
+
+def _reference(arguments: argparse.Namespace, inputs: Inputs, policy: PreTrainedModel) -> PreTrainedModel | None:
+    """That asked for, or the policy's file once more, whose pages are the system's; the trainer's copy would be ours.
+
+    None where it is the policy without or by other adapters.
+    """
+    if arguments.ref_model:
+        return load_policy(arguments.ref_model)
+    if inputs.lora is not None or Adapters.of(policy) or inputs.config.ref_adapter_name is not None:
+        return None
+    return load_policy(arguments.model)
 
 
 def _critic(path: str | None, reward: object, policy: PreTrainedModel, pad_token_id: int) -> PreTrainedModel:

@@ -171,14 +171,18 @@ def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
     """
     rank, shares = device // setup.tensor_parallel_size, setup.tensor_parallel_size
     for role in roles.training(setup.models):
+        size = setup.models[role].size
         replicas = [replica for replica in setup.placement if replica.model == role]
         trained = stepped = 0
         for replica in replicas:
-            sizes = setup.models[role].size.tensors_of(replica, trained=True)
-            for stage, (owner, learned) in enumerate(zip(replica.ranks, sizes, strict=True)):
+            tensors = size.tensors_of(replica, trained=True)
+            for stage, (owner, learned) in enumerate(zip(replica.ranks, tensors, strict=True)):
                 if owner == rank:
                     trained += sum(learned)
-                    stepped += largest_share(learned, len({other.ranks[stage] for other in replicas}))
+                    is_last = 0 < stage == len(replica.ranks) - 1
+                    tied = len(size.trained_tensors[0]) if size.tied and is_last else 0
+                    own = learned[: len(learned) - tied]  # of the rest the first stage has the moments
+                    stepped += largest_share(own, len({other.ranks[stage] for other in replicas}))
         trained, stepped = -(-trained // shares), -(-stepped // shares)
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
         moments = (12 if role in setup.averaged else 8) * stepped

@@ -15,6 +15,9 @@ from fuse.training.rank import TrainingSettings
 from fuse.training.regrouping import Dealing, prepared
 from fuse.training.rounds import Round
 
+_FEWEST_IN_PIECES = 2
+"""Groups of a step that are dealt in pieces: of these there are enough then to tell what their sizes cost."""
+
 
 def dealt(
     rounds: Sequence[Round],
@@ -45,7 +48,9 @@ def dealt(
         return [_work(one, experience, settings.layout) for one in with_times(times)]
 
     times = planner.times([one.counts for one in rounds], works, free_bytes)
-    return made(Dealing(replicas=replicas, in_pieces=True)) if times is None else with_times(times)
+    if times is not None:
+        return with_times(times)
+    return made(Dealing(at_least=_FEWEST_IN_PIECES, replicas=replicas, in_pieces=True))
 
 
 def shapes_of(rounds: Sequence[Round], experience: Experience, layout: Layout) -> list[Shape]:

@@ -2,8 +2,9 @@
 
 Of more micro-batches a pipeline has smaller bubbles (by 1F1B (S - 1) / (N + S - 1) of N on S stages), and dealt by
 length they have less padding. Each costs what operations take whatever its size, and what lies between two of them.
-Both are observed, so that the step is planned with every number and the one taken that is over soonest. There are never
-fewer than were drawn: these may take all the memory there is.
+Both are observed, so that the step is planned with every number. Of those that are over about as soon as the soonest
+the largest is taken: as many micro-batches are under way, and smaller ones hold less. There are never fewer than were
+drawn: these may take all the memory there is.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from schedules import Kind, Schedule
 
 _logger = logging.getLogger(__name__)
 
-TIMES = (1.0, 1.5, 2.0, 3.0, 4.0)
+TIMES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Times as many micro-batches as were drawn: what is compared, the drawn number first."""
-LEAST_GAIN = 0.03
-"""For less the drawn number stays: plans are no truer than that."""
+ALIKE = 0.03
+"""Planned times that differ by less are alike: plans are no truer than that."""
 _MOST_FORWARDS = 20_000
 """Micro-batches times stages of a round: of more, what is compared would take longer than it could bring."""
 _EXTRAPOLATION = 0.9
@@ -72,7 +73,7 @@ def soonest(
     least_tokens: int,
     gap_s: float,
 ) -> float:
-    """Of `TIMES` the one by which the rounds of an update are planned to take least, 1 if that gains too little.
+    """Of `TIMES` the greatest by which the rounds of an update are planned to take about the least time.
 
     works: the rounds with so many times the micro-batches. schedule: of a round. least_tokens: of the micro-batches
     whose costs the profile knows. gap_s: between two operations of a rank.
@@ -91,12 +92,11 @@ def soonest(
                 break
             is_known = all(one.typical.size >= _EXTRAPOLATION * least_tokens for one in rounds)
             at_least_s = sum(_busiest_s(one, profile, placement, gap_s) for one in rounds)
-            if not is_known or at_least_s * (1 + LEAST_GAIN) > seconds[drawn]:
+            if not is_known or at_least_s > (1 + ALIKE) * min(seconds.values()):
                 continue
         seconds[times] = sum(_round_s(one, profile, placement, schedule, gap_s) for one in rounds)
-    best = min(seconds, key=lambda times: seconds[times], default=drawn)
-    if best != drawn and seconds[drawn] < (1 + LEAST_GAIN) * seconds[best]:
-        best = drawn
+    least_s = min(seconds.values(), default=0.0)
+    best = max((times for times, one in seconds.items() if one <= (1 + ALIKE) * least_s), default=drawn)
     _tell(numbers, seconds, best)
     return best
 
@@ -114,8 +114,8 @@ def _tell(numbers: Mapping[float, Sequence[Work]], seconds: Mapping[float, float
         return
     compared = ", ".join(f"{said(times)} {one:.3f} s" for times, one in seconds.items())
     _logger.info(
-        "%s, as they were drawn: no other number is planned to gain %.0f%% (%s)",
-        *(said(drawn), 100 * LEAST_GAIN, compared or "too many to compare"),
+        "%s, as they were drawn: more are planned to take over %.0f%% longer (%s)",
+        *(said(drawn), 100 * ALIKE, compared or "too many to compare"),
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from fuse.intrastage.communication import ModelGroups, all_gather_floats, all_reduce_sum
+from fuse.intrastage.communication import ModelGroups, all_gather_floats
+from fuse.intrastage.gradient_sums import add_onto_first, all_reduce_gradients, give_first_to_others, gradient_of
 from fuse.intrastage.optimizer_shards import owned, owners, share_parameters
 from fuse.intrastage.stage import TrainedStage
+from fuse.intrastage.tied_copies import TiedCopies
 
 AVERAGE = "average"
 """A part of the state: the moving average of weights."""
@@ -42,7 +42,8 @@ class ModelOptimizer:
         average_decay * average + (1 - average_decay) * w; None for none. Source: DeepSpeed-Chat's `enable_ema`, which
         averages after every micro-batch, between two steps over the same weights.
 
-    Replicas on different ranks share the optimizer's state, as `fuse.intrastage.optimizer_shards` has it.
+    Replicas on different ranks share the optimizer's state, as `fuse.intrastage.optimizer_shards` has it; of a tied
+    embedding the first stage has it, see `fuse.intrastage.tied_copies`.
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
     the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
@@ -71,12 +72,17 @@ class ModelOptimizer:
             key: {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
             for key, parameters in self._all_parameters.items()
         }
-        self._owners = {  # by stage that several ranks hold, by name
-            stage: owners({name: one.numel() for name, one in held.items()}, groups.replicas[stage])
-            for (_, stage), held in self._parameters.items()
-            if stage in groups.replicas
+        self._tied = TiedCopies(name, self._stages, self._parameters, groups)
+        stepped = {
+            key: {name: one for name, one in held.items() if name not in self._tied.given(key)}
+            for key, held in self._parameters.items()
         }
-        self._own = {key: self._owned(key[1], held) for key, held in self._parameters.items()}
+        self._owners = {  # by stage that several ranks hold, by name
+            key[1]: owners({name: one.numel() for name, one in held.items()}, groups.replicas[key[1]])
+            for key, held in stepped.items()
+            if key[1] in groups.replicas
+        }
+        self._own = {key: self._owned(key[1], held) for key, held in stepped.items()}
         decayed: list[nn.Parameter] = []
         undecayed: list[nn.Parameter] = []
         for key, stage in self._stages.items():
@@ -130,7 +136,7 @@ class ModelOptimizer:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         self._add_replicas()
-        self._add_tied_copies()
+        self._tied.add_gradients()
         return self._gradient_norm()
 
     def apply(self, norm: float, learning_rate: float) -> None:
@@ -151,7 +157,7 @@ class ModelOptimizer:
         self._num_steps += 1
 
     def share(self) -> None:
-        """Give replicas what this rank has stepped, and take what they have. Waits for peers.
+        """Give replicas and copies what this rank has stepped, and take what they have. Waits for peers.
 
         Raises: CommunicationError when a peer died or did not answer in time.
         """
@@ -160,6 +166,7 @@ class ModelOptimizer:
                 copies = [self._detached(key) for key in self._parameters if key[1] == stage]
                 what = f"parameters of {self._name} stage {stage}"
                 share_parameters(copies, self._owners[stage], self._groups.replicas[stage], what)
+        self._tied.share()
 
     STATE_PARTS = ("parameter", "exp_avg", "exp_avg_sq")
 
@@ -263,27 +270,11 @@ class ModelOptimizer:
             copies = [list(held.values()) for (_, number), held in self._parameters.items() if number == stage]
             if not copies[0]:
                 continue
-            _add_onto_first(copies)
+            add_onto_first(copies)
             group = self._groups.replicas.get(stage)
             if group is not None:
-                _all_reduce_gradients(copies[0], group, f"gradients of {self._name} stage {stage}")
-            _give_first_to_others(copies)
-
-    def _add_tied_copies(self) -> None:
-        last = self._groups.num_stages - 1
-        for replica in range(self._groups.num_replicas):
-            ends = [key for key in ((replica, 0), (replica, last)) if key in self._stages]
-            tied = frozenset[str]().union(*(self._stages[key].tied_names for key in ends))
-            names = sorted(name for name in tied if all(name in self._parameters[key] for key in ends))
-            copies = [[self._parameters[key][name] for name in names] for key in ends]
-            group = self._groups.ends.get(replica)
-            if not names:
-                continue
-            if group is not None:
-                _all_reduce_gradients(copies[0], group, f"tied embedding gradients of {self._name}")
-            else:
-                _add_onto_first(copies)
-                _give_first_to_others(copies)
+                all_reduce_gradients(copies[0], group, f"gradients of {self._name} stage {stage}")
+            give_first_to_others(copies)
 
     def _gradient_norm(self) -> float:
         norm = 0.0
@@ -299,7 +290,7 @@ class ModelOptimizer:
             if self._groups.lane > 0:  # the first lane's device counts what all lanes have whole
                 shards = frozenset[str]().union(*(stage.sharded_names for stage in self._stages.values()))
                 once = {name: parameter for name, parameter in once.items() if name in shards}
-            norms = torch._foreach_norm([_grad(parameter) for parameter in once.values()]) if once else ()
+            norms = torch._foreach_norm([gradient_of(parameter) for parameter in once.values()]) if once else ()
             squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
             group = self._groups.members.get(replica)
             if group is not None:
@@ -312,33 +303,5 @@ class ModelOptimizer:
     def _clip(self, norm: float) -> None:
         """As torch.nn.utils.clip_grad_norm_ does, with its 1e-6."""
         if self._config.max_grad_norm > 0 and norm + 1e-6 > self._config.max_grad_norm:
-            gradients = [_grad(one) for parameters in self._own.values() for one in parameters.values()]
+            gradients = [gradient_of(one) for parameters in self._own.values() for one in parameters.values()]
             torch._foreach_mul_(gradients, self._config.max_grad_norm / (norm + 1e-6))
-
-
-def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, what: str) -> None:
-    gradients = [_grad(parameter) for parameter in parameters]
-    if (
-        len(gradients) == 1 and gradients[0].is_contiguous()
-    ):  # an embedding, of which a copy would be the largest tensor
-        all_reduce_sum(gradients[0].view(-1), group, what)
-        return
-    flat = _flatten_dense_tensors(gradients)
-    all_reduce_sum(flat, group, what)
-    torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
-
-
-def _add_onto_first(copies: Sequence[Sequence[nn.Parameter]]) -> None:
-    """Add the gradients of other copies of some parameters, on this device, to those of the first."""
-    for other in copies[1:]:
-        torch._foreach_add_([_grad(one) for one in copies[0]], [_grad(one) for one in other])
-
-
-def _give_first_to_others(copies: Sequence[Sequence[nn.Parameter]]) -> None:
-    for other in copies[1:]:
-        torch._foreach_copy_([_grad(one) for one in other], [_grad(one) for one in copies[0]])
-
-
-def _grad(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

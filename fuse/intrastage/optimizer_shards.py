@@ -69,3 +69,11 @@ def share_parameters(
             given = _unflatten_dense_tensors(flat, own)
             for copy in copies:
                 torch._foreach_copy_([copy[name] for name in names], list(given))
+
+
+def give_to_peer(tensors: Sequence[Tensor], group: dist.ProcessGroup, what: str, *, gives: bool) -> None:
+    """Write into the tensors of one rank of two what the other, which `gives`, has in its own."""
+    mine = dist.get_rank(group)
+    with naming(f"rank {dist.get_rank()}: giving {what}"):
+        for tensor in tensors:
+            dist.broadcast(tensor, group=group, group_src=mine if gives else 1 - mine)

@@ -1,12 +1,13 @@
 """Backwards in two halves: input gradients now (I), weight gradients of linear layers later (W), nothing twice.
 
-A linear layer of a model prepared by `SplitBackward` computes what nn.Linear does, with the same operations in the
-same order, so a whole backward has the same bits. Inside `deferred` its backward returns the gradient of its input
-alone, and keeps layer input and output gradient for the product that is the weight's gradient. Other parameters
-(norms, embeddings, layers of other kinds) get their gradients in I, which costs next to nothing. So does a vocabulary
-head whose logits `fuse.ops.linear_logprob` reduces, at some cost: to defer its gradient, logits would have to be held,
-or computed once more. Where tensor-parallel ranks add up input gradients, they do so in I. Under gradient checkpointing
-I recomputes and W does not; each layer's last linear is recomputed too, where autograd would stop short.
+A linear layer of a model prepared by `SplitBackward` computes what nn.Linear does. The product that is its weight's
+gradient is added to what is there as it is made, so that a micro-batch costs no pass over all gradients. Inside
+`deferred` its backward returns the gradient of its input alone, and keeps layer input and output gradient for that
+product. Other parameters (norms, embeddings, layers of other kinds) get their gradients in I, which costs next to
+nothing. So does a vocabulary head whose logits `fuse.ops.linear_logprob` reduces, at some cost: to defer its gradient,
+logits would have to be held, or computed once more. Where tensor-parallel ranks add up input gradients, they do so in
+I. Under gradient checkpointing I recomputes and W does not; each layer's last linear is recomputed too, where autograd
+would stop short.
 """
 
 from __future__ import annotations
@@ -37,14 +38,12 @@ class WeightGradient:
 
     def add(self) -> None:
         """Add the gradients of weight and bias to theirs."""
-        for parameter, gradient in zip((self.weight, self.bias), _parameter_grads(self), strict=True):
-            if parameter is None or gradient is None:
-                continue
-            gradient = gradient.to(parameter.dtype)
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad.add_(gradient)
+        rows = self.output_grad.reshape(-1, self.output_grad.shape[-1])
+        if self.weight.requires_grad:
+            add_product(self.weight, rows.t(), self.layer_input.reshape(-1, self.layer_input.shape[-1]))
+        if self.bias is not None and self.bias.requires_grad:
+            gradient = rows.sum(0).to(self.bias.dtype)
+            self.bias.grad = gradient if self.bias.grad is None else self.bias.grad.add_(gradient)
 
 
 class SplitBackward:
@@ -129,7 +128,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         layer_input, parameter = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        input_grad = weight_grad = bias_grad = reduction = None
+        input_grad = reduction = None
         if wants_input:
             rows = output_grad.reshape(-1, output_grad.shape[-1])
             input_grad = rows.mm(parameter.to(rows.dtype)).view_as(layer_input)
@@ -140,25 +139,24 @@ class _Linear(torch.autograd.Function):
             # Detached, or it would keep the graph behind it alive until W.
             gradient = WeightGradient(ctx.weight, ctx.bias, layer_input.detach(), output_grad)
             if not ctx.split.defer(gradient):
-                weight_grad, bias_grad = _parameter_grads(gradient)
+                gradient.add()
         if reduction is not None:
             with _naming_reduction():
                 reduction.wait()
         if input_grad is not None:
             input_grad = input_grad.to(ctx.input_dtype)
-        return input_grad, weight_grad, bias_grad, None, None
+        return input_grad, None, None, None, None
 
 
 def _naming_reduction() -> AbstractContextManager[None]:
     return naming(f"rank {dist.get_rank()}: summing input gradients of a layer that ranks share")
 
 
-def _parameter_grads(gradient: WeightGradient) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight and bias; None where it has none, or does not train it."""
-    rows = gradient.output_grad.reshape(-1, gradient.output_grad.shape[-1])
-    weight_grad = bias_grad = None
-    if gradient.weight.requires_grad:
-        weight_grad = rows.t().mm(gradient.layer_input.reshape(-1, gradient.layer_input.shape[-1]))
-    if gradient.bias is not None and gradient.bias.requires_grad:
-        bias_grad = rows.sum(0)
-    return weight_grad, bias_grad
+def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left right, [rows, n] and [n, columns], to the parameter's gradient."""
+    if parameter.grad is None:
+        parameter.grad = left.mm(right).to(parameter.dtype)
+    elif parameter.dtype == left.dtype:
+        parameter.grad.addmm_(left, right)
+    else:
+        parameter.grad.add_(left.mm(right))

@@ -21,10 +21,12 @@ from fuse.intrastage.adapters import NO_ADAPTERS, Adapters
 from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
+from fuse.intrastage.lean_layers import keep_less
 from fuse.intrastage.no_cache import NoCache
 from fuse.intrastage.pipeline_plan import PipelinePlan, pipeline_plan
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.stage import Exported, Readout
+from fuse.intrastage.vocabulary_ends import add_gradients_of, embed
 from fuse.micro_batch import Loss, Metrics, MicroBatch
 from fuse.state_dict import check_state_dict
 
@@ -147,7 +149,11 @@ class TransformersStage:
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
         self._materialise()
-        self._in_flight = InFlight(SplitBackward(self.model) if split_backward else None)
+        if self.is_last:
+            add_gradients_of(self._head)
+        split = SplitBackward(self.model) if split_backward else None
+        keep_less(self.model, split)
+        self._in_flight = InFlight(split)
         if gradient_checkpointing:
             recompute_in_backward(getattr(self._base, plan.layers))
 
@@ -274,7 +280,7 @@ class TransformersStage:
         """The layers kept here: [batch, tokens, hidden]."""
         hidden = stage_input
         if hidden is None:
-            embedded: Tensor = self.model.get_input_embeddings()(micro_batch.input_ids)
+            embedded = embed(self.model.get_input_embeddings(), micro_batch.input_ids)
             # The residual stream is in one type from the start, so a cut between stages never rounds it.
             hidden = embedded.to(self._autocast or embedded.dtype)
         output: Tensor = self._base(

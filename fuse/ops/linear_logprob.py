@@ -53,6 +53,7 @@ def linear_logprob(
     *,
     shard: VocabularyShard | None = None,
     chunk: tuple[int, int] | None = None,
+    adds_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy in nats under softmax((hidden weight^T + bias) / temperature).
 
@@ -60,6 +61,8 @@ def linear_logprob(
     shard: weight and bias are a part of the vocabulary; all its ranks call this at once, with the same hidden states
         and targets, and get the same results. Their gradients of `hidden` are summed.
     chunk: tokens and vocabulary entries of a chunk of logits; by default, see CHUNK_TOKENS and CHUNK_LOGITS.
+    adds_to: the parameter that `weight` is, or the first rows of: the backward adds to its `grad` by itself, chunk by
+        chunk, and autograd learns of no gradient of it.
 
     Returns both [n], float32, or float64 for float64 inputs. Differentiable, once, in hidden, weight and bias. Products
     are in the inputs' dtype or autocast's, sums and softmax in float32 or better. Holds two chunks at most beyond the
@@ -72,7 +75,7 @@ def linear_logprob(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     log_choice("linear_logprob", choose_for(hidden.device, dtype)[1])
     targets = targets.contiguous()
-    head = _Head(dtype, temperature, shard, chunk or chunk_shape(len(hidden), device))
+    head = _Head(dtype, temperature, shard, chunk or chunk_shape(len(hidden), device), adds_to)
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (hidden, weight, bias)):
         apply: Any = _LinearLogprob.apply
         logprobs, entropy = apply(hidden, weight, bias, targets, head)
@@ -120,6 +123,7 @@ class _Head:
     temperature: float
     shard: VocabularyShard | None
     chunk: tuple[int, int]
+    adds_to: Tensor | None
 
     def statistics(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
@@ -205,12 +209,16 @@ def _gradients(
     wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     dtype = accumulation_dtype(head.dtype)
     hidden_grad = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
-    weight_grad = torch.empty_like(weight) if wants_weight else None
+    weight_grad = _weight_grad(weight, head.adds_to) if wants_weight else None
     bias_grad = torch.zeros_like(bias, dtype=dtype) if wants_bias and bias is not None else None
     inputs = hidden.to(head.dtype)
     buffer = head.buffer(inputs, len(weight)) if kept is None else None
     for columns, weight_chunk, bias_chunk in head.vocabulary_chunks(weight, bias):
-        chunk_grad = None if weight_grad is None else _ProductSum(weight_grad[columns], head.dtype)
+        chunk_grad = (
+            None
+            if weight_grad is None
+            else _ProductSum(weight_grad[columns], head.dtype, adds=head.adds_to is not None)
+        )
         for rows in _slices(len(inputs), head.chunk[0]):
             logits = kept if buffer is None else _logits(inputs[rows], weight_chunk, bias_chunk, buffer)
             assert logits is not None
@@ -228,18 +236,27 @@ def _gradients(
         head.shard.take_sum(hidden_grad)
     return (
         None if hidden_grad is None else hidden_grad.to(hidden.dtype),
-        weight_grad,
+        weight_grad if head.adds_to is None else None,
         None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
     )
 
 
-class _ProductSum:
-    """A sum of matrix products, at least in float32, written to `out` at the end."""
+def _weight_grad(weight: Tensor, adds_to: Tensor | None) -> Tensor:
+    """Where the gradient of `weight` is written, or added."""
+    if adds_to is None:
+        return torch.empty_like(weight)
+    if adds_to.grad is None:
+        adds_to.grad = torch.zeros_like(adds_to)
+    return adds_to.grad[: len(weight)]
 
-    def __init__(self, out: Tensor, dtype: torch.dtype) -> None:
-        self._out = out
+
+class _ProductSum:
+    """A sum of matrix products, at least in float32, written or added to `out` at the end."""
+
+    def __init__(self, out: Tensor, dtype: torch.dtype, *, adds: bool) -> None:
+        self._out, self._adds = out, adds
         self._is_exact = out.dtype == dtype == accumulation_dtype(dtype)
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = out if adds and self._is_exact else None
 
     def add(self, left: Tensor, right: Tensor) -> None:
         if self._sum is not None:
@@ -251,9 +268,10 @@ class _ProductSum:
 
     def finish(self) -> None:
         if self._sum is None:
-            self._out.zero_()
+            if not self._adds:
+                self._out.zero_()
         elif not self._is_exact:
-            self._out.copy_(self._sum)
+            self._out.copy_(self._out + self._sum if self._adds else self._sum)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

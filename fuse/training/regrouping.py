@@ -32,6 +32,8 @@ from fuse.training.layout import Layout
 from fuse.training.length_groups import length_groups
 from fuse.training.rounds import Round, Share, StepPart, by_tokens, steps_of
 
+_PIECES = 4
+"""Of a group, where sizes are to vary."""
 _SAID = Metric("said")
 """Of a regrouped micro-batch in place of metrics: what its head said, [positions, 1 or 2]."""
 
@@ -41,8 +43,8 @@ class Dealing:
     """Into how many micro-batches the samples of an optimizer step are dealt; by default as many as were drawn.
 
     times: of the number that was drawn. at_least: micro-batches; replicas: and so many in each part of the step, for
-    every replica is to have one. in_pieces: every other one once more into a half and two quarters, so that their
-    operations show what the size of a micro-batch costs.
+    every replica is to have one. in_pieces: into pieces of several sizes, so that their operations show what the size
+    of a micro-batch costs.
     """
 
     times: float = 1.0
@@ -138,14 +140,22 @@ def deal_out(
 
 
 def _pieces(groups: Sequence[tuple[int, ...]], index: int, dealing: Dealing) -> Iterator[tuple[int, ...]]:
-    """The group, or a half and two quarters of it: of the last group, and of every other one before."""
+    """The group; or a half, a quarter and two eighths of it, which hold less while nothing is known of what is held.
+
+    Of small groups, whose pieces are alike, every other one before the last stays whole.
+    """
     group = groups[index]
-    if not dealing.in_pieces or (len(groups) - 1 - index) % 2:
+    is_small = len(group) < _PIECES
+    if not dealing.in_pieces or (is_small and (len(groups) - 1 - index) % 2):
         yield group
         return
-    half = (len(group) + 1) // 2
-    quarter = (half + len(group) + 1) // 2
-    yield from filter(None, (group[:half], group[half:quarter], group[quarter:]))
+    for _ in range(_PIECES - 1):
+        half = (len(group) + 1) // 2
+        if group[:half]:
+            yield group[:half]
+        group = group[half:]
+    if group:
+        yield group
 
 
 def row_weights(experience: Experience, role: str, samples: Sequence[int], shares: Sequence[Share]) -> RowWeights:

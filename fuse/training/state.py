@@ -10,8 +10,9 @@ it alone holds, what several ranks hold is written once, and nothing on disk is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,10 +22,15 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from fuse.intrastage.optimizer import ModelOptimizer
 from fuse.state_dict import check_fit
 
+FILE_BYTES = 256 << 20
+"""The most of a file with more than one tensor."""
 _NO_MODELS: Mapping[str, nn.Module] = MappingProxyType({})
 
 
@@ -43,7 +49,7 @@ def save_state(
 
     Raises: OSError when some rank could not write.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    writer = _Writer(str(directory), save_distributed=True)
     try:
         with _single_process_is_meant():
             dcp.save(_saved(optimizers, models), storage_writer=writer, no_dist=not dist.is_initialized())
@@ -107,6 +113,28 @@ def load_state(
 def _parameters(name: str, model: nn.Module) -> dict[str, nn.Parameter]:
     """Of a whole model, by their keys; a tied one has the first of its names."""
     return {f"{name}.parameter.{key}": parameter for key, parameter in model.named_parameters()}
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Writes what a rank has in several files, for each is made in memory, twice, before it is written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        files = {"fqn_to_index_mapping": _files(plan.items)}
+        return super().write_data(replace(plan, storage_data=(plan.storage_data or {}) | files), planner)
+
+
+def _files(items: Iterable[WriteItem]) -> dict[str, int]:
+    """The number of each tensor's file, from 1."""
+    numbers: dict[str, int] = {}
+    number, held = 1, 0
+    for item in items:
+        assert item.tensor_data is not None
+        num_bytes = item.tensor_data.size.numel() * item.tensor_data.properties.dtype.itemsize
+        if held and held + num_bytes > FILE_BYTES:
+            number, held = number + 1, 0
+        numbers[item.index.fqn] = number
+        held += num_bytes
+    return numbers
 
 
 class _Reader(dcp.HuggingFaceStorageReader):

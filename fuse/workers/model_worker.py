@@ -323,7 +323,10 @@ class ModelWorker:
 
         mixed: models that only score and are part of it; every rank has all of them, and the first writes them.
         """
-        return self._training.save(directory, self._scoring_models(mixed) if self._rank == 0 else {})
+        seen = self._training.save(directory, self._scoring_models(mixed) if self._rank == 0 else {})
+        if self._device.type == "cpu":
+            give_back()  # files as they were made
+        return seen
 
     def load(self, directory: Path, mixed: Sequence[str] = ()) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it. mixed: as of `save`."""

@@ -82,6 +82,8 @@ def test_both_copies_of_a_tied_embedding_stay_the_same() -> None:
     first, last = (dict(stage.named_parameters())["model.embed_tokens.weight"] for stage in stages.values())
     assert first is not last
     assert torch.equal(first, last)
+    kept = [len(parts) for name, parts in optimizer.state() if name == "model.embed_tokens.weight"]
+    assert kept == [3, 1], "the first stage has the moments of both"
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:

@@ -135,6 +135,23 @@ def test_gradients_are_those_of_finite_differences(implementation: str, chunk: t
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_adds_to_a_parameter_by_itself(dtype: torch.dtype) -> None:
+    """What autograd adds up, of a weight's first rows, twice; products in bfloat16 as well."""
+    hidden, weight, _, targets = example(40, 5000)
+    expected, own = weight.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    for one, adds_to in ((expected, None), (own, own)):
+        for _ in range(2):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logprobs, entropy = linear_logprob.linear_logprob(
+                    hidden, one[:4900], None, targets % 4900, 0.7, chunk=(16, 1024), adds_to=adds_to
+                )
+            (logprobs.sum() + entropy.sum()).backward()
+    assert expected.grad is not None
+    assert own.grad is not None
+    assert difference([own.grad], [expected.grad]) <= 1e-6
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     inputs = dict(zip(("hidden", "weight", "bias"), example(5, 11)[:3], strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
+from fuse.training import state
 from fuse.training.state import check_saved, load_state, save_state
 
 from ..tiny_models import build, language_model
@@ -27,14 +28,14 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> tuple[Tens
 def optimizer_of(num_stages: int = 2, num_layers: int = 3, seed: int = 0, hidden_size: int = 16) -> ModelOptimizer:
     """A model with random weights that has taken one step, so that no moment is zero by accident."""
     model = language_model(vocab_size=32, hidden_size=hidden_size, num_hidden_layers=num_layers)
-    state = build(model, seed=seed).state_dict()
+    weights = build(model, seed=seed).state_dict()
     stages = {
         (0, number): TransformersStage(*model, stage=number, num_stages=num_stages, loss=loss)
         for number in range(num_stages)
     }
     hidden = grad = None
     for stage in stages.values():
-        stage.load_state_dict(state)
+        stage.load_state_dict(weights)
         hidden = stage.forward(0, BATCH, hidden)
     for stage in reversed(stages.values()):
         grad = stage.backward(0, grad)
@@ -69,6 +70,16 @@ def test_another_stage_split_loads_it_bit_for_bit_without_unpickling(
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     load_state(tmp_path / "state", {"actor": other})
+    assert_same(other, saved)
+
+
+def test_what_is_written_is_made_in_memory_a_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "FILE_BYTES", 20_000)
+    saved, other = optimizer_of(2, hidden_size=32), optimizer_of(1, seed=1, hidden_size=32)
+    written = save_state(tmp_path, {"actor": saved})
+    assert len(written) > 4
+    assert max(written.values()) < 2 * state.FILE_BYTES, "no tensor is as large"
+    load_state(tmp_path, {"actor": other})
     assert_same(other, saved)
 
 
