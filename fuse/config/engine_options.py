@@ -14,8 +14,8 @@ class EngineOptions:
         default="off",
         metadata={
             "help": "Draft tokens that the transformers engine verifies several at a time, as many as pay: 'int8' by "
-            "the policy itself with such weights, on CPUs; 'ngram' by the texts of the prompt; 'auto' by the better of "
-            "these. Tokens are the same; log-probabilities to rounding, which then depends on times."
+            "the policy itself with such weights; 'ngram' by the texts of the prompt; 'auto' by the better of these. "
+            "Tokens are the same; log-probabilities to rounding, which then depends on times."
         },
     )
 
@@ -40,8 +40,4 @@ class EngineOptions:
             raise ValueError(
                 f"speculation={speculation!r} with engine={engine!r}, whose own drafts would change which tokens "
                 "are sampled: set engine='transformers', or leave it out"
-            )
-        if speculation == "int8" and accelerator == "cuda":
-            raise ValueError(
-                "speculation='int8' on cuda, where there is no code for its products: use 'ngram', or leave it out"
             )

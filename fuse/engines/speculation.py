@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-import torch
-
 from fuse.engines.decoder import Decoder
 from fuse.engines.draft import Draft
 from fuse.engines.draft_lengths import PayingLengths
@@ -16,7 +14,7 @@ from fuse.engines.int8_llama import is_served
 from fuse.engines.ngram_draft import NgramDraft
 from fuse.engines.quantized_draft import QuantizedSelf
 from fuse.engines.rows import Rows
-from fuse.ops.native import choose
+from fuse.ops.int8_linear import choose_for
 
 SpeculationKind = Literal["auto", "off", "int8", "ngram"]
 
@@ -102,10 +100,10 @@ def choose_speculation(kind: SpeculationKind, target: Decoder) -> Speculation | 
     if kind != "int8":
         raise ValueError(f"speculation={kind!r} is unknown: use 'auto', 'off', 'int8' or 'ngram'")
     device, dtype = target.model.device, target.model.dtype
-    native, reason = choose(device, dtype, (torch.float32,))
+    native, reason = choose_for(device, dtype)
     if native is None:
         raise ValueError(
-            f"speculation='int8' with a model in {dtype} on {device}: its products are native code for float32 on CPUs "
-            f"({reason}); use 'ngram' or 'off'"
+            f"speculation='int8' with a model in {dtype} on {device}: its products are native code for float32, on "
+            f"GPUs for bfloat16, too ({reason}); use 'ngram' or 'off'"
         )
     return Speculation(QuantizedSelf(target), PayingLengths(draft_share=0.3), num_tokens)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from fuse.ops.native import choose, extension, log_choice
+from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
 
-NATIVE_DTYPES = (torch.float32,)
+NATIVE_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 
 _ROWS_AT_A_TIME = 4096
 """Of a matrix, while it is quantized: its float copies stay small."""
@@ -31,18 +33,26 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def int8_linear(inputs: Tensor, quantized: Tensor, scales: Tensor) -> Tensor:
     """inputs . (scales * quantized)^T, [..., outs], in the inputs' dtype.
 
-    inputs: [..., width], floating. quantized, scales: what `quantize_int8` made. The native code rounds inputs to 16
-    bits of their row's largest, which changes products by about 1e-5 of theirs.
+    inputs: [..., width], floating. quantized, scales: what `quantize_int8` made. The C++ code rounds inputs to 16 bits
+    of their row's largest, which changes products by about 1e-5 of theirs; the CUDA code takes them as they are, and
+    reads the weights once for every eight rows. It has run on emulated warps only, and on no GPU yet.
     """
-    native, choice = choose(inputs.device, inputs.dtype, NATIVE_DTYPES)
+    device = inputs.device
+    native, choice = choose_for(device, inputs.dtype)
     log_choice("int8_linear", choice)
     if native is None:
         return int8_linear_reference(inputs, quantized, scales)
     assert inputs.shape[-1] == quantized.shape[1], f"{list(inputs.shape)} . {list(quantized.shape)}^T"
     rows = inputs.reshape(-1, inputs.shape[-1]).contiguous()
     output = rows.new_empty(len(rows), len(quantized))
-    native.int8_linear(rows, quantized, scales, output)
+    with current(device):
+        native.int8_linear(rows, quantized, scales, output, *queue(device))
     return output.view(*inputs.shape[:-1], len(quantized))
+
+
+def choose_for(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
+    """The native code if it serves inputs of this type and device, and in words what serves."""
+    return choose(device, dtype, NATIVE_DTYPES.get(device.type, ()), has_cuda=True)
 
 
 def int8_linear_reference(inputs: Tensor, quantized: Tensor, scales: Tensor) -> Tensor:
@@ -56,9 +66,10 @@ def describe() -> str:
     native, reason = extension()
     if native is None:
         return f"torch reference: {reason}"
-    return "native C++ for float32 on CPU; torch, by whole matrices, elsewhere"
+    cuda = "CUDA for float32 and bfloat16 on GPUs" if native.has_cuda else f"none on GPUs: {NOT_BUILT}"
+    return f"native C++ for float32 on CPU, {cuda}; torch, by whole matrices, elsewhere"
 
 
 def implementation(example: Tensor) -> str:
     """Which implementation serves inputs of the dtype and device of `example`."""
-    return choose(example.device, example.dtype, NATIVE_DTYPES)[1]
+    return choose_for(example.device, example.dtype)[1]

@@ -31,9 +31,6 @@ __device__ float sum_of_group(float value) {
   return value;
 }
 
-__device__ void write(float* to, float value) { *to = value; }
-__device__ void write(BFloat16* to, float value) { to->bits = static_cast<std::uint16_t>(bfloat16_bits(value)); }
-
 template <typename T>
 __global__ __launch_bounds__(kThreads, 2) void accumulate_kernel(LogitChunk<const T> chunk, const std::int64_t* targets,
                                                                  double temperature,

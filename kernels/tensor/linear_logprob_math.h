@@ -61,6 +61,11 @@ FUSE_HOST_DEVICE FUSE_INLINE typename WordsOf<Float>::Type bfloat16_bits(const F
   return from != from ? Words{} + 0x7FC0u : rounded;
 }
 
+FUSE_HOST_DEVICE FUSE_INLINE void write(float* to, float value) { *to = value; }
+FUSE_HOST_DEVICE FUSE_INLINE void write(BFloat16* to, float value) {
+  to->bits = static_cast<std::uint16_t>(bfloat16_bits(value));
+}
+
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestShift = -87.0f;  // exp of it is about 1e-38: what lies below adds nothing, nor an inf * 0
 

@@ -64,7 +64,7 @@ def test_chooses_by_device_type_and_build(
     assert (module is None) == choice.startswith("torch reference")
 
 
-@pytest.mark.parametrize("operation", ["gae", "kv_blocks", "linear_logprob", "sampling"])
+@pytest.mark.parametrize("operation", ["gae", "int8_linear", "kv_blocks", "linear_logprob", "sampling"])
 def test_gpus_that_a_build_leaves_out_are_named(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     extension = SimpleNamespace(has_cuda=False)
     monkeypatch.setattr(getattr(ops, operation), "extension", lambda: (extension, "fuse._native is built"))
@@ -82,6 +82,17 @@ def test_logprobs_are_served_by_cuda_code_in_some_types(
     built(monkeypatch, with_cuda=True)
     example = SimpleNamespace(device=device, dtype=dtype or torch.float64)
     assert ops.linear_logprob.implementation(example).startswith("native") == has_cuda
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "choice"),
+    [(CUDA, torch.bfloat16, "native CUDA"), (CUDA, torch.float16, "torch"), (CPU, torch.bfloat16, "torch")],
+)
+def test_products_of_8_bits_are_served_in_other_types_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, choice: str
+) -> None:
+    built(monkeypatch, with_cuda=True)
+    assert ops.int8_linear.implementation(SimpleNamespace(device=device, dtype=dtype)).startswith(choice)
 
 
 def test_every_operation_says_why_torch_serves(no_extension: None) -> None:
