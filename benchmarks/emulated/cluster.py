@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
+from fuse.algorithms.batch import Experience
 from fuse.benchmarks.emulated.costs import EmulatedCosts
 from fuse.benchmarks.emulated.engine import EmulatedGenerationWorker
 from fuse.benchmarks.emulated.model_worker import EmulatedModelWorker
@@ -24,9 +25,9 @@ from fuse.benchmarks.emulated.update import EmulatedUpdate
 from fuse.intrastage.placement import Replica
 from fuse.roles import role_of
 from fuse.trace import Span
-from fuse.training.rank import TrainingSettings
+from fuse.training.rank import TAIL, TrainingSettings
 from fuse.training.reading import TokenSequence
-from fuse.training.rounds import RankRound
+from fuse.training.rounds import RankRound, StepPart
 from fuse.training.scoring import Inference, inferences
 from fuse.workers.calls import Future, Worker
 from fuse.workers.generation_worker import GenerationWorker
@@ -38,7 +39,7 @@ _T = TypeVar("_T")
 _HOST = "127.0.0.1"
 _ANSWERS: Mapping[str, Any] = {
     "serve_store": 0, "connect": None, "place": None, "load_training_weights": None, "load_scoring_weights": None,
-    "free_bytes": None, "has_copy": False, "begin_export": {}, "end_export": None,
+    "free_bytes": None, "has_copy": False, "begin_export": {}, "end_export": None, "scale_gradients": None,
 }  # fmt: skip
 """What calls of a model worker give that take no time in emulation."""
 
@@ -136,6 +137,11 @@ class EmulatedModels:
             self.trained = self._update.sizes
         return self._sizes
 
+    def early(self, model: str, replica: int, experience: Experience, part: StepPart) -> EmulatedUpdate:
+        """What a replica is called to train before the update."""
+        (own,) = [one for one in self.placement if (one.model, one.index) == (model, replica)]
+        return EmulatedUpdate.early(own, self._settings, experience, part)
+
     def was_told(self, rank: int) -> None:
         """A rank has been called to train; the last one is the last."""
         assert self._update is not None
@@ -191,6 +197,10 @@ class _ModelProcess(Worker[EmulatedModelWorker]):
             told = self._actor.call.remote(name, self._models.sizes(experience, rounds, plans))
             self._models.was_told(self._rank)
             return _Translated(self, told, lambda _: self._models.results(self._rank))
+        if name == "accumulate":
+            piece = self._models.early(*args)
+            told = self._actor.call.remote(name, *piece.sizes, TAIL)
+            return _Translated(self, told, lambda _: piece.results(self._rank)[0])
         if name == "infer":
             (sequences,) = args
             told = self._actor.call.remote(name, len(sequences), sum(map(len, sequences)))

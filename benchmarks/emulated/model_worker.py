@@ -8,7 +8,7 @@ from pathlib import Path
 from fuse.benchmarks.emulated.costs import EmulatedCosts
 from fuse.benchmarks.emulated.device import EmulatedDevice
 from fuse.benchmarks.emulated.messages import Mailbox
-from fuse.benchmarks.emulated.training import EmulatedRound, train
+from fuse.benchmarks.emulated.training import EmulatedRound, train, walk
 from fuse.trace import Span, SpanRecorder
 
 
@@ -32,6 +32,11 @@ class EmulatedModelWorker:
         self._device.resume()
         for one in rounds:
             train(one, self._rank, self._costs, self._device, self._mailbox, self._recorder)
+
+    def accumulate(self, piece: EmulatedRound, category: str) -> None:
+        """Train a piece before the update; all ranks of its replica are called at once. category: of its spans."""
+        self._device.resume()
+        walk(piece, self._rank, self._costs, self._device, self._mailbox, self._recorder, category)
 
     def infer(self, num_samples: int, num_tokens: int) -> None:
         """Score so many samples of so many tokens in all, by one model after the other."""

@@ -13,7 +13,7 @@ from fuse.benchmarks.emulated.device import EmulatedDevice
 from fuse.benchmarks.emulated.messages import EmulatedCommunicator, Post, latest
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.executor import execute
-from fuse.intrastage.observed import MESSAGE, shape_arguments
+from fuse.intrastage.observed import MESSAGE, TRAIN, shape_arguments
 from fuse.intrastage.planned_times import times_of
 from fuse.trace import Span, SpanRecorder, now_s
 from schedules import Kind, Op, Schedule
@@ -93,6 +93,23 @@ def train(
     one: EmulatedRound, rank: int, costs: EmulatedCosts, device: EmulatedDevice, post: Post, recorder: SpanRecorder
 ) -> None:
     """Take a rank's part of a round; all ranks do at once. recorder: gets the spans of a real rank."""
+    walk(one, rank, costs, device, post, recorder, TRAIN)
+    device.reach(latest(device.free_s, rank, one.schedule.problem.num_ranks, post))  # the gradients' norm
+    for role in one.stepping:
+        with recorder.span(f"step {role}", "optimizer"):
+            device.work(one.optimizer_s(costs, role))
+
+
+def walk(
+    one: EmulatedRound,
+    rank: int,
+    costs: EmulatedCosts,
+    device: EmulatedDevice,
+    post: Post,
+    recorder: SpanRecorder,
+    category: str,
+) -> None:
+    """The operations of it; all ranks that have some take theirs at once. category: of their spans."""
     pipelines = one.schedule.problem.pipelines
     stages: dict[tuple[int, int], Any] = {
         (number, stage): EmulatedStage(
@@ -119,11 +136,7 @@ def train(
     ]
     if one.is_observed:
         _record_messages(one, stages, costs, recorder)
-    execute(one.schedule, rank, stages, micro_batches, communicators, recorder)
-    device.reach(latest(device.free_s, rank, one.schedule.problem.num_ranks, post))  # the gradients' norm
-    for role in one.stepping:
-        with recorder.span(f"step {role}", "optimizer"):
-            device.work(one.optimizer_s(costs, role))
+    execute(one.schedule, rank, stages, micro_batches, communicators, recorder, category=category)
 
 
 def _operation_s(one: EmulatedRound, costs: EmulatedCosts, pipeline: int, stage: int, kind: Kind, index: int) -> float:

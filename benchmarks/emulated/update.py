@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -13,11 +13,11 @@ from fuse.benchmarks.emulated.training import EmulatedRound
 from fuse.intrastage.observed import TRAIN
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches, replicas_of
 from fuse.intrastage.planned_times import planned_times
-from fuse.intrastage.training_schedule import Plan
+from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.roles import GENERATING
 from fuse.trace import Span
 from fuse.training.rank import TrainingSettings
-from fuse.training.rounds import RankRound, Round
+from fuse.training.rounds import RankRound, Round, StepPart
 
 
 class EmulatedUpdate:
@@ -58,6 +58,16 @@ class EmulatedUpdate:
             stepping=tuple(role for role, part in one.parts.items() if part.is_last),
         )
 
+    @classmethod
+    def early(
+        cls, replica: Replica, settings: TrainingSettings, experience: Experience, part: StepPart
+    ) -> EmulatedUpdate:
+        """What a replica trains before the update, by 1F1B; see `TrainingRank.accumulate`."""
+        alone, one = replace(replica, index=0), Round({replica.model: part})
+        update = cls((alone,), settings, experience, [one], {one.counts: Plan(serial_schedule((alone,), one.counts))})
+        update.sizes = [replace(sizes, is_observed=False) for sizes in update.sizes]
+        return update
+
     def prepare(self) -> None:
         """Make what will be asked for, while ranks are at it: a real driver would not have to."""
         _ = self._planned, self._num_positions
@@ -68,7 +78,7 @@ class EmulatedUpdate:
             RankRound(
                 metrics={},
                 gradient_norms={role: 1.0 for role, part in one.parts.items() if part.is_last},
-                said={role: list(self._said(one, role)) for role in one.parts if self._is_last_of(role, rank)},
+                said={role: self._said(one, role, rank) for role in one.parts if self._is_last_of(role, rank)},
             )
             for one in self._rounds
         ]
@@ -76,11 +86,19 @@ class EmulatedUpdate:
     def _is_last_of(self, role: str, rank: int) -> bool:
         return any(replica.model == role and replica.ranks[-1] == rank for replica in self._placement)
 
-    def _said(self, one: Round, role: str) -> Iterator[torch.Tensor]:
-        assert one.parts[role].shares, "micro-batches are regrouped"
+    def _said(self, one: Round, role: str, rank: int) -> list[torch.Tensor]:
+        """Of the micro-batches of each replica that ends on the rank."""
+        part = one.parts[role]
+        assert part.shares, "micro-batches are regrouped"
         width = 2 if role == GENERATING else 1  # log-probability and entropy; value
         counts = self._num_positions[role]
-        return (torch.zeros(sum(counts[index] for index in own), width) for own in one.parts[role].micro_batches)
+        replicas = [replica for replica in self._placement if replica.model == role]
+        return [
+            torch.zeros(sum(counts[sample] for sample in part.micro_batches[index]), width)
+            for replica in replicas
+            if replica.ranks[-1] == rank
+            for index in replica_micro_batches(len(part.micro_batches), len(replicas), replica.index)
+        ]
 
     @cached_property
     def _num_positions(self) -> dict[str, list[int]]:

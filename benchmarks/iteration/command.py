@@ -47,7 +47,7 @@ _OPTIONS = (
     "algorithm", "num_generations", "model", "prompts", "prompt_column", "lengths", "devices", "engine", "batch",
     "mini_batches", "micro_batch",
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "bf16", "one_at_a_time", "smoke",
-    "emulate", "costs", "time_scale", "speculation", "acceptance", "draft_share",
+    "emulate", "costs", "time_scale", "tail_training", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 _DEFAULTS = {
     "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 4, "max_new_tokens": 256, "repeats": 5,

@@ -11,7 +11,7 @@ from typing import Any
 
 from fuse.benchmarks.emulated.costs import EmulatedCosts, costs_from_json
 from fuse.benchmarks.emulated.h100 import NAMES, costs_named
-from fuse.benchmarks.iteration.rows import NATURAL, SYNTHETIC
+from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SYNTHETIC, TAIL
 from fuse.commands.options import option_name
 from fuse.commands.simulated_speculation import SPECULATION, add_speculation_arguments, speculation_of
 from fuse.interstage.length_trace import read_length_trace
@@ -51,6 +51,11 @@ def add_emulation(parser: argparse.ArgumentParser) -> None:
         help=f"seconds that an emulated second takes here (default: {TIME_SCALE}); the less, the more the driver's own "
         "time counts",
     )  # fmt: skip
+    parser.add_argument(
+        "--tail-training", action="store_true", default=None,
+        help=f"have a whole critic on each device, and a variant more, {TAIL}: both, and what the critic has of the "
+        "optimizer step is trained on devices that are free before all samples are there",
+    )  # fmt: skip
     add_speculation_arguments(parser)
 
 
@@ -61,7 +66,7 @@ def check_emulation(arguments: argparse.Namespace) -> None:
         ValueError: with the first such option.
     """
     if arguments.emulate is None:
-        for name in ("costs", "time_scale", *SPECULATION):
+        for name in ("costs", "time_scale", "tail_training", *SPECULATION):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"{option_name(name)} is of emulated devices: add --emulate N")
         return
@@ -79,9 +84,26 @@ def check_emulation(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"a mini-batch of {per_step} micro-batch fills no pipeline: lower --micro-batch to have several"
         )
+    if arguments.tail_training and arguments.mini_batches > 1:
+        raise ValueError(
+            f"--tail-training with --mini-batches {arguments.mini_batches}: what is trained early is simulated of one "
+            "step on all samples: give --mini-batches 1"
+        )
     costs_of(arguments)
     if arguments.lengths not in (None, SYNTHETIC):
         read_length_trace(Path(arguments.lengths), at_least=arguments.batch)
+
+
+def variants_of(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
+    """Options of the trainer's configuration, by variant."""
+    asked = {name: fusion for name, fusion in FUSION.items() if name in {SERIAL, *arguments.variants}}
+    if not arguments.tail_training:
+        return {name: {**fusion, "tail_training": "off"} for name, fusion in asked.items()}
+    asked[TAIL] = FUSION["both"]
+    return {
+        name: {**fusion, "critic_stages": 1, "tail_training": "auto" if name == TAIL else "off"}
+        for name, fusion in asked.items()
+    }
 
 
 def costs_of(arguments: argparse.Namespace) -> EmulatedCosts:

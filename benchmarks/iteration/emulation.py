@@ -22,18 +22,21 @@ import numpy as np
 from fuse.benchmarks.emulated.cluster import EmulatedCluster
 from fuse.benchmarks.emulated.costs import SCORING_BATCH_TOKENS, EmulatedCosts
 from fuse.benchmarks.iteration import workload as made
+from fuse.benchmarks.iteration.emulate_options import variants_of
 from fuse.benchmarks.iteration.rates import Scale
 from fuse.benchmarks.iteration.rounds import Measured, Rounds, as_json, make_workload
-from fuse.benchmarks.iteration.rows import FUSION, SERIAL
 from fuse.benchmarks.iteration.trainer import fuse_config, fuse_variant
 from fuse.benchmarks.iteration.turn import Response, Turn, Variant
 from fuse.benchmarks.iteration.workload import Workload
 from fuse.benchmarks.options import tell
+from fuse.config.run import RunConfig
 from fuse.interstage.length_trace import LengthTrace
 from fuse.interstage.migration import EngineLimits
 from fuse.interstage.policies import ADAPTIVE, NONE, policy_of
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
+from fuse.interstage.simulate_tail import TailWork, simulate_tail
+from fuse.interstage.tail import TailSettings
 from fuse.workers.ray_session import local_cluster
 
 _KV_BYTES_PER_TOKEN = 1_600_000
@@ -63,13 +66,12 @@ def measure(arguments: argparse.Namespace, costs: EmulatedCosts, cluster: Emulat
                 engine="transformers",
                 output_dir=directory / name,
             )
-            for name, fusion in FUSION.items()
-            if name in {SERIAL, *arguments.variants}
+            for name, fusion in variants_of(arguments).items()
         }
         cluster.use(num_devices, costs.scaled(scale), workload.batch)
         for name, config in configs.items():
             with fuse_variant(workload, config, cluster=cluster, tell=tell) as real:
-                variant = _Emulated(real, workload, config.inter_stage_fusion, cluster, costs, scale)
+                variant = _Emulated(real, workload, config, cluster, costs, scale)
                 for round_index in range(workload.num_rounds):
                     rounds.take(name, variant, round_index)
     return Measured(
@@ -117,19 +119,19 @@ def _own_cache(directory: Path) -> Iterator[None]:
 class _Emulated:
     """A variant on emulated devices, whose turns are in emulated seconds, with what is predicted of them.
 
-    real: in seconds of this machine. is_fused: whether samples are scored while others are generated.
+    real: in seconds of this machine.
     """
 
     def __init__(
         self,
         real: Variant,
         workload: Workload,
-        is_fused: bool,
+        config: RunConfig,
         cluster: EmulatedCluster,
         costs: EmulatedCosts,
         scale: float,
     ) -> None:
-        self._real, self._workload, self._is_fused = real, workload, is_fused
+        self._real, self._workload, self._config = real, workload, config
         self._cluster, self._costs, self._scale = cluster, costs, scale
         self._num_turns = 0
 
@@ -172,7 +174,23 @@ class _Emulated:
             can_transfer=False,
         )
         past = LengthTrace(prompt_tokens[:first], response_tokens[:first], (None,) * first)
-        return simulate(rollout, policy_of(ADAPTIVE if self._is_fused else NONE, rollout, past)).makespan_s
+        policy = policy_of(ADAPTIVE if self._config.inter_stage_fusion else NONE, rollout, past)
+        if self._config.trains_early:
+            return simulate_tail(rollout, policy, self._tail_work()).rollout.makespan_s
+        return simulate(rollout, policy).makespan_s
+
+    def _tail_work(self) -> TailWork:
+        """Of whole critics, one on each device."""
+        workload, num_devices = self._workload, self._cluster.num_devices
+        parts = [getattr(self._costs.training["critic"], name) for name in ("forward", "input_grad", "weight_grad")]
+        return TailWork(
+            groups=np.arange(workload.batch),
+            token_s=sum(part.token_s for part in parts),
+            micro_batch_s=sum(part.fixed_s for part in parts),
+            settings=TailSettings(
+                micro_batch_size=workload.micro_batch, num_kept=num_devices, num_replicas=num_devices
+            ),
+        )
 
 
 def _over(seconds: Mapping[str, float], scale: float) -> dict[str, float]:

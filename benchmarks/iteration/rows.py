@@ -26,10 +26,12 @@ FUSION: Mapping[str, Mapping[str, bool]] = MappingProxyType(
     }
 )
 """What each variant of this project's trainer is."""
+TAIL = "tail"
+"""`both`, and training before all samples are there: of emulated devices."""
 NATURAL, SYNTHETIC = "natural", "synthetic"
 """Lengths that no file has."""
 SMOKE_NOTE = "A smoke run of a tiny model: it shows that everything runs, and proves nothing about speed."
-_COMPARED_METRICS = ("objective/entropy", "objective/scores", "entropy", "reward", "kl")
+_COMPARED_METRICS = ("objective/entropy", "objective/scores", "entropy", "reward", "kl", "tail/first_step_share")
 
 
 def row_of(name: str, turns: Mapping[str, Sequence[Turn]], scale: Scale) -> Row:

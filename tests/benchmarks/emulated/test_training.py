@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fuse.benchmarks.emulated.device import EmulatedDevice
 from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.benchmarks.emulated.messages import Key, Mailbox, latest
 from fuse.benchmarks.emulated.training import EmulatedRound, train
+from fuse.benchmarks.emulated.training import walk as piece_of
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.observed import ObservedCosts
 from fuse.intrastage.placement import place
@@ -87,6 +89,30 @@ def test_ranks_take_what_the_plan_says(name: str) -> None:
     one = made_round(SCHEDULES[name])
     times, _ = walk(one)
     assert times == pytest.approx([one.predicted_s(COSTS)] * NUM_RANKS, rel=1e-3)  # plans count microseconds
+
+
+def test_a_pipeline_trains_a_piece_alone() -> None:
+    """Before the update, on two of four ranks; nobody waits for the others."""
+    (_, replica) = place("critic", NUM_RANKS, 2)
+    alone = replace(replica, index=0)
+    one = EmulatedRound(
+        schedule=serial_schedule((alone,), (("critic", 3),)),
+        roles=("critic",),
+        shapes=((Shape(4, 600),) * 3,),
+        is_observed=False,
+        stepping=(),
+    )
+    queues, recorder = Queues(), SpanRecorder(EmulatedDevice(now=lambda: 0.0, sleep=lambda seconds: None))
+    devices = {rank: EmulatedDevice(now=lambda: 0.0, sleep=lambda seconds: None) for rank in replica.ranks}
+    with ThreadPoolExecutor(2) as pool:
+        pieces = [
+            pool.submit(piece_of, one, rank, COSTS, device, ThreadPost(rank, queues), recorder, "tail")
+            for rank, device in devices.items()
+        ]
+        for piece in pieces:
+            piece.result()
+    assert max(device.free_s for device in devices.values()) == pytest.approx(one.predicted_s(COSTS), rel=1e-3)
+    assert {span.category for span in recorder.drain()} == {"tail"}
 
 
 def test_rounds_follow_one_another_and_an_optimizer_steps_when_it_is_due() -> None:

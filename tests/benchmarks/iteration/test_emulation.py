@@ -20,7 +20,7 @@ from fuse.interstage.speculation import DRAFTS
 
 from .test_command import FIELDS
 
-_OPTIONS = ["--batch", "16", "--mini-batches", "2", "--micro-batch", "2", "--max-new-tokens", "12"]
+_OPTIONS = ["--batch", "16", "--mini-batches", "1", "--micro-batch", "2", "--max-new-tokens", "12"]
 
 
 def starts_ray(test: Any) -> Any:
@@ -30,7 +30,7 @@ def starts_ray(test: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """Results of a run of two variants on four devices, a hundredth as long; and what its processes had loaded."""
+    """Results of a run of three variants on four devices, a hundredth as long; and what its processes had loaded."""
     directory = tmp_path_factory.mktemp("emulation")
     loaded = []
 
@@ -45,16 +45,16 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulation, "EmulatedCluster", Watched)
         argv = [*_OPTIONS, "--emulate", "4", "--costs", str(costs), "--time-scale", "0.2", "--variants", "both"]
-        argv += ["--speculation", "int8", "--acceptance", "0.9"]
+        argv += ["--speculation", "int8", "--acceptance", "0.9", "--tail-training"]
         assert cli.main(["bench", "iteration", *argv, "--warmup", "2", "--json", str(path)]) == 0
     return {**json.loads(path.read_text()), "loaded": loaded}
 
 
 @starts_ray
 def test_rows_say_that_they_are_emulated(emulated: Mapping[str, Any]) -> None:
-    off, both = emulated["rows"]
-    assert (off["variant"], both["variant"]) == ("off", "both")
-    for row in (off, both):
+    off, both, tail = emulated["rows"]
+    assert (off["variant"], both["variant"], tail["variant"]) == ("off", "both", "tail")
+    for row in (off, both, tail):
         assert row.keys() >= FIELDS | {"simulated_seconds", "simulated_ratio", "gain_share"}
         assert row["emulated"] is True
         assert 0 < row["simulated_seconds"] < row["seconds"], "the driver takes no time"
@@ -62,6 +62,8 @@ def test_rows_say_that_they_are_emulated(emulated: Mapping[str, Any]) -> None:
         assert row["idle_share"].keys() == {f"device{index}" for index in range(4)}
     assert both["simulated_ratio"] == off["simulated_seconds"] / both["simulated_seconds"] > 1
     assert both["bubbles"]["planned"] < both["bubbles"]["serial"]
+    assert tail["metrics"]["tail/first_step_share"] >= 0
+    assert "tail/first_step_share" not in both["metrics"]
     assert emulated["options"]["emulate"] == 4
     assert emulated["options"]["time_scale"] == 0.2
     draft = replace(DRAFTS["int8"], acceptance=0.9)
@@ -96,7 +98,7 @@ def test_a_table_of_a_sweep_has_a_line_for_each_variant_of_each_point(emulated: 
     points = [{"settings": {"costs": name, "batch": 16}, "rows": emulated["rows"]} for name in ("a.json", "b.json")]
     table = emulated_sweep_table(points)
     cells = [list(map(str, column.cells)) for column in table.columns]
-    assert cells[:3] == [["a", "b"], ["16", "16"], ["both", "both"]]
+    assert cells[:3] == [["a", "a", "b", "b"], ["16"] * 4, ["both", "tail"] * 2]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,8 @@ def test_a_table_of_a_sweep_has_a_line_for_each_variant_of_each_point(emulated: 
         (["--time-scale", "1"], "--time-scale is of emulated devices: add --emulate N"),
         (["--speculation", "int8"], "--speculation is of emulated devices: add --emulate N"),
         (["--emulate", "8", "--acceptance", "0.9"], "--acceptance says what drafts are like: give --speculation"),
+        (["--tail-training"], "--tail-training is of emulated devices: add --emulate N"),
+        (["--emulate", "8", "--tail-training"], "--tail-training with --mini-batches 8"),
         (["--emulate", "1"], "--emulate is 1: give 2 to 64 devices"),
         (["--emulate", "8", "--costs", "h100-7b"], "--costs h100-7b is neither a file nor one of h100-33b"),
         (["--emulate", "8", "--time-scale", "0"], "--time-scale is 0.0: give a number above 0"),
