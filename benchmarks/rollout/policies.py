@@ -112,7 +112,9 @@ class _Rollouts:
         assert costs is not None
         policies = {name: policy_of(name, self._rollout(costs), self._past) for name in POLICIES}
         tell(f"{self._mix.name}: {self._lengths.sum()} tokens, {1 + repeats} rounds ...")
-        runs = alternate({name: partial(self._roll_out, one, num_samples) for name, one in policies.items()}, repeats)
+        # Those that came out the same, as where fusion is not expected to pay, are rolled out once a round.
+        runs_of = alternate({one: partial(self._roll_out, one, num_samples) for one in policies.values()}, repeats)
+        runs = {name: runs_of[one] for name, one in policies.items()}
         # Shared machines are now faster, now slower: costs are those known at the end of each round.
         rollouts = [self._rollout(run.costs or costs) for run in runs[ADAPTIVE]]
         simulated = {
@@ -127,12 +129,12 @@ class _Rollouts:
         """One policy; seconds and shares are medians over repeats.
 
         oracle_seconds: simulated, of the best of all policies and of the adaptive one told all lengths.
-        gain: of `none`'s seconds over these.
+        gain: of `none`'s seconds over these, median over rounds, in which both met the same machine.
         decision_ms: from news to the calls it leads to, median over decisions; workers do not wait for it.
         """
 
-        def middle(figure: Callable[[_Run], float], policy: str = name) -> float:
-            return statistics.median(map(figure, runs[policy]))
+        def middle(figure: Callable[[_Run], float]) -> float:
+            return statistics.median(map(figure, runs[name]))
 
         seconds = middle(lambda run: run.report.makespan_s)
         return {
@@ -148,7 +150,9 @@ class _Rollouts:
             "moved_bytes": middle(lambda run: run.report.moved_bytes),
             "simulated_seconds": simulated[name],
             "oracle_seconds": oracle,
-            "gain": middle(lambda run: run.report.makespan_s, NONE) / seconds,
+            "gain": statistics.median(
+                none.report.makespan_s / own.report.makespan_s for none, own in zip(runs[NONE], runs[name], strict=True)
+            ),
             "simulated_gain": simulated[NONE] / simulated[name],
             "decision_ms": 1e3 * middle(lambda run: statistics.median(run.report.decision_s)),
         }

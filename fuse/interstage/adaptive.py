@@ -108,9 +108,12 @@ class Adaptive:
         context = np.bincount(live.devices, weights=live.context_tokens, minlength=state.num_devices)
         widest = int(np.argmax(live.context_tokens))
         levels = np.random.default_rng(0).random((_NUM_DRAWS, len(live)))
+        # Each sample is to be as likely as any other to be among the last: the fluid model knows of no sample that is
+        # told to be long, nor that it sits on one engine with its siblings, which are long, too.
+        lengths = self.lengths.untold()
         outlook = Outlook(
             costs=self.costs,
-            remaining=self.lengths.quantile(live.ids, live.response_tokens, levels),
+            remaining=lengths.quantile(live.ids, live.response_tokens, levels),
             live=counts[counts > 0],
             context_tokens=context[counts > 0],
             widest=(widest, int(live.context_tokens[widest])),
@@ -171,8 +174,8 @@ class Adaptive:
         chance, untold_chance = (one.chance(live.ids, live.response_tokens, far - 1) for one in (self.lengths, untold))
         context = live.context_tokens
         prefill_s = costs.prefill_token_s * context / _num_sharing(live)
-        # The median of the shorter of two alike.
-        shared = self.lengths.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
+        # The median of the shorter of two alike: a sample told to be long adds to the steps of others until these end.
+        shared = untold.quantile(live.ids, live.response_tokens, 1 - 0.5**0.5)
 
         def own_s(one: CostModel, tokens: Floats) -> Floats:
             return tokens * (one.sample_s + one.context_s * (context + tokens / 2)) + prefill_s

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import PROFILES
-from fuse.interstage.lengths import Observation, learn
+from fuse.interstage.lengths import Observation, SurvivalLengths, learn
 from fuse.interstage.migration import Action, EngineLimits, RolloutState, StageByStage
 from fuse.interstage.oracle import blind_bound_s
 from fuse.interstage.rollout import Rollout, SpanKind
@@ -98,3 +98,38 @@ def test_devices_score_to_a_common_end_in_few_pieces() -> None:
     assert max(ends_s) - min(ends_s) <= case.costs.inference(9050)
     assert result.num_inferences <= 2 * case.num_devices
     assert result.idle_share < 0.02
+
+
+def grouped(seed: int) -> tuple[Rollout, dict[str, SurvivalLengths]]:
+    """16 groups of 8 of an exponential's lengths with a common factor, and prompts far longer than they are; and what
+    is known of them: nothing, siblings, and an earlier epoch of the same prompts, too.
+    """
+    random, num_groups, size, variance = np.random.default_rng(seed), 16, 8, 1.5
+    prompt_tokens = np.repeat(random.integers(200, 12_000, num_groups), size)
+
+    def lengths(factors: NDArray[np.float64]) -> Ints:
+        drawn = 150 * random.exponential(1, (len(factors), size)) / factors[:, None]
+        return np.clip(drawn, 1, LONGEST).round().astype(np.int64)
+
+    others, factors = (np.maximum(random.gamma(1 / variance, variance, n), 0.02) for n in (200, num_groups))
+    observed = [Observation(tokens, prompt=(g,)) for g, row in enumerate(lengths(others).tolist()) for tokens in row]
+    earlier = [Observation(tokens, prompt=g) for g, row in enumerate(lengths(factors).tolist()) for tokens in row]
+    numbers = np.repeat(np.arange(num_groups), size)
+    case = Rollout(
+        prompt_tokens=prompt_tokens, response_tokens=lengths(factors).reshape(-1), num_devices=16,
+        costs=PROFILES["llama-33b-8xh800"], prompts=numbers,
+        limits=EngineLimits(max_batch=64, kv_capacity_tokens=10**7, max_new_tokens=LONGEST),
+    )  # fmt: skip
+    siblings = learn(observed, LONGEST).for_samples()
+    history = learn([*observed, *earlier], LONGEST).for_samples(dict(enumerate(numbers.tolist())))
+    return case, {"pooled": replace(siblings, variance=0.0), "siblings": siblings, "history": history}
+
+
+def test_what_siblings_tell_makes_no_rollout_slower() -> None:
+    seconds = dict.fromkeys(("pooled", "siblings", "history"), 0.0)
+    for seed in range(2):
+        case, known = grouped(seed)
+        for name, lengths in known.items():
+            seconds[name] += simulate(case, Adaptive(case.costs, lengths)).makespan_s
+    assert seconds["siblings"] <= seconds["pooled"]
+    assert seconds["history"] <= seconds["pooled"]
