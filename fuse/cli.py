@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import fuse
+from fuse.garbage import collect_rarely
 from fuse.options_file import OPTION as CONFIG_OPTION
 from fuse.options_file import with_config_file
 from fuse.printable import printable
@@ -71,6 +72,7 @@ _MOST_COLUMNS = 2000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; bad options exit with status 2 by SystemExit."""
+    collect_rarely()
     name, module, rest = _select(list(sys.argv[1:] if argv is None else argv))
     try:
         rest = with_config_file(rest)

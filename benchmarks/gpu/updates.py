@@ -24,7 +24,8 @@ from fuse.algorithms.ppo import PPOSettings, ppo
 from fuse.benchmarks.gpu.requests import generate, requests_of
 from fuse.benchmarks.gpu.setup import Row, Setup, gigabytes, random_model, spec_for, synchronize
 from fuse.device_clock import clock_of
-from fuse.driver.memory import Ledger, Phase, ledger
+from fuse.driver.ledger_entry import Phase
+from fuse.driver.memory import Ledger, ledger
 from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.engines.transformers import TransformersEngine
 from fuse.intrastage import communication

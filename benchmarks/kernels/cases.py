@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fuse.algorithms.batch import Segments
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
-from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae, skinny_linear
+from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae, skinny_linear, suffix_index
 
 TEMPERATURE = 0.7
 CHECKPOINTED_TOKENS = 256
@@ -98,6 +100,41 @@ def skinny_linear_cases(outs: int = 32_000, width: int = 1024) -> Iterator[Case]
             flops=2 * rows * outs * width,
             **_sides(skinny_linear, "skinny_linear", inputs, weight),
         )
+
+
+def suffix_index_cases(batches: Sequence[int] = (1, 16, 64), context: int = 512, group: int = 8) -> Iterator[Case]:
+    """A step of n-gram drafts: a token for each sample of groups, and eight of each asked for.
+
+    Before it, texts of `context` tokens: each one's successor is of eight, the most frequent of which every other time.
+    """
+    generator = np.random.default_rng(0)
+    successors = generator.integers(0, 2000, (2000, 8))
+    kinds = np.minimum(generator.geometric(0.5, (max(batches), context + 64)), 8) - 1
+    for batch in batches:
+        texts = np.zeros_like(kinds[:batch])
+        for place in range(1, texts.shape[1]):
+            texts[:, place] = successors[texts[:, place - 1], kinds[:batch, place]]
+        sides = []
+        for make in (suffix_index.suffix_index, suffix_index.suffix_index_reference):
+            index = make(texts.size)
+            responses = [index.open((sample // group, 0)) for sample in range(batch)]
+            index.extend(responses, texts[:, :context].tolist(), [0] * batch)
+            added = cycle(texts[:, context:, None].swapaxes(0, 1).tolist())
+            sides.append(partial(_drafted, index, responses, added))
+        yield Case(
+            kernel="suffix_index",
+            shape=[batch, context],
+            dtype=torch.int64,
+            bytes_moved=0,  # unknown: as many places as tokens are alike
+            result_bytes=0,
+            implementation=suffix_index.implementation(torch.empty(0)),
+            function=sides[0],
+            references={"Python": sides[1]},
+        )
+
+
+def _drafted(index: suffix_index.SuffixIndex, responses: list[int], added: Iterator[list[list[int]]]) -> object:
+    return index.extend(responses, next(added), [8] * len(responses))
 
 
 def kv_blocks_cases(
@@ -185,6 +222,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "sample_tokens": (sample_cases,),
     "decode_attention": (decode_attention_cases,),
     "skinny_linear": (skinny_linear_cases,),
+    "suffix_index": (suffix_index_cases,),
     "kv_blocks": (kv_blocks_cases,),
     "schedules": (schedule_cases,),
     "linear_logprob": tuple(

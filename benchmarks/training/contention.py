@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fuse.intrastage.cost_profile import Profile, Shape
-from fuse.intrastage.planned_times import PlannedTimes, operation_s, planned_times, times_of
+from fuse.intrastage.planned_times import PlannedTimes, planned_times, times_of
 from schedules import Op, Schedule
 
 _ROUNDS = 12
@@ -25,14 +25,9 @@ def contended_times(
 ) -> PlannedTimes:
     """As `planned_times`. together, alone: costs while all ranks compute, and while all others idle."""
     times = planned_times(schedule, together, names, shapes)
+    unhindered = planned_times(schedule, alone, names, shapes)
     slow_s = {op: times.end_s[op] - times.start_s[op] for op in times.start_s}
-    fast_s = {
-        op: min(
-            slow_s[op],
-            operation_s(alone, names[op.pipeline], op.stage, op.kind, shapes[op.pipeline][op.micro_batch]),
-        )
-        for op in slow_s
-    }
+    fast_s = {op: min(slow_s[op], unhindered.end_s[op] - unhindered.start_s[op]) for op in slow_s}
     for _ in range(_ROUNDS):
         overlap_s = _overlaps(schedule, times)
         # What was done in the overlap took slow_s / fast_s times as long: s = fast + overlap (1 - fast / slow).

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from fuse.commands.model_path import check_model_path
-from fuse.commands.models import load_policy, load_tokenizer
+from fuse.commands.models import load_policy, load_reading_tokenizer
 from fuse.commands.options import check_counts
 from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
@@ -78,7 +78,7 @@ class Speaker:
     @classmethod
     def load(cls, path: str, arguments: argparse.Namespace) -> Speaker:
         """Raises: ValueError for a path without a model, or options that it cannot take."""
-        tokenizer, model = load_tokenizer(path, None), load_policy(path)
+        tokenizer, model = load_reading_tokenizer(path), load_policy(path)
         if arguments.system and not tokenizer.chat_template:
             raise ValueError(f"--system: the tokenizer at {path} has no chat template, so leave it out")
         engine, params = lone_engine(

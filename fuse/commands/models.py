@@ -26,11 +26,7 @@ def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, it has no padding token, or `pad_token` is not in its vocabulary.
     """
-    check_model_path(path)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {path}: {_first_sentence(error)}") from error
+    tokenizer = _tokenizer(path)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(f"--pad-token {pad_token!r} is not in the tokenizer's vocabulary: name one that is")
@@ -38,6 +34,29 @@ def load_tokenizer(path: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         hint = f", e.g. --pad-token {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
         raise ValueError(f"the tokenizer at {path} has no pad token: name one of its tokens with --pad-token{hint}")
+    return tokenizer
+
+
+def load_reading_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, where nothing is trained: without a padding token, its end of sequence does for one.
+
+    Raises:
+        ValueError: there is none, or it has neither.
+    """
+    tokenizer = _tokenizer(path)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer at {path} has neither a pad token nor an end of sequence: give it one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    check_model_path(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {path}: {_first_sentence(error)}") from error
     return tokenizer
 
 

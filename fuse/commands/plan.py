@@ -10,9 +10,9 @@ qwen2.5-1.5b, -3b, -7b, -32b, -72b, llama3-8b, -70b. The other models have the p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from fuse.commands.known_models import config_of, spec_of
 from fuse.commands.lora import add_lora_arguments, lora_config
 from fuse.commands.output import output_file, write_json
+from fuse.commands.plan_adapters import adapted
 from fuse.commands.plan_table import GB, show
 from fuse.config.auxiliary import largest_text
 from fuse.driver.memory import Ledger, ledger
@@ -31,10 +32,6 @@ from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.opposite import can_have_opposites, has_opposites, with_opposites, without_opposites
 from fuse.intrastage.placement import Replica, place, share_ranks
 from fuse.roles import GENERATING, role_of, training
-from fuse.training.model_spec import ModelSpec
-
-if TYPE_CHECKING:
-    from fuse.intrastage.adapters import LoraConfig
 
 _MOST_SEQUENCES = 1 << 12
 _MOST_TOKENS = 1 << 20
@@ -49,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse plan`."""
     yes_or_no = argparse.BooleanOptionalAction
     parser.add_argument("--model", required=True, metavar="MODEL", help="policy: a path or a name")
-    parser.add_argument("--critic-model", metavar="MODEL", help="critic, or none (default: the policy's shape)")
+    parser.add_argument(
+        "--critic-model",
+        metavar="MODEL",
+        help="critic, or none (default: the policy's shape, and with --lora-r its base)",
+    )
     parser.add_argument("--reward-model", metavar="MODEL", help="reward model, or none (default: the policy's shape)")
     parser.add_argument("--ref-model", metavar="MODEL", help="reference, or none (default: the policy's shape)")
     parser.add_argument("--num-devices", type=int, required=True, metavar="N", help="GPUs")
@@ -181,7 +182,8 @@ def _setup(arguments: argparse.Namespace) -> MemorySetup:
     scores = {role: role_of(role).scores in ("values", "scores") for role in configs}
     specs = {role: spec_of(config, scores=scores[role], dtype=dtype) for role, config in configs.items()}
     if (lora := lora_config(arguments)) is not None:
-        specs |= _adapted(specs, lora, is_reference_given=arguments.ref_model is not None)
+        given = {role: name for role, name in named.items() if name not in (None, arguments.model)}
+        specs |= adapted(specs, lora, of_other_models=given)
     models = planned_models(
         specs,
         autocast=autocast,
@@ -231,16 +233,6 @@ def _text(arguments: argparse.Namespace) -> Shape | None:
         micro_batch_size=arguments.micro_batch_size,
         longest_sample=arguments.prompt_length + arguments.response_length,
     )
-
-
-def _adapted(specs: Mapping[str, ModelSpec], lora: LoraConfig, *, is_reference_given: bool) -> dict[str, ModelSpec]:
-    """What trains, with adapters; and the reference, which is the policy without them unless it is another model."""
-    replacing = {"actor": (), "critic": ("score",)}
-    made = {role: specs[role].adapted(lora, replacing=replacing[role]) for role in training(specs)}
-    if "reference" in specs and not is_reference_given:
-        adapters = replace(made["actor"].adapters, active=None)
-        made["reference"] = replace(made["actor"], adapters=adapters, variant_of="actor")
-    return made
 
 
 def _can_have_opposites(

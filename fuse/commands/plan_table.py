@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from fuse.commands.tables import figures_table
-from fuse.driver.memory import Ledger, Phase
+from fuse.driver.ledger_entry import Phase
+from fuse.driver.memory import Ledger
 
 GB = 1e9
 

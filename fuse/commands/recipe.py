@@ -194,13 +194,13 @@ def _data(
     arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]] | None, tell: Callable[[str], None]
 ) -> Mapping[str, Any]:
     """What the steps' files hold; dealt out unless that was done, by the same options, before."""
-    from fuse.commands.models import load_tokenizer
+    from fuse.commands.models import load_reading_tokenizer
     from fuse.trainers.data import read_rows
 
     record = arguments.output_dir / "data.json"
     dealt = deal_out(
         rows if rows is not None else read_rows(arguments.data),
-        load_tokenizer(arguments.model, None),
+        load_reading_tokenizer(arguments.model),
         arguments.output_dir,
         shares=arguments.data_split or (2.0, 4.0, 4.0),
         held_out=arguments.held_out,

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from fuse.commands.model_path import check_model_path
-from fuse.commands.models import load_classifier, load_policy, load_tokenizer
+from fuse.commands.models import load_classifier, load_policy, load_reading_tokenizer
 from fuse.commands.options import check_counts
 from fuse.commands.output import output_file, write_json
 from fuse.commands.progress import run_progress
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         tell("data: reading")
         rows = read_rows(arguments.data)
         tell("embedding: loading the policy")
-        tokenizer, policy = load_tokenizer(arguments.model, None), _ready(load_policy(arguments.model))
+        tokenizer, policy = load_reading_tokenizer(arguments.model), _ready(load_policy(arguments.model))
         examples, bad, num_repeated = examples_of(rows, tokenizer, num_positions(policy.config))
         kind = "prompts with a response"
         check_bad_rows(bad, len(rows), skips=arguments.skip_bad_rows, tell=progress.announce, what=kind)
@@ -139,7 +139,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _scores_of_model(path: str, examples: Sequence[Example], tell: Tell) -> list[float]:
     """As it reads them, by its own tokenizer."""
     tell("scoring: loading the reward model")
-    tokenizer, model = load_tokenizer(path, None), _ready(load_classifier(path))
+    tokenizer, model = load_reading_tokenizer(path), _ready(load_classifier(path))
     pieces = in_pieces(examples, tell, "scoring")
     read = ([tokens_of(one.prompt, one.response, tokenizer) for one in piece] for piece in pieces)
     found = [score for sequences in read for score in scores(model, sequences)]

@@ -140,7 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
         making = Thread(target=import_module, args=("fuse.commands.make_trainer",))
         making.start()
         config = inputs.config
-        with early_start(num_devices(config), config.ray_address, config.accelerator, engine(config)) as cluster:
+        asked = num_devices(config), config.ray_address, config.accelerator, engine(config)
+        with early_start(*asked, has_adapters=inputs.lora is not None) as cluster:
             making.join()
             from fuse.commands.make_trainer import make_trainer
 

@@ -15,7 +15,8 @@ from fuse import roles
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.driver.memory import Ledger, Phase, fits, ledger
+from fuse.driver.ledger_entry import Phase
+from fuse.driver.memory import Ledger, fits, ledger
 from fuse.driver.memory_setup import SCORING_CHOICES, MemorySetup, Scoring, larger, planned_models
 from fuse.driver.size_cut import cut_by_size
 from fuse.intrastage.cost_profile import Shape
@@ -220,22 +221,27 @@ def _host_bytes(
     models: Mapping[str, PreTrainedModel],
     scoring: Scoring,
 ) -> int:
-    """Engines and copies that score read weights where they lie in shared memory, once for all devices; copies that
-    are mixed become each device's own.
+    """Engines, copies that score and frozen parts of stages read weights where they lie in shared memory, once for all
+    devices and models that have the same; copies that are mixed become each device's own.
 
-    In shares, what trains has none but the engines', and of others there is as much.
+    In shares, what trains has none but the engines', and of others there is as much. Stages hold what is frozen apart
+    where it comes in another type.
     """
     models = {role: model for role, model in models.items() if role not in settings.variants}
     counts = {role: sum(parameter.numel() for parameter in model.parameters()) for role, model in models.items()}
     trains = roles.training(models)
     needed = sum(counts[role] * model.dtype.itemsize for role, model in models.items())  # the driver's own
     in_place = {role for role in trains if role != roles.GENERATING and scoring == "sharded"}
-    needed += sum(4 * count for role, count in counts.items() if role not in in_place)
+    for role, model in models.items():
+        spec = settings.spec(role, model)
+        own = [one for name, one in model.named_parameters() if spec.origin(role, name).role == role]
+        needed += sum(4 * one.numel() for one in own if role not in in_place or not one.requires_grad)
     needed += sum(4 * counts[role] * settings.num_devices for role in settings.mixed_roles)
     for role in trains:
         trained = sum(parameter.numel() for parameter in models[role].parameters() if parameter.requires_grad)
         num_replicas = sum(replica.model == role for replica in placement)
-        needed += num_replicas * (4 * counts[role] + 12 * trained)
+        apart = 0 if models[role].dtype == torch.float32 else 4 * (counts[role] - trained)
+        needed += num_replicas * (16 * trained + apart)
         if role in settings.training.average_decays:
             needed += 4 * trained + counts[role] * models[role].dtype.itemsize  # of all stages; the driver's own
     return needed

@@ -14,7 +14,7 @@ from fuse import roles
 from fuse.activity import silent
 from fuse.algorithms.batch import Experience
 from fuse.driver import stage_by_stage
-from fuse.driver.early_start import IMPORTED
+from fuse.driver.early_start import imported_for
 from fuse.driver.engine_weights import EngineWeights
 from fuse.driver.engines import Engines
 from fuse.driver.fetch import fetch_average, fetch_scoring, fetch_trained
@@ -90,8 +90,9 @@ class Fleet:
         settings = self.settings
         self._tell("starting: engines" if self._early else "starting: Ray")
         address, accelerator = settings.ray_address, settings.accelerator
+        modules = imported_for(self._trained.values())
         self._cluster = self._early or resources.enter_context(
-            Cluster(settings.num_devices, ray_address=address, accelerator=accelerator, imported=IMPORTED)
+            Cluster(settings.num_devices, ray_address=address, accelerator=accelerator, imported=modules)
         )
         actor = put_state_dict(self._trained[GENERATING].state_dict())
         source = EngineWeights(self._trained[GENERATING], settings.exported)

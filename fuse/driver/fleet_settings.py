@@ -23,7 +23,7 @@ from fuse.intrastage.training_schedule import serial_schedule
 from fuse.roles import GENERATING
 from fuse.training.late_scores import SCORED_BY
 from fuse.training.layer_costs import TypicalBatch
-from fuse.training.model_spec import ModelSpec
+from fuse.training.model_spec import ModelSpec, Origin
 from fuse.training.rank import TrainingSettings
 from fuse.training.regrouping import Dealing
 from fuse.training.rounds import Round
@@ -54,6 +54,7 @@ class FleetSettings:
     exported: which of the policy's weights go to engines after an update.
     engine_devices: that share each engine, a divisor of the devices.
     variants: by role, models that score and are one that trains, with another adapter or none.
+    origins: by role, as of `ModelSpec`.
     output_dir: where workers write checkpoints, which all hosts must share; None where none are written.
     late: columns of targets that training steps may score; see `fuse.training.late_scores`.
     mixing: how a model that only scores follows the policy; None where none does.
@@ -83,6 +84,7 @@ class FleetSettings:
     engine_devices: int = 1
     exported: Exported = "trained"
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    origins: Mapping[str, Mapping[str, Origin]] = field(default_factory=dict)
 
     @property
     def mixed_roles(self) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ class FleetSettings:
 
     def spec(self, role: str, model: PreTrainedModel) -> ModelSpec:
         """How workers build it. One that is mixed is held in float32, in which small moves are not rounded away."""
-        spec = ModelSpec.of(model)
+        spec = replace(ModelSpec.of(model), origins=self.origins.get(role, {}))
         if (variant := self.variants.get(role)) is not None:
             adapters = replace(spec.adapters, active=variant.adapter)
             return replace(spec, adapters=adapters, variant_of=variant.of)

@@ -6,17 +6,17 @@ there can be. Where a number depends on libraries (contexts, fragmentation), it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 
 from fuse import roles
+from fuse.driver.held_weights import away_phases, shared_roles, weight_entries
+from fuse.driver.ledger_entry import Entry, Phase, always
 from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.training_bytes import fused_peaks, serial_peaks, step_problem
 from fuse.engines.slot_cache import round_up
-from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.optimizer_shards import largest_share
 from fuse.intrastage.placement import Replica
 from fuse.roles import GENERATING
@@ -33,23 +33,6 @@ _PREFILL_TOKENS = 2048
 _BLOCK_TOKENS = 16
 """Of vLLM's cache."""
 _LEAST_CONTEXT = 64
-
-
-class Phase(StrEnum):
-    """What a device does at a time."""
-
-    GENERATION = "generation"
-    INFERENCE = "inference"
-    TRAINING = "training"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of a device's ledger: bytes of something of a role, by phase; a phase that is absent has none."""
-
-    role: str
-    what: str
-    bytes: Mapping[Phase, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,45 +151,38 @@ def _activations(num_bytes: int) -> Entry:
 
 def _held(setup: MemorySetup, device: int) -> Iterator[Entry]:
     """Everything on a device but the micro-batches under way."""
+    yield from weight_entries(setup, device)
     yield from _trained(setup, device)
     yield from _exports(setup)
-    yield from _scoring(setup, device)
     yield from _engine(setup)
     yield from _working(setup, device)
     if setup.accelerator == "cuda":
         links = sum(2 * (len(replica.ranks) > 1) for replica in setup.placement) + len(roles.training(setup.models))
-        links += setup.num_devices > 1 and bool(_shared_roles(setup))
+        links += setup.num_devices > 1 and bool(shared_roles(setup))
         links += setup.engine_devices > 1
-        yield _always("device", "contexts", 2 * PROCESS_BYTES + 2 * links * COMMUNICATOR_BYTES)
-        yield _always("device", RESERVE, round(RESERVE_SHARE * setup.device_memory_bytes))
+        yield always("device", "contexts", 2 * PROCESS_BYTES + 2 * links * COMMUNICATOR_BYTES)
+        yield always("device", RESERVE, round(RESERVE_SHARE * setup.device_memory_bytes))
 
 
 def _trained(setup: MemorySetup, device: int) -> Iterator[Entry]:
-    """Stages, gradients of what trains of them, and AdamW's two moments, which ranks with the same stage share.
+    """Gradients of what trains in stages here, and AdamW's two moments, which ranks with the same stage share.
 
     An average of the weights lies with the moments.
     """
-    rank = device // setup.tensor_parallel_size
+    rank, shares = device // setup.tensor_parallel_size, setup.tensor_parallel_size
     for role in roles.training(setup.models):
-        model = setup.models[role]
         replicas = [replica for replica in setup.placement if replica.model == role]
-        parameters = trained = stepped = 0
+        trained = stepped = 0
         for replica in replicas:
-            sizes = model.size.tensors_of(replica), model.size.tensors_of(replica, trained=True)
-            for stage, (owner, held, learned) in enumerate(zip(replica.ranks, *sizes, strict=True)):
+            sizes = setup.models[role].size.tensors_of(replica, trained=True)
+            for stage, (owner, learned) in enumerate(zip(replica.ranks, sizes, strict=True)):
                 if owner == rank:
-                    parameters, trained = parameters + sum(held), trained + sum(learned)
+                    trained += sum(learned)
                     stepped += largest_share(learned, len({other.ranks[stage] for other in replicas}))
-        shares = setup.tensor_parallel_size
-        parameters, trained, stepped = (-(-one // shares) for one in (parameters, trained, stepped))
-        away = (Phase.TRAINING,) if setup.offloads_training else tuple(Phase)
-        scores_here = any(_source(setup, one) == role for one in roles.scoring(setup.models)) and (
-            setup.scoring == "sharded" or _is_scored_in_place(setup, role, device)
-        )
-        weights = model.weight_bytes(parameters, trained, setup.autocast)
-        yield Entry(role, "weights", dict.fromkeys(tuple(Phase) if scores_here else away, weights))
+        trained, stepped = -(-trained // shares), -(-stepped // shares)
         yield Entry(role, GRADIENTS, {Phase.TRAINING: 4 * trained})
-        yield Entry(role, "moments", dict.fromkeys(away, (12 if role in setup.averaged else 8) * stepped))
+        moments = (12 if role in setup.averaged else 8) * stepped
+        yield Entry(role, "moments", dict.fromkeys(away_phases(setup), moments))
 
 
 def _exports(setup: MemorySetup) -> Iterator[Entry]:
@@ -220,43 +196,6 @@ def _exports(setup: MemorySetup) -> Iterator[Entry]:
     sizes = {role: setup.models[role].size for role in dtypes}
     most = {role: max(size.largest, 4 * max(map(max, size.tensors[1:-1]), default=0)) for role, size in sizes.items()}
     yield Entry("training", "exports", {Phase.GENERATION: max(most[role] * dtypes[role].itemsize for role in dtypes)})
-
-
-def _scoring(setup: MemorySetup, device: int) -> Iterator[Entry]:
-    """Copies or shares of models that score. What trains is scored in float32, through copies or as it is."""
-    for role in roles.scoring(setup.models):
-        model = setup.models[role]
-        if setup.scoring == "sharded":
-            if role in _shared_roles(setup):
-                start, stop = even_layer_range(len(model.size.layers), device, setup.num_devices)
-                share = model.size.stage(device, setup.num_devices, (start, stop))
-                yield _always(role, "scoring share", share * _scoring_dtype(setup, role).itemsize)
-        elif not _is_scored_in_place(setup, role, device):
-            yield _always(role, "scoring copy", model.size.total * _scoring_dtype(setup, role).itemsize)
-
-
-def _shared_roles(setup: MemorySetup) -> tuple[str, ...]:
-    """Those of which every device has a share to score with."""
-    trained = roles.training(setup.models)
-    own = [role for role in roles.scoring(setup.models) if _source(setup, role) not in trained]
-    return tuple(own) if setup.scoring == "sharded" else ()
-
-
-def _source(setup: MemorySetup, role: str) -> str:
-    """Whose weights a role has."""
-    return setup.models[role].spec.variant_of or role
-
-
-def _is_scored_in_place(setup: MemorySetup, role: str, device: int) -> bool:
-    rank, source = device // setup.tensor_parallel_size, _source(setup, role)
-    own = [replica for replica in setup.placement if replica.model == source and rank in replica.ranks]
-    return len(own) == 1 and len(own[0].ranks) == 1 and setup.tensor_parallel_size == 1
-
-
-def _scoring_dtype(setup: MemorySetup, role: str) -> torch.dtype:
-    """As `ModelWorker` has it."""
-    is_rounded = setup.autocast is not None and role not in roles.training(setup.models)
-    return setup.models[role].spec.dtype if is_rounded else torch.float32
 
 
 def _engine(setup: MemorySetup) -> Iterator[Entry]:
@@ -325,7 +264,3 @@ def _working(setup: MemorySetup, device: int) -> Iterator[Entry]:
 _MESSAGES = 4
 """To and from a neighbour, there and back: two receives are posted ahead, and two sends are on their way. Half of that
 in scoring, which goes one way."""
-
-
-def _always(role: str, what: str, num_bytes: int) -> Entry:
-    return Entry(role, what, dict.fromkeys(Phase, num_bytes))

@@ -33,8 +33,12 @@ class PlannedModel:
 
     def weight_bytes(self, parameters: int, trained: int, autocast: torch.dtype | None) -> int:
         """Of a stage: what trains is float32, and so is the rest, unless it is in the type of the computation."""
-        narrow = self.spec.stage_options(autocast)["frozen_dtype"] or torch.float32
-        return 4 * trained + int(narrow.itemsize) * (parameters - trained)
+        return 4 * trained + self.frozen_dtype(autocast).itemsize * (parameters - trained)
+
+    def frozen_dtype(self, autocast: torch.dtype | None) -> torch.dtype:
+        """Of what does not train of a stage, but for vectors, which are few."""
+        narrow: torch.dtype | None = self.spec.stage_options(autocast)["frozen_dtype"]
+        return narrow or torch.float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,10 @@ from transformers.initialization import no_init_weights
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.transformers_stage import head_of
-from fuse.training.model_spec import ModelSpec
+from fuse.training.model_spec import ModelSpec, Origin
+
+_T = TypeVar("_T")
+FrozenSizes = tuple[tuple[Origin, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +31,12 @@ class ModelSize:
     tied: those of the head that are the embedding's tensor, of which a last stage holds a copy of its own.
     largest: of the largest tensor. kv_values: keys and values of a token, all layers, of `kv_heads` heads in each.
     head_shape: outputs, inputs.
-    trained_tensors: like `tensors`, of what trains.
+    trained_tensors: like `tensors`, of what trains. origins: like `tensors`, of what nobody changes.
     """
 
     tensors: tuple[tuple[int, ...], ...]
     trained_tensors: tuple[tuple[int, ...], ...]
+    origins: tuple[tuple[Origin | None, ...], ...]
     embedding: int
     layers: tuple[int, ...]
     head: int
@@ -45,7 +49,7 @@ class ModelSize:
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelSize:
         """Count the parameters of `spec`'s model; takes about a second for 80 layers, and no memory."""
-        model = _built(spec)
+        model = without_weights(spec)
         layers = _layers(model, spec.num_layers)
         first = _tensors(model.get_input_embeddings())
         in_layers = [_tensors(layer) for layer in layers]
@@ -54,12 +58,14 @@ class ModelSize:
         frozen = {id(one) for name, one in model.named_parameters() if name in spec.frozen}
         parts = (first, *in_layers, last)
         tensors = tuple(tuple(one.numel() for one in part) for part in parts)
+        origins = {id(one): spec.origins.get(name) for name, one in model.named_parameters()}
         embedding, *per_layer, rest = map(sum, tensors)
         head: Any = head_of(model)
         is_tied = head.weight is model.get_input_embeddings().weight
         return cls(
             tensors=tensors,
             trained_tensors=tuple(tuple(one.numel() for one in part if id(one) not in frozen) for part in parts),
+            origins=tuple(tuple(origins[id(one)] for one in part) for part in parts),
             embedding=embedding,
             layers=tuple(per_layer),
             head=rest,
@@ -88,14 +94,34 @@ class ModelSize:
         self, stage: int, num_stages: int, layer_range: tuple[int, int] | None = None, *, trained: bool = False
     ) -> tuple[int, ...]:
         """The size of each of a stage's parameters. trained: of those that train."""
-        tensors = self.trained_tensors if trained else self.tensors
+        return self._of_stage(self.trained_tensors if trained else self.tensors, stage, num_stages, layer_range)
+
+    def _of_stage(
+        self,
+        parts: tuple[tuple[_T, ...], ...],
+        stage: int,
+        num_stages: int,
+        layer_range: tuple[int, int] | None,
+    ) -> tuple[_T, ...]:
+        """Those of a stage. parts: like `tensors`."""
         start, stop = layer_range or even_layer_range(len(self.layers), stage, num_stages)
-        parts = [*tensors[: stage == 0], *tensors[1 + start : 1 + stop]]
+        held = [*parts[: stage == 0], *parts[1 + start : 1 + stop]]
         if stage == num_stages - 1:
-            parts.append(tensors[-1])
+            held.append(parts[-1])
             if num_stages > 1 and self.tied:
-                parts.append(tensors[0])
-        return tuple(itertools.chain(*parts))
+                held.append(parts[0])
+        return tuple(itertools.chain(*held))
+
+    def frozen(self, stage: int, num_stages: int, layer_range: tuple[int, int] | None = None) -> FrozenSizes:
+        """Of a stage, the size of each parameter that nobody changes, and whose it is."""
+        sizes = self.stage_tensors(stage, num_stages, layer_range)
+        origins = self._of_stage(self.origins, stage, num_stages, layer_range)
+        return tuple((origin, size) for origin, size in zip(origins, sizes, strict=True) if origin is not None)
+
+    def frozen_of(self, replica: Replica, stage: int) -> FrozenSizes:
+        """`frozen` of a replica's stage."""
+        layer_range = None if replica.layer_ranges is None else replica.layer_ranges[stage]
+        return self.frozen(stage, len(replica.ranks), layer_range)
 
     def stages(self, replica: Replica) -> tuple[int, ...]:
         """Parameters of every stage of a replica."""
@@ -121,7 +147,8 @@ def kv_heads(config: Any) -> int:
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
-def _built(spec: ModelSpec) -> PreTrainedModel:
+def without_weights(spec: ModelSpec) -> PreTrainedModel:
+    """The model with its adapters on the meta device."""
     config = copy.deepcopy(spec.config)
     config.dtype = torch.float32
     with torch.device("meta"), no_init_weights():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.identity import identity
 from fuse.driver.memory import fits
+from fuse.driver.one_base import own_weights
 from fuse.driver.stage_choice import StageChoice
 from fuse.intrastage.forward_only import with_scorers
 from fuse.intrastage.measurement_store import Measured, MeasurementStore
@@ -21,7 +22,6 @@ from fuse.intrastage.search_time import SearchTime
 from fuse.intrastage.stage_balance import LayerCosts
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
-from fuse.training.model_spec import ModelSpec
 from fuse.workers.calls import gather
 from fuse.workers.cluster import Cluster
 from fuse.workers.generation_handle import GenerationHandle
@@ -59,7 +59,7 @@ class ModelStart:
     ) -> None:
         self._cluster, self._settings = cluster, settings
         self._trained, self._scoring = trained, scoring
-        self._specs = {name: ModelSpec.of(model) for name, model in trained.items()}
+        self._specs = {role: settings.spec(role, model) for role, model in trained.items()}
         self._workers: list[ModelHandle] = []
         self._doing = "model workers"
         self._is_abandoned = False
@@ -126,13 +126,19 @@ class ModelStart:
         gather([worker.place(placement) for worker in self._workers])
         self._doing = "weights"
         models = {**self._trained, **self._scoring}
+        specs = {**scoring, **self._specs}
+        lenders = {role: {origin.role for origin in spec.origins.values()} - {role} for role, spec in specs.items()}
+        stored = {GENERATING: actor}
         for role, model in models.items():
-            is_actor = model is self._trained[GENERATING]
-            weights = actor if is_actor else put_state_dict(model.state_dict())
+            if role not in stored:
+                stored[role] = put_state_dict(own_weights(role, model, specs[role]))
+            weights = {one: stored[one] for one in (role, *lenders[role])}
             if role in self._trained:
-                gather([worker.load_training_weights(role, [weights]) for worker in self._workers])
+                gather([worker.load_training_weights(role, weights) for worker in self._workers])
             if role in self._scoring:
-                gather([worker.load_scoring_weights(role, [weights]) for worker in self._workers])
+                gather([worker.load_scoring_weights(role, weights) for worker in self._workers])
+            if not any(role in others for others in lenders.values()):
+                del stored[role], weights  # or they would lie on the host beside the next model's
         planned = with_scorers(placement, settings.scorers)
         return Models(self._workers, TrainingPlanner(planned, settings.plan, store, stages.unfused, stages.update_s))
 

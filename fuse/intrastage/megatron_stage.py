@@ -194,11 +194,14 @@ class MegatronStage:
         """Biases and normalisations, as `TransformersStage` has them."""
         return frozenset(name for name, _ in self.named_parameters() if "layernorm" in name or name.endswith(".bias"))
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *, kept: Collection[str] = ()) -> None:
         """Copy this stage's weights from a Hugging Face state dict of the whole model, or of a part that has them.
+
+        Pre: none is `kept`, for these are made of others.
 
         Raises: ValueError when one is missing or has another shape; then nothing was copied.
         """
+        assert not kept, "weights of another form cannot be adopted"
         check_state_dict(state_dict, self.stage_shapes, f"stage {self.stage} of {self._name}", may_have_more=True)
         own = dict(self.named_parameters())
         with torch.no_grad():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.observed import TRAIN, one_of_each
 from fuse.intrastage.placement import Counts, Replica, describe, replica_micro_batches, replicas_of
-from fuse.intrastage.planned_times import operation_s, planned_times
+from fuse.intrastage.planned_times import CostLine, planned_times
 from fuse.trace import Span
 from schedules import Kind, Schedule
 
@@ -131,13 +131,11 @@ def _busiest_s(work: Work, profile: Profile, placement: Sequence[Replica], gap_s
     """Of the operations of the rank that has most, backwards whole: a schedule is hardly shorter."""
     replicas = replicas_of(placement, work.counts)
     by_rank: dict[int, float] = {}
-    known: dict[tuple[str, int, Shape], float] = {}
     for replica, shapes in zip(replicas, work.of(replicas), strict=True):
-        for (stage, rank), shape in itertools.product(enumerate(replica.ranks), shapes):
-            key = replica.name, stage, shape
-            if key not in known:
-                known[key] = sum(operation_s(profile, *key[:2], kind, shape) for kind in (Kind.F, Kind.B))
-            by_rank[rank] = by_rank.get(rank, 0.0) + known[key] + 2 * gap_s
+        for stage, rank in enumerate(replica.ranks):
+            lines = [CostLine.of(profile, replica.name, stage, kind) for kind in (Kind.F, Kind.B)]
+            own = sum(line.seconds(shape) + gap_s for line in lines for shape in shapes)
+            by_rank[rank] = by_rank.get(rank, 0.0) + own
     return max(by_rank.values())
 
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fuse.intrastage.cost_profile import Profile, Shape
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from schedules import Kind, Op, Problem, Schedule, Timing, evaluate
 
 _TICK_S = 1e-6
@@ -55,13 +55,12 @@ def planned_times(
         ValueError: the profile lacks a stage, or a backward is split that was measured whole.
     """
     seconds: dict[Op, float] = {}
-    known: dict[tuple[int, int, Kind, Shape], float] = {}
+    lines: dict[tuple[int, int, Kind], CostLine] = {}
     for _, op in schedule.ops():
-        shape = shapes[op.pipeline][op.micro_batch]
-        key = op.pipeline, op.stage, op.kind, shape
-        if key not in known:
-            known[key] = gap_s + operation_s(profile, names[op.pipeline], op.stage, op.kind, shape)
-        seconds[op] = known[key]
+        key = op.pipeline, op.stage, op.kind
+        if key not in lines:
+            lines[key] = CostLine.of(profile, names[op.pipeline], op.stage, op.kind)
+        seconds[op] = gap_s + lines[key].seconds(shapes[op.pipeline][op.micro_batch])
     transfer_s = tuple(
         profile.tick_s * profile.transfer_ticks(name, max(of_pipeline, key=lambda shape: shape.size))
         for name, of_pipeline in zip(names, shapes, strict=True)
@@ -113,34 +112,49 @@ def times_of(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: tuple[
     return PlannedTimes(start_s, end_s, transfer_s, timing.bubble_ratio)
 
 
-def operation_s(profile: Profile, name: str, stage: int, kind: Kind, shape: Shape) -> float:
-    """Seconds that an operation should take: measured, or linear in tokens between and beyond the shapes that were.
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """What one kind of operation of a stage takes by the shape of its micro-batch, in seconds.
 
-    Shapes of about one size, as micro-batches dealt by length have, are one point of the line, for the slope between
-    them would be noise. One point alone is scaled in proportion to tokens.
+    At shapes that were measured it is what was; else linear in tokens between and beyond them. Shapes of about one
+    size, as micro-batches dealt by length have, are one point of the line, for the slope between them would be noise.
+    One point alone is scaled in proportion to tokens.
 
-    Raises:
-        ValueError: the profile lacks the stage, or a backward is split that was measured whole.
+    measured: ticks by shape. points: of the line, (tokens, ticks), ascending.
     """
-    measured: dict[int, list[int]] = {}
-    for costs in profile.stages:
-        if (costs.pipeline, costs.stage) != (name, stage):
-            continue
-        ticks = {
-            Kind.F: costs.forward_ticks,
-            Kind.B: costs.backward_ticks,
-            Kind.I: costs.input_grad_ticks,
-            Kind.W: costs.weight_grad_ticks,
-        }[kind]
-        if ticks is None:
+
+    tick_s: float
+    measured: Mapping[Shape, int]
+    points: Sequence[tuple[float, float]]
+
+    @classmethod
+    def of(cls, profile: Profile, name: str, stage: int, kind: Kind) -> CostLine:
+        """Raises: ValueError where the profile lacks the stage, or a backward is split that was measured whole."""
+        costs = [one for one in profile.stages if (one.pipeline, one.stage) == (name, stage)]
+        if not costs:
+            raise ValueError(f"profile has no stage {stage} of pipeline {name}: measure it on this placement")
+        measured = {one.shape: ticks for one in costs if (ticks := _ticks(one, kind)) is not None}
+        if len(measured) < len(costs):
             raise ValueError(f"profile has no {kind} of stage {stage} of {name}: build stages with split_backward=True")
-        if costs.shape == shape:
-            return ticks * profile.tick_s
-        measured.setdefault(costs.shape.size, []).append(ticks)
-    if not measured:
-        raise ValueError(f"profile has no stage {stage} of pipeline {name}: measure it on this placement")
-    points = [(size, sum(ticks) / len(ticks)) for size, ticks in sorted(measured.items())]
-    return max(1.0, _linear(_apart(points), shape.size)) * profile.tick_s
+        by_size: dict[int, list[int]] = {}
+        for shape, ticks in measured.items():
+            by_size.setdefault(shape.size, []).append(ticks)
+        points = [(size, sum(ticks) / len(ticks)) for size, ticks in sorted(by_size.items())]
+        return cls(profile.tick_s, measured, _apart(points))
+
+    def seconds(self, shape: Shape) -> float:
+        """Of the operation on a micro-batch of this shape."""
+        ticks = self.measured.get(shape)
+        return (max(1.0, _linear(self.points, shape.size)) if ticks is None else ticks) * self.tick_s
+
+
+def _ticks(costs: StageCosts, kind: Kind) -> int | None:
+    return {
+        Kind.F: costs.forward_ticks,
+        Kind.B: costs.backward_ticks,
+        Kind.I: costs.input_grad_ticks,
+        Kind.W: costs.weight_grad_ticks,
+    }[kind]
 
 
 def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

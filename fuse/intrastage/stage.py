@@ -134,8 +134,10 @@ class TrainedStage(Stage, ForwardStage, Protocol):
         """The way back: what goes with this stage's parameters, by name, for as many as `tensors` has."""
         ...
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *, kept: Collection[str] = ()) -> None:
         """Copy this stage's weights from a Hugging Face state dict of the whole model, or of a part that has them.
+
+        kept: names of those that it has already, which are not written.
 
         Raises: ValueError when one is missing or has another shape; then nothing was copied.
         """

@@ -254,17 +254,21 @@ class TransformersStage:
             )
         return (one for one in named if one[0] not in left_out)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *, kept: Collection[str] = ()) -> None:
         """Copy this stage's parameters and buffers from a state dict of the whole model, or of a part that has them.
+
+        kept: names of those that it has already, which are not written.
 
         Raises: ValueError when one is missing or has another shape; then nothing was copied.
         """
         own = {self._global_name(name): tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
         shapes = {name: tensor.shape for name, tensor in own.items()}
-        check_state_dict(state_dict, shapes, f"stage {self.stage} of {type(self.model).__name__}", may_have_more=True)
+        what = f"stage {self.stage} of {type(self.model).__name__}"
+        check_state_dict(state_dict, shapes, what, optional=kept, may_have_more=True)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(state_dict[name])
+                if name not in kept:
+                    tensor.copy_(state_dict[name])
 
     def _run(self, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor:
         """The layers kept here: [batch, tokens, hidden]."""

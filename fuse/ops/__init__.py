@@ -12,6 +12,7 @@ from fuse.ops import (
     sampling,
     shaped_gae,
     skinny_linear,
+    suffix_index,
 )
 
 
@@ -26,5 +27,6 @@ def describe() -> dict[str, str]:
         "sample_tokens": sampling.describe(),
         "shaped_gae": shaped_gae.describe(),
         "skinny_linear": skinny_linear.describe(),
+        "suffix_index": suffix_index.describe(),
         "token_logprobs": logprob.describe(),
     }

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from fuse import checkpoint, roles
+from fuse import checkpoint, garbage, roles
 from fuse.activity import Activity
 from fuse.algorithms.algorithm import Algorithm
 from fuse.config.memory import within_memory
@@ -22,6 +22,7 @@ from fuse.config.run_length import RunLength
 from fuse.config.settings import fleet_settings
 from fuse.driver.fleet import Fleet
 from fuse.driver.fleet_settings import Variant
+from fuse.driver.one_base import origins_of
 from fuse.engines.engine import SamplingParams
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
@@ -118,6 +119,7 @@ class Trainer(TrainerFace):
             forward_only=forward_only,
         )
         self._settings = replace(self._settings, variants=variants)
+        self._settings = replace(self._settings, origins=origins_of(models, self._settings))
         updates = {1, min(len(self.dataloader), length.num_updates), length.num_updates}  # a pass's last may differ
         self._settings = self._settings.for_rounds([one for update in updates for one in self._rounds(update)])
         text_shape = None if self._text is None else self._text.largest
@@ -253,7 +255,8 @@ class Trainer(TrainerFace):
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
             self._fleet = fleet
             try:
-                yield fleet
+                with garbage.set_apart():
+                    yield fleet
             finally:
                 self._fleet = None
 

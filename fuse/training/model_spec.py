@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from fuse.intrastage.adapters import LoraConfig
 
 
+class Origin(NamedTuple):
+    """Whose tensor one is that does not change: the first model of the run that has an equal one, by its role."""
+
+    role: str
+    name: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """How to build a model without its weights, and with the original's ties.
@@ -27,6 +35,7 @@ class ModelSpec:
     frozen: names of parameters that training leaves as they are, because they did not require gradients.
     adapters: in the model, whose parameters are among its own.
     variant_of: the role that trains this very model, of which this is what other adapters compute, or none.
+    origins: by name, of parameters that nobody changes; see `fuse.driver.one_base`.
     """
 
     model_class: type[PreTrainedModel]
@@ -35,6 +44,7 @@ class ModelSpec:
     frozen: frozenset[str] = frozenset()
     adapters: Adapters = NO_ADAPTERS
     variant_of: str | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSpec:
@@ -77,10 +87,19 @@ class ModelSpec:
         narrow = self.dtype if self.dtype == autocast else None
         return {"adapters": self.adapters, "frozen": self.frozen, "frozen_dtype": narrow}
 
+    def origin(self, role: str, name: str) -> Origin:
+        """Of a parameter, where this is the model of that role."""
+        return self.origins.get(name, Origin(role, name))
+
     def computing(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Weights by which the model that trains computes as this one does. model: it, or this one's own."""
-        is_off = self.variant_of is not None and self.adapters.active is None
-        return self.adapters.without(model.state_dict()) if is_off else model.state_dict()
+        """Weights by which the model that trains computes as this one does, but for frozen ones that both have.
+
+        model: it, or this one's own.
+        """
+        if self.variant_of is None:
+            return model.state_dict()
+        weights = model.state_dict() if self.adapters.active else self.adapters.without(model.state_dict())
+        return {name: tensor for name, tensor in weights.items() if name not in self.frozen}
 
     def build(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model in evaluation mode, its parameters yet to be loaded, of this type whatever the original's.

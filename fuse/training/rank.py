@@ -31,6 +31,7 @@ from fuse.micro_batch import Loss
 from fuse.trace import SpanRecorder
 from fuse.training import state
 from fuse.training.auxiliary import WithText
+from fuse.training.frozen_tensors import FrozenTensors, release_frozen
 from fuse.training.late_scores import LateScores, Scorers
 from fuse.training.layout import Layout
 from fuse.training.micro_batches import index_of_largest
@@ -111,6 +112,7 @@ class TrainingRank:
 
     device_index: of the world. tensor_group: the devices that share this one's stages; None for itself alone.
     placement: every replica of the models that train, in the order of the schedules' pipelines.
+    frozen: those of the process.
     offload: puts weights and moments away until another method needs them.
     """
 
@@ -123,11 +125,14 @@ class TrainingRank:
         settings: TrainingSettings,
         recorder: SpanRecorder,
         tensor_group: dist.ProcessGroup | None = None,
+        *,
+        frozen: FrozenTensors | None = None,
     ) -> None:
         self._rank, self._lane = divmod(device_index, settings.tensor_parallel_size)
         self.is_first_of_group = self._lane == 0
         self._device, self._recorder = device, recorder
         self._placement, self._settings = placement, settings
+        self._specs, self._frozen = specs, frozen or FrozenTensors()
         self._observed_models: set[str] = set()
         self._planned = PlannedSteps(self._rank)
         self._stages: dict[tuple[int, int], TrainedStage] = {
@@ -144,6 +149,8 @@ class TrainingRank:
             for stage, owner in enumerate(replica.ranks)
             if owner == self._rank
         }
+        for (pipeline, _), held in self._stages.items():
+            release_frozen(held.named_parameters(), specs[placement[pipeline].model].origins)
         self._pipelines = [(replica.name, replica.ranks) for replica in placement]
         self._communicators = communication.open_pipelines(
             self._pipelines, settings.timeout_s, settings.tensor_parallel_size
@@ -285,10 +292,11 @@ class TrainingRank:
         return RoundMicroBatches(experience, self._settings.layout, self._device)
 
     def load_weights(self, model: str, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy a whole model's weights into the stages held here."""
+        """Have the stages held here begin with a whole model's weights: copies, but of those that have an origin."""
         self.offload.bring_all()
         for stage in self.stages_of(model).values():
-            stage.load_state_dict(state_dict)
+            kept = self._frozen.adopt(stage.named_parameters(), self._specs[model].origins, state_dict)
+            stage.load_state_dict(state_dict, kept=kept)
 
     def exported_shapes(self, model: str, part: Exported) -> dict[str, torch.Size]:
         """Of what this device and those that share its stages tell of a model, by Hugging Face name, in that order."""

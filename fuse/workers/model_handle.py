@@ -111,11 +111,11 @@ class ModelHandle:
         """Have a piece enter the pipelines that score, or all come to its end; all ranks are called in one order."""
         return self.worker.call(ModelWorker.advance, piece)
 
-    def load_training_weights(self, model: str, weights: Sequence[WeightsRef]) -> Future[None]:
+    def load_training_weights(self, model: str, weights: Mapping[str, WeightsRef]) -> Future[None]:
         """Copy a model's initial weights into the stages held there."""
         return self.worker.call(ModelWorker.load_training_weights, model, weights)
 
-    def load_scoring_weights(self, role: str, weights: Sequence[WeightsRef]) -> Future[None]:
+    def load_scoring_weights(self, role: str, weights: Mapping[str, WeightsRef]) -> Future[None]:
         """Have a scoring model compute with these weights."""
         return self.worker.call(ModelWorker.load_scoring_weights, role, weights)
 

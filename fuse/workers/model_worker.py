@@ -19,9 +19,10 @@ from fuse.intrastage.stage import Exported
 from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.memory_use import usage_spans
-from fuse.state_dict import WeightLayout, WeightStream, adopt_state_dict, adopt_tensors, mix_tensors
+from fuse.state_dict import WeightLayout, WeightStream, adopt_tensors, mix_tensors
 from fuse.trace import Span, SpanRecorder
 from fuse.training import scoring
+from fuse.training.frozen_tensors import FrozenTensors, release_frozen
 from fuse.training.layer_costs import TypicalBatch, measure_layer_costs
 from fuse.training.lent_stages import LentStages
 from fuse.training.model_spec import ModelSpec
@@ -33,7 +34,7 @@ from fuse.training.update_costs import measure_update_costs
 from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.host_memory import give_back
 from fuse.workers.weight_port import Membership, WeightPort, WeightSender
-from fuse.workers.weights import WeightsRef, get_state_dict, put_state_dict
+from fuse.workers.weights import WeightsRef, get_state_dict, get_weights, put_state_dict
 
 
 class ModelWorker:
@@ -60,6 +61,7 @@ class ModelWorker:
         self._recorder = SpanRecorder(clock_of(self._device))
         self._num_inferences = 0
         self._port = WeightPort()
+        self._frozen = FrozenTensors()
 
     # The world
 
@@ -86,11 +88,18 @@ class ModelWorker:
     def place(self, placement: tuple[Replica, ...]) -> None:
         """Build the stages and the scoring models that belong here; all ranks call this at once."""
         self._training = TrainingRank(
-            self._rank, self._device, self._trained, placement, self._settings, self._recorder, self._tensor_group
+            self._rank,
+            self._device,
+            self._trained,
+            placement,
+            self._settings,
+            self._recorder,
+            self._tensor_group,
+            frozen=self._frozen,
         )
         is_sharded = self._scoring_settings.is_sharded
         self._scoring: dict[str, PreTrainedModel] = {
-            role: self._scored_in_place(role) or spec.build(self._device, self._scoring_dtype(role))
+            role: self._scored_in_place(role) or self._copy_of(role, spec)
             for role, spec in self._scoring_specs.items()
             if not is_sharded
         }
@@ -111,6 +120,12 @@ class ModelWorker:
                 role: spec for role, spec in self._scoring_specs.items() if is_sharded and spec.variant_of is not None
             },
         )
+
+    def _copy_of(self, role: str, spec: ModelSpec) -> PreTrainedModel:
+        """Without weights yet."""
+        model = spec.build(self._device, self._scoring_dtype(role))
+        release_frozen(model.named_parameters(), spec.origins)
+        return model
 
     def _scoring_dtype(self, role: str) -> torch.dtype:
         """What a copy holds: a type to compute in rounds float32 anew, and what was rounded before may stay so."""
@@ -164,7 +179,10 @@ class ModelWorker:
         is_sharded = self._scoring_settings.is_sharded
         scoring = [role for role in self._scoring_specs if is_sharded or self._scored_in_place(role) is not None]
         scores = map(self._source, scoring)
-        self._training.offload.put_away([*scores, *kept])
+        copies = [self._scoring[role] for role in self._scoring if self.has_copy(role)]
+        shares = [share.model for share in self._pipelines.shares.values()]
+        staying = [parameter for model in (*copies, *shares) for parameter in model.parameters()]
+        self._training.offload.put_away([*scores, *kept], staying)
 
     def free_bytes(self) -> int | None:
         """Memory that training could still take on this device; None on a CPU, whose memory has other users.
@@ -202,18 +220,21 @@ class ModelWorker:
 
     # Weights and checkpoints
 
-    def load_training_weights(self, model: str, weights: Sequence[WeightsRef]) -> None:
-        """Copy a model's initial weights into the stages held here."""
-        self._training.load_weights(model, get_state_dict(weights))
+    def load_training_weights(self, model: str, weights: Mapping[str, WeightsRef]) -> None:
+        """Have the stages held here begin with these weights. weights: as of `get_weights`."""
+        self._training.load_weights(model, get_weights(model, weights, self._trained[model].origins))
 
-    def load_scoring_weights(self, role: str, weights: Sequence[WeightsRef]) -> None:
-        """Have a scoring model compute with these weights; names that tied parameters share may be left out."""
-        if role in self._pipelines.shares:
-            with self._recorder.span(f"load {role}", "weights"):
-                self._pipelines.shares[role].load_state_dict(get_state_dict(weights))
-        elif self.has_copy(role):
-            with self._recorder.span(f"load {role}", "weights"):
-                adopt_state_dict(self._scoring[role], get_state_dict(weights))
+    def load_scoring_weights(self, role: str, weights: Mapping[str, WeightsRef]) -> None:
+        """Have a scoring model compute with these weights, as of `get_weights`."""
+        share, origins = self._pipelines.shares.get(role), self._scoring_specs[role].origins
+        if share is None and not self.has_copy(role):
+            return
+        with self._recorder.span(f"load {role}", "weights"):
+            given = get_weights(role, weights, origins)
+            if share is None:
+                self._frozen.adopt_whole(self._scoring[role], origins, given)
+            else:
+                share.load_state_dict(given, kept=self._frozen.adopt(share.named_parameters(), origins, given))
 
     def lend_stages(self, model: str, weights: Sequence[WeightsRef]) -> None:
         """Have a model's stages hold these weights until `take_back_stages`; nothing may train meanwhile."""

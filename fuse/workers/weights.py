@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fuse.training.model_spec import Origin
+
 # numpy has no such type, so the bits travel as unsigned integers.
 _CARRIERS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 
@@ -52,6 +54,13 @@ def get_state_dict(refs: Sequence[WeightsRef]) -> dict[str, Tensor]:
         assert not twice, f"{sorted(twice)[:3]} come from several stages"
         state_dict |= {name: _tensor(array, dtype) for name, (array, dtype) in entries.items()}
     return state_dict
+
+
+def get_weights(role: str, stored: Mapping[str, WeightsRef], origins: Mapping[str, Origin]) -> dict[str, Tensor]:
+    """Those of a model, of which some are other models'. stored: by role, what is their own."""
+    own = {holder: get_state_dict([ref]) for holder, ref in stored.items()}
+    lent = {name: own[origin.role][origin.name] for name, origin in origins.items() if origin.role != role}
+    return own[role] | lent
 
 
 def _tensor(array: NDArray[np.generic], dtype: torch.dtype) -> Tensor:

@@ -13,5 +13,6 @@ void bind_kv_blocks(nanobind::module_& module);
 void bind_linear_logprob(nanobind::module_& module);
 void bind_sampling(nanobind::module_& module);
 void bind_skinny_linear(nanobind::module_& module);
+void bind_suffix_index(nanobind::module_& module);
 
 }  // namespace fuse

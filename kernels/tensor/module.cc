@@ -1,7 +1,7 @@
 #include "tensor/bindings.h"
 
 NB_MODULE(_native, module) {
-  module.doc() = "Native tensor kernels. Arrays cross as DLPack; every function releases the GIL.";
+  module.doc() = "Native kernels. Arrays cross as DLPack; every function releases the GIL.";
   fuse::bind_decode_attention(module);
   fuse::bind_gae(module);
   fuse::bind_int8_decoder(module);
@@ -10,4 +10,5 @@ NB_MODULE(_native, module) {
   fuse::bind_linear_logprob(module);
   fuse::bind_sampling(module);
   fuse::bind_skinny_linear(module);
+  fuse::bind_suffix_index(module);
 }

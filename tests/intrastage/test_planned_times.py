@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fuse.intrastage import planned_times as planned_module
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
 from fuse.intrastage.placement import place
-from fuse.intrastage.planned_times import PlannedSteps, operation_s, planned_times
+from fuse.intrastage.planned_times import CostLine, PlannedSteps, planned_times
 from fuse.intrastage.training_schedule import serial_schedule
 from schedules import Kind, Op, Pipeline, Problem, Schedule, Timing, evaluate
 from schedules.random_problems import random_problem, random_schedule
@@ -60,29 +60,29 @@ PROFILE = Profile(
     ],
 )
 def test_costs_between_and_beyond_measured_shapes(stage: int, shape: Shape, kind: Kind, expected_ms: float) -> None:
-    assert operation_s(PROFILE, "actor.0", stage, kind, shape) == pytest.approx(1e-3 * expected_ms)
+    assert CostLine.of(PROFILE, "actor.0", stage, kind).seconds(shape) == pytest.approx(1e-3 * expected_ms)
 
 
 def test_shapes_of_about_one_size_tell_no_slope() -> None:
     """Micro-batches dealt by length: 300 and 302 tokens, of which the larger happened to be faster."""
     near = costs("actor.0", 0, Shape(1, 302), (31, 1, 1, 1))
     alone = replace(PROFILE, stages=(*(one for one in PROFILE.stages if one.shape == LARGE and one.stage == 0), near))
-    assert operation_s(alone, "actor.0", 0, Kind.F, Shape(1, 301)) == pytest.approx(0.0355)
-    assert operation_s(alone, "actor.0", 0, Kind.F, Shape(2, 301)) == pytest.approx(0.071)
+    assert CostLine.of(alone, "actor.0", 0, Kind.F).seconds(Shape(1, 301)) == pytest.approx(0.0355)
+    assert CostLine.of(alone, "actor.0", 0, Kind.F).seconds(Shape(2, 301)) == pytest.approx(0.071)
 
 
 def test_shapes_of_equal_size_count_together_where_neither_is_the_one_asked_for() -> None:
     wide = costs("actor.0", 0, Shape(2, 50), (14, 1, 1, 1))
     profile = replace(PROFILE, stages=(*PROFILE.stages, wide))
-    assert operation_s(profile, "actor.0", 0, Kind.F, Shape(2, 50)) == pytest.approx(0.014)
-    assert operation_s(profile, "actor.0", 0, Kind.F, Shape(4, 25)) == pytest.approx(0.012)
+    assert CostLine.of(profile, "actor.0", 0, Kind.F).seconds(Shape(2, 50)) == pytest.approx(0.014)
+    assert CostLine.of(profile, "actor.0", 0, Kind.F).seconds(Shape(4, 25)) == pytest.approx(0.012)
 
 
 def test_what_was_not_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no stage 2 of pipeline actor\.0: measure it"):
-        operation_s(PROFILE, "actor.0", 2, Kind.F, SMALL)
+        CostLine.of(PROFILE, "actor.0", 2, Kind.F).seconds(SMALL)
     with pytest.raises(ValueError, match=r"no I of stage 1 of actor\.0: build stages with split_backward"):
-        operation_s(PROFILE, "actor.0", 1, Kind.I, SMALL)
+        CostLine.of(PROFILE, "actor.0", 1, Kind.I).seconds(SMALL)
 
 
 def test_a_plan_by_hand() -> None:

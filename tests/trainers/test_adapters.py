@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fuse import PPOTrainer
+from fuse import GRPOTrainer, OnlineDPOTrainer, PPOTrainer, ReinforcePlusPlusTrainer, RLOOTrainer
 from fuse.merged_weight import merged_weight
 
-from . import tiny
+from . import tiny, tiny_group
 
 pytestmark = pytest.mark.usefixtures("pooled_workers")
 
@@ -24,14 +24,16 @@ LORA = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_
 
 def trainer(output_dir: Path, *, ref_model: Any = None, models: Any = (), **options: Any) -> PPOTrainer:
     torch.manual_seed(0)  # PEFT draws A
+    policy, value = tiny.policy(**dict(models)), tiny.scorer(1)
+    value.model.load_state_dict(policy.model.state_dict())
     return PPOTrainer(
         args=tiny.config(output_dir, **options),
         processing_class=tiny.tokenizer(),
-        model=tiny.policy(**dict(models)),
+        model=policy,
         ref_model=ref_model,
         reward_model=tiny.count_a,
         train_dataset=tiny.rows(),
-        value_model=tiny.scorer(1),
+        value_model=value,
         peft_config=LORA,
         value_peft_config=LORA,
     )
@@ -54,6 +56,7 @@ def test_adapters_are_what_trains_however_it_is_scheduled(tmp_path: Path) -> Non
     }
     for name, options in runs.items():
         other = trainer(tmp_path / name, num_devices=2, **options)
+        assert {one.role for one in other._settings.origins["critic"].values()} == {"actor", "critic"}  # its old head
         other.train()
         for row, expected in zip(other.state.log_history, made.state.log_history, strict=True):
             assert row["val/sampler_logprob_diff"] < 1e-5
@@ -85,6 +88,51 @@ def test_adapters_are_saved_as_peft_reads_them_and_resumed_on_other_devices(tmp_
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, resumed.policy_model.eval()(ids).logits, atol=1e-5, rtol=0)
     assert tiny.difference(merged, tiny.policy(tie_word_embeddings=True)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        (RLOOTrainer, {"beta": 0.1}),
+        (ReinforcePlusPlusTrainer, {"beta": 0.1}),
+        (OnlineDPOTrainer, {"num_generations": 2}),
+        (GRPOTrainer, {"old_logprobs": "trainer"}),
+    ],
+)
+def test_every_algorithm_trains_adapters_alone(algorithm: Any, options: Any, tmp_path: Path) -> None:
+    """Measured from the policy without them, which it is before the first step."""
+    made = tiny_group.trainer(tmp_path, algorithm=algorithm, peft_config=LORA, **options)
+    start = copy.deepcopy(made.model.state_dict())
+    made.train()
+    moved = {name for name, one in made.model.state_dict().items() if not torch.equal(one, start[name])}
+    assert moved == set(trained(made.model))
+    assert made.state.log_history[0]["val/sampler_logprob_diff"] < 1e-5
+    assert made.state.log_history[1]["val/sampler_logprob_diff"] < 1e-5
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_modules_that_are_saved_train_whole(saved: str, tmp_path: Path) -> None:
+    runs = []
+    for num_devices in (1, 2):
+        lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])
+        torch.manual_seed(0)
+        options: Any = {"num_devices": num_devices, "beta": 0.1, "actor_stages": num_devices}
+        made = tiny_group.trainer(tmp_path / str(num_devices), peft_config=lora, **options)
+        start = copy.deepcopy(made.model.state_dict())
+        made.train()
+        moved = {name for name, one in made.model.state_dict().items() if not torch.equal(one, start[name])}
+        assert moved == set(trained(made.model))
+        assert any(f"{saved}.modules_to_save" in name for name in moved)
+        assert made.state.log_history[1]["val/sampler_logprob_diff"] < 1e-5
+        runs.append(made.model)
+    assert tiny.difference(*runs) < tiny.ROUNDING
+    base = PeftModel.from_pretrained(tiny.policy(), _saved(runs[0], tmp_path / "saved"))
+    assert tiny.difference(base.get_base_model(), runs[0].get_base_model()) == 0.0
+
+
+def _saved(model: Any, directory: Path) -> str:
+    model.save_pretrained(directory)
+    return str(directory)
 
 
 def test_updates_survive_a_merge_that_a_narrow_type_would_lose() -> None:

@@ -52,7 +52,15 @@ def trainer(output_dir: Path, *, rewards: Any = count_target, **options: Any) ->
     return made
 
 
-_OF_TRAINERS = ("model", "callbacks", "eval_dataset", "train_dataset", "processing_class", "reward_processing_classes")
+_OF_TRAINERS = (
+    "model",
+    "peft_config",
+    "callbacks",
+    "eval_dataset",
+    "train_dataset",
+    "processing_class",
+    "reward_processing_classes",
+)
 
 
 def train(output_dir: Path, **options: Any) -> GRPOTrainer:

@@ -39,3 +39,22 @@ def test_they_get_their_own_back_to_the_bit(tied: bool) -> None:
     back = weights_of(stages)
     assert back.keys() == own.keys()
     assert all(torch.equal(one, own[name]) for name, one in back.items())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_frozen_tensors_are_left_to_whoever_else_computes_by_them(given: bool) -> None:
+    """They may come or not: what the stage had is not written."""
+    model = language_model(num_hidden_layers=2)
+    stage = TransformersStage(*model, stage=0, num_stages=1, loss=loss)
+    stage.load_state_dict(build(model, seed=0).state_dict())
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    stage.freeze({frozen})
+    held = dict(stage.named_parameters())[frozen]
+    common, bits = held.data, held.detach().clone()
+    other = build(model, seed=1).state_dict()
+    lent = LentStages([stage], {name: one for name, one in other.items() if given or name != frozen})
+    assert torch.equal(held, other[frozen] if given else bits)
+    assert torch.equal(common, bits)
+    lent.take_back()
+    assert held.data_ptr() == common.data_ptr()
+    assert torch.equal(held, bits)
