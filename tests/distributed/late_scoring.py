@@ -109,14 +109,13 @@ def whole(role: str) -> TransformersStage:
 
 def scored_apart(of_update: Sequence[Round], columns: Sequence[str]) -> Experience:
     """The same samples scored by whole models in this process, by the micro-batches that steps would score."""
-    known = experience()
+    known, read = experience(), reading_of("reference_logprobs", SCORING, None).read
     for one in with_scores(of_update, columns):
         for column, micro_batches in one.scored.items():
             for samples in micro_batches:
                 made = SETTINGS.layout.micro_batches(known, samples, 1.0)["actor"]
                 made = replace(made, targets=made.targets.token_ids)
-                values = whole(SCORED_BY[column]).infer(made, None, reading_of("reference_logprobs", SCORING, None).read)
-                fill(known, column, [(samples, values)])
+                fill(known, column, [(samples, whole(SCORED_BY[column]).infer(made, None, read))])
     return known
 
 
