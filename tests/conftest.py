@@ -81,6 +81,11 @@ def _modules_are_no_garbage() -> None:
         gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """Nor need pytest and the interpreter, before they end, look at all that is left: seconds."""
+    gc.freeze()
+
+
 # Processes
 
 PROCESS_FIXTURES = {"ray_cluster", "vllm_pool"}
@@ -108,7 +113,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     """A Ray cluster that runs and clusters in this process join.
 
     Its CPUs are devices to hand out, more than there are cores: the pool's, and for a cluster and a run beside it.
@@ -116,7 +121,11 @@ def ray_cluster() -> Iterator[None]:
     from fuse.driver.early_start import IMPORTED
     from fuse.workers.ray_session import local_cluster
 
-    with local_cluster(8, [*IMPORTED, "fuse.intrastage.megatron_stage"]):
+    imported = [*IMPORTED, "fuse.intrastage.megatron_stage"]
+    needs_vllm = any(item.get_closest_marker("vllm_workers") for item in request.session.items)
+    if needs_vllm and importlib.util.find_spec("vllm"):
+        imported.append("fuse.engines.vllm_core")
+    with local_cluster(8, imported):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as an exception it would fail one test and not end the suite
         yield
 

@@ -35,7 +35,7 @@ class ForkServer(NamedTuple):
 def fork_server(directory: Path, imported: Sequence[str]) -> Iterator[ForkServer]:
     """A server that has imported these modules, or is about to, with its socket in `directory`.
 
-    None of them may import Ray, which learns from the environment which process it is in.
+    None of them can import Ray, which learns from the environment which process it is in.
     What it writes itself goes to a file there. It has the environment of this moment, and ends with the block or with
     this process.
     """
@@ -104,8 +104,10 @@ def main(descriptor: int, imported: Sequence[str]) -> None:
     """Import, then fork until standard input ends."""
     del sys.path[0]  # this directory
     gc.disable()
+    sys.modules["ray"] = None  # type: ignore[assignment]  # to be found by none that could do without
     for module in imported:
         importlib.import_module(module)
+    del sys.modules["ray"]
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended are no zombies
     with socket.socket(fileno=descriptor) as listener:

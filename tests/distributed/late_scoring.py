@@ -98,23 +98,24 @@ def experience() -> Experience:
     return actor_experience(samples, lengths, targets)
 
 
+@cache
+def whole(role: str) -> TransformersStage:
+    """All of a model, which scores."""
+    own = model(role)
+    stage = TransformersStage(type(own), own.config, stage=0, num_stages=1, loss=SETTINGS.losses["actor"])
+    stage.load_state_dict(own.state_dict())
+    return stage
+
+
 def scored_apart(of_update: Sequence[Round], columns: Sequence[str]) -> Experience:
     """The same samples scored by whole models in this process, by the micro-batches that steps would score."""
-    known = experience()
+    known, read = experience(), reading_of("reference_logprobs", SCORING, None).read
     for one in with_scores(of_update, columns):
         for column, micro_batches in one.scored.items():
-            whole = TransformersStage(
-                *(type(model(SCORED_BY[column])), model(SCORED_BY[column]).config),
-                stage=0,
-                num_stages=1,
-                loss=SETTINGS.losses["actor"],
-            )
-            whole.load_state_dict(model(SCORED_BY[column]).state_dict())
             for samples in micro_batches:
                 made = SETTINGS.layout.micro_batches(known, samples, 1.0)["actor"]
                 made = replace(made, targets=made.targets.token_ids)
-                values = whole.infer(made, None, reading_of("reference_logprobs", SCORING, None).read)
-                fill(known, column, [(samples, values)])
+                fill(known, column, [(samples, whole(SCORED_BY[column]).infer(made, None, read))])
     return known
 
 

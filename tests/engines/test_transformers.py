@@ -43,7 +43,7 @@ def with_filters(one: GenerationRequest, **options: Any) -> GenerationRequest:
     return replace(one, params=replace(one.params, **options))
 
 
-REQUESTS = [request(index, *shape) for index, shape in enumerate([(1, 90), (5, 30), (40, 60), (2, 100), (130, 9)])]
+REQUESTS = [request(index, *shape) for index, shape in enumerate([(1, 70), (5, 12), (60, 9), (2, 12), (130, 9)])]
 
 
 @torch.no_grad()

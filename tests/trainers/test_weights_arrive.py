@@ -227,6 +227,7 @@ def test_a_tied_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 @pooled
 @pytest.mark.slow
+@pytest.mark.vllm_workers
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_run_with_vllm_is_the_run_with_transformers(tmp_path: Path, worker_pool: WorkerPool) -> None:
     """With either engine, every copy has what was trained; and responses, scores and weights are the same.

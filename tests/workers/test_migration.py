@@ -41,7 +41,7 @@ def needs(package: str) -> pytest.MarkDecorator:
     )
 
 
-ENGINES = ["transformers", pytest.param("vllm", marks=[needs("vllm"), pytest.mark.slow])]
+ENGINES = ["transformers", pytest.param("vllm", marks=[needs("vllm"), pytest.mark.slow, pytest.mark.vllm_workers])]
 CARRIERS = ["object_store", pytest.param("nixl", marks=needs("nixl"))]
 Response = tuple[list[int], list[float]]
 

@@ -30,6 +30,7 @@ from .giving import give
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.vllm_workers,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
