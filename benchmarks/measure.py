@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ import torch
 from fuse.idle_causes import NOT_BUSY
 from fuse.trace import Span, busy_s
 
-_K = TypeVar("_K", bound=Hashable)
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 
 Tracks = Mapping[str, Mapping[str, Sequence[Span]]]

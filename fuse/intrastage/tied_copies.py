@@ -53,7 +53,8 @@ class TiedCopies:
         for replica, ends, copies in self._by_replica():
             group = self._groups.ends.get(replica)
             if group is None:
-                torch._foreach_copy_(*([one.detach() for one in own] for own in reversed(copies)))
+                first, last = ([one.detach() for one in own] for own in copies)
+                torch._foreach_copy_(last, first)
                 continue
             what = f"the tied embedding of {self._name}"
             give_to_peer([one.detach() for one in copies[0]], group, what, gives=ends[0][1] == 0)

@@ -23,7 +23,7 @@ def test_a_layer_keeps_inputs_of_products_and_little_else() -> None:
     assert (GROUPED["hidden_size"], GROUPED["intermediate_size"]) == (HIDDEN, INNER)
     held = []
     for layers in ((1, 2), (1, 3)):
-        stage = chain_of("transformers", model_of("llama"), ((0, 1), layers, (layers[1], 5)), split_backward=True)[1]
+        stage = chain_of("transformers", model_of("llama"), ((0, 1), layers, (layers[1], 4)), split_backward=True)[1]
         stage_input = torch.randn(2, 7, HIDDEN)
         with LiveMemory() as live:
             stage.forward(0, micro_batch_of(7), stage_input)
