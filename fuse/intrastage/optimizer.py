@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse.intrastage.communication import ModelGroups, all_gather_floats
+from fuse.intrastage.gradient_block import GradientBlock
 from fuse.intrastage.gradient_sums import add_onto_first, all_reduce_gradients, give_first_to_others, gradient_of
 from fuse.intrastage.optimizer_shards import owned, owners, share_parameters
 from fuse.intrastage.stage import TrainedStage
@@ -38,6 +39,7 @@ class ModelOptimizer:
     frozen: Hugging Face names of the model's parameters that stay as they are, and do not require gradients: they have
         no state, and no part in the gradient's norm.
 
+    gradients: where those of an update may lie.
     average_decay: keeps a moving average of the weights w, from the initial ones on, which every step makes
         average_decay * average + (1 - average_decay) * w; None for none. Source: DeepSpeed-Chat's `enable_ema`, which
         averages after every micro-batch, between two steps over the same weights.
@@ -101,6 +103,7 @@ class ModelOptimizer:
                 eps=config.eps,
                 fused=True,
             )
+        self.gradients = GradientBlock(one for held in self._parameters.values() for one in held.values())
         # Made now rather than by the first step, so that it can be saved and loaded before it.
         for parameter in (*decayed, *undecayed):
             assert self._adamw is not None

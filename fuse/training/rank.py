@@ -212,14 +212,19 @@ class TrainingRank:
         """
         self.offload.bring_all()
         late = LateScores(experience, scorers, self._settings.layout, self._device, self._lane)
-        return [
+        told = [
             self._round(late, one, rates, plans[one.counts]) for one, rates in zip(rounds, learning_rates, strict=True)
         ]
+        for optimizer in self._optimizers.values():
+            optimizer.gradients.close()
+        return told
 
     def _round(self, late: LateScores, one: Round, learning_rates: Mapping[str, float], plan: Plan) -> RankRound:
         trained = Running.of(one, self._placement, self._stages, self._communicators)
         of_trained = self._made_of(late.experience).per_pipeline(one, trained.replicas)
         running, scoring, per_pipeline = late.beside(one, trained, of_trained)
+        for model in one.parts.keys() & self._optimizers.keys():
+            self._optimizers[model].gradients.open()
         planned = None
         probes: dict[tuple[int, int], MemoryProbe] = {}
         if plan.profile is not None:

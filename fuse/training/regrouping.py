@@ -32,8 +32,8 @@ from fuse.training.layout import Layout
 from fuse.training.length_groups import length_groups
 from fuse.training.rounds import Round, Share, StepPart, by_tokens, steps_of
 
-_PIECES = 4
-"""Of a group, where sizes are to vary."""
+_WHOLE = 4
+"""Quarters of a group."""
 _SAID = Metric("said")
 """Of a regrouped micro-batch in place of metrics: what its head said, [positions, 1 or 2]."""
 
@@ -140,22 +140,20 @@ def deal_out(
 
 
 def _pieces(groups: Sequence[tuple[int, ...]], index: int, dealing: Dealing) -> Iterator[tuple[int, ...]]:
-    """The group; or a half, a quarter and two eighths of it, which hold less while nothing is known of what is held.
+    """The group; or three quarters and two eighths of it, which hold less while nothing is known of what is held.
 
     Of small groups, whose pieces are alike, every other one before the last stays whole.
     """
     group = groups[index]
-    is_small = len(group) < _PIECES
-    if not dealing.in_pieces or (is_small and (len(groups) - 1 - index) % 2):
+    if not dealing.in_pieces or (len(group) < _WHOLE and (len(groups) - 1 - index) % 2):
         yield group
         return
-    for _ in range(_PIECES - 1):
-        half = (len(group) + 1) // 2
-        if group[:half]:
-            yield group[:half]
-        group = group[half:]
-    if group:
-        yield group
+    share = -(-len(group) // _WHOLE)
+    while len(group) > share:
+        yield group[:share]
+        group = group[share:]
+    half = (len(group) + 1) // 2
+    yield from filter(None, (group[:half], group[half:]))
 
 
 def row_weights(experience: Experience, role: str, samples: Sequence[int], shares: Sequence[Share]) -> RowWeights:

@@ -221,7 +221,7 @@ def test_there_are_as_many_micro_batches_as_asked_for_and_none_is_larger(dealing
 
 
 def test_in_pieces_they_are_of_several_sizes() -> None:
-    """Halves, quarters, eighths; of small groups every other one is whole, and a step's only one is in pieces, too."""
+    """Quarters and eighths; of small groups every other one is whole, and a step's only one is in pieces, too."""
     of = experience(actor=PolicyTargets)
     alone = Round({"actor": StepPart(micro_batches=(tuple(range(len(LENGTHS))),), weights=(1.0,), is_last=True)})
     pieces, of_one = (
@@ -230,8 +230,8 @@ def test_in_pieces_they_are_of_several_sizes() -> None:
         .micro_batches
         for one in (DRAWN, alone)
     )
-    assert pieces == ((4, 9, 6, 2), (7, 0), (3,), (10, 8, 1), (11,), (5,))
-    assert list(map(len, of_one)) == [6, 3, 2, 1]
+    assert pieces == ((4, 9), (6, 2), (7, 0), (3,), (10, 8, 1), (11,), (5,))
+    assert list(map(len, of_one)) == [3, 3, 3, 2, 1]
 
 
 def test_a_sample_that_a_step_has_twice_counts_twice() -> None:
