@@ -31,6 +31,10 @@ _CAUTION = 0.5
 """A piece may take this part of the time to spare: when samples end is not certain."""
 
 
+MOST_BESIDE = 4
+"""Samples of a device beside which it may train: with more, decoding needs more of the device than was measured."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
     """How many times as long each takes when a device decodes and trains at once.
@@ -43,7 +47,7 @@ class Sharing:
 
     decoding: float
     training: float
-    num_samples: int = 4
+    num_samples: int = MOST_BESIDE
 
     def __post_init__(self) -> None:
         for name in ("decoding", "training"):

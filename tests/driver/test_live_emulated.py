@@ -129,3 +129,29 @@ def test_pipelines_train_as_simulated(num_stages: int) -> None:
         assert (num_trained > 0) == (expected.num_trained > 0) == (num_stages == 2 or sharing is not None)
         assert report.makespan_s == pytest.approx(expected.rollout.makespan_s, rel=0.03)
         assert report.makespan_s < 1.1 * plain.makespan_s
+
+
+@pytest.mark.parametrize("num_stages", [1, 4])
+def test_a_tail_that_is_long_enough_hides_what_may_train(num_stages: int) -> None:
+    """One sample of ten times as many tokens; by replicas that are free, or by a pipeline beside it."""
+    longest = 10 * LONGEST
+    tokens = np.array(lengths(1))
+    tokens[5] = longest
+    limits = replace(rollout().limits, max_new_tokens=longest)
+    case = replace(rollout(), response_tokens=tokens, limits=limits)
+    past = learn(map(Observation, [*lengths(0)[1:], longest]), longest)
+    policy = Adaptive(COSTS.rollout, past.for_samples(), can_transfer=False)
+    num_replicas = 4 // num_stages
+    settings = TailSettings(
+        micro_batch_size=2,
+        num_stages=num_stages,
+        num_kept=num_replicas,
+        num_replicas=num_replicas,
+        sharing=Sharing(decoding=1.1, training=1.1),
+    )
+    work = TailWork(groups=np.arange(NUM_SAMPLES), token_s=5e-5, micro_batch_s=1e-3, settings=settings)
+    plain_s, expected = simulate(case, policy).makespan_s, simulate_tail(case, policy, work)
+    report, num_trained = roll_out_with_training(case, COSTS, policy, work)
+    for trained, seconds in ((expected.num_trained, expected.rollout.makespan_s), (num_trained, report.makespan_s)):
+        assert trained >= 0.8 * NUM_SAMPLES
+        assert seconds < 1.05 * plain_s

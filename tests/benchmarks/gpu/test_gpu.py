@@ -47,6 +47,7 @@ PASSED = {
     "weight sync",
     "fused steps of two ranks",
     "decode, 2 rows",
+    "training beside 4 samples",
     "PPO ratio, first epoch",
     "3 PPO updates",
 }
