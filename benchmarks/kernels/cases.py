@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from fuse.algorithms.batch import Segments
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
-from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae, skinny_linear
+from fuse.ops import (
+    decode_attention,
+    gae,
+    kv_blocks,
+    linear_logprob,
+    rms_norm,
+    rotary,
+    sampling,
+    shaped_gae,
+    skinny_linear,
+    swiglu,
+)
 
 TEMPERATURE = 0.7
 CHECKPOINTED_TOKENS = 256
@@ -98,6 +109,38 @@ def skinny_linear_cases(outs: int = 32_000, width: int = 1024) -> Iterator[Case]
             flops=2 * rows * outs * width,
             **_sides(skinny_linear, "skinny_linear", inputs, weight),
         )
+
+
+def layer_steps_cases(samples: int = 8, tokens: int = 128, width: int = 1024, head_dim: int = 64) -> Iterator[Case]:
+    """What a layer computes between its products, for a micro-batch: forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, samples, tokens, width, generator=generator).requires_grad_()
+    weight = torch.randn(width, generator=generator).requires_grad_()
+    heads = hidden.view(samples, tokens, -1, head_dim).transpose(1, 2)
+    angles = torch.randn(2, 1, tokens, head_dim, generator=generator)
+    calls: dict[str, tuple[Any, tuple[Any, ...], int]] = {  # and tensors of that size that are read or written
+        "rms_norm": (rms_norm, (hidden, weight, 1e-5), 5),
+        "rotary": (rotary, (heads, *angles), 4),
+        "swiglu": (swiglu, (hidden, other), 8),
+    }
+    for name, (module, arguments, num_passes) in calls.items():
+        sides = _sides(module, name, *arguments)
+        learned = [one for one in arguments if isinstance(one, Tensor) and one.requires_grad]
+        yield Case(
+            kernel=name,
+            pass_name="forward_backward",
+            shape=list(hidden.shape),
+            bytes_moved=num_passes * hidden.nbytes,
+            result_bytes=sum(one.nbytes for one in learned),
+            implementation=sides["implementation"],
+            function=_learning(sides["function"], learned),
+            references={told: _learning(function, learned) for told, function in sides["references"].items()},
+        )
+
+
+def _learning(function: Callable[[], Tensor], learned: Sequence[Tensor]) -> Callable[[], object]:
+    """The gradients of what a function gives, summed up, in these."""
+    return lambda: torch.autograd.grad(function().sum(), learned)
 
 
 def kv_blocks_cases(
@@ -185,6 +228,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "sample_tokens": (sample_cases,),
     "decode_attention": (decode_attention_cases,),
     "skinny_linear": (skinny_linear_cases,),
+    "layer_steps": (layer_steps_cases,),
     "kv_blocks": (kv_blocks_cases,),
     "schedules": (schedule_cases,),
     "linear_logprob": tuple(

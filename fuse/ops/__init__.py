@@ -9,9 +9,12 @@ from fuse.ops import (
     kv_blocks,
     linear_logprob,
     logprob,
+    rms_norm,
+    rotary,
     sampling,
     shaped_gae,
     skinny_linear,
+    swiglu,
 )
 
 
@@ -23,8 +26,11 @@ def describe() -> dict[str, str]:
         "int8_linear": int8_linear.describe(),
         "kv_blocks": kv_blocks.describe(),
         "linear_logprob": linear_logprob.describe(),
+        "rms_norm": rms_norm.describe(),
+        "rotary": rotary.describe(),
         "sample_tokens": sampling.describe(),
         "shaped_gae": shaped_gae.describe(),
         "skinny_linear": skinny_linear.describe(),
+        "swiglu": swiglu.describe(),
         "token_logprobs": logprob.describe(),
     }
