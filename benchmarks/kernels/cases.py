@@ -17,7 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from fuse.algorithms.batch import Segments
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
-from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae, skinny_linear, suffix_index
+from fuse.ops import (
+    decode_attention,
+    gae,
+    kv_blocks,
+    linear_logprob,
+    rms_norm,
+    rotary,
+    sampling,
+    shaped_gae,
+    skinny_linear,
+    suffix_index,
+    swiglu,
+)
 
 TEMPERATURE = 0.7
 CHECKPOINTED_TOKENS = 256
@@ -137,6 +149,38 @@ def _drafted(index: suffix_index.SuffixIndex, responses: list[int], added: Itera
     return index.extend(responses, next(added), [8] * len(responses))
 
 
+def layer_steps_cases(samples: int = 8, tokens: int = 128, width: int = 1024, head_dim: int = 64) -> Iterator[Case]:
+    """What a layer computes between its products, for a micro-batch: forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, samples, tokens, width, generator=generator).requires_grad_()
+    weight = torch.randn(width, generator=generator).requires_grad_()
+    heads = hidden.view(samples, tokens, -1, head_dim).transpose(1, 2)
+    angles = torch.randn(2, 1, tokens, head_dim, generator=generator)
+    calls: dict[str, tuple[Any, tuple[Any, ...], int]] = {  # and tensors of that size that are read or written
+        "rms_norm": (rms_norm, (hidden, weight, 1e-5), 5),
+        "rotary": (rotary, (heads, *angles), 4),
+        "swiglu": (swiglu, (hidden, other), 8),
+    }
+    for name, (module, arguments, num_passes) in calls.items():
+        sides = _sides(module, name, *arguments)
+        learned = [one for one in arguments if isinstance(one, Tensor) and one.requires_grad]
+        yield Case(
+            kernel=name,
+            pass_name="forward_backward",
+            shape=list(hidden.shape),
+            bytes_moved=num_passes * hidden.nbytes,
+            result_bytes=sum(one.nbytes for one in learned),
+            implementation=sides["implementation"],
+            function=_learning(sides["function"], learned),
+            references={told: _learning(function, learned) for told, function in sides["references"].items()},
+        )
+
+
+def _learning(function: Callable[[], Tensor], learned: Sequence[Tensor]) -> Callable[[], object]:
+    """The gradients of what a function gives, summed up, in these."""
+    return lambda: torch.autograd.grad(function().sum(), learned)
+
+
 def kv_blocks_cases(
     num_layers: int = 24, kv_heads: int = 2, num_tokens: int = 300, head_dim: int = 64
 ) -> Iterator[Case]:
@@ -223,6 +267,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "decode_attention": (decode_attention_cases,),
     "skinny_linear": (skinny_linear_cases,),
     "suffix_index": (suffix_index_cases,),
+    "layer_steps": (layer_steps_cases,),
     "kv_blocks": (kv_blocks_cases,),
     "schedules": (schedule_cases,),
     "linear_logprob": tuple(

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fuse.engines.attention import decode_mask
+from fuse.engines.inputs import Inputs
+from fuse.engines.native_llama import NativeLlama, is_served_in_place
 from fuse.engines.slot_cache import SlotCache
 from fuse.ops.decode_attention import is_native
+from fuse.ops.native import log_choice
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """Tokens that a forward takes side by side, of one row or of several.
-
-    token_ids: int64 [tokens]. positions: in their rows, int64 [tokens], where their keys and values go; they attend to
-    all up to themselves, those of this very forward included.
-    slots: of their rows, int64 [tokens]; None for one token of each row, in order.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor | None = None
+MOST_NATIVE_TOKENS, NARROW_HIDDEN = 16, 512
+"""Side by side, up to which native code is faster than torch's products and what lies between them; four times as many
+of models up to that hidden size."""
 
 
 class Decoder:
@@ -32,6 +23,8 @@ class Decoder:
 
     has_slot_attention: the model's attention is `slot_attention`. num_tokens: that its logits are for, the first of
     the vocabulary; None for all.
+
+    A few tokens pass through a Llama on a CPU core by native code in one call, all others through the model's modules.
     """
 
     def __init__(
@@ -40,14 +33,33 @@ class Decoder:
         self.model, self.cache, self.num_tokens = model, cache, num_tokens
         self._has_slot_attention = has_slot_attention
         self._is_native = has_slot_attention and is_native(model.dtype, model.device)
+        self._is_served = has_slot_attention and is_served_in_place(model)
+        self._native: NativeLlama | None = None
 
     def of(self, model: PreTrainedModel) -> Decoder:
         """The same of another model, with attention like this one's."""
         return Decoder(model, self.cache, has_slot_attention=self._has_slot_attention, num_tokens=self.num_tokens)
 
+    def forget(self) -> None:
+        """What was made of the weights, which are going to change."""
+        self._native = None
+
     @torch.inference_mode()
     def logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
         """Of the token that follows each input, [tokens, vocab]. All rows' tokens are among the first `context`."""
+        if self._runs_natively(len(inputs.token_ids)):
+            return self._native_logits(inputs, context, num_rows)
+        return self.logits_of_modules(inputs, context, num_rows)
+
+    def _runs_natively(self, num_tokens: int) -> bool:
+        if not self._is_served or self.cache.is_empty:  # of layers, which only modules make
+            return False
+        most = MOST_NATIVE_TOKENS * (4 if self.model.config.hidden_size <= NARROW_HIDDEN else 1)
+        return num_tokens <= most and torch.get_num_threads() == 1
+
+    @torch.inference_mode()
+    def logits_of_modules(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
+        """`logits` by the model's own modules."""
         mask = decode_mask(inputs.positions + 1, context, self.model.dtype, native=self._is_native, slots=inputs.slots)
         self.cache.begin_decode(inputs.positions, context, num_rows, slots=inputs.slots, gathers=not self._is_native)
         output = self.model(
@@ -59,3 +71,9 @@ class Decoder:
         )
         logits: Tensor = output.logits[:, 0, : self.num_tokens]
         return logits
+
+    def _native_logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
+        if self._native is None:
+            log_choice("decode", "native C++, a step in one call")
+            self._native = NativeLlama(self.model, self.cache, self.num_tokens)
+        return self._native.logits(inputs, context, num_rows)

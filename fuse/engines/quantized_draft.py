@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fuse.engines.decoder import Decoder, Inputs
-from fuse.engines.int8_llama import Int8Llama, is_served
+from fuse.engines.decoder import Decoder
+from fuse.engines.inputs import Inputs
+from fuse.engines.int8_llama import Int8Llama
+from fuse.engines.native_llama import is_served
 from fuse.engines.rows import Row, Rows
 from fuse.engines.slot_cache import round_up
 from fuse.merged_weight import merged_weight

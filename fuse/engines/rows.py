@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fuse.engines.decoder import Inputs
 from fuse.engines.engine import GeneratedToken, GenerationRequest
 from fuse.engines.filters import row_filters, see
+from fuse.engines.inputs import Inputs
 from fuse.engines.limits import check_logprob
 from fuse.ops.logit_filters import Filters, sample_filtered_tokens
 from fuse.ops.sampling import sample_tokens

@@ -10,7 +10,7 @@ from fuse.engines.decoder import Decoder
 from fuse.engines.draft import Draft
 from fuse.engines.draft_lengths import PayingLengths
 from fuse.engines.engine import GeneratedToken
-from fuse.engines.int8_llama import is_served
+from fuse.engines.native_llama import is_served
 from fuse.engines.ngram_draft import NgramDraft
 from fuse.engines.quantized_draft import QuantizedSelf
 from fuse.engines.rows import Rows

@@ -180,6 +180,7 @@ class TransformersEngine:
 
     def _forget(self) -> None:
         """What was made of weights and cache, which are going to change."""
+        self._decoder.forget()
         if self._captured is not None:
             self._captured.clear()
         if self._speculation is not None:

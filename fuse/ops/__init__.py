@@ -9,10 +9,13 @@ from fuse.ops import (
     kv_blocks,
     linear_logprob,
     logprob,
+    rms_norm,
+    rotary,
     sampling,
     shaped_gae,
     skinny_linear,
     suffix_index,
+    swiglu,
 )
 
 
@@ -24,9 +27,12 @@ def describe() -> dict[str, str]:
         "int8_linear": int8_linear.describe(),
         "kv_blocks": kv_blocks.describe(),
         "linear_logprob": linear_logprob.describe(),
+        "rms_norm": rms_norm.describe(),
+        "rotary": rotary.describe(),
         "sample_tokens": sampling.describe(),
         "shaped_gae": shaped_gae.describe(),
         "skinny_linear": skinny_linear.describe(),
         "suffix_index": suffix_index.describe(),
+        "swiglu": swiglu.describe(),
         "token_logprobs": logprob.describe(),
     }

@@ -32,7 +32,7 @@ from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
 from fuse.workers.carriers.parcel import Parcel
-from fuse.workers.host_memory import give_back
+from fuse.workers.host_memory import give_back_if_scarce
 from fuse.workers.weight_port import Membership, WeightPort, WeightSender
 from fuse.workers.weights import WeightsRef, get_state_dict, get_weights, put_state_dict
 
@@ -62,6 +62,7 @@ class ModelWorker:
         self._num_inferences = 0
         self._port = WeightPort()
         self._frozen = FrozenTensors()
+        self._senders: dict[str, WeightSender] = {}
 
     # The world
 
@@ -157,7 +158,7 @@ class ModelWorker:
         scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
         trained = self._training.train(experience, rounds, learning_rates, plans, scorers)
         if self._device.type == "cpu":
-            give_back()  # gradients and activations: engines and scoring come next
+            give_back_if_scarce()  # gradients and activations: engines and scoring come next
         return trained
 
     def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
@@ -261,20 +262,22 @@ class ModelWorker:
         shapes = self._training.exported_shapes(model, part)
         tensors = self._training.stream_weights(model, dtype, part)
         is_silent = not self._training.is_first_of_group
-        self._sender = WeightSender(shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent)
+        self._senders[model] = WeightSender(
+            shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent
+        )
         return {} if is_silent else shapes
 
-    def export_next(self, group: str | None) -> Parcel | None:
+    def export_next(self, model: str, group: str | None) -> Parcel | None:
         """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender.
 
         Ranks that share stages are called in step. Pre: whoever got the one before has done with it.
         """
         with self._recorder.span("export", "weights"):
-            return self._sender.next(self._port.group(group))
+            return self._senders[model].next(self._port.group(group))
 
-    def end_export(self) -> None:
+    def end_export(self, model: str) -> None:
         """Send no more of it, and free what the last bucket takes."""
-        self._sender.close()
+        self._senders.pop(model).close()
 
     def has_copy(self, role: str) -> bool:
         """Whether this rank scores by a model's copy, which must be given its weights."""

@@ -19,7 +19,7 @@ void bind_skinny_linear(nb::module_& module) {
         const auto outs = static_cast<std::int64_t>(weights.shape(0));
         const auto width = static_cast<std::int64_t>(weights.shape(1));
         nb::gil_scoped_release release;
-        skinny_linear(inputs.data(), weights.data(), rows, outs, width, output.data());
+        skinny_linear(inputs.data(), weights.data(), rows, outs, width, output.data(), outs);
       },
       nb::arg("inputs").noconvert(), nb::arg("weights").noconvert(), nb::arg("output").noconvert(),
       "Writes the products of each row; shapes are the caller's to check.");

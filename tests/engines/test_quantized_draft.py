@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fuse.engines import quantized_draft
 from fuse.engines.engine import GeneratedToken
-from fuse.engines.int8_llama import is_served
+from fuse.engines.native_llama import is_served
 from fuse.engines.quantized_draft import QuantizedSelf, quantized, quantized_copy
 from fuse.engines.speculation import FixedLength, Speculation
 from fuse.engines.transformers import TransformersEngine

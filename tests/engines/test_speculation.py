@@ -134,6 +134,7 @@ def test_other_architectures(architecture: str) -> None:
 
 def test_without_native_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "is_native", lambda *_: False)
+    monkeypatch.setattr(decoder, "MOST_NATIVE_TOKENS", 0)
     engine, _ = speculating(right_then_wrong)
     assert_same(run(engine, REQUESTS), expected_outputs())
 

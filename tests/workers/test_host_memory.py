@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fuse.workers import model_worker
+from fuse.workers import host_memory, model_worker
 from fuse.workers.ray_session import WORKER_ENVIRONMENT
 
 from ..trainers import tiny
@@ -43,6 +43,29 @@ def test_what_is_between_that_in_use_goes_back_too() -> None:
 @pytest.mark.usefixtures("in_process_workers")
 def test_every_update_ends_by_giving_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    monkeypatch.setattr(model_worker, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(model_worker, "give_back_if_scarce", lambda: given.append(1))
     tiny.train(tmp_path, total_episodes=16)
     assert len(given) == 2
+
+
+@pytest.mark.parametrize(("available_mb", "is_given"), [(4 * 3 * 100 + 1, False), (4 * 3 * 100 - 1, True)])
+def test_memory_that_is_plentiful_is_kept(available_mb: int, is_given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of 100 MB on a host of three cores."""
+    given: list[int] = []
+    monkeypatch.setattr(host_memory, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(host_memory, "used_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: available_mb << 20)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    host_memory.give_back_if_scarce()
+    assert bool(given) == is_given
+
+
+def test_a_container_counts_its_own_limit(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:    8000 kB\n")
+    assert host_memory.available_bytes(meminfo, tmp_path) == 8000 << 10
+    (tmp_path / "memory.current").write_text("1024\n")
+    for limit, expected in (("max", 8000 << 10), ("4096", 3072)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert host_memory.available_bytes(meminfo, tmp_path) == expected
+    assert host_memory.available_bytes(tmp_path / "none", tmp_path) is None

@@ -29,6 +29,7 @@ SMALL = {
     ),
     "sample_tokens": (partial(cases.sample_cases, rows=2, vocab_size=9),),
     "decode_attention": (partial(cases.decode_attention_cases, rows=2, kv_heads=1, context=9, head_dim=8),),
+    "layer_steps": (partial(cases.layer_steps_cases, samples=1, tokens=3, width=8, head_dim=4),),
     "kv_blocks": (partial(cases.kv_blocks_cases, num_layers=2, num_tokens=3, head_dim=4),),
     "schedules": (partial(schedule_cases, num_ranks=2, num_micro_batches=2),),
     "skinny_linear": (partial(cases.skinny_linear_cases, outs=5, width=8),),
