@@ -328,7 +328,7 @@ class ModelWorker:
         """
         seen = self._training.save(directory, self._scoring_models(mixed) if self._rank == 0 else {})
         if self._device.type == "cpu":
-            give_back()  # files as they were made
+            give_back_if_scarce()  # files as they were made
         return seen
 
     def load(self, directory: Path, mixed: Sequence[str] = ()) -> None:

@@ -32,6 +32,7 @@ void bind_int8_linear_of(nb::module_& module) {
         const auto outs = static_cast<std::int64_t>(weights.shape(0));
         const auto width = static_cast<std::int64_t>(weights.shape(1));
         nb::gil_scoped_release release;
+        using fuse::int8_linear;
 #ifdef FUSE_WITH_CUDA
         using cuda::int8_linear;
 #endif
