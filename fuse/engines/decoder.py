@@ -52,7 +52,7 @@ class Decoder:
         return self.logits_of_modules(inputs, context, num_rows)
 
     def _runs_natively(self, num_tokens: int) -> bool:
-        if not self._is_served or self.cache.is_empty:  # of layers, which only modules make
+        if not self._is_served:
             return False
         most = MOST_NATIVE_TOKENS * (4 if self.model.config.hidden_size <= NARROW_HIDDEN else 1)
         return num_tokens <= most and torch.get_num_threads() == 1

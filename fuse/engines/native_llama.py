@@ -34,12 +34,17 @@ def is_served(model: PreTrainedModel) -> bool:
 
 
 def is_served_in_place(model: PreTrainedModel) -> bool:
-    """Whether native code can read this model's matrices where they are."""
-    inner = is_served(model) and [model.lm_head, *model.model.layers.modules()]
-    linears = [one for one in inner or () if isinstance(one, nn.Linear)]
-    return bool(linears) and all(
-        type(one) in (nn.Linear, FewRowsLinear) and one.weight.dtype is torch.float32 for one in linears
+    """Whether native code can read this model's matrices where they are: adapters beside them are none of these."""
+    return is_served(model) and all(
+        type(one) in (nn.Linear, FewRowsLinear) and one.weight.dtype is torch.float32
+        for one in (model.lm_head, *(own for layer in model.model.layers for own in _matrices(layer)))
     )
+
+
+def _matrices(layer: Any) -> tuple[nn.Module, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return *projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
 
 class Matrix(Protocol):
@@ -99,14 +104,21 @@ class NativeLlama:
         self._layers = [self._addresses(layer) for layer in inner.layers]
         attention = inner.layers[0].self_attn
         self._num_tokens = head.num_outs
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._shape = [len(self._layers), config.hidden_size, heads, kv_heads, attention.head_dim]
+        self._kv_heads, self._head_dim = config.num_key_value_heads, attention.head_dim
+        self._shape = [
+            len(self._layers),
+            config.hidden_size,
+            config.num_attention_heads,
+            self._kv_heads,
+            self._head_dim,
+        ]
         self._shape += [config.intermediate_size, self._num_tokens]
         self._ends = array("q", [self._address(inner.norm.weight), *head.addresses()])
 
     @torch.inference_mode()
     def logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
-        """As those of a `Decoder`. Pre: the target has computed something, so that its cache has layers."""
+        """As those of a `Decoder`."""
+        self._cache.make_layers(len(self._layers), self._embeddings.new_empty(1, self._kv_heads, 1, self._head_dim))
         buffers = self._cache.buffers(num_rows, context)
         capacity = buffers[0][0].shape[2]
         layers = array("q")

@@ -100,6 +100,11 @@ class SlotCache(Cache):
         """Whether no forward has made it layers yet."""
         return not self._layers
 
+    def make_layers(self, count: int, like: Tensor) -> None:
+        """Have so many layers, of heads and type as these entries' [1, kv_heads, 1, head_dim]; those there are stay."""
+        for index in range(len(self._layers), count):
+            self._layer(index, like, like)
+
     def buffers(self, rows: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer that has some yet, [slots, kv_heads, capacity, head_dim], with so much room."""
         self._reserve(rows, tokens)
