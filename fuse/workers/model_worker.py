@@ -14,6 +14,7 @@ from fuse.device_clock import clock_of
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
+from fuse.intrastage.packing import use_packing
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.stage import Exported
 from fuse.intrastage.training_schedule import Plan
@@ -91,7 +92,7 @@ class ModelWorker:
         )
         is_sharded = self._scoring_settings.is_sharded
         self._scoring: dict[str, PreTrainedModel] = {
-            role: self._scored_in_place(role) or spec.build(self._device, self._scoring_dtype(role))
+            role: self._scored_in_place(role) or self._copy_that_scores(role, spec)
             for role, spec in self._scoring_specs.items()
             if not is_sharded
         }
@@ -117,6 +118,11 @@ class ModelWorker:
         """What a copy holds: a type to compute in rounds float32 anew, and what was rounded before may stay so."""
         is_rounded = self._settings.autocast is not None and role not in self._trained
         return self._scoring_specs[role].dtype if is_rounded else torch.float32
+
+    def _copy_that_scores(self, role: str, spec: ModelSpec) -> PreTrainedModel:
+        model = spec.build(self._device, self._scoring_dtype(role))
+        use_packing(model)
+        return model
 
     def _source(self, role: str) -> str:
         """Whose weights a role has: another's, of whose model it is a variant, or its own."""
