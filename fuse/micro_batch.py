@@ -33,6 +33,7 @@ class MicroBatch:
     targets: what the loss needs; stages do not look inside.
     weight: of this micro-batch's loss in the sum that a step minimises.
     row_weights: in place of the loss's means where samples of several micro-batches pass together; `weight` is then 1.
+    lengths: tokens of each sequence, without padding; None for layouts padded inside.
     attention_mask, position_ids: [batch, tokens], only for layouts padded inside; plain causal attention without them.
     """
 
@@ -41,6 +42,7 @@ class MicroBatch:
     targets: Any
     weight: float = 1.0
     row_weights: RowWeights | None = None
+    lengths: tuple[int, ...] | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
 

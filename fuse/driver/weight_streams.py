@@ -82,11 +82,13 @@ class WeightStreams:
             for one in copied:
                 self.to_copies(models, one, one)
 
+        shares = self._settings.training.tensor_parallel_size > 1
+        if shares or not self._is_one_host([*range(len(models)), *engines]):
+            lost = self.to_engines(models, role, part, engines)
+            to_copies()
+            return lost
         with ThreadPoolExecutor(1) as beside:
             copies = beside.submit(to_copies)
-            shares = self._settings.training.tensor_parallel_size > 1
-            if shares or not self._is_one_host([*range(len(models)), *engines]):
-                copies.result()
             lost = self.to_engines(models, role, part, engines)
             copies.result()
         return lost

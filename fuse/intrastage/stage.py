@@ -22,7 +22,10 @@ class Stage(Protocol):
     """One stage of one model, as the executor sees it: it computes, and knows nothing of other stages."""
 
     def boundary(self, micro_batch: MicroBatch) -> Tensor:
-        """An uninitialised tensor in the shape, type and device of this micro-batch's hidden states between stages."""
+        """An uninitialised tensor in the shape, type and device of this micro-batch's hidden states between stages.
+
+        That is [batch, tokens, hidden], or [1, tokens, hidden] of those that are no padding.
+        """
         ...
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:

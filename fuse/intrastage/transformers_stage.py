@@ -18,11 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fuse.intrastage.adapters import NO_ADAPTERS, Adapters
+from fuse.intrastage.fused_layers import use_fused_layers
 from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
-from fuse.intrastage.lean_layers import keep_less
-from fuse.intrastage.no_cache import NoCache
+from fuse.intrastage.packing import Packing, last_hidden_state, selected, token_ids, use_packing
 from fuse.intrastage.pipeline_plan import PipelinePlan, pipeline_plan
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.stage import Exported, Readout
@@ -152,7 +152,8 @@ class TransformersStage:
         if self.is_last:
             add_gradients_of(self._head)
         split = SplitBackward(self.model) if split_backward else None
-        keep_less(self.model, split)
+        use_fused_layers(self.model, split)
+        use_packing(self.model)
         self._in_flight = InFlight(split)
         if gradient_checkpointing:
             recompute_in_backward(getattr(self._base, plan.layers))
@@ -171,23 +172,27 @@ class TransformersStage:
 
     def boundary(self, micro_batch: MicroBatch) -> Tensor:
         hidden_size = self.model.config.get_text_config().hidden_size
-        dtype = self._autocast or torch.float32
-        return torch.empty(*micro_batch.input_ids.shape, hidden_size, dtype=dtype, device=self._device)
+        dtype, packing = self._autocast or torch.float32, Packing.of(micro_batch, self.model)
+        shape = micro_batch.input_ids.shape if packing is None else (1, len(packing.places))
+        return torch.empty(*shape, hidden_size, dtype=dtype, device=self._device)
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
         assert (stage_input is None) == self.is_first
+        packing = Packing.of(micro_batch, self.model)
         with self._precision():
-            output = self._run(micro_batch, None if stage_input is None else stage_input.requires_grad_(True))
+            output = self._run(micro_batch, packing, None if stage_input is None else stage_input.requires_grad_(True))
             if self.is_last:
-                output, self.metrics[index] = self._loss(micro_batch.selected(output), self._head, micro_batch)
+                hidden = selected(output, micro_batch, packing)
+                output, self.metrics[index] = self._loss(hidden, self._head, micro_batch)
         self._in_flight.add(index, stage_input, output)
         return None if self.is_last else output.detach()
 
     def infer(self, micro_batch: MicroBatch, stage_input: Tensor | None, read: Readout) -> Tensor:
         assert (stage_input is None) == self.is_first
+        packing = Packing.of(micro_batch, self.model)
         with torch.inference_mode(), self._precision():
-            output = self._run(micro_batch, stage_input)
-            return read(micro_batch.selected(output), self._head, micro_batch) if self.is_last else output
+            output = self._run(micro_batch, packing, stage_input)
+            return read(selected(output, micro_batch, packing), self._head, micro_batch) if self.is_last else output
 
     def backward(self, index: int, output_grad: Tensor | None) -> Tensor | None:
         assert (output_grad is None) == self.is_last
@@ -276,21 +281,14 @@ class TransformersStage:
                 if name not in kept:
                     tensor.copy_(state_dict[name])
 
-    def _run(self, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor:
-        """The layers kept here: [batch, tokens, hidden]."""
+    def _run(self, micro_batch: MicroBatch, packing: Packing | None, stage_input: Tensor | None) -> Tensor:
+        """The layers kept here: [batch, tokens, hidden], or [1, packed, hidden]."""
         hidden = stage_input
         if hidden is None:
-            embedded = embed(self.model.get_input_embeddings(), micro_batch.input_ids)
+            embedded = embed(self.model.get_input_embeddings(), token_ids(micro_batch, packing))
             # The residual stream is in one type from the start, so a cut between stages never rounds it.
             hidden = embedded.to(self._autocast or embedded.dtype)
-        output: Tensor = self._base(
-            inputs_embeds=hidden,
-            attention_mask=micro_batch.attention_mask,
-            position_ids=micro_batch.position_ids,
-            past_key_values=NoCache() if micro_batch.attention_mask is None else None,
-            use_cache=False,
-        ).last_hidden_state
-        return output
+        return last_hidden_state(self._base, hidden, micro_batch, packing)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast is None:

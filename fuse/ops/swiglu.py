@@ -29,29 +29,37 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        native, choice = choose(gate.device, gate.dtype, NATIVE_DTYPES)
-        log_choice("swiglu", choice)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        if native is None:
-            return swiglu_reference(gate, up)
-        output = torch.empty_like(gate)
-        call(native.swiglu, gate.detach().view(-1), up.detach().view(-1), output.view(-1))
-        return output
+        return swiglu_forward(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        native, _ = choose(gate.device, gate.dtype, NATIVE_DTYPES)
-        if native is None:
-            opened = torch.sigmoid(gate)
-            gate_grad = output_grad * up * opened * (1 + gate * (1 - opened))
-            return gate_grad, output_grad * gate * opened
-        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-        grads = output_grad.contiguous()
-        call(native.swiglu_backward, *(one.view(-1) for one in (gate, up, grads, gate_grad, up_grad)))
-        return gate_grad, up_grad
+        return swiglu_backward(gate, up, output_grad)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` of contiguous tensors, not to be differentiated."""
+    native, choice = choose(gate.device, gate.dtype, NATIVE_DTYPES)
+    log_choice("swiglu", choice)
+    if native is None:
+        return swiglu_reference(gate, up)
+    output = torch.empty_like(gate)
+    call(native.swiglu, gate.detach().view(-1), up.detach().view(-1), output.view(-1))
+    return output
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, contiguous, from that of `swiglu`'s result."""
+    native, _ = choose(gate.device, gate.dtype, NATIVE_DTYPES)
+    if native is None:
+        return torch.ops.aten.silu_backward(output_grad * up, gate), output_grad * functional.silu(gate)
+    gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+    grads = output_grad.contiguous()
+    call(native.swiglu_backward, *(one.view(-1) for one in (gate, up, grads, gate_grad, up_grad)))
+    return gate_grad, up_grad
 
 
 def describe() -> str:

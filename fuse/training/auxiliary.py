@@ -53,7 +53,10 @@ class TextBatch:
         places = [index * width + learnt - 1 for index, row in enumerate(self.rows) for learnt in row.learnt]
         head_index = torch.tensor(places, dtype=torch.int64)
         targets = TextTargets(input_ids.flatten()[head_index + 1])
-        return MicroBatch(input_ids=input_ids, head_index=head_index, targets=targets, weight=self.weight)
+        lengths = tuple(len(row.input_ids) for row in self.rows)
+        return MicroBatch(
+            input_ids=input_ids, head_index=head_index, targets=targets, weight=self.weight, lengths=lengths
+        )
 
 
 def text_batches(rows: Sequence[Text], *, most_rows: int, coef: float) -> tuple[TextBatch, ...]:

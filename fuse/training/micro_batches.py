@@ -38,6 +38,7 @@ def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dic
             head_index=_ranges(first, counts),
             targets=_map_columns(targets, partial(_take, rows=rows)),
             weight=weight,
+            lengths=tuple(map(len, sequences)),
         )
     return made
 

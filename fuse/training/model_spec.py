@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fuse.intrastage.adapters import NO_ADAPTERS, Adapters, base_of, with_adapter
+from fuse.intrastage.fused_layers import use_fused_layers
 from fuse.intrastage.transformers_stage import without_memory
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class ModelSpec:
         for parameter in model.parameters():
             parameter.data = torch.empty_like(parameter.data, dtype=dtype, device=device)
         built: PreTrainedModel = model.to(device=device).eval().requires_grad_(False)
+        use_fused_layers(built)
         return built
 
 

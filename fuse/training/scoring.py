@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fuse.intrastage.no_cache import NoCache
+from fuse.intrastage.packing import Packing, last_hidden_state, selected, token_ids
 from fuse.intrastage.transformers_stage import head_of
 from fuse.micro_batch import MicroBatch
 from fuse.roles import ScoreKind, role_of
@@ -179,6 +179,7 @@ def laid_out(sequences: Sequence[TokenSequence], reading: Reading) -> MicroBatch
         input_ids=torch.from_numpy(tokens),
         head_index=torch.tensor(selected, dtype=torch.int64),
         targets=torch.tensor([token for one in sequences for token in one.response_ids], dtype=torch.int64),
+        lengths=tuple(map(len, sequences)),
     )
 
 
@@ -204,11 +205,12 @@ def _read_all(
         for indices in micro_batches([len(sequence) for sequence in sequences], limit):
             own = [sequences[index] for index in indices]
             micro_batch = laid_out(own, reading).to(model.device)
-            hidden = model.get_input_embeddings()(micro_batch.input_ids)
+            packing = Packing.of(micro_batch, model)
+            hidden = model.get_input_embeddings()(token_ids(micro_batch, packing))
             # As in training: the residual stream is in the type of the computation.
             hidden = hidden.to(autocast or hidden.dtype)
-            hidden = base(inputs_embeds=hidden, past_key_values=NoCache(), use_cache=False).last_hidden_state
-            read = reading.read(micro_batch.selected(hidden), head, micro_batch)
+            hidden = last_hidden_state(base, hidden, micro_batch, packing)
+            read = reading.read(selected(hidden, micro_batch, packing), head, micro_batch)
             said.update(zip(indices, results(read, own, reading), strict=True))
     return [said[index] for index in range(len(sequences))]
 

@@ -14,6 +14,7 @@ from fuse.device_clock import clock_of
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
+from fuse.intrastage.packing import use_packing
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.stage import Exported
 from fuse.intrastage.training_schedule import Plan
@@ -125,6 +126,7 @@ class ModelWorker:
     def _copy_of(self, role: str, spec: ModelSpec) -> PreTrainedModel:
         """Without weights yet."""
         model = spec.build(self._device, self._scoring_dtype(role))
+        use_packing(model)
         release_frozen(model.named_parameters(), spec.origins)
         return model
 

@@ -92,7 +92,7 @@ def test_writes_complete_rows_of_every_kernel(tmp_path, monkeypatch, capsys):
         found.setdefault(row["kernel"], []).append((row["pass"], row["dtype"], row["reference"]))
     assert found.keys() == {
         "gae", "shaped_gae", "sample_tokens", "decode_attention", "kv_gather", "kv_scatter", "linear_logprob",
-        "skinny_linear", "suffix_index", "schedule_evaluation", "local_search",
+        "rms_norm", "rotary", "swiglu", "skinny_linear", "suffix_index", "schedule_evaluation", "local_search",
     }  # fmt: skip
     references = ("log_softmax and gather", "checkpointed chunks")
     passes = ("forward", "forward_backward")

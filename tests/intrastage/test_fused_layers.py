@@ -1,19 +1,42 @@
-"""What a layer keeps for its backward, counted; that its gradients are the model's; and whom it leaves alone."""
+"""Layers whose steps are fused: what the model computes and learns is that of its own modules, and less is kept."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from fuse.intrastage.lean_layers import keep_less
+from fuse.intrastage import fused_layers
+from fuse.intrastage.fused_layers import use_fused_layers
 from fuse.intrastage.live_memory import LiveMemory
-from fuse.intrastage.vocabulary_ends import embed
 
+from .. import tiny_models
 from .chains import GROUPED, chain_of, micro_batch_of, model_of
+
+NAMES = ("rms_norm", "rotary", "swiglu")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_losses_and_gradients_are_the_modules(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.spread(tiny_models.build(tiny_models.language_model(architecture)))
+    fused = copy.deepcopy(model)
+    use_fused_layers(fused)
+    calls = []
+    for name in NAMES:
+        used = getattr(fused_layers, name)
+        monkeypatch.setattr(fused_layers, name, lambda *args, name=name, used=used: calls.append(name) or used(*args))
+    input_ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+    for one in (model, fused):
+        one(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert {*calls} == {*NAMES}
+    expected = dict(model.named_parameters())
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6)
+
 
 HIDDEN, INNER, KEYS, HEADS = 32, 48, 16, 4
 
@@ -47,7 +70,7 @@ def test_a_norm_has_the_gradients_of_the_one_that_it_replaces(dtype: torch.dtype
 
     try:
         expected = results()
-        keep_less(norm, None)
+        use_fused_layers(norm)
         assert "forward" in vars(norm)
         for found, wanted in zip(results(), expected, strict=True):
             torch.testing.assert_close(found, wanted)
@@ -58,22 +81,5 @@ def test_a_norm_has_the_gradients_of_the_one_that_it_replaces(dtype: torch.dtype
 def test_what_computes_otherwise_stays() -> None:
     """Gemma's norm adds one to its weight."""
     norm = GemmaRMSNorm(8)
-    keep_less(norm, None)
+    use_fused_layers(norm)
     assert "forward" not in vars(norm)
-
-
-@pytest.mark.parametrize("padding_idx", [None, 3])
-def test_an_embedding_has_the_gradient_of_every_token_but_padding(padding_idx: int | None) -> None:
-    torch.manual_seed(0)
-    embedding = nn.Embedding(64, 8, padding_idx=padding_idx)
-    batches = torch.randint(0, 6, (2, 3, 5))
-    grads = torch.randn(2, 3, 5, 8)
-    for ids, grad in zip(batches, grads, strict=True):
-        embedding(ids).backward(grad)
-    assert embedding.weight.grad is not None
-    expected, embedding.weight.grad = embedding.weight.grad, None
-    embed(embedding, batches[0]).backward(grads[0])
-    with LiveMemory() as live:
-        embed(embedding, batches[1]).backward(grads[1])
-        assert live.peak_bytes < embedding.weight.nbytes
-    torch.testing.assert_close(embedding.weight.grad, expected)
