@@ -17,6 +17,7 @@ that what a step holds in memory is within what the micro-batches that were draw
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -140,20 +141,20 @@ def deal_out(
 
 
 def _pieces(groups: Sequence[tuple[int, ...]], index: int, dealing: Dealing) -> Iterator[tuple[int, ...]]:
-    """The group; or three quarters and two eighths of it, which hold less while nothing is known of what is held.
+    """The group; or quarters and eighths of it in turn, which hold less while nothing is known of what is held.
 
     Of small groups, whose pieces are alike, every other one before the last stays whole.
     """
     group = groups[index]
-    if not dealing.in_pieces or (len(group) < _WHOLE and (len(groups) - 1 - index) % 2):
+    if not dealing.in_pieces or len(group) == 1 or (len(group) < _WHOLE and (len(groups) - 1 - index) % 2):
         yield group
         return
-    share = -(-len(group) // _WHOLE)
-    while len(group) > share:
-        yield group[:share]
-        group = group[share:]
-    half = (len(group) + 1) // 2
-    yield from filter(None, (group[:half], group[half:]))
+    quarter = max(len(group) // _WHOLE, min(2, len(group) - 1))
+    sizes = itertools.cycle((quarter, max(1, quarter // 2)))
+    while group:
+        size = next(sizes)
+        yield group[:size]
+        group = group[size:]
 
 
 def row_weights(experience: Experience, role: str, samples: Sequence[int], shares: Sequence[Share]) -> RowWeights:

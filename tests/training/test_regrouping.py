@@ -230,8 +230,8 @@ def test_in_pieces_they_are_of_several_sizes() -> None:
         .micro_batches
         for one in (DRAWN, alone)
     )
-    assert pieces == ((4, 9), (6, 2), (7, 0), (3,), (10, 8, 1), (11,), (5,))
-    assert list(map(len, of_one)) == [3, 3, 3, 2, 1]
+    assert pieces == ((4, 9), (6,), (2, 7), (0,), (3,), (10, 8, 1), (11,), (5,))
+    assert list(map(len, of_one)) == [3, 1, 3, 1, 3, 1]
 
 
 def test_a_sample_that_a_step_has_twice_counts_twice() -> None:
