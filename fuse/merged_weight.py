@@ -17,9 +17,8 @@ def merged_weight(linear: Any) -> Tensor:
     adapters = [name for name in getattr(linear, "active_adapters", ()) if name in linear.lora_A]
     if not adapters or linear.disable_adapters:
         return weight
-    merged = weight.to(torch.float32, copy=True)
-    with torch.no_grad():
-        for name in adapters:
-            update = linear.lora_B[name].weight.float() @ linear.lora_A[name].weight.float()
-            merged.add_(update, alpha=linear.scaling[name])
+    merged = weight.float()
+    for name in adapters:
+        b, a = (one[name].weight.detach().float() for one in (linear.lora_B, linear.lora_A))
+        merged = torch.addmm(merged, b, a, alpha=linear.scaling[name])
     return merged

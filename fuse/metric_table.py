@@ -236,7 +236,9 @@ GROUPS = (
             _timed(
                 "tail/share", "share", "Of the update's training, in tokens: done before the last sample was generated"
             ),
-            _timed("tail/first_step_share", "share", "Samples of the first optimizer step that were trained so"),
+            _timed(
+                "tail/first_step_share", "share", "Of the first optimizer step of what may be trained so, in tokens"
+            ),
             _timed("bubble/planned", "share", "Idle share of training in the plan"),
             _timed("bubble/executed", "share", "In fact", "Near the plan"),
             _timed("bubble/serial", "share", "As it would be without fusion", "Above the plan's"),

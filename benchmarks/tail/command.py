@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 
@@ -22,7 +23,13 @@ from fuse.benchmarks.tail.siblings import held_against, in_groups, rollout_secon
 from fuse.commands.options import add_numbers, check_counts
 from fuse.commands.output import write_json
 from fuse.commands.simulated_case import Case, enough_room
-from fuse.commands.simulated_tail import TailRow, mean_row, simulate_row
+from fuse.commands.simulated_tail import (
+    TailRow,
+    add_sharing_argument,
+    hidden_where_long_enough,
+    mean_row,
+    simulate_row,
+)
 from fuse.commands.tables import figures_table
 from fuse.interstage.costs import PROFILES, CostModel
 from fuse.interstage.length_trace import LengthTrace, read_length_trace
@@ -34,17 +41,21 @@ from fuse.interstage.speculation import DRAFTS
 
 _OPTIONS = (
     "lengths", "sizes", "epochs", "trains", "costs", "acceptance", "draft_share", "iterations", "group_size",
-    "micro_batch", "max_batch", "correlations",
+    "micro_batch", "max_batch", "correlations", "stages", "tail_sharing",
 )  # fmt: skip
 _IDEAS = ("none", "adaptive", "drafts", "tail")
-_TITLES = ("lengths", "devices", "trains", "epochs", "none, s", "adaptive", "+ drafts", "+ tail", "hidden")
+_TITLES = (
+    *("lengths", "devices", "trains", "stages", "epochs", "none, s", "adaptive", "+ drafts", "+ tail", "hidden"),
+    "idle/work",
+)
 _DRAFT_TITLES = ("lengths", "devices", "adaptive, s", "drafts, s", "gain", "blind bound", "bound")
 _SIBLING_TITLES = (
     *("lengths", "devices", "correlation", "off: pooled / siblings / history", "loss: siblings", "history"),
     *("pooled, s", "gain: siblings", "history"),
 )
 _CAPTION = (
-    "update: seconds stage by stage, and how many times as fast; hidden: the part of what may train early that did"
+    "update: seconds stage by stage, and how many times as fast; hidden: the part of what may train early that did; "
+    "idle/work: how long devices idle in a rollout, over what that takes"
 )
 _DRAFT_CAPTION = (
     "rollout: gain of drafts under adaptive, and the most that a policy could gain with them, if it cannot tell which "
@@ -69,14 +80,14 @@ class _Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rollouts:
-    """Mean seconds of a setting's rollouts; tails: by what trains early."""
+    """Mean seconds of a setting's rollouts; tails: by what trains early, and the stages of its pipelines."""
 
     none_s: float
     adaptive_s: float
     drafts_s: float
     bound_s: float
     blind_bound_s: float
-    tails: dict[str, TailRow]
+    tails: dict[tuple[str, int], TailRow]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_numbers(
         parser,
         epochs=([1, 4], "passes over the samples of an update"),
+        stages=([1], "devices of a pipeline that trains"),
         iterations=(1, "batches in turn; figures are means"),
         group_size=(8, "samples of a group, consecutive rows"),
         micro_batch=(4, "most samples of a micro-batch"),
@@ -105,13 +117,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--correlations", type=float, nargs="+", default=[], metavar="R",
         help="of lengths in a group, to show what siblings and earlier epochs tell of them (default: none)",
     )  # fmt: skip
+    add_sharing_argument(parser)
     parser.add_argument("--markdown", action="store_true", help="print tables for documents")
     add_json_option(parser, "options and rows")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate every setting, print a table of updates and one of rollouts with drafts, and write both."""
-    check_counts(arguments, "epochs", "iterations", "group_size", "micro_batch", "max_batch")
+    check_counts(arguments, "epochs", "stages", "iterations", "group_size", "micro_batch", "max_batch")
     for one in arguments.correlations:
         if not 0 <= one <= 1:
             raise ValueError(f"--correlations has {one}: give numbers from 0 to 1")
@@ -120,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     updates: list[Row] = []
     drafts: list[Row] = []
     siblings: list[Row] = []
+    tails: list[TailRow] = []
     for path in arguments.lengths:
         rows = arguments.iterations * max(size.batch for size in arguments.sizes)
         trace = read_length_trace(path, at_least=rows, prompt_tokens=128, remedy="lower --sizes or --iterations")
@@ -138,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for iteration in range(arguments.iterations)
             ]
             found = _rollouts(arguments, cases)
+            tails += found.tails.values()
             setting = {"lengths": path.stem, "devices": size.num_devices, "batch": size.batch}
             updates += [setting | row for row in _updates(arguments, size, found)]
             drafts.append(setting | _draft_row(found))
@@ -147,6 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for correlation in arguments.correlations
             ]
     _print(arguments, updates, drafts)
+    print(hidden_where_long_enough(tails))
     if siblings:
         cells = list(map(_sibling_cells, siblings))
         _print_table(arguments, "Lengths of groups", _SIBLING_TITLES, cells, _SIBLING_CAPTION)
@@ -162,19 +178,21 @@ def _rollouts(arguments: argparse.Namespace, cases: Sequence[Case]) -> _Rollouts
     policies = [case.policy(ADAPTIVE) for case in cases]
     drafting = [simulate(case.rollout, policy) for case, policy in zip(cases, policies, strict=True)]
     tails = {}
-    for kind in arguments.trains:
+    for kind, stages in product(arguments.trains, arguments.stages):
         asked = argparse.Namespace(
             tail_training=kind,
             epochs=1,
             group_size=arguments.group_size,
             micro_batch=arguments.micro_batch,
             train_token_s=None,
+            train_stages=stages,
+            tail_sharing=arguments.tail_sharing,
         )
         of_kind = [
             simulate_row(asked, ADAPTIVE, case.rollout, policy, result)[0]
             for case, policy, result in zip(cases, policies, drafting, strict=True)
         ]
-        tails[kind] = mean_row(of_kind)
+        tails[kind, stages] = mean_row(of_kind)
     return _Rollouts(
         none_s=fmean(simulate(case.rollout, case.policy(NONE)).makespan_s for case in plain),
         adaptive_s=fmean(simulate(case.rollout, case.policy(ADAPTIVE)).makespan_s for case in plain),
@@ -187,7 +205,7 @@ def _rollouts(arguments: argparse.Namespace, cases: Sequence[Case]) -> _Rollouts
 
 def _updates(arguments: argparse.Namespace, size: _Size, found: _Rollouts) -> Iterator[Row]:
     """A row of each kind and number of epochs."""
-    for kind, tail in found.tails.items():
+    for (kind, stages), tail in found.tails.items():
         hidden_s = tail.hidden_share * tail.first_step_s / size.num_devices
         for epochs in arguments.epochs:
             training_s = epochs * tail.training_s
@@ -205,11 +223,13 @@ def _updates(arguments: argparse.Namespace, size: _Size, found: _Rollouts) -> It
             )
             yield {
                 "trains": kind,
+                "stages": stages,
                 "epochs": epochs,
                 "training_seconds": training_s,
                 "simulated_seconds": seconds,
                 "gains": {name: seconds["none"] / one for name, one in seconds.items()},
                 "hidden_share": tail.hidden_share,
+                "spare_share": tail.spare_share,
             }
 
 
@@ -271,10 +291,12 @@ def _print(arguments: argparse.Namespace, updates: Sequence[Row], drafts: Sequen
 
 def _update_cells(row: Row) -> tuple[str, ...]:
     return (
-        *(row["lengths"], f"{row['devices']} x {row['batch']}", row["trains"], str(row["epochs"])),
+        *(row["lengths"], f"{row['devices']} x {row['batch']}", row["trains"], str(row["stages"])),
+        str(row["epochs"]),
         f"{row['simulated_seconds']['none']:.4g}",
         *(f"{row['gains'][name]:.2f}" for name in _IDEAS[1:]),
         f"{row['hidden_share']:.0%}",
+        f"{row['spare_share']:.2f}",
     )
 
 

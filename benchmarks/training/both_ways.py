@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, TypeVar
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from fuse.algorithms.batch import Experience
@@ -18,27 +16,20 @@ from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
 from fuse.benchmarks.training.settings import SETTINGS
-from fuse.benchmarks.training.worker import TimedRound, TrainingWorker
-from fuse.driver.early_start import IMPORTED
+from fuse.benchmarks.training.worker import LEARNING_RATE, TimedRound, TrainingWorker
+from fuse.benchmarks.training.world import World, started
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, place, replica_micro_batches
 from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
-from fuse.trace import now_s
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
 from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
-from fuse.workers.calls import Worker, gather
-from fuse.workers.cluster import Cluster
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 PLAIN, BOTH = "plain", "both ways"
 _WARMUP = 1
 _CONTEXT = 8192
-_LEARNING_RATE = 1e-6
 
 
 class BothWaysWorker(TrainingWorker):
@@ -68,54 +59,39 @@ class BothWaysWorker(TrainingWorker):
 
     def take_turns(
         self, experience: Experience, step: Round, plans: Mapping[str, Plan], repeats: int
-    ) -> dict[str, list[TimedRound]]:
-        """Take the step in each placement in turn, `repeats` times after one that warms up."""
-        steps: dict[str, list[TimedRound]] = {name: [] for name in plans}
-        gc.collect()
-        for repeat in range(_WARMUP + repeats):
-            for name, plan in plans.items():
-                dist.barrier()
-                start_s = now_s()
-                self._trainings[name].train(experience, [step], [{"actor": _LEARNING_RATE}], {step.counts: plan})
-                timed = TimedRound(start_s, now_s(), self._recorder.drain())
-                if repeat >= _WARMUP:
-                    steps[name].append(timed)
-        return steps
+    ) -> dict[str, list[list[TimedRound]]]:
+        """Take the step in each placement in turn, as `_in_turn` has it."""
+
+        def train(name: str, plan: Plan) -> None:
+            self._trainings[name].train(experience, [step], [{"actor": LEARNING_RATE}], {step.counts: plan})
+
+        return self._in_turn({name: [partial(train, name, plan)] for name, plan in plans.items()}, repeats)
 
 
 class BothWays:
     """Workers on all devices, which hold one actor twice: in one pipeline, and in two opposite replicas."""
 
-    def __init__(self, workers: Sequence[Worker[BothWaysWorker]]) -> None:
-        plain = place("actor", len(workers), len(workers))
-        self._workers = workers
+    def __init__(self, world: World[BothWaysWorker]) -> None:
+        plain = place("actor", world.size, world.size)
+        self._world = world
         self._placements = {PLAIN: plain, BOTH: with_opposites(plain)}
 
     @classmethod
     @contextmanager
     def start(cls, num_devices: int) -> Iterator[BothWays]:
-        """One worker per device, in a cluster of their own.
-
-        Raises:
-            ValueError: there are fewer devices.
-        """
-        with Cluster(num_devices, imported=IMPORTED) as cluster:
-            devices = range(num_devices)
-            workers = [cluster.spawn("training worker", one, BothWaysWorker, one, SETTINGS) for one in devices]
-            started = cls(workers)
-            port = workers[0].call(BothWaysWorker.serve_store, cluster.host(0)).result()
-            started._on_all(BothWaysWorker.connect, cluster.host(0), port, num_devices)
-            yield started
+        """Raises: as `started`."""
+        with started(BothWaysWorker, num_devices, SETTINGS) as world:
+            yield cls(world)
 
     def build(self, num_layers: int, *, hidden_size: int, vocab_size: int) -> None:
         """A random Llama, spread evenly over the devices."""
         config = llama_config(num_layers=num_layers, context=_CONTEXT, hidden_size=hidden_size, vocab_size=vocab_size)
         spec = ModelSpec(model_class=LlamaForCausalLM, config=config, dtype=torch.float32)
-        self._on_all(BothWaysWorker.place_each, spec, self._placements)
+        self._world.call(BothWaysWorker.place_each, spec, self._placements)
 
     def profiles(self, load: Workload, *, in_turn: bool = False) -> dict[str, Profile]:
         """What every stage costs on micro-batches of all kinds, by placement. in_turn: on one rank at a time."""
-        of_ranks = self._on_all(BothWaysWorker.profile_each, load.experience, load.buckets(), in_turn)
+        of_ranks = self._world.call(BothWaysWorker.profile_each, load.experience, load.buckets(), in_turn)
         return {name: merge(of_rank[name] for of_rank in of_ranks) for name in self._placements}
 
     def row(
@@ -164,7 +140,7 @@ class BothWays:
         plans = {name: Plan(schedule, profiles[name]) for name, schedule in schedules.items()}
         whole = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
         (step,) = load.prepared(rounds({"actor": [whole]}, {"actor": 1}, is_fused=True))
-        by_rank = self._on_all(BothWaysWorker.take_turns, load.experience, step, plans, repeats)
+        by_rank = self._world.call(BothWaysWorker.take_turns, load.experience, step, plans, repeats)
         sides = {}
         for name, schedule in schedules.items():
             replicas = self._placements[name]
@@ -172,10 +148,5 @@ class BothWays:
             names = [one.name for one in replicas]
             planned = contended_times(schedule, profiles[name], alone[name], names, dealt)
             by_repeat = zip(*(steps[name] for steps in by_rank), strict=True)
-            sides[name] = medians([side_of(schedule, planned, ranks) for ranks in by_repeat])
+            sides[name] = medians([side_of(schedule, planned, [one for (one,) in ranks]) for ranks in by_repeat])
         return sides
-
-    def _on_all(
-        self, method: Callable[Concatenate[BothWaysWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs
-    ) -> list[_T]:
-        return gather([worker.call(method, *args, **kwargs) for worker in self._workers])

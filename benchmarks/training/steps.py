@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
@@ -15,7 +14,7 @@ from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, side_of, together
 from fuse.benchmarks.training.settings import SETTINGS
 from fuse.benchmarks.training.worker import TrainingWorker, Way
-from fuse.driver.early_start import IMPORTED
+from fuse.benchmarks.training.world import World, started
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.micro_batch_number import Work, median_gap_s, soonest
 from fuse.intrastage.placement import place, replicas_of
@@ -24,12 +23,7 @@ from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_sched
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
-from fuse.workers.calls import Worker, gather
-from fuse.workers.cluster import Cluster
 from schedules import Schedule
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 _WARMUP = 1
 _CONTEXT = 8192
@@ -39,26 +33,16 @@ _CLASSES = {"actor": LlamaForCausalLM, "critic": LlamaForSequenceClassification}
 class Trainers:
     """Training workers on all devices, which build one pair of models after the other."""
 
-    def __init__(self, workers: Sequence[Worker[TrainingWorker]]) -> None:
-        count = len(workers)
-        self._workers = workers
+    def __init__(self, world: World[TrainingWorker]) -> None:
+        self._world, count = world, world.size
         self._placement = (*place("actor", count, count), *place("critic", count, count, reverse=True))
 
     @classmethod
     @contextmanager
     def start(cls, num_devices: int) -> Iterator[Trainers]:
-        """One worker per device, in a cluster of their own.
-
-        Raises:
-            ValueError: there are fewer devices.
-        """
-        with Cluster(num_devices, imported=IMPORTED) as cluster:
-            devices = range(num_devices)
-            workers = [cluster.spawn("training worker", one, TrainingWorker, one, SETTINGS) for one in devices]
-            trainers = cls(workers)
-            port = workers[0].call(TrainingWorker.serve_store, cluster.host(0)).result()
-            trainers._on_all(TrainingWorker.connect, cluster.host(0), port, num_devices)
-            yield trainers
+        """Raises: as `started`."""
+        with started(TrainingWorker, num_devices, SETTINGS) as world:
+            yield cls(world)
 
     def build(self, layers: Mapping[str, int], *, hidden_size: int, vocab_size: int) -> None:
         """Random Llamas of so many layers, spread evenly over the devices, in place of those before."""
@@ -69,11 +53,11 @@ class Trainers:
             )
             for model, num_layers in layers.items()
         }
-        self._on_all(TrainingWorker.place, specs, self._placement)
+        self._world.call(TrainingWorker.place, specs, self._placement)
 
     def profile(self, load: Workload, *, in_turn: bool = False) -> Profile:
         """What every stage costs on micro-batches of all kinds. in_turn: on one rank while the others idle."""
-        return merge(self._on_all(TrainingWorker.profile, load.experience, load.buckets(), in_turn))
+        return merge(self._world.call(TrainingWorker.profile, load.experience, load.buckets(), in_turn))
 
     def compare(
         self,
@@ -113,7 +97,7 @@ class Trainers:
                 one.counts: Plan(schedule(work), profile) for one, work in zip(of_side, load.work(of_side), strict=True)
             }
             ways[side] = [(one, plans[one.counts]) for one in of_side]
-        by_rank = self._on_all(TrainingWorker.alternate, load.experience, ways, repeats, _WARMUP)
+        by_rank = self._world.call(TrainingWorker.alternate, load.experience, ways, repeats, _WARMUP)
         sides = {}
         for side, way in ways.items():
             planned = [self._planned(load, profile, alone, one, plan) for one, plan in way]
@@ -136,7 +120,7 @@ class Trainers:
         """What lies between two operations, from a step of which nothing else is kept."""
         of_step = load.prepared(drawn)
         way = [(one, Plan(schedule(work))) for one, work in zip(of_step, load.work(of_step), strict=True)]
-        by_rank = self._on_all(TrainingWorker.alternate, load.experience, {"serial": way}, 1, 0)
+        by_rank = self._world.call(TrainingWorker.alternate, load.experience, {"serial": way}, 1, 0)
         return median_gap_s([span for of_rank in by_rank for one in of_rank["serial"][0] for span in one.spans])
 
     def _times(
@@ -157,8 +141,3 @@ class Trainers:
         replicas = replicas_of(self._placement, one.counts)
         shapes = [[load.shape(samples) for samples in one.parts[replica.model].micro_batches] for replica in replicas]
         return contended_times(plan.schedule, profile, alone, [replica.name for replica in replicas], shapes)
-
-    def _on_all(
-        self, method: Callable[Concatenate[TrainingWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs
-    ) -> list[_T]:
-        return gather([worker.call(method, *args, **kwargs) for worker in self._workers])

@@ -7,14 +7,12 @@ then the actor in one, each by micro-batches within `_LIMIT`.
 
 from __future__ import annotations
 
-import gc
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +27,8 @@ from fuse.benchmarks.options import Row
 from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.rows import Side, medians, row_of, side_of
 from fuse.benchmarks.training.settings import SETTINGS
-from fuse.benchmarks.training.worker import TimedRound, TrainingWorker
+from fuse.benchmarks.training.worker import LEARNING_RATE, TimedRound, TrainingWorker
+from fuse.benchmarks.training.world import World, started
 from fuse.interstage.migration import balance
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.forward_only import Scorer, with_scorers
@@ -40,7 +39,7 @@ from fuse.intrastage.plan_settings import PlanSettings
 from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import Plan, serial_schedule, unfused
-from fuse.trace import Span, now_s
+from fuse.trace import Span
 from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS, SCORED_BY, with_scores
 from fuse.training.model_spec import ModelSpec
 from fuse.training.reading import TokenSequence
@@ -48,17 +47,11 @@ from fuse.training.rounds import Round, rounds
 from fuse.training.score_pipelines import Piece, ScorePipelines
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 from fuse.training.steps import OptimizerStep
-from fuse.workers.calls import Worker, gather
-from fuse.workers.cluster import Cluster
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 FIRST, WITHIN = "scoring first", "within"
 _WARMUP = 1
 _WATCHED = 4
 _CONTEXT = 8192
-_LEARNING_RATE = 1e-6
 _LIMIT = MicroBatchLimit(max_tokens=2048)
 _SCORING = ScoringSettings(temperature=1.0, limit=_LIMIT, autocast=None, is_sharded=True)
 _LOSS = GRPOLossSettings(
@@ -94,23 +87,16 @@ class ScoringWorker(TrainingWorker):
 
     def take_turns(
         self, experience: Experience, ways: Mapping[str, Way], repeats: int, warmup: int
-    ) -> dict[str, list[TimedRound]]:
-        """Take the step each way in turn, `warmup` times that do not count and then `repeats` times."""
-        steps: dict[str, list[TimedRound]] = {name: [] for name in ways}
-        gc.collect()
-        for repeat in range(warmup + repeats):
-            for name, (step, plan) in ways.items():
-                dist.barrier()
-                start_s = now_s()
-                if not step.scored:
-                    self._score_first(experience, step)
-                scorers = {column: self._pipelines.scorers[column] for column in step.scored}
-                rates = [{"actor": _LEARNING_RATE}]
-                self._training.train(experience, [step], rates, {step.counts: plan}, scorers)
-                timed = TimedRound(start_s, now_s(), self._recorder.drain())
-                if repeat >= warmup:
-                    steps[name].append(timed)
-        return steps
+    ) -> dict[str, list[list[TimedRound]]]:
+        """Take the step each way in turn, as `_in_turn` has it."""
+
+        def take(step: Round, plan: Plan) -> None:
+            if not step.scored:
+                self._score_first(experience, step)
+            scorers = {column: self._pipelines.scorers[column] for column in step.scored}
+            self._training.train(experience, [step], [{"actor": LEARNING_RATE}], {step.counts: plan}, scorers)
+
+        return self._in_turn({name: [partial(take, *way)] for name, way in ways.items()}, repeats, warmup)
 
     def _score_first(self, experience: Experience, step: Round) -> None:
         samples = [sample for own in step.parts["actor"].micro_batches for sample in own]
@@ -133,34 +119,25 @@ class ScoringWorker(TrainingWorker):
 class Within:
     """Workers on all devices, which hold one actor and one reference."""
 
-    def __init__(self, workers: Sequence[Worker[ScoringWorker]]) -> None:
-        self._workers = workers
+    def __init__(self, world: World[ScoringWorker]) -> None:
+        self._world = world
         self._messages: list[Span] = []
-        self._plain = place("actor", len(workers), len(workers))
-        reference = Scorer(name=REFERENCE_LOGPROBS, model="actor", ranks=tuple(range(len(workers))))
+        self._plain = place("actor", world.size, world.size)
+        reference = Scorer(name=REFERENCE_LOGPROBS, model="actor", ranks=tuple(range(world.size)))
         self._placement = with_scorers(self._plain, [Scorer(name=OLD_LOGPROBS, model="actor"), reference])
 
     @classmethod
     @contextmanager
     def start(cls, num_devices: int) -> Iterator[Within]:
-        """One worker per device, in a cluster of their own.
-
-        Raises:
-            ValueError: there are fewer devices.
-        """
-        with Cluster(num_devices) as cluster:
-            devices = range(num_devices)
-            workers = [cluster.spawn("training worker", one, ScoringWorker, one, _SETTINGS) for one in devices]
-            started = cls(workers)
-            port = workers[0].call(ScoringWorker.serve_store, cluster.host(0)).result()
-            started._on_all(ScoringWorker.connect, cluster.host(0), port, num_devices)
-            yield started
+        """Raises: as `started`."""
+        with started(ScoringWorker, num_devices, _SETTINGS) as world:
+            yield cls(world)
 
     def build(self, num_layers: int, *, hidden_size: int, vocab_size: int) -> None:
         """A random Llama, spread evenly over the devices, and another."""
         config = llama_config(num_layers=num_layers, context=_CONTEXT, hidden_size=hidden_size, vocab_size=vocab_size)
         spec = ModelSpec(model_class=LlamaForCausalLM, config=config, dtype=torch.float32)
-        self._on_all(ScoringWorker.place_actor, spec, self._plain)
+        self._world.call(ScoringWorker.place_actor, spec, self._plain)
 
     def row(self, load: Workload, task: Task, layers: int, *, repeats: int, solve_s: float) -> Row:
         """Take the task's step both ways, in turn. The row is of `row_of`: serial is scoring first, then plain 1F1B.
@@ -176,14 +153,14 @@ class Within:
         profile, problem = within.profile, within.schedule.problem
         assert profile is not None
         ways = {FIRST: (plain, Plan(serial_schedule(self._plain, plain.counts), profile)), WITHIN: (scored, within)}
-        by_rank = self._on_all(ScoringWorker.take_turns, experience, ways, repeats, _WARMUP)
+        by_rank = self._world.call(ScoringWorker.take_turns, experience, ways, repeats, _WARMUP)
         names = [replica.name for replica in self._placement]
         sides: dict[str, Side] = {}
         for name, (step, plan) in ways.items():
             own = names[: 1 + len(step.scored)]
             planned = planned_times(plan.schedule, profile, own, [shapes] * len(own))
             by_repeat = zip(*(steps[name] for steps in by_rank), strict=True)
-            sides[name] = medians([side_of(plan.schedule, planned, ranks) for ranks in by_repeat])
+            sides[name] = medians([side_of(plan.schedule, planned, [one for (one,) in ranks]) for ranks in by_repeat])
         alone = replace(problem, pipelines=tuple(replace(one, before=None) for one in problem.pipelines[1:]))
         scoring = planned_times(unfused(alone), profile, names[1:], [shapes] * len(names[1:]))
         sides[FIRST]["planned_ms"] += 1e3 * scoring.makespan_s
@@ -198,16 +175,11 @@ class Within:
             store = MeasurementStore(directory, {"benchmark": WITHIN})
             planner = TrainingPlanner(self._placement, _plan_settings(directory, solve_s), store)
             ways = {WITHIN: (step, planner.plans([step.counts], shapes)[step.counts])}
-            told = self._on_all(ScoringWorker.take_turns, experience, ways, _WATCHED, 0)
-            spans = [span for of_rank in told for one in of_rank[WITHIN] for span in one.spans]
+            told = self._world.call(ScoringWorker.take_turns, experience, ways, _WATCHED, 0)
+            spans = [span for of_rank in told for (one,) in of_rank[WITHIN] for span in one.spans]
             self._messages += [span for span in spans if span.category == MESSAGE]  # told once for a placement
             planner.observe([span for span in spans if span.category != MESSAGE] + self._messages)
             return planner.plans([step.counts], shapes)[step.counts]
-
-    def _on_all(
-        self, method: Callable[Concatenate[ScoringWorker, _P], _T], *args: _P.args, **kwargs: _P.kwargs
-    ) -> list[_T]:
-        return gather([worker.call(method, *args, **kwargs) for worker in self._workers])
 
 
 def _with_group_targets(experience: Experience) -> Experience:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.rounds import Round
 
-_LEARNING_RATE = 1e-6
+LEARNING_RATE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +70,32 @@ class TrainingWorker:
     def alternate(
         self, experience: Experience, ways: Mapping[str, Way], repeats: int, warmup: int
     ) -> dict[str, list[list[TimedRound]]]:
-        """Train each way in turn, `warmup` times that do not count and then `repeats` times: [repeats][rounds]."""
+        """Train each way in turn, as `_in_turn` has it: [repeats][rounds]."""
+
+        def train(one: Round, plan: Plan) -> None:
+            self._training.train(experience, [one], [dict.fromkeys(one.parts, LEARNING_RATE)], {one.counts: plan})
+
+        steps = {name: [partial(train, *one) for one in way] for name, way in ways.items()}
+        return self._in_turn(steps, repeats, warmup)
+
+    def _in_turn(
+        self, ways: Mapping[str, Sequence[Callable[[], None]]], repeats: int, warmup: int = 1
+    ) -> dict[str, list[list[TimedRound]]]:
+        """Do the rounds of each way in turn, `warmup` times that do not count and then `repeats` times.
+
+        All ranks begin a way together. Returns [repeats][rounds] of each.
+        """
         timed: dict[str, list[list[TimedRound]]] = {name: [] for name in ways}
         gc.collect()
         for repeat in range(warmup + repeats):
             for name, way in ways.items():
                 dist.barrier()
-                rounds = [self._timed(experience, one, plan) for one, plan in way]
+                rounds = [self._timed(take) for take in way]
                 if repeat >= warmup:
                     timed[name].append(rounds)
         return timed
 
-    def _timed(self, experience: Experience, one: Round, plan: Plan) -> TimedRound:
+    def _timed(self, take: Callable[[], None]) -> TimedRound:
         start_s = now_s()
-        self._training.train(experience, [one], [dict.fromkeys(one.parts, _LEARNING_RATE)], {one.counts: plan})
+        take()
         return TimedRound(start_s, now_s(), self._recorder.drain())

@@ -14,8 +14,8 @@ each step has a log and a JSON file of its metrics, and is not repeated when it 
 where it was ended.
 
 Options of a step are named behind it: --sft.NAME VALUE those of trl.SFTConfig, --reward.NAME VALUE those of
-trl.RewardConfig, loss (pairwise or advantage), advantage_margin, expectation_coefficient, square_coefficient and
-length_buckets, --rl.NAME VALUE those of `fuse train`.
+trl.RewardConfig, loss (pairwise or advantage), advantage_margin, expectation_coefficient, square_coefficient,
+length_buckets, lora_r and lora_alpha, --rl.NAME VALUE those of `fuse train`.
 """
 
 from __future__ import annotations
@@ -297,7 +297,8 @@ def _move(made: Path, place: Path) -> None:
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
     """Of `fuse train`; the user's own come last, so they win."""
-    out = arguments.output_dir
+    out, own = arguments.output_dir, arguments.step_options["rl"]
+    has_adapters = any(option.partition("=")[0] == "--lora-r" for option in own)
     return [
         f"--model={out / 'sft'}",
         f"--reward-model={out / 'reward'}",
@@ -306,7 +307,8 @@ def _train_arguments(arguments: argparse.Namespace) -> list[str]:
         f"--output-dir={out / 'policy'}",
         f"--seed={arguments.seed}",
         *("--report-to=none", "--save-strategy=steps", "--save-steps=0.2", "--save-total-limit=1"),
-        *arguments.step_options["rl"],
+        *(["--merge-adapters=true"] if has_adapters else []),  # what is written is a model, as every step's is
+        *own,
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from rich.table import Table
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate_tail import TailResult, TailWork, simulate_tail
-from fuse.interstage.tail import TailSettings
+from fuse.interstage.tail import Sharing, TailSettings
 
 _MODELS = {"critic": 2, "groups": 1}
 """What trains early, and the models that train: actor and critic, or a policy alone."""
@@ -36,6 +36,20 @@ def add_tail_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-token-s", type=float, metavar="S",
         help="device-seconds to train one model on a token (default: three forwards, a third of the costs' inference "
         "of three models each)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-stages", type=int, default=1, metavar="N",
+        help="devices of a pipeline that trains a model (default: 1, a whole one on each device)",
+    )  # fmt: skip
+    add_sharing_argument(parser)
+
+
+def add_sharing_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of devices that decode and train at once."""
+    parser.add_argument(
+        "--tail-sharing", type=float, nargs=2, metavar=("DECODING", "TRAINING"),
+        help="how many times as long each takes on a device that does both; where that pays, a replica trains beside a "
+        "few last samples if none is free (default: none does)",
     )  # fmt: skip
 
 
@@ -68,12 +82,15 @@ def simulate_row(
     groups: NDArray[np.int64] = np.arange(rollout.num_samples)
     if arguments.tail_training == "groups":
         groups = groups // arguments.group_size
-    work = TailWork(
-        groups=groups,
-        token_s=token_s,
-        micro_batch_s=costs.inference_s,
-        settings=TailSettings(micro_batch_size=arguments.micro_batch, num_kept=devices),
+    stages, factors = arguments.train_stages, arguments.tail_sharing
+    settings = TailSettings(
+        micro_batch_size=arguments.micro_batch,
+        num_stages=stages,
+        num_kept=devices // stages,
+        num_replicas=devices // stages,
+        sharing=None if factors is None else Sharing(decoding=factors[0], training=factors[1]),
     )
+    work = TailWork(groups=groups, token_s=token_s, micro_batch_s=costs.inference_s, settings=settings)
     result = simulate_tail(rollout, policy, work)
     tokens = int((rollout.prompt_tokens + rollout.response_tokens).sum())
     first_step_s = tokens * token_s
@@ -107,6 +124,17 @@ def mean_row(rows: Sequence[TailRow]) -> TailRow:
     return TailRow(policy=rows[0].policy, gain=plain_s / with_s, **means)
 
 
+def hidden_where_long_enough(rows: Sequence[TailRow]) -> str:
+    """What is hidden of what may train early where devices idle long enough for it; nothing where none do."""
+    shares = [row.hidden_share for row in rows if row.spare_share >= 1]
+    if not shares:
+        return ""
+    return (
+        f"where devices idle for as long as what may train early takes ({len(shares)} of {len(rows)}): "
+        f"{min(shares):.0%} to {max(shares):.0%} of it is hidden, {median(shares):.0%} in the median"
+    )
+
+
 def show_tail(console: Console, rows: Sequence[tuple[str, TailRow]]) -> None:
     """A line per setting and policy. rows: with the setting's name."""
     titles = ("lengths", "policy", "rollout", "+ tail", "training", "hidden", "idle/work", "update gain")
@@ -119,3 +147,5 @@ def show_tail(console: Console, rows: Sequence[tuple[str, TailRow]]) -> None:
             *(f"{row.hidden_share:.0%}", f"{row.spare_share:.2f}", f"{row.gain:.3f}x"),
         )
     console.print(table)
+    if found := hidden_where_long_enough([row for _, row in rows]):
+        console.print(found)

@@ -27,7 +27,8 @@ MAY_DIFFER = frozenset(
         *("engines_sleep", "offload_training", "scoring", "regroup_micro_batches", "num_micro_batches"),
         "generation_tensor_parallel_size",
         *("inter_stage_fusion", "migration_policy", "kv_transfer", "inference_batch_tokens"),
-        *("intra_stage_fusion", "schedule_time_limit_s", "replan_drift", "activation_memory_bytes"),
+        *("tail_training", "tail_sharing", "intra_stage_fusion", "schedule_time_limit_s", "replan_drift"),
+        "activation_memory_bytes",
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rollout_forward_batch_size"),
         *("worker_timeout_s", "sigterm_grace_s", "reward_workers", "reward_timeout_s"),
         # Filled in by the trainer, or for scripts.

@@ -18,6 +18,7 @@ from fuse.config.engine_options import EngineOptions
 from fuse.config.inherited import check_inherited, check_optimizer
 from fuse.config.option import either, option
 from fuse.config.processor import warn_of_bfloat16
+from fuse.config.tail_sharing import tail_sharing
 from fuse.driver.mixing import Mixing
 
 _MOST_INTEGER = 1 << 63
@@ -105,6 +106,11 @@ class RunConfig(EngineOptions, AveragingOptions, AdapterOptions, AuxiliaryOption
         "Train, on devices with nothing left to generate, what needs no sample that is still being generated: of the "
         "first optimizer step the critic's, or complete groups without one. Gradients stay what they are, to rounding. "
         "'auto': with inter_stage_fusion, where memory holds engines and training at once.",
+    )
+    tail_sharing: list[float] | None = option(
+        None,
+        "How many times as long decoding and training take while a device does both: with these, one that decodes a "
+        "few last samples trains beside them where that pays. Default: 2 2 of a CPU core, where it never does.",
     )
     schedule_time_limit_s: float = option(10.0, "Most seconds to search for a fused schedule; few are needed anew.")
     replan_drift: float = option(
@@ -282,6 +288,7 @@ class RunConfig(EngineOptions, AveragingOptions, AdapterOptions, AuxiliaryOption
         cache_bytes, cuda_graphs = self.generation_cache_bytes, self.generation_cuda_graphs
         self.check_engine_options(self.engine, self.accelerator, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         check_optimizer(self)
+        tail_sharing(self.tail_sharing, self.accelerator)
         self.check_averaging()
         self.check_auxiliary()
 

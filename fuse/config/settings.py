@@ -14,6 +14,7 @@ from fuse.config.generation import check_generation
 from fuse.config.prompt_tokens import PromptTokens
 from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
+from fuse.config.tail_sharing import tail_sharing
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.kv_choice import choose_kv_transfer
@@ -134,6 +135,7 @@ def fleet_settings(
         output_dir=Path(str(config.output_dir)),
         exported="merged" if config.engine == "vllm" else "trained",
         engine_devices=config.generation_tensor_parallel_size,
+        tail_sharing=tail_sharing(config.tail_sharing, config.accelerator),
         placement=placement,
         alternative=alternative,
         micro_batches_per_step=length.micro_batches_per_step,

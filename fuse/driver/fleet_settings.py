@@ -15,6 +15,7 @@ from fuse.driver.engine_choice import EngineFactory
 from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.mixing import Mixing
 from fuse.interstage.rollout_planner import RolloutSettings
+from fuse.interstage.tail import Sharing
 from fuse.intrastage.forward_only import Scorer
 from fuse.intrastage.placement import Counts, Replica, most_replicas, num_micro_batches, replicas_of
 from fuse.intrastage.plan_settings import PlanSettings
@@ -53,6 +54,7 @@ class FleetSettings:
     engines_sleep: during training. offloads_training: what trains lies in host memory while samples are generated.
     exported: which of the policy's weights go to engines after an update.
     engine_devices: that share each engine, a divisor of the devices.
+    tail_sharing: how decoding and training slow one another down on a device; None where that is not known.
     variants: by role, models that score and are one that trains, with another adapter or none.
     origins: by role, as of `ModelSpec`.
     output_dir: where workers write checkpoints, which all hosts must share; None where none are written.
@@ -83,6 +85,7 @@ class FleetSettings:
     output_dir: Path | None = None
     engine_devices: int = 1
     exported: Exported = "trained"
+    tail_sharing: Sharing | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
     origins: Mapping[str, Mapping[str, Origin]] = field(default_factory=dict)
 

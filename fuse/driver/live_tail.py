@@ -1,13 +1,15 @@
 """A live rollout whose free devices train what depends on nothing that is still being generated.
 
 To the policy that moves and scores samples, a device that trains early is one that scores: it is left alone until it
-is done. An engine that dies takes nothing along of what was trained, which is with the model workers; a model worker
-that dies ends the run, as at any time, and the update is done again from the last checkpoint.
+is done. One that decodes beside it goes on with the samples that it has. An engine that dies takes nothing along of
+what was trained, which is with the model workers; a model worker that dies ends the run, as at any time, and the update
+is done again from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,7 +32,7 @@ _AS_SCORED = 3
 
 
 class TailRollout(LiveRollout):
-    """As `LiveRollout`; devices with nothing to generate and nothing to score train what `tail` has for them.
+    """As `LiveRollout`; devices with nothing to score, and next to nothing to generate, train what `tail` has for them.
 
     Raises: WorkerError as well where one that trains does not answer within `timeout_s`.
     """
@@ -59,9 +61,13 @@ class TailRollout(LiveRollout):
         super()._take_answers()
 
     def _train(self) -> None:
-        homes = set(self._table.home.values())
-        free = {device.index for device in self._devices if device.index not in homes and _is_idle(device)}
-        for job in self._tail.start(free, self._table.samples, self._params.max_new_tokens, self._spare_s):
+        num_live = Counter(self._table.home.values())
+        decoding = {
+            device.index: len(device.held)
+            for device in self._devices
+            if num_live[device.index] == len(device.held) and _only_decodes(device)
+        }
+        for job in self._tail.start(decoding, self._table.samples, self._params.max_new_tokens, self._spare_s):
             self._jobs.append(job)
             for index in job.devices:
                 device = self._devices[index]
@@ -97,6 +103,6 @@ class TailRollout(LiveRollout):
         super()._end_silent_ones()
 
 
-def _is_idle(device: RolloutDevice) -> bool:
-    """Whether a device has nothing to do, and nothing is on the way to it or from it."""
-    return not (device.held or device.arrivals or device.num_evictions or device.job or device.is_scoring)
+def _only_decodes(device: RolloutDevice) -> bool:
+    """Whether a device has nothing else to do, or nothing at all, and nothing is on the way to it or from it."""
+    return not (device.arrivals or device.num_evictions or device.job or device.is_scoring)

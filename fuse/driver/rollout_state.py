@@ -60,8 +60,8 @@ class RolloutDevice:
 
     @property
     def busy_tokens(self) -> int:
-        """What it is at, or is to do, in tokens that it could score meanwhile."""
-        return self.training_tokens or self.job_tokens
+        """What it is at, or is to do, in tokens that it could score meanwhile; not what it trains while it decodes."""
+        return self.job_tokens if self.held else self.training_tokens or self.job_tokens
 
     def end_scoring(self, now_s: float) -> None:
         """It has scored what it was given."""

@@ -6,7 +6,7 @@ The gradients stay with the model workers until the update's optimizer steps, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fuse.algorithms.algorithm import LEAST_TOKENS
 from fuse.algorithms.batch import Experience
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.interstage.tail import TailSettings, Train, train_early
+from fuse.interstage.tail import Sharing, TailSettings, Train, train_early
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
@@ -40,11 +40,15 @@ class TailPlan:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A piece under way. devices: of the rollout. calls: that have not ended, by rank. told: by rank, of the others."""
+    """A piece under way. devices: of the rollout. calls: that have not ended, by rank. told: by rank, of the others.
+
+    factor: how many times as long it should take as on devices that do nothing else.
+    """
 
     piece: EarlyPiece
     devices: tuple[int, ...]
     num_tokens: int
+    factor: float
     calls: dict[Future[RankRound], tuple[int, ModelHandle]]
     told: dict[int, RankRound] = field(default_factory=dict)
 
@@ -52,8 +56,8 @@ class Job:
 class Tail:
     """Has replicas train what of an update's first step may be trained early.
 
-    workers: of all devices. replicas: of the role, all of them. trains: those that train early, which share no devices.
-    tensor_parallel_size: devices of a rank. engine_devices: devices of an engine, one device of a rollout.
+    workers: of all devices. replicas: of the role, all of them. tensor_parallel_size: devices of a rank.
+    engine_devices: of an engine, which are one device of a rollout. sharing: as of `TailSettings`.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Tail:
         *,
         tensor_parallel_size: int = 1,
         engine_devices: int = 1,
+        sharing: Sharing | None = None,
     ) -> None:
         self._step, self._known, self._workers = plan.step, plan.known, workers
         self._tensor_parallel_size, self._engine_devices = tensor_parallel_size, engine_devices
@@ -76,6 +81,8 @@ class Tail:
             micro_batch_size=plan.step.micro_batch_size,
             num_stages=max(len(ranks) for ranks in self._ranks.values()),
             num_kept=self._num_replicas * plan.step.num_parts,
+            num_replicas=len(self._ranks),
+            sharing=sharing,
         )
         self._told: list[dict[int, RankRound]] = []  # by piece, by rank
         self._token_s: float | None = None
@@ -90,25 +97,32 @@ class Tail:
 
     def start(
         self,
-        free: Collection[int],
+        decoding: Mapping[int, int],
         samples: Sequence[Sample],
         max_new_tokens: int,
         within_s: Callable[[], float] = lambda: math.inf,
     ) -> list[Job]:
-        """Have replicas train whose devices are free.
+        """Have replicas train whose devices are free, or decode a few samples where that pays.
 
-        free: devices of the rollout. samples: of the update, scored or not. max_new_tokens: the most of any response.
-        within_s: as of `train_early`, asked where something could be trained.
+        decoding: by device of the rollout that does nothing else, how many it decodes. samples: of the update, scored
+        or not. max_new_tokens: the most of any response. within_s: as of `train_early`, asked where something could be
+        trained.
         """
-        replicas = [replica for replica in self._ranks if free and all(one in free for one in self._devices(replica))]
-        if not replicas or self._step.num_left <= self._settings.num_kept:
+        devices = {replica: self._devices(replica) for replica in self._ranks} if decoding else {}
+        by_replica = {
+            replica: max(decoding[device] for device in own)
+            for replica, own in devices.items()
+            if all(device in decoding for device in own)
+        }
+        takers = self._settings.takers(by_replica)
+        if not takers or self._step.num_left <= self._settings.num_kept:
             return []  # nothing could be, and there is no need to look
         width = max(len(sample.response_ids) for sample in samples)
         ready = self._step.ready(self._indices_known(samples, width, max_new_tokens))
         if len(ready) <= self._settings.num_kept:
             return []
         tokens = np.array([len(sample.prompt_ids) + sample.length for sample in samples])
-        actions = train_early(*(ready, tokens, replicas, self._settings), token_s=self._token_s, within_s=within_s())
+        actions = train_early(*(ready, tokens, takers, self._settings), token_s=self._token_s, within_s=within_s())
         return [
             self._job(action, samples, width, tokens)
             for action in actions
@@ -134,13 +148,13 @@ class Tail:
                 call = worker.accumulate(self._step.early.role, piece.replica, piece.experience, piece.part)
                 calls[call] = rank, worker
         num_tokens = int(tokens[[sample for own in piece.micro_batches for sample in own]].sum())
-        job = Job(piece, self._devices(action.replica), num_tokens, calls)
+        job = Job(piece, self._devices(action.replica), num_tokens, action.factor, calls)
         self._told.append(job.told)
         return job
 
     def took(self, job: Job, seconds: float) -> None:
         """Learn what a piece that is over took."""
-        self._token_s = seconds / job.num_tokens
+        self._token_s = seconds / job.num_tokens / job.factor
 
     def _devices(self, replica: int) -> tuple[int, ...]:
         """Of the rollout."""
@@ -177,7 +191,7 @@ class Tail:
         early, late = _num_tokens(self._early, sizes), _num_tokens(rounds, sizes)
         self.report = {
             "tail/share": early / (early + late),
-            "tail/first_step_share": self.num_trained / self._step.num_samples,
+            "tail/first_step_share": early / sum(sizes[sample] for sample in self._step.samples),
         }
         nothing = RankRound(metrics={}, gradient_norms={}, said={role: ()})
         told = []
@@ -215,6 +229,7 @@ def tail_of(
         replicas,
         tensor_parallel_size=settings.training.tensor_parallel_size,
         engine_devices=settings.engine_devices,
+        sharing=settings.tail_sharing,
     )
 
 

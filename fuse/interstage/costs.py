@@ -226,6 +226,11 @@ _WHOLE = frozenset({"inference_batch_tokens", "kv_bytes_per_token"})
 _OPTIONAL = frozenset({"inference_batch_tokens", "hand_out_s", _SPECULATION})
 
 
+def slowed(costs: CostModel, factor: float) -> CostModel:
+    """Of a device whose decode steps take so many times as long."""
+    return replace(costs, **{name: factor * getattr(costs, name) for name in ("step_s", "sample_s", "context_s")})
+
+
 def costs_to_json(costs: CostModel) -> dict[str, object]:
     """The fields by name, speculation if there is one; exact, since JSON numbers round-trip Python's."""
     return {name: value for name, value in asdict(costs).items() if name != _SPECULATION or value is not None}

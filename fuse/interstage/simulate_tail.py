@@ -12,7 +12,7 @@ from fuse.interstage.columns import Phase
 from fuse.interstage.migration import Action, Policy
 from fuse.interstage.rollout import Rollout, SimulationResult, SpanKind
 from fuse.interstage.simulate import Simulation
-from fuse.interstage.tail import TailSettings, spare_s, train_early
+from fuse.interstage.tail import TailSettings, Train, spare_s, train_early
 
 Ints = NDArray[np.int64]
 
@@ -71,7 +71,7 @@ def simulate_tail(rollout: Rollout, policy: Policy, work: TailWork) -> TailResul
 
 
 class _TailSimulation(Simulation):
-    """To policies, a device that trains is one that scores."""
+    """To policies, a device that trains is one that scores, unless it decodes beside it."""
 
     def __init__(self, rollout: Rollout, policy: Policy, work: TailWork) -> None:
         super().__init__(rollout, policy)
@@ -83,7 +83,7 @@ class _TailSimulation(Simulation):
         _, self._groups, sizes = np.unique(work.groups, return_inverse=True, return_counts=True)
         self._num_unscored = sizes.copy()
         self._counted = np.zeros(rollout.num_samples, dtype=np.bool_)
-        self._trains = np.zeros(rollout.num_devices, dtype=np.bool_)
+        self._training_ends_s: dict[int, float] = {}  # by device that trains
         self._training_s = 0.0
 
     def run_with_training(self) -> TailResult:
@@ -101,46 +101,72 @@ class _TailSimulation(Simulation):
         self._train()
 
     def _start_inference(self, device: int) -> None:
-        super()._start_inference(device)
+        if device in self._training_ends_s:  # it has decoded beside it so far
+            self._only_trains(device)
+        else:
+            super()._start_inference(device)
         self._train()
 
     def _finish_inference(self, device: int) -> None:
-        if not self._trains[device]:
+        if device not in self._training_ends_s:
             super()._finish_inference(device)
             return
-        self._trains[device] = self._scoring[device] = False
-        self._inferring_tokens[device] = 0
-        self._end_span(device, SpanKind.TRAIN)
+        del self._training_ends_s[device]
         self._has_news = True
+        self._engines[device].slow_down(1.0)
+        if self._scoring[device]:
+            self._scoring[device] = False
+            self._end_span(device, SpanKind.TRAIN)
+            if self._jobs[device] is None:
+                self._inferring_tokens[device] = 0
         self._interrupt(device)
 
+    def _only_trains(self, device: int) -> None:
+        """Whatever comes up waits until it is done."""
+        left_s = self._training_ends_s[device] - self._now_s
+        self._scoring[device], self._busy_since_s[device] = True, self._now_s
+        if self._jobs[device] is None:
+            self._inferring_tokens[device] = max(1, int(left_s / max(self._costs.inference_token_s, 1e-12)))
+
     def _train(self) -> None:
-        free = [
-            number for number, devices in enumerate(self._replicas) if all(self._is_idle(device) for device in devices)
-        ]
-        if not free or self._now_s == 0 or not (self._phase != Phase.SCORED).any():
+        decoding = {
+            number: int(self._num_live[list(devices)].max())
+            for number, devices in enumerate(self._replicas)
+            if all(map(self._only_decodes, devices))
+        }
+        takers = self._work.settings.takers(decoding)
+        if not takers or self._now_s == 0 or not (self._phase != Phase.SCORED).any():
             return
         ready = np.flatnonzero(self._left & (self._scored_groups()[self._groups]))
         if not len(ready):
             return
         work = self._work
         actions = train_early(
-            *(ready.tolist(), self._context, free, work.settings),
+            *(ready.tolist(), self._context, takers, work.settings),
             token_s=(work.token_s + work.micro_batch_s / max(1, int(self._context.mean()))) / work.settings.num_stages,
             within_s=spare_s(self._policy, self._state()),
         )
         for action in actions:
-            for own in action.micro_batches:
-                assert self._left[list(own)].all(), "a sample was trained twice"
-                self._left[list(own)] = False
-            seconds = self._work.seconds([int(self._context[list(own)].sum()) for own in action.micro_batches])
-            for device in self._replicas[action.replica]:
-                self._engines[device].version += 1  # it has no batch, and no boundary to come to
-                self._trains[device] = self._scoring[device] = True
-                self._busy_since_s[device] = self._now_s
-                self._inferring_tokens[device] = max(1, int(seconds / max(self._costs.inference_token_s, 1e-12)))
-                self._schedule_end(self._now_s + seconds, device)
-                self._training_s += seconds
+            self._start_training(action)
+
+    def _start_training(self, action: Train) -> None:
+        for own in action.micro_batches:
+            assert self._left[list(own)].all(), "a sample was trained twice"
+            self._left[list(own)] = False
+        alone_s = self._work.seconds([int(self._context[list(own)].sum()) for own in action.micro_batches])
+        seconds = alone_s * action.factor
+        for device in self._replicas[action.replica]:
+            self._training_ends_s[device] = self._now_s + seconds
+            self._schedule_end(self._now_s + seconds, device)
+            self._training_s += seconds
+            engine, sharing = self._engines[device], self._work.settings.sharing
+            if engine.is_empty:
+                engine.version += 1  # it has no batch, and no boundary to come to
+                self._only_trains(device)
+            else:
+                assert sharing is not None
+                engine.slow_down(sharing.decoding)
+                self._interrupt(device)
 
     def _scored_groups(self) -> NDArray[np.bool_]:
         """Whether all samples of each group are scored, [groups]."""
@@ -150,11 +176,13 @@ class _TailSimulation(Simulation):
         whole: NDArray[np.bool_] = self._num_unscored == 0
         return whole
 
-    def _is_idle(self, device: int) -> bool:
+    def _only_decodes(self, device: int) -> bool:
+        """Whether it does nothing else, or nothing at all, and nothing is on the way to it or from it."""
+        num_held = self._engines[device].num_held
         return bool(
-            self._engines[device].is_empty
-            and not self._num_live[device]
+            self._num_live[device] == num_held
             and not self._leaving[device]
             and self._jobs[device] is None
             and not self._scoring[device]
+            and device not in self._training_ends_s
         )

@@ -7,7 +7,7 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from fuse.interstage.costs import CostModel
+from fuse.interstage.costs import CostModel, slowed
 from fuse.interstage.migration import EngineLimits
 
 _STEP_TOLERANCE = 1e-9
@@ -19,6 +19,7 @@ class SimulatedEngine:
 
     def __init__(self, costs: CostModel, limits: EngineLimits) -> None:
         self._costs, self._limits = costs, limits
+        self._alone = self._next_costs = costs
         self._finish_steps: dict[int, int] = {}
         self._finish_order: list[tuple[int, int]] = []  # heap of (step, sample); what was evicted is skipped
         self._waiting: deque[_Entry] = deque()
@@ -39,9 +40,14 @@ class SimulatedEngine:
         return len(self._finish_steps)
 
     @property
+    def num_held(self) -> int:
+        """Samples that run or wait."""
+        return len(self._finish_steps) + len(self._waiting)
+
+    @property
     def is_empty(self) -> bool:
         """Whether no sample runs or waits."""
-        return not self._finish_steps and not self._waiting
+        return not self.num_held
 
     def first_step_s(self) -> float:
         """Seconds of the next step."""
@@ -50,6 +56,10 @@ class SimulatedEngine:
     def growth_s(self) -> float:
         """Seconds by which each step is slower than the one before."""
         return self._costs.at(self.batch, self._context_tokens).context_s * self.batch
+
+    def slow_down(self, factor: float) -> None:
+        """Have decode steps take so many times as long as alone, from the next boundary on."""
+        self._next_costs = self._alone if factor == 1 else slowed(self._alone, factor)
 
     def enqueue(
         self,
@@ -94,7 +104,7 @@ class SimulatedEngine:
         """Take `steps` steps until `end_s`; return the samples that finish with the last."""
         self.num_steps += steps
         self._context_tokens += steps * self.batch
-        self.resumed_s = end_s
+        self.resumed_s, self._costs = end_s, self._next_costs
         finished: dict[int, None] = {}  # one that left and came back within a step is in the heap twice
         while self._finish_order and self._finish_order[0][0] <= self.num_steps:
             step, sample = heapq.heappop(self._finish_order)

@@ -1,8 +1,12 @@
 """Who trains what while the last samples are generated: a pure policy, which the simulator and the live driver ask.
 
-A replica of the model that trains is free when all its devices are: no sample is generated or scored there, and none is
-about to be. It then gets a few micro-batches of samples that may be trained already, and is asked again when they are
-done: what comes up meanwhile, a sample to be scored or to move there, waits for no more than these.
+A replica of the model that trains, be it one device or a pipeline over several, is free when all its devices are: no
+sample is generated or scored there, and none is about to be. It then gets a few micro-batches of samples that may be
+trained already, and is asked again when they are done: what comes up meanwhile, a sample to be scored or to move there,
+waits for no more than these.
+
+A pipeline over all devices is never free. Where none is, a replica may train while some of its devices decode a few
+samples, if that pays by what is known of how the two slow each other down: see `Sharing`.
 
 Scoring comes first, for a rollout ends with its last score. Devices train only in the time that they have to spare:
 from when all that is to be scored would be, if all devices shared it, to the expected end of the last sample. Where the
@@ -15,7 +19,7 @@ needs some. Where there is not enough for all free replicas, micro-batches are s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,24 +32,74 @@ _CAUTION = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """How many times as long each takes when a device decodes and trains at once.
+
+    num_samples: that it decodes, at most: of more nothing is known.
+
+    Raises:
+        ValueError: a factor is below one.
+    """
+
+    decoding: float
+    training: float
+    num_samples: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("decoding", "training"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} beside the other takes {getattr(self, name)} times as long: it must be >= 1")
+
+    def pays(self, num_stages: int, num_replicas: int) -> bool:
+        """Whether a piece takes more off the training to come than it delays the samples, which may be the last ones.
+
+        A second of it alone would later take all replicas 1 / num_replicas of a second, and less where it has as many
+        micro-batches as stages: the whole step fills a pipeline. Beside decoding it takes `training` seconds, of which
+        decoding loses what it does not get done.
+        """
+        saved_s = num_stages / (2 * num_stages - 1) / num_replicas
+        return self.training * (1 - 1 / self.decoding) < saved_s
+
+
+ONE_CORE = Sharing(decoding=2.0, training=2.0)
+"""Of a CPU core, whose time is split."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TailSettings:
     """Of one optimizer step.
 
     micro_batch_size: samples of a micro-batch, at most. num_stages: of a replica, which gets as many micro-batches at
-    once. num_kept: samples of the step that are to be left for when all are known.
+    once. num_kept: samples of the step that are to be left for when all are known. num_replicas: that train, on devices
+    of their own. sharing: None where nothing is known of it, and no device trains while it decodes.
     """
 
     micro_batch_size: int
     num_stages: int = 1
     num_kept: int = 1
+    num_replicas: int = 1
+    sharing: Sharing | None = None
+
+    def takers(self, decoding: Mapping[int, int]) -> dict[int, float]:
+        """Replicas that may train now, and how many times as long each takes as alone.
+
+        decoding: by replica whose devices do nothing else, the samples that one of them decodes at most.
+        """
+        if free := [replica for replica, count in decoding.items() if not count]:
+            return dict.fromkeys(free, 1.0)
+        sharing = self.sharing
+        if sharing is None or not sharing.pays(self.num_stages, self.num_replicas):
+            return {}
+        return {replica: sharing.training for replica, count in decoding.items() if count <= sharing.num_samples}
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Have a replica train micro-batches of these samples."""
+    """Have a replica train micro-batches of these samples; factor: as of `TailSettings.takers`."""
 
     replica: int
     micro_batches: tuple[tuple[int, ...], ...]
+    factor: float = 1.0
 
 
 def spare_s(policy: Policy, state: RolloutState) -> float:
@@ -61,34 +115,34 @@ def spare_s(policy: Policy, state: RolloutState) -> float:
 def train_early(
     ready: Sequence[int],
     tokens: NDArray[np.int64],
-    free: Sequence[int],
+    takers: Mapping[int, float],
     settings: TailSettings,
     *,
     token_s: float | None = None,
     within_s: float = math.inf,
 ) -> list[Train]:
-    """What free replicas are to train now.
+    """What replicas that may are to train now.
 
     ready: samples of the step that may be trained. tokens: of every sample of the rollout, by which these are numbered,
-    with the prompt. free: replicas. token_s: that a replica takes for a token; None before it is known, when each gets
-    as little as shows it. within_s: see `spare_s`.
+    with the prompt. takers: as of `TailSettings`. token_s: that a replica takes for a token, alone; None before it is
+    known, when each gets as little as shows it. within_s: see `spare_s`.
     """
-    if not free or not within_s > 0:
+    if not takers or not within_s > 0:
         return []
     size = settings.micro_batch_size
     micro_batches_each = settings.num_stages if token_s is not None else 1
-    room = math.inf if not token_s else _CAUTION * within_s / token_s  # tokens of a piece
+    room = math.inf if not token_s else _CAUTION * within_s / token_s / max(takers.values())  # tokens of a piece
     longest_first = sorted(ready, key=lambda one: (-int(tokens[one]), one))
-    pieces: list[list[int]] = [[] for _ in free]
-    held = [0] * len(free)
+    pieces: list[list[int]] = [[] for _ in takers]
+    held = [0] * len(takers)
     for sample in longest_first[: max(0, len(longest_first) - settings.num_kept)]:
-        place = min(range(len(free)), key=lambda index: (held[index], index))
+        place = min(range(len(takers)), key=lambda index: (held[index], index))
         if len(pieces[place]) < micro_batches_each * size and held[place] + tokens[sample] <= room:
             pieces[place].append(sample)
             held[place] += int(tokens[sample])
     return [
-        Train(replica, _cut(piece, settings.num_stages, size))
-        for replica, piece in zip(free, pieces, strict=True)
+        Train(replica, _cut(piece, settings.num_stages, size), factor)
+        for (replica, factor), piece in zip(takers.items(), pieces, strict=True)
         if piece
     ]
 

@@ -38,6 +38,11 @@ class RewardStepConfig(RewardConfig):
         default=0.0,
         metadata={"help": "Weight of the squares of both rewards in the loss (ChatGLM-RLHF; its value is not known)."},
     )
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of LoRA adapters that train in place of weights, but the head's; saved merged."},
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Their scale (default: twice lora_r)."})
     length_buckets: int = field(
         default=10,
         metadata={
@@ -62,6 +67,12 @@ def check_reward(options: Any) -> None:
     for name in ("square_coefficient", "length_buckets"):
         if getattr(options, name) < 0:
             raise ValueError(f"{name} is {getattr(options, name)}: it must be at least 0, which turns it off")
+    if options.lora_r is not None and options.lora_r < 1:
+        raise ValueError(f"lora_r is {options.lora_r}: it must be at least 1")
+    if options.lora_r is not None and options.loss == "advantage":
+        raise ValueError(f"lora_r={options.lora_r} with loss='advantage', whose head is new: leave one of them out")
+    if options.lora_alpha is not None and options.lora_r is None:
+        raise ValueError(f"lora_alpha={options.lora_alpha} without lora_r, by which there are adapters: give both")
     for name in _OF_ADVANTAGES:
         value = getattr(options, name)
         if value is not None and options.loss != "advantage":

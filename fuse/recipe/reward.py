@@ -18,6 +18,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from fuse.intrastage.adapters import lora
 from fuse.recipe.accuracy import Accuracy, accuracy_of, save_calibration
 from fuse.recipe.balance import balanced_by_length, length_buckets
 from fuse.recipe.preferences import preferences_of, without_contradictions
@@ -79,13 +80,28 @@ def _train(
     padding = copy.deepcopy(tokenizer)
     padding.pad_token = padding.convert_ids_to_tokens(_no_last_token(pairs, tokenizer.pad_token_id, len(tokenizer)))
     kind = AdvantageTrainer if config.loss == "advantage" else SquareRegularisedTrainer
-    trainer = kind(model=step.model, args=config, train_dataset=_dataset(pairs), processing_class=padding)
+    trainer = kind(
+        model=step.model,
+        args=config,
+        train_dataset=_dataset(pairs),
+        processing_class=padding,
+        peft_config=None if config.lora_r is None else _adapters(config),
+    )
     train(trainer, "reward")
     model: Any = trainer.model
+    if config.lora_r is not None:
+        trainer.model = model = model.merge_and_unload()
     model.config.pad_token_id, trainer.processing_class = tokenizer.pad_token_id, tokenizer
     trainer.save_model(step.output_dir)
     history: list[dict[str, float]] = trainer.state.log_history
     return history
+
+
+def _adapters(config: Any) -> Any:
+    """On all linear layers; the head trains whole."""
+    adapters: Any = lora(config.lora_r, config.lora_alpha or 2 * config.lora_r, None)
+    adapters.task_type, adapters.modules_to_save = "SEQ_CLS", ["score"]
+    return adapters
 
 
 def _check_base(path: str) -> None:

@@ -12,7 +12,7 @@ A step keeps account of its samples: each is trained once, early or with the res
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -85,6 +85,11 @@ class FirstStep:
         if len(set(samples)) < len(samples) or (early.mean_over == "rollout" and len(rollouts) > 1):
             return None
         return cls(early, parts, groups)
+
+    @property
+    def samples(self) -> Collection[int]:
+        """All of the step's, in the order in which they were drawn."""
+        return self._needs
 
     @property
     def num_samples(self) -> int:

@@ -63,6 +63,16 @@ def test_says_what_tail_training_hides(trace: Path, tmp_path: Path, capsys: pyte
     left_s = row["training_s"] - row["hidden_share"] * row["first_step_s"] / 4
     assert row["gain"] == pytest.approx((row["plain_rollout_s"] + row["training_s"]) / (row["rollout_s"] + left_s))
     assert row["gain"] > 1
+    hidden = {}
+    for factors in ("2", "1.1"):
+        assert main([*command, *tail, "--train-stages", "4", "--tail-sharing", factors, factors]) == 0
+        hidden[factors] = {row["policy"]: row for row in json.loads(out.read_text())["tail_training"]}["adaptive"]
+    assert hidden["2"]["hidden_share"] == 0, "a pipeline over all devices, whose time is split"
+    assert hidden["1.1"]["hidden_share"] > 0.4
+    assert hidden["1.1"]["gain"] > 1
+    assert "where devices idle for as long as what may train early takes" in capsys.readouterr().out
+    assert main([*command, *tail, "--train-stages", "3"]) == 2
+    assert "replicas of 3 devices do not divide 4: choose a divisor" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*command, "--tail-training", "actor"])
     assert main([*command, "--tail-training", "critic", "--train-token-s", "0"]) == 2

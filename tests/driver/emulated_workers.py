@@ -9,25 +9,36 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from fuse.algorithms.algorithm import Early
+from fuse.algorithms.batch import Experience
+from fuse.algorithms.group_batch import GroupTargets, actor_experience
 from fuse.benchmarks.emulated.costs import EmulatedCosts
 from fuse.benchmarks.emulated.device import EmulatedDevice
 from fuse.benchmarks.emulated.engine import EmulatedEngine
-from fuse.driver import live
+from fuse.driver import live, live_tail
 from fuse.driver.live import LiveRollout
+from fuse.driver.live_tail import TailRollout
 from fuse.driver.rollout_state import RolloutReport
+from fuse.driver.tail import Tail, TailPlan
 from fuse.engines.engine import GeneratedToken, GenerationRequest, SamplingParams
 from fuse.interstage.migration import Policy
 from fuse.interstage.rollout import Rollout
+from fuse.interstage.simulate_tail import TailWork
+from fuse.intrastage.placement import Replica
 from fuse.sample import Sample
 from fuse.training.reading import TokenSequence
+from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.scoring import Inference
+from fuse.training.tail import FirstStep
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.generation_worker import Departure, Progress
 from fuse.workers.model_handle import ModelHandle
@@ -100,12 +111,21 @@ class EmulatedWorker:
         return call
 
 
+class SharedDevice(EmulatedDevice):
+    """Takes so many times as long, from the next step on, while it also trains."""
+
+    factor = 1.0
+
+    def work(self, seconds: float) -> None:
+        super().work(seconds * self.factor)
+
+
 class EngineWorker(EmulatedWorker):
     """An engine, and what it has not told of."""
 
     def __init__(self, device: int, time: EmulatedTime, costs: EmulatedCosts, max_batch: int) -> None:
         super().__init__("generation worker", device, time)
-        self._device = EmulatedDevice(time.now, sleep=lambda seconds: None)
+        self._device = SharedDevice(time.now, sleep=lambda seconds: None)
         self._engine = EmulatedEngine(costs, max_batch, self._device)
         self._live: set[int] = set()
         self._untold: dict[int, list[GeneratedToken]] = {}
@@ -118,6 +138,14 @@ class EngineWorker(EmulatedWorker):
     def handle(self) -> GenerationHandle:
         worker: Any = self
         return GenerationHandle(worker)
+
+    @property
+    def decodes(self) -> bool:
+        return bool(self._live)
+
+    def slow_down(self, factor: float) -> None:
+        """From the next step on."""
+        self._device.factor = factor
 
     def submit(self, call: Call, requests: Sequence[GenerationRequest]) -> None:
         self.admit(call, [Departure(request) for request in requests])
@@ -214,27 +242,103 @@ class ModelWorker(EmulatedWorker):
         self.time.at(self._free_s, lambda: call.answer(said))
 
 
+class TrainingWorker(ModelWorker):
+    """Trains, too, on nothing. engines: of the devices of its replica."""
+
+    def __init__(
+        self, device: int, time: EmulatedTime, costs: EmulatedCosts, engines: Sequence[EngineWorker], work: TailWork
+    ) -> None:
+        super().__init__(device, time, costs)
+        self._engines, self._work = engines, work
+
+    def accumulate(self, call: Call, model: str, replica: int, experience: Experience, part: StepPart) -> None:
+        sizes = [len(prompt) + length for prompt, length in zip(experience.prompts, experience.lengths, strict=True)]
+        seconds = self._work.seconds([sum(sizes[one] for one in own) for own in part.micro_batches])
+        if any(engine.decodes for engine in self._engines):
+            sharing = self._work.settings.sharing
+            assert sharing is not None, "a device decodes while it trains"
+            seconds *= sharing.training
+            for engine in self._engines:
+                engine.slow_down(sharing.decoding)
+
+        def trained() -> None:
+            for engine in self._engines:
+                engine.slow_down(1.0)
+            call.answer(RankRound(metrics={}, gradient_norms={}, said={model: ()}))
+
+        self.time.at(self.time.now_s + seconds, trained)
+
+
+def unestimated(samples: Sequence[Sample]) -> Experience:
+    """Of scored samples, with nothing but their lengths."""
+    lengths = [sample.length for sample in samples]
+    nothing = torch.zeros(sum(lengths))
+    names = ("sampler_logprobs", "old_logprobs", "reference_logprobs", "advantages", "batch_weights")
+    targets = GroupTargets(token_ids=nothing.long(), mask=nothing.bool(), **dict.fromkeys(names, nothing))
+    return actor_experience(samples, lengths, targets)
+
+
 def roll_out(
     rollout: Rollout, costs: EmulatedCosts, policy: Policy, *, message_s: float = 0.0, poll_s: float = 0.25
 ) -> tuple[RolloutReport, Counter[str]]:
     """A simulated rollout, live; and how often each method was called. poll_s: between two reports of an engine."""
-    time, limits = EmulatedTime(message_s), rollout.limits
+    time = EmulatedTime(message_s)
     devices = range(rollout.num_devices)
+    engines = [EngineWorker(device, time, costs, rollout.limits.max_batch) for device in devices]
     scorers = [ModelWorker(device, time, costs).handle for device in devices]
-    running = LiveRollout(
-        [EngineWorker(device, time, costs, limits.max_batch).handle for device in devices],
+    return _run(LiveRollout, rollout, policy, time, engines, scorers, poll_s), time.num_calls
+
+
+def roll_out_with_training(
+    rollout: Rollout, costs: EmulatedCosts, policy: Policy, work: TailWork
+) -> tuple[RolloutReport, int]:
+    """As `roll_out`, with what is trained in it; and the samples that were. Every sample is a group of its own."""
+    time, num_stages = EmulatedTime(0.0), work.settings.num_stages
+    devices = range(rollout.num_devices)
+    engines = [EngineWorker(device, time, costs, rollout.limits.max_batch) for device in devices]
+    ranks = [tuple(range(first, first + num_stages)) for first in range(0, rollout.num_devices, num_stages)]
+    workers = [
+        TrainingWorker(rank, time, costs, [engines[other] for other in own], work).handle
+        for own in ranks
+        for rank in own
+    ]
+    size = work.settings.micro_batch_size
+    drawn = tuple(tuple(range(first, first + size)) for first in range(0, rollout.num_samples, size))
+    part = StepPart(micro_batches=drawn, weights=(1.0,) * len(drawn), is_last=True)
+    early = Early(role="actor", estimate=lambda samples, width: unestimated(samples), mean_over="samples")
+    step = FirstStep.of(early, [Round({"actor": part})], [[sample] for sample in range(rollout.num_samples)])
+    assert step is not None
+    replicas = [Replica("actor", index, own) for index, own in enumerate(ranks)]
+    plan = TailPlan(step=step, known=lambda scored: scored)
+    tail = Tail(plan, workers, replicas, sharing=work.settings.sharing)
+    report = _run(partial(TailRollout, tail=tail), rollout, policy, time, engines, workers, poll_s=1e-3)
+    return report, tail.num_trained
+
+
+def _run(
+    kind: Any,
+    rollout: Rollout,
+    policy: Policy,
+    time: EmulatedTime,
+    engines: Sequence[EngineWorker],
+    scorers: Sequence[ModelHandle],
+    poll_s: float,
+) -> RolloutReport:
+    running = kind(
+        [engine.handle for engine in engines],
         lambda: scorers,
         [Sample(index, (index,) * tokens) for index, tokens in enumerate(rollout.prompt_tokens.tolist())],
-        SamplingParams(seed=0, temperature=1.0, max_new_tokens=limits.max_new_tokens),
+        SamplingParams(seed=0, temperature=1.0, max_new_tokens=rollout.limits.max_new_tokens),
         policy=policy,
-        limits=limits,
+        limits=rollout.limits,
         pad_token_id=0,
         costs=rollout.costs,
         max_new_tokens=dict(enumerate(rollout.response_tokens.tolist())),
     )
-    pending: Any = time
-    running._pending = pending
+    running._pending = time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "time", SimpleNamespace(perf_counter=time.now, monotonic=time.now))
+        for module in (live, live_tail):
+            patch.setattr(module, "time", SimpleNamespace(perf_counter=time.now, monotonic=time.now))
         patch.setattr(live, "_POLL_TIMEOUT_S", poll_s)
-        return running.run(), time.num_calls
+        report: RolloutReport = running.run()
+    return report

@@ -23,9 +23,11 @@ from fuse.interstage.migration import (
 )
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
+from fuse.interstage.simulate_tail import TailWork, simulate_tail
 from fuse.interstage.speculation import DRAFTS
+from fuse.interstage.tail import Sharing, TailSettings
 
-from .emulated_workers import roll_out
+from .emulated_workers import roll_out, roll_out_with_training
 
 COSTS = costs_named("h100-13b-33b")
 NUM_SAMPLES, LONGEST = 96, 400
@@ -109,3 +111,21 @@ def test_rollouts_whose_engines_draft_take_about_as_long_as_simulated() -> None:
         assert report.makespan_s == pytest.approx(expected.makespan_s, rel=0.03)
         seconds.append(report.makespan_s)
     assert seconds[1] < 0.95 * seconds[0]
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_pipelines_train_as_simulated(num_stages: int) -> None:
+    """Of two pipelines one is free at last; one over all devices trains beside the last samples, where that pays."""
+    case, policy = rollout(), adaptive()
+    plain = simulate(case, policy)
+    for sharing in (None, Sharing(decoding=1.3, training=1.2)):
+        num_replicas = 4 // num_stages
+        settings = TailSettings(
+            micro_batch_size=2, num_stages=num_stages, num_kept=num_replicas, num_replicas=num_replicas, sharing=sharing
+        )
+        work = TailWork(groups=np.arange(NUM_SAMPLES), token_s=5e-5, micro_batch_s=1e-3, settings=settings)
+        expected = simulate_tail(case, policy, work)
+        report, num_trained = roll_out_with_training(case, COSTS, policy, work)
+        assert (num_trained > 0) == (expected.num_trained > 0) == (num_stages == 2 or sharing is not None)
+        assert report.makespan_s == pytest.approx(expected.rollout.makespan_s, rel=0.03)
+        assert report.makespan_s < 1.1 * plain.makespan_s

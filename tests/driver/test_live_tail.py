@@ -11,24 +11,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fuse.algorithms.algorithm import Early
 from fuse.algorithms.batch import Experience
-from fuse.algorithms.group_batch import GroupTargets, actor_experience
 from fuse.driver import live, live_tail
 from fuse.driver.live_tail import TailRollout
 from fuse.driver.tail import Tail, TailPlan
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import SMALL_CPU
+from fuse.interstage.tail import Sharing
 from fuse.intrastage.placement import Replica
 from fuse.sample import Sample, SampleState
 from fuse.training.rounds import RankRound, Round, StepPart
 from fuse.training.tail import FirstStep
 from fuse.workers.errors import WorkerError
 
+from .emulated_workers import unestimated
 from .fake_workers import Chance, FakeEngine, FakeFuture, FakeScorer, use_chance
 from .test_live import FIRST_ID, LIMITS, MAX_NEW_TOKENS, policies
 
@@ -40,9 +40,12 @@ class Trainer(FakeScorer):
 
     trained: list[tuple[int, tuple[int, ...]]]
     dies = False
+    most_decoded = 0
 
     def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
-        assert self.engine.is_dead or not self.engine.samples, "the device decodes while it trains"
+        assert self.engine.is_dead or len(self.engine.samples) <= self.most_decoded, (
+            "the device decodes while it trains"
+        )
         if self.dies:
             raise WorkerError(self.device, self.role, "its process died", is_death=True)
         for own, shares in zip(part.micro_batches, part.shares, strict=True):
@@ -63,12 +66,7 @@ def experience_of(samples: Sequence[Sample], width: int, size: int) -> Experienc
     assert all(sample.state is SampleState.SCORED for sample in samples)
     assert len(samples) % size == 0, "groups are whole"
     assert sum(sample.length for sample in samples) > 1, "of one token nothing can be estimated"
-    lengths = [sample.length for sample in samples]
-
-    nothing = torch.zeros(sum(lengths))
-    names = ("sampler_logprobs", "old_logprobs", "reference_logprobs", "advantages", "batch_weights")
-    targets = GroupTargets(token_ids=nothing.long(), mask=nothing.bool(), **dict.fromkeys(names, nothing))
-    return actor_experience(samples, lengths, targets)
+    return unestimated(samples)
 
 
 def roll_out(
@@ -79,13 +77,14 @@ def roll_out(
     num_deaths: int = 0,
     dying: int | None = None,
     by_group: bool = True,
+    most_decoded: int = 0,
 ) -> tuple[list[Sample], FirstStep, list[Trainer]]:
     num_devices = 4
     by_id = {FIRST_ID + index: length for index, length in enumerate(lengths)}
     engines = [FakeEngine(device, by_id, LIMITS.max_batch) for device in range(num_devices)]
     workers = [Trainer(device, engine) for device, engine in enumerate(engines)]
     for worker in workers:
-        worker.trained, worker.dies = [], worker.device == dying
+        worker.trained, worker.dies, worker.most_decoded = [], worker.device == dying, most_decoded
     samples = [Sample(FIRST_ID + index, (1, 2, 3 + index)) for index in range(len(lengths))]
     micro_batches = tuple((index, index + 1) for index in range(0, len(lengths), 2))
     part = StepPart(micro_batches=micro_batches, weights=(1.0,) * len(micro_batches), is_last=True)
@@ -99,6 +98,7 @@ def roll_out(
         TailPlan(step=step, known=lambda scored: scored),
         [worker.handle for worker in workers],
         [Replica("actor", index, own) for index, own in enumerate(ranks)],
+        sharing=Sharing(decoding=1.0, training=1.0, num_samples=most_decoded) if most_decoded else None,
     )
     rollout = TailRollout(
         [engine.handle for engine in engines],
@@ -122,16 +122,19 @@ def roll_out(
 
 @given(
     lengths=st.lists(st.integers(1, MAX_NEW_TOKENS), min_size=4, max_size=8).map(lambda own: own * 2),
-    num_stages=st.sampled_from([1, 2]),
+    num_stages=st.sampled_from([1, 2, 4]),
     which=st.integers(0, 3),
     seed=st.integers(0, 1 << 20),
     num_deaths=st.integers(0, 2),
     by_group=st.booleans(),
+    most_decoded=st.sampled_from([0, 2]),
 )
 def test_every_sample_is_trained_once(
-    lengths: list[int], num_stages: int, which: int, seed: int, num_deaths: int, by_group: bool
+    lengths: list[int], num_stages: int, which: int, seed: int, num_deaths: int, by_group: bool, most_decoded: int
 ) -> None:
-    samples, step, workers = roll_out(lengths, num_stages, which, seed, num_deaths, by_group=by_group)
+    samples, step, workers = roll_out(
+        lengths, num_stages, which, seed, num_deaths, by_group=by_group, most_decoded=most_decoded
+    )
     assert all(sample.state is SampleState.SCORED for sample in samples)
     taken = [sample for piece in step.pieces for own in piece.micro_batches for sample in own]
     assert len(taken) == len(set(taken)) == step.num_samples - step.num_left
@@ -150,6 +153,15 @@ def test_devices_that_are_done_train() -> None:
     lengths = [MAX_NEW_TOKENS, 1] + [2] * 14
     _, step, _ = roll_out(lengths, 1, 1, seed=0)
     assert step.num_left <= GROUP + 4
+
+
+def test_a_pipeline_over_all_devices_trains_beside_the_last_sample() -> None:
+    lengths = [MAX_NEW_TOKENS, 1] + [2] * 14
+    _, step, workers = roll_out(lengths, 4, 1, seed=0, most_decoded=1)
+    assert step.num_left < len(lengths) / 2
+    assert all(worker.trained for worker in workers)
+    _, step, _ = roll_out(lengths, 4, 1, seed=0)
+    assert not step.pieces
 
 
 def test_a_model_worker_that_dies_ends_the_run() -> None:

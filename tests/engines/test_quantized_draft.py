@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from fuse.engines import quantized_draft
@@ -15,6 +16,7 @@ from fuse.engines.int8_llama import is_served
 from fuse.engines.quantized_draft import QuantizedSelf, quantized, quantized_copy
 from fuse.engines.speculation import FixedLength, Speculation
 from fuse.engines.transformers import TransformersEngine
+from fuse.intrastage.adapters import base_of, with_adapter
 
 from .driving import Outputs, assert_same, collect, run
 from .test_speculation import REQUESTS, request
@@ -97,6 +99,34 @@ def test_it_drafts_by_the_weights_of_the_moment(build_model: BuildModel) -> None
     while tokens := engine.step():
         steps.append(tokens)
     assert len(steps) < 12, "30 tokens; the draft of the old weights would agree with hardly any"
+
+
+def test_it_drafts_by_the_adapters_of_the_moment(build_model: BuildModel) -> None:
+    """Merged anew where adapters come alone; the base stays."""
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear")
+    adapted = base_of(with_adapter(build_model(), lora, "peft_config"))
+    assert is_served(adapted)
+    frozen = {name for name, one in adapted.named_parameters() if not one.requires_grad}
+    engine = speculating(adapted.requires_grad_(False), frozen=frozen)
+    run(engine, REQUESTS[:3])
+    generator = torch.Generator().manual_seed(1)
+    drawn = {
+        name: 0.2 * torch.randn(one.shape, generator=generator)
+        for name, one in adapted.named_parameters()
+        if name not in frozen
+    }
+    engine.load_weights(drawn)
+    outputs: Outputs = {}
+    steps = 0
+    engine.submit(request(8, stops=False, max_new_tokens=30))
+    while tokens := engine.step():
+        collect(outputs, tokens)
+        steps += 1
+    assert steps < 12, "30 tokens; the draft without adapters would agree with hardly any"
+    plain = TransformersEngine(adapted, frozen=frozen)
+    assert_same(outputs, run(plain, [request(8, stops=False, max_new_tokens=30)]))
+    plain.load_weights({name: torch.zeros_like(one) for name, one in drawn.items()})
+    assert run(plain, [request(8, stops=False, max_new_tokens=30)]) != outputs
 
 
 def test_a_draft_ends_where_it_stops(build_model: BuildModel, monkeypatch: pytest.MonkeyPatch) -> None:

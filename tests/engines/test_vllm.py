@@ -14,12 +14,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel
 
 from fuse.engines.engine import Evicted, GenerationEngine, GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 from fuse.engines.vllm import VllmEngine
 from fuse.engines.vllm_setup import starting_vllm
+from fuse.intrastage.adapters import Adapters, base_of, with_adapter
 
 from .driving import Outputs, assert_same, collect, run
 from .vllm_pool import VllmPool
@@ -168,6 +171,25 @@ def test_loaded_weights_serve_from_the_next_sample_on(vllm_pool: VllmPool, build
     after = run(engine, prompts)
     assert after != before
     assert_same(after, run(TransformersEngine(new), prompts))
+
+
+@pytest.mark.parametrize("tied", [True])
+def test_merged_adapters_serve_as_adapters_do(vllm_pool: VllmPool, build_model: BuildModel, tied: bool) -> None:
+    """Two updates, each merged from W0: tokens and log-probabilities are those by which stages train."""
+    prompts = [request(index, 140, 8) for index in range(2)]
+    engine = vllm_pool.engine(
+        build_model(hidden_size=HIDDEN_SIZE, tied=tied), max_batch=2, max_context=256, max_prefill_tokens=300
+    )
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"])
+    adapted = base_of(with_adapter(build_model(hidden_size=HIDDEN_SIZE, tied=tied), lora, "peft_config"))
+    outputs = [run(engine, prompts)]
+    for update in (1, 2):
+        for parameter in (one for one in adapted.parameters() if one.requires_grad):
+            nn.init.normal_(parameter, std=0.1 * update)
+        engine.load_weights({name: weight() for name, _, weight in Adapters.of(adapted).merged(adapted)})
+        outputs.append(run(engine, prompts))
+        assert_same(outputs[-1], run(TransformersEngine(adapted), prompts))
+    assert outputs[0] != outputs[1] != outputs[2]
 
 
 def test_kv_of_another_kind_is_refused(vllm_pool: VllmPool, build_model: BuildModel) -> None:

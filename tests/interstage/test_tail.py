@@ -16,7 +16,7 @@ from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Thresh
 from fuse.interstage.rollout import Rollout, SpanKind
 from fuse.interstage.simulate import simulate
 from fuse.interstage.simulate_tail import TailWork, simulate_tail
-from fuse.interstage.tail import TailSettings, Train, spare_s, train_early
+from fuse.interstage.tail import ONE_CORE, Sharing, TailSettings, Train, spare_s, train_early
 
 TOKENS = np.array([50, 10, 40, 30, 20, 60])
 SETTINGS = TailSettings(micro_batch_size=2, num_kept=1)
@@ -36,23 +36,41 @@ COSTS = CostModel(
 
 
 def test_long_samples_go_first_and_short_ones_are_kept() -> None:
-    chosen = train_early([0, 1, 2, 3], TOKENS, [4], SETTINGS, token_s=1.0)
+    chosen = train_early([0, 1, 2, 3], TOKENS, {4: 1.0}, SETTINGS, token_s=1.0)
     assert chosen == [Train(4, ((0, 2),))], "a micro-batch of two; 1 is the shortest of those that are ready"
-    assert train_early([1], TOKENS, [4], SETTINGS, token_s=1.0) == []
-    shared = train_early([0, 1, 2, 3], TOKENS, [4, 7], SETTINGS, token_s=1.0)
+    assert train_early([1], TOKENS, {4: 1.0}, SETTINGS, token_s=1.0) == []
+    shared = train_early([0, 1, 2, 3], TOKENS, {4: 1.0, 7: 1.0}, SETTINGS, token_s=1.0)
     assert shared == [Train(4, ((0,),)), Train(7, ((2, 3),))], "even in tokens"
 
 
 def test_a_piece_takes_half_of_the_time_to_spare() -> None:
-    assert train_early([0, 1, 2, 3], TOKENS, [0], SETTINGS, token_s=1.0, within_s=160.0) == [Train(0, ((0, 3),))]
-    assert train_early([0, 1, 2, 3], TOKENS, [0], SETTINGS, token_s=1.0, within_s=60.0) == [Train(0, ((3,),))]
-    assert train_early([0, 1, 2, 3], TOKENS, [0], SETTINGS, token_s=1.0, within_s=0.0) == []
+    assert train_early([0, 1, 2, 3], TOKENS, {0: 1.0}, SETTINGS, token_s=1.0, within_s=160.0) == [Train(0, ((0, 3),))]
+    assert train_early([0, 1, 2, 3], TOKENS, {0: 1.0}, SETTINGS, token_s=1.0, within_s=60.0) == [Train(0, ((3,),))]
+    assert train_early([0, 1, 2, 3], TOKENS, {0: 1.0}, SETTINGS, token_s=1.0, within_s=0.0) == []
+
+
+def test_a_replica_trains_beside_samples_only_where_that_pays() -> None:
+    """A second of one of two replicas is worth half a second; beside decoding it delays samples by `lost` seconds."""
+    for decoding, training, lost in ((1.25, 1.5, 0.3), (2.0, 1.2, 0.6), (2.0, 2.0, 1.0), (1.0, 9.0, 0.0)):
+        sharing = Sharing(decoding=decoding, training=training, num_samples=3)
+        settings = TailSettings(micro_batch_size=2, num_replicas=2, sharing=sharing)
+        assert settings.takers({0: 3, 1: 4}) == ({0: training} if lost < 0.5 else {}), "of 4 samples nothing is known"
+        assert settings.takers({0: 3, 1: 0}) == {1: 1.0}, "one that is free is slowed down by nothing"
+    assert ONE_CORE.pays(1, 1) is False, "a core does either in the time of the other"
+    assert TailSettings(micro_batch_size=2).takers({0: 1}) == {}, "nothing is known"
+    assert Sharing(decoding=1.5, training=2.0).pays(1, 1)
+    assert not Sharing(decoding=1.5, training=2.0).pays(2, 1), "a piece by itself fills a pipeline to two thirds"
+    assert train_early([0, 1, 2, 3], TOKENS, {0: 2.0}, SETTINGS, token_s=1.0, within_s=160.0) == [
+        Train(0, ((2,),), 2.0)
+    ], "it takes twice as long"
+    with pytest.raises(ValueError, match=r"decoding beside the other takes 0\.5 times as long: it must be >= 1"):
+        Sharing(decoding=0.5, training=1.0)
 
 
 def test_a_pipeline_gets_a_micro_batch_for_every_stage() -> None:
     stages = TailSettings(micro_batch_size=2, num_stages=2, num_kept=0)
-    assert train_early(range(6), TOKENS, [0], stages, token_s=1.0) == [Train(0, ((5, 0), (2, 3)))]
-    assert train_early(range(6), TOKENS, [0], stages) == [Train(0, ((5,), (0,)))], "to learn what it takes"
+    assert train_early(range(6), TOKENS, {0: 1.0}, stages, token_s=1.0) == [Train(0, ((5, 0), (2, 3)))]
+    assert train_early(range(6), TOKENS, {0: 1.0}, stages) == [Train(0, ((5,), (0,)))], "to learn what it takes"
 
 
 def rollout(lengths: list[int], num_devices: int) -> Rollout:
@@ -65,8 +83,10 @@ def rollout(lengths: list[int], num_devices: int) -> Rollout:
     )
 
 
-def work(num_samples: int, group: int, num_stages: int = 1, token_s: float = 0.5) -> TailWork:
-    settings = TailSettings(micro_batch_size=2, num_stages=num_stages, num_kept=2)
+def work(
+    num_samples: int, group: int, num_stages: int = 1, token_s: float = 0.5, sharing: Sharing | None = None
+) -> TailWork:
+    settings = TailSettings(micro_batch_size=2, num_stages=num_stages, num_kept=2, sharing=sharing)
     return TailWork(groups=np.arange(num_samples) // group, token_s=token_s, micro_batch_s=0.0, settings=settings)
 
 
@@ -84,6 +104,27 @@ def test_a_device_trains_what_is_scored_until_the_rollout_ends() -> None:
     assert grouped.num_trained == 0, "all of them are a group with the long one"
 
 
+def test_a_pipeline_over_all_devices_trains_beside_the_last_samples() -> None:
+    """Its two devices are never both free. What decoding loses beside it is what a second of training costs."""
+    lengths = [150, 10, 9, 8, 7, 6]
+    one, policy = rollout(lengths, 2), Threshold(remaining=len(lengths), num_kept=2)
+    plain = simulate(one, policy)
+    for sharing in (None, ONE_CORE):
+        none = simulate_tail(one, policy, work(len(lengths), 1, 2, sharing=sharing))
+        assert none.num_trained == 0
+        assert none.rollout.makespan_s == plain.makespan_s
+    sharing = Sharing(decoding=1.25, training=1.5)
+    result = simulate_tail(one, policy, work(len(lengths), 1, 2, sharing=sharing))
+    assert result.num_trained == 3, "two are kept"
+    late_s = result.rollout.makespan_s - plain.makespan_s
+    assert late_s == pytest.approx(result.training_s / 2 * (1 - 1 / 1.25), abs=1.5), (
+        "slower steps begin and end between two"
+    )
+    free = simulate_tail(one, policy, work(len(lengths), 1, 2, sharing=Sharing(decoding=1, training=1)))
+    assert free.num_trained == 3
+    assert free.rollout.makespan_s == plain.makespan_s
+
+
 def policies(lengths: list[int]) -> list[Policy]:
     model = learn([Observation(one, prompt=(index,)) for index, one in enumerate(lengths)], 200)
     adaptive = Adaptive(COSTS, model.for_samples())
@@ -93,19 +134,22 @@ def policies(lengths: list[int]) -> list[Policy]:
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=4, max_size=24),
     which=st.integers(0, 2),
-    num_stages=st.sampled_from([1, 2]),
+    num_stages=st.sampled_from([1, 2, 4]),
     group=st.integers(1, 3),
+    sharing=st.sampled_from([None, Sharing(decoding=1.2, training=1.1, num_samples=2)]),
 )
-def test_a_rollout_with_training_is_one(lengths: list[int], which: int, num_stages: int, group: int) -> None:
+def test_a_rollout_with_training_is_one(
+    lengths: list[int], which: int, num_stages: int, group: int, sharing: Sharing | None
+) -> None:
     """The simulation asserts that no sample is lost, trained twice or trained before its group is scored."""
     one = rollout(lengths, 4)
-    result = simulate_tail(one, policies(lengths)[which], work(len(lengths), group, num_stages))
+    result = simulate_tail(one, policies(lengths)[which], work(len(lengths), group, num_stages, sharing=sharing))
     assert result.num_trained <= max(0, len(lengths) - 2)
     busy_s = sum(
         span.end_s - span.start_s for spans in result.rollout.timeline for span in spans if span.kind is SpanKind.TRAIN
     )
-    assert busy_s == pytest.approx(result.training_s)
-    if num_stages == 1:
+    assert busy_s == pytest.approx(result.training_s) if sharing is None else busy_s <= result.training_s + 1e-6
+    if num_stages == 1 and sharing is None:
         assert busy_s == pytest.approx(0.5 * result.trained_tokens)
 
 

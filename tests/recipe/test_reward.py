@@ -167,6 +167,22 @@ def test_what_is_left_out_is_counted_and_the_rest_learned_in_two_runs(base, tmp_
     json.dumps(results)
 
 
+def test_adapters_are_saved_merged(base, tmp_path):
+    rows = [pair(f"{index}+2=", "#1", "#2") for index in range(8)]
+    options = ["--use_cpu=true", "--per_device_train_batch_size=8", "--learning_rate=0.01", "--max_steps=20"]
+    results = train_reward_model(step(base, tmp_path, rows, *options, "--length_buckets=0", "--lora_r=4"))
+    assert results["held_out"]["accuracy"] == 1.0
+    model, _ = load(str(tmp_path / "reward"))
+    start = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    same = {name for name, one in model.state_dict().items() if name in start and torch.equal(one, start[name])}
+    assert {name for name in same if "proj" in name} == set()
+    assert "model.embed_tokens.weight" in same
+    assert not (tmp_path / "reward" / "adapter_config.json").exists()
+    for wrong in (["--lora_r=0"], ["--lora_alpha=4"], ["--lora_r=4", "--loss=advantage"]):
+        with pytest.raises(ValueError, match="lora_"):
+            check_options("reward", wrong)
+
+
 def test_options_are_checked_before_anything_is_done():
     check_options("reward", ["--square_coefficient=0.1", "--learning_rate=1e-4"])
     check_options("reward", ["--loss=advantage", "--advantage_margin=1"])

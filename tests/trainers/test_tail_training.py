@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fuse.interstage.rollout_planner import RolloutPlanner
+from fuse.workers.errors import WorkerError
+from fuse.workers.model_handle import ModelHandle
 
 from . import tiny, tiny_group
 
@@ -18,7 +22,7 @@ LONG = 300
 MODELS: dict[str, Any] = {"max_position_embeddings": 512}
 
 
-def group_run(output_dir: Path, **options: Any) -> Any:
+def group_run(output_dir: Path, resume: bool = False, **options: Any) -> Any:
     """Two updates of 16 samples in groups of 4, one of which is long."""
     options = {
         "num_devices": 2,
@@ -30,13 +34,13 @@ def group_run(output_dir: Path, **options: Any) -> Any:
     }
     made = tiny_group.trainer(output_dir, **options)
     made.max_new_tokens = {sample: LONG if sample % 16 == 5 else 3 + sample % 4 for sample in range(32)}
-    made.train()
+    made.train(resume_from_checkpoint=resume)
     return made
 
 
 def ppo_run(output_dir: Path, **options: Any) -> Any:
-    """Three updates of 8 samples, one of which is long; the actor is a pipeline over both devices."""
-    options = {"num_devices": 2, "critic_stages": 1, "total_episodes": 24, "num_ppo_epochs": 1, **options}
+    """Three updates of 8 samples, one of which is long; actor and critic are pipelines over both devices."""
+    options = {"num_devices": 2, "total_episodes": 24, "num_ppo_epochs": 1, **options}
     options |= {"adaptive_kl": True, "kl_horizon": 40, "stop_token": "none", "response_length": LONG, "models": MODELS}
     made = tiny.trainer(output_dir, **options)
     made.max_new_tokens = {sample: LONG if sample % 8 == 5 else 3 + sample % 4 for sample in range(32)}
@@ -61,14 +65,49 @@ def test_complete_groups_are_trained_early(tmp_path: Path) -> None:
     assert tiny.difference(early.model, tiny.policy(**MODELS)) > 100 * tiny.ROUNDING
 
 
-def test_the_critic_is_trained_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_worker_that_dies_in_the_tail_costs_the_update_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with what it trains early of the second update, which is done again from the checkpoint before it."""
+    accumulate, output_dir = ModelHandle.accumulate, tmp_path / "killed"
+    killed: list[int] = []
+
+    def accumulate_and_die(worker: ModelHandle, *arguments: Any) -> Any:
+        call = accumulate(worker, *arguments)
+        if not killed and (output_dir / "checkpoint-1").exists():
+            killed.append(worker.worker.process_id)
+            os.kill(killed[0], signal.SIGKILL)
+        return call
+
+    plain = group_run(tmp_path / "plain", tail_training="off")
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelHandle, "accumulate", accumulate_and_die)
+        with pytest.raises(WorkerError, match=r"model worker on device \d failed: its process died"):
+            group_run(output_dir, **saving)
+    assert killed
+    resumed = group_run(output_dir, resume=True, **saving)
+    assert resumed.state.global_step == 2
+    assert tiny.difference(resumed.model, plain.model) < tiny.ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("early_options", "plain_options"),
+    [({"critic_stages": 1}, {"critic_stages": 1, "tail_training": "off"}), ({"tail_sharing": [1, 1]}, {})],
+    ids=["replicas", "pipeline"],
+)
+def test_the_critic_is_trained_early(
+    early_options: dict[str, Any], plain_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once costs are known by which actor and critic train at once: in the third update.
 
-    So few tokens are not worth scoring before all are there, by a policy that knows costs.
+    So few tokens are not worth scoring before all are there, by a policy that knows costs. A pipeline over both devices
+    trains while one of them decodes, if that is said to cost nothing; of two cores it is known what it costs.
     """
     monkeypatch.setattr(RolloutPlanner, "policy", lambda self, samples: self.fixed_policy(len(samples)))
-    early = ppo_run(tmp_path / "early")
-    plain = ppo_run(tmp_path / "plain", tail_training="off")
+    early = ppo_run(tmp_path / "early", **early_options)
+    plain = ppo_run(tmp_path / "plain", **plain_options)
     assert last(early)["tail/share"] > 0
+    assert last(plain).get("tail/share", 0) == 0
     assert tiny.difference(early.model, plain.model) < tiny.ROUNDING
     assert tiny.difference(early.value_model, plain.value_model) < tiny.ROUNDING

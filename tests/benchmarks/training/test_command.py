@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fuse.benchmarks.training import both_ways, command, steps, tables, within
+from fuse.benchmarks.training import command, steps, tables, world
 from fuse.intrastage.cost_profile import Profile, profile_from_json
 from fuse.intrastage.planned_times import planned_times
 
@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -
     lengths.write_text("prompt_tokens,output_tokens\n" + "".join(f"7,{length}\n" for length in (10, 2, 4, 8, 100)))
     sizes = ["--sizes", "2:1", "--micro-batches", "2", "--tokens", "16", "--hidden", "16", "--repeats", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "Cluster", worker_pool)
+        patch.setattr(world, "Cluster", worker_pool)
         patch.setattr(steps, "contended_times", as_all_contend)
         sizes += ["--drawn-number", "--solve-seconds", "0.5"]
         assert run(*sizes, "--lengths", str(lengths), "--json", str(out)) == 0
@@ -100,7 +100,7 @@ def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
 def test_compares_opposite_replicas_with_plain_1f1b(
     tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(both_ways, "Cluster", worker_pool)
+    monkeypatch.setattr(world, "Cluster", worker_pool)
     out = tmp_path / "out.json"
     sizes = ["--micro-batches", "3", "--tokens", "16", "--hidden", "16", "--repeats", "1", "--solve-seconds", "0.5"]
     assert run("--bidirectional", *sizes, "--json", str(out)) == 0
@@ -124,7 +124,7 @@ def test_compares_opposite_replicas_with_plain_1f1b(
 def test_compares_scoring_within_a_step_with_scoring_first(
     tmp_path: Path, worker_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(within, "Cluster", worker_pool)
+    monkeypatch.setattr(world, "Cluster", worker_pool)
     out = tmp_path / "out.json"
     sizes = ["--micro-batches", "3", "--tokens", "16", "--hidden", "16", "--repeats", "1", "--solve-seconds", "0.5"]
     assert run("--forward-only", *sizes, "--json", str(out)) == 0
@@ -150,7 +150,7 @@ def test_a_critic_takes_more_steps_than_the_actor_and_both_in_the_planners_micro
 
     sizes = ["--sizes", "1:1", "--micro-batches", "4", "--tokens", "16", "--hidden", "16", "--repeats", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "Cluster", worker_pool)
+        patch.setattr(world, "Cluster", worker_pool)
         patch.setattr(steps, "contended_times", as_all_contend)
         patch.setattr(steps, "soonest", twice)
         assert run(*sizes, "--solve-seconds", "0.5", "--critic-epochs", "2", "--json", str(out)) == 0
