@@ -72,7 +72,7 @@ class TailRollout(LiveRollout):
             for index in job.devices:
                 device = self._devices[index]
                 device.is_scoring, device.scoring_s = True, time.monotonic()
-                device.training_tokens = _AS_SCORED * job.num_tokens
+                device.training_tokens = max(1, _AS_SCORED * job.stage_tokens // self._tail.num_stages)
             for call in job.calls:
                 self._pending.expect(call, partial(self._trained, job, call))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fuse.algorithms.algorithm import LEAST_TOKENS
 from fuse.algorithms.batch import Experience
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.interstage.tail import Sharing, TailSettings, Train, train_early
+from fuse.interstage.tail import Sharing, TailSettings, Train, time_tokens, train_early
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
@@ -42,12 +42,12 @@ class TailPlan:
 class Job:
     """A piece under way. devices: of the rollout. calls: that have not ended, by rank. told: by rank, of the others.
 
-    factor: how many times as long it should take as on devices that do nothing else.
+    stage_tokens: as of `time_tokens`. factor: how many times as long it should take as on devices that do nothing else.
     """
 
     piece: EarlyPiece
     devices: tuple[int, ...]
-    num_tokens: int
+    stage_tokens: int
     factor: float
     calls: dict[Future[RankRound], tuple[int, ModelHandle]]
     told: dict[int, RankRound] = field(default_factory=dict)
@@ -89,6 +89,11 @@ class Tail:
         self._early: list[Round] = []
         self.report: dict[str, float] = {}
         """Of the update, once it is trained."""
+
+    @property
+    def num_stages(self) -> int:
+        """Of a replica."""
+        return self._settings.num_stages
 
     @property
     def num_trained(self) -> int:
@@ -147,14 +152,14 @@ class Tail:
                 worker = self._workers[rank * self._tensor_parallel_size + lane]
                 call = worker.accumulate(self._step.early.role, piece.replica, piece.experience, piece.part)
                 calls[call] = rank, worker
-        num_tokens = int(tokens[[sample for own in piece.micro_batches for sample in own]].sum())
-        job = Job(piece, self._devices(action.replica), num_tokens, action.factor, calls)
+        stage_tokens = time_tokens([int(tokens[list(own)].sum()) for own in piece.micro_batches], self.num_stages)
+        job = Job(piece, self._devices(action.replica), stage_tokens, action.factor, calls)
         self._told.append(job.told)
         return job
 
     def took(self, job: Job, seconds: float) -> None:
         """Learn what a piece that is over took."""
-        self._token_s = seconds / job.num_tokens / job.factor
+        self._token_s = seconds / job.stage_tokens / job.factor
 
     def _devices(self, replica: int) -> tuple[int, ...]:
         """Of the rollout."""

@@ -12,7 +12,7 @@ from fuse.interstage.columns import Phase
 from fuse.interstage.migration import Action, Policy
 from fuse.interstage.rollout import Rollout, SimulationResult, SpanKind
 from fuse.interstage.simulate import Simulation
-from fuse.interstage.tail import TailSettings, Train, spare_s, train_early
+from fuse.interstage.tail import TailSettings, Train, spare_s, time_tokens, train_early
 
 Ints = NDArray[np.int64]
 
@@ -41,8 +41,8 @@ class TailWork:
     def seconds(self, micro_batch_tokens: Sequence[int]) -> float:
         """That a replica takes for micro-batches of so many tokens: through its stages, one behind the other."""
         stages = self.settings.num_stages
-        of_each = [self.micro_batch_s + self.token_s * tokens for tokens in micro_batch_tokens]
-        return (sum(of_each) + (stages - 1) * max(of_each)) / stages
+        waits = len(micro_batch_tokens) + stages - 1
+        return (self.micro_batch_s * waits + self.token_s * time_tokens(micro_batch_tokens, stages)) / stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

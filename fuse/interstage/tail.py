@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fuse.interstage.migration import Policy, RolloutState
 
 _CAUTION = 0.5
-"""A piece may take this part of the time to spare: when samples end is not certain."""
+"""A piece may take this part of the time to spare, over the devices that it holds: when samples end is not certain."""
 
 
 MOST_BESIDE = 4
@@ -106,6 +106,11 @@ class Train:
     factor: float = 1.0
 
 
+def time_tokens(micro_batch_tokens: Sequence[int], num_stages: int) -> int:
+    """Tokens that a stage could compute for while a pipeline takes micro-batches of so many, waits included."""
+    return sum(micro_batch_tokens) + (num_stages - 1) * max(micro_batch_tokens)
+
+
 def spare_s(policy: Policy, state: RolloutState) -> float:
     """Seconds that devices have to spare for training, by what the policy expects of the rollout."""
     if not len(state.live):
@@ -128,24 +133,32 @@ def train_early(
     """What replicas that may are to train now.
 
     ready: samples of the step that may be trained. tokens: of every sample of the rollout, by which these are numbered,
-    with the prompt. takers: as of `TailSettings`. token_s: that a replica takes for a token, alone; None before it is
+    with the prompt. takers: as of `TailSettings`. token_s: that a stage takes for a token, alone; None before it is
     known, when each gets as little as shows it. within_s: see `spare_s`.
     """
     if not takers or not within_s > 0:
         return []
-    size = settings.micro_batch_size
-    micro_batches_each = settings.num_stages if token_s is not None else 1
-    room = math.inf if not token_s else _CAUTION * within_s / token_s / max(takers.values())  # tokens of a piece
+    size, num_stages = settings.micro_batch_size, settings.num_stages
+    micro_batches_each = num_stages if token_s is not None else 1
+    room = math.inf  # for the `time_tokens` of a piece
+    if token_s:
+        room = _CAUTION * within_s / num_stages / token_s / max(takers.values())
+
+    def fits(piece: Sequence[int]) -> bool:
+        if tokens[list(piece)].sum() > room:
+            return False
+        return time_tokens([int(tokens[list(own)].sum()) for own in _cut(piece, num_stages, size)], num_stages) <= room
+
     longest_first = sorted(ready, key=lambda one: (-int(tokens[one]), one))
     pieces: list[list[int]] = [[] for _ in takers]
     held = [0] * len(takers)
     for sample in longest_first[: max(0, len(longest_first) - settings.num_kept)]:
         place = min(range(len(takers)), key=lambda index: (held[index], index))
-        if len(pieces[place]) < micro_batches_each * size and held[place] + tokens[sample] <= room:
+        if len(pieces[place]) < micro_batches_each * size and fits([*pieces[place], sample]):
             pieces[place].append(sample)
             held[place] += int(tokens[sample])
     return [
-        Train(replica, _cut(piece, settings.num_stages, size), factor)
+        Train(replica, _cut(piece, num_stages, size), factor)
         for (replica, factor), piece in zip(takers.items(), pieces, strict=True)
         if piece
     ]
