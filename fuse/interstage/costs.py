@@ -318,17 +318,17 @@ PROFILES: Mapping[str, CostModel] = MappingProxyType(
 """Cost models to start from where nothing has been measured; each states its source."""
 
 
-def fit_affine(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
+def fit_affine(name: str, rows: Sequence[Sequence[float]], weights: NDArray[np.float64] | None = None) -> list[float]:
     """Intercept and slopes of the affine function that gives each row's last number; see `fit_linear`."""
-    return fit_linear(name, [(1.0, *row) for row in rows])
+    return fit_linear(name, [(1.0, *row) for row in rows], weights)
 
 
-def fit_linear(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
+def fit_linear(name: str, rows: Sequence[Sequence[float]], weights: NDArray[np.float64] | None = None) -> list[float]:
     """Coefficients of the linear function that gives each row's last number, seconds, from the others.
 
     It has the least relative errors, so that small operations count as large ones do, and no coefficient below zero.
     Where times scatter, such a function falls short of their mean; so it is scaled to give the right sum over all rows.
-    Columns are scaled, since bytes and seconds lie far apart.
+    Columns are scaled, since bytes and seconds lie far apart. weights [rows]: how much each counts, by default alike.
 
     Raises:
         ValueError: fewer rows than coefficients, or a time that is not positive.
@@ -341,5 +341,7 @@ def fit_linear(name: str, rows: Sequence[Sequence[float]]) -> list[float]:
     matrix = table[:, :-1]
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     seconds = table[:, -1]
-    solution = non_negative_least_squares(matrix / scale / seconds[:, None], np.ones(len(table))) / scale
-    return [float(value) for value in solution * (seconds.sum() / (matrix @ solution).sum())]
+    weights = np.ones(len(table)) if weights is None else weights
+    roots = np.sqrt(weights)
+    solution = non_negative_least_squares(matrix / scale * (roots / seconds)[:, None], roots) / scale
+    return [float(value) for value in solution * (weights @ seconds / (weights @ (matrix @ solution)))]

@@ -22,6 +22,7 @@ from itertools import chain
 import numpy as np
 
 from fuse.interstage.costs import fit_affine
+from fuse.interstage.fading import Fading
 from fuse.interstage.speculation import Speculation
 
 _KEPT = 512
@@ -79,11 +80,11 @@ class DecodeCalibration:
     """Collects decode steps over iterations; `costs` is fitted to them."""
 
     def __init__(self) -> None:
-        self._steps: defaultdict[int, deque[DecodeStep]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._steps: defaultdict[int, Fading[DecodeStep]] = defaultdict(lambda: Fading(_KEPT))
         self._drafted: deque[DecodeStep] = deque(maxlen=_KEPT)
         self._tried: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
-    def add(self, spans: Sequence[tuple[Mapping[str, object], float]]) -> list[DecodeStep]:
+    def add(self, spans: Sequence[tuple[Mapping[str, object], float]], iteration: int = 0) -> list[DecodeStep]:
         """Learn from sizes and seconds of one worker in an iteration; returns the steps that also computed prompts."""
         steps = [DecodeStep.of(sizes, seconds) for sizes, seconds in spans if sizes["batch"]]
         by_size: defaultdict[int, list[DecodeStep]] = defaultdict(list)
@@ -91,7 +92,7 @@ class DecodeCalibration:
             if not step.prefill_tokens:
                 by_size[int(step.batch).bit_length()].append(step)
         for size, own in by_size.items():
-            self._steps[size].extend(_some(own))
+            self._steps[size].add(iteration, _some(own))
         self._drafted.extend(_some([step for step in steps if step.drafted_tokens]))
         tried = [sizes for sizes, _ in spans if sizes.get("tried_tokens")]
         if tried:
@@ -99,15 +100,16 @@ class DecodeCalibration:
             self._tried.append((right, sum(_number(one["tried_tokens"]) for one in tried)))
         return [step for step in steps if step.prefill_tokens]
 
-    def costs(self) -> DecodeCosts | None:
-        """The costs, or None before steps of enough sizes are known."""
+    def costs(self, iteration: int = 0) -> DecodeCosts | None:
+        """The costs in this iteration, or None before steps of enough sizes are known."""
         rows = [
             (step.computed_tokens, step.context_tokens, step.seconds)
             for step in chain.from_iterable(self._steps.values())
         ]
         if len({row[:2] for row in rows}) < 3:
             return None
-        step_s, sample_s, context_s = fit_affine("decode", rows)
+        weights = np.concatenate([steps.weights(iteration) for steps in self._steps.values()])
+        step_s, sample_s, context_s = fit_affine("decode", rows, weights)
         return DecodeCosts(
             step_s=step_s,
             sample_s=sample_s,

@@ -112,6 +112,7 @@ class RolloutPlanner:
     def observe(self, samples: Sequence[Sample], scoring_calls: Iterable[tuple[int, float]] = ()) -> None:
         """Learn how long a rollout's responses were, and what its calls to score took: tokens and seconds of each."""
         size = self._settings.engine_devices
+        self._calibration.begin_iteration()
         self._calibration.add_calls((tokens / size, seconds) for tokens, seconds in scoring_calls)
         limit = self._settings.limits.max_new_tokens
         self._num_since_tuned += 1

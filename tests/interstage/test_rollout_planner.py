@@ -211,6 +211,25 @@ def test_the_time_of_one_stage_tells_that_of_all() -> None:
     assert found[1].inference_token_s == pytest.approx(found[0].inference_token_s)
 
 
+def test_a_machine_that_has_become_faster_is_known_for_it_whatever_sizes_it_was_seen_with_before() -> None:
+    """All sizes at the old speed for ten iterations, then five of one size, with half of the seconds."""
+    calibration = Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3)
+    for _ in range(10):
+        calibration.begin_iteration()
+        calibration.add(spans_of(SMALL_CPU))
+    names = ("step_s", "sample_s", "prefill_s", "prefill_token_s", "inference_s", "inference_token_s")
+    fast = replace(SMALL_CPU, **{name: getattr(SMALL_CPU, name) / 2 for name in names})
+    for _ in range(5):
+        steps = [decode(fast, 9, 360), decode(fast, 9, 450), decode(fast, 9, 360, 300)]
+        calibration.begin_iteration()
+        calibration.add([*steps, *inference(fast, 0, 900)])
+    learnt = calibration.costs()
+    assert learnt is not None
+    assert learnt.decode_step(9, 400) == pytest.approx(fast.decode_step(9, 400), rel=0.1)
+    assert learnt.inference(900) == pytest.approx(fast.inference(900), rel=0.1)
+    assert learnt.prefill(300) == pytest.approx(fast.prefill(300), rel=0.2)
+
+
 def test_what_was_hardly_seen_is_assumed_or_missing() -> None:
     calibration = Calibration(2048, 16384, 3)
     calibration.add([decode(SMALL_CPU, 2, 10), decode(SMALL_CPU, 3, 10), *inference(SMALL_CPU, 0, 100)])
