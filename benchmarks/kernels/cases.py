@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fuse.algorithms.batch import Segments
+from fuse.benchmarks.kernels.adapters import lora_cases
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
 from fuse.ops import decode_attention, gae, kv_blocks, linear_logprob, sampling, shaped_gae, skinny_linear
@@ -186,6 +187,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "decode_attention": (decode_attention_cases,),
     "skinny_linear": (skinny_linear_cases,),
     "kv_blocks": (kv_blocks_cases,),
+    "lora": (lora_cases,),
     "schedules": (schedule_cases,),
     "linear_logprob": tuple(
         partial(linear_logprob_cases, num_tokens=num_tokens, vocab_size=vocab_size)
