@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fuse.algorithms.batch import Segments
+from fuse.benchmarks.kernels.adapters import lora_cases
 from fuse.benchmarks.kernels.rows import Case
 from fuse.benchmarks.kernels.schedules import schedule_cases
 from fuse.ops import (
@@ -269,6 +270,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "suffix_index": (suffix_index_cases,),
     "layer_steps": (layer_steps_cases,),
     "kv_blocks": (kv_blocks_cases,),
+    "lora": (lora_cases,),
     "schedules": (schedule_cases,),
     "linear_logprob": tuple(
         partial(linear_logprob_cases, num_tokens=num_tokens, vocab_size=vocab_size)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
+from fuse.intrastage.adapted_linear import use_faster_way
 from fuse.intrastage.stage import Readout
 from fuse.merged_weight import merged_weight
 from fuse.micro_batch import MicroBatch
@@ -85,6 +86,8 @@ class Adapters:
                 inject_adapter_in_model(copy.deepcopy(config), model, adapter_name=name, low_cpu_mem_usage=on_meta)
         for layer in _layers(model):
             layer._active_adapter = [self.active or next(iter(self.configs))]
+            if isinstance(getattr(layer, "base_layer", None), nn.Linear):
+                use_faster_way(layer)
 
     @contextmanager
     def activated(self, model: nn.Module) -> Iterator[None]:

@@ -64,6 +64,7 @@ class ModelSpec:
                     f"an adapter is on the head of a {type(model).__name__}, whose weight is the embedding's: leave it "
                     f"out of target_modules"
                 )
+            _check_whole_ends(model, head)
         _check_ties(model, head)
         frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
         return cls(
@@ -117,6 +118,17 @@ class ModelSpec:
         built: PreTrainedModel = model.to(device=device).eval().requires_grad_(False)
         use_fused_layers(built)
         return built
+
+
+def _check_whole_ends(model: PreTrainedModel, head: nn.Module) -> None:
+    """Raises: ValueError where one of two ends that are one tensor would train apart from the other."""
+    ends: list[Any] = [model.get_input_embeddings(), head]
+    first, second = (getattr(end, "original_module", end) for end in ends)
+    if [first, second] != ends and first.weight is second.weight:
+        raise ValueError(
+            f"modules_to_save has the embedding or the head of a {type(model).__name__}, whose weights are one: leave "
+            f"it out, or load the model with tie_word_embeddings=False"
+        )
 
 
 def _check_ties(model: PreTrainedModel, head: nn.Module | None) -> None:

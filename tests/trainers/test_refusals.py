@@ -101,10 +101,10 @@ def _frozen(part: str, **options: Any) -> Change:
     return change
 
 
-def _adapted(target_modules: Any = None, models: Any = (), **options: Any) -> Change:
+def _adapted(target_modules: Any = None, models: Any = (), saved: Any = None, **options: Any) -> Change:
     def change(arguments: dict[str, Any]) -> None:
         _option(**options)(arguments)
-        config = LoraConfig(target_modules=target_modules and list(target_modules))
+        config = LoraConfig(target_modules=target_modules and list(target_modules), modules_to_save=saved)
         arguments |= {"peft_config": config, "model": tiny.policy(**dict(models))}
 
     return change
@@ -154,6 +154,14 @@ def _columns(*names: str, without: str = "", reward: Any = tiny.count_a) -> Chan
         (_adapted(train_backend="megatron"), "train_backend='megatron' trains no adapters"),
         (_adapted(ref_adapter_name="ref"), "ref_adapter_name='ref' is no adapter of the policy beside the one that tr"),
         (_option(model_adapter_name="a"), "model_adapter_name='a' is no adapter of the policy .it has: none"),
+        (
+            _adapted(None, {"tie_word_embeddings": True}, ["embed_tokens"]),
+            "modules_to_save has the embedding or the head",
+        ),
+        (
+            _adapted(None, {"tie_word_embeddings": True}, ["lm_head"]),
+            "modules_to_save has the embedding or the head of",
+        ),
         (_adapted(("lm_head",), {"tie_word_embeddings": True}), "an adapter is on the head of a LlamaForCausalLM"),
         (_replace(optimizers=(object(), None)), "optimizers must be"),
         (_replace(train_dataset=tiny.rows(7)), "7 rows, fewer than one batch of 8"),
