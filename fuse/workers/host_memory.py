@@ -10,7 +10,7 @@ from fuse.memory_use import used_bytes
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-_PLENTY = 4
+_PLENTY = 16
 
 
 def give_back_if_scarce() -> None:

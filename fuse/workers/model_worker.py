@@ -159,7 +159,7 @@ class ModelWorker:
         columns = {column for one in rounds for column in one.scored}
         scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
         if self._device.type == "cpu":
-            give_back()  # what scoring has freed lies between what stays
+            give_back_if_scarce()  # what scoring has freed lies between what stays
         trained = self._training.train(experience, rounds, learning_rates, plans, scorers)
         if self._device.type == "cpu":
             give_back_if_scarce()  # gradients and activations: engines and scoring come next
