@@ -113,8 +113,10 @@ class _Rollouts:
         policies = {name: policy_of(name, self._rollout(costs), self._past) for name in POLICIES}
         tell(f"{self._mix.name}: {self._lengths.sum()} tokens, {1 + repeats} rounds ...")
         # Those that came out the same, as where fusion is not expected to pay, are rolled out once a round.
-        runs_of = alternate({one: partial(self._roll_out, one, num_samples) for one in policies.values()}, repeats)
-        runs = {name: runs_of[one] for name, one in policies.items()}
+        first = {name: next(one for one in policies if policies[one] == policy) for name, policy in policies.items()}
+        timed = {name: partial(self._roll_out, policies[name], num_samples) for name in first.values()}
+        runs_of = alternate(timed, repeats)
+        runs = {name: runs_of[one] for name, one in first.items()}
         # Shared machines are now faster, now slower: costs are those known at the end of each round.
         rollouts = [self._rollout(run.costs or costs) for run in runs[ADAPTIVE]]
         simulated = {
