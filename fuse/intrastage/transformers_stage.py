@@ -142,6 +142,7 @@ class TransformersStage:
         self._layers_prefix = f"{self.model.base_model_prefix}.{plan.layers}."
         self._head_name = _name_in(self.model, self._head)
         self._tied_source = _tied_source(self.model, self._head)
+        use_packing(self.model)  # by all layers: stages without any do as the others
         self._prune(plan)
         for name, parameter in self.named_parameters():  # buffers keep the type that they are computed in
             is_narrow = frozen_dtype is not None and parameter.dim() > 1 and name in frozen
@@ -153,7 +154,6 @@ class TransformersStage:
             add_gradients_of(self._head)
         split = SplitBackward(self.model) if split_backward else None
         use_fused_layers(self.model, split)
-        use_packing(self.model)
         self._in_flight = InFlight(split)
         if gradient_checkpointing:
             recompute_in_backward(getattr(self._base, plan.layers))

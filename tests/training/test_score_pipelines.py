@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from fuse.driver.memory import ledger
 from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.driver.model_size import ModelSize
 from fuse.intrastage.layer_range import even_layer_range
+from fuse.intrastage.packing import use_packing
 from fuse.intrastage.placement import Replica, place
 from fuse.trace import Span, SpanRecorder
 from fuse.training.model_spec import ModelSpec
@@ -118,9 +120,18 @@ def scored(
 
 
 @cache
+def copy_of(role: str) -> PreTrainedModel:
+    """As a model worker has it."""
+    copy = ModelSpec.of(MODELS[role]).build(torch.device("cpu"), torch.float32)
+    copy.load_state_dict(MODELS[role].state_dict())
+    use_packing(copy)
+    return copy
+
+
+@cache
 def by_whole_copies(role: str, number: int) -> Sequence[Any]:
     """Of a piece."""
-    return score(kind_of(role), MODELS[role], [one.read_by(role) for one in pieces()[number]], scoring_settings())
+    return score(kind_of(role), copy_of(role), [one.read_by(role) for one in pieces()[number]], scoring_settings())
 
 
 LAYOUTS: dict[str, tuple[int, tuple[Replica, ...]]] = {

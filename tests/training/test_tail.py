@@ -199,7 +199,7 @@ def test_a_step_is_the_same_in_whatever_order_it_is_trained(name: str, num_ranks
     found, found_reported = case.run([piece for piece in pieces if piece[1]])
     assert ready
     for key, weight in expected.items():
-        assert float((found[key] - weight).abs().max()) < 2e-6, key
+        assert float((found[key] - weight).abs().max()) < 4e-6, key
     for one, other in zip(found_reported, reported, strict=True):
         assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-4)
         for row, other_row in zip(one.metrics, other.metrics, strict=True):

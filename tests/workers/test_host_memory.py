@@ -48,7 +48,7 @@ def test_every_update_ends_by_giving_back(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(given) == 2
 
 
-@pytest.mark.parametrize(("available_mb", "is_given"), [(4 * 3 * 100 + 1, False), (4 * 3 * 100 - 1, True)])
+@pytest.mark.parametrize(("available_mb", "is_given"), [(16 * 3 * 100 + 1, False), (16 * 3 * 100 - 1, True)])
 def test_memory_that_is_plentiful_is_kept(available_mb: int, is_given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of 100 MB on a host of three cores."""
     given: list[int] = []
