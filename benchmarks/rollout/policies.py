@@ -19,10 +19,7 @@ from transformers import PreTrainedModel
 from fuse.benchmarks.lengths import Mix
 from fuse.benchmarks.measure import alternate, idle_shares
 from fuse.benchmarks.options import Row, tell
-from fuse.commands.models import critic_from_policy
-from fuse.config.ppo import PPOConfig
-from fuse.config.prompt_tokens import PromptTokens
-from fuse.config.settings import fleet_settings
+from fuse.benchmarks.rollout.fleet import model_fleet
 from fuse.driver.fleet import Fleet
 from fuse.driver.rollout_state import RolloutReport
 from fuse.engines.engine import SamplingParams
@@ -34,8 +31,6 @@ from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.sample import Sample, SpecialTokens
 from fuse.trace import now_s
-from fuse.trainers.ppo import algorithm_of, fill_batch_sizes
-from fuse.training.layout import RaggedLayout
 
 _CALIBRATION_ROUNDS = 3
 _NO_TOKEN = -1
@@ -57,26 +52,16 @@ def run_policies(model: PreTrainedModel, mixes: Sequence[Mix], arguments: argpar
 
 
 def _fleet(model: PreTrainedModel, directory: str, arguments: argparse.Namespace) -> Fleet:
-    """Workers with the model in all roles: what is timed is the same as with different weights."""
-    config = PPOConfig(
+    return model_fleet(
+        model,
+        special=SpecialTokens(pad=_NO_TOKEN, eos=(), stop=()),
+        prompt_tokens=arguments.prompt_tokens,
         output_dir=directory,
         num_devices=arguments.devices,
         engine=arguments.engine,
         engine_batch_size=arguments.batch,
         response_length=arguments.context - arguments.prompt_tokens,
-        balance_stages=False,
-        intra_stage_fusion=False,
-        report_to="none",
-        use_cpu=True,
     )
-    classifier = critic_from_policy(model, pad_token_id=0)
-    special = SpecialTokens(pad=_NO_TOKEN, eos=(), stop=())
-    prompts = PromptTokens(arguments.prompt_tokens, arguments.prompt_tokens)
-    length = fill_batch_sizes(config, num_rows=arguments.batch)
-    settings = fleet_settings(
-        config, algorithm_of(config, special), length, RaggedLayout(), special, prompts, model.config
-    )
-    return Fleet(settings, {"actor": model, "critic": classifier, "reference": model, "reward": classifier})
 
 
 @dataclass(frozen=True, slots=True)

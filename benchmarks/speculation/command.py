@@ -2,15 +2,19 @@
 
 Every side decodes the same samples at temperature 1 in turn, plain decoding first, on one thread, prefills included;
 that all draw the same tokens is checked. How far is drafted, engines decide as in a run; they learn in the first round,
-which is not counted.
+which is not counted. With --devices whole rollouts are measured instead, generation and inference (`rollouts.py`):
+
+  fuse bench speculation --model smollm2 --batches 1 16 --prompts 8 --new-tokens 512
+  fuse bench speculation --model smollm2 --devices 2 --batches 32 --drafts int8 --new-tokens 64
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +33,10 @@ from fuse.engines.transformers import TransformersEngine
 
 _PLAIN = "off"
 _DRAFTS = ("int8", "ngram")
-_OPTIONS = ("model", "vocab_size", "kv_heads", "batches", "drafts", "new_tokens", "prompt_tokens", "repeats")
+_OPTIONS = (
+    "model", "vocab_size", "kv_heads", "batches", "drafts", "devices", "prompts", "new_tokens", "prompt_tokens",
+    "warmup", "repeats",
+)  # fmt: skip
 _LINE = (
     "{draft}, batch {batch}: {tokens_per_s:.0f} tokens/s, plain {plain_tokens_per_s:.0f}: {ratio:.2f} times as fast; "
     "{tokens_per_step:.2f} tokens a step, {right:.0%} of {num_drafted} drafted ones right"
@@ -49,41 +56,65 @@ class _Decoded:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench speculation`."""
     add_model_options(parser)
-    add_numbers(parser, batches=([1, 4, 16], "samples decoded side by side"))
+    add_numbers(parser, batches=([1, 4, 16], "samples decoded side by side, or rolled out"))
     add_selection(parser, "--drafts", _DRAFTS, "what drafts")
     add_numbers(
         parser,
         new_tokens=(256, "tokens of each response"),
         prompt_tokens=(32, "tokens of each prompt, where the model is a random one"),
+        prompts=(1, "samples of a round at least, as many at once as the batch has"),
+        warmup=(1, "rounds before these"),
         repeats=(3, "counted rounds"),
     )
+    parser.add_argument("--devices", type=int, metavar="N", help="measure whole rollouts on so many cores")
     add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every batch with every draft, print a line each, and write them to `arguments.json`."""
-    check_counts(arguments, "batches", "new_tokens", "prompt_tokens", "repeats")
+    check_counts(arguments, "batches", "devices", "prompts", "new_tokens", "prompt_tokens", "repeats")
+    if arguments.warmup < 0:
+        raise ValueError(f"--warmup is {arguments.warmup}: it is a number of rounds, 0 or more")
     torch.set_num_threads(1)
     path = None if arguments.model is None else resolve(arguments.model)
     context = arguments.new_tokens + (arguments.prompt_tokens if path is None else 512)
     model = causal_model(path, context=context, vocab_size=arguments.vocab_size, kv_heads=arguments.kv_heads)
-    prompts = _random_prompts(model, arguments) if path is None else _questions(path, max(arguments.batches))
-    rows = []
+    num_prompts = max(arguments.prompts, *arguments.batches)
+    prompts = _questions(path, num_prompts) if path else _random_prompts(model, num_prompts, arguments.prompt_tokens)
+    rows: list[Row] = []
     for batch in arguments.batches:
-        limits = {"max_batch": batch, "max_context": max(map(len, prompts)) + arguments.new_tokens}
-        sides = {
-            kind: partial(
-                _decode, TransformersEngine(model, speculation=kind, **limits), prompts[:batch], arguments.new_tokens
-            )
-            for kind in (_PLAIN, *arguments.drafts)
-        }
-        tell(f"batch {batch}: {1 + arguments.repeats} rounds of {len(sides)} ...")
-        decoded = alternate(sides, arguments.repeats)
-        for draft in arguments.drafts:
-            rows.append(_row(draft, batch, decoded[draft], decoded[_PLAIN]))
-            print(_LINE.format(**rows[-1]), flush=True)
+        if arguments.devices:
+            rows += _rolled_out(model, prompts[:batch], arguments)
+        else:
+            rows += _decoded(model, batch, prompts[: max(batch, arguments.prompts)], arguments)
     write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
     return 0
+
+
+def _rolled_out(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
+) -> Iterator[Row]:
+    from fuse.benchmarks.speculation.rollouts import ROLLOUT_LINE, rollout_rows  # seconds
+
+    tell(f"{len(prompts)} samples on {arguments.devices} devices: {arguments.warmup + arguments.repeats} rounds ...")
+    for row in rollout_rows(model, prompts, _PLAIN, arguments):
+        print(ROLLOUT_LINE.format(**row), flush=True)
+        yield row
+
+
+def _decoded(
+    model: PreTrainedModel, batch: int, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
+) -> Iterator[Row]:
+    limits = {"max_batch": batch, "max_context": max(map(len, prompts)) + arguments.new_tokens}
+    engines = {_PLAIN: TransformersEngine(copy.deepcopy(model), **limits)}  # those that draft change linear layers
+    engines |= {kind: TransformersEngine(model, speculation=kind, **limits) for kind in arguments.drafts}
+    sides = {kind: partial(_decode, engine, prompts, arguments.new_tokens) for kind, engine in engines.items()}
+    tell(f"batch {batch}: {arguments.warmup + arguments.repeats} rounds of {len(sides)} ...")
+    decoded = alternate(sides, arguments.repeats, arguments.warmup)
+    for draft in arguments.drafts:
+        row = _row(draft, batch, decoded[draft], decoded[_PLAIN])
+        print(_LINE.format(**row), flush=True)
+        yield row
 
 
 def _decode(engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Decoded:
@@ -128,10 +159,9 @@ def _row(draft: str, batch: int, decoded: Sequence[_Decoded], plain: Sequence[_D
     }
 
 
-def _random_prompts(model: PreTrainedModel, arguments: argparse.Namespace) -> list[list[int]]:
+def _random_prompts(model: PreTrainedModel, num_prompts: int, num_tokens: int) -> list[list[int]]:
     vocab_size = model.config.get_text_config().vocab_size
-    shape = max(arguments.batches), arguments.prompt_tokens
-    prompts: list[list[int]] = np.random.default_rng(1).integers(0, vocab_size, shape).tolist()
+    prompts: list[list[int]] = np.random.default_rng(1).integers(0, vocab_size, (num_prompts, num_tokens)).tolist()
     return prompts
 
 

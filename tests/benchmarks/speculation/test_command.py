@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from fuse.benchmarks.speculation import command
+from fuse.benchmarks.speculation import command, rollouts
 from fuse.benchmarks.speculation.command import _Decoded
 
 
@@ -30,6 +31,29 @@ def test_writes_a_row_per_batch_and_draft(tmp_path: Path, capsys: pytest.Capture
         assert 1 <= row["tokens_per_step"] <= 9
         assert 0 <= row["right"] <= 1
     assert "int8, batch 3: " in capsys.readouterr().out
+
+
+def test_more_samples_than_are_decoded_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    options = ["--batches", "2", "--prompts", "5", "--drafts", "ngram", "--new-tokens", "6", "--warmup", "0"]
+    assert run(*options, "--json", str(path)) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["batch"], row["num_tokens"]) == (2, 30)
+
+
+def test_whole_rollouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooled_workers: None
+) -> None:
+    monkeypatch.setattr(rollouts, "local_cluster", lambda *_: nullcontext())  # the pool has one
+    path = tmp_path / "out.json"
+    options = ["--devices", "2", "--batches", "6", "--drafts", "int8", "--new-tokens", "30", "--prompt-tokens", "5"]
+    assert run(*options, "--json", str(path)) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["draft"], row["devices"], row["batch"], row["num_tokens"]) == ("int8", 2, 6, 180)
+    assert 0 < row["generation_seconds"] <= row["seconds"]
+    assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
+    assert 1 <= row["tokens_per_step"] <= 9
+    assert "int8, 6 samples on 2 devices: " in capsys.readouterr().out
 
 
 def test_a_token_that_differs_is_seen() -> None:
