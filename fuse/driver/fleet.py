@@ -260,7 +260,9 @@ class Fleet:
         is_sharded = settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
         self._offload_training(kept=(GENERATING, *copied))
-        lost = self._streams.to_all(workers, GENERATING, part or settings.exported, self._engines.takers, copied)
+        lost = self._streams.to_engines(workers, GENERATING, part or settings.exported, self._engines.takers)
+        for role in copied:
+            self._streams.to_copies(workers, role, role)
         if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
             self._mix()
         self._engines.replace_lost(lost)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -60,38 +58,8 @@ class WeightStreams:
     def __init__(self, cluster: Cluster, settings: FleetSettings) -> None:
         self._cluster, self._settings = cluster, settings
         self._groups: dict[tuple[int, str], _Group] = {}
-        self._holders: dict[str, list[bool]] = {}  # by model, which devices score by a copy of it
         self._numbers = itertools.count()
         self._told: set[str] = set()
-
-    def to_all(
-        self,
-        models: Sequence[ModelHandle],
-        role: str,
-        part: Exported,
-        engines: Mapping[int, WeightTakerHandle],
-        copied: Sequence[str],
-    ) -> dict[int, WorkerError]:
-        """`to_engines`, and of the models `copied` `to_copies`: side by side where no call waits for another process.
-
-        On several hosts broadcasts do, and devices that share stages gather matrices, all in one order.
-        """
-        assert role not in copied, f"{role} would be sent twice at once"
-
-        def to_copies() -> None:
-            for one in copied:
-                self.to_copies(models, one, one)
-
-        shares = self._settings.training.tensor_parallel_size > 1
-        if shares or not self._is_one_host([*range(len(models)), *engines]):
-            lost = self.to_engines(models, role, part, engines)
-            to_copies()
-            return lost
-        with ThreadPoolExecutor(1) as beside:
-            copies = beside.submit(to_copies)
-            lost = self.to_engines(models, role, part, engines)
-            copies.result()
-        return lost
 
     def to_engines(
         self,
@@ -107,12 +75,9 @@ class WeightStreams:
         """
         receivers = _Receivers(dict(engines), may_die=True)
         shapes, num_buckets = self._begin(models, role, self._settings.generation_dtype, part)
-        receivers.tell(lambda engine: engine.begin_weights(shapes))
-        name = f"engines, {role}"
-        with self._sending(models, role):
-            self._send(models, role, num_buckets, name, receivers, lambda engine, parcel: engine.load(parcel))
-            receivers.tell(lambda engine: engine.end_weights())
-            receivers.wait()
+        receivers.ask(lambda engine: engine.begin_weights(shapes))
+        self._send(models, num_buckets, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
+        receivers.ask(lambda engine: engine.end_weights())
         return receivers.lost
 
     def to_copies(self, models: Sequence[ModelHandle], role: str, copied: str, alpha: float | None = None) -> None:
@@ -120,18 +85,15 @@ class WeightStreams:
 
         Raises: WorkerError when a receiver dies: it trains, too.
         """
-        if copied not in self._holders:
-            self._holders[copied] = gather([model.has_copy(copied) for model in models])
-        holders = self._holders[copied]
+        holders = gather([model.has_copy(copied) for model in models])
         receivers = _Receivers({device: one for device, one in enumerate(models) if holders[device]}, may_die=False)
         if not receivers.live:
             return
         shapes, num_buckets = self._begin(models, role, torch.float32, "trained")
-        receivers.tell(lambda model: model.begin_copy(copied, shapes))
-        name = f"copies of {copied}"
-        with self._sending(models, role):
-            self._send(models, role, num_buckets, name, receivers, lambda model, one: model.copy(copied, one, alpha))
-            receivers.wait()
+        receivers.ask(lambda model: model.begin_copy(copied, shapes))
+        self._send(
+            models, num_buckets, f"copies of {copied}", receivers, lambda model, one: model.copy(copied, one, alpha)
+        )
 
     def _begin(
         self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype, part: Exported
@@ -142,52 +104,42 @@ class WeightStreams:
         assert len(shapes) == sum(map(len, parts)), "stages would send the same weight"
         return shapes, {device: len(cut(part, dtype, BUCKET_BYTES)) for device, part in enumerate(parts) if part}
 
-    @contextmanager
-    def _sending(self, models: Sequence[ModelHandle], role: str) -> Iterator[None]:
-        """In the body stages send; what the last bucket takes is free behind it."""
-        try:
-            yield
-        finally:
-            for model in models:
-                model.end_export(role)  # nobody waits: one may have died
-
     def _send(
         self,
         models: Sequence[ModelHandle],
-        role: str,
         num_buckets: Mapping[int, int],
         to: str,
         receivers: _Receivers[_R],
         give: Callable[[_R, Parcel], Future[None]],
     ) -> None:
-        """Give receivers every bucket; who calls this waits for the last one. Devices that share a stage go in step."""
+        """Have receivers take in every bucket. Devices that share a stage go in step."""
         size = self._settings.training.tensor_parallel_size
-        for turn, devices in enumerate(self._turns(num_buckets, receivers)):
-            if turn:
-                receivers.wait()
-            groups = {device: self._group(device, models[device], to, receivers) for device in devices}
-            for index in range(max((num_buckets[device] for device in devices), default=0)):
-                if index:
-                    receivers.wait()  # a device offers one bucket at a time
-                    self._close_broken(groups, to, receivers)
-                asked = {
-                    device: [model.export_next(role, _name(group)) for model in models[device : device + size]]
-                    for device, group in groups.items()
-                    if index < num_buckets[device]
-                }
-                parcels = {device: gather(exports)[0] for device, exports in asked.items()}
-                receivers.hand_over(
-                    [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give
-                )
+        try:
+            for devices in self._turns(num_buckets, receivers):
+                groups = {device: self._group(device, models[device], to, receivers) for device in devices}
+                for index in range(max((num_buckets[device] for device in devices), default=0)):
+                    asked = {
+                        device: [model.export_next(_name(group)) for model in models[device : device + size]]
+                        for device, group in groups.items()
+                        if index < num_buckets[device]
+                    }
+                    parcels = {device: gather(exports)[0] for device, exports in asked.items()}
+                    receivers.hand_over(
+                        [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give
+                    )
+                    for device, group in groups.items():
+                        if group is not None and not group.devices <= receivers.live.keys():
+                            self._close(device, to)
+                            groups[device] = None
+        finally:
+            for model in models:
+                model.end_export()  # nobody waits: one may have died
 
     def _turns(self, senders: Iterable[int], receivers: _Receivers[_R]) -> list[list[int]]:
         """Which devices send side by side: all on one host; else one alone, for a member of several groups that
         broadcast at once could be in them in another order than the others."""
-        senders = [*senders]
-        return [senders] if self._is_one_host([*senders, *receivers.live]) else [[device] for device in senders]
-
-    def _is_one_host(self, devices: Iterable[int]) -> bool:
-        return len({self._cluster.host(device) for device in devices}) == 1
+        one_host = len({self._cluster.host(device) for device in (*senders, *receivers.live)}) == 1
+        return [[*senders]] if one_host else [[device] for device in senders]
 
     # Broadcasts
 
@@ -230,13 +182,6 @@ class WeightStreams:
             return False
         return True
 
-    def _close_broken(self, groups: dict[int, _Group | None], to: str, receivers: _Receivers[_R]) -> None:
-        """Those whose members have not all lived."""
-        for device, group in groups.items():
-            if group is not None and not group.devices <= receivers.live.keys():
-                self._close(device, to)
-                groups[device] = None
-
     def _close(self, device: int, to: str) -> None:
         group = self._groups.pop((device, to))
         for member in group.members:
@@ -260,13 +205,12 @@ def _name(group: _Group | None) -> str | None:
 class _Receivers(Generic[_R]):
     """Those that still take weights in, by device; and why others do not any more.
 
-    Calls of a receiver run in their order, so that none is waited for before `wait`. may_die: else a death is raised.
+    may_die: else a death is raised.
     """
 
     def __init__(self, live: dict[int, _R], *, may_die: bool) -> None:
         self.live, self.lost = live, dict[int, WorkerError]()
         self._may_die = may_die
-        self._calls: dict[Future[None], frozenset[int]] = {}  # and the devices that fail together with each
 
     def drop(self, devices: Iterable[int], error: WorkerError) -> None:
         """Raises: the error, where it is no death, or none may die."""
@@ -277,24 +221,25 @@ class _Receivers(Generic[_R]):
             if self.live.pop(device, None) is not None:
                 self.lost[device] = error
 
-    def tell(self, call: Callable[[_R], Future[None]]) -> None:
+    def ask(self, call: Callable[[_R], Future[None]]) -> None:
         """Have all do something."""
-        self._calls |= {call(one): frozenset({device}) for device, one in self.live.items()}
+        self._wait({call(one): frozenset({device}) for device, one in self.live.items()})
 
     def hand_over(
         self, parcels: Iterable[tuple[Parcel, _Group | None]], give: Callable[[_R, Parcel], Future[None]]
     ) -> None:
         """Have all take buckets in: those of a bucket's group by its broadcast, all others at its address."""
+        calls = {}
         for parcel, group in parcels:
             far = frozenset[int]() if group is None else group.devices
             by_group = replace(parcel, address=None, group=_name(group))
             for device, one in self.live.items():
                 call = give(one, by_group if device in far else parcel)
-                self._calls[call] = far if device in far else frozenset({device})
+                calls[call] = far if device in far else frozenset({device})
+        self._wait(calls)
 
-    def wait(self) -> None:
+    def _wait(self, calls: dict[Future[None], frozenset[int]]) -> None:
         """Until all calls have ended, but for those of devices that fail together with one that has failed."""
-        calls, self._calls = self._calls, {}
         while calls:
             for future in wait_ended([*calls]):
                 devices = calls.pop(future, None)

@@ -137,13 +137,13 @@ class ModelHandle:
         """Prepare to send the rank's part of a model; the shapes of what it will send, by name."""
         return self.worker.call(ModelWorker.begin_export, model, dtype, most_bytes, part)
 
-    def export_next(self, model: str, group: str | None) -> Future[Parcel | None]:
+    def export_next(self, group: str | None) -> Future[Parcel | None]:
         """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender."""
-        return self.worker.call(ModelWorker.export_next, model, group)
+        return self.worker.call(ModelWorker.export_next, group)
 
-    def end_export(self, model: str) -> Future[None]:
+    def end_export(self) -> Future[None]:
         """Send no more of it."""
-        return self.worker.call(ModelWorker.end_export, model)
+        return self.worker.call(ModelWorker.end_export)
 
     def has_copy(self, role: str) -> Future[bool]:
         """Whether the rank scores by a model's copy, which must be given its weights."""

@@ -63,7 +63,6 @@ class ModelWorker:
         self._num_inferences = 0
         self._port = WeightPort()
         self._frozen = FrozenTensors()
-        self._senders: dict[str, WeightSender] = {}
 
     # The world
 
@@ -266,22 +265,20 @@ class ModelWorker:
         shapes = self._training.exported_shapes(model, part)
         tensors = self._training.stream_weights(model, dtype, part)
         is_silent = not self._training.is_first_of_group
-        self._senders[model] = WeightSender(
-            shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent
-        )
+        self._sender = WeightSender(shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent)
         return {} if is_silent else shapes
 
-    def export_next(self, model: str, group: str | None) -> Parcel | None:
+    def export_next(self, group: str | None) -> Parcel | None:
         """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender.
 
         Ranks that share stages are called in step. Pre: whoever got the one before has done with it.
         """
         with self._recorder.span("export", "weights"):
-            return self._senders[model].next(self._port.group(group))
+            return self._sender.next(self._port.group(group))
 
-    def end_export(self, model: str) -> None:
+    def end_export(self) -> None:
         """Send no more of it, and free what the last bucket takes."""
-        self._senders.pop(model).close()
+        self._sender.close()
 
     def has_copy(self, role: str) -> bool:
         """Whether this rank scores by a model's copy, which must be given its weights."""
