@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fuse.interstage.migration import Policy
+from fuse.interstage.policies import NONE
 from fuse.interstage.rollout import Rollout, SimulationResult
 from fuse.interstage.simulate_tail import TailResult, TailWork, simulate_tail
 from fuse.interstage.tail import Sharing, TailSettings
@@ -147,5 +148,5 @@ def show_tail(console: Console, rows: Sequence[tuple[str, TailRow]]) -> None:
             *(f"{row.hidden_share:.0%}", f"{row.spare_share:.2f}", f"{row.gain:.3f}x"),
         )
     console.print(table)
-    if found := hidden_where_long_enough([row for _, row in rows]):
+    if found := hidden_where_long_enough([row for _, row in rows if row.policy != NONE]):  # which scores at the end
         console.print(found)

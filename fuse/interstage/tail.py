@@ -142,7 +142,9 @@ def train_early(
     micro_batches_each = num_stages if token_s is not None else 1
     room = math.inf  # for the `time_tokens` of a piece
     if token_s:
-        room = _CAUTION * within_s / num_stages / token_s / max(takers.values())
+        factor = max(takers.values())
+        num_held = num_stages if factor == 1 else 1  # beside samples, small pieces that fill no pipeline do not pay
+        room = _CAUTION * within_s / num_held / token_s / factor
 
     def fits(piece: Sequence[int]) -> bool:
         if tokens[list(piece)].sum() > room:
@@ -158,8 +160,8 @@ def train_early(
             pieces[place].append(sample)
             held[place] += int(tokens[sample])
     return [
-        Train(replica, _cut(piece, num_stages, size), factor)
-        for (replica, factor), piece in zip(takers.items(), pieces, strict=True)
+        Train(replica, _cut(piece, num_stages, size), slower)
+        for (replica, slower), piece in zip(takers.items(), pieces, strict=True)
         if piece
     ]
 
