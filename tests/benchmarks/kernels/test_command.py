@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fuse.benchmarks.kernels import cases, command
+from fuse.benchmarks.kernels.adapters import lora_cases
 from fuse.benchmarks.kernels.rows import Case, Rates, roofline_ms
 from fuse.benchmarks.kernels.schedules import schedule_cases
 
@@ -30,6 +31,7 @@ SMALL = {
     "sample_tokens": (partial(cases.sample_cases, rows=2, vocab_size=9),),
     "decode_attention": (partial(cases.decode_attention_cases, rows=2, kv_heads=1, context=9, head_dim=8),),
     "layer_steps": (partial(cases.layer_steps_cases, samples=1, tokens=3, width=8, head_dim=4),),
+    "lora": (partial(lora_cases, hidden_size=8, intermediate_size=12),),
     "kv_blocks": (partial(cases.kv_blocks_cases, num_layers=2, num_tokens=3, head_dim=4),),
     "schedules": (partial(schedule_cases, num_ranks=2, num_micro_batches=2),),
     "skinny_linear": (partial(cases.skinny_linear_cases, outs=5, width=8),),
@@ -84,7 +86,7 @@ def test_writes_complete_rows_of_every_kernel(tmp_path, monkeypatch, capsys):
     found = {}
     for row in results["rows"]:
         assert row.keys() == KEYS
-        assert row["implementation"].startswith("native")
+        assert row["implementation"].startswith("native") or row["kernel"] == "lora"  # torch both ways
         assert row["ms"] > 0
         assert row["reference_ms"] > 0
         if row["kernel"] not in ("local_search", "suffix_index"):
@@ -92,7 +94,7 @@ def test_writes_complete_rows_of_every_kernel(tmp_path, monkeypatch, capsys):
         found.setdefault(row["kernel"], []).append((row["pass"], row["dtype"], row["reference"]))
     assert found.keys() == {
         "gae", "shaped_gae", "sample_tokens", "decode_attention", "kv_gather", "kv_scatter", "linear_logprob",
-        "rms_norm", "rotary", "swiglu", "skinny_linear", "suffix_index", "schedule_evaluation", "local_search",
+        "rms_norm", "rotary", "swiglu", "skinny_linear", "suffix_index", "lora", "schedule_evaluation", "local_search",
     }  # fmt: skip
     references = ("log_softmax and gather", "checkpointed chunks")
     passes = ("forward", "forward_backward")
