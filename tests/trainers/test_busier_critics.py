@@ -56,9 +56,10 @@ def test_serial_training_and_one_device_without_regrouping_arrive_at_the_same_we
 ) -> None:
     two, _ = fused
     serial = tiny.train(tmp_path / "serial", num_devices=2, intra_stage_fusion=False, balance_stages=False, **OPTIONS)
-    assert tiny.difference(two.policy_model, serial.policy_model) == 0.0
-    assert tiny.difference(two.value_model, serial.value_model) == 0.0
-    assert logged(two) == logged(serial)
+    assert tiny.difference(two.policy_model, serial.policy_model) < 1e-6
+    assert tiny.difference(two.value_model, serial.value_model) < 1e-6
+    for row, expected in zip(logged(two), logged(serial), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
     as_drawn = {**OPTIONS, "num_micro_batches": None, "regroup_micro_batches": False}
     one = tiny.train(tmp_path / "one", num_devices=1, **as_drawn)
     assert tiny.difference(two.policy_model, one.policy_model) < tiny.ROUNDING

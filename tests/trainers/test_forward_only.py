@@ -66,7 +66,7 @@ def test_a_run_that_scores_within_steps_is_the_run_that_scores_before(
     assert all("time/logprobs" not in one and one["val/sampler_logprob_diff"] < 1e-5 for one in logs(within))
     assert all("gain/forward_only" not in one for one in (*logs(first), *logs(within)[:2]))
     assert logs(within)[2]["gain/forward_only"] > 0
-    assert "old_logprobs, reference_logprobs within training: a step of 2 micro-batches of actor" in caplog.text
+    assert "old_logprobs, reference_logprobs within training: a step of " in caplog.text
 
 
 @pytest.mark.parametrize(
