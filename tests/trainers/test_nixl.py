@@ -40,7 +40,7 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
     trainer = tiny.trainer(
         output_dir,
         reward=reward,
-        models={"max_position_embeddings": 1024},
+        models={"max_position_embeddings": 1024, "mlp_bias": True},  # decoded by modules, step by step
         stop_token=None,
         num_devices=2,
         total_episodes=8,

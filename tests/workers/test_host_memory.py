@@ -41,11 +41,11 @@ def test_what_is_between_that_in_use_goes_back_too() -> None:
 
 
 @pytest.mark.usefixtures("in_process_workers")
-def test_every_update_ends_by_giving_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_update_gives_back_before_and_after_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr(model_worker, "give_back_if_scarce", lambda: given.append(1))
     tiny.train(tmp_path, total_episodes=16)
-    assert len(given) == 2
+    assert len(given) == 2 * 2, "before it trains and after it, in both updates"
 
 
 @pytest.mark.parametrize(("available_mb", "is_given"), [(16 * 3 * 100 + 1, False), (16 * 3 * 100 - 1, True)])

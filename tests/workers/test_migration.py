@@ -86,6 +86,7 @@ class Workers:
                 num_key_value_heads=2,
                 max_position_embeddings=1024,
                 initializer_range=0.1,
+                mlp_bias=True,  # no model that is decoded in one native call a step: samples would have ended
             )
         )
         self.weights = put_state_dict(self._model.state_dict())

@@ -80,11 +80,13 @@ def test_two_devices_generate_the_tokens_of_one(engines: Engines) -> None:
     """Also of a sample that leaves in the middle, with its tokens alone; of new weights; and when a process died."""
     (engine,) = engines.workers
     assert len(set(engines.process_ids)) == 2
-    engine.submit(REQUESTS)
-    (departure,) = engine.evict([REQUESTS[0].sample_id], with_kv=True).result()
+    unending = replace(REQUESTS[0].params, stop_token_ids=(), max_new_tokens=96 - len(REQUESTS[0].prompt_ids))
+    requests = [replace(REQUESTS[0], params=unending), *REQUESTS[1:]]
+    engine.submit(requests)
+    (departure,) = engine.evict([requests[0].sample_id], with_kv=True).result()
     assert departure.kv is None
     engine.admit([departure]).result()
-    assert_same(generated(engine, [departure.request, *REQUESTS[1:]]), expected(0, REQUESTS))
+    assert_same(generated(engine, [departure.request, *requests[1:]]), expected(0, requests))
 
     few = REQUESTS[5:7]
     engines.call(GenerationHandle.sleep)
