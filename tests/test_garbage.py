@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from fuse import garbage
 from fuse.garbage import set_apart
 
 
@@ -22,8 +23,10 @@ class Circle:
 def thawed() -> Iterator[None]:
     """As the heap of a process is that has set nothing apart."""
     gc.unfreeze()
+    garbage._has_frozen_objects.cache_clear()
     yield
     gc.freeze()
+    garbage._has_frozen_objects.cache_clear()
 
 
 def test_garbage_of_before_waits_for_the_end() -> None:

@@ -50,8 +50,7 @@ def check_arguments(
     for name, given in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
         if not isinstance(base_of(given), PreTrainedModel) and not (name == "ref_model" and given is None):
             raise ValueError(f"{name} is {given!r}: pass a transformers model, e.g. by from_pretrained")
-    for name, given in (("ref_model", ref_model), ("reward_model", reward_model)):
-        check_whole(name, given)
+    check_whole("ref_model", ref_model)
     check_unset({}, optimizers)
 
 
@@ -65,7 +64,7 @@ def check_unset(arguments: Mapping[str, object], optimizers: tuple[object, objec
 
 
 def check_whole(argument: str, model: object) -> None:
-    """Raises: ValueError for a model with adapters that does not train."""
+    """Raises: ValueError for a reference with adapters."""
     if is_adapted(model):
         raise ValueError(f"{argument} has adapters and does not train: pass what its merge_and_unload() gives")
 

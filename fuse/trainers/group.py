@@ -339,7 +339,7 @@ def _reward_sources(
             num_labels = {} if is_advantage_model(AutoConfig.from_pretrained(source)) else {"num_labels": 1}
             source = AutoModelForSequenceClassification.from_pretrained(source, **num_labels, **options)
             sources[index] = source
-        checks.check_whole("a reward model", source)
+        source = sources[index] = base_of(source)
         if isinstance(source, PreTrainedModel):
             own[index] = tokenizers[index] or AutoTokenizer.from_pretrained(source.config._name_or_path)
         elif not callable(source):

@@ -58,7 +58,7 @@ class PPOTrainer(Trainer):
     model: the policy, any causal language model that declares `base_model_pp_plan`.
     ref_model: what the KL penalty measures from; None takes a copy of the policy. Of one with adapters there is none:
         the policy itself, without them or by `args.ref_adapter_name`, is what it measures from.
-    reward_model: a sequence classifier with one label, or a callable
+    reward_model: a sequence classifier with one label, with adapters or without, or a callable
         `(prompts: list[str], responses: list[str], **columns: list) -> list[float]`, given the dataset's other columns.
     train_dataset: rows with `input_ids`. No models share parameters.
     value_model: a sequence classifier with one label, trained as the critic.
@@ -83,7 +83,7 @@ class PPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         model: PreTrainedModel | PeftModel,
         ref_model: PreTrainedModel | None,
-        reward_model: PreTrainedModel | RewardFunction,
+        reward_model: PreTrainedModel | PeftModel | RewardFunction,
         train_dataset: Any,
         value_model: PreTrainedModel | PeftModel,
         data_collator: Any = None,
@@ -102,7 +102,7 @@ class PPOTrainer(Trainer):
         self.processing_class = processing_class
         self.policy_model = with_adapter(model, peft_config, "peft_config")
         train_adapter(self.policy_model, args.model_adapter_name)
-        self.reward_model = reward_model
+        self.reward_model = reward_model = base_of(reward_model)
         self.value_model = with_adapter(value_model, value_peft_config, "value_peft_config", replacing=("score",))
         policy, critic = base_of(self.policy_model), base_of(self.value_model)
         self.ref_model, variants = reference_of(policy, args.ref_adapter_name, ref_model)

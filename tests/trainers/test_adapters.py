@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("pooled_workers")
 LORA = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
-def trainer(output_dir: Path, *, ref_model: Any = None, models: Any = (), **options: Any) -> PPOTrainer:
+def trainer(
+    output_dir: Path, *, ref_model: Any = None, reward: Any = tiny.count_a, models: Any = (), **options: Any
+) -> PPOTrainer:
     torch.manual_seed(0)  # PEFT draws A
     policy, value = tiny.policy(**dict(models)), tiny.scorer(1)
     value.model.load_state_dict(policy.model.state_dict())
@@ -31,7 +33,7 @@ def trainer(output_dir: Path, *, ref_model: Any = None, models: Any = (), **opti
         processing_class=tiny.tokenizer(),
         model=policy,
         ref_model=ref_model,
-        reward_model=tiny.count_a,
+        reward_model=reward,
         train_dataset=tiny.rows(),
         value_model=value,
         peft_config=LORA,
@@ -88,6 +90,35 @@ def test_adapters_are_saved_as_peft_reads_them_and_resumed_on_other_devices(tmp_
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, resumed.policy_model.eval()(ids).logits, atol=1e-5, rtol=0)
     assert tiny.difference(merged, tiny.policy(tie_word_embeddings=True)) > 1e-3
+
+
+def test_a_reward_model_with_adapters_is_over_the_same_base(tmp_path: Path) -> None:
+    """It gives the rewards of its merged self."""
+    scorer = tiny.scorer(1)
+    scorer.model.load_state_dict(tiny.policy().model.state_dict())
+    adapted = get_peft_model(scorer, LoraConfig(r=2, lora_alpha=32, task_type="SEQ_CLS", target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    whole = copy.deepcopy(adapted).merge_and_unload()
+    scores = {}
+    for name, reward in {"adapted": adapted, "whole": whole, "base": scorer_of_zero(adapted)}.items():
+        made = trainer(tmp_path / name, reward=reward, total_episodes=8, scoring="sharded", num_devices=2)
+        lenders = {origin.role for origin in made._settings.origins["reward"].values()}
+        assert "actor" in lenders
+        made.train()
+        scores[name] = made.state.log_history[-1]["objective/scores"]
+    assert scores["adapted"] == pytest.approx(scores["whole"], abs=1e-5)
+    assert scores["adapted"] != pytest.approx(scores["base"], abs=1e-4)
+
+
+def scorer_of_zero(adapted: Any) -> Any:
+    """The same without what its adapters add."""
+    made = copy.deepcopy(adapted)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    return made
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from fuse.intrastage.adapters import base_of, with_adapter
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, place
 from fuse.intrastage.training_schedule import Plan, halved_serial_schedule
+from fuse.trace import SpanRecorder
 from fuse.training.model_spec import ModelSpec
+from fuse.training.rank import TrainingRank
 from fuse.training.rounds import rounds
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings
 from fuse.training.steps import optimizer_steps
@@ -78,6 +80,12 @@ def test_what_is_equal_is_found_by_its_bits() -> None:
     }
 
 
+def with_lent(role: str, stored: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Tensor]:
+    """As `get_weights`, without an object store."""
+    lent = {name: stored[one.role][one.name] for name, one in origins.items() if one.role != role}
+    return stored[role] | lent
+
+
 LAYOUTS: dict[str, tuple[int, tuple[Replica, ...]]] = {
     "one device": (1, (*place("actor", 1, 1), *place("critic", 1, 1))),
     "opposite": (2, (*place("actor", 2, 2), *place("critic", 2, 2, reverse=True))),
@@ -126,12 +134,7 @@ def held(device: int, num_devices: int, placement: tuple[Replica, ...], scoring:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_device_holds_what_the_ledger_has(layout: str, scoring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of opposite pipelines a device has other layers of each model, and together each layer once."""
-
-    def get_weights(role: str, stored: Mapping[str, Any], origins: Mapping[str, Any]) -> dict[str, Tensor]:
-        lent = {name: stored[one.role][one.name] for name, one in origins.items() if one.role != role}
-        return stored[role] | lent
-
-    monkeypatch.setattr(model_worker, "get_weights", get_weights)
+    monkeypatch.setattr(model_worker, "get_weights", with_lent)
     num_devices, placement = LAYOUTS[layout]
     setup = MemorySetup(
         models=planned_models(
@@ -166,3 +169,36 @@ def test_a_device_holds_what_the_ledger_has(layout: str, scoring: Any, monkeypat
         assert bool(bases) == (once < apart)
     if layout != "opposite" or scoring == "whole":
         assert all(once < 0.7 * apart for once, apart in found)
+
+
+def test_what_models_have_in_common_is_away_while_nobody_needs_it() -> None:
+    specs = {role: spec(role) for role in ("actor", "critic")}
+    stored = {
+        role: {name: one.clone() for name, one in own_weights(role, MODELS[role], specs[role]).items()}
+        for role in specs
+    }
+    name = "model.layers.0.mlp.up_proj.base_layer.weight"
+    expected, common = stored["actor"][name].clone(), stored["actor"][name]
+
+    def run(rank: int) -> None:
+        _, placement = LAYOUTS["one device"]
+        training = TrainingRank(rank, torch.device("cpu"), specs, placement, SETTINGS, SpanRecorder())
+        for role in specs:
+            training.load_weights(role, with_lent(role, stored, specs[role].origins))
+        (stages,) = zip(*(training.stages_of(role).values() for role in specs), strict=True)
+        held = [dict(stage.named_parameters())[name] for stage in stages]
+        away = common.untyped_storage()
+        training.offload.put_away(["actor"])
+        assert away.nbytes(), "the actor needs it"
+        training.offload.put_away([], [common])
+        assert away.nbytes(), "a copy that scores needs it"
+        training.offload.put_away([])
+        assert not away.nbytes()
+        training.offload.bring_weights("critic")
+        assert all(torch.equal(one, expected) for one in held)
+        training.offload.bring_all()
+        assert all(
+            parameter.untyped_storage().nbytes() for stage in stages for _, parameter in stage.named_parameters()
+        )
+
+    FakeNccl(1, 64).run(run)
