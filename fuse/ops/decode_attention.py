@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuse.ops.native import choose, extension, log_choice
+from fuse.ops.native import choose, described, log_choice
 
 NATIVE_DTYPES = (torch.float32,)
 
@@ -72,10 +72,7 @@ def is_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    return "native C++ for float32 on CPU; torch's fused attention elsewhere"
+    return described("native C++ for float32 on CPU; torch's fused attention elsewhere")
 
 
 def implementation(example: Tensor) -> str:

@@ -24,6 +24,12 @@ def extension() -> tuple[ModuleType | None, str]:
         return None, f"fuse._native does not load ({error}); build it with `make setup` or `pip install`"
 
 
+def described(serves: str) -> str:
+    """What serves an operation, in words: this of its native code, or the reference, and why."""
+    native, reason = extension()
+    return f"torch reference: {reason}" if native is None else serves
+
+
 def choose(
     device: torch.device,
     dtype: torch.dtype | None = None,

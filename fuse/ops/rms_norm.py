@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fuse.ops.native import call, choose, extension, log_choice
+from fuse.ops.native import call, choose, described, log_choice
 
 NATIVE_DTYPES = (torch.float32,)
 
@@ -77,10 +77,7 @@ def _gradients(inputs: Tensor, weight: Tensor, factors: Tensor, output_grad: Ten
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    return "native C++ for float32 on CPU; torch elsewhere"
+    return described("native C++ for float32 on CPU; torch elsewhere")
 
 
 def implementation(example: Tensor) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fuse.ops.native import call, choose, extension, log_choice
+from fuse.ops.native import call, choose, described, log_choice
 
 NATIVE_DTYPES = (torch.float32,)
 
@@ -64,10 +64,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, output_grad: Tensor) -> tuple[Tens
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    return "native C++ for float32 on CPU; torch elsewhere"
+    return described("native C++ for float32 on CPU; torch elsewhere")
 
 
 def implementation(example: Tensor) -> str:
