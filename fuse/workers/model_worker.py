@@ -157,11 +157,9 @@ class ModelWorker:
         """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
         columns = {column for one in rounds for column in one.scored}
         scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
-        if self._device.type == "cpu":
-            give_back_if_scarce()  # what scoring has freed lies between what stays
+        self._give_back()  # what scoring has freed lies between what stays
         trained = self._training.train(experience, rounds, learning_rates, plans, scorers)
-        if self._device.type == "cpu":
-            give_back_if_scarce()  # gradients and activations: engines and scoring come next
+        self._give_back()  # gradients and activations: engines and scoring come next
         return trained
 
     def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
@@ -328,9 +326,12 @@ class ModelWorker:
         mixed: models that only score and are part of it; every rank has all of them, and the first writes them.
         """
         seen = self._training.save(directory, self._scoring_models(mixed) if self._rank == 0 else {})
-        if self._device.type == "cpu":
-            give_back_if_scarce()  # files as they were made
+        self._give_back()  # files as they were made
         return seen
+
+    def _give_back(self) -> None:
+        if self._device.type == "cpu":
+            give_back_if_scarce()
 
     def load(self, directory: Path, mixed: Sequence[str] = ()) -> None:
         """Read this rank's part of a training state, whatever ranks wrote it. mixed: as of `save`."""
