@@ -84,7 +84,7 @@ class Workers:
                 intermediate_size=64,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=1024,
+                max_position_embeddings=2048,
                 initializer_range=0.1,
                 mlp_bias=True,  # no model that is decoded in one native call a step: samples would have ended
             )
@@ -205,7 +205,8 @@ def test_what_was_never_fetched_is_taken_back_with_the_next_weights(workers: Wor
     addresses = []
     for sample_id in (0, 1, 2):
         responses: dict[int, Response] = {}
-        ask(source, CarryingWorker.submit, [request(sample_id)])
+        # However many tokens an engine has made: between two powers of two, which pieces of memory have.
+        ask(source, CarryingWorker.submit, [request(sample_id, 1025)])
         wait_for_tokens(source, responses, sample_id)
         (departure,) = evict(source, responses, [sample_id])
         assert departure.kv is not None
