@@ -16,13 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fuse.intrastage.cost_profile import shape_of
 from fuse.intrastage.fused_layers import has_known_layers
 from fuse.intrastage.no_cache import NoCache
 from fuse.micro_batch import MicroBatch
 
 PACKED_ATTENTION = "fuse_packed"
-_MOST_FILLED = 0.97
-"""Of a micro-batch's places by tokens, beyond which it passes as it is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,13 +38,13 @@ class Packing:
     @classmethod
     def of(cls, micro_batch: MicroBatch, model: PreTrainedModel) -> Packing | None:
         """None where the micro-batch is full, or is to pass through the model as it is laid out."""
-        lengths, shape = micro_batch.lengths, micro_batch.input_ids.shape
-        if lengths is None or sum(lengths) > _MOST_FILLED * shape.numel():
+        lengths, width = micro_batch.lengths, micro_batch.input_ids.shape[1]
+        if lengths is None or shape_of(micro_batch).num_sequences == len(lengths):
             return None
         if model.config._attn_implementation != PACKED_ATTENTION or not micro_batch.input_ids.is_cpu:
             return None
-        places = torch.cat([torch.arange(length) + row * shape[1] for row, length in enumerate(lengths)])
-        return cls(lengths, places, shape[1])
+        places = torch.cat([torch.arange(length) + row * width for row, length in enumerate(lengths)])
+        return cls(lengths, places, width)
 
     @property
     def position_ids(self) -> Tensor:
@@ -57,9 +56,14 @@ class Packing:
         return values.flatten().index_select(0, self.places).unsqueeze(0)
 
 
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether a model's layers are known to pass on to attention what it takes to tell packed sequences apart."""
+    return has_known_layers(model) and model.config._attn_implementation in ("sdpa", PACKED_ATTENTION)
+
+
 def use_packing(model: PreTrainedModel) -> None:
-    """Have a model's attention tell packed sequences apart, where its layers are known to pass on what that takes."""
-    if not has_known_layers(model) or model.config._attn_implementation != "sdpa":
+    """Have a model's attention tell packed sequences apart, where it can."""
+    if not can_pack(model):
         return
     ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, sdpa_mask)

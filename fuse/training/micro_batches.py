@@ -14,8 +14,10 @@ from fuse.algorithms.batch import TOKEN_IDS, Experience, Targets
 from fuse.micro_batch import MicroBatch
 
 
-def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dict[str, MicroBatch]:
-    """Samples `indices`, right-padded; heads see only what counts."""
+def ragged(
+    experience: Experience, indices: Sequence[int], weight: float, *, packs: bool = False
+) -> dict[str, MicroBatch]:
+    """Samples `indices`, right-padded; heads see only what counts. packs: models may leave padding out."""
     sequences = [
         (*experience.prompts[index], *experience.responses[index][: experience.lengths[index]]) for index in indices
     ]
@@ -38,7 +40,7 @@ def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dic
             head_index=_ranges(first, counts),
             targets=_map_columns(targets, partial(_take, rows=rows)),
             weight=weight,
-            lengths=tuple(map(len, sequences)),
+            lengths=tuple(map(len, sequences)) if packs else None,
         )
     return made
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fuse.intrastage.measure import measure_messages, shape_of
+from fuse.intrastage.cost_profile import shape_of
+from fuse.intrastage.measure import measure_messages
 from fuse.intrastage.observed import MESSAGE, shape_arguments
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder, now_s

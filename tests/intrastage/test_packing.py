@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fuse.intrastage import packing
+from fuse.intrastage.cost_profile import Shape, shape_of
 from fuse.intrastage.packing import PACKED_ATTENTION, Packing, use_packing
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import MicroBatch
+from fuse.training.layout import RaggedLayout
 from fuse.training.reading import TokenSequence
 from fuse.training.scoring import reference_logprobs, values
 
@@ -80,6 +82,28 @@ def test_models_say_the_same() -> None:
         assert packed.config._attn_implementation == PACKED_ATTENTION
         for own, expected in zip(read(packed), read(model), strict=True):
             torch.testing.assert_close(torch.tensor(own), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9, 9, 9), (9, 9, 9, 8), (9,)])
+def test_what_is_counted_is_what_passes(lengths: tuple[int, ...]) -> None:
+    """Planner and profile count shapes; stages compute on tensors."""
+    model_class, config = tiny_models.language_model()
+    stage = TransformersStage(model_class, config, stage=0, num_stages=2, loss=loss)
+    stage.load_state_dict(tiny_models.build((model_class, config)).state_dict())
+    batch = replace(micro_batch(), input_ids=micro_batch().input_ids[: len(lengths)])
+    for index, own in enumerate((replace(batch, lengths=lengths), replace(batch, lengths=None))):
+        shape = shape_of(own)
+        passed = stage.forward(index, own, None)
+        assert passed is not None
+        assert passed.shape[:2] == stage.boundary(own).shape[:2] == (shape.num_sequences, shape.num_tokens)
+        assert shape == Shape.of(lengths, packs=True) or own.lengths is None
+
+
+def test_a_run_packs_where_all_that_trains_can() -> None:
+    llama, other = (tiny_models.build(tiny_models.language_model(name)) for name in ("llama", "gpt_neox"))
+    assert RaggedLayout.of({"actor": llama, "critic": llama, "reference": other}, "transformers", "cpu").packs
+    assert not RaggedLayout.of({"actor": llama, "critic": other}, "transformers", "cpu").packs
+    assert not RaggedLayout.of({"actor": llama}, "megatron", "cpu").packs
 
 
 def test_what_stays_as_it_is_laid_out() -> None:
