@@ -65,8 +65,8 @@ class RaggedLayout:
     @classmethod
     def of(cls, models: Mapping[str, PreTrainedModel], backend: str, accelerator: str) -> RaggedLayout:
         """That of a run of these models, by role: packed where all of them that train can be on these devices."""
-        can = backend == "transformers" and accelerator == "cpu"
-        return cls(packs=can and all(can_pack(models[role]) for role in training(models)))
+        can = all(can_pack(models[role], accelerator) for role in training(models))
+        return cls(packs=can and backend == "transformers")
 
     def steps(
         self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool

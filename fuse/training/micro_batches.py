@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fuse.algorithms.batch import TOKEN_IDS, Experience, Targets
+from fuse.intrastage.cost_profile import shape_of
 from fuse.micro_batch import MicroBatch
 
 
@@ -113,5 +114,5 @@ def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
 
 
 def index_of_largest(micro_batches: Sequence[MicroBatch]) -> int:
-    """Index of the one with most tokens; of several the last, which finds memory warm."""
-    return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))
+    """Index of the one with most tokens that are computed; of several the last, which finds memory warm."""
+    return max(range(len(micro_batches)), key=lambda index: (shape_of(micro_batches[index]).size, index))
