@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import create_block_mask
@@ -90,6 +91,18 @@ def test_under_autocast_all_is_in_its_type(way: str, monkeypatch: pytest.MonkeyP
         )
     assert output.dtype == torch.bfloat16
     assert output.shape == (1, sum(LENGTHS), 2, 16)
+
+
+@pytest.mark.parametrize("way", ["varlen", "flex"])
+def test_the_host_waits_for_nothing(way: str) -> None:
+    """Tensors without values refuse to be looked at: all that the ways of GPUs need is made without that."""
+    with FakeTensorMode():
+        sequences = Sequences.of(LENGTHS, torch.device("cpu"))
+        assert sequences.rows.shape == sequences.positions.shape == (sum(LENGTHS),)
+        if way == "flex":
+            assert sequences.block_mask.shape == (1, 1, sum(LENGTHS), sum(LENGTHS))
+        with pytest.raises(DataDependentOutputException):
+            bool(sequences.ends.sum() > 0)
 
 
 @pytest.mark.parametrize("lengths", [(100, 1, 300, 29, 128), (128, 128), (5,)])
