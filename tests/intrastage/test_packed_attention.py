@@ -21,6 +21,8 @@ from fuse.intrastage.packed_attention import Sequences, by_flex, by_varlen, each
 
 LENGTHS = (3, 9, 1, 6)
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 
 def varlen_reference(
     query: Tensor,

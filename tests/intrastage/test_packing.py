@@ -43,6 +43,7 @@ def loss(hidden: Tensor, head: nn.Module, micro_batch: MicroBatch) -> Any:
     ("architecture", "way"),
     [("llama", "each"), ("qwen2", "each"), ("qwen3", "each"), ("llama", "flex"), ("qwen3", "varlen")],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_stages_learn_the_same(architecture: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages, one after the other, by every way of attention."""
     on_cpus(monkeypatch)
