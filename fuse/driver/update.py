@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import ray
@@ -63,7 +63,8 @@ def train(
     results = take_rounds(workers, experience, rounds, learning_rates, plans, pieces=pieces, between=between)
     if tail is not None:
         rounds, results = tail.whole(experience, rounds, results)
-    metrics = partial(drawn_metrics, settings.losses, settings.layout, experience)
+    laid_out = cache(partial(settings.layout.micro_batches, experience))  # roles draw the same samples
+    metrics = partial(drawn_metrics, settings.losses, laid_out, experience)
     return partial(step_reports, rounds, results[:: settings.tensor_parallel_size], planner.placement, metrics)
 
 

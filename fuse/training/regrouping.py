@@ -18,7 +18,7 @@ were drawn may be, and what a step holds in memory is within what these may take
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,6 @@ from fuse.algorithms.batch import Experience
 from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch, RowWeights
 from fuse.ops.logprob import token_logprobs
 from fuse.training.balanced_groups import balanced_groups
-from fuse.training.layout import Layout
 from fuse.training.length_groups import length_groups
 from fuse.training.rounds import Round, Share, StepPart, by_tokens, steps_of
 
@@ -200,7 +199,7 @@ def said(metrics: Metrics) -> Tensor | None:
 
 def drawn_metrics(
     losses: Mapping[str, Loss],
-    layout: Layout,
+    laid_out: Callable[[tuple[int, ...], float], Mapping[str, MicroBatch]],
     experience: Experience,
     role: str,
     parts: Sequence[StepPart],
@@ -208,7 +207,8 @@ def drawn_metrics(
 ) -> list[Mapping[Metric, float]]:
     """Metrics of the micro-batches that a step's samples were drawn in, in their order.
 
-    losses: by role. parts: of the step, regrouped. said: by micro-batch, in their order.
+    losses: by role. laid_out: `Layout.micro_batches` of samples and a weight. parts: of the step, regrouped.
+    said: by micro-batch, in their order.
     """
     loss = losses[role]
     of_role = _num_positions(experience, role)
@@ -222,7 +222,7 @@ def drawn_metrics(
         share = as_drawn[start][0]
         own = as_drawn[start : start + share.num_samples]
         start += share.num_samples
-        micro_batch = layout.micro_batches(experience, [sample for _, sample, _ in own], share.weight)[role]
+        micro_batch = laid_out(tuple(sample for _, sample, _ in own), share.weight)[role]
         with torch.no_grad():
             _, metrics = loss(torch.cat([of_sample for _, _, of_sample in own]), _Repeating(), micro_batch)
         found.append({metric: float(value) for metric, value in metrics.items()})

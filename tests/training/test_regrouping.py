@@ -167,7 +167,7 @@ def test_gradients_and_metrics_are_those_of_the_micro_batches_that_were_drawn(
     scale = float(expected.gradients.abs().max())
     assert scale > 1e-3
     torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-5, atol=1e-6 * scale)
-    rows = drawn_metrics({"actor": loss}, RaggedLayout(), of, "actor", [dealt], found.said)
+    rows = drawn_metrics({"actor": loss}, partial(RaggedLayout().micro_batches, of), of, "actor", [dealt], found.said)
     assert [list(row) for row in rows] == [list(row) for row in expected.metrics]
     for row, own in zip(rows, expected.metrics, strict=True):
         assert row == pytest.approx({metric: float(value) for metric, value in own.items()}, rel=1e-5, abs=1e-6)
@@ -269,7 +269,8 @@ def test_a_sample_that_a_step_has_twice_counts_twice() -> None:
     (dealt,) = prepared([twice], of, loss_normalization="micro_batch", units={"actor": 1})
     expected, found = Sum(loss, of, twice.parts["actor"]), Sum(loss, of, dealt.parts["actor"])
     torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-5, atol=1e-7)
-    assert len(drawn_metrics({"actor": loss}, RaggedLayout(), of, "actor", [dealt.parts["actor"]], found.said)) == 4
+    laid_out = partial(RaggedLayout().micro_batches, of)
+    assert len(drawn_metrics({"actor": loss}, laid_out, of, "actor", [dealt.parts["actor"]], found.said)) == 4
 
 
 # Ranks of training
@@ -323,7 +324,10 @@ def trained(
     by_rank = FakeNccl(num_ranks, 64).run(run)
     weights = {name: one for of_rank, _ in by_rank for name, one in of_rank.items()}
     reports = step_reports(
-        dealt, [told for _, told in by_rank], placement, partial(drawn_metrics, losses, RaggedLayout(), of)
+        dealt,
+        [told for _, told in by_rank],
+        placement,
+        partial(drawn_metrics, losses, partial(RaggedLayout().micro_batches, of), of),
     )
     return weights, reports
 

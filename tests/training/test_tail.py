@@ -180,7 +180,7 @@ class Case:
         found = FakeNccl(self.num_ranks, 64).run(run)
         everything = [*(step.early_rounds(whole, self.drawn) if pieces else ()), *of_update]
         weights = {name: weight for _, of_rank, _ in found for name, weight in of_rank.items()}
-        metrics = partial(drawn_metrics, algorithm.losses, training.layout, whole)
+        metrics = partial(drawn_metrics, algorithm.losses, partial(training.layout.micro_batches, whole), whole)
         assert sum(count for _, _, count in found) == 2 * self.num_stages * sum(
             len(piece.micro_batches) for piece in step.pieces
         )
