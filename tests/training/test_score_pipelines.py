@@ -124,7 +124,7 @@ def copy_of(role: str) -> PreTrainedModel:
     """As a model worker has it."""
     copy = ModelSpec.of(MODELS[role]).build(torch.device("cpu"), torch.float32)
     copy.load_state_dict(MODELS[role].state_dict())
-    use_packing(copy)
+    use_packing(copy, "cpu")
     return copy
 
 
