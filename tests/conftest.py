@@ -74,11 +74,12 @@ def _nothing_is_known_of_earlier_runs() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _modules_are_no_garbage() -> None:
-    """Collections of garbage, for which libraries ask all the time, need not look at all that modules hold."""
-    if not gc.isenabled():
-        gc.freeze()
-        gc.enable()
+def _what_stays_is_no_garbage() -> None:
+    """Collections of garbage, for which libraries ask all the time, need not look at all that earlier modules left."""
+    if gc.isenabled():
+        gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

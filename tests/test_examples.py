@@ -53,7 +53,7 @@ def test_a_reward_is_for_the_number_and_less_for_the_form(gsm8k: ModuleType) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2_directory")
 def test_a_real_model_is_trained(tmp_path: Path) -> None:
-    options = ["--updates", "2", "--batch", "4", "--num-questions", "4", "--response-length", "16", "--devices", "2"]
+    options = ["--updates", "2", "--batch", "2", "--num-questions", "2", "--response-length", "8", "--devices", "2"]
     paths = ["--output-dir", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")]
     mark = uuid.uuid4().hex
     ended = subprocess.run(

@@ -1,14 +1,18 @@
-"""What lives as long as a run is not looked through for garbage meanwhile, and is again afterwards."""
+"""What lives as long as a run is not looked through for garbage meanwhile, and is again afterwards. Also a program.
+
+In processes of their own: to look through all that a session of tests holds takes seconds.
+"""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from fuse import garbage
 from fuse.garbage import set_apart
 
 
@@ -19,17 +23,7 @@ class Circle:
         self.own = self
 
 
-@pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
-    """As the heap of a process is that has set nothing apart."""
-    gc.unfreeze()
-    garbage._has_frozen_objects.cache_clear()
-    yield
-    gc.freeze()
-    garbage._has_frozen_objects.cache_clear()
-
-
-def test_garbage_of_before_waits_for_the_end() -> None:
+def garbage_of_before_waits_for_the_end() -> None:
     circle = Circle()
     before = weakref.ref(circle)
     with set_apart():
@@ -42,8 +36,21 @@ def test_garbage_of_before_waits_for_the_end() -> None:
     assert before() is None
 
 
-def test_what_others_have_set_apart_stays_so() -> None:
+def what_others_have_set_apart_stays_so() -> None:
     gc.freeze()
     with set_apart():
         pass
     assert gc.get_freeze_count() > 0
+
+
+CHECKS = {check.__name__: check for check in (garbage_of_before_waits_for_the_end, what_others_have_set_apart_stays_so)}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("check", CHECKS)
+def test_garbage(check: str) -> None:
+    subprocess.run([sys.executable, "-m", __name__, check], cwd=Path(__file__).parents[1], check=True)
+
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()

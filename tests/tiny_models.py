@@ -37,6 +37,9 @@ _ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], t
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification),
 }
 
+DECODED_BY_MODULES: Mapping[str, Any] = {"mlp_bias": True}
+"""Of a Llama that no native call decodes: hundreds of tokens last while a test does something else."""
+
 ModelKind = tuple[type[PreTrainedModel], PreTrainedConfig]
 """What stages are built of."""
 

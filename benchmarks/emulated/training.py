@@ -124,7 +124,10 @@ def walk(
     }
     # Of a micro-batch the executor looks at nothing but its shape.
     micro_batches: list[Any] = [
-        [SimpleNamespace(input_ids=SimpleNamespace(shape=(shape.num_sequences, shape.num_tokens))) for shape in shapes]
+        [
+            SimpleNamespace(lengths=None, input_ids=SimpleNamespace(shape=(shape.num_sequences, shape.num_tokens)))
+            for shape in shapes
+        ]
         for shapes in one.shapes
     ]
     communicators: list[Any] = [

@@ -1,8 +1,8 @@
 """`fuse bench gpu`: what only a GPU can show, on one of them and without Ray. Exit status 1 if a check fails.
 
-Kernels against references, three PPO updates, sleep, weight sync between two processes, decoding, training beside it,
-fused steps of two ranks, and the kernels under compute-sanitizer. With --device cpu the same on tiny shapes. Needs
-torch, transformers and what these need.
+Kernels against references, packed sequences against padded ones, three PPO updates, sleep, weight sync between two
+processes, decoding, training beside it, fused steps of two ranks, and the kernels under compute-sanitizer. With
+--device cpu the same on tiny shapes. Needs torch, transformers and what these need.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LIMITS_S: Mapping[str, float] = MappingProxyType(
     {
         "kernels": 60,
         "sleep": 60,
+        "packing": 60,
         "weight_sync": 60,
         "fused_step": 90,
         "decode": 75,

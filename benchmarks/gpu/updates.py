@@ -225,7 +225,7 @@ def _settings(setup: Setup) -> TrainingSettings:
         split_backward=True,
         losses=_ALGORITHM.losses,
         targets=_ALGORITHM.targets,
-        layout=RaggedLayout(),
+        layout=RaggedLayout(packs=True),
         adamw=AdamWConfig(max_grad_norm=1.0),
         autocast=setup.dtype,
         gradient_checkpointing=False,

@@ -13,6 +13,7 @@ from fuse.algorithms.batch import Experience, Segments, counted_tokens, made_up_
 from fuse.algorithms.policy_loss import PolicyTargets
 from fuse.algorithms.value_loss import ValueTargets
 from fuse.benchmarks.lengths import response_lengths, scaled
+from fuse.benchmarks.training.settings import SETTINGS
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.micro_batch_number import TIMES, Work
 from fuse.intrastage.observed import one_of_each
@@ -55,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Samples with every mix of lengths, and what is trained on them. regroups: by length, see `prepared`.
+    """Samples with every mix of lengths, and what is trained on them. regroups: see `prepared`.
 
     chooses_number: of micro-batches, each side the one by which it should train soonest.
     """
@@ -66,12 +67,12 @@ class Workload:
     chooses_number: bool = True
 
     def prepared(self, rounds: Sequence[Round], times: float = 1.0) -> list[Round]:
-        """The rounds as they are trained: an optimizer step's samples are dealt into micro-batches by length.
+        """The rounds as they are trained: an optimizer step's samples are dealt into micro-batches by what they cost.
 
         times: as many as were drawn.
         """
         units = dict.fromkeys(self.experience.targets, 1) if self.regroups else {}
-        return regrouped(rounds, self.experience, units, Dealing(times=times))
+        return regrouped(rounds, self.experience, units, Dealing(times=times, packs=SETTINGS.layout.packs))
 
     def work(self, rounds: Sequence[Round]) -> list[Work]:
         """What the planner asks of them."""
@@ -94,8 +95,7 @@ class Workload:
 
     def shape(self, samples: Sequence[int]) -> Shape:
         """The shape of the micro-batch that these samples make."""
-        experience = self.experience
-        return Shape(len(samples), max(len(experience.prompts[one]) + experience.lengths[one] for one in samples))
+        return SETTINGS.layout.shape(self.experience, samples)
 
     def buckets(self) -> list[tuple[int, ...]]:
         """A micro-batch of each shape to measure on: of each mix the smallest, the middle and the largest.

@@ -4,7 +4,7 @@ Random Llamas take real PPO steps on the CPU, by the serial and by the fused sch
 sizes, a mix of lengths and a number of micro-batches; a row says how much faster fused steps are, how much faster the
 plan said, and what explains the difference. Operations are measured while all ranks compute and while the others idle,
 for those beside a bubble are faster. With --critic-epochs N the critic takes N steps for one of the actor, whose
-micro-batches fused steps deal evenly over them. A step's samples are dealt into micro-batches by length, for both
+micro-batches fused steps deal evenly over them. A step's samples are dealt into micro-batches anew, for both
 schedules alike, and for each into as many as should train soonest by it; --drawn-number keeps their number, --as-drawn
 the micro-batches that were drawn.
 
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--sequences", type=int, default=2, metavar="N", help="per micro-batch (default: 2)")
     parser.add_argument(
-        "--as-drawn", action="store_true", help="leave micro-batches as they are drawn, in place of dealt by length"
+        "--as-drawn", action="store_true", help="leave micro-batches as they are drawn, in place of dealt anew"
     )
     parser.add_argument(
         "--drawn-number", action="store_true",

@@ -18,7 +18,7 @@ SETTINGS = TrainingSettings(
         "critic": partial(clipped_value_loss, vf_coef=0.1, cliprange=0.2),
     },
     targets={"actor": PolicyTargets, "critic": ValueTargets},
-    layout=RaggedLayout(),
+    layout=RaggedLayout(packs=True),
     adamw=AdamWConfig(max_grad_norm=1.0),
     autocast=None,
     gradient_checkpointing=False,

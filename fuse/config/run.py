@@ -123,8 +123,8 @@ class RunConfig(EngineOptions, AveragingOptions, AdapterOptions, AuxiliaryOption
     )
     regroup_micro_batches: bool | None = option(
         None,
-        "Deal an optimizer step's samples into micro-batches of similar length, with every token's weight in the loss "
-        "what it was: gradients and metrics stay as they are, to rounding, and less is padded. Default: yes.",
+        "Deal an optimizer step's samples into micro-batches of similar length, or of as many tokens where none are "
+        "padded; every token keeps its weight in the loss, gradients and metrics stay, to rounding. Default: yes.",
     )
     num_micro_batches: int | None = option(
         None,
@@ -299,7 +299,7 @@ class RunConfig(EngineOptions, AveragingOptions, AdapterOptions, AuxiliaryOption
 
     @property
     def regroups(self) -> bool:
-        """Whether micro-batches are regrouped by length."""
+        """Whether micro-batches are regrouped."""
         return self.regroup_micro_batches is not False
 
     @property

@@ -13,7 +13,7 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.intrastage.measurement_store import machine
 from fuse.training.model_spec import ModelSpec
 
-_FORMAT = 5
+_FORMAT = 6
 _NO_MATTER = ("architectures", "transformers_version", "_name_or_path", "torch_dtype")
 
 
@@ -33,6 +33,7 @@ def identity(settings: FleetSettings, trained: Mapping[str, ModelSpec]) -> dict[
         "micro_batch": None if settings.balance is None else asdict(settings.balance),
         "micro_batches_per_step": settings.micro_batches_per_step,
         "regrouped": sorted(training.units),
+        "packed": training.layout.packs,
         "least_micro_batches": None if settings.plan.chooses_number else training.least_micro_batches,
         "accelerator": torch.cuda.get_device_name() if settings.accelerator == "cuda" else machine(),
         "torch": torch.__version__,

@@ -20,14 +20,7 @@ from typing import TypeVar
 from fuse.activity import silent
 from fuse.driver.rollout_state import RolloutDevice, RolloutReport, SampleTable, moves_kv
 from fuse.driver.score_flow import Scorers, scorers_of
-from fuse.driver.stage_by_stage import (
-    WAIT_S,
-    apply_inference,
-    apply_progress,
-    request_of,
-    sequence_of,
-    skip_inference,
-)
+from fuse.driver.stage_by_stage import WAIT_S, apply_inference, apply_progress, request_of, sequence_of, skip_inference
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.dealing import Dealing
@@ -46,6 +39,8 @@ _logger = logging.getLogger(__name__)
 
 _POLL_TIMEOUT_S = 0.25
 """Between two reports of an engine on which nothing finishes: how stale its samples' lengths may be to the policy."""
+_GATHERING = 20
+"""An engine that is not empty gathers news for as many times as long as it takes this thread to act on some."""
 
 
 class LiveRollout:
@@ -95,6 +90,7 @@ class LiveRollout:
         self._num_scored = self._num_migrations = self._moved_bytes = 0
         self._lost_engines: list[int] = []
         self._has_news = True
+        self._gather_s = 0.0
 
     def run(self) -> RolloutReport:
         """Generate and score all samples.
@@ -104,6 +100,7 @@ class LiveRollout:
         """
         start_s = self._generated_s = time.perf_counter()
         decision_s = []
+        began_s = time.thread_time()
         self._submit_all()
         while self._num_scored < len(self._table.samples):
             if not self._has_news:
@@ -114,6 +111,8 @@ class LiveRollout:
                 seen = self._table.seen(self._devices, self._limits, self._costs, time.monotonic())
                 self._act(self._policy(seen))
                 decision_s.append(time.perf_counter() - news_s)
+                worked_s = (time.thread_time() - began_s) / len(decision_s)
+                self._gather_s = min(_POLL_TIMEOUT_S, _GATHERING * worked_s)
         while self._pending:  # polls of engines that are empty now; left alone, they would eat the next reports
             self._take_answers()
         assert not self._table.home
@@ -158,7 +157,7 @@ class LiveRollout:
     def _poll(self, device: RolloutDevice) -> None:
         if device.engine is not None and device.held and not device.is_polled:
             device.is_polled = True
-            polled = device.engine.poll(_POLL_TIMEOUT_S)
+            polled = device.engine.poll(_POLL_TIMEOUT_S, self._gather_s)
             self._expect(device, polled, lambda reports: self._progress(device, reports))
 
     def _progress(self, device: RolloutDevice, reports: Sequence[Progress]) -> None:

@@ -1,8 +1,9 @@
-"""The micro-batches of an update as they are trained: dealt by length, as many as are planned to train soonest."""
+"""The micro-batches of an update as they are trained: dealt by their costs, as many as are planned to train soonest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 from fuse.algorithms.batch import Experience
@@ -35,6 +36,7 @@ def dealt(
 
     def made(dealing: Dealing) -> Sequence[Round]:
         normalization, units = settings.loss_normalization, settings.units
+        dealing = replace(dealing, packs=settings.layout.packs)
         return prepared(rounds, experience, loss_normalization=normalization, units=units, dealing=dealing)
 
     replicas = most_replicas(planner.placement)
@@ -57,7 +59,7 @@ def shapes_of(rounds: Sequence[Round], experience: Experience, layout: Layout) -
     """Of all that is trained; what several roles train counts once."""
     parts = [part for one in rounds for part in one.parts.values()]
     trained = dict.fromkeys(samples for part in parts for samples in part.micro_batches)
-    texts = [text.shape for part in parts for text in part.auxiliary]
+    texts = [text.shape(packs=layout.packs) for part in parts for text in part.auxiliary]
     return [*(layout.shape(experience, samples) for samples in trained), *texts]
 
 
@@ -65,7 +67,7 @@ def _work(one: Round, experience: Experience, layout: Layout) -> Work:
     shapes = {
         role: (
             *(layout.shape(experience, samples) for samples in part.micro_batches),
-            *(text.shape for text in part.auxiliary),
+            *(text.shape(packs=layout.packs) for text in part.auxiliary),
         )
         for role, part in one.parts.items()
     }

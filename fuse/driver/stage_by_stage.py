@@ -23,6 +23,8 @@ from fuse.workers.generation_worker import Progress
 from fuse.workers.model_handle import ModelHandle
 
 _POLL_TIMEOUT_S = 1.0
+_GATHER_S = 0.25
+"""Samples that finish so shortly after one another are told of together: nobody waits for them."""
 WAIT_S = 5.0
 """Between two looks at who has been silent, where nobody answers."""
 
@@ -56,7 +58,7 @@ def generate(
     remaining = {engine: len(share) for engine, share in shares.items()}
     heard_s = dict.fromkeys(engines, time.monotonic())
     polls: dict[Future[list[Progress]], GenerationHandle] = {
-        engine.poll(_POLL_TIMEOUT_S): engine for engine, count in remaining.items() if count
+        engine.poll(_POLL_TIMEOUT_S, _GATHER_S): engine for engine, count in remaining.items() if count
     }
     while polls:
         for future in wait_ended(list(polls), WAIT_S):
@@ -66,7 +68,7 @@ def generate(
             for progress in reports:
                 remaining[engine] -= apply_progress(by_id[progress.sample_id], progress, params, pad_token_id)
             if remaining[engine]:
-                polls[engine.poll(_POLL_TIMEOUT_S)] = engine
+                polls[engine.poll(_POLL_TIMEOUT_S, _GATHER_S)] = engine
         tell(progress_text(samples))
         for engine in polls.values():
             if time.monotonic() - heard_s[engine] > timeout_s:

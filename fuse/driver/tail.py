@@ -57,7 +57,8 @@ class Tail:
     """Has replicas train what of an update's first step may be trained early.
 
     workers: of all devices. replicas: of the role, all of them. tensor_parallel_size: devices of a rank.
-    engine_devices: of an engine, which are one device of a rollout. sharing: as of `TailSettings`.
+    engine_devices: of an engine, which are one device of a rollout. sharing: as of `TailSettings`. packs: as of
+    `Layout`.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class Tail:
         tensor_parallel_size: int = 1,
         engine_devices: int = 1,
         sharing: Sharing | None = None,
+        packs: bool = False,
     ) -> None:
         self._step, self._known, self._workers = plan.step, plan.known, workers
         self._tensor_parallel_size, self._engine_devices = tensor_parallel_size, engine_devices
-        self._num_replicas = len(replicas)
+        self._num_replicas, self._packs = len(replicas), packs
         self._ranks: dict[int, tuple[int, ...]] = {}
         for replica in replicas:  # of opposite ones, which share devices, the first
             if not any(rank in own for own in self._ranks.values() for rank in replica.ranks):
@@ -182,7 +184,8 @@ class Tail:
         if scale != 1:
             gather([worker.scale_gradients(self._step.early.role, scale) for worker in self._workers])
         self._early = self._step.early_rounds(experience, drawn)
-        return self._step.rest(experience, drawn, dealt, num_replicas=self._num_replicas, halves=planner.is_fused)
+        count, halves = self._num_replicas, planner.is_fused
+        return self._step.rest(experience, drawn, dealt, num_replicas=count, halves=halves, packs=self._packs)
 
     def whole(
         self, experience: Experience, rounds: Sequence[Round], results: Sequence[Sequence[RankRound]]
@@ -235,6 +238,7 @@ def tail_of(
         tensor_parallel_size=settings.training.tensor_parallel_size,
         engine_devices=settings.engine_devices,
         sharing=settings.tail_sharing,
+        packs=settings.training.layout.packs,
     )
 
 

@@ -9,22 +9,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from fuse.micro_batch import MicroBatch
 
 VERSION = 1
+_MOST_FILLED = 0.97
+"""Of a micro-batch's places by tokens, beyond which it passes padded though it could pass packed."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """A length bucket: micro-batches of `num_sequences` sequences, padded to `num_tokens` each."""
+    """A length bucket: micro-batches of `num_sequences` rows of `num_tokens` each, as they pass through a model.
+
+    A row is a sequence, padded; or, packed, the only one, of all sequences' tokens one after the other.
+    """
 
     num_sequences: int
     num_tokens: int
 
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, packs: bool) -> Shape:
+        """Of sequences of these lengths. packs: they pass packed, where that leaves out any padding to speak of."""
+        padded = cls(len(lengths), max(lengths))
+        return cls(1, sum(lengths)) if packs and sum(lengths) <= _MOST_FILLED * padded.size else padded
+
     @property
     def size(self) -> int:
-        """Tokens in all, padding included."""
+        """Tokens that are computed, padding included."""
         return self.num_sequences * self.num_tokens
+
+
+def shape_of(micro_batch: MicroBatch) -> Shape:
+    """The length bucket that a micro-batch defines."""
+    if micro_batch.lengths is not None:
+        return Shape.of(micro_batch.lengths, packs=True)
+    return Shape(*micro_batch.input_ids.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import schedules
+from fuse.intrastage.cost_profile import shape_of
 from fuse.intrastage.message_order import Action, rank_steps
-from fuse.intrastage.observed import TRAIN
+from fuse.intrastage.observed import TRAIN, shape_arguments
 from fuse.intrastage.planned_times import PlannedTimes, operation_name
 from fuse.trace import SpanRecorder
 from schedules import Kind, Op, Schedule
@@ -112,8 +113,7 @@ class _Run:
         end = trace.mark()
         if result is not None:
             self._results[_message_from(op)] = result
-        sequences, tokens = self._micro_batches[op.pipeline][op.micro_batch].input_ids.shape
-        arguments: dict[str, object] = {"tokens": sequences * tokens, "sequences": sequences}
+        arguments = shape_arguments(shape_of(self._micro_batches[op.pipeline][op.micro_batch]))
         if planned is not None:
             arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
         name = operation_name(self._problem, op)

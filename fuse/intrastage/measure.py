@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fuse.intrastage.communication import PipelineCommunicators
-from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts, shape_of
 from fuse.intrastage.live_memory import LiveMemory
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
@@ -96,12 +96,6 @@ def measure_messages(
                 times = [exchange(communicators[number], stage, boundary) for _ in range(1 + repeats)][1:]
                 if rank == pair[0]:
                     yield name, stage, shape_of(micro_batch), statistics.median(times)
-
-
-def shape_of(micro_batch: MicroBatch) -> Shape:
-    """The length bucket that a micro-batch defines."""
-    num_sequences, num_tokens = micro_batch.input_ids.shape
-    return Shape(num_sequences, num_tokens)
 
 
 def _ping(pair: PipelineCommunicators, stage: int, boundary: Tensor) -> float:

@@ -1,7 +1,7 @@
 """How many micro-batches an optimizer step is trained in: those that were drawn, or more and smaller ones.
 
-Of more micro-batches a pipeline has smaller bubbles (by 1F1B (S - 1) / (N + S - 1) of N on S stages), and dealt by
-length they have less padding. Each costs what operations take whatever its size, and what lies between two of them.
+Of more micro-batches a pipeline has smaller bubbles (by 1F1B (S - 1) / (N + S - 1) of N on S stages), and where they
+are padded, less of that. Each costs what operations take whatever its size, and what lies between two of them.
 Both are observed, so that the step is planned with every number. Of those that are over about as soon as the soonest
 the largest is taken: as many micro-batches are under way, and smaller ones hold less. There are never fewer than were
 drawn: these may take all the memory there is.

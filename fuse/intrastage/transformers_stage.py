@@ -22,7 +22,7 @@ from fuse.intrastage.fused_layers import use_fused_layers
 from fuse.intrastage.gradient_checkpointing import recompute_in_backward
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.layer_range import checked_layer_range, global_name
-from fuse.intrastage.packing import Packing, last_hidden_state, selected, token_ids, use_packing
+from fuse.intrastage.packing import Packing, is_packed, last_hidden_state, selected, token_ids, use_packing
 from fuse.intrastage.pipeline_plan import PipelinePlan, pipeline_plan
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.intrastage.stage import Exported, Readout
@@ -142,7 +142,7 @@ class TransformersStage:
         self._layers_prefix = f"{self.model.base_model_prefix}.{plan.layers}."
         self._head_name = _name_in(self.model, self._head)
         self._tied_source = _tied_source(self.model, self._head)
-        use_packing(self.model)  # by all layers: stages without any do as the others
+        use_packing(self.model, self._device.type)  # by all layers: stages without any do as the others
         self._prune(plan)
         for name, parameter in self.named_parameters():  # buffers keep the type that they are computed in
             is_narrow = frozen_dtype is not None and parameter.dim() > 1 and name in frozen
@@ -172,9 +172,10 @@ class TransformersStage:
 
     def boundary(self, micro_batch: MicroBatch) -> Tensor:
         hidden_size = self.model.config.get_text_config().hidden_size
-        dtype, packing = self._autocast or torch.float32, Packing.of(micro_batch, self.model)
-        shape = micro_batch.input_ids.shape if packing is None else (1, len(packing.places))
-        return torch.empty(*shape, hidden_size, dtype=dtype, device=self._device)
+        shape = micro_batch.input_ids.shape
+        if micro_batch.lengths is not None and is_packed(micro_batch, self.model):
+            shape = torch.Size((1, sum(micro_batch.lengths)))
+        return torch.empty(*shape, hidden_size, dtype=self._autocast or torch.float32, device=self._device)
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
         assert (stage_input is None) == self.is_first

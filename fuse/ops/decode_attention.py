@@ -72,7 +72,7 @@ def is_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    return described("native C++ for float32 on CPU; torch's fused attention elsewhere")
+    return described("native C++ for float32 on CPU", "torch's fused attention elsewhere")
 
 
 def implementation(example: Tensor) -> str:

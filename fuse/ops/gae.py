@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
+from fuse.ops.native import choose, current, described, log_choice, queue
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
@@ -67,11 +67,9 @@ def gae_reference(rewards: Tensor, values: Tensor, offsets: Tensor, gamma: float
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    cuda = "CUDA on GPUs" if native.has_cuda else f"torch reference on GPUs: {NOT_BUILT}"
-    return f"native C++ for float32 and float64 on CPU, {cuda}; torch reference for other dtypes"
+    return described(
+        "native C++ for float32 and float64 on CPU", "torch reference for other dtypes", on_gpus="CUDA on GPUs"
+    )
 
 
 def implementation(example: Tensor) -> str:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
+from fuse.ops.native import choose, current, described, log_choice, queue
 
 NATIVE_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 
@@ -63,11 +63,11 @@ def int8_linear_reference(inputs: Tensor, quantized: Tensor, scales: Tensor) -> 
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    cuda = "CUDA for float32 and bfloat16 on GPUs" if native.has_cuda else f"none on GPUs: {NOT_BUILT}"
-    return f"native C++ for float32 on CPU, {cuda}; torch, by whole matrices, elsewhere"
+    return described(
+        "native C++ for float32 on CPU",
+        "torch, by whole matrices, elsewhere",
+        on_gpus="CUDA for float32 and bfloat16 on GPUs",
+    )
 
 
 def implementation(example: Tensor) -> str:

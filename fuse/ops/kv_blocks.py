@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
+from fuse.ops.native import choose, current, described, log_choice, queue
 
 
 def gather(
@@ -87,11 +87,9 @@ def scatter_reference(blocks: Sequence[Tensor], buffers: Sequence[Tensor], row: 
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    cuda = "CUDA on GPUs" if native.has_cuda else f"on GPUs a torch copy per layer: {NOT_BUILT}"
-    return f"native C++ on CPU, {cuda}, all layers in one call; a torch copy per layer where the dtype changes"
+    return described(
+        "native C++ on CPU", "a torch copy per layer, not one for all, where the dtype changes", on_gpus="CUDA on GPUs"
+    )
 
 
 def implementation(example: Tensor) -> str:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fuse.ops.logit_chunk import LOWEST, accumulate, accumulation_dtype, choose_for, differentiate, rescale
-from fuse.ops.native import NOT_BUILT, extension, log_choice
+from fuse.ops.native import described, log_choice
 
 CHUNK_TOKENS = 1024
 """The most tokens of a chunk: enough for matrix products at full speed."""
@@ -100,14 +100,12 @@ def of_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tens
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"chunks of logits, reduced by torch: {reason}"
-    cuda = "CUDA for float32 and bfloat16 on GPUs" if native.has_cuda else f"torch on GPUs: {NOT_BUILT}"
-    return (
-        "chunks of logits, reduced by native C++ for float32, bfloat16 and float64 on CPU, "
-        f"{cuda}; by torch for other dtypes"
+    reduced = described(
+        "native C++ for float32, bfloat16 and float64 on CPU",
+        "torch for other dtypes",
+        on_gpus="CUDA for float32 and bfloat16 on GPUs",
     )
+    return f"chunks of logits, reduced by {reduced}"
 
 
 def implementation(example: Tensor) -> str:

@@ -24,10 +24,17 @@ def extension() -> tuple[ModuleType | None, str]:
         return None, f"fuse._native does not load ({error}); build it with `make setup` or `pip install`"
 
 
-def described(serves: str) -> str:
-    """What serves an operation, in words: this of its native code, or the reference, and why."""
+def described(on_cpus: str, elsewhere: str, *, on_gpus: str | None = None) -> str:
+    """What serves an operation, in words: native code on CPUs and what does elsewhere, or the reference, and why.
+
+    on_gpus: what its CUDA code serves, where it has some; that may not have been built.
+    """
     native, reason = extension()
-    return f"torch reference: {reason}" if native is None else serves
+    if native is None:
+        return f"torch reference: {reason}"
+    if on_gpus is not None:
+        on_cpus += f", {on_gpus if native.has_cuda else f'torch reference on GPUs: {NOT_BUILT}'}"
+    return f"{on_cpus}; {elsewhere}"
 
 
 def choose(

@@ -77,7 +77,7 @@ def _gradients(inputs: Tensor, weight: Tensor, factors: Tensor, output_grad: Ten
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    return described("native C++ for float32 on CPU; torch elsewhere")
+    return described("native C++ for float32 on CPU", "torch elsewhere")
 
 
 def implementation(example: Tensor) -> str:

@@ -61,7 +61,7 @@ def _turned(turn: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    return described("native C++ for float32 on CPU; torch elsewhere")
+    return described("native C++ for float32 on CPU", "torch elsewhere")
 
 
 def implementation(example: Tensor) -> str:

@@ -27,7 +27,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fuse.ops.native import NOT_BUILT, choose, current, extension, log_choice, queue
+from fuse.ops.native import choose, current, described, log_choice, queue
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio; odd, written as the int64 it is
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -96,11 +96,7 @@ def sample_tokens_reference(
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    native, reason = extension()
-    if native is None:
-        return f"torch reference: {reason}"
-    cuda = "CUDA on GPUs" if native.has_cuda else f"torch reference on GPUs: {NOT_BUILT}"
-    return f"native C++ on CPU, {cuda}"
+    return described("native C++ on CPU", "torch reference elsewhere", on_gpus="CUDA on GPUs")
 
 
 def implementation(example: Tensor) -> str:

@@ -42,7 +42,7 @@ def skinny_linear_reference(inputs: Tensor, weight: Tensor, bias: Tensor | None 
 def describe() -> str:
     """Which implementation serves which input, and why."""
     rows = f"{ROWS[0]} to {ROWS[-1]} rows"
-    return described(f"native C++ for {rows} in float32 on one CPU core, without gradients; torch elsewhere")
+    return described(f"native C++ for {rows} in float32 on one CPU core, without gradients", "torch elsewhere")
 
 
 def implementation(example: Tensor) -> str:

@@ -64,7 +64,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, output_grad: Tensor) -> tuple[Tens
 
 def describe() -> str:
     """Which implementation serves which input, and why."""
-    return described("native C++ for float32 on CPU; torch elsewhere")
+    return described("native C++ for float32 on CPU", "torch elsewhere")
 
 
 def implementation(example: Tensor) -> str:

@@ -160,7 +160,7 @@ class GroupTrainer(Trainer):
             models,
             self._make_algorithm(self._group, special),
             length,
-            RaggedLayout(),
+            RaggedLayout.of(models, args.train_backend, args.accelerator),
             special,
             shown=self.policy_model,
             variants=variants,

@@ -46,6 +46,7 @@ def learning_rate_schedule(
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} do not fit lr_scheduler_type={name!r} ({error}): "
             f"give what transformers.get_scheduler takes for it"
         ) from error
+    optimizer.step()  # without gradients: tells the schedule that the workers step
     return optimizer, schedule
 
 

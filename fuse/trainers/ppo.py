@@ -125,7 +125,9 @@ class PPOTrainer(Trainer):
         length = fill_batch_sizes(args, len(train_dataset))
         self._divisions = divisions(args)
         self._permutation = seeded(args.seed, length.samples_per_update)
-        layout: Layout = TRLLayout(special.pad) if args.trl_quirks else RaggedLayout()
+        layout: Layout = RaggedLayout.of(models, args.train_backend, args.accelerator)
+        if args.trl_quirks:
+            layout = TRLLayout(special.pad)
         algorithm = algorithm_of(args, special)
         if args.adaptive_kl:
             early = algorithm.early and replace(algorithm.early, estimate=self._estimate_early)

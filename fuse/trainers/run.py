@@ -8,6 +8,8 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,9 +22,10 @@ from fuse.config.differences import differences, kept_options
 from fuse.config.run import RunConfig
 from fuse.config.run_length import RunLength
 from fuse.driver.fleet import Fleet
+from fuse.idle_causes import Tracks
 from fuse.sample import Sample
 from fuse.termination import Terminated
-from fuse.trace import PhaseClock, Span
+from fuse.trace import PhaseClock
 from fuse.trace_file import DRIVER, write_chrome_trace
 from fuse.trainers.callbacks import (
     PPOState,
@@ -75,6 +78,7 @@ class Run:
         self._num_rows, self._rate_name, self._tell = num_rows, rate_name, tell
         self._is_new = True
         self._saved_step: int | None = None  # of the last checkpoint that this run can go on from
+        self._written: Future[None] | None = None  # of the last update
         self.optimizer, self.lr_scheduler = learning_rate_schedule(args, model, length.num_steps)
         self.callback_handler = callback_handler(
             args,
@@ -142,6 +146,19 @@ class Run:
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self.control = TrainerControl()
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What updates leave to look at is written beside the updates that follow, and is there after the body."""
+        with ThreadPoolExecutor(1, thread_name_prefix="traces") as self._writer:
+            yield
+        self._wait_written()
+
+    def _wait_written(self) -> None:
+        """Raises: what it was not written for, other than its disk."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
     def updates(self) -> Iterator[int]:
         """The updates that are left, counted from 1; ends early where a callback asks for it."""
         self._start_s, self._start_episode = time.monotonic(), self.state.episode
@@ -159,7 +176,6 @@ class Run:
         for _ in range(self._num_counted):
             rates.append(learning_rates(self.args, self.lr_scheduler, roles_of(rounds)))
             self._logged_rates = logged_rates(self.args, self.lr_scheduler, self._rate_name)
-            self.optimizer.step()  # holds no gradients: tells the schedule that the workers step
             self.lr_scheduler.step()
         return taken, rates * (len(taken) // self._num_counted)
 
@@ -182,7 +198,8 @@ class Run:
         state.epoch = state.episode / (self._num_rows * self.length.samples_per_prompt)
         eps = int((state.episode - self._start_episode) / (time.monotonic() - self._start_s))
         tracks = fleet.drain_spans()
-        times = self._report_time(tracks, clock, fleet.planned)
+        times = iteration_report(tracks, clock, fleet.planned)
+        logger.info("update %d/%d: %s", state.global_step, state.max_steps, summary_line(times))
         times |= (
             token_rates(samples, rounds, tracks, clock) | drafts(tracks) | migrations(tracks) | device_bytes(tracks)
         )
@@ -190,8 +207,8 @@ class Run:
         self.log({"eps": eps, **metrics, **self._logged_rates, **counts, "step_time": times["time/total"], **times})
         logged = state.log_history[-1]
         if self.args.trace_steps:
-            with dispensable(self._log):
-                update_log.append(self._log, update_log.record_of(state.global_step, logged, tracks, clock))
+            self._wait_written()
+            self._written = self._writer.submit(self._write, state.global_step, logged, tracks, clock)
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if self.control.should_save:
             self.save_checkpoint(fleet)
@@ -248,36 +265,30 @@ class Run:
             if bar is not None:
                 bar.set_postfix_str(text)
 
-    def _about_traces(self) -> dict[str, object]:
+    def _about_traces(self, update: int) -> dict[str, object]:
         """What readers of a trace need to know to simulate its rollout."""
         args = self.args
         policy = args.migration_policy if args.inter_stage_fusion else "none"
         limits = {"max_new_tokens": args.max_response_tokens, "max_batch": args.engine_batch_size}
-        return {"update": self.state.global_step, "policy": policy, **limits}
+        return {"update": update, "policy": policy, **limits}
 
-    def _report_time(
-        self,
-        tracks: Mapping[str, Mapping[str, Sequence[Span]]],
-        clock: PhaseClock,
-        planned: Mapping[str, float],
-    ) -> dict[str, float]:
-        """Write the iteration's trace, log its summary line, and return where its time went as metrics."""
-        step = self.state.global_step
-        if self.args.trace_steps and step % self.args.trace_steps == 0:
-            path = self.output_dir / "traces" / f"iteration-{step:05d}.json"
+    def _write(self, update: int, logged: Mapping[str, float], tracks: Tracks, clock: PhaseClock) -> None:
+        """Write the update's line in the log, and its trace if that is due."""
+        if update % self.args.trace_steps == 0:
+            path = self.output_dir / "traces" / f"iteration-{update:05d}.json"
             with dispensable(path):
                 driver = {"phases": clock.spans, "rewards": clock.rewards}
-                write_chrome_trace(path, {**tracks, DRIVER: driver}, self._about_traces())
+                write_chrome_trace(path, {**tracks, DRIVER: driver}, self._about_traces(update))
                 _delete_oldest(path, self.args.trace_limit)
-        report = iteration_report(tracks, clock, planned)
-        logger.info("update %d/%d: %s", step, self.state.max_steps, summary_line(report))
-        return report
+        with dispensable(self._log):
+            update_log.append(self._log, update_log.record_of(update, logged, tracks, clock))
 
     # Checkpoints
 
     def save_checkpoint(self, fleet: Fleet) -> None:
         """Raises: SaveError when it cannot be written; earlier ones are intact."""
         self._tell("saving: a checkpoint")
+        self._wait_written()  # a run that goes on from it has all that came before
         self._saved_s = max(time.time(), self._saved_s)  # also where this host's clock is behind that of the last
         with checkpoint.writing(self.output_dir, self.state.global_step) as directory:
             fleet.fetch_weights(self.average)

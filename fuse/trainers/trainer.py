@@ -203,7 +203,11 @@ class Trainer(TrainerFace):
         checks.check_limits(self.max_new_tokens, self.args)
         resumed = checkpoint.start(run.output_dir, resume_from_checkpoint)
         run.begin(resumed)
-        with self._workers(resumed) as fleet, graceful_termination(self.args.sigterm_grace_s) as termination:
+        with (
+            run.writing(),
+            self._workers(resumed) as fleet,
+            graceful_termination(self.args.sigterm_grace_s) as termination,
+        ):
             yield self._updates(fleet, termination)
 
     def _updates(self, fleet: Fleet, termination: Termination) -> Iterator[Iteration]:

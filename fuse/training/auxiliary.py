@@ -35,25 +35,29 @@ class TextBatch:
     weight: float
 
     @property
-    def shape(self) -> Shape:
-        """Of the micro-batch."""
-        return Shape(len(self.rows), max(len(row.input_ids) for row in self.rows))
+    def lengths(self) -> tuple[int, ...]:
+        """Of the rows."""
+        return tuple(len(row.input_ids) for row in self.rows)
+
+    def shape(self, *, packs: bool) -> Shape:
+        """Of the micro-batch. packs: as of `Layout`."""
+        return Shape.of(self.lengths, packs=packs)
 
     @property
     def num_tokens(self) -> int:
         """Without padding."""
-        return sum(len(row.input_ids) for row in self.rows)
+        return sum(self.lengths)
 
-    def micro_batch(self) -> MicroBatch:
-        """Right-padded; the head sees where a learnt token is predicted."""
-        width = self.shape.num_tokens
+    def micro_batch(self, *, packs: bool) -> MicroBatch:
+        """Right-padded; the head sees where a learnt token is predicted. packs: as of `Layout`."""
+        width = max(self.lengths)
         input_ids = torch.zeros(len(self.rows), width, dtype=torch.int64)
         for index, row in enumerate(self.rows):
             input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
         places = [index * width + learnt - 1 for index, row in enumerate(self.rows) for learnt in row.learnt]
         head_index = torch.tensor(places, dtype=torch.int64)
         targets = TextTargets(input_ids.flatten()[head_index + 1])
-        lengths = tuple(len(row.input_ids) for row in self.rows)
+        lengths = self.lengths if packs else None
         return MicroBatch(
             input_ids=input_ids, head_index=head_index, targets=targets, weight=self.weight, lengths=lengths
         )

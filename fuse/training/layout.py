@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Shape
+from fuse.intrastage.packing import can_pack
 from fuse.micro_batch import MicroBatch
+from fuse.roles import training
 from fuse.training.micro_batches import padded, ragged
 from fuse.training.steps import Division, OptimizerStep, optimizer_steps, trl_optimizer_steps
 
@@ -20,12 +23,15 @@ class Layout(Protocol):
     """How an update's samples become optimizer steps and micro-batches.
 
     drops_padding: padding tokens inside of prompts are left out. clips_gradients, autocasts: whether options that ask
-    for it take effect.
+    for it take effect. packs: models compute nothing for padding, so that a micro-batch costs its tokens.
     """
 
     drops_padding: ClassVar[bool]
     clips_gradients: ClassVar[bool]
     autocasts: ClassVar[bool]
+
+    @property
+    def packs(self) -> bool: ...
 
     def steps(
         self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool
@@ -54,6 +60,14 @@ class RaggedLayout:
     clips_gradients: ClassVar[bool] = True
     autocasts: ClassVar[bool] = True
 
+    packs: bool = False
+
+    @classmethod
+    def of(cls, models: Mapping[str, PreTrainedModel], backend: str, accelerator: str) -> RaggedLayout:
+        """That of a run of these models, by role: packed where all of them that train can be on these devices."""
+        can = all(can_pack(models[role], accelerator) for role in training(models))
+        return cls(packs=can and backend == "transformers")
+
     def steps(
         self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool
     ) -> list[OptimizerStep]:
@@ -62,10 +76,10 @@ class RaggedLayout:
         )
 
     def micro_batches(self, experience: Experience, samples: Sequence[int], weight: float) -> dict[str, MicroBatch]:
-        return ragged(experience, samples, weight)
+        return ragged(experience, samples, weight, packs=self.packs)
 
     def shape(self, experience: Experience, samples: Sequence[int]) -> Shape:
-        return Shape(len(samples), max(len(experience.prompts[i]) + experience.lengths[i] for i in samples))
+        return Shape.of([len(experience.prompts[i]) + experience.lengths[i] for i in samples], packs=self.packs)
 
     def num_places(self, division: Division) -> int | None:
         return None
@@ -83,6 +97,7 @@ class TRLLayout:
     drops_padding: ClassVar[bool] = True
     clips_gradients: ClassVar[bool] = False
     autocasts: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
 
     def steps(
         self, permutations: Sequence[NDArray[np.int64]], division: Division, *, last_of_pass: bool

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from fuse.algorithms.batch import TOKEN_IDS, Experience, Targets
+from fuse.intrastage.cost_profile import shape_of
 from fuse.micro_batch import MicroBatch
 
 
-def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dict[str, MicroBatch]:
-    """Samples `indices`, right-padded; heads see only what counts."""
+def ragged(
+    experience: Experience, indices: Sequence[int], weight: float, *, packs: bool = False
+) -> dict[str, MicroBatch]:
+    """Samples `indices`, right-padded; heads see only what counts. packs: models may leave padding out."""
     sequences = [
         (*experience.prompts[index], *experience.responses[index][: experience.lengths[index]]) for index in indices
     ]
@@ -38,7 +41,7 @@ def ragged(experience: Experience, indices: Sequence[int], weight: float) -> dic
             head_index=_ranges(first, counts),
             targets=_map_columns(targets, partial(_take, rows=rows)),
             weight=weight,
-            lengths=tuple(map(len, sequences)),
+            lengths=tuple(map(len, sequences)) if packs else None,
         )
     return made
 
@@ -111,5 +114,5 @@ def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
 
 
 def index_of_largest(micro_batches: Sequence[MicroBatch]) -> int:
-    """Index of the one with most tokens; of several the last, which finds memory warm."""
-    return max(range(len(micro_batches)), key=lambda index: (micro_batches[index].input_ids.numel(), index))
+    """Index of the one with most tokens that are computed; of several the last, which finds memory warm."""
+    return max(range(len(micro_batches)), key=lambda index: (shape_of(micro_batches[index]).size, index))

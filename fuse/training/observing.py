@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fuse.intrastage.measure import measure_messages, shape_of
+from fuse.intrastage.cost_profile import shape_of
+from fuse.intrastage.measure import measure_messages
 from fuse.intrastage.observed import MESSAGE, shape_arguments
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder, now_s
@@ -23,7 +24,7 @@ def record_messages(
 ) -> None:
     """Record what a message to the next stage takes, for each pipeline's smallest and largest micro-batch."""
     numbers = {name: number for number, (name, _) in enumerate(running.pipelines)}
-    ends = [sorted(own, key=lambda one: one.input_ids.numel()) for own in micro_batches]
+    ends = [sorted(own, key=lambda one: shape_of(one).size) for own in micro_batches]
     by_shape = [list({shape_of(one): one for one in (own[0], own[-1])}.values()) for own in ends]
     messages = measure_messages(
         rank, running.pipelines, running.stages, by_shape, running.communicators, repeats=_MESSAGES

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fuse.algorithms.algorithm import LossNormalization
 from fuse.algorithms.batch import Experience, Targets
 from fuse.intrastage import communication
-from fuse.intrastage.cost_profile import Profile
+from fuse.intrastage.cost_profile import Profile, shape_of
 from fuse.intrastage.executor import execute
-from fuse.intrastage.measure import measure, shape_of
+from fuse.intrastage.measure import measure
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY
 from fuse.intrastage.optimizer import AVERAGE, AdamWConfig, ModelOptimizer

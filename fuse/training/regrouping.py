@@ -1,18 +1,18 @@
-"""Micro-batches of an optimizer step dealt anew by length, with every gradient what it was.
+"""Micro-batches of an optimizer step dealt anew by what they cost, with every gradient what it was.
 
-Samples of a step are padded to the longest of their micro-batch. Dealt by length they are padded least; which
-micro-batch a sample passes through then says nothing of what its loss counts: a *share* tells that of the micro-batch
-it was drawn in, whose weight, samples and positions its terms are weighted by. The sum over the step is the same, to
-the order of additions. Metrics are of the micro-batches that were drawn: the head's output at every position is kept,
-and the loss is computed of it once more, without gradient.
+Where samples are padded to the longest of their micro-batch, they are dealt by length, which pads them least; where
+they are packed, into micro-batches of about as many tokens. Which one a sample passes through then says nothing of what
+its loss counts: a *share* tells that of the micro-batch it was drawn in, whose weight, samples and positions its terms
+are weighted by. The sum over the step is the same, to the order of additions. Metrics are of the micro-batches that
+were drawn: the head's output at every position is kept, and the loss is computed of it once more, without gradient.
 
 That is exact for a loss that is a sum of terms of units of samples (a sample; a pair), each of which depends on its own
 unit alone and is weighted by numbers of samples or positions: all of fuse's but one. GRPO's `top_entropy_quantile`
 below 1 trains on tokens above a quantile of the micro-batch's entropies, which no sample knows alone: such
 micro-batches stay as they were drawn. So do those of a step that is to have only one.
 
-How many there are may then differ from how many were drawn. Never fewer: of more groups the largest is no larger, so
-that what a step holds in memory is within what the micro-batches that were drawn may take.
+How many there are may then differ from how many were drawn. Never fewer: so none is larger than the micro-batches that
+were drawn may be, and what a step holds in memory is within what these may take.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from fuse.algorithms.algorithm import LossNormalization
 from fuse.algorithms.batch import Experience
 from fuse.micro_batch import Loss, Metric, Metrics, MicroBatch, RowWeights
 from fuse.ops.logprob import token_logprobs
+from fuse.training.balanced_groups import balanced_groups
 from fuse.training.layout import Layout
 from fuse.training.length_groups import length_groups
 from fuse.training.rounds import Round, Share, StepPart, by_tokens, steps_of
@@ -45,13 +45,20 @@ class Dealing:
 
     times: of the number that was drawn. at_least: micro-batches; replicas: and so many in each part of the step, for
     every replica is to have one. in_pieces: into pieces of several sizes, so that their operations show what the size
-    of a micro-batch costs.
+    of a micro-batch costs. packs: what one costs is its tokens, and nothing is padded.
     """
 
     times: float = 1.0
     at_least: int = 1
     replicas: int = 1
     in_pieces: bool = False
+    packs: bool = False
+
+    def groups(self, lengths: Sequence[Sequence[int]], number: int) -> list[tuple[int, ...]]:
+        """So many groups of units of samples; lengths: of each unit's. Pieces of alike samples tell sizes best."""
+        if self.packs and not self.in_pieces:
+            return balanced_groups([sum(own) for own in lengths], number)
+        return length_groups([max(own) for own in lengths], number)
 
     def number(self, drawn: int, units: int, parts: int = 1) -> int:
         """Micro-batches of a step that was drawn in `drawn` and has so many units, each of which stays whole."""
@@ -66,7 +73,7 @@ def prepared(
     units: Mapping[str, int],
     dealing: Dealing = Dealing(),
 ) -> Sequence[Round]:
-    """The rounds as they are trained: weighted as `loss_normalization` has it, micro-batches dealt by length.
+    """The rounds as they are trained: weighted as `loss_normalization` has it, micro-batches dealt anew.
 
     units: as of `Algorithm`; empty where micro-batches are to stay as they were drawn.
     """
@@ -81,7 +88,7 @@ def regrouped(
     units: Mapping[str, int],
     dealing: Dealing = Dealing(),
 ) -> list[Round]:
-    """The same with each optimizer step's samples dealt by length."""
+    """The same with each optimizer step's samples dealt anew."""
     dealt = [dict(one.parts) for one in rounds]
     for role, unit in units.items():
         for of_step in steps_of(role, rounds):
@@ -122,12 +129,13 @@ def deal_out(
     number: int,
     dealing: Dealing = Dealing(),
 ) -> list[StepPart]:
-    """The parts of a step with these units of samples in so many micro-batches, dealt by length."""
-    longest = [max(len(experience.prompts[one]) + experience.lengths[one] for one, _ in own) for own in in_units]
-    groups = length_groups(longest, number)
+    """The parts of a step with these units of samples in so many micro-batches, dealt by what they cost."""
+    lengths = [[len(experience.prompts[one]) + experience.lengths[one] for one, _ in own] for own in in_units]
+    groups = dealing.groups(lengths, number)
     made = []
-    for part, own_groups in zip(parts, np.array_split(np.arange(number), len(parts)), strict=True):
-        micro_batches = [piece for group in own_groups for piece in _pieces(groups, int(group), dealing)]
+    for first, part in enumerate(parts):  # groups are in order of size, so each part gets every so many
+        own_groups = range(first, number, len(parts))
+        micro_batches = [piece for group in own_groups for piece in _pieces(groups, group, dealing)]
         dealt = [[one for index in piece for one in in_units[index]] for piece in micro_batches]
         made.append(
             replace(

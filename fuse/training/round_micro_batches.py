@@ -44,7 +44,8 @@ class RoundMicroBatches:
 
     def _micro_batch(self, role: str, part: StepPart, index: int) -> MicroBatch:
         if index >= len(part.micro_batches):
-            return part.auxiliary[index - len(part.micro_batches)].micro_batch().to(self.device)
+            text = part.auxiliary[index - len(part.micro_batches)]
+            return text.micro_batch(packs=self.layout.packs).to(self.device)
         samples = part.micro_batches[index]
         micro_batch = replace(self.by_role(samples)[role], weight=part.weights[index])
         if not part.shares:

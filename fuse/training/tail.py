@@ -22,7 +22,7 @@ from fuse.algorithms.algorithm import PROVISIONAL_TOKENS, Early
 from fuse.algorithms.batch import Experience
 from fuse.sample import Sample
 from fuse.training.micro_batches import rows_of_samples
-from fuse.training.regrouping import deal_out, drawn_shares
+from fuse.training.regrouping import Dealing, deal_out, drawn_shares
 from fuse.training.rounds import Round, Share, StepPart, by_tokens, steps_of
 
 _KNOWN_LATER = "batch_weights"
@@ -171,11 +171,12 @@ class FirstStep:
         *,
         num_replicas: int,
         halves: bool,
+        packs: bool = False,
     ) -> list[Round]:
         """The rounds as they are trained, less what has been trained.
 
         rounds: as they were drawn. dealt: as they would be trained. num_replicas: each of which needs a micro-batch of
-        every round. halves: whether the number of micro-batches is to be one of few.
+        every round. halves: whether the number of micro-batches is to be one of few. packs: as of `Dealing`.
         """
         self._check(experience)
         role = self.early.role
@@ -187,7 +188,8 @@ class FirstStep:
         least = num_replicas * len(parts)
         number = _number(drawn, len(left), self.num_samples, least, halves=halves)
         made = [dict(one.parts) for one in dealt]
-        for index, part in zip(first, deal_out(parts, left, experience, number), strict=True):
+        of_rest = deal_out(parts, left, experience, number, Dealing(packs=packs))
+        for index, part in zip(first, of_rest, strict=True):
             made[index][role] = part
         trained = [sample for piece in self.pieces for own in piece.micro_batches for sample in own]
         rest = [sample for index in first for own in made[index][role].micro_batches for sample in own]

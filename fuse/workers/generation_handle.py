@@ -81,9 +81,12 @@ class GenerationHandle:
         """Take samples out, with all their tokens; those that have finished meanwhile are left out."""
         return self.worker.call(GenerationWorker.evict, sample_ids, with_kv)
 
-    def poll(self, timeout_s: float) -> Future[list[Progress]]:
-        """The tokens since the last poll, once a sample has finished or after `timeout_s`; runs beside other calls."""
-        return self.worker.call(GenerationWorker.poll, timeout_s)
+    def poll(self, timeout_s: float, gather_s: float = 0.0) -> Future[list[Progress]]:
+        """The tokens since the last poll, `gather_s` after a sample has finished, or after `timeout_s`.
+
+        Runs beside other calls.
+        """
+        return self.worker.call(GenerationWorker.poll, timeout_s, gather_s)
 
     def sleep(self) -> Future[None]:
         """Free the memory of the engine, which must be empty, until it gets weights."""

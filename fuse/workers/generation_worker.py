@@ -111,13 +111,15 @@ class GenerationWorker(WeightTaker):
         departures: list[Departure] = self._command(lambda: self._evict(sample_ids, with_kv)).result()
         return departures
 
-    def poll(self, timeout_s: float) -> list[Progress]:
-        """The tokens since the last poll, by sample: as soon as a sample has finished, else after `timeout_s`.
+    def poll(self, timeout_s: float, gather_s: float = 0.0) -> list[Progress]:
+        """The tokens since the last poll, by sample: `gather_s` after a sample has finished, else after `timeout_s`.
 
         At once when the engine is empty, so that no poll outlives the samples it was meant for.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._has_finished or self._is_empty or self._failure is not None, timeout_s)
+            self._changed.wait_for(lambda: self._has_finished or self._has_ended, timeout_s)
+            if self._has_finished:
+                self._changed.wait_for(lambda: self._has_ended, gather_s)
             self._raise_failure()
             self._has_finished = False
             return self._take_progress()
@@ -307,8 +309,9 @@ class GenerationWorker(WeightTaker):
         self._closing = True
 
     @property
-    def _is_empty(self) -> bool:
-        return self._num_live + self._num_entering == 0
+    def _has_ended(self) -> bool:
+        """Whether no sample is left, or the engine has failed."""
+        return self._num_live + self._num_entering == 0 or self._failure is not None
 
     def _expect(self, num_samples: int) -> None:
         with self._changed:

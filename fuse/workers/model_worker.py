@@ -125,7 +125,7 @@ class ModelWorker:
     def _copy_of(self, role: str, spec: ModelSpec) -> PreTrainedModel:
         """Without weights yet."""
         model = spec.build(self._device, self._scoring_dtype(role))
-        use_packing(model)
+        use_packing(model, self._device.type)
         release_frozen(model.named_parameters(), spec.origins)
         return model
 

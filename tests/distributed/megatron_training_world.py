@@ -35,7 +35,7 @@ from .pipelines import Run, batches_of, loss
 
 ADAMW = AdamWConfig(weight_decay=0.1, max_grad_norm=0.05, eps=1e-6)
 """AdamW divides by the gradient's own size: with the default eps it makes much of rounding where that is tiny."""
-NUM_MICRO_BATCHES = 4
+NUM_MICRO_BATCHES = 2
 NUM_STEPS = 3
 REFERENCE = "reference.pt"
 STAGE_LAYERS = {1: ((0, 3),), 2: ((0, 1), (1, 3))}

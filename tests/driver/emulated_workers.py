@@ -170,7 +170,9 @@ class EngineWorker(EmulatedWorker):
 
         self._do(leave)
 
-    def poll(self, call: Call, timeout_s: float) -> None:
+    def poll(self, call: Call, timeout_s: float, gather_s: float) -> None:
+        """At once, for `gather_s` is what this machine takes, which has no part in emulated time."""
+
         def late() -> None:
             if self._poll is call:
                 self._tell()
@@ -338,7 +340,9 @@ def _run(
     running._pending = time
     with pytest.MonkeyPatch.context() as patch:
         for module in (live, live_tail):
-            patch.setattr(module, "time", SimpleNamespace(perf_counter=time.now, monotonic=time.now))
+            patch.setattr(
+                module, "time", SimpleNamespace(perf_counter=time.now, monotonic=time.now, thread_time=lambda: 0.0)
+            )
         patch.setattr(live, "_POLL_TIMEOUT_S", poll_s)
         report: RolloutReport = running.run()
     return report

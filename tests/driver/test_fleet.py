@@ -14,7 +14,6 @@ from fuse.driver import update
 from fuse.driver.engines import Engines
 from fuse.driver.fleet import Fleet
 from fuse.driver.memory import RESERVE_SHARE, free_for_micro_batches
-from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
 from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
@@ -26,6 +25,7 @@ from fuse.trainers.rollouts import Rollouts
 from fuse.training.model_spec import ModelSpec
 from fuse.workers.errors import WorkerError
 
+from ..memory_setups import memory_setup
 from ..tiny_models import language_model
 
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=8)
@@ -165,22 +165,7 @@ def test_an_engine_that_dies_while_it_takes_anothers_place_is_replaced(
 def test_what_devices_say_is_free_is_not_all_for_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are dropped when it is measured, and a cache may yet grow; the stages are those that were placed."""
     specs = {"actor": ModelSpec(model_class=language_model()[0], config=language_model()[1], dtype=torch.float32)}
-    memory = MemorySetup(
-        models=planned_models(specs, autocast=None, gradient_checkpointing=False, split_backward=True),
-        placement=(Replica("actor", 0, (0, 1)),),
-        num_devices=2,
-        device_memory_bytes=10**10,
-        accelerator="cuda",
-        prompt_tokens=8,
-        response_tokens=8,
-        micro_batch_size=2,
-        num_micro_batches=4,
-        autocast=None,
-        generation_dtype=torch.float32,
-        engine_batch_size=4,
-        inference_batch_size=4,
-        inference_batch_tokens=64,
-    )
+    memory = memory_setup(specs, (Replica("actor", 0, (0, 1)),), 2, device_memory_bytes=10**10, accelerator="cuda")
     placed = (Replica("actor", 0, (0, 1), ((0, 2), (2, 2))),)
     workers: Any = [SimpleNamespace(free_bytes=lambda free=free: free) for free in (2 * 10**9, 3 * 10**9)]
     monkeypatch.setattr(update, "gather", list)

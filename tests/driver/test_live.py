@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,9 @@ from fuse.interstage.migration import (
 )
 from fuse.sample import Sample, SampleState
 from fuse.workers.errors import WorkerError
+from fuse.workers.generation_worker import GenerationWorker
 
-from .fake_workers import FLOW_ROLES, Chance, FakeEngine, FakeScorer, token, use_chance
+from .fake_workers import FLOW_ROLES, Chance, FakeEngine, FakeFuture, FakeScorer, token, use_chance
 
 MAX_NEW_TOKENS = 24
 FIRST_ID = 1000
@@ -112,6 +114,7 @@ def roll_out(
     death_rate: float = 0.05,
     silent: Sequence[int] = (),
     flows: bool = False,
+    thread_time: Callable[[], float] = time.thread_time,
 ) -> tuple[RolloutReport, list[Sample], list[int]]:
     by_id = {FIRST_ID + index: length for index, length in enumerate(lengths)}
     engines = [FakeEngine(device, by_id, LIMITS.max_batch) for device in range(num_devices)]
@@ -136,7 +139,7 @@ def roll_out(
     )
     rollout._policy = Checked(policy, rollout)
     use_chance(rollout, Chance(seed, engines, num_deaths, death_rate))
-    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__, thread_time=thread_time)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "time", clock)
         report = rollout.run()
@@ -154,6 +157,20 @@ def check(lengths: Sequence[int], samples: Sequence[Sample], announced: Sequence
         assert sample.logprobs == [-float(each) for each in expected]
         assert sample.score == 3 + lengths[sample.id - FIRST_ID]
     assert sorted(announced) == [sample.id for sample in samples]
+
+
+def test_engines_gather_news_for_longer_than_the_driver_takes_to_act_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered, call = [], FakeEngine.call
+
+    def heard(engine: FakeEngine, method: Callable[..., Any], *args: Any) -> FakeFuture:
+        if method is GenerationWorker.poll:
+            gathered.append(args[1])
+        return call(engine, method, *args)
+
+    monkeypatch.setattr(FakeEngine, "call", heard)
+    roll_out([5, 9, 2, 24], 2, StageByStage(), seed=0, thread_time=count(0.0, 0.003).__next__)
+    assert gathered[0] == 0.0
+    assert gathered[-1] == pytest.approx(live._GATHERING * 0.003)
 
 
 @given(

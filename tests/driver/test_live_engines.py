@@ -94,7 +94,9 @@ def test_filtered_tokens_do_not_depend_on_what_happens(
     )
     use_chance(rollout, Chance(seed, workers, num_deaths, 0.15))
     with pytest.MonkeyPatch.context() as patch:
-        clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
+        clock = SimpleNamespace(
+            perf_counter=time.perf_counter, monotonic=count().__next__, thread_time=time.thread_time
+        )
         patch.setattr(live, "time", clock)
         report = rollout.run()
     assert len(report.lost_engines) == num_deaths

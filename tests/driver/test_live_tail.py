@@ -111,7 +111,7 @@ def roll_out(
         costs=SMALL_CPU,
         tail=tail,
     )
-    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__)
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=count().__next__, thread_time=time.thread_time)
     with pytest.MonkeyPatch.context() as patch:
         for module in (live, live_tail):
             patch.setattr(module, "time", clock)

@@ -12,6 +12,7 @@ from fuse.engines import decoder
 from fuse.engines.native_llama import is_served_in_place
 from fuse.engines.transformers import TransformersEngine
 
+from ..tiny_models import DECODED_BY_MODULES, build, language_model
 from .driving import assert_same, run
 from .test_quantized_draft import randomize_small
 from .test_speculation import REQUESTS
@@ -44,6 +45,11 @@ def test_tokens_are_those_of_the_modules(build_model: BuildModel, monkeypatch: p
     native = run(TransformersEngine(build_model("llama")), REQUESTS)
     monkeypatch.setattr(decoder, "MOST_NATIVE_TOKENS", 0)
     assert_same(native, run(TransformersEngine(build_model("llama")), REQUESTS))
+
+
+def test_models_that_tests_have_decoded_by_modules_are_not_served() -> None:
+    assert is_served_in_place(build(language_model()))
+    assert not is_served_in_place(build(language_model(**DECODED_BY_MODULES)))
 
 
 def test_new_weights_are_read(build_model: BuildModel) -> None:

@@ -66,8 +66,7 @@ def test_chooses_by_device_type_and_build(
 
 @pytest.mark.parametrize("operation", ["gae", "int8_linear", "kv_blocks", "linear_logprob", "sampling"])
 def test_gpus_that_a_build_leaves_out_are_named(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = SimpleNamespace(has_cuda=False)
-    monkeypatch.setattr(getattr(ops, operation), "extension", lambda: (extension, "fuse._native is built"))
+    built(monkeypatch, with_cuda=False)
     description = getattr(ops, operation).describe()
     assert "on GPUs" in description
     assert native.NOT_BUILT in description

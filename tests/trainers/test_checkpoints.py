@@ -141,6 +141,15 @@ def test_traces_that_cannot_be_written_are_one_warning(
         assert caplog.text.count(f"files are not kept in {directory}: No space left on device") == 1
 
 
+def test_other_failures_to_write_traces_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise KeyError("a span without a name")
+
+    monkeypatch.setattr(run, "write_chrome_trace", broken)
+    with pytest.raises(KeyError, match="a span without a name"):
+        tiny.train(tmp_path, num_sample_generations=0)
+
+
 def test_a_model_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match=r"cannot save .*file"):

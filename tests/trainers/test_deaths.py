@@ -26,6 +26,7 @@ from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
 from fuse.workers.weight_taker import WeightTakerHandle
 
+from ..tiny_models import DECODED_BY_MODULES
 from . import tiny
 
 DEATH = "generation worker on device 1 failed: its process died"
@@ -34,9 +35,9 @@ DEATH = "generation worker on device 1 failed: its process died"
 def test_an_engine_killed_while_it_generates_costs_no_sample(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, pooled_workers: None
 ) -> None:
-    """Killed when the first sample is finished; all others last for a second and more."""
+    """Killed when the first sample is finished; all others last for a while."""
     options: dict[str, Any] = {
-        "models": {"max_position_embeddings": 1024},
+        "models": {"max_position_embeddings": 1024, **DECODED_BY_MODULES},
         "num_devices": 2,
         "total_episodes": 8,
         "response_length": 400,

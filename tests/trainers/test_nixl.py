@@ -15,6 +15,7 @@ from fuse.interstage.costs import SMALL_CPU
 from fuse.interstage.migration import Action, Migrate, RolloutState, feed
 from fuse.interstage.rollout_planner import RolloutPlanner
 
+from ..tiny_models import DECODED_BY_MODULES
 from . import tiny
 
 
@@ -40,7 +41,7 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
     trainer = tiny.trainer(
         output_dir,
         reward=reward,
-        models={"max_position_embeddings": 1024, "mlp_bias": True},  # decoded by modules, step by step
+        models={"max_position_embeddings": 1024, **DECODED_BY_MODULES},
         stop_token=None,
         num_devices=2,
         total_episodes=8,

@@ -13,14 +13,14 @@ from fuse.interstage.rollout_planner import RolloutPlanner
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle
 
+from ..tiny_models import DECODED_BY_MODULES
 from . import tiny, tiny_group
 
 pytestmark = pytest.mark.usefixtures("pooled_workers")
 
 LONG = 300
 """Tokens of the last sample of every update, which decode while the others are trained on; those have few."""
-MODELS: dict[str, Any] = {"max_position_embeddings": 512, "mlp_bias": True}
-"""No models that are decoded in one native call a step: the long samples would have ended."""
+MODELS: dict[str, Any] = {"max_position_embeddings": 512, **DECODED_BY_MODULES}
 
 
 def group_run(output_dir: Path, resume: bool = False, **options: Any) -> Any:

@@ -113,5 +113,5 @@ def test_weights_are_those_of_one_model_in_one_process(
 def test_rows_are_dealt_by_length_into_as_many_micro_batches_whatever_they_are() -> None:
     batches = text_batches(texts(0), most_rows=3, coef=1.0)
     assert [[len(row.input_ids) for row in batch.rows] for batch in batches] == [[2, 2, 3, 3], [5, 9], [12]]
-    assert max(batch.shape.size for batch in batches) == 18 < 3 * 12
+    assert max(batch.shape(packs=False).size for batch in batches) == 18 < 3 * 12
     assert {batch.weight for batch in batches} == {1 / sum(len(row.learnt) for row in texts(0))}

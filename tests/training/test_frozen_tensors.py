@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fuse.driver.ledger_entry import Phase
 from fuse.driver.memory import ledger
-from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.driver.one_base import origins_of, own_weights
 from fuse.intrastage.adapters import base_of, with_adapter
 from fuse.intrastage.opposite import with_opposites
@@ -31,6 +30,7 @@ from fuse.workers import model_worker
 from fuse.workers.model_worker import ModelWorker
 
 from ..distributed.fake_nccl import FakeNccl
+from ..memory_setups import memory_setup
 from ..tiny_models import build, classifier, language_model, spread
 from .test_rank import EXPERIENCE, SETTINGS
 
@@ -136,29 +136,7 @@ def test_a_device_holds_what_the_ledger_has(layout: str, scoring: Any, monkeypat
     """Of opposite pipelines a device has other layers of each model, and together each layer once."""
     monkeypatch.setattr(model_worker, "get_weights", with_lent)
     num_devices, placement = LAYOUTS[layout]
-    setup = MemorySetup(
-        models=planned_models(
-            {role: spec(role) for role in MODELS},
-            autocast=None,
-            gradient_checkpointing=False,
-            split_backward=True,
-            device="cpu",
-        ),
-        placement=placement,
-        num_devices=num_devices,
-        device_memory_bytes=10**9,
-        accelerator="cpu",
-        prompt_tokens=8,
-        response_tokens=8,
-        micro_batch_size=2,
-        num_micro_batches=tuple((role, 4) for role in ("actor", "critic")),
-        autocast=None,
-        generation_dtype=torch.float32,
-        engine_batch_size=4,
-        inference_batch_size=4,
-        inference_batch_tokens=64,
-        scoring=scoring,
-    )
+    setup = memory_setup({role: spec(role) for role in MODELS}, placement, num_devices, scoring=scoring)
     planned = ledger(setup, plans_fusion=False)
     found = FakeNccl(num_devices, 64).run(lambda device: held(device, num_devices, placement, scoring))
     weights = {"weights", "scoring share", "scoring copy"}

@@ -145,7 +145,12 @@ class Sum:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
     ("normalization", "dealing"),
-    [("micro_batch", Dealing()), ("token", Dealing(times=1.5)), ("micro_batch", Dealing(in_pieces=True))],
+    [
+        ("micro_batch", Dealing()),
+        ("token", Dealing(times=1.5)),
+        ("micro_batch", Dealing(in_pieces=True)),
+        ("micro_batch", Dealing(packs=True)),
+    ],
 )
 def test_gradients_and_metrics_are_those_of_the_micro_batches_that_were_drawn(
     name: str, normalization: Any, dealing: Dealing
@@ -187,6 +192,25 @@ def test_pairs_stay_together_and_less_is_padded() -> None:
     assert sum(tokens) < sum(drawn_tokens)
 
 
+def test_packed_micro_batches_have_about_as_many_tokens_over_all_rounds_of_a_step() -> None:
+    of = experience(actor=PolicyTargets)
+    halves = [StepPart(micro_batches=((0, 1, 2), (3, 4, 5)), weights=(0.25, 0.25), is_last=False)]
+    halves.append(StepPart(micro_batches=((6, 7, 8), (9, 10, 11)), weights=(0.25, 0.25), is_last=True))
+    dealt = prepared(
+        [Round({"actor": half}) for half in halves],
+        of,
+        loss_normalization="micro_batch",
+        units={"actor": 1},
+        dealing=Dealing(packs=True),
+    )
+    layout = RaggedLayout(packs=True)
+    tokens = [[layout.shape(of, samples).size for samples in one.parts["actor"].micro_batches] for one in dealt]
+    assert sum(map(sum, tokens)) == sum(of.lengths) + sum(map(len, of.prompts))
+    assert all(len(of_round) == 2 for of_round in tokens)
+    assert max(map(max, tokens)) <= 1.1 * min(map(min, tokens))
+    assert all(of_round == sorted(of_round, reverse=True) for of_round in tokens), "what ends a round is small"
+
+
 def test_a_step_of_one_micro_batch_stays_as_it_is() -> None:
     one = Round({"actor": StepPart(micro_batches=((3, 1, 2),), weights=(1.0,), is_last=True)})
     of = experience(actor=PolicyTargets)
@@ -204,6 +228,7 @@ def test_a_step_of_one_micro_batch_stays_as_it_is() -> None:
         (Dealing(at_least=2), 3),  # never fewer
         (Dealing(times=0.5), 3),
         (Dealing(replicas=4), 4),  # one for each
+        (Dealing(times=1.5, packs=True), 4),
     ],
 )
 def test_there_are_as_many_micro_batches_as_asked_for_and_none_is_larger(dealing: Dealing, expected: int) -> None:

@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from fuse.driver.memory import ledger
-from fuse.driver.memory_setup import MemorySetup, planned_models
 from fuse.driver.model_size import ModelSize
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.packing import use_packing
@@ -30,6 +29,7 @@ from fuse.training.score_pipelines import Piece, ScorePipelines, kind_of
 from fuse.training.scoring import MicroBatchLimit, ScoringSettings, inferences, score
 
 from ..distributed.fake_nccl import FakeNccl
+from ..memory_setups import memory_setup
 from ..tiny_models import advantage_model, build, classifier, language_model, spread
 from .test_rank import SETTINGS
 
@@ -124,7 +124,7 @@ def copy_of(role: str) -> PreTrainedModel:
     """As a model worker has it."""
     copy = ModelSpec.of(MODELS[role]).build(torch.device("cpu"), torch.float32)
     copy.load_state_dict(MODELS[role].state_dict())
-    use_packing(copy)
+    use_packing(copy, "cpu")
     return copy
 
 
@@ -189,23 +189,7 @@ def test_devices_hold_the_shares_that_the_ledger_has(layout: str) -> None:
     _, held = scored(num_devices, placement, SCORING, slots=0)
     specs = {role: ModelSpec.of(model) for role, model in MODELS.items()}
     sizes = {role: ModelSize.of(spec) for role, spec in specs.items()}
-    setup = MemorySetup(
-        models=planned_models(specs, autocast=None, gradient_checkpointing=False, split_backward=True, device="cpu"),
-        placement=placement,
-        num_devices=num_devices,
-        device_memory_bytes=10**9,
-        accelerator="cpu",
-        prompt_tokens=8,
-        response_tokens=8,
-        micro_batch_size=2,
-        num_micro_batches=4,
-        autocast=None,
-        generation_dtype=torch.float32,
-        engine_batch_size=4,
-        inference_batch_size=4,
-        inference_batch_tokens=64,
-        scoring="sharded",
-    )
+    setup = memory_setup(specs, placement, num_devices, scoring="sharded")
     planned = ledger(setup, plans_fusion=False)
     for device, shares in enumerate(held):
         told = {one.role: max(one.bytes.values()) for one in planned.devices[device] if one.what == "scoring share"}

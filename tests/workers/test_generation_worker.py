@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -169,6 +169,18 @@ def test_a_finished_sample_is_reported_at_once_with_the_tokens_of_the_others(mak
     ]
     engine.allow(4)
     assert worker.poll(PATIENCE_S) == [Progress(1, 2, (2, 3, 4, 5), (-2.0, -3.0, -4.0, -5.0), True)]
+
+
+def test_those_that_finish_soon_after_another_are_reported_with_it(make: Make) -> None:
+    engine = SteppedEngine(2, 6)
+    worker = make(engine)
+    worker.submit([request(0), request(1)])
+    with ThreadPoolExecutor() as threads:
+        polled = threads.submit(worker.poll, PATIENCE_S, PATIENCE_S)
+        engine.allow(2)
+        assert not wait([polled], timeout=0.05).done
+        engine.allow(4)
+        assert [one.finished for one in polled.result(PATIENCE_S)] == [True, True]
 
 
 def test_unfinished_samples_are_reported_when_the_time_is_up(make: Make) -> None:

@@ -24,7 +24,7 @@ from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
 from fuse.workers.kv.transfer import KVTransfer, ObjectStoreTransfer
 from fuse.workers.weights import put_state_dict
 
-from ..tiny_models import build, language_model
+from ..tiny_models import DECODED_BY_MODULES, build, language_model
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
@@ -86,7 +86,7 @@ class Workers:
                 num_key_value_heads=2,
                 max_position_embeddings=2048,
                 initializer_range=0.1,
-                mlp_bias=True,  # no model that is decoded in one native call a step: samples would have ended
+                **DECODED_BY_MODULES,
             )
         )
         self.weights = put_state_dict(self._model.state_dict())

@@ -44,6 +44,8 @@ PASSED = {
     "kernel kv_scatter",
     "sleep gives back",
     "tokens after sleep",
+    "packed training, float32",
+    "packed training, bfloat16",
     "weight sync",
     "fused steps of two ranks",
     "decode, 2 rows",

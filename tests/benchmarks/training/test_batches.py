@@ -24,13 +24,19 @@ def test_tasks_share_samples_and_buckets_cover_each_mix() -> None:
         ("mixed", 4),
     ]
     assert load.tasks[3].micro_batches == ((8, 9), (10, 11), (12, 13), (14, 15))
-    assert [load.shape(samples).num_tokens for samples in load.tasks[3].micro_batches] == [8, 5, 11, 6]
-    assert {load.shape(samples) for samples in load.buckets()} == {Shape(2, tokens) for tokens in (5, 8, 11)}
+    # One row of all tokens, but where all of them are as long.
+    packed = [Shape(1, 11), Shape(1, 9), Shape(1, 14), Shape(2, 6)]
+    assert [load.shape(samples) for samples in load.tasks[3].micro_batches] == packed
+    assert {load.shape(samples) for samples in load.buckets()} == {Shape(2, 8), *packed[1:]}
     assert load.experience.lengths[8:] == (6, 1, 2, 3, 9, 1, 4, 4)
 
     dealt = replace(load, regroups=True)
-    assert dealt.micro_batches(dealt.tasks[3]) == ((9, 13, 10), (11, 14), (15, 8), (12,))
-    assert {load.shape(samples) for samples in dealt.buckets()} >= {Shape(3, 4), Shape(2, 8)}
-    real = sum(dealt.experience.lengths[8:]) + 8 * 2
-    assert dealt.padding(dealt.tasks[3]) == pytest.approx((12 + 12 + 16 + 11) / real)
-    assert load.padding(load.tasks[3]) == pytest.approx((16 + 10 + 22 + 12) / real)
+    assert dealt.micro_batches(dealt.tasks[3]) == ((15, 10, 13), (12,), (8, 9), (14, 11))
+    assert {load.shape(samples) for samples in dealt.buckets()} >= {Shape(1, 13), Shape(1, 11), Shape(2, 8)}
+    assert dealt.padding(dealt.tasks[3]) == load.padding(load.tasks[3]) == 1
+
+
+def test_padding_is_counted_where_it_is_computed() -> None:
+    """Micro-batches that are nearly full are not packed."""
+    load = workload({"mixed": [97, 98, 99, 100]}, [2], num_sequences=2, prompt_tokens=1, vocab_size=8, regroups=False)
+    assert load.padding(load.tasks[0]) == pytest.approx((2 * 99 + 2 * 101) / (98 + 99 + 100 + 101))

@@ -58,7 +58,7 @@ def as_all_contend(schedule: Any, together: Profile, alone: Profile, *rest: Any)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, worker_pool: WorkerPool) -> dict[str, Any]:
-    """One run on two devices; its lengths make micro-batches of unequal size."""
+    """One run on two devices; its mixed lengths are packed into micro-batches of equal size."""
     directory = tmp_path_factory.mktemp("training")
     lengths, out = directory / "chat.csv", directory / "out.json"
     lengths.write_text("prompt_tokens,output_tokens\n" + "".join(f"7,{length}\n" for length in (10, 2, 4, 8, 100)))
@@ -91,10 +91,9 @@ def test_writes_a_row_per_setting(trained: dict[str, Any]) -> None:
     assert uniform["predicted_ratio"] > 1
     assert uniform["gain_share"] == pytest.approx((uniform["ratio"] - 1) / (uniform["predicted_ratio"] - 1))
     assert uniform["micro_batch_tokens"] == [16, 16]
-    # 10, 2 and 4, 8 responses become 7, 1 and 3, 5: the longest are 6 on average, after prompts of 2. Dealt by length
-    # they are 1, 3 and 5, 7.
-    assert mixed["micro_batch_tokens"] == [10, 18]
-    assert (uniform["padding"], mixed["padding"]) == (1.0, pytest.approx((10 + 18) / (3 + 5 + 7 + 9)))
+    # 10, 2 and 4, 8 responses become 7, 1 and 3, 5: the longest are 6 on average, after prompts of 2.
+    assert mixed["micro_batch_tokens"] == [12, 12]  # 3 and 9, and 5 and 7
+    assert (uniform["padding"], mixed["padding"]) == (1.0, 1.0)
 
 
 def test_compares_opposite_replicas_with_plain_1f1b(
@@ -171,7 +170,7 @@ def test_a_critic_takes_more_steps_than_the_actor_and_both_in_the_planners_micro
 
 def test_writes_profiles_of_every_shape(trained: dict[str, Any]) -> None:
     profile = profile_from_json(trained["profiles"]["2:1"])
-    assert {cost.shape.num_tokens for cost in profile.stages} == {5, 8, 9}  # dealt by length: 3, 5 and 7, 9
+    assert {cost.shape.num_tokens for cost in profile.stages} == {8, 12}
     assert {(cost.pipeline, cost.stage) for cost in profile.stages} == {
         (f"{model}.0", stage) for model in ("actor", "critic") for stage in range(2)
     }
@@ -180,7 +179,7 @@ def test_writes_profiles_of_every_shape(trained: dict[str, Any]) -> None:
     console.print(tables.profile_table("2:1", profile))
     text = console.export_text()
     assert "actor.0 stage 1" in text
-    assert "2 x 9" in text
+    assert "1 x 12" in text
 
 
 def test_writes_what_the_figures_depend_on(trained: dict[str, Any]) -> None:

@@ -9,18 +9,9 @@
 #include "differences.h"
 #include "tensor/linear_logprob.h"
 #include "tensor/linear_logprob_cuda.h"
+#include "values.h"
 
 namespace {
-
-float of(float value, float) { return value; }
-fuse::BFloat16 of(float value, fuse::BFloat16) { return {static_cast<std::uint16_t>(fuse::bfloat16_bits(value))}; }
-
-template <typename T>
-std::vector<float> floats(const std::vector<T>& values) {
-  std::vector<float> result;
-  for (const T& value : values) result.push_back(fuse::to_float(value));
-  return result;
-}
 
 // Rows in chunks of so many columns each, whose largest logits grow from chunk to chunk in every other row.
 template <typename T>

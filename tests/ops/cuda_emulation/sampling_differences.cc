@@ -8,14 +8,12 @@
 #include "differences.h"
 #include "tensor/sampling.h"
 #include "tensor/sampling_cuda.h"
+#include "values.h"
 
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 const std::vector<float> kTemperatures{0.0f, 1.0f, 0.1f, 0.0f, 0.7f, 1.3f, 50.0f};
-
-float of(float value, float) { return value; }
-fuse::BFloat16 of(float value, fuse::BFloat16) { return {static_cast<std::uint16_t>(fuse::bfloat16_bits(value))}; }
 
 // Not a number is equal to itself here.
 std::vector<float> shown(std::vector<float> values) {
