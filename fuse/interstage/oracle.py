@@ -8,9 +8,15 @@ finish: the difference between the bounds is what knowing would be worth.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fuse.interstage.costs import fastest, least
+from fuse.interstage.costs import CostModel, fastest, least
 from fuse.interstage.rollout import Rollout
+
+Floats = NDArray[np.float64]
+
+_NUM_WEIGHTS = 41
+"""Weights that are tried of each bound: each mean is a bound, the best of more of them is a little higher."""
 
 
 def lower_bound_s(rollout: Rollout) -> float:
@@ -48,23 +54,44 @@ def lower_bound_s(rollout: Rollout) -> float:
 def blind_bound_s(rollout: Rollout) -> float:
     """The same for policies to which all samples of an age look alike, and which keep them at about one age.
 
-    The longest sample then shares each step with as many others as an engine has on average while all decode: where
-    some samples share with fewer, others share with more. So this bounds the mean over rollouts, and not each of them:
-    a policy that happens to leave the longest sample with few others may do better. Where engines draft, a small batch
-    gains more than a large one loses, so that uneven batches may do a little better on average, too.
+    Of l samples that are live at an age, n engines have l / n each, and the longest one, too: where some samples share
+    with fewer, others share with more. With all devices decoding, the longest sample ends soonest; with few, most time
+    is left to score what has finished. At any age the time to come is at least what devices have yet to decode and to
+    score, shared by all of them, and at the end it is what the last sample takes to score. A weighted mean of these
+    bounds is one, too. Given weights, each age has a best n, and the best weights are found age by age: in the bounds
+    from earlier ages, of weight `earlier`, a step counts by the devices that it holds, in the others by its time.
+
+    This bounds the mean over rollouts, and not each of them: a policy that happens to leave the longest sample with few
+    others may do better. Where engines draft, a small batch gains more than a large one loses, so that uneven batches
+    may do a little better on average, too.
     """
-    costs, lengths = rollout.costs, rollout.response_tokens
+    costs, lengths, num_devices = rollout.costs, rollout.response_tokens, rollout.num_devices
     longest_first = np.argsort(-lengths, kind="stable")
     prompts = rollout.prompt_tokens[longest_first]
     age = np.arange(lengths.max())
     live = np.searchsorted(np.sort(-lengths), -age, side="left")  # samples with more tokens than that
     context = np.cumsum(prompts)[live - 1] / live + age
-    batch = np.maximum(1.0, live / rollout.num_devices)
-    steps_s = fastest(costs, lambda one: one.step_s + batch * (one.sample_s + one.context_s * context))
-    decode_s = float(np.sum(steps_s))
-    prefill_s = costs.prefill(rollout.distinct_prompt_tokens // rollout.num_devices)
+    earlier = np.linspace(0, 1, _NUM_WEIGHTS)
+
+    least_s = np.full((len(age), len(earlier)), np.inf)
+    for num_engines in range(1, num_devices + 1):
+        engines = np.minimum(num_engines, live)
+        step_s = _step_s(costs, live / engines, context)
+        least_s = np.minimum(least_s, step_s[:, None] * (1 - earlier + earlier * (engines / num_devices)[:, None]))
+    token_s = costs.inference_token_s + costs.inference_s / costs.inference_batch_tokens
+    finished_tokens = np.bincount(lengths - 1, rollout.prompt_tokens + lengths)
+    least_s += earlier * (finished_tokens * token_s / num_devices)[:, None]
+    from_start_s = np.zeros(len(earlier))
+    for of_age_s in least_s:
+        from_start_s = np.maximum.accumulate(from_start_s) + of_age_s
     last_s = costs.inference(int(prompts[0] + lengths.max()))
-    return max(lower_bound_s(rollout), prefill_s + decode_s + last_s)
+    prefill_s = costs.prefill(rollout.distinct_prompt_tokens // num_devices)
+    return max(lower_bound_s(rollout), prefill_s + float((from_start_s + (1 - earlier) * last_s).max()))
+
+
+def _step_s(costs: CostModel, batch: Floats, context: Floats) -> Floats:
+    """Of batches of samples with so much context each."""
+    return fastest(costs, lambda one: one.step_s + batch * (one.sample_s + one.context_s * context))
 
 
 def _largest_batch(rollout: Rollout) -> int:
