@@ -7,7 +7,7 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,13 +148,14 @@ def merged(rewards: list[float], p: list[float]) -> tuple[list[float], list[floa
 
 @settings(max_examples=8 * settings.default.max_examples)
 @given(group=groups)
-def test_equals_both_algorithms_of_the_paper(group: tuple[list[float], list[float]]) -> None:
+@example(group=([0.0, 6.103515625e-05, 0.0, 0.84375, 1.0, 0.25], [-12.0, -2.0, -13.0, -9.0, 0.0, -10.0]))
+def test_is_the_best_extreme_point_and_no_worse_than_one_pass(group: tuple[list[float], list[float]]) -> None:
     rewards, logprobs = group
     p, r = merged(rewards, softmax(logprobs))
     ours = dict(zip(rewards, adjust(rewards, logprobs, (0, 1)), strict=True))
     objective = sum(q * ours[reward] ** 2 for q, reward in zip(p, r, strict=True))
-    for algorithm in (enumeration, one_pass):
-        assert objective == pytest.approx(algorithm(p, r, 0.0, 1.0)[1], abs=1e-9)
+    assert objective == pytest.approx(enumeration(p, r, 0.0, 1.0)[1], abs=1e-9)
+    assert objective >= one_pass(p, r, 0.0, 1.0)[1] - 1e-9  # which may stop where neither move alone gains
 
 
 def test_equals_the_points_that_the_algorithms_find() -> None:
