@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fuse.benchmarks.gpu.setup import Row, Setup, random_model, spec_for, synchronize
 from fuse.benchmarks.measure import interleave, median_ms
+from fuse.head_dim import head_dim
 from fuse.intrastage.packed_attention import way_of_device
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import MicroBatch
@@ -36,7 +37,7 @@ def _row(setup: Setup, autocast: torch.dtype | None) -> Row:
     functions = {"packed": lambda: _run(setup, stage, packed), "padded": lambda: _run(setup, stage, padded)}
     ms = {name: median_ms(seconds) for name, seconds in interleave(functions, _REPEATS).items()}
     dtype = autocast or torch.float32
-    way = way_of_device(torch.device(setup.device), dtype, _head_dim(stage))
+    way = way_of_device(torch.device(setup.device), dtype, head_dim(stage.model.config))
     return Row(
         name=f"packed training, {str(dtype).removeprefix('torch.')}",
         measured=f"off by {difference:.2g}",
@@ -92,8 +93,3 @@ def _run(setup: Setup, stage: TransformersStage, micro_batch: MicroBatch) -> Non
     stage.forward(0, micro_batch, None)
     stage.backward(0, None)
     synchronize(setup)
-
-
-def _head_dim(stage: TransformersStage) -> int:
-    config: Any = stage.model.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

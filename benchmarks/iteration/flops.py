@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fuse.benchmarks.iteration.turn import Response
 from fuse.benchmarks.iteration.workload import Workload
+from fuse.head_dim import head_dim
 
 _PASSES = 3
 """Forward, and a backward pass of twice its work."""
@@ -30,11 +31,10 @@ class ForwardFlops:
         config = model.config.get_text_config()
         head = model.get_output_embeddings() or getattr(model, "score", None)
         layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             token=2 * sum(layer.weight.numel() for layer in layers),
             # A product with a key, and one with a value.
-            pair=4 * config.num_hidden_layers * config.num_attention_heads * head_size,
+            pair=4 * config.num_hidden_layers * config.num_attention_heads * head_dim(config),
             output=2 * head.weight.numel() if isinstance(head, nn.Linear) else 0,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -18,6 +17,7 @@ from fuse.config.tail_sharing import tail_sharing
 from fuse.driver.engine_choice import EngineFactory, choose_engine
 from fuse.driver.fleet_settings import FleetSettings
 from fuse.driver.kv_choice import choose_kv_transfer
+from fuse.driver.model_size import kv_values
 from fuse.engines.limits import num_positions
 from fuse.interstage.migration import EngineLimits
 from fuse.interstage.rollout_planner import RolloutSettings
@@ -259,7 +259,4 @@ def _engine_limits(config: RunConfig, actor: PretrainedConfig) -> EngineLimits:
 
 def _kv_bytes_per_token(actor: PretrainedConfig, dtype: torch.dtype | None) -> int:
     """Keys and values of all layers, in float32 by default."""
-    config: Any = actor.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * (dtype or torch.float32).itemsize
+    return kv_values(actor) * (dtype or torch.float32).itemsize

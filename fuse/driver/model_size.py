@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from fuse.head_dim import head_dim
 from fuse.intrastage.layer_range import even_layer_range
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.transformers_stage import head_of
@@ -137,8 +138,7 @@ class ModelSize:
 def kv_values(config: Any) -> int:
     """Numbers that keys and values of one token are, over all layers."""
     text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * kv_heads(config) * int(width)
+    return 2 * int(text.num_hidden_layers) * kv_heads(config) * head_dim(text)
 
 
 def kv_heads(config: Any) -> int:

@@ -24,6 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fuse.head_dim import head_dim
+
 
 def build_model(
     config: PretrainedConfig,
@@ -86,11 +88,6 @@ def build_model(
         if hasattr(module, "tp_group"):  # megatron-core drops it where torch.distributed is not initialised
             module.tp_group = tensor_group
     return model.to_empty(device=device).train(False)
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    untyped: Any = config
-    return int(getattr(untyped, "head_dim", None) or untyped.hidden_size // untyped.num_attention_heads)
 
 
 def lone_group() -> dist.ProcessGroup:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ _BLOCK = 128
 Way = Literal["each", "varlen", "flex"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Sequences:
     """Of a packed row, on its device but for `lengths`, which the host knows: nothing has to be waited for.
 
@@ -42,7 +42,6 @@ class Sequences:
     lengths: Sequence[int]
     ends: Tensor
     rows: Tensor
-    _masks: list[BlockMask] = field(default_factory=list)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Sequences:
@@ -51,26 +50,24 @@ class Sequences:
         rows = torch.repeat_interleave(on_device[1:], output_size=sum(lengths))
         return cls(lengths, on_device.cumsum(0, dtype=torch.int32), rows)
 
-    @property
+    @cached_property
     def starts(self) -> Tensor:
         """[packed], of tokens before each one's sequence."""
         return self.ends[self.rows]
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """[packed], of each token in its sequence."""
         return torch.arange(len(self.rows), device=self.rows.device) - self.starts
 
-    @property
+    @cached_property
     def block_mask(self) -> BlockMask:
         """What a token sees, the same in all layers: those of its sequence up to itself.
 
         Made without looking at pairs of tokens: a block of queries sees every block from that in which the sequence of
         its first token starts up to itself.
         """
-        if not self._masks:
-            self._masks.append(_block_mask(self.rows, self.starts))
-        return self._masks[0]
+        return _block_mask(self.rows, self.starts)
 
 
 def way_of(

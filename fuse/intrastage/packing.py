@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fuse.head_dim import head_dim
 from fuse.intrastage.cost_profile import shape_of
 from fuse.intrastage.fused_layers import has_known_layers
 from fuse.intrastage.no_cache import NoCache
@@ -60,12 +61,11 @@ def is_packed(micro_batch: MicroBatch, model: PreTrainedModel) -> bool:
 
 def can_pack(model: PreTrainedModel, device_type: str) -> bool:
     """Whether a model's layers are known to pass on to attention what it takes to tell packed sequences apart."""
-    config: Any = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = model.config.get_text_config()
     return (
         has_known_layers(model)
         and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
-        and (device_type == "cpu" or head_dim >= LEAST_HEAD_DIM)
+        and (device_type == "cpu" or head_dim(config) >= LEAST_HEAD_DIM)
     )
 
 

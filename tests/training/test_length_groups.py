@@ -27,6 +27,13 @@ def partitions(count: int, num_groups: int) -> Iterator[list[list[int]]]:
             yield [[*group, count - 1] if number == index else group for number, group in enumerate(same)]
 
 
+def check_partition(found: Sequence[Sequence[int]], count: int, num_groups: int) -> None:
+    """All indices are in one of so many groups each, none of which is empty."""
+    assert sorted(index for group in found for index in group) == list(range(count))
+    assert len(found) == num_groups
+    assert all(found)
+
+
 def sizes(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> list[int]:
     return [len(group) * max(lengths[index] for index in group) for group in groups]
 
@@ -35,9 +42,7 @@ def sizes(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> list[int]:
 def test_the_largest_is_the_least_and_so_is_the_sum_among_neighbours(lengths: list[int], data: st.DataObject) -> None:
     num_groups = data.draw(st.integers(1, len(lengths)))
     found = length_groups(lengths, num_groups)
-    assert sorted(index for group in found for index in group) == list(range(len(lengths)))
-    assert len(found) == num_groups
-    assert all(found)
+    check_partition(found, len(lengths), num_groups)
     in_order = [lengths[index] for group in found for index in group]
     assert in_order == sorted(lengths)
 
