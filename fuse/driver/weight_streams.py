@@ -1,15 +1,18 @@
 """Weights after an update, straight from the stages that trained them to whoever computes by them.
 
 The driver asks stages for a bucket each, has every receiver take them in, and asks for the next ones: a device offers
-one bucket at a time, and the driver itself sees none of it. What carries it follows from where processes are: on the
-sender's host the memory of its kind of device (`shared_memory`, `cuda_ipc`), to all other hosts one broadcast.
+one bucket at a time, and the driver itself sees none of it. Calls of a process run in order, so nobody waits for their
+answers in between: once shapes are known, weights that fit a bucket take two rounds of calls. What carries it follows
+from where processes are: on the sender's host the memory of its kind of device (`shared_memory`, `cuda_ipc`), to all
+other hosts one broadcast.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -44,6 +47,26 @@ _R = TypeVar("_R", bound=Receiver)
 
 
 @dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """What stages send of a model. parts: by device, shapes by name."""
+
+    parts: Sequence[Mapping[str, torch.Size]]
+    dtype: torch.dtype
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all that will come."""
+        shapes = {name: shape for part in self.parts for name, shape in part.items()}
+        assert len(shapes) == sum(map(len, self.parts)), "stages would send the same weight"
+        return shapes
+
+    @property
+    def num_buckets(self) -> dict[int, int]:
+        """Of each device that sends."""
+        return {device: len(cut(part, self.dtype, BUCKET_BYTES)) for device, part in enumerate(self.parts) if part}
+
+
+@dataclass(frozen=True, slots=True)
 class _Group:
     """A sender, then those on other hosts that it broadcasts to, whose devices these are."""
 
@@ -57,6 +80,8 @@ class WeightStreams:
 
     def __init__(self, cluster: Cluster, settings: FleetSettings) -> None:
         self._cluster, self._settings = cluster, settings
+        self._parts: dict[tuple[str, torch.dtype, Exported], list[dict[str, torch.Size]]] = {}  # as of `_Outgoing`
+        self._holders: dict[str, list[bool]] = {}  # by what is copied
         self._groups: dict[tuple[int, str], _Group] = {}
         self._numbers = itertools.count()
         self._told: set[str] = set()
@@ -74,10 +99,10 @@ class WeightStreams:
         device.
         """
         receivers = _Receivers(dict(engines), may_die=True)
-        shapes, num_buckets = self._begin(models, role, self._settings.generation_dtype, part)
-        receivers.ask(lambda engine: engine.begin_weights(shapes))
-        self._send(models, num_buckets, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
-        receivers.ask(lambda engine: engine.end_weights())
+        with self._sending(models, role, self._settings.generation_dtype, part, receivers) as sent:
+            receivers.ask(lambda engine: engine.begin_weights(sent.shapes))
+            self._send(models, sent, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
+            receivers.ask(lambda engine: engine.end_weights())
         return receivers.lost
 
     def to_copies(self, models: Sequence[ModelHandle], role: str, copied: str, alpha: float | None = None) -> None:
@@ -85,61 +110,75 @@ class WeightStreams:
 
         Raises: WorkerError when a receiver dies: it trains, too.
         """
-        holders = gather([model.has_copy(copied) for model in models])
+        if copied not in self._holders:
+            self._holders[copied] = gather([model.has_copy(copied) for model in models])
+        holders = self._holders[copied]
         receivers = _Receivers({device: one for device, one in enumerate(models) if holders[device]}, may_die=False)
         if not receivers.live:
             return
-        shapes, num_buckets = self._begin(models, role, torch.float32, "trained")
-        receivers.ask(lambda model: model.begin_copy(copied, shapes))
-        self._send(
-            models, num_buckets, f"copies of {copied}", receivers, lambda model, one: model.copy(copied, one, alpha)
-        )
+        with self._sending(models, role, torch.float32, "trained", receivers) as sent:
+            receivers.ask(lambda model: model.begin_copy(copied, sent.shapes))
+            to = f"copies of {copied}"
+            self._send(models, sent, to, receivers, lambda model, parcel: model.copy(copied, parcel, alpha))
 
-    def _begin(
-        self, models: Sequence[ModelHandle], role: str, dtype: torch.dtype, part: Exported
-    ) -> tuple[dict[str, torch.Size], dict[int, int]]:
-        """Have stages prepare to send; all that will come, and how many buckets of each device that sends."""
-        parts = gather([model.begin_export(role, dtype, BUCKET_BYTES, part) for model in models])
-        shapes = {name: shape for part in parts for name, shape in part.items()}
-        assert len(shapes) == sum(map(len, parts)), "stages would send the same weight"
-        return shapes, {device: len(cut(part, dtype, BUCKET_BYTES)) for device, part in enumerate(parts) if part}
+    @contextmanager
+    def _sending(
+        self,
+        models: Sequence[ModelHandle],
+        role: str,
+        dtype: torch.dtype,
+        part: Exported,
+        receivers: _Receivers[_R],
+    ) -> Iterator[_Outgoing]:
+        """Have stages prepare to send, and end when receivers have done what they were asked."""
+        began = [model.begin_export(role, dtype, BUCKET_BYTES, part) for model in models]
+        if (role, dtype, part) not in self._parts:
+            self._parts[role, dtype, part] = gather(began)
+        parts = self._parts[role, dtype, part]
+        try:
+            yield _Outgoing(parts, dtype)
+            receivers.wait()
+            assert gather(began) == parts, "stages send other weights than before"
+        finally:
+            for model in models:
+                model.end_export()  # nobody waits: one may have died
 
     def _send(
         self,
         models: Sequence[ModelHandle],
-        num_buckets: Mapping[int, int],
+        sent: _Outgoing,
         to: str,
         receivers: _Receivers[_R],
         give: Callable[[_R, Parcel], Future[None]],
     ) -> None:
         """Have receivers take in every bucket. Devices that share a stage go in step."""
-        size = self._settings.training.tensor_parallel_size
-        try:
-            for devices in self._turns(num_buckets, receivers):
-                groups = {device: self._group(device, models[device], to, receivers) for device in devices}
-                for index in range(max((num_buckets[device] for device in devices), default=0)):
-                    asked = {
-                        device: [model.export_next(_name(group)) for model in models[device : device + size]]
-                        for device, group in groups.items()
-                        if index < num_buckets[device]
-                    }
-                    parcels = {device: gather(exports)[0] for device, exports in asked.items()}
-                    receivers.hand_over(
-                        [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give
-                    )
-                    for device, group in groups.items():
-                        if group is not None and not group.devices <= receivers.live.keys():
-                            self._close(device, to)
-                            groups[device] = None
-        finally:
-            for model in models:
-                model.end_export()  # nobody waits: one may have died
+        size, num_buckets = self._settings.training.tensor_parallel_size, sent.num_buckets
+        is_one_host = len({self._cluster.host(device) for device in (*num_buckets, *receivers.live)}) == 1
+        for devices in self._turns(num_buckets, is_one_host):
+            if not is_one_host:
+                receivers.wait()  # who has died is in no group
+            groups = {device: self._group(device, models[device], to, receivers) for device in devices}
+            for index in range(max((num_buckets[device] for device in devices), default=0)):
+                if index:
+                    receivers.wait()  # they have done with the last bucket
+                for device, group in groups.items():
+                    if group is not None and not group.devices <= receivers.live.keys():
+                        self._close(device, to)
+                        groups[device] = None
+                asked = {
+                    device: [model.export_next(_name(group)) for model in models[device : device + size]]
+                    for device, group in groups.items()
+                    if index < num_buckets[device]
+                }
+                parcels = {device: gather(exports)[0] for device, exports in asked.items()}
+                receivers.hand_over(
+                    [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give
+                )
 
-    def _turns(self, senders: Iterable[int], receivers: _Receivers[_R]) -> list[list[int]]:
+    def _turns(self, senders: Iterable[int], is_one_host: bool) -> list[list[int]]:
         """Which devices send side by side: all on one host; else one alone, for a member of several groups that
         broadcast at once could be in them in another order than the others."""
-        one_host = len({self._cluster.host(device) for device in (*senders, *receivers.live)}) == 1
-        return [[*senders]] if one_host else [[device] for device in senders]
+        return [[*senders]] if is_one_host else [[device] for device in senders]
 
     # Broadcasts
 
@@ -211,6 +250,7 @@ class _Receivers(Generic[_R]):
     def __init__(self, live: dict[int, _R], *, may_die: bool) -> None:
         self.live, self.lost = live, dict[int, WorkerError]()
         self._may_die = may_die
+        self._asked: dict[Future[None], frozenset[int]] = {}  # whose calls they are: they fail together
 
     def drop(self, devices: Iterable[int], error: WorkerError) -> None:
         """Raises: the error, where it is no death, or none may die."""
@@ -222,24 +262,23 @@ class _Receivers(Generic[_R]):
                 self.lost[device] = error
 
     def ask(self, call: Callable[[_R], Future[None]]) -> None:
-        """Have all do something."""
-        self._wait({call(one): frozenset({device}) for device, one in self.live.items()})
+        """Have all do something, after what they were asked before."""
+        self._asked |= {call(one): frozenset({device}) for device, one in self.live.items()}
 
     def hand_over(
         self, parcels: Iterable[tuple[Parcel, _Group | None]], give: Callable[[_R, Parcel], Future[None]]
     ) -> None:
         """Have all take buckets in: those of a bucket's group by its broadcast, all others at its address."""
-        calls = {}
         for parcel, group in parcels:
             far = frozenset[int]() if group is None else group.devices
             by_group = replace(parcel, address=None, group=_name(group))
             for device, one in self.live.items():
                 call = give(one, by_group if device in far else parcel)
-                calls[call] = far if device in far else frozenset({device})
-        self._wait(calls)
+                self._asked[call] = far if device in far else frozenset({device})
 
-    def _wait(self, calls: dict[Future[None], frozenset[int]]) -> None:
-        """Until all calls have ended, but for those of devices that fail together with one that has failed."""
+    def wait(self) -> None:
+        """Until all have done what they were asked, but for devices that fail together with one that has failed."""
+        calls, self._asked = self._asked, {}
         while calls:
             for future in wait_ended([*calls]):
                 devices = calls.pop(future, None)

@@ -63,6 +63,7 @@ def group(*devices: int) -> _Group:
 def test_those_on_other_hosts_get_the_broadcast_and_the_rest_the_address() -> None:
     all_well = receivers(Call(), Call(), Call())
     all_well.hand_over([(PARCEL, group(1, 2))], Handle.load)
+    all_well.wait()
     given = [handle.parcels for handle in all_well.live.values()]
     assert given[0] == [PARCEL]
     assert given[1] == given[2] == [Parcel(PARCEL.bucket, None, "far")]
@@ -73,6 +74,7 @@ def test_a_death_drops_those_that_waited_for_the_same_broadcast() -> None:
     """They may never get it, and are not waited for; those of the sender's host go on."""
     dying = receivers(Call(), Call(ends=False), Call(DEATH), Call())
     dying.hand_over([(PARCEL, group(1, 2))], Handle.load)
+    dying.wait()
     assert dying.live.keys() == {0, 3}
     assert dying.lost == {1: DEATH, 2: DEATH}
 
@@ -80,8 +82,10 @@ def test_a_death_drops_those_that_waited_for_the_same_broadcast() -> None:
 def test_a_death_beside_a_broadcast_drops_nobody_else() -> None:
     dying = receivers(Call(DEATH), Call(), Call())
     dying.hand_over([(PARCEL, group(1, 2))], Handle.load)
+    dying.wait()
     assert dying.live.keys() == {1, 2}
     dying.ask(lambda handle: handle.call)
+    dying.wait()
     assert dying.lost == {0: DEATH}
 
 
@@ -92,6 +96,7 @@ def test_what_is_no_bearable_death_is_raised(error: WorkerError, may_die: bool) 
     failing = receivers(Call(), Call(error), may_die=may_die)
     with pytest.raises(WorkerError) as raised:
         failing.hand_over([(PARCEL, None)], Handle.load)
+        failing.wait()
     assert raised.value is error
 
 
