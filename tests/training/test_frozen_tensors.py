@@ -109,7 +109,7 @@ def held(device: int, num_devices: int, placement: tuple[Replica, ...], scoring:
         worker.load_training_weights(role, stored)
     for role in others:
         worker.load_scoring_weights(role, stored)
-    steps = optimizer_steps([np.arange(8)], num_mini_batches=1, micro_batch_size=2)
+    steps = optimizer_steps([np.arange(6)], num_mini_batches=1, micro_batch_size=2)
     counts = {role: sum(one.model == role for one in placement) for role in trained}
     (one,) = rounds(dict.fromkeys(trained, steps), counts, is_fused=True)
     plan = Plan(halved_serial_schedule(placement, one.counts))

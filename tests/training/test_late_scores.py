@@ -16,7 +16,7 @@ from ..distributed.late_scoring import compare
 
 @pytest.mark.parametrize(
     ("world", "is_opposite", "regroups", "slots"),
-    [(2, False, True, 0), (4, False, False, 64), (2, True, False, 64), (4, True, True, 0)],
+    [(2, False, True, 0), (3, False, False, 64), (2, True, False, 64), (3, True, True, 0)],
 )
 def test_steps_that_score_are_those_that_are_scored_before(
     world: int, is_opposite: bool, regroups: bool, slots: int

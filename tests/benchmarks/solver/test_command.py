@@ -70,6 +70,13 @@ def test_writes_a_row_per_problem_and_seed(tmp_path: Path, capsys: pytest.Captur
     assert "makespan gap: median 0.00%, worst 0.00% over 3 runs" in capsys.readouterr().out
 
 
+@pytest.fixture
+def no_evaluation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than to solve tiny problems."""
+    monkeypatch.setattr(command, "evaluation_microseconds", lambda: 1.0)
+
+
+@pytest.mark.usefixtures("no_evaluation_is_timed")
 def test_keeps_the_best_schedule_and_draws_the_rows_now_or_later(tmp_path: Path) -> None:
     out, figure = tmp_path / "out.json", tmp_path / "figures" / "quality.svg"
     instances = str(tmp_path / "instances.json")
@@ -85,6 +92,7 @@ def test_keeps_the_best_schedule_and_draws_the_rows_now_or_later(tmp_path: Path)
     assert "<svg" in again.read_text()
 
 
+@pytest.mark.usefixtures("no_evaluation_is_timed")
 def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solved = []
 
@@ -101,6 +109,7 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["tiny"]
 
 
+@pytest.mark.usefixtures("no_evaluation_is_timed")
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

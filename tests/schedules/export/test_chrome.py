@@ -16,6 +16,8 @@ from schedules.export.chrome import trace_events
 from schedules.random_problems import random_problem, random_schedule
 from schedules.walk import needs
 
+from ...examples import examples
+
 Event = dict[str, Any]
 
 
@@ -66,7 +68,7 @@ def test_follows_the_format(fused: Schedule, split: Schedule) -> None:
     check_format(events_of(split))
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(examples(15)))
 def test_follows_the_format_on_anything(seed: int) -> None:
     random = Random(seed)
     check_format(events_of(random_schedule(random_problem(random, max_forward_only=2), random)))

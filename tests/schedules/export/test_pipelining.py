@@ -17,6 +17,8 @@ from schedules.baselines import one_f_one_b, serial, zero_bubble_v
 from schedules.export.pipelining import pipelining_csv
 from schedules.random_problems import random_problem, random_schedule
 
+from ...examples import examples
+
 
 def load(schedule: Schedule, path: Path, *, messages: bool = True) -> dict[int, list[_Action]]:
     """Write the CSV and let torch's runtime load it, without stages to run it on; torch adds messages left out."""
@@ -77,7 +79,7 @@ def test_split_backwards(split: Schedule, tmp_path: Path) -> None:
     assert not kinds["B"]
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(examples(15)))
 def test_messages_meet(seed: int, tmp_path: Path) -> None:
     """Walk the rows as torch does, sends not waiting: every receive finds its message, and no rank is stuck."""
     random = Random(seed)

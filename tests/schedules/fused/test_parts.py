@@ -12,6 +12,8 @@ from schedules.fused.greedy import greedy
 from schedules.fused.parts import parts_of, schedule_in_parts
 from schedules.random_problems import random_problem
 
+from ...examples import examples
+
 
 def side_by_side(*problems: Problem) -> Problem:
     """One problem of several, on ranks and with names of their own."""
@@ -75,7 +77,7 @@ def test_a_problem_of_one_part_is_asked_for_as_it_is() -> None:
 
 def test_random_parts_are_scheduled_as_each_alone_would_be() -> None:
     random = Random(5)
-    for _ in range(20):
+    for _ in range(examples(20)):
         problems = [
             replace(random_problem(random, max_forward_only=2), memory_limit_bytes=None)
             for _ in range(random.randint(2, 3))

@@ -18,6 +18,8 @@ from schedules.instances import actor_and_critic
 from schedules.random_problems import random_problem
 from schedules.walk import needs
 
+from ...examples import examples
+
 
 def _free(problem: Problem) -> NDArray[np.int64]:
     return memory_caps(problem)
@@ -105,7 +107,7 @@ def test_a_period_of_many_micro_batches_is_none() -> None:
 
 def test_unrolled_schedules_are_legal() -> None:
     random = Random(8)
-    for _ in range(6):
+    for _ in range(examples(6)):
         problem = random_problem(random, max_ranks=3, max_pipelines=2, max_stages=3, max_micro_batches=2)
         multiples = tuple(replace(p, num_micro_batches=4 * p.num_micro_batches) for p in problem.pipelines)
         problem = replace(problem, pipelines=multiples)

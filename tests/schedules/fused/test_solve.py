@@ -21,6 +21,8 @@ from schedules.fused.solve import Objective, Status, solve
 from schedules.instances import actor_and_critic
 from schedules.random_problems import random_problem, random_schedule
 
+from ...examples import examples
+
 SMALL = actor_and_critic(
     actor_stages=4,
     critic_stages=2,
@@ -35,7 +37,7 @@ SMALL = actor_and_critic(
 
 def test_random_problems_are_solved_within_their_bounds() -> None:
     random = Random(3)
-    for _ in range(8):
+    for _ in range(examples(8)):
         problem = random_problem(random, max_forward_only=2)
         if random.random() < 0.5:
             problem = replace(problem, memory_limit_bytes=evaluate(greedy(problem)).peak_bytes)
@@ -67,7 +69,7 @@ def test_the_memory_bound_is_left_out_where_memory_does_not_count(
 def test_tiny_problems_are_proven_optimal() -> None:
     random = Random(11)
     num_solved = 0
-    while num_solved < 6:
+    while num_solved < examples(6):
         problem = random_problem(random, max_ranks=2, max_pipelines=2, max_stages=2, max_micro_batches=2, max_ticks=5)
         operations = sum(p.num_stages * p.num_micro_batches * (2 + p.can_split) for p in problem.pipelines)
         if operations > 10 or any(p.can_split or len(set(p.ranks)) < p.num_stages for p in problem.pipelines):
@@ -153,7 +155,7 @@ def test_an_error_in_a_worker_ends_the_search() -> None:
 
 def test_whole_and_halved_backwards_stand_for_one_another() -> None:
     random = Random(2)
-    for _ in range(20):
+    for _ in range(examples(20)):
         problem = random_problem(random, max_forward_only=2)
         mixed = random_schedule(problem, random)
         for split in (False, True):

@@ -11,6 +11,8 @@ from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate, violation
 from schedules.fused.windows import Window, lower_peak, peak_ticks, shorten, window_at
 from schedules.random_problems import random_problem, random_schedule
 
+from ...examples import examples
+
 
 def _pipeline(name: str, ranks: tuple[int, ...], num_micro_batches: int = 1) -> Pipeline:
     stages = len(ranks)
@@ -81,7 +83,7 @@ def test_windows_lie_around_the_peak() -> None:
 
 def test_never_worse_and_always_legal() -> None:
     random = Random(4)
-    for _ in range(30):
+    for _ in range(examples(30)):
         problem = random_problem(random, max_forward_only=2)
         schedule = random_schedule(problem, random)
         peaks = evaluate(schedule).peak_bytes
