@@ -110,7 +110,9 @@ class EmulatedUpdate:
         """A rank's spans, those of its operations with when they were planned."""
         planned = iter(self._planned[rank])
         return [
-            replace(span, arguments={**span.arguments, **next(planned, {})}) if span.category == TRAIN else span
+            Span(span.name, TRAIN, span.start_s, span.end_s, {**span.arguments, **next(planned, {})})
+            if span.category == TRAIN
+            else span
             for span in spans
         ]
 

@@ -68,6 +68,8 @@ class RolloutPlanner:
         self._tuned_to: LengthModel | None = None
         self._num_since_tuned = 0
         self._pays = True
+        self._costs: CostModel | None = None
+        self._knows_costs = True  # until something is measured: fitting them takes a while
 
     @property
     def limits(self) -> EngineLimits:
@@ -76,8 +78,11 @@ class RolloutPlanner:
 
     def costs(self) -> CostModel | None:
         """The costs measured so far; None before there are enough measurements."""
-        costs, size = self._calibration.costs(), self._settings.engine_devices
-        return costs if costs is None or size == 1 else shared_engine_costs(costs, size)
+        if not self._knows_costs:
+            costs, size = self._calibration.costs(), self._settings.engine_devices
+            self._costs = costs if costs is None or size == 1 else shared_engine_costs(costs, size)
+            self._knows_costs = True
+        return self._costs
 
     def dealing(self) -> Dealing:
         """How samples are dealt to engines."""
@@ -113,6 +118,7 @@ class RolloutPlanner:
         """Learn how long a rollout's responses were, and what its calls to score took: tokens and seconds of each."""
         size = self._settings.engine_devices
         self._calibration.begin_iteration()
+        self._knows_costs = False
         self._calibration.add_calls((tokens / size, seconds) for tokens, seconds in scoring_calls)
         limit = self._settings.limits.max_new_tokens
         self._num_since_tuned += 1
@@ -122,6 +128,7 @@ class RolloutPlanner:
     def observe_spans(self, spans: Iterable[Span]) -> None:
         """Learn what one worker's operations took."""
         self._calibration.add(spans)
+        self._knows_costs = False
 
     def _observations(self) -> list[Observation]:
         return [one for update in self._updates for one in update]
