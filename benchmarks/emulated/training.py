@@ -58,6 +58,8 @@ class EmulatedRound:
 class EmulatedStage:
     """Is busy as long as each operation takes, and passes the moment of its end on; see `fuse.intrastage.stage.Stage`.
 
+    Operations are queued, and messages sent before that moment has come.
+
     seconds: of an operation on a micro-batch.
     """
 
@@ -85,7 +87,7 @@ class EmulatedStage:
         self._run(Kind.W, index, True)
 
     def _run(self, kind: Kind, index: int, is_end: bool) -> float | None:
-        self._device.work(self._seconds(kind, index))
+        self._device.queue(self._seconds(kind, index))
         return None if is_end else self._device.free_s
 
 
@@ -140,6 +142,7 @@ def walk(
     if one.is_observed:
         _record_messages(one, stages, costs, recorder)
     execute(one.schedule, rank, stages, micro_batches, communicators, recorder, category=category)
+    device.finish()
 
 
 def _operation_s(one: EmulatedRound, costs: EmulatedCosts, pipeline: int, stage: int, kind: Kind, index: int) -> float:
