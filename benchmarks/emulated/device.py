@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from fuse.trace import now_s
 
-
 _MOST_AHEAD_S = 0.1
 """That may be queued."""
 
