@@ -164,6 +164,7 @@ class Fleet:
         settings, rollouts = self.settings, self._rollouts
         self._offload_training()
         scored = self._scored_early
+        is_planned = policy is None and teaches
         if policy is None:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         self._tail = None
@@ -184,7 +185,9 @@ class Fleet:
             tell=self._tell,
         ).run()
         if teaches:
-            rollouts.observe(samples, () if settings.scoring.is_sharded else report.scoring_calls)
+            is_plain = is_planned and self._tail is None and not report.lost_engines
+            calls = () if settings.scoring.is_sharded else report.scoring_calls
+            rollouts.observe(samples, calls, report.makespan_s if is_plain else None)
         for engine in report.lost_engines:
             self._engines.replace(engine)
         return report
