@@ -69,7 +69,7 @@ class EmulatedUpdate:
         return update
 
     def prepare(self) -> None:
-        """Make what will be asked for, while ranks are at it: a real driver would not have to."""
+        """Make what will be asked for, beside ranks and driver: a real driver would not have to."""
         _ = self._planned, self._num_positions
 
     def results(self, rank: int) -> list[RankRound]:
