@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,11 @@ class EmulatedRound:
     is_observed: bool
     stepping: tuple[str, ...]
 
+    def __reduce__(self) -> tuple[Callable[..., EmulatedRound], tuple[object, ...]]:
+        """Schedules travel packed, and a rank unpacks one once: here one machine does so for all ranks."""
+        others = [field.name for field in fields(self) if field.name != "schedule"]
+        return _unpacked_round, (_packed(self.schedule), {name: getattr(self, name) for name in others})
+
     def operation_s(self, costs: EmulatedCosts, op: Op) -> float:
         """Seconds of an operation of its schedule."""
         num_stages = self.schedule.problem.pipelines[op.pipeline].num_stages
@@ -53,6 +59,21 @@ class EmulatedRound:
         transfer_s = tuple(costs.message(max(one.size for one in shapes)) for shapes in self.shapes)
         makespan_s = times_of(self.schedule, seconds, transfer_s).makespan_s
         return makespan_s + sum(self.optimizer_s(costs, role) for role in self.stepping)
+
+
+@lru_cache(maxsize=16)
+def _packed(schedule: Schedule) -> bytes:
+    return pickle.dumps(schedule)
+
+
+@lru_cache(maxsize=16)
+def _unpacked(schedule: bytes) -> Schedule:
+    unpacked: Schedule = pickle.loads(schedule)  # noqa: S301  (of this run)
+    return unpacked
+
+
+def _unpacked_round(schedule: bytes, others: Mapping[str, Any]) -> EmulatedRound:
+    return EmulatedRound(schedule=_unpacked(schedule), **others)
 
 
 class EmulatedStage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 from collections import defaultdict
@@ -180,3 +181,10 @@ def test_what_is_queued_ends_when_it_should_and_wakes_the_host_seldom() -> None:
     device.finish()
     assert now_s == pytest.approx(1.0)
     assert len(slept) < 25
+
+
+def test_a_rank_unpacks_a_schedule_once() -> None:
+    one = made_round(serial_schedule(REPLICAS, (("actor", NUM_MICRO_BATCHES), ("critic", NUM_MICRO_BATCHES))))
+    first, again = (pickle.loads(pickle.dumps(one)) for _ in range(2))  # noqa: S301
+    assert first == one
+    assert first.schedule is again.schedule
