@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -63,9 +64,10 @@ def idle_causes(
 
     phases: of the driver, as `PhaseClock.spans` has them.
     """
-    behind = _imbalances({device: training_steps(track) for device, track in _models(tracks).items()})
+    steps = {device: training_steps(track) for device, track in _models(tracks).items()}
+    behind = _imbalances(steps)
     causes = {}
-    for device, intervals in idle_intervals(tracks, start_s, end_s, phases).items():
+    for device, intervals in _idle_intervals(tracks, steps, start_s, end_s, phases).items():
         seconds: defaultdict[str, float] = defaultdict(float)
         for begin, end, cause in intervals:
             seconds[cause] += end - begin
@@ -78,8 +80,14 @@ def idle_intervals(
     tracks: Tracks, start_s: float, end_s: float, phases: Sequence[Span] = ()
 ) -> dict[str, list[tuple[float, float, str]]]:
     """By device, when it was idle and why: (start, end, cause), of all causes but imbalance, which has no place."""
-    models = _models(tracks)
-    training = _training_windows(models, {device: training_steps(track) for device, track in models.items()})
+    steps = {device: training_steps(track) for device, track in _models(tracks).items()}
+    return _idle_intervals(tracks, steps, start_s, end_s, phases)
+
+
+def _idle_intervals(
+    tracks: Tracks, steps: Mapping[str, list[list[Span]]], start_s: float, end_s: float, phases: Sequence[Span]
+) -> dict[str, list[tuple[float, float, str]]]:
+    training = _training_windows(_models(tracks), steps)
     generating = {device: _reach(_of(workers, "generate")) for device, workers in tracks.items()}
     first_s = min((reach[0] for reach in generating.values() if reach), default=start_s)
     last_s = max((reach[1] for reach in generating.values() if reach), default=first_s)
@@ -194,9 +202,10 @@ def _made_at(step: Sequence[Sequence[Span]]) -> dict[tuple[bool, str, int, int],
     made = {}
     for rank, spans in enumerate(step):
         for span in spans:
-            match = _NAME.fullmatch(span.name)
-            if match and match[1] != "W":
-                made[match[1] == "F", match[2], int(match[3]), int(match[4])] = rank, span.end_s
+            operation = _operation(span.name)
+            if operation is not None and operation[0] != "W":
+                kind, pipeline, stage, micro_batch = operation
+                made[kind == "F", pipeline, stage, micro_batch] = rank, span.end_s
     return made
 
 
@@ -216,17 +225,24 @@ def _wait_windows(
 ) -> list[_Window]:
     """Why an operation began no earlier than it did, after the one before it on its rank."""
     free, start = before.end_s, span.start_s
-    match = _NAME.fullmatch(span.name)
+    operation = _operation(span.name)
     producer = None
-    if match and match[1] != "W":
-        is_forward, stage = match[1] == "F", int(match[3])
-        producer = made.get((is_forward, match[2], stage - 1 if is_forward else stage + 1, int(match[4])))
+    if operation is not None and operation[0] != "W":
+        kind, pipeline, stage, micro_batch = operation
+        producer = made.get((kind == "F", pipeline, stage - 1 if kind == "F" else stage + 1, micro_batch))
     if producer is None:
         return [(free, start, "host")]
     ready = min(start, max(free, producer[1]))
     planned_s = _planned_gap_s(before, span)
     planned_end = ready if planned_s is None else min(ready, free + planned_s)
     return [(free, planned_end, "dependency"), (planned_end, ready, "drift"), (ready, start, "message")]
+
+
+@lru_cache(maxsize=1 << 16)
+def _operation(name: str) -> tuple[str, str, int, int] | None:
+    """Kind, pipeline, stage and micro-batch. Every optimizer step has operations of the same names."""
+    match = _NAME.fullmatch(name)
+    return match and (match[1], match[2], int(match[3]), int(match[4]))
 
 
 def _planned_gap_s(before: Span, span: Span) -> float | None:

@@ -52,6 +52,10 @@ class Span:
     def duration_s(self) -> float:
         return self.end_s - self.start_s
 
+    def __reduce__(self) -> tuple[type[Span], tuple[object, ...]]:
+        """Thousands come from workers after an update: as frozen dataclasses do by themselves, four times as slowly."""
+        return Span, (self.name, self.category, self.start_s, self.end_s, self.arguments)
+
 
 @dataclass(frozen=True, slots=True)
 class _Marked:

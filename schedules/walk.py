@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
 
@@ -42,14 +42,19 @@ def needs(schedule_ops: Container[Op], op: Op, problem: Problem) -> tuple[Op, ..
     its own I. O(1), at the last stage O(pipelines).
     """
     if op.kind is Kind.W:
-        return (replace(op, kind=Kind.I),)
+        return (_of_same(op, op.stage, Kind.I),)
     if op.kind is Kind.F:
-        return problem.first(op) + ((replace(op, stage=op.stage - 1),) if op.stage else ())
-    own = replace(op, kind=Kind.F)
+        return problem.first(op) + ((_of_same(op, op.stage - 1, op.kind),) if op.stage else ())
+    own = _of_same(op, op.stage, Kind.F)
     if op.stage == problem.pipelines[op.pipeline].num_stages - 1:
         return (own,)
-    split = replace(op, stage=op.stage + 1, kind=Kind.I)
-    return (own, split if split in schedule_ops else replace(split, kind=Kind.B))
+    split = _of_same(op, op.stage + 1, Kind.I)
+    return (own, split if split in schedule_ops else _of_same(op, op.stage + 1, Kind.B))
+
+
+def _of_same(op: Op, stage: int, kind: Kind) -> Op:
+    """Of the same micro-batch. Every rank walks all ranks' operations, and `replace` would take a third of that."""
+    return Op(op.pipeline, stage, op.micro_batch, kind)
 
 
 def feeds(op: Op, pipeline: Pipeline) -> Op | None:
@@ -59,9 +64,9 @@ def feeds(op: Op, pipeline: Pipeline) -> Op | None:
     """
     if op.kind is Kind.F:
         if op.stage < pipeline.num_stages - 1:
-            return replace(op, stage=op.stage + 1)
-        return None if pipeline.is_forward_only else replace(op, kind=Kind.B)
-    return replace(op, stage=op.stage - 1) if op.stage else None
+            return _of_same(op, op.stage + 1, op.kind)
+        return None if pipeline.is_forward_only else _of_same(op, op.stage, Kind.B)
+    return _of_same(op, op.stage - 1, op.kind) if op.stage else None
 
 
 def channel_into(problem: Problem, op: Op) -> Channel | None:
@@ -78,7 +83,7 @@ def channel_from(problem: Problem, op: Op) -> Channel | None:
     target = op.stage + 1 if op.kind is Kind.F else op.stage - 1
     if op.kind is Kind.W or not 0 <= target < problem.pipelines[op.pipeline].num_stages:
         return None
-    return channel_into(problem, replace(op, stage=target))
+    return channel_into(problem, _of_same(op, target, op.kind))
 
 
 def walk(schedule: Schedule) -> Walk:

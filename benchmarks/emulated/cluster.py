@@ -7,7 +7,10 @@ of what would need torch: its calls are translated here, and what it would have 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -117,7 +120,7 @@ class EmulatedCluster:
 class EmulatedModels:
     """What model workers of a run would know beyond sizes, the same for all ranks. trained: rounds of the last update.
 
-    scoring: roles that do.
+    scoring: roles that do. apart_s: seconds in which ranks waited for their sizes of it, as real ones would not.
     """
 
     def __init__(self, settings: TrainingSettings, scoring: Sequence[str]) -> None:
@@ -127,14 +130,19 @@ class EmulatedModels:
         self._told: tuple[Any, ...] = ()
         self._update: EmulatedUpdate | None = None
         self._sizes: Any = None
+        self.apart_s = 0.0
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="plans")
+        self._planned: futures.Future[None] | None = None
 
     def sizes(self, experience: Any, rounds: Any, plans: Any) -> Any:
         """A call's arguments, references all, as emulated ranks take them: one reference for all ranks' calls."""
         if self._told != (experience, rounds, plans):
+            start_s = time.perf_counter()
             self._told = experience, rounds, plans
             self._update = EmulatedUpdate(self.placement, self._settings, *ray.get(list(self._told)))
             self._sizes = ray.put(self._update.sizes)
             self.trained = self._update.sizes
+            self.apart_s = time.perf_counter() - start_s
         return self._sizes
 
     def early(self, model: str, replica: int, experience: Experience, part: StepPart) -> EmulatedUpdate:
@@ -143,10 +151,10 @@ class EmulatedModels:
         return EmulatedUpdate.early(own, self._settings, experience, part)
 
     def was_told(self, rank: int) -> None:
-        """A rank has been called to train; the last one is the last."""
+        """A rank has been called to train; the last one is the last. Real ranks know by themselves what is planned."""
         assert self._update is not None
         if rank + 1 == self._update.num_ranks:
-            self._update.prepare()
+            self._planned = self._beside.submit(self._update.prepare)
 
     def results(self, rank: int) -> list[RankRound]:
         """What a rank tells of the rounds that were sized last."""
@@ -155,7 +163,10 @@ class EmulatedModels:
 
     def with_plans(self, rank: int, spans: Sequence[Span]) -> list[Span]:
         """A rank's spans of these rounds, with what its operations were planned to take."""
-        return list(spans) if self._update is None else self._update.with_plans(rank, spans)
+        if self._update is None or self._planned is None:
+            return list(spans)
+        self._planned.result()
+        return self._update.with_plans(rank, spans)
 
     def inferences(self, sequences: Sequence[TokenSequence]) -> list[Inference]:
         """Zeros from every model."""

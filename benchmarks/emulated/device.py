@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 
 from fuse.trace import now_s
 
+_MOST_AHEAD_S = 0.1
+"""That may be queued."""
+
 
 class EmulatedDevice:
     """Waits in place of computing.
 
     As on a GPU's stream, an operation starts when the one before it has ended and its input is there, also where the
     host comes a little late to start it: what this machine oversleeps is caught up with, and does not add up. Where the
-    host is behind for good, operations end late, and so does whatever is measured.
+    host is behind for good, operations end late, and so does whatever is measured. Whatever may be queued, as it may on
+    a stream, costs the host no sleep of its own: one machine is the host of all devices.
 
     Times are of `now`, seconds; by default of a clock that all processes of the host share. It is a `fuse.trace.Clock`.
     """
@@ -36,6 +40,16 @@ class EmulatedDevice:
     def work(self, seconds: float) -> None:
         """Be busy for so long; returns when that has ended."""
         self.free_s += seconds
+        self.finish()
+
+    def queue(self, seconds: float) -> None:
+        """Be busy for so long; returns at once, unless the host is as far ahead as it may be."""
+        self.free_s += seconds
+        if (left_s := self.free_s - self._now()) > _MOST_AHEAD_S:
+            self._sleep(left_s - _MOST_AHEAD_S / 2)
+
+    def finish(self) -> None:
+        """Wait until all of it has ended."""
         if (left_s := self.free_s - self._now()) > 0:
             self._sleep(left_s)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,11 @@ class EmulatedRound:
     is_observed: bool
     stepping: tuple[str, ...]
 
+    def __reduce__(self) -> tuple[Callable[..., EmulatedRound], tuple[object, ...]]:
+        """Schedules travel packed, and a rank unpacks one once: here one machine does so for all ranks."""
+        others = [field.name for field in fields(self) if field.name != "schedule"]
+        return _unpacked_round, (_packed(self.schedule), {name: getattr(self, name) for name in others})
+
     def operation_s(self, costs: EmulatedCosts, op: Op) -> float:
         """Seconds of an operation of its schedule."""
         num_stages = self.schedule.problem.pipelines[op.pipeline].num_stages
@@ -55,8 +61,25 @@ class EmulatedRound:
         return makespan_s + sum(self.optimizer_s(costs, role) for role in self.stepping)
 
 
+@lru_cache(maxsize=16)
+def _packed(schedule: Schedule) -> bytes:
+    return pickle.dumps(schedule)
+
+
+@lru_cache(maxsize=16)
+def _unpacked(schedule: bytes) -> Schedule:
+    unpacked: Schedule = pickle.loads(schedule)  # noqa: S301  (of this run)
+    return unpacked
+
+
+def _unpacked_round(schedule: bytes, others: Mapping[str, Any]) -> EmulatedRound:
+    return EmulatedRound(schedule=_unpacked(schedule), **others)
+
+
 class EmulatedStage:
     """Is busy as long as each operation takes, and passes the moment of its end on; see `fuse.intrastage.stage.Stage`.
+
+    Operations are queued, and messages sent before that moment has come.
 
     seconds: of an operation on a micro-batch.
     """
@@ -85,7 +108,7 @@ class EmulatedStage:
         self._run(Kind.W, index, True)
 
     def _run(self, kind: Kind, index: int, is_end: bool) -> float | None:
-        self._device.work(self._seconds(kind, index))
+        self._device.queue(self._seconds(kind, index))
         return None if is_end else self._device.free_s
 
 
@@ -140,6 +163,7 @@ def walk(
     if one.is_observed:
         _record_messages(one, stages, costs, recorder)
     execute(one.schedule, rank, stages, micro_batches, communicators, recorder, category=category)
+    device.finish()
 
 
 def _operation_s(one: EmulatedRound, costs: EmulatedCosts, pipeline: int, stage: int, kind: Kind, index: int) -> float:

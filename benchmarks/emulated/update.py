@@ -69,7 +69,7 @@ class EmulatedUpdate:
         return update
 
     def prepare(self) -> None:
-        """Make what will be asked for, while ranks are at it: a real driver would not have to."""
+        """Make what will be asked for, beside ranks and driver: a real driver would not have to."""
         _ = self._planned, self._num_positions
 
     def results(self, rank: int) -> list[RankRound]:
@@ -110,7 +110,9 @@ class EmulatedUpdate:
         """A rank's spans, those of its operations with when they were planned."""
         planned = iter(self._planned[rank])
         return [
-            replace(span, arguments={**span.arguments, **next(planned, {})}) if span.category == TRAIN else span
+            Span(span.name, TRAIN, span.start_s, span.end_s, {**span.arguments, **next(planned, {})})
+            if span.category == TRAIN
+            else span
             for span in spans
         ]
 

@@ -4,7 +4,8 @@ Everything is real but what devices compute: trainer, driver, policies, planner,
 iteration took stands what simulator and planner predict of it from the same lengths and costs, and nothing else: the
 rollout under the variant's policy, the planned schedules of its training, optimizer steps and new weights.
 
-Emulated seconds are those of this machine's clock over `--time-scale`, so whatever the driver takes is in them.
+Emulated seconds are those of this machine's clock over `--time-scale`, so whatever the driver takes is in them; what it
+takes for emulation alone, before ranks train, is not.
 """
 
 from __future__ import annotations
@@ -138,10 +139,13 @@ class _Emulated:
     def __call__(self, same: tuple[Response, ...] | None) -> Turn:
         turn = self._real(same)
         self._num_turns += 1
+        assert self._cluster.models is not None
+        apart_s = self._cluster.models.apart_s
+        phases = {**turn.phases, "training": turn.phases["training"] - apart_s}
         return replace(
             turn,
-            seconds=turn.seconds / self._scale,
-            phases=_over(turn.phases, self._scale),
+            seconds=(turn.seconds - apart_s) / self._scale,
+            phases=_over(phases, self._scale),
             exposed_s=_over(turn.exposed_s, self._scale),
             simulated_phases={} if self._num_turns == 1 else self._simulated(),
         )

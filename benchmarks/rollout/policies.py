@@ -1,7 +1,7 @@
 """`fuse bench rollout` without `--against`: whole rollouts, generation and inference, under each migration policy.
 
 The same samples of the same lengths on real workers, policies in turn. Beside each the simulator's makespan, with costs
-that were measured on these workers in the same rounds, and that of an oracle that knows all lengths.
+that were measured on these workers until each rollout's end, and that of an oracle that knows all lengths.
 """
 
 from __future__ import annotations
@@ -102,18 +102,23 @@ class _Rollouts:
         timed = {name: partial(self._roll_out, policies[name], num_samples) for name in first.values()}
         runs_of = alternate(timed, repeats)
         runs = {name: runs_of[one] for name, one in first.items()}
-        # Shared machines are now faster, now slower: costs are those known at the end of each round.
-        rollouts = [self._rollout(run.costs or costs) for run in runs[ADAPTIVE]]
-        simulated = {
-            name: statistics.median(simulate(one, policy).makespan_s for one in rollouts)
-            for name, policy in policies.items()
-        }
-        told = statistics.median(simulate(one, policy_of(KNOWN, one, self._past)).makespan_s for one in rollouts)
+        # Shared machines are now faster, now slower: costs are those known at the end of each rollout.
+        rollouts = {name: [self._rollout(run.costs or costs) for run in own] for name, own in runs.items()}
+        simulated = {name: _simulated(rollouts[name], policy) for name, policy in policies.items()}
+        serial = {name: _simulated(rollouts[name], policies[NONE]) for name in policies}
+        told = statistics.median(
+            simulate(one, policy_of(KNOWN, one, self._past)).makespan_s for one in rollouts[ADAPTIVE]
+        )
+        oracle = min(told, *(_simulated(rollouts[ADAPTIVE], policy) for policy in policies.values()))
         for name in policies:
-            yield self._row(name, runs, simulated, min(told, *simulated.values()))
+            yield self._row(name, runs, simulated[name], serial[name] / simulated[name], oracle)
 
-    def _row(self, name: str, runs: Mapping[str, Sequence[_Run]], simulated: Mapping[str, float], oracle: float) -> Row:
+    def _row(
+        self, name: str, runs: Mapping[str, Sequence[_Run]], simulated: float, simulated_gain: float, oracle: float
+    ) -> Row:
         """One policy; seconds and shares are medians over repeats.
+
+        simulated_seconds: by the costs known when each of its rollouts had ended; simulated_gain: of `none`'s by these.
 
         oracle_seconds: simulated, of the best of all policies and of the adaptive one told all lengths.
         gain: of `none`'s seconds over these, median over rounds, in which both met the same machine.
@@ -135,12 +140,12 @@ class _Rollouts:
             "idle_share": middle(lambda run: run.idle_share),
             "migrations": middle(lambda run: run.report.num_migrations),
             "moved_bytes": middle(lambda run: run.report.moved_bytes),
-            "simulated_seconds": simulated[name],
+            "simulated_seconds": simulated,
             "oracle_seconds": oracle,
             "gain": statistics.median(
                 none.report.makespan_s / own.report.makespan_s for none, own in zip(runs[NONE], runs[name], strict=True)
             ),
-            "simulated_gain": simulated[NONE] / simulated[name],
+            "simulated_gain": simulated_gain,
             "decision_ms": 1e3 * middle(lambda run: statistics.median(run.report.decision_s)),
         }
 
@@ -169,3 +174,8 @@ class _Rollouts:
             assert self._tokens in (None, tokens), "tokens depend on the policy"
             self._tokens = tokens
         return _Run(report, statistics.mean(idle.values()), self._fleet.rollout_costs)
+
+
+def _simulated(rollouts: Sequence[Rollout], policy: Policy) -> float:
+    """Median seconds under a policy."""
+    return statistics.median(simulate(one, policy).makespan_s for one in rollouts)

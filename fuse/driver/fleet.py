@@ -26,6 +26,7 @@ from fuse.driver.rollout_state import RolloutReport
 from fuse.driver.shared_directory import check_shared
 from fuse.driver.tail import Tail, TailPlan, tail_of
 from fuse.driver.update import save_state, train
+from fuse.driver.update_spans import UpdateSpans
 from fuse.driver.weight_streams import WeightStreams
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
@@ -112,6 +113,7 @@ class Fleet:
         self._rollouts = RolloutPlanner(
             settings.rollout.within(one for one in capacities if one is not None), num_scoring=len(self._scoring)
         )
+        self._spans = UpdateSpans(self._engines, lambda: self._models.wait(self._tell), self._rollouts)
 
     @property
     def _model_workers(self) -> list[ModelHandle]:
@@ -162,6 +164,7 @@ class Fleet:
         settings, rollouts = self.settings, self._rollouts
         self._offload_training()
         scored = self._scored_early
+        is_planned = policy is None and teaches
         if policy is None:
             policy = rollouts.policy(samples) if teaches else rollouts.fixed_policy(len(samples))
         self._tail = None
@@ -182,7 +185,9 @@ class Fleet:
             tell=self._tell,
         ).run()
         if teaches:
-            rollouts.observe(samples, () if settings.scoring.is_sharded else report.scoring_calls)
+            is_plain = is_planned and self._tail is None and not report.lost_engines
+            calls = () if settings.scoring.is_sharded else report.scoring_calls
+            rollouts.observe(samples, calls, report.makespan_s if is_plain else None)
         for engine in report.lost_engines:
             self._engines.replace(engine)
         return report
@@ -232,10 +237,12 @@ class Fleet:
         """Take the rounds' optimizer steps, and between them have what follows the policy move.
 
         Engines that sleep do so from now on until `synchronise`. learning_rates: by round, of the roles in it.
-        num_before: steps of the policy that the run has taken. Returns what makes reports of each role's.
+        num_before: steps of the policy that the run has taken. Returns what makes reports of each role's, and reads
+        spans, which may be while weights travel.
         """
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
+        self._spans.ask_engines()
         training, mixing = self.settings.training, self.settings.mixing
         tail, self._tail = self._tail, None
         reports = train(
@@ -248,7 +255,7 @@ class Fleet:
             tell=self._tell,
         )
         self._has_trained, self.tail_report = True, {} if tail is None else tail.report
-        return reports
+        return self._spans.read_after(reports)
 
     def synchronise(self, num_steps: int | None = None, part: Exported | None = None) -> None:
         """Give the trained weights to engines and to copies that score.
@@ -325,18 +332,11 @@ class Fleet:
 
     def drain_spans(self) -> dict[str, dict[str, list[Span]]]:
         """Spans since the last call, by device and worker."""
-        models = gather([worker.drain_spans() for worker in self._model_workers])
-        self._planner.observe(span for spans in models for span in spans)
-        engines = self._engines.call(GenerationHandle.drain_spans)
-        for spans in (*models, *engines):
-            self._rollouts.observe_spans(spans)
-        pairs = enumerate(zip(self._engines.by_device(engines), models, strict=True))
-        return {f"device{index}": {"generation": generation, "model": model} for index, (generation, model) in pairs}
+        return self._spans.drain()
 
     def forget_spans(self) -> None:
         """Drop all spans since they were drained last: nothing is learnt from them, and no trace has them."""
-        gather([worker.drain_spans() for worker in self._model_workers])
-        self._engines.call(GenerationHandle.drain_spans)
+        self._spans.forget()
 
     @property
     def planned(self) -> dict[str, float]:

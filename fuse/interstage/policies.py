@@ -9,7 +9,7 @@ from fuse.interstage.length_trace import LengthTrace
 from fuse.interstage.lengths import KnownLengths, Observation, learn
 from fuse.interstage.migration import Policy, StageByStage
 from fuse.interstage.rollout import Rollout
-from fuse.interstage.tuning import LengthHistory, fusion_pays, tune_threshold
+from fuse.interstage.tuning import LEAST_GAIN, LengthHistory, expected_gain, tune_threshold
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
@@ -44,7 +44,7 @@ def policy_of(name: str, rollout: Rollout, past: LengthTrace, prompts: Sequence[
             limits=limits,
             can_transfer=rollout.can_transfer,
         )
-    pays = fusion_pays(
+    gain = expected_gain(
         pooled,
         history,
         num_samples=rollout.num_samples,
@@ -53,4 +53,4 @@ def policy_of(name: str, rollout: Rollout, past: LengthTrace, prompts: Sequence[
         limits=limits,
         can_transfer=rollout.can_transfer,
     )
-    return policy if pays else StageByStage()
+    return StageByStage() if gain < 1 + LEAST_GAIN else policy

@@ -14,9 +14,12 @@ from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.calibration import Calibration
 from fuse.interstage.costs import CostModel, shared_engine_costs
 from fuse.interstage.dealing import Dealing
+from fuse.interstage.evidence import Evidence
 from fuse.interstage.lengths import LengthModel, Observation, drift, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
-from fuse.interstage.tuning import LengthHistory, fusion_pays, tune_threshold
+from fuse.interstage.rollout import Rollout
+from fuse.interstage.simulate import simulate
+from fuse.interstage.tuning import LEAST_GAIN, LengthHistory, expected_gain, tune_threshold
 from fuse.sample import Sample
 from fuse.trace import Span
 
@@ -25,6 +28,8 @@ _logger = logging.getLogger(__name__)
 PolicyName = Literal["adaptive", "threshold", "none"]
 _REMEMBERED_UPDATES = 16
 """Iterations whose lengths count: policies change slowly, and lengths with them."""
+_SURE_GAIN = 0.1
+"""Part of a rollout that fusion is expected to save, from which on no clock is asked: see `evidence.py`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +59,8 @@ class RolloutPlanner:
 
     Before lengths and costs are known, samples stay where they are, and are scored as devices come free. Once they are
     known, simulations tune `threshold` and tell whether fusion is expected to pay, and again when lengths have drifted:
-    where it is not, rollouts go stage by stage.
+    where it is not, rollouts go stage by stage. Where little is expected of it, both ways are timed, and the better one
+    taken.
 
     num_scoring: models that score.
     """
@@ -67,7 +73,12 @@ class RolloutPlanner:
         self._threshold: Threshold | None = None
         self._tuned_to: LengthModel | None = None
         self._num_since_tuned = 0
-        self._pays = True
+        self._gain = 1 + _SURE_GAIN  # that fusion is expected to bring
+        self._evidence = Evidence()
+        self._is_fused: bool | None = None  # the rollout that was planned last, if it is timed
+        self._timed: tuple[bool, float] | None = None  # whether the last rollout was fused, and its seconds
+        self._costs: CostModel | None = None
+        self._knows_costs = True  # until something is measured: fitting them takes a while
 
     @property
     def limits(self) -> EngineLimits:
@@ -76,8 +87,11 @@ class RolloutPlanner:
 
     def costs(self) -> CostModel | None:
         """The costs measured so far; None before there are enough measurements."""
-        costs, size = self._calibration.costs(), self._settings.engine_devices
-        return costs if costs is None or size == 1 else shared_engine_costs(costs, size)
+        if not self._knows_costs:
+            costs, size = self._calibration.costs(), self._settings.engine_devices
+            self._costs = costs if costs is None or size == 1 else shared_engine_costs(costs, size)
+            self._knows_costs = True
+        return self._costs
 
     def dealing(self) -> Dealing:
         """How samples are dealt to engines."""
@@ -88,6 +102,7 @@ class RolloutPlanner:
     def policy(self, samples: Sequence[Sample]) -> Policy:
         """The policy for a rollout of these samples."""
         settings = self._settings
+        self._is_fused = None
         if settings.policy == "none":
             return StageByStage()
         costs = self.costs()
@@ -95,8 +110,13 @@ class RolloutPlanner:
             return self.fixed_policy(len(samples))
         if self._is_to_be_tuned():
             self._tune(costs, len(samples))
-        if not self._pays:
+        if self._gain < 1 + LEAST_GAIN:
             return StageByStage()
+        if self._gain < 1 + _SURE_GAIN:
+            self._weigh(costs)
+            self._is_fused = self._evidence.is_for_fusion
+            if not self._is_fused:
+                return StageByStage()
         if self._threshold is not None:
             return self._threshold
         prompts = {index: sample.prompt_ids for index, sample in enumerate(samples)}
@@ -109,10 +129,20 @@ class RolloutPlanner:
             return StageByStage()
         return Threshold(remaining=num_samples, num_kept=self._settings.num_devices)
 
-    def observe(self, samples: Sequence[Sample], scoring_calls: Iterable[tuple[int, float]] = ()) -> None:
-        """Learn how long a rollout's responses were, and what its calls to score took: tokens and seconds of each."""
+    def observe(
+        self,
+        samples: Sequence[Sample],
+        scoring_calls: Iterable[tuple[int, float]] = (),
+        seconds: float | None = None,
+    ) -> None:
+        """Learn how long a rollout's responses were, and what its calls to score took: tokens and seconds of each.
+
+        seconds: of all of it, where nothing else went on and it went by the policy that was made last.
+        """
+        self._timed = None if seconds is None or self._is_fused is None else (self._is_fused, seconds)
         size = self._settings.engine_devices
         self._calibration.begin_iteration()
+        self._knows_costs = False
         self._calibration.add_calls((tokens / size, seconds) for tokens, seconds in scoring_calls)
         limit = self._settings.limits.max_new_tokens
         self._num_since_tuned += 1
@@ -122,6 +152,7 @@ class RolloutPlanner:
     def observe_spans(self, spans: Iterable[Span]) -> None:
         """Learn what one worker's operations took."""
         self._calibration.add(spans)
+        self._knows_costs = False
 
     def _observations(self) -> list[Observation]:
         return [one for update in self._updates for one in update]
@@ -152,7 +183,7 @@ class RolloutPlanner:
             _logger.info("migration threshold: %s", policy)
         else:
             policy = Adaptive(costs, self._tuned_to.for_samples())
-        self._pays = fusion_pays(
+        self._gain = expected_gain(
             policy,
             history,
             num_samples=num_samples,
@@ -160,3 +191,17 @@ class RolloutPlanner:
             costs=costs,
             limits=settings.limits,
         )
+
+    def _weigh(self, costs: CostModel) -> None:
+        """Note how the last rollout went, now that its costs are known."""
+        if self._timed is None:
+            return
+        (is_fused, seconds), self._timed = self._timed, None
+        rollout = Rollout(
+            prompt_tokens=np.array(self._prompt_tokens[-1]),
+            response_tokens=np.array([max(1, one.tokens) for one in self._updates[-1]]),
+            num_devices=self._settings.num_devices,
+            costs=costs,
+            limits=self.limits,
+        )
+        self._evidence.add(seconds / simulate(rollout, StageByStage()).makespan_s, is_fused=is_fused)

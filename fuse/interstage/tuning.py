@@ -27,7 +27,7 @@ _MAX_SAMPLES = 128
 """Larger rollouts are tuned in miniature: fewer devices with as many samples each."""
 _LEAST_DEVICES = 4
 """In miniature one would leave nothing to gain."""
-_LEAST_GAIN = 0.01
+LEAST_GAIN = 0.01
 """Part of a rollout that fusion must be expected to save: simulations know nothing of the controller's work."""
 
 
@@ -71,7 +71,7 @@ def tune_threshold(
     return _threshold(*min(choices, key=cost), num_samples, num_devices)
 
 
-def fusion_pays(
+def expected_gain(
     policy: Policy,
     history: LengthHistory,
     *,
@@ -80,8 +80,8 @@ def fusion_pays(
     costs: CostModel,
     limits: EngineLimits,
     can_transfer: bool = True,
-) -> bool:
-    """Whether batches drawn from the history are expected to be faster under the policy than stage by stage.
+) -> float:
+    """How many times as fast as stage by stage batches drawn from the history are expected to be under the policy.
 
     Equal lengths, a single device or costly migrations leave nothing to gain; the log says so.
     """
@@ -93,9 +93,9 @@ def fusion_pays(
         sum(simulate(rollout, one).makespan_s for rollout in rollouts) for one in (policy, StageByStage())
     )
     gain = serial_s / seconds
-    if gain < 1 + _LEAST_GAIN:
+    if gain < 1 + LEAST_GAIN:
         _logger.info("rollouts go stage by stage: fused ones are expected to be %.3f times as fast", gain)
-    return gain >= 1 + _LEAST_GAIN
+    return gain
 
 
 def _drawn(

@@ -50,7 +50,7 @@ class FakeRollout:
         self.policies.append(policy)
 
     def run(self) -> Any:
-        return SimpleNamespace(lost_engines=(), scoring_calls=((8, 0.5),))
+        return SimpleNamespace(lost_engines=(), scoring_calls=((8, 0.5),), makespan_s=2.0)
 
 
 class LearningPlanner(RolloutPlanner):
@@ -63,8 +63,9 @@ class LearningPlanner(RolloutPlanner):
     def policy(self, samples: Any) -> Any:
         return "learnt"
 
-    def observe(self, samples: Any, scoring_calls: Any = ()) -> None:
+    def observe(self, samples: Any, scoring_calls: Any = (), seconds: Any = None) -> None:
         self.num_taught += 1
+        self.seconds = seconds
         self.scoring_calls = tuple(scoring_calls)
 
 
@@ -100,6 +101,9 @@ def test_an_evaluation_has_a_fixed_policy_and_teaches_nothing(fleet: Fleet, plan
     assert FakeRollout.policies[1:] == ["learnt"]
     assert planner.num_taught == 1
     assert planner.scoring_calls == ((8, 0.5),)
+    assert planner.seconds == 2.0
+    fleet.roll_out(samples, PARAMS, policy=StageByStage())
+    assert planner.seconds is None, "that was not as planned"
     settings: Any = fleet.settings
     settings.scoring.is_sharded = True
     fleet.roll_out(samples, PARAMS)

@@ -295,3 +295,22 @@ def test_where_fusion_gains_nothing_rollouts_go_stage_by_stage(
         for _ in range(16):
             planner.observe(of_tokens(LONG_TAILED))
         assert planner.policy(samples) != StageByStage()
+
+
+def test_where_little_is_expected_of_fusion_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused rollouts of these take longer than simulated; so they are not taken once that is known."""
+    samples = of_tokens(LONG_TAILED)
+    found = {}
+    for gain, slowdown in ((1.05, 1.2), (1.05, 0.95), (1.3, 1.2)):
+        monkeypatch.setattr("fuse.interstage.rollout_planner.expected_gain", lambda *args, gain=gain, **given: gain)
+        planner = RolloutPlanner(settings("adaptive"), num_scoring=3)
+        planner.observe(samples)
+        planner.observe_spans(spans_of(SMALL_CPU))
+        taken = []
+        for _ in range(7):
+            taken.append(planner.policy(samples) != StageByStage())
+            planner.observe(samples, seconds=2.0 * slowdown if taken[-1] else 2.0)
+        found[gain, slowdown] = taken
+    assert found[1.05, 1.2] == [True, False, True, False, False, False, False]
+    assert found[1.05, 0.95] == [True, False, True, False, True, True, True]
+    assert all(found[1.3, 1.2]), "what is sure is not tried"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 from collections import defaultdict
@@ -162,3 +163,28 @@ def test_what_does_not_come_is_named(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"rank 0: no message \(1, 2\) within 0 s"):
         box.receive((1, 2))
     box.close()
+
+
+def test_what_is_queued_ends_when_it_should_and_wakes_the_host_seldom() -> None:
+    now_s, slept = 0.0, list[float]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s
+        slept.append(seconds)
+        now_s += seconds
+
+    device = EmulatedDevice(now=lambda: now_s, sleep=sleep)
+    for number in range(1, 101):
+        device.queue(0.01)
+        assert device.free_s == pytest.approx(0.01 * number)
+        assert now_s < device.free_s <= now_s + 0.1 + 1e-9
+    device.finish()
+    assert now_s == pytest.approx(1.0)
+    assert len(slept) < 25
+
+
+def test_a_rank_unpacks_a_schedule_once() -> None:
+    one = made_round(serial_schedule(REPLICAS, (("actor", NUM_MICRO_BATCHES), ("critic", NUM_MICRO_BATCHES))))
+    first, again = (pickle.loads(pickle.dumps(one)) for _ in range(2))  # noqa: S301
+    assert first == one
+    assert first.schedule is again.schedule
