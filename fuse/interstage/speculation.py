@@ -126,9 +126,9 @@ DRAFTS: Mapping[str, Speculation] = MappingProxyType(
 """By name of the engine's `speculation`, for weights in bf16 on a GPU.
 
 Acceptance as measured with SmolLM2-135M on word problems, untruncated sampling at temperature 1: 0.97 of int8's tokens,
-with the same noise, and 0.91 of these where it reads the first 64 and the last 256 tokens of 1,700 to 3,600; n-grams brought
-1.2 tokens a step. That half of the bytes take half of the time is derived, not
-measured: where much of a step is messages between GPUs, as with tensor parallelism, it is more.
+with the same noise, and 0.91 of these where it reads the first 64 and the last 256 of 1,700 to 3,600 tokens; n-grams
+brought 1.2 tokens a step. That half of the bytes take half of the time is derived, not measured: where much of a step
+is messages between GPUs, as with tensor parallelism, it is more.
 """
 
 
