@@ -18,6 +18,7 @@ from fuse.engines.engine import (
     not_present,
     still_live,
 )
+from fuse.interstage.speculation import Drafting
 from fuse.workers.generation_worker import GenerationWorker
 
 if TYPE_CHECKING:
@@ -67,43 +68,37 @@ class EmulatedEngine:
         if not running:
             return []
         new = sum(sample.num_tokens for sample in running if sample.is_new)
-        num_drafts, draft_s, model_s = self._step_s(len(running), sum(sample.num_tokens for sample in running))
+        drafting, draft_s, model_s = self._step_s(len(running), sum(sample.num_tokens for sample in running))
         self._device.work(draft_s + model_s + (self._rollout.prefill(new) if new else 0.0))
-        tokens = [token for sample in running for token in self._emit(sample, num_drafts)]
+        tokens = [token for sample in running for token in self._emit(sample, drafting)]
         return [replace(tokens[0], draft_s=draft_s), *tokens[1:]] if draft_s else tokens
 
-    def _step_s(self, batch: int, context_tokens: int) -> tuple[int, float, float]:
-        """Drafts for each sample, and the seconds that these take, and the model."""
+    def _step_s(self, batch: int, context_tokens: int) -> tuple[Drafting, float, float]:
+        """How each sample is drafted for, and the seconds that drafts take, and the model."""
         costs, draft = self._rollout, self._rollout.speculation
-        parts = costs.step_s, costs.sample_s * batch, costs.context_s * context_tokens
-        num_drafts = 0 if draft is None else draft.best(*parts)
-        if draft is None or not num_drafts:
-            return 0, 0.0, sum(parts)
-        shares = zip(draft.per_token(num_drafts), parts, strict=True)
-        model_s = sum(parts) + num_drafts * costs.sample_s * batch
-        return num_drafts, draft.tokens(num_drafts) * sum(share * part for share, part in shares) - model_s, model_s
+        plain, size = costs.plain_step, (batch, context_tokens)
+        drafting = Drafting(0, 0.0, plain) if draft is None else draft.best(plain, *size)
+        model_s = plain.seconds(*size) + drafting.num_drafts * plain.sample_s * batch
+        if not drafting.num_drafts:
+            return drafting, 0.0, model_s
+        return drafting, drafting.tokens * drafting.per_token.seconds(*size) - model_s, model_s
 
-    def _emit(self, sample: _Live, num_drafts: int) -> list[GeneratedToken]:
+    def _emit(self, sample: _Live, drafting: Drafting) -> list[GeneratedToken]:
         """A token, after those of its drafts that are right; none is drafted beyond the response."""
         sample_id, first = sample.request.sample_id, len(sample.response_ids)
         last = sample.request.params.max_new_tokens - 1
-        num_drafted = min(num_drafts, last - first)
+        num_drafted = min(drafting.num_drafts, last - first)
         tokens = []
         for position in range(first, first + num_drafted + 1):
             token = _FIRST_TOKEN + (sample_id + position) % _NUM_TOKENS
             sample.response_ids.append(token)
             tokens.append(GeneratedToken(sample_id, token, 0.0, position == last))
-            if not self._is_drafted_right(sample_id, position):
+            if not _is_drafted_right(sample_id, position, drafting.acceptance):
                 break
         sample.is_new = False
         if tokens[-1].finished:
             del self._live[sample_id]
         return [replace(tokens[0], drafted_tokens=num_drafted), *tokens[1:]] if num_drafted else tokens
-
-    def _is_drafted_right(self, sample_id: int, position: int) -> bool:
-        draft = self._rollout.speculation
-        chance = hash((sample_id, position)) % _CHANCES / _CHANCES
-        return draft is not None and chance < draft.acceptance
 
     def evict(self, sample_id: int, *, with_kv: bool = False, allocate: Any = None) -> Evicted:
         if sample_id not in self._live:
@@ -169,3 +164,7 @@ class EmulatedGenerationWorker(GenerationWorker):
                 pass
 
         self._command(load)
+
+
+def _is_drafted_right(sample_id: int, position: int, acceptance: float) -> bool:
+    return hash((sample_id, position)) % _CHANCES / _CHANCES < acceptance

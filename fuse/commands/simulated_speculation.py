@@ -74,10 +74,7 @@ def show_drafts(console: Console, costs: CostModel) -> None:
     draft = costs.speculation
     if draft is None:
         return
-    counts = (
-        f"{draft.best(costs.step_s, costs.sample_s * batch, costs.context_s * batch * _TOKENS)} of {batch}"
-        for batch in _BATCHES
-    )
+    counts = (f"{draft.best(costs.plain_step, batch, batch * _TOKENS).num_drafts} of {batch}" for batch in _BATCHES)
     console.print(
         f"drafts: {draft.acceptance:g} of tokens are right, a step takes {draft.draft_share:g} of the model's; tokens "
         f"drafted in batches with {_TOKENS:,} tokens of context each: {', '.join(counts)}",

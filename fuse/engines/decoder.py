@@ -10,6 +10,7 @@ from fuse.engines.attention import decode_mask
 from fuse.engines.inputs import Inputs
 from fuse.engines.native_llama import NativeLlama, is_served_in_place
 from fuse.engines.slot_cache import SlotCache
+from fuse.engines.window import Window
 from fuse.ops.decode_attention import is_native
 from fuse.ops.native import log_choice
 
@@ -45,11 +46,14 @@ class Decoder:
         self._native = None
 
     @torch.inference_mode()
-    def logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
-        """Of the token that follows each input, [tokens, vocab]. All rows' tokens are among the first `context`."""
+    def logits(self, inputs: Inputs, context: int, num_rows: int, window: Window | None = None) -> Tensor:
+        """Of the token that follows each input, [tokens, vocab]. All rows' tokens are among the first `context`.
+
+        window: what each input attends to; None for all.
+        """
         if self._runs_natively(len(inputs.token_ids)):
-            return self._native_logits(inputs, context, num_rows)
-        return self.logits_of_modules(inputs, context, num_rows)
+            return self._native_logits(inputs, context, num_rows, window)
+        return self.logits_of_modules(inputs, context, num_rows, window)
 
     def _runs_natively(self, num_tokens: int) -> bool:
         if not self._is_served:
@@ -58,10 +62,17 @@ class Decoder:
         return num_tokens <= most and torch.get_num_threads() == 1
 
     @torch.inference_mode()
-    def logits_of_modules(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
+    def logits_of_modules(self, inputs: Inputs, context: int, num_rows: int, window: Window | None = None) -> Tensor:
         """`logits` by the model's own modules."""
-        mask = decode_mask(inputs.positions + 1, context, self.model.dtype, native=self._is_native, slots=inputs.slots)
-        self.cache.begin_decode(inputs.positions, context, num_rows, slots=inputs.slots, gathers=not self._is_native)
+        if window is not None and window.width >= context:
+            window = None
+        self.cache.begin_decode(
+            inputs.positions, context, num_rows, slots=inputs.slots, gathers=not self._is_native, window=window
+        )
+        lengths, slots = inputs.positions + 1, inputs.slots
+        if window is not None:
+            context, lengths, slots = window.width, lengths.clamp(max=window.width), None
+        mask = decode_mask(lengths, context, self.model.dtype, native=self._is_native, slots=slots)
         output = self.model(
             input_ids=inputs.token_ids.unsqueeze(1),
             attention_mask=mask,
@@ -72,8 +83,8 @@ class Decoder:
         logits: Tensor = output.logits[:, 0, : self.num_tokens]
         return logits
 
-    def _native_logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
+    def _native_logits(self, inputs: Inputs, context: int, num_rows: int, window: Window | None) -> Tensor:
         if self._native is None:
             log_choice("decode", "native C++, a step in one call")
             self._native = NativeLlama(self.model, self.cache, self.num_tokens)
-        return self._native.logits(inputs, context, num_rows)
+        return self._native.logits(inputs, context, num_rows, window)

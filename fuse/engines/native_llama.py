@@ -15,9 +15,12 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 from fuse.engines.few_rows import FewRowsLinear
 from fuse.engines.inputs import Inputs
 from fuse.engines.slot_cache import SlotCache
+from fuse.engines.window import Window
 from fuse.ops.native import choose
 
 _SERVED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+_ALL = Window(first=0, last=2**62)
 
 
 def is_served(model: PreTrainedModel) -> bool:
@@ -116,7 +119,7 @@ class NativeLlama:
         self._ends = array("q", [self._address(inner.norm.weight), *head.addresses()])
 
     @torch.inference_mode()
-    def logits(self, inputs: Inputs, context: int, num_rows: int) -> Tensor:
+    def logits(self, inputs: Inputs, context: int, num_rows: int, window: Window | None = None) -> Tensor:
         """As those of a `Decoder`."""
         self._cache.make_layers(len(self._layers), self._embeddings.new_empty(1, self._kv_heads, 1, self._head_dim))
         buffers = self._cache.buffers(num_rows, context)
@@ -128,9 +131,11 @@ class NativeLlama:
         slots = torch.arange(num_rows) if inputs.slots is None else inputs.slots
         logits = torch.empty(len(inputs.token_ids), self._num_tokens)
         native, _ = choose(logits.device)
+        window = _ALL if window is None else window
+        shape = [*self._shape, window.first, window.last, capacity]
         assert native is not None
         getattr(native, self.function)(
-            *(array("q", [*self._shape, capacity]), layers, self._ends, self._embeddings, self._epsilon),
+            *(array("q", shape), layers, self._ends, self._embeddings, self._epsilon),
             *(one.contiguous() for one in (inputs.token_ids, slots, inputs.positions, cosines[0], sines[0])),
             logits,
         )

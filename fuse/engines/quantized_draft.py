@@ -2,6 +2,11 @@
 
 It reads the target's own keys and values, and adds those of its drafts where the target's verification will write: so
 it needs no cache, no prefill and no catching up, and samples that come or go are no concern of its.
+
+Where the keys and values of a batch are more than the weights, it reads those in a window only: a step of it takes at
+most twice what it takes to read the weights, or little more with hundreds of samples, but is right less often.
+SmolLM2-135M on word problems after 1,700 to 3,300 tokens of solved ones, 640 tokens at temperature 1: 97.5 % right if
+it reads all, 90 % with the first 64 and the last 256, 88 % with 16 of the first, 86 % with 4, 47 % with none of them.
 """
 
 from __future__ import annotations
@@ -21,8 +26,11 @@ from fuse.engines.int8_llama import Int8Llama
 from fuse.engines.native_llama import is_served
 from fuse.engines.rows import Row, Rows
 from fuse.engines.slot_cache import round_up
+from fuse.engines.window import Window
 from fuse.merged_weight import merged_weight
 from fuse.ops.int8_linear import int8_linear, quantize_int8
+
+WINDOW = Window(first=64, last=256)
 
 
 class QuantizedSelf:
@@ -45,6 +53,7 @@ class QuantizedSelf:
             return drafts
         assert self._decoder is not None, "not prepared"
         live = [slot for slot, count in enumerate(counts) if count > 0]
+        window = self._window([rows[slot].num_cached for slot in live])
         last = rows.inputs
         token_ids = last.token_ids
         for ahead in range(max(counts)):
@@ -59,12 +68,16 @@ class QuantizedSelf:
             context = round_up(max(rows[slot].num_cached for slot in live) + ahead + 1)
             inputs = Inputs(token_ids, last.positions[slots] + ahead, slots)
             seen = torch.tensor([drafts[slot] for slot in live], dtype=torch.int64, device=slots.device)
-            drawn, _ = rows.draw(
-                self._decoder.logits(inputs, context, len(rows)), slots, torch.full_like(slots, ahead), seen
-            )
+            logits = self._decoder.logits(inputs, context, len(rows), window)
+            drawn, _ = rows.draw(logits, slots, torch.full_like(slots, ahead), seen)
             for slot, token_id in zip(live, drawn.tolist(), strict=True):
                 drafts[slot].append(token_id)
         return drafts
+
+    def _window(self, contexts: Sequence[int]) -> Window | None:
+        """What rows with so much context read; None for all."""
+        weights_bytes = sum(one.numel() for one in self._target.model.parameters())
+        return WINDOW if sum(contexts) * self._target.cache.bytes_per_token > weights_bytes else None
 
     def release(self, row: Row) -> None:
         pass

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fuse.engines.kv_memory import Allocate
+from fuse.engines.window import Window
 from fuse.ops import kv_blocks
 
 # Contexts are rounded up to this many tokens, so buffers and attention widths change rarely.
@@ -56,6 +57,7 @@ class SlotCache(Cache):
         self._positions: Tensor | None = None
         self._slots = self._row_indices
         self._gathers = False
+        self._places: Tensor | None = None  # of the tokens of each entry's row that it attends to, where not to all
 
     def begin_prefill(self, first_row: int, rows: int, tokens: int) -> None:
         """The next forward writes positions 0..tokens-1 of `rows` rows from `first_row` on."""
@@ -63,17 +65,26 @@ class SlotCache(Cache):
         self._first_row, self._positions = first_row, None
 
     def begin_decode(
-        self, positions: Tensor, context: int, rows: int, *, slots: Tensor | None = None, gathers: bool = False
+        self,
+        positions: Tensor,
+        context: int,
+        rows: int,
+        *,
+        slots: Tensor | None = None,
+        gathers: bool = False,
+        window: Window | None = None,
     ) -> None:
         """The next forward writes at positions int64 [entries]; it attends to the first `context` of `rows` rows.
 
         slots: the entries' rows, int64 [entries], any number of each; None for one entry of each row, in order.
         gathers: with slots, attention gets each entry's row as one of its own; else it gets the rows as they are.
+        window: attention gets of each entry's row, as one of its own, what is in there; it is less than the context.
         """
         self._reserve(rows, context)
         self._positions, self._context, self._num_live = positions, context, rows
         self._slots = self._row_indices[:rows] if slots is None else slots
         self._gathers = gathers and slots is not None
+        self._places = None if window is None else window.places(positions + 1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -81,8 +92,8 @@ class SlotCache(Cache):
         """Write a layer's new entries; return what its queries attend to. The model calls this.
 
         Shapes: key_states, value_states [rows, kv_heads, tokens, head_dim]. Decoding (tokens = 1) returns views
-        [rows, kv_heads, context, head_dim], or copies [entries, ...]; a prefill returns its own entries, since its rows
-        are new.
+        [rows, kv_heads, context, head_dim], or copies [entries, ...], with the tokens of the window only; a prefill
+        returns its own entries, since its rows are new.
         """
         layer = self._layer(layer_idx, key_states, value_states)
         if self._positions is None:
@@ -92,6 +103,10 @@ class SlotCache(Cache):
             return key_states, value_states
         layer.keys[self._slots, :, self._positions] = key_states[:, :, 0]
         layer.values[self._slots, :, self._positions] = value_states[:, :, 0]
+        if self._places is not None:
+            heads = torch.arange(key_states.shape[1], device=self._places.device)[:, None]
+            read = self._slots[:, None, None], heads, self._places[:, None]
+            return layer.keys[read], layer.values[read]
         rows = self._slots if self._gathers else slice(self._num_live)
         return layer.keys[rows, :, : self._context], layer.values[rows, :, : self._context]
 
@@ -99,6 +114,11 @@ class SlotCache(Cache):
     def is_empty(self) -> bool:
         """Whether no forward has made it layers yet."""
         return not self._layers
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of its keys and values in all layers that there are."""
+        return sum(2 * layer.keys[0, :, 0].nbytes for layer in self._layers)
 
     def make_layers(self, count: int, like: Tensor) -> None:
         """Have so many layers, of heads and type as these entries' [1, kv_heads, 1, head_dim]; those there are stay."""

@@ -25,7 +25,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from fuse.interstage.speculation import Speculation, speculation_from_json
+from fuse.interstage.speculation import Speculation, StepCosts, speculation_from_json
 
 _BYTES_PER_TOKEN = 12
 """A token id and its log-probability: what a migrated sample carries whichever way it moves."""
@@ -83,6 +83,11 @@ class CostModel:
             raise ValueError(f"inference_batch_tokens is {self.inference_batch_tokens}: it must be at least 1")
 
     @property
+    def plain_step(self) -> StepCosts:
+        """Of a decode step without drafts."""
+        return StepCosts(self.step_s, self.sample_s, self.context_s)
+
+    @property
     def choices(self) -> tuple[CostModel, ...]:
         """These costs with each number of drafts that may be the best, from none: costs without `speculation`."""
         return (self,) if self.speculation is None else _choices(self)
@@ -137,21 +142,11 @@ class CostModel:
 def _choices(costs: CostModel) -> tuple[CostModel, ...]:
     """As `CostModel.choices`, without those that others beat in every part."""
     assert costs.speculation is not None
-    kept: list[tuple[float, float, float]] = []
-    for num_drafts in range(costs.speculation.max_drafts + 1):
-        parts = costs.speculation.per_token(num_drafts)
-        if not any(all(ours <= theirs for ours, theirs in zip(other, parts, strict=True)) for other in kept):
-            kept.append(parts)
-    return tuple(
-        replace(
-            costs,
-            step_s=step * costs.step_s,
-            sample_s=sample * costs.sample_s,
-            context_s=context * costs.context_s,
-            speculation=None,
-        )
-        for step, sample, context in kept
-    )
+    kept: list[StepCosts] = []
+    for _, _, one in costs.speculation.choices(costs.plain_step):
+        if not any(all(ours <= theirs for ours, theirs in zip(other, one, strict=True)) for other in kept):
+            kept.append(one)
+    return tuple(replace(costs, **one._asdict(), speculation=None) for one in kept)
 
 
 def fastest(costs: CostModel, seconds: Callable[[CostModel], NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 A step of B samples with C tokens of context and D drafted tokens, in L steps of the draft, takes
 
     step_s + sample_s * (B + D) + context_s * C             of the model, which computes every drafted token, too, and
-    c * (L * step_s + D * sample_s) [+ context_s * C D / B]  of the draft, which reads keys or does not
+    c * (L * step_s + D * sample_s) + context_s * D * R      of the draft, which reads R keys of each: all, some or none
 
 as `speculation.py` has it with the same number of drafts for each sample. Engines tell the draft's part from the
 model's, so that each is fitted by itself: batches of all sizes say what the model takes, and what drafts take of that
@@ -16,14 +16,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fuse.interstage.costs import fit_affine
 from fuse.interstage.fading import Fading
-from fuse.interstage.speculation import Speculation
+from fuse.interstage.speculation import DRAFTS, Speculation
 
 _KEPT = 512
 """Latest steps of each kind that are fitted; those of batches up to twice as large are a kind of their own."""
@@ -121,21 +122,24 @@ class DecodeCalibration:
         if not self._drafted or not self._tried:
             return None
         base_s = np.array([one.draft_steps * step_s + one.drafted_tokens * sample_s for one in self._drafted])
-        reading_s = np.array([context_s * one.context_tokens * one.drafted_tokens / one.batch for one in self._drafted])
+        drafted = np.array([one.drafted_tokens for one in self._drafted])
+        context = np.array([one.context_tokens / one.batch for one in self._drafted])
         draft_s = np.array([one.draft_s for one in self._drafted])
         right, tried = np.sum(self._tried, axis=0)
 
-        def share(reads: bool) -> float:
-            return float(np.clip(np.median((draft_s - reads * reading_s) / np.maximum(base_s, 1e-12)), 0.0, 1.0))
+        def share(reading_s: NDArray[np.float64]) -> float:
+            return float(np.clip(np.median((draft_s - reading_s) / np.maximum(base_s, 1e-12)), 0.0, 1.0))
 
-        def error(reads: bool) -> float:
-            return float(np.median(np.abs(draft_s - share(reads) * base_s - reads * reading_s)))
+        def error(reading_s: NDArray[np.float64]) -> float:
+            return float(np.median(np.abs(draft_s - share(reading_s) * base_s - reading_s)))
 
-        reads_context = error(True) < error(False)
-        return Speculation(
+        reads = 0 * context, np.minimum(context, DRAFTS["int8"].window_tokens), context
+        readings_s = [context_s * drafted * read for read in reads]
+        reading_s = min(readings_s, key=error)
+        return replace(
+            DRAFTS["ngram" if reading_s is readings_s[0] else "int8"],
             acceptance=float((_PRIOR * _PRIOR_TOKENS + right) / (_PRIOR_TOKENS + tried)),
-            draft_share=share(reads_context),
-            reads_context=reads_context,
+            draft_share=share(reading_s),
         )
 
 

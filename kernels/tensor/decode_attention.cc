@@ -64,12 +64,20 @@ FUSE_INLINE float exponentiate(float* scores, std::int64_t count) {
 
 FUSE_VECTORIZED
 void decode_attention(const float* query, std::int64_t query_row_stride, std::int64_t query_head_stride, CacheView keys,
-                      CacheView values, const std::int64_t* lengths, const std::int64_t* slots, std::int64_t rows,
-                      std::int64_t kv_heads, std::int64_t group, std::int64_t head_dim, float scale, float* output) {
-  const std::int64_t width = rows == 0 ? 0 : padded(*std::max_element(lengths, lengths + rows));
+                      CacheView values, const std::int64_t* lengths, Window window, const std::int64_t* slots,
+                      std::int64_t rows, std::int64_t kv_heads, std::int64_t group, std::int64_t head_dim, float scale,
+                      float* output) {
+  const auto left_out = [&](std::int64_t length) {
+    return std::max<std::int64_t>(0, length - window.first - window.last);
+  };
+  std::int64_t width = 0;
+  for (std::int64_t row = 0; row < rows; ++row) width = std::max(width, padded(lengths[row] - left_out(lengths[row])));
   std::vector<float> scores(static_cast<std::size_t>(group * width));
   for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t length = lengths[row];
+    const std::int64_t gap = left_out(lengths[row]);
+    const std::int64_t length = lengths[row] - gap;
+    // Where the j-th token that is read lies; no few that are read at once lie on both sides of the gap.
+    const auto offset = [&](std::int64_t j) { return (j < window.first ? j : j + gap) * head_dim; };
     const std::int64_t slot = slots == nullptr ? row : slots[row];
     for (std::int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
       const float* head_keys = keys.data + slot * keys.row_stride + kv_head * keys.head_stride;
@@ -80,14 +88,12 @@ void decode_attention(const float* query, std::int64_t query_row_stride, std::in
       std::int64_t j = 0;
       for (; j + 4 <= length; j += 4) {
         for (std::int64_t g = 0; g < group; ++g) {
-          score<4>(head_query + g * query_head_stride, head_keys + j * head_dim, head_dim, scale,
-                   &scores[g * width + j]);
+          score<4>(head_query + g * query_head_stride, head_keys + offset(j), head_dim, scale, &scores[g * width + j]);
         }
       }
       for (; j < length; ++j) {
         for (std::int64_t g = 0; g < group; ++g) {
-          score<1>(head_query + g * query_head_stride, head_keys + j * head_dim, head_dim, scale,
-                   &scores[g * width + j]);
+          score<1>(head_query + g * query_head_stride, head_keys + offset(j), head_dim, scale, &scores[g * width + j]);
         }
       }
 
@@ -98,12 +104,12 @@ void decode_attention(const float* query, std::int64_t query_row_stride, std::in
       }
       for (j = 0; j + 8 <= length; j += 8) {
         for (std::int64_t g = 0; g < group; ++g) {
-          accumulate<8>(&scores[g * width + j], head_values + j * head_dim, head_dim, head_output + g * head_dim);
+          accumulate<8>(&scores[g * width + j], head_values + offset(j), head_dim, head_output + g * head_dim);
         }
       }
       for (; j < length; ++j) {
         for (std::int64_t g = 0; g < group; ++g) {
-          accumulate<1>(&scores[g * width + j], head_values + j * head_dim, head_dim, head_output + g * head_dim);
+          accumulate<1>(&scores[g * width + j], head_values + offset(j), head_dim, head_output + g * head_dim);
         }
       }
     }

@@ -26,7 +26,7 @@ void bind_decode_attention(nb::module_& module) {
         const auto head_dim = static_cast<std::int64_t>(query.shape(2));
         nb::gil_scoped_release release;
         decode_attention(query.data(), query.stride(0), query.stride(1), {keys.data(), keys.stride(0), keys.stride(1)},
-                         {values.data(), values.stride(0), values.stride(1)}, lengths.data(),
+                         {values.data(), values.stride(0), values.stride(1)}, lengths.data(), kAllTokens,
                          slots ? slots->data() : nullptr, rows, kv_heads, group, head_dim, scale, output.data());
       },
       nb::arg("query").noconvert(), nb::arg("keys").noconvert(), nb::arg("values").noconvert(),

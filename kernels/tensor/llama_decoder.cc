@@ -45,7 +45,7 @@ template <class Layer, class Head>
 void run(const DecoderShape& shape, const Layer* layers, const DecoderEnds<Head>& ends, const DecoderRows& step,
          float* logits) {
   const auto [token_ids, slots, positions, cosines, sines, rows] = step;
-  const auto [num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, capacity] = shape;
+  const auto [num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, window, capacity] = shape;
   const std::int64_t projected = (heads + 2 * kv_heads) * head_dim;
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   std::vector<float> states = room(rows, hidden), normed = states, added = states, factors = room(rows, 1);
@@ -79,8 +79,8 @@ void run(const DecoderShape& shape, const Layer* layers, const DecoderEnds<Head>
         std::copy_n(own + (heads + kv_heads + h) * head_dim, head_dim, layer->values + place + h * keys.head_stride);
       }
     }
-    decode_attention(projection.data(), projected, head_dim, keys, values, lengths.data(), slots, rows, kv_heads,
-                     heads / kv_heads, head_dim, scale, attended.data());
+    decode_attention(projection.data(), projected, head_dim, keys, values, lengths.data(), window, slots, rows,
+                     kv_heads, heads / kv_heads, head_dim, scale, attended.data());
     multiply(attended.data(), layer->attention_output, rows, hidden, heads * head_dim, added.data());
     add(added, states);
 

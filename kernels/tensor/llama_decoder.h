@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "tensor/decode_attention.h"
+
 namespace fuse {
 
 // output = scales * (weights . input) + bias; `bias` may be null.
@@ -44,7 +46,9 @@ using Int8Layer = DecoderLayer<Int8Matrix, Int8Matrix, Int8Matrix>;
 using FloatLayer = DecoderLayer<FloatMatrices<3>, FloatMatrices<2>, FloatMatrices<1>>;
 
 struct DecoderShape {
-  std::int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, capacity;
+  std::int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size;
+  Window window;
+  std::int64_t capacity;
 };
 
 // What lies before and behind the layers. embeddings: [any number, hidden].
@@ -68,7 +72,8 @@ struct DecoderRows {
 };
 
 // logits of the token after each row's, [rows, vocab_size]. Writes each row's keys and values at its position of its
-// slot; a row attends to what its slot has up to there. In fp32 a row's result does not depend on the other rows.
+// slot; a row attends to what its slot has up to there, as far as it is in the window. In fp32 a row's result does not
+// depend on the other rows.
 //
 // Source: the Llama, Qwen2 and Qwen3 models of transformers 5, in fp32.
 void decode(const DecoderShape& shape, const Int8Layer* layers, const DecoderEnds<Int8Matrix>& ends,

@@ -10,12 +10,14 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from fuse.engines import quantized_draft
+from fuse.engines import decoder, quantized_draft
 from fuse.engines.engine import GeneratedToken
 from fuse.engines.native_llama import is_served
-from fuse.engines.quantized_draft import QuantizedSelf, quantized, quantized_copy
+from fuse.engines.quantized_draft import WINDOW, QuantizedSelf, quantized, quantized_copy
 from fuse.engines.speculation import FixedLength, Speculation
 from fuse.engines.transformers import TransformersEngine
+from fuse.engines.window import Window
+from fuse.interstage.speculation import DRAFTS
 from fuse.intrastage.adapters import base_of, with_adapter
 
 from .driving import Outputs, assert_same, collect, run
@@ -40,32 +42,76 @@ def randomize_small(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("window", [None, Window(first=8, last=5)])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_native_steps_are_those_of_python_modules(build_model: BuildModel, architecture: str) -> None:
-    """Three rows at once, of which one is left out, two tokens one after the other; keys and values included."""
-    results: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
-    for _ in range(2):
-        engine = TransformersEngine(randomize_small(build_model(architecture)), num_tokens=90)
-        for one in REQUESTS[1:4]:
-            engine.submit(one)
-        engine.step()
-        target = engine._decoder
-        decoder = quantized(target) if not results else target.of(quantized_copy(target.model))
-        rows, last = engine._rows, engine._rows.inputs
+def test_steps_are_those_of_modules_with_a_mask(
+    build_model: BuildModel, monkeypatch: pytest.MonkeyPatch, architecture: str, window: Window | None
+) -> None:
+    """In native code, and by modules that get what is in the window: against modules that get all, and what counts.
+
+    Rows below the window, at it and far beyond, of which one is left out, three tokens one after the other; keys and
+    values included.
+    """
+
+    def masked(lengths: torch.Tensor, context: int, dtype: torch.dtype, **_: object) -> torch.Tensor:
+        place, lengths = torch.arange(context), lengths[:, None]
+        counts = place < lengths
+        if window is not None:
+            counts &= (place < window.first) | (place >= lengths - window.last)
+        return torch.zeros(counts.shape, dtype=dtype).masked_fill_(~counts, -torch.inf)[:, None, None]
+
+    engine = TransformersEngine(randomize_small(build_model(architecture)), num_tokens=90)
+    for one in (request(1), *(request(8 + length, length=length) for length in (4, 12, 70))):
+        engine.submit(one)
+    engine.step()
+    assert is_served(engine._model)
+    target, last = engine._decoder, engine._rows.inputs
+    slots = torch.tensor([engine._rows.index(8 + length) for length in (70, 4, 12)])
+    assert last.positions[slots].tolist() == [70, 4, 12]
+    copied = quantized_copy(target.model)
+    steps = [quantized(target).logits, target.of(copied).logits]
+    monkeypatch.setattr(decoder, "is_native", lambda *_: False)
+    steps.append(target.of(copied).logits)
+    results: list[tuple[torch.Tensor, ...]] = []
+    for step in (*steps, steps[-1]):
+        read = window
+        if len(results) == len(steps):
+            monkeypatch.setattr(decoder, "decode_mask", masked)
+            read = None
         logits = []
-        for ahead in range(2):
-            slots = torch.tensor([2, 0])
-            inputs = type(last)(torch.tensor([11, 7]) + ahead, last.positions[slots] + ahead, slots)
-            logits.append(decoder.logits(inputs, 64, len(rows)))
-        results.append((torch.stack(logits), [keys[:3] for keys, _ in engine._cache.buffers(3, 64)]))
-    assert is_served(target.model)
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
-    for native, python in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(native, python, rtol=1e-3, atol=1e-3)
+        for ahead in range(3):
+            inputs = type(last)(torch.tensor([11, 7, 50]) + ahead, last.positions[slots] + ahead, slots)
+            logits.append(step(inputs, 128, 4, read))
+        results.append((torch.stack(logits), *(keys[:4].clone() for keys, _ in engine._cache.buffers(4, 128))))
+    for result in results[:-1]:
+        for found, expected in zip(result, results[-1], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("architecture", "served"), [("llama", True), ("qwen3", True), ("gpt_neox", False)])
-def test_tokens_are_those_of_plain_decoding(build_model: BuildModel, architecture: str, served: bool) -> None:
+def test_a_window_is_read_where_keys_and_values_are_more_than_weights(build_model: BuildModel) -> None:
+    engine = TransformersEngine(build_model())
+    run(engine, REQUESTS[:1])
+    draft = QuantizedSelf(engine._decoder)
+    keys_bytes = 4 * 2 * engine._model.config.num_key_value_heads * engine._model.model.layers[0].self_attn.head_dim
+    most = engine._model.num_parameters() // (keys_bytes * len(engine._model.model.layers))
+    assert draft._window([most - 7, 7]) is None
+    assert draft._window([most - 7, 8]) == WINDOW
+    assert DRAFTS["int8"].window_tokens == WINDOW.width, "the simulated draft reads as many"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "served", "window"),
+    [
+        ("llama", True, None),
+        ("qwen3", True, Window(first=8, last=16)),
+        ("gpt_neox", False, None),
+        ("gpt_neox", False, Window(first=8, last=16)),
+    ],
+)
+def test_tokens_are_those_of_plain_decoding(
+    build_model: BuildModel, monkeypatch: pytest.MonkeyPatch, architecture: str, served: bool, window: Window | None
+) -> None:
+    monkeypatch.setattr(QuantizedSelf, "_window", lambda *_: window)
     engine = speculating(build_model(architecture), max_batch=5)
     assert is_served(engine._model) == served
     steps = run_steps(engine)
@@ -77,7 +123,8 @@ def test_tokens_are_those_of_plain_decoding(build_model: BuildModel, architectur
     emitted = sum(map(len, steps))
     rows = sum(len({token.sample_id for token in tokens}) for tokens in steps)
     assert drafted > 100
-    assert emitted - rows > 0.8 * drafted, "int8 weights draw the target's tokens, by the same noise"
+    least = 0.8 if window is None else 0.3
+    assert emitted - rows > least * drafted, "int8 weights draw the target's tokens, by the same noise"
 
 
 def run_steps(engine: TransformersEngine) -> list[list[GeneratedToken]]:

@@ -33,14 +33,17 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def request(sample_id: int, *, stops: bool = True, max_new_tokens: int | None = None) -> GenerationRequest:
+def request(
+    sample_id: int, *, stops: bool = True, max_new_tokens: int | None = None, length: int | None = None
+) -> GenerationRequest:
+    """length: of the prompt."""
     params = SamplingParams(
         seed=3,
         temperature=1.0,
         max_new_tokens=1 + 11 * sample_id % 40 if max_new_tokens is None else max_new_tokens,
         stop_token_ids=STOP_TOKEN_IDS if stops else (),
     )
-    prompt_ids = tuple(1 + (sample_id + 5 * index) % 90 for index in range(1 + 7 * sample_id % 23))
+    prompt_ids = tuple(1 + (sample_id + 5 * index) % 90 for index in range(length or 1 + 7 * sample_id % 23))
     options = FILTERS[sample_id % len(FILTERS)]
     return GenerationRequest(sample_id=sample_id, prompt_ids=prompt_ids, params=replace(params, **options))
 

@@ -131,9 +131,8 @@ def drafting(costs: CostModel, batch: int, context: int, count: int, right: int,
     """A step of `count` drafts for each sample, of which so many of all were right."""
     draft = costs.speculation
     assert draft is not None
-    draft_s = (
-        draft.draft_share * (costs.step_s + costs.sample_s * batch) + draft.reads_context * costs.context_s * context
-    )
+    draft_s = draft.draft_share * (costs.step_s + costs.sample_s * batch)
+    draft_s += draft.reads_context * costs.context_s * context
     model_s = costs.step_s + costs.sample_s * batch * (1 + count) + costs.context_s * context
     sizes = {
         "batch": batch,

@@ -15,7 +15,7 @@ from fuse.interstage.lengths import KnownLengths
 from fuse.interstage.migration import EngineLimits, StageByStage
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
-from fuse.interstage.speculation import DRAFTS, Speculation
+from fuse.interstage.speculation import DRAFTS, Speculation, expected_tokens
 
 PLAIN = PROFILES["llama-33b-8xh800"]
 INT8, NGRAM = DRAFTS["int8"], replace(DRAFTS["ngram"], acceptance=0.6)
@@ -38,25 +38,28 @@ def rollout(responses: Sequence[int], costs: CostModel, *, num_devices: int = 1,
     )
 
 
-def step_s(costs: CostModel, batch: int, context_tokens: float, num_drafts: int) -> float:
+def step_s(costs: CostModel, batch: int, context_tokens: float, num_drafts: int, *, in_window: bool = False) -> float:
     """Of a step that drafts, as the docstring has it: the drafts one after the other, then the target."""
     draft = costs.speculation
     assert draft is not None
-    draft_s = draft.draft_share * (costs.step_s + costs.sample_s * batch)
-    draft_s += draft.reads_context * costs.context_s * context_tokens
+    read_tokens = draft.window_tokens * batch if in_window else draft.reads_context * context_tokens
+    draft_s = draft.draft_share * (costs.step_s + costs.sample_s * batch) + costs.context_s * read_tokens
     target_s = costs.step_s + costs.sample_s * batch * (num_drafts + 1) + costs.context_s * context_tokens
     return num_drafts * draft_s + target_s
 
 
-def best_drafts(costs: CostModel, batch: int, context_tokens: float) -> tuple[int, float]:
-    """The number of drafts with the least seconds per token, and these."""
+def best_drafts(costs: CostModel, batch: int, context_tokens: float) -> tuple[int, bool, float]:
+    """The number of drafts with the least seconds per token, whether they read a window, and these seconds."""
     draft = costs.speculation
     assert draft is not None
-    per_token = [
-        step_s(costs, batch, context_tokens, count) / sum(draft.acceptance**place for place in range(count + 1))
-        for count in range(draft.max_drafts + 1)
-    ]
-    return int(np.argmin(per_token)), min(per_token)
+    found = []
+    for in_window in (False, True) if draft.window_tokens else (False,):
+        acceptance = draft.acceptance * (draft.window_share if in_window else 1)
+        for count in range(draft.max_drafts + 1):
+            seconds = step_s(costs, batch, context_tokens, count, in_window=in_window)
+            found.append((seconds / sum(acceptance**place for place in range(count + 1)), count, in_window))
+    seconds, count, in_window = min(found)
+    return count, in_window, seconds
 
 
 def drawn_tokens(random: np.random.Generator, acceptance: float, num_drafts: int, num_steps: int) -> NDArray[np.int64]:
@@ -71,21 +74,27 @@ def drawn_tokens(random: np.random.Generator, acceptance: float, num_drafts: int
 def test_expected_tokens_are_the_mean_of_drawn_ones(acceptance: float, num_drafts: int) -> None:
     drawn = drawn_tokens(np.random.default_rng(0), acceptance, num_drafts, 20_000)
     error = drawn.std() / np.sqrt(len(drawn))
-    expected = replace(INT8, acceptance=acceptance).tokens(num_drafts)
+    expected = expected_tokens(acceptance, num_drafts)
     assert expected == pytest.approx(drawn.mean(), abs=4 * error + 1e-12)
     if acceptance < 1:
         assert expected == pytest.approx((1 - acceptance ** (num_drafts + 1)) / (1 - acceptance))
 
 
-@pytest.mark.parametrize("draft", [INT8, NGRAM, replace(INT8, acceptance=0.7), replace(INT8, acceptance=0.0)])
+@pytest.mark.parametrize(
+    "draft",
+    [INT8, NGRAM, replace(INT8, acceptance=0.7), replace(INT8, acceptance=0.0), replace(INT8, window_tokens=0)],
+)
 def test_steps_have_the_best_number_of_drafts(draft: Speculation) -> None:
-    costs, chosen = with_drafts(draft), set()
+    costs, chosen, windows = with_drafts(draft), set(), set()
     for batch in (1, 2, 7, 40, 300, 3000):
         for context_tokens in (batch, 500 * batch, 40_000 * batch):
-            count, seconds = best_drafts(costs, batch, context_tokens)
+            count, in_window, seconds = best_drafts(costs, batch, context_tokens)
             assert costs.decode_step(batch, context_tokens) == pytest.approx(seconds)
-            plain_s = (costs.step_s, costs.sample_s * batch, costs.context_s * context_tokens)
-            assert draft.best(*plain_s) == count
+            best = draft.best(costs.plain_step, batch, context_tokens)
+            assert best.num_drafts == count
+            if count:
+                assert best.acceptance == draft.acceptance * (draft.window_share if in_window else 1)
+                windows.add(in_window)
             found = fastest(costs, lambda one: np.array([one.step_s, one.sample_s, one.context_s]))
             bound = least(costs)
             assert found == pytest.approx([bound.step_s, bound.sample_s, bound.context_s])
@@ -93,6 +102,7 @@ def test_steps_have_the_best_number_of_drafts(draft: Speculation) -> None:
             chosen.add(count)
     assert 0 in chosen
     assert (len(chosen) > 1) == (draft.acceptance > 0)
+    assert (len(windows) == 2) == (draft.window_tokens > 0 and draft.acceptance > 0)
 
 
 def test_context_that_costs_next_to_nothing_changes_no_choice() -> None:
@@ -137,7 +147,7 @@ def test_the_simulator_takes_the_time_of_tokens_one_by_one(draft: Speculation, c
     while waiting or ages:
         while waiting and len(ages) < max_batch:
             ages[waiting.pop(0)] = 0
-        count, seconds = best_drafts(costs, len(ages), sum(PROMPT + age for age in ages.values()))
+        count, _, seconds = best_drafts(costs, len(ages), sum(PROMPT + age for age in ages.values()))
         switched += before[0] == len(ages) and before[1] != count
         before, now_s = (len(ages), count), now_s + seconds
         ages = {sample: age + 1 for sample, age in ages.items() if age + 1 < responses[sample]}
@@ -156,9 +166,9 @@ def test_the_simulator_takes_about_the_time_of_drawn_acceptance(responses: list[
         lengths, ages = np.array(responses), np.zeros(len(responses), dtype=int)
         while (live := ages < lengths).any():
             batch, context_tokens = int(live.sum()), int((PROMPT + ages[live]).sum())
-            count, _ = best_drafts(costs, batch, context_tokens)
-            now_s += step_s(costs, batch, context_tokens, count)
-            ages[live] += drawn_tokens(random, 0.9, count, batch)
+            count, in_window, _ = best_drafts(costs, batch, context_tokens)
+            now_s += step_s(costs, batch, context_tokens, count, in_window=in_window)
+            ages[live] += drawn_tokens(random, 0.9 * (INT8.window_share if in_window else 1), count, batch)
         seconds.append(now_s)
     result = simulate(rollout(responses, costs), StageByStage())
     assert result.generation_s == pytest.approx(np.mean(seconds), rel=0.02)
@@ -171,6 +181,7 @@ def test_the_simulator_takes_about_the_time_of_drawn_acceptance(responses: list[
     [
         ({"acceptance": -0.1}, "acceptance is -0.1: a chance is 0 to 1"),
         ({"draft_share": 2.0}, "draft_share is 2.0"),
+        ({"window_tokens": -1}, "window_tokens is -1: a window has 0 to"),
         ({"max_drafts": 0}, "max_drafts is 0: draft 1 to 64"),
     ],
 )
