@@ -181,7 +181,7 @@ check: setup
 	+FUSE_EXAMPLES=10 $(MAKE) --no-print-directory --jobs=2 check-training lint check-planning
 
 # Some of the rest among them, so that they and lint, which knows no file yet, take as long as what is left.
-PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver tests/engines tests/recipe tests/commands tests/ops
+PLANNING_TESTS := tests/schedules tests/interstage tests/benchmarks tests/driver tests/recipe tests/commands
 
 check-planning: setup
 	$(BIN)/pytest -m "not processes" $(PLANNING_TESTS)

@@ -26,12 +26,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from fuse.garbage import collect_rarely
+
 from . import marked, process_guard
 
 if TYPE_CHECKING:
     from .worker_pool import WorkerPool
 
 gc.disable()  # until the first test: what is imported for all of them is none
+collect_rarely()
 
 # The same examples every time, however busy the machine: a change fails for what it changes.
 settings.register_profile(
