@@ -323,6 +323,7 @@ def test_where_little_is_expected_of_fusion_the_clock_decides(monkeypatch: pytes
         for _ in range(7):
             taken.append(planner.policy(samples) != StageByStage())
             planner.observe(samples, seconds=serial_s * (slowdown if taken[-1] else 1.0))
+            planner.weigh()
         found[gain, slowdown] = taken
     assert found[1.05, 1.2] == [True, True, False, False, False, False, False]
     assert all(found[1.05, 0.5])
