@@ -185,7 +185,7 @@ class Fleet:
             tell=self._tell,
         ).run()
         if teaches:
-            is_plain = is_planned and self._tail is None and not report.lost_engines
+            is_plain = is_planned and not report.lost_engines and not (self._tail and self._tail.num_trained)
             calls = () if settings.scoring.is_sharded else report.scoring_calls
             rollouts.observe(samples, calls, report.makespan_s if is_plain else None)
         for engine in report.lost_engines:

@@ -70,6 +70,7 @@ class UpdateSpans:
         self._models().planner.observe(span for spans in models for span in spans)
         for spans in (*models, *engines):
             self._rollouts.observe_spans(spans)
+        self._rollouts.weigh()
 
     def _rest(self) -> tuple[Spans, Spans]:
         models = gather([worker.drain_spans() for worker in self._models().workers])

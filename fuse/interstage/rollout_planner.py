@@ -113,7 +113,6 @@ class RolloutPlanner:
         if self._gain < 1 + LEAST_GAIN:
             return StageByStage()
         if self._gain < 1 + _SURE_GAIN:
-            self._weigh(costs)
             self._is_fused = self._evidence.is_for_fusion
             if not self._is_fused:
                 return StageByStage()
@@ -154,6 +153,21 @@ class RolloutPlanner:
         self._calibration.add(spans)
         self._knows_costs = False
 
+    def weigh(self) -> None:
+        """All that an update's operations took has been observed: note how its rollout went, if that is timed."""
+        costs = self.costs()
+        if self._timed is None or costs is None:
+            return
+        (is_fused, seconds), self._timed = self._timed, None
+        rollout = Rollout(
+            prompt_tokens=np.array(self._prompt_tokens[-1]),
+            response_tokens=np.array([max(1, one.tokens) for one in self._updates[-1]]),
+            num_devices=self._settings.num_devices,
+            costs=costs,
+            limits=self.limits,
+        )
+        self._evidence.add(seconds / simulate(rollout, StageByStage()).makespan_s, is_fused=is_fused)
+
     def _observations(self) -> list[Observation]:
         return [one for update in self._updates for one in update]
 
@@ -191,17 +205,3 @@ class RolloutPlanner:
             costs=costs,
             limits=settings.limits,
         )
-
-    def _weigh(self, costs: CostModel) -> None:
-        """Note how the last rollout went, now that its costs are known."""
-        if self._timed is None:
-            return
-        (is_fused, seconds), self._timed = self._timed, None
-        rollout = Rollout(
-            prompt_tokens=np.array(self._prompt_tokens[-1]),
-            response_tokens=np.array([max(1, one.tokens) for one in self._updates[-1]]),
-            num_devices=self._settings.num_devices,
-            costs=costs,
-            limits=self.limits,
-        )
-        self._evidence.add(seconds / simulate(rollout, StageByStage()).makespan_s, is_fused=is_fused)

@@ -40,11 +40,15 @@ class Learner:
 
     def __init__(self) -> None:
         self.heard: list[list[str]] = []
+        self.num_weighed = 0
 
     def observe(self, spans: Any) -> None:
         self.heard.append([span.name for span in spans])
 
     observe_spans = observe
+
+    def weigh(self) -> None:
+        self.num_weighed += 1
 
 
 @pytest.fixture
@@ -97,6 +101,7 @@ def test_parts_of_an_update_are_put_together_and_taught_once(run: Any) -> None:
         assert list(drained) == ["device0", "device1"]
         assert run.training.heard == [["model 0: train", "model 1: train"]] * update
         assert len(run.rollouts.heard) == 4 * update
+        assert run.rollouts.num_weighed == update
 
 
 def test_an_update_without_training_is_read_and_taught_at_its_end(run: Any) -> None:

@@ -18,10 +18,14 @@ def ways(fused: float, serial: float, num_rollouts: int) -> list[bool]:
 
 @pytest.mark.parametrize("is_better", [True, False])
 def test_both_ways_are_tried_and_then_the_better_one_is_taken_but_for_a_look_at_the_other(is_better: bool) -> None:
-    taken = ways(0.97 if is_better else 1.03, 1.0, 40)
-    assert taken[:4] == [True, False, True, False]
+    taken = ways(0.98 if is_better else 1.03, 1.0, 40)
+    assert taken[:4] == [True, True, False, False]
     assert taken[4:].count(not is_better) == 2
-    assert all(one == is_better for one in taken[4:19])
+    assert all(one == is_better for one in taken[4:18])
+
+
+def test_a_clear_gain_is_kept_without_trying() -> None:
+    assert all(ways(0.94, 1.0, 40))
 
 
 def test_a_machine_that_has_changed_is_noticed() -> None:

@@ -14,7 +14,9 @@ from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.calibration import TRANSFER_S, Calibration
 from fuse.interstage.costs import SMALL_CPU, CostModel
 from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
+from fuse.interstage.rollout import Rollout
 from fuse.interstage.rollout_planner import PolicyName, RolloutPlanner, RolloutSettings
+from fuse.interstage.simulate import simulate
 from fuse.interstage.speculation import DRAFTS, Speculation
 from fuse.sample import Sample
 from fuse.trace import Span
@@ -300,16 +302,28 @@ def test_where_little_is_expected_of_fusion_the_clock_decides(monkeypatch: pytes
     """Fused rollouts of these take longer than simulated; so they are not taken once that is known."""
     samples = of_tokens(LONG_TAILED)
     found = {}
-    for gain, slowdown in ((1.05, 1.2), (1.05, 0.95), (1.3, 1.2)):
+    for gain, slowdown in ((1.05, 1.2), (1.05, 0.5), (1.3, 1.2)):
         monkeypatch.setattr("fuse.interstage.rollout_planner.expected_gain", lambda *args, gain=gain, **given: gain)
         planner = RolloutPlanner(settings("adaptive"), num_scoring=3)
         planner.observe(samples)
         planner.observe_spans(spans_of(SMALL_CPU))
+        costs = planner.costs()
+        assert costs is not None
+        lengths = np.array(LONG_TAILED)
+        rollout = Rollout(
+            prompt_tokens=np.full(len(lengths), 3),
+            response_tokens=lengths,
+            num_devices=2,
+            costs=costs,
+            limits=planner.limits,
+        )
+        serial_s = simulate(rollout, StageByStage()).makespan_s
         taken = []
         for _ in range(7):
             taken.append(planner.policy(samples) != StageByStage())
-            planner.observe(samples, seconds=2.0 * slowdown if taken[-1] else 2.0)
+            planner.observe(samples, seconds=serial_s * (slowdown if taken[-1] else 1.0))
+            planner.weigh()
         found[gain, slowdown] = taken
-    assert found[1.05, 1.2] == [True, False, True, False, False, False, False]
-    assert found[1.05, 0.95] == [True, False, True, False, True, True, True]
-    assert all(found[1.3, 1.2]), "what is sure is not tried"
+    assert found[1.05, 1.2] == [True, True, False, False, False, False, False]
+    assert all(found[1.05, 0.5])
+    assert all(found[1.3, 1.2]), "what is sure is not timed"
