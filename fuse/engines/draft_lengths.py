@@ -71,8 +71,9 @@ class _Timed:
 class StepTimes:
     """Seconds of a forward over so many tokens: of sizes timed lately, and on lines between and beyond these.
 
-    A size counts from its third time on, by the least that lately came again: of a few times that is the one that
-    nothing else disturbed, and one that was slow once is not given up for it.
+    The smallest size counts at once, or steps without drafts would seem to take what those with drafts do. Any other
+    counts from its third time on, by the least that lately came again: of a few times that is the one that nothing else
+    disturbed, and one that was slow once is not given up for it.
 
     slope: per token, as a share of the least time known, beyond the sizes that count.
     """
@@ -101,7 +102,7 @@ class StepTimes:
     def of(self, num_tokens: Floats) -> Floats:
         """Pre: something is known."""
         sizes = sorted(self._timed)
-        sizes = [size for size in sizes if self._timed[size].count >= _FEW] or sizes[:1]
+        sizes = [size for size in sizes if size == sizes[0] or self._timed[size].count >= _FEW]
         times = np.maximum.accumulate([self._timed[size].seconds for size in sizes])
         beyond = np.maximum(num_tokens - sizes[-1], 0)
         seconds: Floats = np.interp(num_tokens, sizes, times) + self._slope * times[0] * beyond

@@ -42,6 +42,7 @@ class QuantizedSelf:
     def __init__(self, target: Decoder) -> None:
         self._target = target
         self._decoder: Decoder | Int8Llama | None = None
+        self._weights_bytes = sum(one.numel() for one in target.model.parameters())
 
     def prepare(self) -> None:
         if self._decoder is None:
@@ -76,8 +77,7 @@ class QuantizedSelf:
 
     def _window(self, contexts: Sequence[int]) -> Window | None:
         """What rows with so much context read; None for all."""
-        weights_bytes = sum(one.numel() for one in self._target.model.parameters())
-        return WINDOW if sum(contexts) * self._target.cache.bytes_per_token > weights_bytes else None
+        return WINDOW if sum(contexts) * self._target.cache.bytes_per_token > self._weights_bytes else None
 
     def release(self, row: Row) -> None:
         pass

@@ -82,9 +82,11 @@ def test_times_are_between_those_that_were_measured_and_grow_beyond() -> None:
     for seconds in (9.0, 4.0, 5.0):
         assert times.of(np.array([5.0]))[0] == pytest.approx(2.8), "one that was slow once or twice is tried again"
         times.learn(5, seconds)
+    known = np.array([1.0, 3.0, 5.0, 10.0]), pytest.approx([2.0, 3.05, 4.1, 5.1])
+    assert times.of(known[0]).tolist() == known[1], "the smallest size counts as soon as others do"
     for _ in range(3):
         times.learn(1, 2.0)
-    assert times.of(np.array([1.0, 3.0, 5.0, 10.0])).tolist() == pytest.approx([2.0, 3.05, 4.1, 5.1])
+    assert times.of(known[0]).tolist() == known[1]
     times.learn(1, 3.0)
     assert times.of(np.array([1.0]))[0] == pytest.approx(2.1), "one slow step is not believed at once"
     for _ in range(300):
