@@ -18,6 +18,7 @@ from fuse.driver import (
     stage_by_stage,
     tail,
     update,
+    update_spans,
     weight_streams,
 )
 from fuse.intrastage import communication
@@ -109,6 +110,7 @@ def use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fleet, "gather", _gather)
     patch.setattr(fetch, "gather", _gather)
     patch.setattr(update, "gather", _gather)
+    patch.setattr(update_spans, "gather", _gather)
     patch.setattr(tail, "gather", _gather)
     patch.setattr(model_start, "gather", _gather)
     patch.setattr(weight_streams, "gather", _gather)

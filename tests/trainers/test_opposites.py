@@ -30,15 +30,14 @@ def test_a_run_in_opposite_replicas_is_the_run_of_one_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     num_sent: set[int] = set()
-    begin = WeightStreams._begin
+    send = WeightStreams._send
 
-    def count(streams: WeightStreams, *arguments: Any) -> Any:
-        shapes, num_buckets = begin(streams, *arguments)
-        num_sent.add(sum(shape.numel() for shape in shapes.values()))
-        return shapes, num_buckets
+    def count(streams: WeightStreams, models: Any, sent: Any, *arguments: Any) -> None:
+        num_sent.add(sum(shape.numel() for shape in sent.shapes.values()))
+        send(streams, models, sent, *arguments)
 
     plain = tiny_group.train(tmp_path / "plain", bidirectional=False, **PIPELINE)
-    monkeypatch.setattr(WeightStreams, "_begin", count)
+    monkeypatch.setattr(WeightStreams, "_send", count)
     with caplog.at_level(logging.INFO, logger="fuse"):
         both = tiny_group.train(tmp_path / "both", bidirectional=True, save_strategy="steps", save_steps=2, **PIPELINE)
     assert num_sent == {both.model.num_parameters()}, "weights go to engines once"
