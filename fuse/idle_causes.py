@@ -64,7 +64,7 @@ def idle_causes(
 
     phases: of the driver, as `PhaseClock.spans` has them.
     """
-    steps = {device: training_steps(track) for device, track in _models(tracks).items()}
+    steps = _steps(tracks)
     behind = _imbalances(steps)
     causes = {}
     for device, intervals in _idle_intervals(tracks, steps, start_s, end_s, phases).items():
@@ -80,8 +80,11 @@ def idle_intervals(
     tracks: Tracks, start_s: float, end_s: float, phases: Sequence[Span] = ()
 ) -> dict[str, list[tuple[float, float, str]]]:
     """By device, when it was idle and why: (start, end, cause), of all causes but imbalance, which has no place."""
-    steps = {device: training_steps(track) for device, track in _models(tracks).items()}
-    return _idle_intervals(tracks, steps, start_s, end_s, phases)
+    return _idle_intervals(tracks, _steps(tracks), start_s, end_s, phases)
+
+
+def _steps(tracks: Tracks) -> dict[str, list[list[Span]]]:
+    return {device: training_steps(track) for device, track in _models(tracks).items()}
 
 
 def _idle_intervals(

@@ -48,22 +48,21 @@ _R = TypeVar("_R", bound=Receiver)
 
 @dataclass(frozen=True, slots=True)
 class _Outgoing:
-    """What stages send of a model. parts: by device, shapes by name."""
+    """What stages send of a model.
 
-    parts: Sequence[Mapping[str, torch.Size]]
-    dtype: torch.dtype
+    parts: by device, shapes by name. shapes: of all that will come. num_buckets: of each device that sends.
+    """
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of all that will come."""
-        shapes = {name: shape for part in self.parts for name, shape in part.items()}
-        assert len(shapes) == sum(map(len, self.parts)), "stages would send the same weight"
-        return shapes
+    parts: list[dict[str, torch.Size]]
+    shapes: Mapping[str, torch.Size]
+    num_buckets: Mapping[int, int]
 
-    @property
-    def num_buckets(self) -> dict[int, int]:
-        """Of each device that sends."""
-        return {device: len(cut(part, self.dtype, BUCKET_BYTES)) for device, part in enumerate(self.parts) if part}
+    @classmethod
+    def of(cls, parts: list[dict[str, torch.Size]], dtype: torch.dtype) -> _Outgoing:
+        shapes = {name: shape for part in parts for name, shape in part.items()}
+        assert len(shapes) == sum(map(len, parts)), "stages would send the same weight"
+        num_buckets = {device: len(cut(part, dtype, BUCKET_BYTES)) for device, part in enumerate(parts) if part}
+        return cls(parts, shapes, num_buckets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class WeightStreams:
 
     def __init__(self, cluster: Cluster, settings: FleetSettings) -> None:
         self._cluster, self._settings = cluster, settings
-        self._parts: dict[tuple[str, torch.dtype, Exported], list[dict[str, torch.Size]]] = {}  # as of `_Outgoing`
+        self._outgoing: dict[tuple[str, torch.dtype, Exported], _Outgoing] = {}
         self._holders: dict[str, list[bool]] = {}  # by what is copied
         self._groups: dict[tuple[int, str], _Group] = {}
         self._numbers = itertools.count()
@@ -132,13 +131,13 @@ class WeightStreams:
     ) -> Iterator[_Outgoing]:
         """Have stages prepare to send, and end when receivers have done what they were asked."""
         began = [model.begin_export(role, dtype, BUCKET_BYTES, part) for model in models]
-        if (role, dtype, part) not in self._parts:
-            self._parts[role, dtype, part] = gather(began)
-        parts = self._parts[role, dtype, part]
+        if (role, dtype, part) not in self._outgoing:
+            self._outgoing[role, dtype, part] = _Outgoing.of(gather(began), dtype)
+        sent = self._outgoing[role, dtype, part]
         try:
-            yield _Outgoing(parts, dtype)
+            yield sent
             receivers.wait()
-            assert gather(began) == parts, "stages send other weights than before"
+            assert gather(began) == sent.parts, "stages send other weights than before"
         finally:
             for model in models:
                 model.end_export()  # nobody waits: one may have died
@@ -154,7 +153,9 @@ class WeightStreams:
         """Have receivers take in every bucket. Devices that share a stage go in step."""
         size, num_buckets = self._settings.training.tensor_parallel_size, sent.num_buckets
         is_one_host = len({self._cluster.host(device) for device in (*num_buckets, *receivers.live)}) == 1
-        for devices in self._turns(num_buckets, is_one_host):
+        # On several hosts one device sends alone, for a member of several groups that broadcast at once could be in
+        # them in another order than the others.
+        for devices in [[*num_buckets]] if is_one_host else [[device] for device in num_buckets]:
             if not is_one_host:
                 receivers.wait()  # who has died is in no group
             groups = {device: self._group(device, models[device], to, receivers) for device in devices}
@@ -174,11 +175,6 @@ class WeightStreams:
                 receivers.hand_over(
                     [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give
                 )
-
-    def _turns(self, senders: Iterable[int], is_one_host: bool) -> list[list[int]]:
-        """Which devices send side by side: all on one host; else one alone, for a member of several groups that
-        broadcast at once could be in them in another order than the others."""
-        return [[*senders]] if is_one_host else [[device] for device in senders]
 
     # Broadcasts
 

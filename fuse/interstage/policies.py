@@ -9,7 +9,7 @@ from fuse.interstage.length_trace import LengthTrace
 from fuse.interstage.lengths import KnownLengths, Observation, learn
 from fuse.interstage.migration import Policy, StageByStage
 from fuse.interstage.rollout import Rollout
-from fuse.interstage.tuning import LEAST_GAIN, LengthHistory, expected_gain, tune_threshold
+from fuse.interstage.tuning import LengthHistory, expected_gain, pays, tune_threshold
 
 NONE, THRESHOLD, ADAPTIVE, KNOWN = "none", "threshold", "adaptive", "known"
 POLICIES = (NONE, THRESHOLD, ADAPTIVE)
@@ -53,4 +53,4 @@ def policy_of(name: str, rollout: Rollout, past: LengthTrace, prompts: Sequence[
         limits=limits,
         can_transfer=rollout.can_transfer,
     )
-    return StageByStage() if gain < 1 + LEAST_GAIN else policy
+    return policy if pays(gain) else StageByStage()

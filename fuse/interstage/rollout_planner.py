@@ -19,7 +19,7 @@ from fuse.interstage.lengths import LengthModel, Observation, drift, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
-from fuse.interstage.tuning import LEAST_GAIN, LengthHistory, expected_gain, tune_threshold
+from fuse.interstage.tuning import LengthHistory, expected_gain, pays, tune_threshold
 from fuse.sample import Sample
 from fuse.trace import Span
 
@@ -110,7 +110,7 @@ class RolloutPlanner:
             return self.fixed_policy(len(samples))
         if self._is_to_be_tuned():
             self._tune(costs, len(samples))
-        if self._gain < 1 + LEAST_GAIN:
+        if not pays(self._gain):
             return StageByStage()
         if self._gain < 1 + _SURE_GAIN:
             self._is_fused = self._evidence.is_for_fusion

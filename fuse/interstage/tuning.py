@@ -27,7 +27,7 @@ _MAX_SAMPLES = 128
 """Larger rollouts are tuned in miniature: fewer devices with as many samples each."""
 _LEAST_DEVICES = 4
 """In miniature one would leave nothing to gain."""
-LEAST_GAIN = 0.01
+_LEAST_GAIN = 0.01
 """Part of a rollout that fusion must be expected to save: simulations know nothing of the controller's work."""
 
 
@@ -71,6 +71,11 @@ def tune_threshold(
     return _threshold(*min(choices, key=cost), num_samples, num_devices)
 
 
+def pays(gain: float) -> bool:
+    """Whether an `expected_gain` is enough for rollouts to be fused."""
+    return gain >= 1 + _LEAST_GAIN
+
+
 def expected_gain(
     policy: Policy,
     history: LengthHistory,
@@ -93,7 +98,7 @@ def expected_gain(
         sum(simulate(rollout, one).makespan_s for rollout in rollouts) for one in (policy, StageByStage())
     )
     gain = serial_s / seconds
-    if gain < 1 + LEAST_GAIN:
+    if not pays(gain):
         _logger.info("rollouts go stage by stage: fused ones are expected to be %.3f times as fast", gain)
     return gain
 

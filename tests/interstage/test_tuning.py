@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from fuse.interstage import tuning
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import EngineLimits, StageByStage, Threshold
 from fuse.interstage.rollout import Rollout
 from fuse.interstage.simulate import simulate
-from fuse.interstage.tuning import LEAST_GAIN, LengthHistory, expected_gain, tune_threshold
+from fuse.interstage.tuning import LengthHistory, expected_gain, tune_threshold
 
 LIMITS = EngineLimits(max_batch=64, kv_capacity_tokens=10**9, max_new_tokens=200)
 # One sample in eight is twenty times as long as the others, so nearly every engine has one.
@@ -53,7 +54,7 @@ def test_nothing_moves_when_inference_is_free() -> None:
 def pays(num_samples: int, num_devices: int, inference_token_s: float = 5e-4) -> bool:
     given = {"num_devices": num_devices, "costs": costs(inference_token_s), "limits": LIMITS}
     policy = Threshold(num_samples // 4, max(1, num_devices // 4))
-    return expected_gain(policy, HISTORY, num_samples=num_samples, **given) >= 1 + LEAST_GAIN
+    return tuning.pays(expected_gain(policy, HISTORY, num_samples=num_samples, **given))
 
 
 def test_fusion_pays_where_several_devices_have_a_tail_to_share() -> None:
