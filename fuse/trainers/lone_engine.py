@@ -12,6 +12,11 @@ from fuse.engines.transformers import TransformersEngine
 from fuse.trainers.special_tokens import end_tokens
 
 
+def lone_device() -> torch.device:
+    """The accelerator where there is one; a build of torch for accelerators has none by itself."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def lone_engine(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -22,7 +27,7 @@ def lone_engine(
     **limits: Any,
 ) -> tuple[TransformersEngine, SamplingParams]:
     """On the accelerator where there is one, and how to sample until the model ends. limits: of the engine."""
-    device: Any = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device: Any = lone_device()
     params = SamplingParams(
         seed=seed,
         temperature=temperature,
