@@ -50,7 +50,7 @@ _OPTIONS = (
     "emulate", "costs", "time_scale", "tail_training", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 _DEFAULTS = {
-    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 4, "max_new_tokens": 256, "repeats": 5,
+    "devices": 2, "batch": 128, "micro_batch": 8, "mini_batches": None, "max_new_tokens": 256, "repeats": 3,
 }  # fmt: skip
 """Of options that have others where devices are emulated."""
 _REPORTED = (*_OPTIONS, "pad_token")
@@ -88,11 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         devices=(_DEFAULTS["devices"], "GPUs, or cores without one"),
         batch=(_DEFAULTS["batch"], "samples per iteration"),
         micro_batch=(_DEFAULTS["micro_batch"], "samples trained at once"),
-        mini_batches=(_DEFAULTS["mini_batches"], "optimizer steps per epoch"),
         epochs=(1, "epochs per iteration"),
         max_new_tokens=(_DEFAULTS["max_new_tokens"], "of the longest response"),
         repeats=(_DEFAULTS["repeats"], "timed iterations of each"),
         warmup=(2, "iterations of each before these, in which stages are measured and schedules solved"),
+    )
+    parser.add_argument(
+        "--mini-batches", type=int, metavar="N", help="optimizer steps per epoch (default: one for each micro-batch)"
     )
     text = f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)"
     add_selection(parser, "--variants", list(FUSION), text)
@@ -211,7 +213,11 @@ def _filled(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.emulate is not None:
         defaults |= {**SETTING, "devices": None, "time_scale": TIME_SCALE}
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    return argparse.Namespace(**(vars(arguments) | defaults | given))
+    filled = argparse.Namespace(**(vars(arguments) | defaults | given))
+    check_counts(filled, "batch", "micro_batch")
+    if filled.mini_batches is None:
+        filled.mini_batches = max(1, filled.batch // filled.micro_batch)
+    return filled
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -264,7 +270,7 @@ def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before anything heavy is loaded."""
-    check_counts(arguments, "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens", "repeats", "warmup")
+    check_counts(arguments, "mini_batches", "epochs", "max_new_tokens", "repeats", "warmup")
     if arguments.emulate is None and arguments.devices < 2:
         raise ValueError(f"--devices is {arguments.devices}: there is nothing to fuse on fewer than 2")
     if arguments.batch % (arguments.mini_batches * arguments.micro_batch):
