@@ -226,7 +226,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
             tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
             measured = _measure(point, devices)
             results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
-            own = {name: measured[name] for name in ("options", "configuration", "rows")}
+            own = {name: measured[name] for name in ("options", "configuration", "costs", "rows") if name in measured}
             results["points"].append({"settings": values, **own})
             if arguments.json:
                 write_json(arguments.json, results)
