@@ -40,6 +40,7 @@ from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, 
 from fuse.benchmarks.iteration.sweep import SWEPT, draw, picture_files, points, swept
 from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.options import add_engine_option, add_json_option, add_selection, plain_options, tell
+from fuse.benchmarks.peer_process import end_if_started_again
 from fuse.commands.options import add_numbers, check_counts, option_name
 from fuse.commands.output import write_json
 
@@ -131,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, and write them to `arguments.json`. Returns 1 where `--compare` finds a loss."""
+    end_if_started_again()
     old = None if arguments.compare is None else read_json(arguments.compare, _FIELDS, "results of this benchmark")
     if arguments.from_json is not None:
         results = read_json(arguments.from_json, _FIELDS, "results of this benchmark")
@@ -232,8 +234,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
             tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
             measured = _measure(point, devices)
             results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
-            own = {name: measured[name] for name in ("options", "configuration", "rows")}
-            results["points"].append({"settings": values, **own})
+            names = [name for name in ("options", "configuration", "costs", "rows") if name in measured]
+            results["points"].append({"settings": values} | {name: measured[name] for name in names})
             if arguments.json:
                 write_json(arguments.json, results)
             _print(measured, arguments)
