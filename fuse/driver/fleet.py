@@ -269,7 +269,7 @@ class Fleet:
         self._offload_training(kept=(GENERATING, *copied))
         streams = self._streams
         to_engines = streams.to_engines(workers, GENERATING, part or settings.exported, self._engines.takers)
-        lost = streams.run(to_engines, *(streams.to_copies(workers, role, role) for role in copied), *beside)
+        lost = streams.run(*beside, to_engines, *(streams.to_copies(workers, role, role) for role in copied))
         if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
             self._mix()
         self._engines.replace_lost(lost)
