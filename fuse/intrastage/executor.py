@@ -71,7 +71,7 @@ def execute(
     run.finish()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def check_once(schedule: Schedule) -> None:
     """As `schedules.check`, at once for one that was accepted before."""
     schedules.check(schedule)
