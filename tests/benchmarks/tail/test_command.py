@@ -29,6 +29,7 @@ def test_a_row_per_setting(trace: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*command, *options, "--markdown", "--json", str(out)]) == 0
     written = json.loads(out.read_text())
     assert written["options"]["sizes"] == ["4 x 32", "2 x 32"]
+    assert [written["options"][name] for name in ("speculation", "acceptance", "draft_share")] == ["int8", 0.97, 0.5]
     rows = {(row["devices"], row["trains"], row["epochs"]): row for row in written["rows"]}
     assert len(rows) == len(written["rows"]) == 2 * 2 * 2
     for (devices, trains, epochs), row in rows.items():
