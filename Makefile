@@ -259,8 +259,8 @@ bench: setup setup-vllm-cpu
 	$(BIN)/fuse bench training $(LENGTHS:%=--lengths %) --json out/training.json
 	$(BIN)/fuse bench solver $(INSTANCES:%=--instances %) --heterogeneous 20 --scale --json out/solver.json
 	$(BIN)/fuse bench migration --json out/migration.json
-	$(BIN)/fuse bench iteration $(LENGTHS:%=--lengths %) --epochs 4 --mini-batches 4 --warmup 1 --repeats 3 --peer trl \
-		--traces out/iteration --json out/iteration.json
+	$(BIN)/fuse bench iteration $(LENGTHS:%=--lengths %) --batch 64 --epochs 4 --mini-batches 4 \
+		--warmup 1 --repeats 3 --peer trl --traces out/iteration --json out/iteration.json
 	$(BIN)/fuse bench iteration --from-json out/iteration.json --markdown > out/iteration.md
 
 # vLLM for CPUs, which the tests use, and NIXL, of which they need one of the builds and none of the dependencies: nothing

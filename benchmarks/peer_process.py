@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -15,6 +16,18 @@ from unittest import mock
 from fuse.workers.errors import RunError
 
 _SPAWN = multiprocessing.get_context("spawn")
+_STARTED_AGAIN = 64
+"""The exit code of `end_if_started_again`."""
+
+
+def end_if_started_again() -> None:
+    """End a process that a `PeerProcess` has begun to start, where it comes here before it is there.
+
+    It begins by importing the program's script, and one that is not guarded does all its work anew: it would start
+    more of everything, and wait for ever. The program then says so.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(_STARTED_AGAIN)
 
 
 class PeerProcess:
@@ -84,6 +97,11 @@ class PeerProcess:
 
     def _raise_end(self) -> NoReturn:
         self._process.join()
+        if self._process.exitcode == _STARTED_AGAIN:
+            raise RunError(
+                f"{self._name} cannot start: it imports this program's script, which then starts everything again: "
+                'put what the script does under if __name__ == "__main__":'
+            ) from None
         raise RunError(f"{self._name} has ended with exit code {self._process.exitcode}") from None
 
 

@@ -161,20 +161,21 @@ def _gaps(spans: Sequence[Span], start_s: float, end_s: float) -> Iterator[_Gap]
 def _take(gaps: Sequence[_Gap], windows: Sequence[_Window], found: list[_Window]) -> list[_Gap]:
     """Add what lies within the windows, which are in order and disjoint, to what is found; returns what is left."""
     left: list[_Gap] = []
-    first = 0
+    first, num_windows = 0, len(windows)
     for begin, end in gaps:
-        while first < len(windows) and windows[first][1] <= begin:
+        while first < num_windows and windows[first][1] <= begin:
             first += 1
-        index, reached = first, begin
-        while index < len(windows) and windows[index][0] < end:
+        reached = begin
+        for index in range(first, num_windows):
             window_begin, window_end, cause = windows[index]
+            if window_begin >= end:
+                break
             low, high = max(reached, window_begin), min(end, window_end)
             if high > low:
                 if low > reached:
                     left.append((reached, low))
                 found.append((low, high, cause))
                 reached = high
-            index += 1
         if reached < end:
             left.append((reached, end))
     return left
@@ -228,6 +229,8 @@ def _wait_windows(
 ) -> list[_Window]:
     """Why an operation began no earlier than it did, after the one before it on its rank."""
     free, start = before.end_s, span.start_s
+    if start <= free:
+        return []
     operation = _operation(span.name)
     producer = None
     if operation is not None and operation[0] != "W":
@@ -238,7 +241,8 @@ def _wait_windows(
     ready = min(start, max(free, producer[1]))
     planned_s = _planned_gap_s(before, span)
     planned_end = ready if planned_s is None else min(ready, free + planned_s)
-    return [(free, planned_end, "dependency"), (planned_end, ready, "drift"), (ready, start, "message")]
+    windows = (free, planned_end, "dependency"), (planned_end, ready, "drift"), (ready, start, "message")
+    return [one for one in windows if one[0] < one[1]]
 
 
 @lru_cache(maxsize=1 << 16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 MOST_RANKS = 1 << 14
@@ -112,9 +112,9 @@ class Pipeline:
             "activation_bytes": (self.activation_bytes, 0),
             "weight_grad_bytes": (self.weight_grad_bytes, 0),
         }
-        for field, (values, minimum) in per_stage.items():
-            if values is not None or field == "forward_ticks":
-                _check_integers(owner, field, values, self.num_stages, minimum)
+        for name, (values, minimum) in per_stage.items():
+            if values is not None or name == "forward_ticks":
+                _check_integers(owner, name, values, self.num_stages, minimum)
         if self.is_forward_only:
             held = (*self.activation_bytes, *self.weight_grad_bytes)
             if self.can_split or any(held):
@@ -277,12 +277,24 @@ class Schedule:
 
     problem: Problem
     ranks: tuple[tuple[Op, ...], ...]
+    _hash: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.ranks) != self.problem.num_ranks:
             raise ValueError(
                 f"schedule: {len(self.ranks)} rank orders for {self.problem.num_ranks} ranks; give one each"
             )
+
+    def __hash__(self) -> int:
+        """Of all operations, taken once: what is computed of a schedule is often kept by it."""
+        if self._hash is None:
+            object.__setattr__(self, "_hash", hash((self.problem, self.ranks)))
+        assert self._hash is not None
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Schedule], tuple[object, ...]]:
+        """Another process has other hashes."""
+        return Schedule, (self.problem, self.ranks)
 
     def ops(self) -> Iterator[tuple[int, Op]]:
         """Every (rank, operation), rank by rank in order."""

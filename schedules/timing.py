@@ -35,10 +35,15 @@ class Timing:
         return (total - sum(self.busy_ticks)) / total if total else 0.0
 
 
-def evaluate(schedule: Schedule, ticks: Callable[[Op], int] | None = None) -> Timing:
+def evaluate(
+    schedule: Schedule,
+    ticks: Callable[[Op], int] | None = None,
+    transfer_ticks: Callable[[Op, Op], int] | None = None,
+) -> Timing:
     """Time a schedule: an operation starts when its rank is free and what it needs has ended and been transferred.
 
     ticks: durations of single operations in place of the problem's, for micro-batches that differ in length.
+    transfer_ticks: as of the problem, of single messages.
 
     O(operations). Completeness, placement and limits are the validator's business; only what has no times is refused.
 
@@ -46,7 +51,7 @@ def evaluate(schedule: Schedule, ticks: Callable[[Op], int] | None = None) -> Ti
         ValueError: an operation is not of the problem, needs one that is absent, or waits for itself through others.
     """
     problem = schedule.problem
-    ticks = ticks or problem.ticks
+    ticks, transfer_ticks = ticks or problem.ticks, transfer_ticks or problem.transfer_ticks
     for rank, op in schedule.ops():
         if not problem.contains(op):
             raise ValueError(f"rank {rank}: {op} is not an operation of this problem; run schedules.violations for all")
@@ -66,7 +71,7 @@ def evaluate(schedule: Schedule, ticks: Callable[[Op], int] | None = None) -> Ti
         op = schedule.ranks[rank][index]
         earliest = end[rank][-1] if index else 0
         for needed in needs(known, op, problem):
-            earliest = max(earliest, end_of[needed] + problem.transfer_ticks(needed, op))
+            earliest = max(earliest, end_of[needed] + transfer_ticks(needed, op))
         start[rank].append(earliest)
         end[rank].append(earliest + ticks(op))
         end_of.setdefault(op, end[rank][-1])

@@ -131,7 +131,7 @@ class EmulatedModels:
         self._update: EmulatedUpdate | None = None
         self._sizes: Any = None
         self.apart_s = 0.0
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="plans")
+        self._answers: dict[str, ray.ObjectRef[Any]] = {}
         self._planned: futures.Future[None] | None = None
 
     def sizes(self, experience: Any, rounds: Any, plans: Any) -> Any:
@@ -154,7 +154,15 @@ class EmulatedModels:
         """A rank has been called to train; the last one is the last. Real ranks know by themselves what is planned."""
         assert self._update is not None
         if rank + 1 == self._update.num_ranks:
-            self._planned = self._beside.submit(self._update.prepare)
+            beside = ThreadPoolExecutor(1, thread_name_prefix="plans")
+            self._planned = beside.submit(self._update.prepare)
+            beside.shutdown(wait=False)  # its thread ends with that
+
+    def answer(self, name: str) -> ray.ObjectRef[Any]:
+        """What a call of this name gives every rank, put into the object store once."""
+        if name not in self._answers:
+            self._answers[name] = ray.put(_ANSWERS[name])
+        return self._answers[name]
 
     def results(self, rank: int) -> list[RankRound]:
         """What a rank tells of the rounds that were sized last."""
@@ -223,4 +231,4 @@ class _ModelProcess(Worker[EmulatedModelWorker]):
             (self._models.placement,) = args
         if name not in _ANSWERS:
             raise NotImplementedError(f"emulated devices do not {name}")
-        return Future(self, ray.put(_ANSWERS[name]))
+        return Future(self, self._models.answer(name))

@@ -1,20 +1,21 @@
-"""Messages between emulated stages: nothing but the moment at which they arrive, over sockets of the host."""
+"""Messages between emulated stages: nothing but the moment at which they arrive, through pipes of the host."""
 
 from __future__ import annotations
 
 import json
-import socket
-import threading
+import os
+import select
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fuse.benchmarks.emulated.device import EmulatedDevice
 
-_MOST_BYTES = 1 << 12
+_MOST_BYTES = 1 << 16
+"""That a pipe holds."""
 
 Key = tuple[int | str, ...]
 """What a number is sent under."""
@@ -33,48 +34,49 @@ class Post(Protocol):
 
 
 class Mailbox:
-    """What a rank's process is sent, at a socket in a directory that all ranks' processes see.
+    """What a rank's process is sent, through a pipe in a directory that all ranks' processes see.
 
-    timeout_s: how long a number may take from the moment it is waited for.
+    A pipe holds far more than what is under way at once, so that nobody waits for who reads seldom. Writes that are as
+    short as these are never mixed. timeout_s: how long a number may take from the moment it is waited for.
     """
 
     def __init__(self, directory: Path, rank: int, timeout_s: float) -> None:
         self._directory, self._rank, self._timeout_s = directory, rank, timeout_s
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self._address(rank))
         self._values: defaultdict[Key, deque[float]] = defaultdict(deque)
-        self._changed = threading.Condition()
-        # Senders wait for whoever leaves more than a few unread.
-        self._reader = threading.Thread(target=self._read, name="mailbox", daemon=True)
-        self._reader.start()
+        self._unread = b""
+        self._path = directory / str(rank)
+        os.mkfifo(self._path)
+        self._own = os.open(self._path, os.O_RDWR)  # a pipe that this end alone holds open stays open
+        self._others: dict[int, int] = {}
 
     def send(self, rank: int, key: Key, value: float) -> None:
-        self._socket.sendto(json.dumps([key, value]).encode(), self._address(rank))
+        if rank not in self._others:
+            self._others[rank] = os.open(self._directory / str(rank), os.O_WRONLY)
+        os.write(self._others[rank], json.dumps([key, value]).encode() + b"\n")
 
     def receive(self, key: Key) -> float:
         """Raises: TimeoutError when it does not come in time."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._values[key], self._timeout_s):
+        latest_s = time.monotonic() + self._timeout_s
+        values = self._values[key]
+        while not values:
+            left_s = max(0.0, latest_s - time.monotonic())
+            if not select.select([self._own], [], [], left_s)[0]:
                 raise TimeoutError(f"rank {self._rank}: no message {key} within {self._timeout_s:g} s")
-            return self._values[key].popleft()
+            self._read()
+        return values.popleft()
 
     def close(self) -> None:
         """Hear no more."""
-        self._socket.sendto(b"", self._address(self._rank))
-        self._reader.join()
-        self._socket.close()
-        with suppress(FileNotFoundError):
-            Path(self._address(self._rank)).unlink()
+        for file in (self._own, *self._others.values()):
+            os.close(file)
+        self._path.unlink(missing_ok=True)
 
     def _read(self) -> None:
-        while data := self._socket.recv(_MOST_BYTES):
-            key, value = json.loads(data)
-            with self._changed:
-                self._values[tuple(key)].append(value)
-                self._changed.notify_all()
-
-    def _address(self, rank: int) -> str:
-        return str(self._directory / str(rank))
+        """Whatever has come."""
+        *lines, self._unread = (self._unread + os.read(self._own, _MOST_BYTES)).split(b"\n")
+        for line in lines:
+            key, value = json.loads(line)
+            self._values[tuple(key)].append(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,14 @@ class EmulatedCommunicator:
 
 
 def latest(moment_s: float, rank: int, num_ranks: int, post: Post) -> float:
-    """The latest of all ranks' moments, each of which calls this: a barrier in emulated time."""
-    others = [other for other in range(num_ranks) if other != rank]
-    for other in others:
-        post.send(other, ("latest", rank), moment_s)
-    return max([moment_s, *(post.receive(("latest", other)) for other in others)])
+    """The latest of all ranks' moments, each of which calls this: a barrier in emulated time.
+
+    The first rank hears of all and tells all: one machine carries the messages of every rank.
+    """
+    if rank:
+        post.send(0, ("own", rank), moment_s)
+        return post.receive(("latest",))
+    found_s = max([moment_s, *(post.receive(("own", other)) for other in range(1, num_ranks))])
+    for other in range(1, num_ranks):
+        post.send(other, ("latest",), found_s)
+    return found_s

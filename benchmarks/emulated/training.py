@@ -15,9 +15,11 @@ from fuse.benchmarks.emulated.messages import EmulatedCommunicator, Post, latest
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import MESSAGE, TRAIN, shape_arguments
-from fuse.intrastage.planned_times import times_of
 from fuse.trace import Span, SpanRecorder, now_s
-from schedules import Kind, Op, Schedule
+from schedules import Kind, Op, Schedule, evaluate
+
+_TICK_S = 1e-7
+"""Of predictions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class EmulatedRound:
     """What trains at once, by sizes. roles, shapes: by pipeline, and by micro-batch.
 
     is_observed: nothing is known yet of what its operations take. stepping: roles whose optimizers step after it.
+    is_checked: as of `fuse.intrastage.training_schedule.Plan`.
     """
 
     schedule: Schedule
@@ -32,6 +35,7 @@ class EmulatedRound:
     shapes: tuple[tuple[Shape, ...], ...]
     is_observed: bool
     stepping: tuple[str, ...]
+    is_checked: bool = False
 
     def __reduce__(self) -> tuple[Callable[..., EmulatedRound], tuple[object, ...]]:
         """Schedules travel packed, and a rank unpacks one once: here one machine does so for all ranks."""
@@ -55,18 +59,23 @@ class EmulatedRound:
 
     def predicted_s(self, costs: EmulatedCosts) -> float:
         """Seconds that it should take: the schedule's, timed by the costs, and the optimizer steps after it."""
-        seconds = {op: self.operation_s(costs, op) for _, op in self.schedule.ops()}
-        transfer_s = tuple(costs.message(max(one.size for one in shapes)) for shapes in self.shapes)
-        makespan_s = times_of(self.schedule, seconds, transfer_s).makespan_s
-        return makespan_s + sum(self.optimizer_s(costs, role) for role in self.stepping)
+        rank_of = self.schedule.problem.rank_of
+
+        def transfer_ticks(source: Op, target: Op) -> int:
+            if rank_of(source) == rank_of(target):
+                return 0
+            return round(costs.message(self.shapes[source.pipeline][source.micro_batch].size) / _TICK_S)
+
+        timing = evaluate(self.schedule, lambda op: round(self.operation_s(costs, op) / _TICK_S), transfer_ticks)
+        return timing.makespan * _TICK_S + sum(self.optimizer_s(costs, role) for role in self.stepping)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _packed(schedule: Schedule) -> bytes:
     return pickle.dumps(schedule)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _unpacked(schedule: bytes) -> Schedule:
     unpacked: Schedule = pickle.loads(schedule)  # noqa: S301  (of this run)
     return unpacked
@@ -162,7 +171,8 @@ def walk(
     ]
     if one.is_observed:
         _record_messages(one, stages, costs, recorder)
-    execute(one.schedule, rank, stages, micro_batches, communicators, recorder, category=category)
+    args = one.schedule, rank, stages, micro_batches, communicators, recorder
+    execute(*args, category=category, is_checked=one.is_checked)
     device.finish()
 
 

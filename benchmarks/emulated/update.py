@@ -52,6 +52,7 @@ class EmulatedUpdate:
         )
         return EmulatedRound(
             schedule=plan.schedule,
+            is_checked=plan.is_checked,
             roles=tuple(models),
             shapes=shapes,
             is_observed=plan.profile is None and self._settings.split_backward,

@@ -40,6 +40,7 @@ from fuse.benchmarks.iteration.rows import FUSION, NATURAL, SERIAL, SMOKE_NOTE, 
 from fuse.benchmarks.iteration.sweep import SWEPT, draw, picture_files, points, swept
 from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.options import add_engine_option, add_json_option, add_selection, plain_options, tell
+from fuse.benchmarks.peer_process import end_if_started_again
 from fuse.commands.options import add_numbers, check_counts, option_name
 from fuse.commands.output import write_json
 
@@ -50,7 +51,7 @@ _OPTIONS = (
     "emulate", "costs", "time_scale", "tail_training", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
 _DEFAULTS = {
-    "devices": 2, "batch": 64, "micro_batch": 8, "mini_batches": 4, "max_new_tokens": 256, "repeats": 5,
+    "devices": 2, "batch": 128, "micro_batch": 8, "mini_batches": None, "max_new_tokens": 256, "repeats": 3,
 }  # fmt: skip
 """Of options that have others where devices are emulated."""
 _REPORTED = (*_OPTIONS, "pad_token")
@@ -88,11 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         devices=(_DEFAULTS["devices"], "GPUs, or cores without one"),
         batch=(_DEFAULTS["batch"], "samples per iteration"),
         micro_batch=(_DEFAULTS["micro_batch"], "samples trained at once"),
-        mini_batches=(_DEFAULTS["mini_batches"], "optimizer steps per epoch"),
         epochs=(1, "epochs per iteration"),
         max_new_tokens=(_DEFAULTS["max_new_tokens"], "of the longest response"),
         repeats=(_DEFAULTS["repeats"], "timed iterations of each"),
         warmup=(2, "iterations of each before these, in which stages are measured and schedules solved"),
+    )
+    parser.add_argument(
+        "--mini-batches", type=int, metavar="N", help="optimizer steps per epoch (default: one for each micro-batch)"
     )
     text = f"of {', '.join(FUSION)} (default: all; {SERIAL} is always among them)"
     add_selection(parser, "--variants", list(FUSION), text)
@@ -129,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, and write them to `arguments.json`. Returns 1 where `--compare` finds a loss."""
+    end_if_started_again()
     old = None if arguments.compare is None else read_json(arguments.compare, _FIELDS, "results of this benchmark")
     if arguments.from_json is not None:
         results = read_json(arguments.from_json, _FIELDS, "results of this benchmark")
@@ -211,7 +215,11 @@ def _filled(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.emulate is not None:
         defaults |= {**SETTING, "devices": None, "time_scale": TIME_SCALE}
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    return argparse.Namespace(**(vars(arguments) | defaults | given))
+    filled = argparse.Namespace(**(vars(arguments) | defaults | given))
+    check_counts(filled, "batch", "micro_batch")
+    if filled.mini_batches is None:
+        filled.mini_batches = max(1, filled.batch // filled.micro_batch)
+    return filled
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -226,8 +234,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
             tell(f"point {index} of {len(settings)}: {', '.join(f'{name} {value}' for name, value in values.items())}")
             measured = _measure(point, devices)
             results = {name: measured[name] for name in ("machine", "date", "commit", "dirty")} | results
-            own = {name: measured[name] for name in ("options", "configuration", "rows")}
-            results["points"].append({"settings": values, **own})
+            names = [name for name in ("options", "configuration", "costs", "rows") if name in measured]
+            results["points"].append({"settings": values} | {name: measured[name] for name in names})
             if arguments.json:
                 write_json(arguments.json, results)
             _print(measured, arguments)
@@ -264,7 +272,7 @@ def _print(results: Mapping[str, Any], arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before anything heavy is loaded."""
-    check_counts(arguments, "batch", "mini_batches", "micro_batch", "epochs", "max_new_tokens", "repeats", "warmup")
+    check_counts(arguments, "mini_batches", "epochs", "max_new_tokens", "repeats", "warmup")
     if arguments.emulate is None and arguments.devices < 2:
         raise ValueError(f"--devices is {arguments.devices}: there is nothing to fuse on fewer than 2")
     if arguments.batch % (arguments.mini_batches * arguments.micro_batch):

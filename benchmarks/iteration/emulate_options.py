@@ -112,7 +112,7 @@ def costs_of(arguments: argparse.Namespace) -> EmulatedCosts:
     Raises: ValueError when there are none of this name, nor in a file of this name, or of impossible drafts.
     """
     costs = _plain_costs(arguments.costs)
-    return replace(costs, speculation=speculation_of(arguments) or costs.speculation)
+    return replace(costs, speculation=speculation_of(arguments, costs.speculation))
 
 
 def _plain_costs(option: str) -> EmulatedCosts:

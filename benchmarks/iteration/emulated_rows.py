@@ -12,6 +12,7 @@ from rich.table import Table
 from fuse.benchmarks.iteration.rates import Scale
 from fuse.benchmarks.iteration.rows import SERIAL, row_of
 from fuse.benchmarks.iteration.spread import medians
+from fuse.benchmarks.iteration.sweep import short
 from fuse.benchmarks.iteration.turn import Turn
 from fuse.benchmarks.options import Row
 from fuse.commands.tables import figures_table
@@ -59,7 +60,7 @@ def emulated_sweep_table(points: Sequence[Mapping[str, Any]]) -> Table:
     rows = [(point["settings"], row) for point in points for row in point["rows"] if row["variant"] != SERIAL]
     return figures_table(
         [*points[0]["settings"], *_TITLES],
-        [(*(Path(str(one)).stem for one in settings.values()), *_cells(row)) for settings, row in rows],
+        [(*map(short, settings.values()), *_cells(row)) for settings, row in rows],
         title="Emulated iterations",
         caption=_CAPTION,
     )

@@ -16,6 +16,7 @@ from typing import Any
 from fuse.benchmarks.iteration.rows import SERIAL
 from fuse.benchmarks.options import Row
 from fuse.commands.options import option_name
+from fuse.commands.simulated_speculation import KINDS
 from schedules.export.extras import require
 from schedules.export.html import FONT
 from schedules.export.palette import INK
@@ -34,9 +35,13 @@ SWEPT: Mapping[str, type] = MappingProxyType(
         "max_new_tokens": int,
         "emulate": int,
         "costs": str,
+        "speculation": str,
+        "time_scale": float,
     }
 )
 """Options that take several values, with their types."""
+_NUMBERS: Mapping[type, str] = MappingProxyType({int: "whole numbers", float: "numbers"})
+_CHOICES: Mapping[str, Sequence[str]] = MappingProxyType({"algorithm": ("ppo", "grpo"), "speculation": KINDS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,9 @@ def swept(text: str) -> Swept:
     try:
         converted = tuple(SWEPT[name](value) for value in values.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: {key} takes whole numbers with commas between") from None
+        raise argparse.ArgumentTypeError(f"{text}: {key} takes {_NUMBERS[SWEPT[name]]} with commas between") from None
+    if unknown := [value for value in converted if value not in _CHOICES.get(name, converted)]:
+        raise argparse.ArgumentTypeError(f"{text}: {key} is one of {', '.join(_CHOICES[name])}, not {unknown[0]}")
     if "" in converted or len(set(converted)) < len(converted):
         raise argparse.ArgumentTypeError(f"{text} must name values that differ, with commas between")
     return Swept(name, converted)
@@ -138,17 +145,17 @@ def draw(measured: Sequence[Mapping[str, Any]], png: Path, html: Path) -> None:
 def _lines(key: str, measured: Sequence[Mapping[str, Any]]) -> list[_Line]:
     lines: dict[str, _Line] = {}
     for point in measured:
-        others = [f"{name} {value}" for name, value in point["settings"].items() if name != key]
+        others = [f"{name} {short(value)}" for name, value in point["settings"].items() if name != key]
         for row in _compared(point["rows"]):
             name = ", ".join([row["variant"], *others])
             line = lines.setdefault(name, _Line(name, [], [], []))
-            line.values.append(_short(point["settings"][key]))
+            line.values.append(short(point["settings"][key]))
             line.ratios.append(row["ratio_to_serial"])
             line.ranges.append(row["ratio_to_serial_range"])
     return list(lines.values())
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """Of a file its name alone."""
     path = Path(str(value))
     return path.stem if path.suffix in (".csv", ".json") else str(value)

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Simulate every policy on the same batches, print a table and timelines, and write them."""
     check_counts(arguments, *_MOST, most=_MOST)
     costs = _costs(arguments.costs)
-    costs = replace(costs, speculation=speculation_of(arguments) or costs.speculation)
+    costs = replace(costs, speculation=speculation_of(arguments, costs.speculation))
     settings = [
         _Setting(path.stem, max_tokens, _trace(path, max_tokens, arguments))
         for path in arguments.lengths

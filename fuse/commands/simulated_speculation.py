@@ -16,14 +16,18 @@ from fuse.interstage.speculation import DRAFTS, Speculation
 
 SPECULATION = ("speculation", "acceptance", "draft_share")
 """The options, as they are named in arguments."""
+NO_DRAFTS = "off"
+KINDS = (NO_DRAFTS, *DRAFTS)
+"""Values of the first."""
 _BATCHES, _TOKENS = (1, 8, 64, 256), 1000
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of speculative decoding."""
     parser.add_argument(
-        "--speculation", choices=tuple(DRAFTS),
-        help="simulated engines draft, as many tokens as pay for each batch",
+        "--speculation", choices=KINDS,
+        help=f"simulated engines draft, as many tokens as pay for each batch; {NO_DRAFTS}: they do not (default: as "
+        "the costs say)",
     )  # fmt: skip
     defaults = (
         ", ".join(f"{draft.acceptance} of {name}" for name, draft in DRAFTS.items()),
@@ -41,18 +45,18 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def speculation_of(arguments: argparse.Namespace) -> Speculation | None:
-    """How engines are asked to draft; None if they are not.
+def speculation_of(arguments: argparse.Namespace, own: Speculation | None) -> Speculation | None:
+    """How engines are asked to draft, or else as costs have it by themselves; None if they do not.
 
     Raises:
         ValueError: what drafts are like is given without drafts, or is impossible.
     """
     given = {name: getattr(arguments, name) for name in SPECULATION[1:] if getattr(arguments, name) is not None}
-    if arguments.speculation is None:
+    if arguments.speculation in (None, NO_DRAFTS):
         if given:
             option = next(iter(given)).replace("_", "-")
             raise ValueError(f"--{option} says what drafts are like: give --speculation {'|'.join(DRAFTS)}, too")
-        return None
+        return own if arguments.speculation is None else None
     return replace(DRAFTS[arguments.speculation], **given)
 
 

@@ -27,7 +27,7 @@ from fuse.driver.shared_directory import check_shared
 from fuse.driver.tail import Tail, TailPlan, tail_of
 from fuse.driver.update import save_state, train
 from fuse.driver.update_spans import UpdateSpans
-from fuse.driver.weight_streams import WeightStreams
+from fuse.driver.weight_streams import Stream, WeightStreams
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import CostModel
 from fuse.interstage.migration import Policy
@@ -257,7 +257,7 @@ class Fleet:
         self._has_trained, self.tail_report = True, {} if tail is None else tail.report
         return self._spans.read_after(reports)
 
-    def synchronise(self, num_steps: int | None = None, part: Exported | None = None) -> None:
+    def synchronise(self, *beside: Stream, num_steps: int | None = None, part: Exported | None = None) -> None:
         """Give the trained weights to engines and to copies that score.
 
         num_steps: that the run has taken; None where what follows the policy is to stay. part: of what engines get.
@@ -267,9 +267,9 @@ class Fleet:
         is_sharded = settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
         self._offload_training(kept=(GENERATING, *copied))
-        lost = self._streams.to_engines(workers, GENERATING, part or settings.exported, self._engines.takers)
-        for role in copied:
-            self._streams.to_copies(workers, role, role)
+        streams = self._streams
+        to_engines = streams.to_engines(workers, GENERATING, part or settings.exported, self._engines.takers)
+        lost = streams.run(to_engines, *(streams.to_copies(workers, role, role) for role in copied), *beside)
         if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
             self._mix()
         self._engines.replace_lost(lost)
@@ -294,7 +294,7 @@ class Fleet:
         """Move the model that follows the policy towards it, where its copies are."""
         mixing = self.settings.mixing
         assert mixing is not None
-        self._streams.to_copies(self._model_workers, GENERATING, mixing.role, mixing.alpha)
+        self._streams.run(self._streams.to_copies(self._model_workers, GENERATING, mixing.role, mixing.alpha))
 
     def _offload_training(self, kept: Sequence[str] = ()) -> None:
         """Where asked for, but for weights of `kept` models; what is there already stays."""

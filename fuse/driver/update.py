@@ -14,6 +14,7 @@ from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.memory_setup import MemorySetup
 from fuse.driver.micro_batch_number import dealt, shapes_of
 from fuse.driver.tail import Tail
+from fuse.intrastage.executor import check_once
 from fuse.intrastage.forward_only import without_scorers
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_planner import TrainingPlanner
@@ -83,7 +84,8 @@ def take_rounds(
     pieces: of the rounds, between which `between` is called. Only the first scores old log-probabilities: those of a
     later one that are known are in the experience by then.
     """
-    planned = ray.put(plans)
+    checked: Mapping[Counts, Plan] = {counts: _checked(plan) for counts, plan in plans.items()}
+    planned = ray.put(checked)
     results: list[list[RankRound]] = [[] for _ in workers]
     for index, piece in enumerate(pieces):
         if index:
@@ -95,6 +97,12 @@ def take_rounds(
                 for column, found in one.scored.items():
                     fill(experience, column, found)
     return results
+
+
+def _checked(plan: Plan) -> Plan:
+    """The same, known to be legal: checked here once, and not by every rank."""
+    check_once(plan.schedule)
+    return replace(plan, is_checked=True)
 
 
 def fullest_free_bytes(

@@ -1,20 +1,22 @@
 """Weights after an update, straight from the stages that trained them to whoever computes by them.
 
 The driver asks stages for a bucket each, has every receiver take them in, and asks for the next ones: a device offers
-one bucket at a time, and the driver itself sees none of it. Calls of a process run in order, so nobody waits for their
-answers in between: once shapes are known, weights that fit a bucket take two rounds of calls. What carries it follows
-from where processes are: on the sender's host the memory of its kind of device (`shared_memory`, `cuda_ipc`), to all
-other hosts one broadcast.
+one bucket of a stream at a time, and the driver itself sees none of it. Calls of a process run in order, so nobody
+waits for their answers in between: once shapes are known, weights that fit a bucket take two rounds of calls, those of
+all streams the same two. What carries it follows from where processes are: on the sender's host the memory of its kind
+of device (`shared_memory`, `cuda_ipc`), to all other hosts one broadcast.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from functools import cached_property
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -33,6 +35,17 @@ _logger = logging.getLogger(__name__)
 
 _LOCAL = {"cpu": "shared memory", "cuda": "CUDA IPC"}
 _REMOTE = {"cpu": "gloo", "cuda": "NCCL"}
+
+
+Stream: TypeAlias = Generator[None, None, dict[int, WorkerError]]
+"""Goes on to where it would wait for what it has asked; gives in the end why devices were dropped, if any were."""
+
+
+def after_a_turn(call: Callable[[], object]) -> Stream:
+    """Does this while what other streams have asked is under way."""
+    yield
+    call()
+    return {}
 
 
 class Receiver(Protocol):
@@ -85,26 +98,43 @@ class WeightStreams:
         self._numbers = itertools.count()
         self._told: set[str] = set()
 
+    def run(self, *streams: Stream) -> dict[int, WorkerError]:
+        """Have all of them go on until they have ended, in turn on one host. Returns why devices were dropped."""
+        lost: dict[int, WorkerError] = {}
+        with ExitStack() as ends:
+            waiting = deque([ends.enter_context(closing(stream)) for stream in streams])
+            while waiting:
+                stream = waiting.popleft()
+                try:
+                    next(stream)
+                except StopIteration as ended:
+                    lost |= ended.value
+                    continue
+                # Broadcasts of several streams could be in another order for one of their members than for the others.
+                (waiting.append if self._is_one_host else waiting.appendleft)(stream)
+        return lost
+
     def to_engines(
         self,
         models: Sequence[ModelHandle],
         role: str,
         part: Exported,
         engines: Mapping[int, WeightTakerHandle],
-    ) -> dict[int, WorkerError]:
+    ) -> Stream:
         """Have engines work by this part of a model's weights, cast to their type. engines: the process of each device.
 
-        One that dies is dropped, with those that its death keeps from getting a broadcast. Returns why, by
-        device.
+        One that dies is dropped, with those that its death keeps from getting a broadcast.
         """
         receivers = _Receivers(dict(engines), may_die=True)
-        with self._sending(models, role, self._settings.generation_dtype, part, receivers) as sent:
+        to = f"engines, {role}"
+        with self._sending(models, role, to, self._settings.generation_dtype, part, receivers) as sent:
             receivers.ask(lambda engine: engine.begin_weights(sent.shapes))
-            self._send(models, sent, f"engines, {role}", receivers, lambda engine, parcel: engine.load(parcel))
+            yield from self._send(models, sent, to, receivers, lambda engine, parcel: engine.load(parcel))
             receivers.ask(lambda engine: engine.end_weights())
+            yield
         return receivers.lost
 
-    def to_copies(self, models: Sequence[ModelHandle], role: str, copied: str, alpha: float | None = None) -> None:
+    def to_copies(self, models: Sequence[ModelHandle], role: str, copied: str, alpha: float | None = None) -> Stream:
         """Have copies of `copied` score by the weights of `role`, or move towards them by `alpha`.
 
         Raises: WorkerError when a receiver dies: it trains, too.
@@ -114,23 +144,30 @@ class WeightStreams:
         holders = self._holders[copied]
         receivers = _Receivers({device: one for device, one in enumerate(models) if holders[device]}, may_die=False)
         if not receivers.live:
-            return
-        with self._sending(models, role, torch.float32, "trained", receivers) as sent:
+            return {}
+        to = f"copies of {copied}"
+        with self._sending(models, role, to, torch.float32, "trained", receivers) as sent:
             receivers.ask(lambda model: model.begin_copy(copied, sent.shapes))
-            to = f"copies of {copied}"
-            self._send(models, sent, to, receivers, lambda model, parcel: model.copy(copied, parcel, alpha))
+            yield from self._send(models, sent, to, receivers, lambda model, parcel: model.copy(copied, parcel, alpha))
+            yield
+        return {}
+
+    @cached_property
+    def _is_one_host(self) -> bool:
+        return len({self._cluster.host(device) for device in range(self._settings.num_devices)}) == 1
 
     @contextmanager
     def _sending(
         self,
         models: Sequence[ModelHandle],
         role: str,
+        to: str,
         dtype: torch.dtype,
         part: Exported,
         receivers: _Receivers[_R],
     ) -> Iterator[_Outgoing]:
         """Have stages prepare to send, and end when receivers have done what they were asked."""
-        began = [model.begin_export(role, dtype, BUCKET_BYTES, part) for model in models]
+        began = [model.begin_export(role, to, dtype, BUCKET_BYTES, part) for model in models]
         if (role, dtype, part) not in self._outgoing:
             self._outgoing[role, dtype, part] = _Outgoing.of(gather(began), dtype)
         sent = self._outgoing[role, dtype, part]
@@ -140,7 +177,7 @@ class WeightStreams:
             assert gather(began) == sent.parts, "stages send other weights than before"
         finally:
             for model in models:
-                model.end_export()  # nobody waits: one may have died
+                model.end_export(to)  # nobody waits: one may have died
 
     def _send(
         self,
@@ -149,28 +186,28 @@ class WeightStreams:
         to: str,
         receivers: _Receivers[_R],
         give: Callable[[_R, Parcel], Future[None]],
-    ) -> None:
+    ) -> Iterator[None]:
         """Have receivers take in every bucket. Devices that share a stage go in step."""
         size, num_buckets = self._settings.training.tensor_parallel_size, sent.num_buckets
-        is_one_host = len({self._cluster.host(device) for device in (*num_buckets, *receivers.live)}) == 1
-        # On several hosts one device sends alone, for a member of several groups that broadcast at once could be in
-        # them in another order than the others.
-        for devices in [[*num_buckets]] if is_one_host else [[device] for device in num_buckets]:
-            if not is_one_host:
+        # On several hosts one device sends alone, for the same reason as one stream does.
+        for devices in [[*num_buckets]] if self._is_one_host else [[device] for device in num_buckets]:
+            if not self._is_one_host:
                 receivers.wait()  # who has died is in no group
             groups = {device: self._group(device, models[device], to, receivers) for device in devices}
             for index in range(max((num_buckets[device] for device in devices), default=0)):
                 if index:
+                    yield
                     receivers.wait()  # they have done with the last bucket
                 for device, group in groups.items():
                     if group is not None and not group.devices <= receivers.live.keys():
                         self._close(device, to)
                         groups[device] = None
                 asked = {
-                    device: [model.export_next(_name(group)) for model in models[device : device + size]]
+                    device: [model.export_next(to, _name(group)) for model in models[device : device + size]]
                     for device, group in groups.items()
                     if index < num_buckets[device]
                 }
+                yield
                 parcels = {device: gather(exports)[0] for device, exports in asked.items()}
                 receivers.hand_over(
                     [(parcel, groups[device]) for device, parcel in parcels.items() if parcel is not None], give

@@ -77,8 +77,7 @@ class RolloutPlanner:
         self._evidence = Evidence()
         self._is_fused: bool | None = None  # the rollout that was planned last, if it is timed
         self._timed: tuple[bool, float] | None = None  # whether the last rollout was fused, and its seconds
-        self._costs: CostModel | None = None
-        self._knows_costs = True  # until something is measured: fitting them takes a while
+        self._fitted: tuple[CostModel | None] | None = None  # since the last measurement: that takes a while
 
     @property
     def limits(self) -> EngineLimits:
@@ -87,11 +86,10 @@ class RolloutPlanner:
 
     def costs(self) -> CostModel | None:
         """The costs measured so far; None before there are enough measurements."""
-        if not self._knows_costs:
+        if self._fitted is None:
             costs, size = self._calibration.costs(), self._settings.engine_devices
-            self._costs = costs if costs is None or size == 1 else shared_engine_costs(costs, size)
-            self._knows_costs = True
-        return self._costs
+            self._fitted = (costs if costs is None or size == 1 else shared_engine_costs(costs, size),)
+        return self._fitted[0]
 
     def dealing(self) -> Dealing:
         """How samples are dealt to engines."""
@@ -141,7 +139,7 @@ class RolloutPlanner:
         self._timed = None if seconds is None or self._is_fused is None else (self._is_fused, seconds)
         size = self._settings.engine_devices
         self._calibration.begin_iteration()
-        self._knows_costs = False
+        self._fitted = None
         self._calibration.add_calls((tokens / size, seconds) for tokens, seconds in scoring_calls)
         limit = self._settings.limits.max_new_tokens
         self._num_since_tuned += 1
@@ -151,7 +149,7 @@ class RolloutPlanner:
     def observe_spans(self, spans: Iterable[Span]) -> None:
         """Learn what one worker's operations took."""
         self._calibration.add(spans)
-        self._knows_costs = False
+        self._fitted = None
 
     def weigh(self) -> None:
         """All that an update's operations took has been observed: note how its rollout went, if that is timed."""

@@ -48,7 +48,7 @@ class Step:
     op: Op
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def rank_steps(schedule: Schedule, rank: int) -> tuple[Step, ...]:
     """A rank's steps through a legal schedule. O(n log n) in all ranks' operations."""
     ends = evaluate(schedule).end

@@ -34,11 +34,13 @@ class Plan:
     """A schedule of one optimizer step, and the profile that its times come from; None where nothing was measured.
 
     is_watched: ranks are to show what a later plan has to know: messages, and the memory of micro-batches.
+    is_checked: the schedule is known to be legal, so that ranks need not check it, each for itself.
     """
 
     schedule: Schedule
     profile: Profile | None = None
     is_watched: bool = False
+    is_checked: bool = False
 
 
 @lru_cache(maxsize=64)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 from fuse.algorithms.algorithm import Algorithm
 from fuse.driver.fleet import Fleet
+from fuse.driver.weight_streams import after_a_turn
 from fuse.sample import Sample
 from fuse.trace import PhaseClock
 from fuse.trainers.iteration import Iteration
@@ -40,9 +41,9 @@ def updates(
             late = fleet.late_columns
             report = fleet.train(experience, rounds, learning_rates, run.state.global_step)
             tell(experience, late, samples)
-        with clock.phase("weights"), ThreadPoolExecutor(1) as beside:
-            reports = beside.submit(report)
-            fleet.synchronise(run.state.global_step + len(rounds))
-        trained = reduce_metrics(reports.result(), num_places)
+        with clock.phase("weights"):
+            report = cache(report)
+            fleet.synchronise(after_a_turn(report), num_steps=run.state.global_step + len(rounds))
+        trained = reduce_metrics(report(), num_places)
         metrics |= kl_by_position(samples)
         yield run.finish_update(fleet, samples, rounds, metrics | trained | rewarding | fleet.tail_report, clock)

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from fuse.idle_causes import NOT_BUSY, idle_causes, shares, training_steps
-from fuse.trace import PhaseClock, Span, busy_s
+from fuse.idle_causes import idle_causes, shares, training_steps
+from fuse.trace import PhaseClock, Span
 from fuse.trainers.update_metrics import MOST_DEVICES
 
 
@@ -30,16 +30,13 @@ def iteration_report(
     """
     total_s = clock.end_s - clock.start_s
     report = {f"time/{name}": seconds for name, seconds in clock.seconds.items()} | {"time/total": total_s}
-    idle = {}
-    for device, workers in tracks.items():
-        spans = [span for spans in workers.values() for span in spans if span.category not in NOT_BUSY]
-        idle[device] = 1.0 - busy_s(spans, clock.start_s, clock.end_s) / total_s
+    causes = idle_causes(tracks, clock.start_s, clock.end_s, clock.spans)
+    idle = {device: sum(own.values()) / total_s for device, own in causes.items()}
     if len(idle) > MOST_DEVICES:
         known = idle.values()
         idle = {"min": min(known), "mean": statistics.mean(known), "max": max(known)}
     report |= {f"idle/{name}": share for name, share in idle.items()}
-    causes = shares(idle_causes(tracks, clock.start_s, clock.end_s, clock.spans), total_s)
-    report |= {f"idle_cause/{name}": share for name, share in causes.items()}
+    report |= {f"idle_cause/{name}": share for name, share in shares(causes, total_s).items()}
     bubbles = _bubbles([workers["model"] for workers in tracks.values()])
     return {**report, **bubbles, **(planned if bubbles else {})}
 

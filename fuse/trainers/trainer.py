@@ -40,6 +40,7 @@ from fuse.trainers.tail import tail_plan
 from fuse.training.layout import Layout
 from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
+from fuse.turns import quick_turns
 from fuse.workers.cluster import Cluster
 
 # Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
@@ -259,7 +260,7 @@ class Trainer(TrainerFace):
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
             self._fleet = fleet
             try:
-                with garbage.set_apart():
+                with garbage.set_apart(), quick_turns():
                     yield fleet
             finally:
                 self._fleet = None

@@ -244,6 +244,7 @@ class TrainingRank:
             running.communicators,
             self._recorder,
             planned=planned,
+            is_checked=plan.is_checked,
         )
         scored = late.finish(one)
         for (pipeline, stage), probe in probes.items():

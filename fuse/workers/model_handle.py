@@ -132,18 +132,18 @@ class ModelHandle:
         return self.worker.call(ModelWorker.export_scoring_weights, role)
 
     def begin_export(
-        self, model: str, dtype: torch.dtype, most_bytes: int, part: Exported
+        self, model: str, to: str, dtype: torch.dtype, most_bytes: int, part: Exported
     ) -> Future[dict[str, torch.Size]]:
         """Prepare to send the rank's part of a model; the shapes of what it will send, by name."""
-        return self.worker.call(ModelWorker.begin_export, model, dtype, most_bytes, part)
+        return self.worker.call(ModelWorker.begin_export, model, to, dtype, most_bytes, part)
 
-    def export_next(self, group: str | None) -> Future[Parcel | None]:
+    def export_next(self, to: str, group: str | None) -> Future[Parcel | None]:
         """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender."""
-        return self.worker.call(ModelWorker.export_next, group)
+        return self.worker.call(ModelWorker.export_next, to, group)
 
-    def end_export(self) -> Future[None]:
+    def end_export(self, to: str) -> Future[None]:
         """Send no more of it."""
-        return self.worker.call(ModelWorker.end_export)
+        return self.worker.call(ModelWorker.end_export, to)
 
     def has_copy(self, role: str) -> Future[bool]:
         """Whether the rank scores by a model's copy, which must be given its weights."""

@@ -61,7 +61,7 @@ class ModelWorker:
         self._settings, self._scoring_settings = settings, scoring_settings
         self._recorder = SpanRecorder(clock_of(self._device))
         self._num_inferences = 0
-        self._port = WeightPort()
+        self._port, self._senders = WeightPort(), dict[str, WeightSender]()
         self._frozen = FrozenTensors()
 
     # The world
@@ -255,28 +255,31 @@ class ModelWorker:
 
     # Weights of an update, a bucket at a time
 
-    def begin_export(self, model: str, dtype: torch.dtype, most_bytes: int, part: Exported) -> dict[str, torch.Size]:
+    def begin_export(
+        self, model: str, to: str, dtype: torch.dtype, most_bytes: int, part: Exported
+    ) -> dict[str, torch.Size]:
         """Prepare to send what this rank has of this part of a model in this type, in buckets of at most so many bytes.
 
         Returns the shapes of what it will send, by name. See `WeightSender`.
         """
         shapes = self._training.exported_shapes(model, part)
         tensors = self._training.stream_weights(model, dtype, part)
-        is_silent = not self._training.is_first_of_group
-        self._sender = WeightSender(shapes, tensors, dtype, self._device, most_bytes=most_bytes, is_silent=is_silent)
+        device, is_silent = self._device, not self._training.is_first_of_group
+        sender = WeightSender(shapes, tensors, dtype, device, most_bytes=most_bytes, is_silent=is_silent)
+        self._senders[to] = sender
         return {} if is_silent else shapes
 
-    def export_next(self, group: str | None) -> Parcel | None:
+    def export_next(self, to: str, group: str | None) -> Parcel | None:
         """The next bucket of it, broadcast to that group as well; None after the last one, and of a silent sender.
 
         Ranks that share stages are called in step. Pre: whoever got the one before has done with it.
         """
         with self._recorder.span("export", "weights"):
-            return self._sender.next(self._port.group(group))
+            return self._senders[to].next(self._port.group(group))
 
-    def end_export(self) -> None:
+    def end_export(self, to: str) -> None:
         """Send no more of it, and free what the last bucket takes."""
-        self._sender.close()
+        self._senders.pop(to).close()
 
     def has_copy(self, role: str) -> bool:
         """Whether this rank scores by a model's copy, which must be given its weights."""

@@ -106,14 +106,14 @@ class Sender:
     def __init__(self, device: int, said: list[str]) -> None:
         self.device, self.said = device, said
 
-    def begin_export(self, role: str, dtype: torch.dtype, most_bytes: int, part: str) -> Any:
+    def begin_export(self, role: str, to: str, dtype: torch.dtype, most_bytes: int, part: str) -> Any:
         return Value({f"weight {self.device}": torch.Size([2])})
 
-    def export_next(self, group: str | None) -> Any:
+    def export_next(self, to: str, group: str | None) -> Any:
         self.said.append(f"export {self.device}")
         return Value(replace(PARCEL, group=f"of {self.device}"))
 
-    def end_export(self) -> None:
+    def end_export(self, to: str) -> None:
         self.said.append(f"end {self.device}")
 
 
@@ -153,11 +153,11 @@ def test_devices_of_one_host_send_side_by_side_and_others_in_turn(
     said: list[str] = []
     training = SimpleNamespace(tensor_parallel_size=1)
     cluster: Any = SimpleNamespace(host=lambda device: "far" if is_far and device else "near")
-    settings = SimpleNamespace(training=training, accelerator="cpu", generation_dtype=torch.float32)
+    settings = SimpleNamespace(training=training, accelerator="cpu", generation_dtype=torch.float32, num_devices=2)
     streams = WeightStreams(cluster, cast("Any", settings))
     monkeypatch.setattr(WeightStreams, "_group", lambda *arguments: None)
     senders: Any = [Sender(device, said) for device in range(2)]
     engines: Any = {0: Engine(said)}
-    assert not streams.to_engines(senders, "actor", "whole", engines)
+    assert not streams.run(streams.to_engines(senders, "actor", "whole", engines))
     together = ["export 0", "export 1", "load of 0", "load of 1"]
     assert said == [*(sorted(together, key=lambda one: one[-1]) if is_far else together), "end 0", "end 1"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fuse.intrastage import executor
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import drift_of
 from fuse.intrastage.planned_times import PlannedTimes, times_of
@@ -179,6 +180,14 @@ def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
         with pytest.raises(ValueError, match="illegal schedule"):
             execute(schedule, 0, stages, [BATCHES], [], SpanRecorder())
     assert calls == []
+
+
+def test_what_was_checked_before_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls)}
+    monkeypatch.setattr(executor, "check_once", None)
+    execute(schedule_of(*LEGAL), 0, stages, [BATCHES], [], SpanRecorder(), is_checked=True)
+    assert len(calls) == len(LEGAL)
 
 
 def split_schedule(*texts: str) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def test_a_run_in_opposite_replicas_is_the_run_of_one_pipeline(
     num_sent: set[int] = set()
     send = WeightStreams._send
 
-    def count(streams: WeightStreams, models: Any, sent: Any, *arguments: Any) -> None:
+    def count(streams: WeightStreams, models: Any, sent: Any, *arguments: Any) -> Iterator[None]:
         num_sent.add(sum(shape.numel() for shape in sent.shapes.values()))
-        send(streams, models, sent, *arguments)
+        return send(streams, models, sent, *arguments)
 
     plain = tiny_group.train(tmp_path / "plain", bidirectional=False, **PIPELINE)
     monkeypatch.setattr(WeightStreams, "_send", count)

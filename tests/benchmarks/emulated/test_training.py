@@ -17,6 +17,7 @@ from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.benchmarks.emulated.messages import Key, Mailbox, latest
 from fuse.benchmarks.emulated.training import EmulatedRound, train
 from fuse.benchmarks.emulated.training import walk as piece_of
+from fuse.intrastage import executor
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.observed import ObservedCosts
 from fuse.intrastage.placement import place
@@ -55,8 +56,11 @@ class Queues(defaultdict[tuple[int, Key], "queue.SimpleQueue[float]"]):
             return self[key] if key in self else super().__missing__(key)
 
 
-def made_round(schedule: Schedule, *, stepping: tuple[str, ...] = ("actor", "critic")) -> EmulatedRound:
-    shapes = tuple(Shape(4, 600) for _ in range(NUM_MICRO_BATCHES))
+def made_round(
+    schedule: Schedule, *, stepping: tuple[str, ...] = ("actor", "critic"), more_tokens: int = 0
+) -> EmulatedRound:
+    """more_tokens: of each micro-batch than of the one before."""
+    shapes = tuple(Shape(4, 600 + more_tokens * number) for number in range(NUM_MICRO_BATCHES))
     return EmulatedRound(
         schedule=schedule, roles=("actor", "critic"), shapes=(shapes, shapes), is_observed=True, stepping=stepping
     )
@@ -87,9 +91,9 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ranks_take_what_the_plan_says(name: str) -> None:
-    one = made_round(SCHEDULES[name])
+    one = made_round(SCHEDULES[name], more_tokens=90)
     times, _ = walk(one)
-    assert times == pytest.approx([one.predicted_s(COSTS)] * NUM_RANKS, rel=1e-3)  # plans count microseconds
+    assert times == pytest.approx([one.predicted_s(COSTS)] * NUM_RANKS, rel=1e-5)
 
 
 def test_a_pipeline_trains_a_piece_alone() -> None:
@@ -141,10 +145,10 @@ def test_spans_tell_the_planner_what_operations_and_messages_cost() -> None:
     assert message_s == pytest.approx(COSTS.message(shape.size), abs=profile.tick_s)
 
 
-def test_messages_go_through_sockets_in_order(tmp_path: Path) -> None:
+def test_messages_go_through_pipes_in_order(tmp_path: Path) -> None:
     boxes = [Mailbox(tmp_path, rank, timeout_s=60) for rank in range(2)]
     try:
-        for number in range(100):  # more than a socket holds unread
+        for number in range(100):
             boxes[0].send(1, (0, 1, 2, 3), float(number))
         boxes[0].send(1, (4,), 0.5)
         assert boxes[1].receive((4,)) == 0.5
@@ -181,6 +185,14 @@ def test_what_is_queued_ends_when_it_should_and_wakes_the_host_seldom() -> None:
     device.finish()
     assert now_s == pytest.approx(1.0)
     assert len(slept) < 25
+
+
+def test_a_rank_checks_no_schedule_that_the_driver_has_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made_round(SCHEDULES["fused"])
+    monkeypatch.setattr(executor, "check_once", None)
+    walk(replace(one, is_checked=True))
+    with pytest.raises(TypeError):
+        walk(one)
 
 
 def test_a_rank_unpacks_a_schedule_once() -> None:

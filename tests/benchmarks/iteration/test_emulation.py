@@ -30,7 +30,10 @@ def starts_ray(test: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """Results of a run of three variants on four devices, a hundredth as long; and what its processes had loaded."""
+    """Results of the second point of a sweep, three variants on four devices, a hundredth as long.
+
+    Beside them those of both points, what was printed, and what processes had loaded.
+    """
     directory = tmp_path_factory.mktemp("emulation")
     loaded = []
 
@@ -40,14 +43,16 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
             loaded.extend(Path(f"/proc/{process_id}/maps").read_text() for process_id in process_ids)
             super().__exit__(*exception)
 
-    costs, path = directory / "costs.json", directory / "out.json"
+    costs, path, lengths = directory / "costs.json", directory / "out.json", directory / "mix.csv"
+    lengths.write_text("output_tokens\n" + "\n".join(str(1 + index % 7 * 9) for index in range(64)))
     costs.write_text(json.dumps(asdict(costs_named("h100-33b"))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulation, "EmulatedCluster", Watched)
-        argv = [*_OPTIONS, "--emulate", "4", "--costs", str(costs), "--time-scale", "0.2", "--variants", "both"]
-        argv += ["--speculation", "int8", "--acceptance", "0.9", "--tail-training"]
+        argv = [*_OPTIONS, "--emulate", "4", "--costs", str(costs), "--variants", "both", "--tail-training"]
+        argv += ["--sweep", "speculation=off,int8", f"lengths={lengths}", "time-scale=0.2"]
         assert cli.main(["bench", "iteration", *argv, "--warmup", "2", "--json", str(path)]) == 0
-    return {**json.loads(path.read_text()), "loaded": loaded}
+    results = json.loads(path.read_text())
+    return {**results, **results["points"][1], "loaded": loaded}
 
 
 @starts_ray
@@ -66,8 +71,17 @@ def test_rows_say_that_they_are_emulated(emulated: Mapping[str, Any]) -> None:
     assert "tail/first_step_share" not in both["metrics"]
     assert emulated["options"]["emulate"] == 4
     assert emulated["options"]["time_scale"] == 0.2
-    draft = replace(DRAFTS["int8"], acceptance=0.9)
-    assert emulated["costs"] == asdict(replace(costs_named("h100-33b"), speculation=draft))
+    assert emulated["costs"] == asdict(replace(costs_named("h100-33b"), speculation=DRAFTS["int8"]))
+
+
+@starts_ray
+def test_points_of_a_sweep_say_what_they_are_and_drafts_make_them_shorter(emulated: Mapping[str, Any]) -> None:
+    plain, drafted = emulated["points"]
+    assert [point["settings"]["speculation"] for point in (plain, drafted)] == ["off", "int8"]
+    assert plain["costs"] == asdict(costs_named("h100-33b"))
+    assert plain["rows"][0]["simulated_phases"]["rollout"] > drafted["rows"][0]["simulated_phases"]["rollout"]
+    cells = [list(map(str, column.cells)) for column in emulated_sweep_table(emulated["points"]).columns]
+    assert cells[:4] == [["off", "off", "int8", "int8"], ["mix"] * 4, ["0.2"] * 4, ["both", "tail"] * 2]
 
 
 @starts_ray
@@ -91,14 +105,6 @@ def test_results_are_printed_again(
     assert lines[0] == "| variant | emulated s | simulated s | x off | simulated | of its gain |"
     assert lines[-1].startswith("Emulated, ")
     assert "4 devices" in lines[-1]
-
-
-@starts_ray
-def test_a_table_of_a_sweep_has_a_line_for_each_variant_of_each_point(emulated: Mapping[str, Any]) -> None:
-    points = [{"settings": {"costs": name, "batch": 16}, "rows": emulated["rows"]} for name in ("a.json", "b.json")]
-    table = emulated_sweep_table(points)
-    cells = [list(map(str, column.cells)) for column in table.columns]
-    assert cells[:3] == [["a", "a", "b", "b"], ["16"] * 4, ["both", "tail"] * 2]
 
 
 @pytest.mark.parametrize(

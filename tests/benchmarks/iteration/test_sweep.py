@@ -23,6 +23,8 @@ def test_keys_are_those_of_options_and_values_have_their_types() -> None:
     assert swept("batch=32,64") == Swept("batch", (32, 64))
     assert swept("--max-new-tokens=8") == Swept("max_new_tokens", (8,))
     assert swept("lengths=natural,a=b.csv") == Swept("lengths", ("natural", "a=b.csv"))
+    assert swept("time-scale=0.5,2") == Swept("time_scale", (0.5, 2.0))
+    assert swept("speculation=off,int8") == Swept("speculation", ("off", "int8"))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,8 @@ def test_keys_are_those_of_options_and_values_have_their_types() -> None:
         ("batch=x", "whole numbers with commas between"),
         ("batch=8,8", "values that differ"),
         ("lengths=", "values that differ"),
+        ("time-scale=slow", "time-scale takes numbers with commas between"),
+        ("speculation=off,int4", "speculation is one of off, int8, ngram, not int4"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(text: str, message: str) -> None:
