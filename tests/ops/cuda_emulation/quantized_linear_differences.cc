@@ -1,5 +1,5 @@
-// Compares quantized_linear.cu, run by cuda_emulation.h, with quantized_linear.cc, which rounds inputs to 16 bits;
-// prints every difference.
+// Compares quantized_linear.cu, run by cuda_emulation.h, with quantized_linear.cc, which rounds inputs to 16 bits, as
+// this processor and as any other runs it; prints every difference.
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -10,6 +10,12 @@
 #include "tensor/quantized_linear_cuda.h"
 #include "values.h"
 
+// Once more, for processors of which nothing is known.
+#undef __x86_64__
+#define quantized_linear portable_quantized_linear
+#include "tensor/quantized_linear.cc"
+#undef quantized_linear
+
 namespace {
 
 // weights: [outs, width], such that outputs are about 1.
@@ -18,9 +24,11 @@ void compare(const char* what, const std::vector<float>& inputs, const Weights& 
              std::int64_t outs, std::int64_t width, double tolerance) {
   std::vector<T> own;
   for (const float input : inputs) own.push_back(of(input, T{}));
-  std::vector<float> cpp(static_cast<std::size_t>(rows * outs));
+  std::vector<float> cpp(static_cast<std::size_t>(rows * outs)), portable = cpp;
   std::vector<T> cuda(cpp.size() + 8 * outs, of(12345.0f, T{}));  // nothing may be written behind the last
   fuse::quantized_linear(floats(own).data(), weights, rows, outs, width, cpp.data());
+  fuse::portable_quantized_linear(floats(own).data(), weights, rows, outs, width, portable.data());
+  expect_equal("portable products", cpp, portable, 1e-4);
   fuse::cuda::quantized_linear<T, Weights>(own.data(), weights, rows, outs, width, cuda.data(), 0);
   cpp.resize(cuda.size(), fuse::to_float(of(12345.0f, T{})));
   expect_equal(what, cpp, floats(cuda), tolerance);
