@@ -8,10 +8,12 @@ would idle in any schedule: that part of a step's idle time is imbalance, and th
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from types import MappingProxyType
 
 from fuse.trace import Span
@@ -158,11 +160,15 @@ def _gaps(spans: Sequence[Span], start_s: float, end_s: float) -> Iterator[_Gap]
         yield reached, end_s
 
 
-def _take(gaps: Sequence[_Gap], windows: Sequence[_Window], found: list[_Window]) -> list[_Gap]:
+def _take(gaps: list[_Gap], windows: Sequence[_Window], found: list[_Window]) -> list[_Gap]:
     """Add what lies within the windows, which are in order and disjoint, to what is found; returns what is left."""
-    left: list[_Gap] = []
+    if not windows:
+        return gaps
+    begins = bisect_right(gaps, windows[0][0], key=itemgetter(1))
+    ends = max(begins, bisect_left(gaps, windows[-1][1], key=itemgetter(0)))
+    left = gaps[:begins]
     first, num_windows = 0, len(windows)
-    for begin, end in gaps:
+    for begin, end in gaps[begins:ends]:
         while first < num_windows and windows[first][1] <= begin:
             first += 1
         reached = begin
@@ -178,7 +184,7 @@ def _take(gaps: Sequence[_Gap], windows: Sequence[_Window], found: list[_Window]
                 reached = high
         if reached < end:
             left.append((reached, end))
-    return left
+    return left + gaps[ends:]
 
 
 def _training_windows(
