@@ -129,7 +129,10 @@ def run(arguments: argparse.Namespace) -> int:
     for one in arguments.correlations:
         if not 0 <= one <= 1:
             raise ValueError(f"--correlations has {one}: give numbers from 0 to 1")
-    costs = replace(PROFILES[arguments.costs], speculation=speculation_of(arguments))
+    draft = speculation_of(arguments, None)
+    if draft is None:
+        raise ValueError("--speculation is off: drafts are one of the ideas; give another kind of them")
+    costs = replace(PROFILES[arguments.costs], speculation=draft)
     updates: list[Row] = []
     drafts: list[Row] = []
     siblings: list[Row] = []
@@ -168,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_table(arguments, "Lengths of groups", _SIBLING_TITLES, cells, _SIBLING_CAPTION)
     if arguments.json:
         options = plain_options(arguments, _OPTIONS)
-        options |= {name: getattr(costs.speculation, name) for name in SPECULATION[1:]}
+        options |= {name: getattr(draft, name) for name in SPECULATION[1:]}
         options |= {"lengths": [path.stem for path in arguments.lengths], "sizes": list(map(str, arguments.sizes))}
         write_json(arguments.json, {"options": options, "rows": updates, "drafts": drafts, "siblings": siblings})
     return 0

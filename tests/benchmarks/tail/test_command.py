@@ -88,5 +88,7 @@ def test_unusable_arguments_are_one_line(trace: Path, capsys: pytest.CaptureFixt
     assert "8by256 must be DEVICESxSAMPLES, as 8x256" in capsys.readouterr().err
     assert main(["bench", "tail", "--lengths", str(trace), "--acceptance", "2"]) == 2
     assert "acceptance is 2.0: a chance is 0 to 1" in capsys.readouterr().err
+    assert main(["bench", "tail", "--lengths", str(trace), "--speculation", "off"]) == 2
+    assert "--speculation is off: drafts are one of the ideas" in capsys.readouterr().err
     assert main(["bench", "tail", "--lengths", str(trace)]) == 2
     assert "512 responses are needed: lower --sizes or --iterations" in capsys.readouterr().err
