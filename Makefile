@@ -222,6 +222,8 @@ test-debug: setup
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 CXX_LIBRARY = $(shell $(CXX) -print-file-name=$(1))
 
+DECODE_TESTS := tests/engines/test_native_llama.py tests/engines/test_quantized_model.py
+
 build-native-sanitized: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_CXX_FLAGS="$(SANITIZERS)" $(CHECKED_BUILD) > /dev/null
 	+$(BIN)/cmake --build build/sanitized --target schedules_native fuse_native
@@ -230,7 +232,7 @@ test-native-sanitized: setup build-native-sanitized
 	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so) $(call CXX_LIBRARY,libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		FUSE_SCHEDULES_NATIVE=build/sanitized/schedules FUSE_TENSOR_NATIVE=build/sanitized/fuse \
-		$(BIN)/pytest --capture=sys tests/ops --ignore=tests/ops/test_cuda_code.py $(SCHEDULE_SEARCH_TESTS)
+		$(BIN)/pytest --capture=sys tests/ops --ignore=tests/ops/test_cuda_code.py $(DECODE_TESTS) $(SCHEDULE_SEARCH_TESTS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fuse.algorithms.batch import Segments
 from fuse.benchmarks.gpu.setup import Row, Setup
 from fuse.benchmarks.measure import interleave, median_ms
-from fuse.ops import gae, int8_linear, kv_blocks, linear_logprob, sampling, shaped_gae
+from fuse.ops import gae, kv_blocks, linear_logprob, quantized_linear, sampling, shaped_gae
 
 _REPEATS = 5
 
@@ -57,7 +58,7 @@ def cases(device: torch.device, *, small: bool) -> Iterator[Case]:
     yield from _sampling_cases(device, *((3, 301) if small else (64, 151_936)))
     yield from _gae_cases(device, *((5, 70) if small else (512, 2048)))
     yield from _logprob_cases(device, *((9, 8, 3001) if small else (1024, 1536, 151_936)))
-    yield from _int8_cases(device, *((9, 13, 48) if small else (8, 8960, 1536)))
+    yield from _quantized_cases(device, *((9, 13, 48) if small else (8, 8960, 1536)))
     yield from _kv_cases(device, *((2, 17) if small else (28, 1024)))
 
 
@@ -152,19 +153,22 @@ def _logprob_cases(device: torch.device, num_tokens: int, hidden_size: int, voca
         )
 
 
-def _int8_cases(device: torch.device, rows: int, outs: int, width: int) -> Iterator[Case]:
-    """A draft's linear layer; its reference rounds the weights that it makes to the inputs' type."""
+def _quantized_cases(device: torch.device, rows: int, outs: int, width: int) -> Iterator[Case]:
+    """Linear layers of drafts; their reference rounds the weights that it makes to the inputs' type."""
     generator = _generator(device)
     weight = torch.randn(outs, width, generator=generator, device=device) * width**-0.5
-    quantized, scales = int8_linear.quantize_int8(weight)
     inputs = torch.randn(rows, width, generator=generator, device=device)
-    for dtype in int8_linear.NATIVE_DTYPES[device.type]:
-        arguments = (inputs.to(dtype), quantized, scales)
+    kinds = (
+        ("int8_linear", quantized_linear.INT8, quantized_linear.int8_linear_reference),
+        ("int4_linear", quantized_linear.INT4, quantized_linear.int4_linear_reference),
+    )
+    for (name, kind, reference), dtype in product(kinds, quantized_linear.NATIVE_DTYPES[device.type]):
+        arguments = (inputs.to(dtype), *kind.quantize(weight))
         yield Case(
-            name=f"int8_linear, {_name(dtype)}",
-            implementation=int8_linear.implementation(arguments[0]),
-            kernel=lambda arguments=arguments: [int8_linear.int8_linear(*arguments)],  # type: ignore[misc]
-            reference=lambda arguments=arguments: [int8_linear.int8_linear_reference(*arguments)],  # type: ignore[misc]
+            name=f"{name}, {_name(dtype)}",
+            implementation=quantized_linear.implementation(arguments[0]),
+            kernel=lambda linear=kind.linear, arguments=arguments: [linear(*arguments)],  # type: ignore[misc]
+            reference=lambda reference=reference, arguments=arguments: [reference(*arguments)],  # type: ignore[misc]
             difference=_relative,
             bound=1e-3 if dtype is torch.float32 else 0.02,
         )

@@ -23,6 +23,7 @@ from fuse.ops import (
     gae,
     kv_blocks,
     linear_logprob,
+    quantized_linear,
     rms_norm,
     rotary,
     sampling,
@@ -113,6 +114,26 @@ def skinny_linear_cases(outs: int = 32_000, width: int = 1024) -> Iterator[Case]
             flops=2 * rows * outs * width,
             **_sides(skinny_linear, "skinny_linear", inputs, weight),
         )
+
+
+def quantized_linear_cases(outs: int = 32_000, width: int = 1024) -> Iterator[Case]:
+    """The same for one sample's draft and for those of four; the matrix in 8 and in 4 bits."""
+    weight = torch.randn(outs, width, generator=torch.Generator().manual_seed(0))
+    for name, quantize in (
+        ("int8_linear", quantized_linear.quantize_int8),
+        ("int4_linear", quantized_linear.quantize_int4),
+    ):
+        parts = quantize(weight)
+        for rows in (1, 4):
+            inputs = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+            yield Case(
+                kernel=name,
+                shape=[rows, outs, width],
+                bytes_moved=sum(part.nbytes for part in parts) + inputs.nbytes,
+                result_bytes=4 * rows * outs,
+                flops=2 * rows * outs * width,
+                **_sides(quantized_linear, name, inputs, *parts),
+            )
 
 
 def suffix_index_cases(batches: Sequence[int] = (1, 16, 64), context: int = 512, group: int = 8) -> Iterator[Case]:
@@ -267,6 +288,7 @@ CASES: Mapping[str, tuple[MakeCases, ...]] = {
     "sample_tokens": (sample_cases,),
     "decode_attention": (decode_attention_cases,),
     "skinny_linear": (skinny_linear_cases,),
+    "quantized_linear": (quantized_linear_cases,),
     "suffix_index": (suffix_index_cases,),
     "layer_steps": (layer_steps_cases,),
     "kv_blocks": (kv_blocks_cases,),

@@ -32,7 +32,7 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.engines.transformers import TransformersEngine
 
 _PLAIN = "off"
-_DRAFTS = ("int8", "ngram")
+_DRAFTS = ("int8", "int4", "ngram")
 _OPTIONS = (
     "model", "vocab_size", "kv_heads", "batches", "drafts", "devices", "prompts", "new_tokens", "prompt_tokens",
     "warmup", "repeats",

@@ -23,6 +23,7 @@ from fuse.benchmarks.tail.siblings import held_against, in_groups, rollout_secon
 from fuse.commands.options import add_numbers, check_counts
 from fuse.commands.output import write_json
 from fuse.commands.simulated_case import Case, enough_room
+from fuse.commands.simulated_speculation import SPECULATION, add_speculation_arguments, speculation_of
 from fuse.commands.simulated_tail import (
     TailRow,
     add_sharing_argument,
@@ -37,10 +38,9 @@ from fuse.interstage.migration import EngineLimits
 from fuse.interstage.oracle import blind_bound_s, lower_bound_s
 from fuse.interstage.policies import ADAPTIVE, NONE
 from fuse.interstage.simulate import simulate
-from fuse.interstage.speculation import DRAFTS
 
 _OPTIONS = (
-    "lengths", "sizes", "epochs", "trains", "costs", "acceptance", "draft_share", "iterations", "group_size",
+    "lengths", "sizes", "epochs", "trains", "costs", *SPECULATION, "iterations", "group_size",
     "micro_batch", "max_batch", "correlations", "stages", "tail_sharing",
 )  # fmt: skip
 _IDEAS = ("none", "adaptive", "drafts", "tail")
@@ -94,7 +94,6 @@ class _Rollouts:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench tail`."""
-    draft = DRAFTS["int8"]
     parser.add_argument("--lengths", type=Path, required=True, nargs="+", metavar="FILE.csv", help="length traces")
     parser.add_argument(
         "--sizes", type=_size, nargs="+", default=[_Size(8, 256), _Size(32, 512)], metavar="DEVICESxSAMPLES",
@@ -112,9 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group_size=(8, "samples of a group, consecutive rows"),
         micro_batch=(4, "most samples of a micro-batch"),
         max_batch=(256, "samples that an engine runs at most"),
-        acceptance=(draft.acceptance, "a token's chance of being drafted right, by the policy with int8 weights"),
-        draft_share=(draft.draft_share, "what a step of the draft takes of one of the model, but for its context"),
     )
+    add_speculation_arguments(parser)
+    parser.set_defaults(speculation="int8")
     parser.add_argument(
         "--correlations", type=float, nargs="+", default=[], metavar="R",
         help="of lengths in a group, to show what siblings and earlier epochs tell of them (default: none)",
@@ -130,7 +129,9 @@ def run(arguments: argparse.Namespace) -> int:
     for one in arguments.correlations:
         if not 0 <= one <= 1:
             raise ValueError(f"--correlations has {one}: give numbers from 0 to 1")
-    draft = replace(DRAFTS["int8"], acceptance=arguments.acceptance, draft_share=arguments.draft_share)
+    draft = speculation_of(arguments, None)
+    if draft is None:
+        raise ValueError("--speculation is off: drafts are one of the ideas; give another kind of them")
     costs = replace(PROFILES[arguments.costs], speculation=draft)
     updates: list[Row] = []
     drafts: list[Row] = []
@@ -170,6 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_table(arguments, "Lengths of groups", _SIBLING_TITLES, cells, _SIBLING_CAPTION)
     if arguments.json:
         options = plain_options(arguments, _OPTIONS)
+        options |= {name: getattr(draft, name) for name in SPECULATION[1:]}
         options |= {"lengths": [path.stem for path in arguments.lengths], "sizes": list(map(str, arguments.sizes))}
         write_json(arguments.json, {"options": options, "rows": updates, "drafts": drafts, "siblings": siblings})
     return 0

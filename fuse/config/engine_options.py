@@ -10,11 +10,12 @@ from typing import Literal
 class EngineOptions:
     """A part of `RunConfig`."""
 
-    speculation: Literal["auto", "off", "int8", "ngram"] = field(
+    speculation: Literal["auto", "off", "int8", "int4", "ngram"] = field(
         default="off",
         metadata={
-            "help": "Draft tokens that the transformers engine verifies several at a time, as many as pay: 'int8' by "
-            "the policy itself with such weights; 'ngram' by the texts of the prompt; 'auto' by the better of these. "
+            "help": "Draft tokens that the transformers engine verifies several at a time, as many as pay: 'int8' "
+            "and 'int4' by the policy itself with such weights; 'ngram' by the texts of the prompt; 'auto' by 'int8' "
+            "where native code has the model, else by 'ngram'. "
             "Tokens are the same; log-probabilities to rounding, which then depends on times."
         },
     )
@@ -24,8 +25,8 @@ class EngineOptions:
     ) -> None:
         """Raises: ValueError where the engine asked for does not have them, or nothing has."""
         speculation = self.speculation
-        if speculation not in ("auto", "off", "int8", "ngram"):
-            raise ValueError(f"speculation={speculation!r} is unknown: use 'auto', 'off', 'int8' or 'ngram'")
+        if speculation not in ("auto", "off", "int8", "int4", "ngram"):
+            raise ValueError(f"speculation={speculation!r} is unknown: use 'auto', 'off', 'int8', 'int4' or 'ngram'")
         if cache_bytes is not None and engine != "vllm":
             raise ValueError(
                 f"generation_cache_bytes={cache_bytes} with engine={engine!r}, whose cache grows as needed: set "

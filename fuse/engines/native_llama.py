@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,6 @@ def _matrices(layer: Any) -> tuple[nn.Module, ...]:
 class Matrix(Protocol):
     """Linear layers that take the same inputs, as native code knows them."""
 
-    def __init__(self, linears: Sequence[nn.Linear], num_outs: int | None = None) -> None: ...
-
     def addresses(self) -> list[int]:
         """In the order of the native code's structure."""
         ...
@@ -63,6 +61,20 @@ class Matrix(Protocol):
     def num_outs(self) -> int:
         """Of all of them."""
         ...
+
+
+class MakeMatrix(Protocol):
+    """Of such layers. num_outs: the first of a single one's."""
+
+    def __call__(self, linears: Sequence[nn.Linear], num_outs: int | None = None) -> Matrix: ...
+
+
+class Matrices(NamedTuple):
+    """What a model's are made into, and the function of the native extension that reads them."""
+
+    layers: MakeMatrix
+    head: MakeMatrix
+    function: str
 
 
 class FloatMatrices:
@@ -84,6 +96,9 @@ class FloatMatrices:
         return sum(map(len, self._weights))
 
 
+FLOAT = Matrices(FloatMatrices, FloatMatrices, "float_decode")
+
+
 class NativeLlama:
     """What a `Decoder` of the model computes, but for rounding; a row's result does not depend on the other rows.
 
@@ -91,18 +106,16 @@ class NativeLlama:
     vocabulary; None for all.
     """
 
-    matrix: ClassVar[type[Matrix]] = FloatMatrices
-    function: ClassVar[str] = "float_decode"
-    """Of the native extension."""
-
-    def __init__(self, model: PreTrainedModel, cache: SlotCache, num_tokens: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: SlotCache, num_tokens: int | None, matrices: Matrices = FLOAT
+    ) -> None:
         assert is_served(model), type(model).__name__
         inner, config = model.model, model.config
-        self._cache, self._rotary = cache, inner.rotary_emb
+        self._cache, self._rotary, self._matrices = cache, inner.rotary_emb, matrices
         self._embeddings = inner.embed_tokens.weight.detach()
         self._epsilon = float(config.rms_norm_eps)
         self._held: list[Tensor | Matrix] = []  # what addresses are of
-        head = self.matrix([model.lm_head], num_tokens)
+        head = matrices.head([model.lm_head], num_tokens)
         self._held.append(head)
         self._layers = [self._addresses(layer) for layer in inner.layers]
         attention = inner.layers[0].self_attn
@@ -134,7 +147,7 @@ class NativeLlama:
         window = _ALL if window is None else window
         shape = [*self._shape, window.first, window.last, capacity]
         assert native is not None
-        getattr(native, self.function)(
+        getattr(native, self._matrices.function)(
             *(array("q", shape), layers, self._ends, self._embeddings, self._epsilon),
             *(one.contiguous() for one in (inputs.token_ids, slots, inputs.positions, cosines[0], sines[0])),
             logits,
@@ -156,7 +169,7 @@ class NativeLlama:
         ]
 
     def _matrix(self, *linears: nn.Linear) -> list[int]:
-        self._held.append(matrix := self.matrix(linears))
+        self._held.append(matrix := self._matrices.layers(linears))
         return matrix.addresses()
 
     def _address(self, weight: Tensor) -> int:

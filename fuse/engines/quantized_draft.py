@@ -11,42 +11,35 @@ it reads all, 90 % with the first 64 and the last 256, 88 % with 16 of the first
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fuse.engines.decoder import Decoder
 from fuse.engines.inputs import Inputs
-from fuse.engines.int8_llama import Int8Llama
-from fuse.engines.native_llama import is_served
+from fuse.engines.native_llama import NativeLlama
+from fuse.engines.quantized_model import Precision, quantized
 from fuse.engines.rows import Row, Rows
 from fuse.engines.slot_cache import round_up
 from fuse.engines.window import Window
-from fuse.merged_weight import merged_weight
-from fuse.ops.int8_linear import int8_linear, quantize_int8
 
 WINDOW = Window(first=64, last=256)
 
 
 class QuantizedSelf:
-    """The target with int8 matrices, made anew when its weights have changed, at the first draft.
+    """The target with matrices of fewer bits, made anew when its weights have changed, at the first draft.
 
-    target: over the cache that it decodes from.
+    target: over the cache that it decodes from. precision: of the matrices.
     """
 
-    def __init__(self, target: Decoder) -> None:
-        self._target = target
-        self._decoder: Decoder | Int8Llama | None = None
+    def __init__(self, target: Decoder, precision: Precision) -> None:
+        self._target, self._precision = target, precision
+        self._decoder: Decoder | NativeLlama | None = None
         self._weights_bytes = sum(one.numel() for one in target.model.parameters())
 
     def prepare(self) -> None:
         if self._decoder is None:
-            self._decoder = quantized(self._target)
+            self._decoder = quantized(self._target, self._precision)
 
     def propose(self, rows: Rows, counts: Sequence[int]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in rows]
@@ -88,34 +81,3 @@ class QuantizedSelf:
 
 def _has_stopped(row: Row, draft: Sequence[int]) -> bool:
     return bool(draft) and draft[-1] in row.request.params.stop_token_ids
-
-
-class Int8Linear(nn.Module):
-    """In place of a linear layer and the adapter on it, without its gradient."""
-
-    def __init__(self, linear: Any) -> None:
-        super().__init__()
-        self._quantized, self._scales = quantize_int8(merged_weight(linear))
-        self._bias = linear.bias
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        output = int8_linear(inputs, self._quantized, self._scales)
-        return output if self._bias is None else output + self._bias
-
-
-def quantized(target: Decoder) -> Decoder | Int8Llama:
-    """The target with int8 matrices over its own cache, in one native call where there is code for such models."""
-    if is_served(target.model):
-        return Int8Llama(target.model, target.cache, target.num_tokens)
-    return target.of(quantized_copy(target.model))
-
-
-def quantized_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with int8 linear layers, its head included; all but their matrices is the model's own."""
-    kept = [model.config, *chain(model.parameters(), model.buffers())]
-    copied: PreTrainedModel = copy.deepcopy(model, {id(one): one for one in kept})
-    for module in list(copied.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) or hasattr(child, "lora_A"):
-                setattr(module, name, Int8Linear(child))
-    return copied

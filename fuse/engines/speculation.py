@@ -13,10 +13,11 @@ from fuse.engines.engine import GeneratedToken
 from fuse.engines.native_llama import is_served
 from fuse.engines.ngram_draft import NgramDraft
 from fuse.engines.quantized_draft import QuantizedSelf
+from fuse.engines.quantized_model import PRECISIONS
 from fuse.engines.rows import Rows
-from fuse.ops.int8_linear import choose_for
+from fuse.ops.quantized_linear import choose_for
 
-SpeculationKind = Literal["auto", "off", "int8", "ngram"]
+SpeculationKind = Literal["auto", "off", "int8", "int4", "ngram"]
 
 
 class DraftLengths(Protocol):
@@ -97,13 +98,13 @@ def choose_speculation(kind: SpeculationKind, target: Decoder) -> Speculation | 
         return None
     if kind == "ngram":
         return Speculation(NgramDraft(), PayingLengths(draft_share=0.0), num_tokens)
-    if kind != "int8":
-        raise ValueError(f"speculation={kind!r} is unknown: use 'auto', 'off', 'int8' or 'ngram'")
+    if kind not in PRECISIONS:
+        raise ValueError(f"speculation={kind!r} is unknown: use 'auto', 'off', 'int8', 'int4' or 'ngram'")
     device, dtype = target.model.device, target.model.dtype
     native, reason = choose_for(device, dtype)
     if native is None:
         raise ValueError(
-            f"speculation='int8' with a model in {dtype} on {device}: its products are native code for float32, on "
+            f"speculation={kind!r} with a model in {dtype} on {device}: its products are native code for float32, on "
             f"GPUs for bfloat16, too ({reason}); use 'ngram' or 'off'"
         )
-    return Speculation(QuantizedSelf(target), PayingLengths(draft_share=0.3), num_tokens)
+    return Speculation(QuantizedSelf(target, PRECISIONS[kind]), PayingLengths(draft_share=0.3), num_tokens)

@@ -48,8 +48,8 @@ class TransformersEngine:
     max_prefill_tokens: the most tokens prefilled in one step, so that admission does not stall the running rows.
         A longer prompt is prefilled alone; one that is copied counts for nothing.
     captures_decode: decode steps are CUDA graphs where that pays; not run on a GPU yet, so not by default.
-    speculation: what drafts tokens, as many as pay, for a step of several: "int8", the model itself with such matrices;
-        "ngram", the texts of the prompt; "auto", the first where it is native code in one call, else the second.
+    speculation: what drafts tokens, as many as pay, for a step of several: "int8" or "int4", the model itself with such
+        matrices; "ngram", the texts of the prompt; "auto", "int8" where it is native code in one call, else "ngram".
     frozen: names of weights that stay as they are: later ones come without them, and sleep keeps them, on the host.
 
     In fp32 a sample's tokens do not depend on the batch. Below fp32 the order of rounding does, so they may.

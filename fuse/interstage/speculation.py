@@ -120,15 +120,18 @@ class Speculation:
 DRAFTS: Mapping[str, Speculation] = MappingProxyType(
     {
         "int8": Speculation(acceptance=0.97, draft_share=0.5, reads_context=True, window_tokens=320, window_share=0.91),
+        "int4": Speculation(acceptance=0.7, draft_share=0.32, reads_context=True, window_tokens=320, window_share=0.91),
         "ngram": Speculation(acceptance=0.17, draft_share=0.0, reads_context=False),
     }
 )
 """By name of the engine's `speculation`, for weights in bf16 on a GPU.
 
 Acceptance as measured with SmolLM2-135M on word problems, untruncated sampling at temperature 1: 0.97 of int8's tokens,
-with the same noise, and 0.91 of these where it reads the first 64 and the last 256 of 1,700 to 3,600 tokens; n-grams
-brought 1.2 tokens a step. That half of the bytes take half of the time is derived, not measured: where much of a step
-is messages between GPUs, as with tensor parallelism, it is more.
+with the same noise, and 0.91 of these where it reads the first 64 and the last 256 of 1,700 to 3,600 tokens, which is
+assumed of int4, too; n-grams brought 1.2 tokens a step. 0.7 of int4's tokens is with weights moved off the 4-bit grid
+that SmolLM2's come on; larger models are said to lose less of 4 bits. That half of the bytes, or 5 bits of 16 and a head
+of 8, take as much of the time is derived, not measured: where much of a step is messages between GPUs, as with tensor
+parallelism, it is more.
 """
 
 

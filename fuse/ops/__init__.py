@@ -5,10 +5,10 @@ from __future__ import annotations
 from fuse.ops import (
     decode_attention,
     gae,
-    int8_linear,
     kv_blocks,
     linear_logprob,
     logprob,
+    quantized_linear,
     rms_norm,
     rotary,
     sampling,
@@ -24,9 +24,9 @@ def describe() -> dict[str, str]:
     return {
         "decode_attention": decode_attention.describe(),
         "gae": gae.describe(),
-        "int8_linear": int8_linear.describe(),
         "kv_blocks": kv_blocks.describe(),
         "linear_logprob": linear_logprob.describe(),
+        "quantized_linear": quantized_linear.describe(),
         "rms_norm": rms_norm.describe(),
         "rotary": rotary.describe(),
         "sample_tokens": sampling.describe(),

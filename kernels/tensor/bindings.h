@@ -7,11 +7,11 @@ namespace fuse {
 
 void bind_decode_attention(nanobind::module_& module);
 void bind_gae(nanobind::module_& module);
-void bind_int8_linear(nanobind::module_& module);
 void bind_kv_blocks(nanobind::module_& module);
 void bind_layer_steps(nanobind::module_& module);
 void bind_linear_logprob(nanobind::module_& module);
 void bind_llama_decoder(nanobind::module_& module);
+void bind_quantized_linear(nanobind::module_& module);
 void bind_sampling(nanobind::module_& module);
 void bind_skinny_linear(nanobind::module_& module);
 void bind_suffix_index(nanobind::module_& module);

@@ -5,16 +5,17 @@
 #include <vector>
 
 #include "tensor/decode_attention.h"
-#include "tensor/int8_linear.h"
 #include "tensor/layer_steps.h"
+#include "tensor/quantized_linear.h"
 #include "tensor/skinny_linear.h"
 
 namespace fuse {
 namespace {
 
-void multiply(const float* inputs, const Int8Matrix& matrix, std::int64_t rows, std::int64_t outs, std::int64_t width,
-              float* output) {
-  int8_linear(inputs, matrix.weights, matrix.scales, rows, outs, width, output);
+template <class Weights>
+void multiply(const float* inputs, const QuantizedMatrix<Weights>& matrix, std::int64_t rows, std::int64_t outs,
+              std::int64_t width, float* output) {
+  quantized_linear(inputs, matrix.weights, rows, outs, width, output);
   if (matrix.bias == nullptr) return;
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t out = 0; out < outs; ++out) output[row * outs + out] += matrix.bias[out];
@@ -41,9 +42,11 @@ std::vector<float> room(std::int64_t rows, std::int64_t width) {
   return std::vector<float>(static_cast<std::size_t>(rows * width));
 }
 
+}  // namespace
+
 template <class Layer, class Head>
-void run(const DecoderShape& shape, const Layer* layers, const DecoderEnds<Head>& ends, const DecoderRows& step,
-         float* logits) {
+void decode(const DecoderShape& shape, const Layer* layers, const DecoderEnds<Head>& ends, const DecoderRows& step,
+            float* logits) {
   const auto [token_ids, slots, positions, cosines, sines, rows] = step;
   const auto [num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, window, capacity] = shape;
   const std::int64_t projected = (heads + 2 * kv_heads) * head_dim;
@@ -97,16 +100,9 @@ void run(const DecoderShape& shape, const Layer* layers, const DecoderEnds<Head>
   multiply(normed.data(), ends.head, rows, vocab_size, hidden, logits);
 }
 
-}  // namespace
-
-void decode(const DecoderShape& shape, const Int8Layer* layers, const DecoderEnds<Int8Matrix>& ends,
-            const DecoderRows& rows, float* logits) {
-  run(shape, layers, ends, rows, logits);
-}
-
-void decode(const DecoderShape& shape, const FloatLayer* layers, const DecoderEnds<FloatMatrices<1>>& ends,
-            const DecoderRows& rows, float* logits) {
-  run(shape, layers, ends, rows, logits);
-}
+template void decode(const DecoderShape&, const Int8Layer*, const DecoderEnds<Int8Matrix>&, const DecoderRows&, float*);
+template void decode(const DecoderShape&, const Int4Layer*, const DecoderEnds<Int8Matrix>&, const DecoderRows&, float*);
+template void decode(const DecoderShape&, const FloatLayer*, const DecoderEnds<FloatMatrices<1>>&, const DecoderRows&,
+                     float*);
 
 }  // namespace fuse

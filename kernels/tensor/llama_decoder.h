@@ -5,15 +5,18 @@
 #include <cstdint>
 
 #include "tensor/decode_attention.h"
+#include "tensor/quantized_linear.h"
 
 namespace fuse {
 
-// output = scales * (weights . input) + bias; `bias` may be null.
-struct Int8Matrix {
-  const std::int8_t* weights;
-  const float* scales;
+// output = weights . input + bias; `bias` may be null.
+template <class Weights>
+struct QuantizedMatrix {
+  Weights weights;
   const float* bias;
 };
+using Int8Matrix = QuantizedMatrix<Int8Weights>;
+using Int4Matrix = QuantizedMatrix<Int4Weights>;
 
 // output = weights . input + bias, of `outs` elements; `bias` may be null.
 struct FloatMatrix {
@@ -43,6 +46,7 @@ struct DecoderLayer {
   float* values;
 };
 using Int8Layer = DecoderLayer<Int8Matrix, Int8Matrix, Int8Matrix>;
+using Int4Layer = DecoderLayer<Int4Matrix, Int4Matrix, Int4Matrix>;
 using FloatLayer = DecoderLayer<FloatMatrices<3>, FloatMatrices<2>, FloatMatrices<1>>;
 
 struct DecoderShape {
@@ -75,10 +79,11 @@ struct DecoderRows {
 // slot; a row attends to what its slot has up to there, as far as it is in the window. In fp32 a row's result does not
 // depend on the other rows.
 //
+// Layers and heads: Int8Layer or Int4Layer with Int8Matrix, FloatLayer with FloatMatrices<1>.
+//
 // Source: the Llama, Qwen2 and Qwen3 models of transformers 5, in fp32.
-void decode(const DecoderShape& shape, const Int8Layer* layers, const DecoderEnds<Int8Matrix>& ends,
-            const DecoderRows& rows, float* logits);
-void decode(const DecoderShape& shape, const FloatLayer* layers, const DecoderEnds<FloatMatrices<1>>& ends,
-            const DecoderRows& rows, float* logits);
+template <class Layer, class Head>
+void decode(const DecoderShape& shape, const Layer* layers, const DecoderEnds<Head>& ends, const DecoderRows& rows,
+            float* logits);
 
 }  // namespace fuse

@@ -51,6 +51,7 @@ void bind(nb::module_& module, const char* name) {
 
 void bind_llama_decoder(nb::module_& module) {
   bind<Int8Layer, Int8Matrix>(module, "int8_decode");
+  bind<Int4Layer, Int8Matrix>(module, "int4_decode");
   bind<FloatLayer, FloatMatrices<1>>(module, "float_decode");
 }
 

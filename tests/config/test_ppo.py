@@ -68,7 +68,7 @@ def test_bfloat16_on_a_cpu_needs_no_other_option(tmp_path: Path, caplog: pytest.
             "speculation='int8' with engine='vllm', whose own drafts would change",
         ),
         ({"speculation": "int8", "engine": "replay"}, "engine='replay' is unknown: use 'transformers' or 'vllm'"),
-        ({"speculation": "int4"}, "speculation='int4' is unknown: use 'auto', 'off', 'int8' or 'ngram'"),
+        ({"speculation": "int3"}, "speculation='int3' is unknown: use 'auto', 'off', 'int8', 'int4' or 'ngram'"),
         ({"reward_timeout_s": 0.0}, "reward_timeout_s=0.0 must be positive"),
         ({"reward_error_score": float("nan")}, "reward_error_score=nan is not a finite number"),
         ({"reward_workers": "thraed"}, "reward_workers='thraed' is unknown: use 'thread' or 'process'"),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fuse.engines.draft_lengths import Acceptance, Floats, PayingLengths, StepTimes, best_lengths
 from fuse.engines.engine import GeneratedToken
 from fuse.engines.rows import Row, Rows
+from fuse.engines.speculation import SpeculationKind
 from fuse.engines.transformers import TransformersEngine
 
 from .driving import assert_same, run
@@ -132,7 +133,7 @@ def test_a_draft_that_is_never_right_is_given_up(build_model: Callable[..., PreT
     assert sum(drafted[30:]) == 0
 
 
-@pytest.mark.parametrize("kind", ["auto", "ngram"])
+@pytest.mark.parametrize("kind", ["auto", "int4", "ngram"])
 def test_tokens_are_those_of_plain_decoding(kind: Any, build_model: Callable[..., PreTrainedModel]) -> None:
     """Of greedy samples too, which come to repeat themselves; through weights that change."""
     weights = build_model(seed=3).state_dict()
@@ -146,12 +147,15 @@ def test_tokens_are_those_of_plain_decoding(kind: Any, build_model: Callable[...
 
 def test_an_unknown_draft_is_refused(build_model: Callable[..., PreTrainedModel]) -> None:
     unknown: Any = "int3"
-    with pytest.raises(ValueError, match="speculation='int3' is unknown: use 'auto', 'off', 'int8' or 'ngram'"):
+    with pytest.raises(ValueError, match="speculation='int3' is unknown: use 'auto', 'off', 'int8', 'int4' or 'ngram'"):
         TransformersEngine(build_model(), speculation=unknown)
 
 
-def test_int8_is_refused_where_there_is_no_code_for_it(build_model: Callable[..., PreTrainedModel]) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_drafts_are_refused_where_there_is_no_code_for_them(
+    build_model: Callable[..., PreTrainedModel], kind: SpeculationKind
+) -> None:
     import torch
 
-    with pytest.raises(ValueError, match=r"speculation='int8' with a model in torch.bfloat16 on cpu: .* use 'ngram'"):
-        TransformersEngine(build_model(dtype=torch.bfloat16), speculation="int8")
+    with pytest.raises(ValueError, match=rf"speculation='{kind}' with a model in torch.bfloat16 on cpu: .* 'ngram'"):
+        TransformersEngine(build_model(dtype=torch.bfloat16), speculation=kind)

@@ -14,7 +14,7 @@ from fuse.engines.transformers import TransformersEngine
 
 from ..tiny_models import DECODED_BY_MODULES, build, language_model
 from .driving import assert_same, run
-from .test_quantized_draft import randomize_small
+from .test_quantized_model import randomize_small
 from .test_speculation import REQUESTS
 
 BuildModel = Callable[..., PreTrainedModel]

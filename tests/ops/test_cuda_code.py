@@ -25,12 +25,14 @@ HEADERS = ["cuda_emulation.h", *(f"<{name}>" for name in LIBRARY)]
 CHOSEN = 'inline const int mistake = std::getenv("MISTAKE") ? std::atoi(std::getenv("MISTAKE")) : -1;\n'
 MISTAKES = [
     ("gae", "lane_of_thread() == count - 1 ? after : neighbour", "neighbour", "advantages"),
-    ("int8_linear", "blockIdx.x / blocks_per_rows * rows", "0", "products"),
-    ("int8_linear", "first_out + out >= outs", "first_out >= outs", "products"),
-    ("int8_linear", "all_rows - first_row", "rows", "products"),
     ("kv_blocks", "run / columns % rows", "run % rows", "scattered"),
     ("kv_blocks", "16 | source.address", "16 | 0", "signal"),
     ("linear_logprob", "before <= group", "before < group", "statistics"),
+    ("quantized_linear", "blockIdx.x / blocks_per_rows * rows", "0", "int8 products"),
+    ("quantized_linear", "first_out + out >= outs", "first_out >= outs", "int8 products"),
+    ("quantized_linear", "all_rows - first_row", "rows", "int4 products"),
+    ("quantized_linear", "k % kUnit", "k / 2", "int4 products"),
+    ("quantized_linear", "k < width - i", "k < width", "int4 products"),
     ("sampling", "one.token < than.token", "one.token > than.token", "tokens"),
     (
         "sampling",
@@ -98,7 +100,7 @@ def differences(program: Path, mistake: int = -1) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("kernel", ["gae", "int8_linear", "kv_blocks", "linear_logprob", "sampling"])
+@pytest.mark.parametrize("kernel", ["gae", "kv_blocks", "linear_logprob", "quantized_linear", "sampling"])
 def test_cuda_code_computes_what_the_c_plus_plus_code_does(kernel, program):
     assert differences(program(kernel)) == []
 

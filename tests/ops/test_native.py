@@ -14,9 +14,9 @@ from fuse import ops
 from fuse.ops import native
 from fuse.ops.decode_attention import decode_attention
 from fuse.ops.gae import gae
-from fuse.ops.int8_linear import int8_linear, quantize_int8
 from fuse.ops.kv_blocks import gather, scatter
 from fuse.ops.linear_logprob import linear_logprob
+from fuse.ops.quantized_linear import int4_linear, int8_linear, quantize_int4, quantize_int8
 from fuse.ops.sampling import sample_tokens
 from fuse.ops.shaped_gae import shaped_gae
 
@@ -64,7 +64,7 @@ def test_chooses_by_device_type_and_build(
     assert (module is None) == choice.startswith("torch reference")
 
 
-@pytest.mark.parametrize("operation", ["gae", "int8_linear", "kv_blocks", "linear_logprob", "sampling"])
+@pytest.mark.parametrize("operation", ["gae", "kv_blocks", "linear_logprob", "quantized_linear", "sampling"])
 def test_gpus_that_a_build_leaves_out_are_named(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built(monkeypatch, with_cuda=False)
     description = getattr(ops, operation).describe()
@@ -87,11 +87,11 @@ def test_logprobs_are_served_by_cuda_code_in_some_types(
     ("device", "dtype", "choice"),
     [(CUDA, torch.bfloat16, "native CUDA"), (CUDA, torch.float16, "torch"), (CPU, torch.bfloat16, "torch")],
 )
-def test_products_of_8_bits_are_served_in_other_types_on_gpus(
+def test_products_of_few_bits_are_served_in_other_types_on_gpus(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, choice: str
 ) -> None:
     built(monkeypatch, with_cuda=True)
-    assert ops.int8_linear.implementation(SimpleNamespace(device=device, dtype=dtype)).startswith(choice)
+    assert ops.quantized_linear.implementation(SimpleNamespace(device=device, dtype=dtype)).startswith(choice)
 
 
 def test_every_operation_says_why_torch_serves(no_extension: None) -> None:
@@ -129,7 +129,8 @@ def calls() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         "decode_attention": lambda: (
             decode_attention(cache[0, :, :, 0], cache[0], cache[1], torch.tensor([1, 5, 3, 2]), 0.3),
         ),
-        "int8_linear": lambda: (int8_linear(rows.sign(), *quantize_int8(weight)),),  # whose rounding is exact
+        "int4_linear": lambda: (int4_linear(rows.sign(), *quantize_int4(weight)),),  # whose rounding is exact
+        "int8_linear": lambda: (int8_linear(rows.sign(), *quantize_int8(weight)),),
         "kv_gather": lambda: gather(list(cache), 1, 3),
         "kv_scatter": lambda: scattered(list(cache)),
     }  # fmt: skip

@@ -40,6 +40,7 @@ PASSED = {
     "kernel linear_logprob, float32",
     "kernel linear_logprob, bfloat16",
     "kernel int8_linear, float32",
+    "kernel int4_linear, float32",
     "kernel kv_gather",
     "kernel kv_scatter",
     "sleep gives back",

@@ -35,6 +35,7 @@ SMALL = {
     "kv_blocks": (partial(cases.kv_blocks_cases, num_layers=2, num_tokens=3, head_dim=4),),
     "schedules": (partial(schedule_cases, num_ranks=2, num_micro_batches=2),),
     "skinny_linear": (partial(cases.skinny_linear_cases, outs=5, width=8),),
+    "quantized_linear": (partial(cases.quantized_linear_cases, outs=5, width=8),),
     "suffix_index": (partial(cases.suffix_index_cases, batches=(3,), context=5),),
     "linear_logprob": (
         partial(cases.linear_logprob_cases, num_tokens=5, vocab_size=40, hidden_size=8),
@@ -94,7 +95,8 @@ def test_writes_complete_rows_of_every_kernel(tmp_path, monkeypatch, capsys):
         found.setdefault(row["kernel"], []).append((row["pass"], row["dtype"], row["reference"]))
     assert found.keys() == {
         "gae", "shaped_gae", "sample_tokens", "decode_attention", "kv_gather", "kv_scatter", "linear_logprob",
-        "rms_norm", "rotary", "swiglu", "skinny_linear", "suffix_index", "lora", "schedule_evaluation", "local_search",
+        "rms_norm", "rotary", "swiglu", "skinny_linear", "int8_linear", "int4_linear", "suffix_index", "lora",
+        "schedule_evaluation", "local_search",
     }  # fmt: skip
     references = ("log_softmax and gather", "checkpointed chunks")
     passes = ("forward", "forward_backward")

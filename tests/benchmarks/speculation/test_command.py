@@ -24,7 +24,7 @@ def test_writes_a_row_per_batch_and_draft(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "out.json"
     assert run("--batches", "1", "3", "--new-tokens", "12", "--prompt-tokens", "5", "--json", str(path)) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["batch"], row["draft"]) for row in rows] == list(product((1, 3), ("int8", "ngram")))
+    assert [(row["batch"], row["draft"]) for row in rows] == list(product((1, 3), ("int8", "int4", "ngram")))
     for row in rows:
         assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
         assert row["num_tokens"] == 12 * row["batch"]

@@ -29,6 +29,7 @@ def test_a_row_per_setting(trace: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*command, *options, "--markdown", "--json", str(out)]) == 0
     written = json.loads(out.read_text())
     assert written["options"]["sizes"] == ["4 x 32", "2 x 32"]
+    assert [written["options"][name] for name in ("speculation", "acceptance", "draft_share")] == ["int8", 0.97, 0.5]
     rows = {(row["devices"], row["trains"], row["epochs"]): row for row in written["rows"]}
     assert len(rows) == len(written["rows"]) == 2 * 2 * 2
     for (devices, trains, epochs), row in rows.items():
@@ -87,5 +88,7 @@ def test_unusable_arguments_are_one_line(trace: Path, capsys: pytest.CaptureFixt
     assert "8by256 must be DEVICESxSAMPLES, as 8x256" in capsys.readouterr().err
     assert main(["bench", "tail", "--lengths", str(trace), "--acceptance", "2"]) == 2
     assert "acceptance is 2.0: a chance is 0 to 1" in capsys.readouterr().err
+    assert main(["bench", "tail", "--lengths", str(trace), "--speculation", "off"]) == 2
+    assert "--speculation is off: drafts are one of the ideas" in capsys.readouterr().err
     assert main(["bench", "tail", "--lengths", str(trace)]) == 2
     assert "512 responses are needed: lower --sizes or --iterations" in capsys.readouterr().err
