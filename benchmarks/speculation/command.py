@@ -106,8 +106,10 @@ def _decoded(
     model: PreTrainedModel, batch: int, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
 ) -> Iterator[Row]:
     limits = {"max_batch": batch, "max_context": max(map(len, prompts)) + arguments.new_tokens}
-    engines = {_PLAIN: TransformersEngine(copy.deepcopy(model), **limits)}  # those that draft change linear layers
-    engines |= {kind: TransformersEngine(model, speculation=kind, **limits) for kind in arguments.drafts}
+    # Those that draft change linear layers; and weights in memory that is mapped from a file are read more slowly.
+    plain, drafting = copy.deepcopy(model), copy.deepcopy(model)
+    engines = {_PLAIN: TransformersEngine(plain, **limits)}
+    engines |= {kind: TransformersEngine(drafting, speculation=kind, **limits) for kind in arguments.drafts}
     sides = {kind: partial(_decode, engine, prompts, arguments.new_tokens) for kind, engine in engines.items()}
     tell(f"batch {batch}: {arguments.warmup + arguments.repeats} rounds of {len(sides)} ...")
     decoded = alternate(sides, arguments.repeats, arguments.warmup)
