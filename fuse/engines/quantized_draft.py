@@ -42,6 +42,7 @@ class QuantizedSelf:
     def __init__(self, target: Decoder) -> None:
         self._target = target
         self._decoder: Decoder | Int8Llama | None = None
+        self.reads_window = False
         self._weights_bytes = sum(one.numel() for one in target.model.parameters())
 
     def prepare(self) -> None:
@@ -55,6 +56,7 @@ class QuantizedSelf:
         assert self._decoder is not None, "not prepared"
         live = [slot for slot, count in enumerate(counts) if count > 0]
         window = self._window([rows[slot].num_cached for slot in live])
+        self.reads_window = window is not None
         last = rows.inputs
         token_ids = last.token_ids
         for ahead in range(max(counts)):
