@@ -53,7 +53,6 @@ class QuantizedSelf:
         drafts: list[list[int]] = [[] for _ in rows]
         if self._target.cache.is_empty:  # the model has not run yet
             return drafts
-        assert self._decoder is not None, "not prepared"
         live = [slot for slot, count in enumerate(counts) if count > 0]
         window = self._window([rows[slot].num_cached for slot in live])
         self.reads_window = window is not None
@@ -68,14 +67,19 @@ class QuantizedSelf:
                 token_ids = torch.tensor([drafts[slot][-1] for slot in live], device=slots.device)
             else:
                 token_ids = token_ids[slots]
-            context = round_up(max(rows[slot].num_cached for slot in live) + ahead + 1)
+            context = max(rows[slot].num_cached for slot in live) + ahead + 1
             inputs = Inputs(token_ids, last.positions[slots] + ahead, slots)
             seen = torch.tensor([drafts[slot] for slot in live], dtype=torch.int64, device=slots.device)
-            logits = self._decoder.logits(inputs, context, len(rows), window)
+            logits = self.logits(inputs, context, len(rows), window)
             drawn, _ = rows.draw(logits, slots, torch.full_like(slots, ahead), seen)
             for slot, token_id in zip(live, drawn.tolist(), strict=True):
                 drafts[slot].append(token_id)
         return drafts
+
+    def logits(self, inputs: Inputs, context: int, num_rows: int, window: Window | None) -> Tensor:
+        """As those of a `Decoder`, from where the target's verification will write, for any context."""
+        assert self._decoder is not None, "not prepared"
+        return self._decoder.logits(inputs, round_up(context), num_rows, window)
 
     def _window(self, contexts: Sequence[int]) -> Window | None:
         """What rows with so much context read; None for all."""
