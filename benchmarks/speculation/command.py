@@ -22,13 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from fuse.benchmarks.llama import causal_model
 from fuse.benchmarks.measure import alternate, describe_machine
-from fuse.benchmarks.options import Row, add_json_option, add_model_options, add_selection, tell, write_rows
+from fuse.benchmarks.options import Row, add_json_option, add_model_options, add_selection, tell, telling, write_rows
 from fuse.benchmarks.smollm2 import resolve
 from fuse.benchmarks.speculation.prompts import questions, random_prompts
 from fuse.commands.options import add_numbers, check_counts
@@ -62,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench speculation`."""
     add_model_options(parser)
     add_numbers(parser, batches=([1, 4, 16], "samples decoded side by side, or rolled out"))
-    add_selection(parser, "--drafts", _DRAFTS, "what drafts")
+    add_selection(parser, "--drafts", ("auto", *_DRAFTS), f"what drafts (default: {' '.join(_DRAFTS)})")
+    parser.set_defaults(drafts=list(_DRAFTS))
     add_numbers(
         parser,
         new_tokens=(256, "tokens of each response"),
@@ -100,7 +102,7 @@ def _agreement(model: PreTrainedModel, path: str | None, arguments: argparse.Nam
     from fuse.benchmarks.speculation.agreement import AGREEMENT_LINE, agreement_rows
 
     prompts = [prompt for num_tokens in arguments.agreement for prompt in _prompts(model, path, arguments, num_tokens)]
-    kinds = [kind for kind in arguments.drafts if kind != "ngram"]
+    kinds = [kind for kind in arguments.drafts if kind not in ("auto", "ngram")]
     if not kinds:
         raise ValueError("--agreement is of drafts that are the model itself: name one with --drafts, as int8")
     for row in agreement_rows(_engines(model, kinds, 1, prompts, arguments.new_tokens), prompts, arguments.new_tokens):
@@ -144,7 +146,7 @@ def _decoded(
     model: PreTrainedModel, batch: int, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
 ) -> Iterator[Row]:
     engines = _engines(model, arguments.drafts, batch, prompts, arguments.new_tokens)
-    sides = {kind: partial(_decode, engine, prompts, arguments.new_tokens) for kind, engine in engines.items()}
+    sides = {kind: partial(_decode, kind, engine, prompts, arguments.new_tokens) for kind, engine in engines.items()}
     tell(f"batch {batch}: {arguments.warmup + arguments.repeats} rounds of {len(sides)} ...")
     decoded = alternate(sides, arguments.repeats, arguments.warmup)
     for draft in arguments.drafts:
@@ -161,14 +163,14 @@ def _engines(
     new_tokens: int,
 ) -> dict[str, TransformersEngine]:
     """By what drafts, plain decoding first."""
-    limits = {"max_batch": batch, "max_context": max(map(len, prompts)) + new_tokens}
+    limits: dict[str, Any] = {"max_batch": batch, "max_context": max(map(len, prompts)) + new_tokens}
     # Engines that draft change linear layers. Weights are shared: where they lie makes up to a twentieth of the time.
     weights = {id(one): one for one in chain(model.parameters(), model.buffers())}
     engines = {_PLAIN: TransformersEngine(copy.deepcopy(model, weights), **limits)}
     return engines | {kind: TransformersEngine(model, speculation=kind, **limits) for kind in kinds}
 
 
-def _decode(engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Decoded:
+def _decode(kind: str, engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Decoded:
     """All samples, which are as long as they may be."""
     began_s = time.perf_counter()
     params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=new_tokens)
@@ -176,11 +178,12 @@ def _decode(engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_to
         engine.submit(GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params))
     token_ids: dict[int, list[int]] = {sample_id: [] for sample_id in range(len(prompts))}
     num_steps = num_drafted = 0
-    while tokens := engine.step():
-        num_steps += len({token.sample_id for token in tokens})
-        for token in tokens:
-            token_ids[token.sample_id].append(token.token_id)
-            num_drafted += token.drafted_tokens
+    with telling(lambda: f"{kind}: {sum(map(len, token_ids.values()))} of {len(prompts) * new_tokens} tokens"):
+        while tokens := engine.step():
+            num_steps += len({token.sample_id for token in tokens})
+            for token in tokens:
+                token_ids[token.sample_id].append(token.token_id)
+                num_drafted += token.drafted_tokens
     return _Decoded(token_ids, time.perf_counter() - began_s, num_steps, num_drafted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -82,7 +83,16 @@ def test_whole_rollouts(
     assert 0 < row["generation_seconds"] <= row["seconds"]
     assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
     assert 1 <= row["tokens_per_step"] <= 9
-    assert "int8, 6 samples on 2 devices: " in capsys.readouterr().out
+    steps = [count for count, _ in row["steps_by_batch"].values()]
+    assert row["drafted_steps"] == sum(drafted for _, drafted in row["steps_by_batch"].values()) / sum(steps)
+    said = capsys.readouterr()
+    assert "int8, 6 samples on 2 devices: " in said.out
+    assert [line.partition(":")[0] for line in said.err.splitlines() if line.endswith(" s")] == ["off", "int8"] * 2
+
+
+def test_steps_with_drafts_are_told_by_batch() -> None:
+    steps, drafted = Counter({1: 40, 2: 10, 3: 5, 4: 5, 7: 20}), Counter({1: 30, 3: 5, 4: 2})
+    assert rollouts._by_batch(steps, drafted) == "75% of 1, 0% of 2, 70% of 3 to 4, 0% of 7 samples"
 
 
 def test_a_token_that_differs_is_seen() -> None:
