@@ -134,10 +134,12 @@ def _timed(model: PreTrainedModel, path: str | None, arguments: argparse.Namespa
 def _rolled_out(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
 ) -> Iterator[Row]:
-    from fuse.benchmarks.speculation.rollouts import ROLLOUT_LINE, rollout_rows  # seconds
+    from fuse.benchmarks.speculation.rollouts import ROLLOUT_LINE, rollout_row  # seconds
 
-    tell(f"{len(prompts)} samples on {arguments.devices} devices: {arguments.warmup + arguments.repeats} rounds ...")
-    for row in rollout_rows(model, prompts, _PLAIN, arguments):
+    for draft in arguments.drafts:
+        rounds = arguments.warmup + arguments.repeats
+        tell(f"{draft}, {len(prompts)} samples on {arguments.devices} devices: {rounds} rounds ...")
+        row = rollout_row(model, prompts, _PLAIN, draft, arguments)
         print(ROLLOUT_LINE.format(**row), flush=True)
         yield row
 

@@ -1,7 +1,7 @@
 """`fuse bench speculation --devices N`: whole rollouts, generation and inference, by engines that draft and by others.
 
-The workers of all sides live beside each other and roll out the same samples in turn, plain decoding first; that all
-draw the same tokens is checked. A response ends where the model ends it.
+For each draft, workers that draft and workers that do not live beside each other and roll out the same samples in turn,
+plain decoding first; that they draw the same tokens is checked. A response ends where the model ends it.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class _RolledOut:
     drafted_steps: Counter[int]
 
 
-def rollout_rows(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], plain: str, arguments: argparse.Namespace
-) -> list[Row]:
-    """A row per draft, of all prompts at once. plain: what drafts are compared with.
+def rollout_row(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], plain: str, draft: str, arguments: argparse.Namespace
+) -> Row:
+    """Of all prompts at once. plain: what the draft is compared with.
 
     Raises: AssertionError where a token differs from plain decoding's.
     """
@@ -65,7 +65,7 @@ def rollout_rows(
         "num_devices": arguments.devices,
         "response_length": arguments.new_tokens,
     }
-    kinds = (plain, *arguments.drafts)
+    kinds = (plain, draft)
     with tempfile.TemporaryDirectory(prefix="fuse-bench-") as directory, ExitStack() as living:
         living.enter_context(local_cluster(arguments.devices * len(kinds), IMPORTED))
         fleets = {
@@ -76,7 +76,7 @@ def rollout_rows(
         }
         sides = {kind: partial(_roll_out, kind, fleet, prompts, params) for kind, fleet in fleets.items()}
         rolled_out = alternate(sides, arguments.repeats, arguments.warmup)
-    return [_row(draft, rolled_out[draft], rolled_out[plain], arguments.devices) for draft in arguments.drafts]
+    return _row(draft, rolled_out[draft], rolled_out[plain], arguments.devices)
 
 
 def _roll_out(kind: str, fleet: Fleet, prompts: Sequence[Sequence[int]], params: SamplingParams) -> _RolledOut:
