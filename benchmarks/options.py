@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,24 @@ def add_json_option(parser: argparse.ArgumentParser, contents: str = "machine, o
 def tell(progress: str) -> None:
     """Say what is being done, to whoever waits."""
     print(progress, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def telling(progress: Callable[[], str], every_s: float = 5.0) -> Iterator[None]:
+    """Say how far the body is, again and again until it ends."""
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(every_s):
+            tell(progress())
+
+    thread = threading.Thread(target=go_on, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def rows_table(

@@ -71,7 +71,9 @@ class EmulatedEngine:
         drafting, draft_s, model_s = self._step_s(len(running), sum(sample.num_tokens for sample in running))
         self._device.work(draft_s + model_s + (self._rollout.prefill(new) if new else 0.0))
         tokens = [token for sample in running for token in self._emit(sample, drafting)]
-        return [replace(tokens[0], draft_s=draft_s), *tokens[1:]] if draft_s else tokens
+        if not drafting.num_drafts:
+            return tokens
+        return [replace(tokens[0], draft_s=draft_s, drafted_in_window=drafting.in_window), *tokens[1:]]
 
     def _step_s(self, batch: int, context_tokens: int) -> tuple[Drafting, float, float]:
         """How each sample is drafted for, and the seconds that drafts take, and the model."""

@@ -6,6 +6,10 @@ which is not counted. With --devices whole rollouts are measured instead, genera
 
   fuse bench speculation --model smollm2 --batches 1 16 --prompts 8 --new-tokens 512
   fuse bench speculation --model smollm2 --devices 2 --batches 32 --drafts int8 --new-tokens 64
+
+With --agreement nothing is timed: how often are drafts right that read all keys, or a window (`agreement.py`)?
+
+  fuse bench speculation --model smollm2 --agreement 0 1600 2900 --drafts int8 --prompts 2 --new-tokens 640
 """
 
 from __future__ import annotations
@@ -17,25 +21,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fuse.benchmarks.llama import causal_model
 from fuse.benchmarks.measure import alternate, describe_machine
-from fuse.benchmarks.options import Row, add_json_option, add_model_options, add_selection, tell, write_rows
+from fuse.benchmarks.options import Row, add_json_option, add_model_options, add_selection, tell, telling, write_rows
 from fuse.benchmarks.smollm2 import resolve
-from fuse.benchmarks.word_problems import word_problems
+from fuse.benchmarks.speculation.prompts import questions, random_prompts
 from fuse.commands.options import add_numbers, check_counts
 from fuse.engines.engine import GenerationRequest, SamplingParams
+from fuse.engines.speculation import SpeculationKind
 from fuse.engines.transformers import TransformersEngine
 
 _PLAIN = "off"
 _DRAFTS = ("int8", "int4", "ngram")
 _OPTIONS = (
-    "model", "vocab_size", "kv_heads", "batches", "drafts", "devices", "prompts", "new_tokens", "prompt_tokens",
-    "warmup", "repeats",
+    "model", "vocab_size", "kv_heads", "batches", "drafts", "devices", "agreement", "prompts", "new_tokens",
+    "prompt_tokens", "warmup", "repeats",
 )  # fmt: skip
 _LINE = (
     "{draft}, batch {batch}: {tokens_per_s:.0f} tokens/s, plain {plain_tokens_per_s:.0f}: {ratio:.2f} times as fast; "
@@ -57,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fuse bench speculation`."""
     add_model_options(parser)
     add_numbers(parser, batches=([1, 4, 16], "samples decoded side by side, or rolled out"))
-    add_selection(parser, "--drafts", _DRAFTS, "what drafts")
+    add_selection(parser, "--drafts", ("auto", *_DRAFTS), f"what drafts (default: {' '.join(_DRAFTS)})")
+    parser.set_defaults(drafts=list(_DRAFTS))
     add_numbers(
         parser,
         new_tokens=(256, "tokens of each response"),
@@ -67,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         repeats=(3, "counted rounds"),
     )
     parser.add_argument("--devices", type=int, metavar="N", help="measure whole rollouts on so many cores")
+    text = "count how often drafts are right, after N tokens of solved problems"
+    parser.add_argument("--agreement", type=int, nargs="+", metavar="N", help=text)
     add_json_option(parser)
 
 
@@ -75,29 +84,62 @@ def run(arguments: argparse.Namespace) -> int:
     check_counts(arguments, "batches", "devices", "prompts", "new_tokens", "prompt_tokens", "repeats")
     if arguments.warmup < 0:
         raise ValueError(f"--warmup is {arguments.warmup}: it is a number of rounds, 0 or more")
+    if arguments.agreement and arguments.devices:
+        raise ValueError("--agreement is of engines by themselves: leave out --devices")
+    if any(num_tokens < 0 for num_tokens in arguments.agreement or []):
+        raise ValueError(f"--agreement is {min(arguments.agreement)}: it is a number of tokens, 0 or more")
     torch.set_num_threads(1)
     path = None if arguments.model is None else resolve(arguments.model)
-    context = arguments.new_tokens + (arguments.prompt_tokens if path is None else 512)
+    context = arguments.new_tokens + max(arguments.agreement or [0])
+    context += arguments.prompt_tokens if path is None else 512
     model = causal_model(path, context=context, vocab_size=arguments.vocab_size, kv_heads=arguments.kv_heads)
-    num_prompts = max(arguments.prompts, *arguments.batches)
-    prompts = _questions(path, num_prompts) if path else _random_prompts(model, num_prompts, arguments.prompt_tokens)
+    rows = list(_agreement(model, path, arguments)) if arguments.agreement else _timed(model, path, arguments)
+    write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
+    return 0
+
+
+def _agreement(model: PreTrainedModel, path: str | None, arguments: argparse.Namespace) -> Iterator[Row]:
+    from fuse.benchmarks.speculation.agreement import AGREEMENT_LINE, agreement_rows
+
+    prompts = [prompt for num_tokens in arguments.agreement for prompt in _prompts(model, path, arguments, num_tokens)]
+    kinds = [kind for kind in arguments.drafts if kind not in ("auto", "ngram")]
+    if not kinds:
+        raise ValueError("--agreement is of drafts that are the model itself: name one with --drafts, as int8")
+    for row in agreement_rows(_engines(model, kinds, 1, prompts, arguments.new_tokens), prompts, arguments.new_tokens):
+        print(AGREEMENT_LINE.format(**row), flush=True)
+        yield row
+
+
+def _prompts(
+    model: PreTrainedModel, path: str | None, arguments: argparse.Namespace, num_before: int = 0
+) -> list[list[int]]:
+    """num_before: tokens in front of each."""
+    num_prompts = arguments.prompts if arguments.agreement else max(arguments.prompts, *arguments.batches)
+    if path is None:
+        return random_prompts(model, num_prompts, num_before + arguments.prompt_tokens)
+    return questions(path, num_prompts, num_before)
+
+
+def _timed(model: PreTrainedModel, path: str | None, arguments: argparse.Namespace) -> list[Row]:
+    prompts = _prompts(model, path, arguments)
     rows: list[Row] = []
     for batch in arguments.batches:
         if arguments.devices:
             rows += _rolled_out(model, prompts[:batch], arguments)
         else:
             rows += _decoded(model, batch, prompts[: max(batch, arguments.prompts)], arguments)
-    write_rows(arguments, describe_machine(), _OPTIONS, rows=rows)
-    return 0
+    return rows
 
 
 def _rolled_out(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
 ) -> Iterator[Row]:
-    from fuse.benchmarks.speculation.rollouts import ROLLOUT_LINE, rollout_rows  # seconds
+    from fuse.benchmarks.speculation.rollouts import ROLLOUT_LINE, rollout_row  # seconds
 
-    tell(f"{len(prompts)} samples on {arguments.devices} devices: {arguments.warmup + arguments.repeats} rounds ...")
-    for row in rollout_rows(model, prompts, _PLAIN, arguments):
+    for draft in arguments.drafts:
+        rounds = arguments.warmup + arguments.repeats
+        tell(f"{draft}, {len(prompts)} samples on {arguments.devices} devices: {rounds} rounds ...")
+        row = rollout_row(model, prompts, _PLAIN, draft, arguments)
         print(ROLLOUT_LINE.format(**row), flush=True)
         yield row
 
@@ -105,10 +147,8 @@ def _rolled_out(
 def _decoded(
     model: PreTrainedModel, batch: int, prompts: Sequence[Sequence[int]], arguments: argparse.Namespace
 ) -> Iterator[Row]:
-    limits = {"max_batch": batch, "max_context": max(map(len, prompts)) + arguments.new_tokens}
-    engines = {_PLAIN: TransformersEngine(copy.deepcopy(model), **limits)}  # those that draft change linear layers
-    engines |= {kind: TransformersEngine(model, speculation=kind, **limits) for kind in arguments.drafts}
-    sides = {kind: partial(_decode, engine, prompts, arguments.new_tokens) for kind, engine in engines.items()}
+    engines = _engines(model, arguments.drafts, batch, prompts, arguments.new_tokens)
+    sides = {kind: partial(_decode, kind, engine, prompts, arguments.new_tokens) for kind, engine in engines.items()}
     tell(f"batch {batch}: {arguments.warmup + arguments.repeats} rounds of {len(sides)} ...")
     decoded = alternate(sides, arguments.repeats, arguments.warmup)
     for draft in arguments.drafts:
@@ -117,7 +157,22 @@ def _decoded(
         yield row
 
 
-def _decode(engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Decoded:
+def _engines(
+    model: PreTrainedModel,
+    kinds: Sequence[SpeculationKind],
+    batch: int,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+) -> dict[str, TransformersEngine]:
+    """By what drafts, plain decoding first."""
+    limits: dict[str, Any] = {"max_batch": batch, "max_context": max(map(len, prompts)) + new_tokens}
+    # Engines that draft change linear layers. Weights are shared: where they lie makes up to a twentieth of the time.
+    weights = {id(one): one for one in chain(model.parameters(), model.buffers())}
+    engines = {_PLAIN: TransformersEngine(copy.deepcopy(model, weights), **limits)}
+    return engines | {kind: TransformersEngine(model, speculation=kind, **limits) for kind in kinds}
+
+
+def _decode(kind: str, engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Decoded:
     """All samples, which are as long as they may be."""
     began_s = time.perf_counter()
     params = SamplingParams(seed=0, temperature=1.0, max_new_tokens=new_tokens)
@@ -125,11 +180,12 @@ def _decode(engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_to
         engine.submit(GenerationRequest(sample_id=sample_id, prompt_ids=tuple(prompt_ids), params=params))
     token_ids: dict[int, list[int]] = {sample_id: [] for sample_id in range(len(prompts))}
     num_steps = num_drafted = 0
-    while tokens := engine.step():
-        num_steps += len({token.sample_id for token in tokens})
-        for token in tokens:
-            token_ids[token.sample_id].append(token.token_id)
-            num_drafted += token.drafted_tokens
+    with telling(lambda: f"{kind}: {sum(map(len, token_ids.values()))} of {len(prompts) * new_tokens} tokens"):
+        while tokens := engine.step():
+            num_steps += len({token.sample_id for token in tokens})
+            for token in tokens:
+                token_ids[token.sample_id].append(token.token_id)
+                num_drafted += token.drafted_tokens
     return _Decoded(token_ids, time.perf_counter() - began_s, num_steps, num_drafted)
 
 
@@ -157,21 +213,3 @@ def _row(draft: str, batch: int, decoded: Sequence[_Decoded], plain: Sequence[_D
         "num_drafted": num_drafted,
         "right": num_right / num_drafted if num_drafted else 0.0,
     }
-
-
-def _random_prompts(model: PreTrainedModel, num_prompts: int, num_tokens: int) -> list[list[int]]:
-    vocab_size = model.config.get_text_config().vocab_size
-    prompts: list[list[int]] = np.random.default_rng(1).integers(0, vocab_size, (num_prompts, num_tokens)).tolist()
-    return prompts
-
-
-def _questions(path: str, num_prompts: int) -> list[list[int]]:
-    """Word problems as the model's chat template has them, or as they are."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    questions = [problem["question"] for problem in word_problems(num_prompts)]
-    if tokenizer.chat_template is not None:
-        chats = [[{"role": "user", "content": question}] for question in questions]
-        questions = [
-            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats
-        ]
-    return [tokenizer(question)["input_ids"] for question in questions]

@@ -15,6 +15,9 @@ class Draft(Protocol):
     (seed, sample, position). A draft that adds the same noise to logits close to the target's agrees nearly always.
     """
 
+    reads_window: bool
+    """Whether the last proposal came from a part of the keys that it could have read."""
+
     def prepare(self) -> None:
         """Make what proposals need, which takes its time after weights have changed. Called before each of them."""
         ...

@@ -1,8 +1,9 @@
 """How many tokens to draft for each sample: as many as pay, by measured times and by what was right so far.
 
 With a token's chance a of being right, j drafts bring a + a^2 + ... + a^j tokens beside the one that a step brings
-anyway; they cost j steps of the draft and a wider step of the target. Of all sets of drafts, the best are those of
-highest chance, so one pass over them finds the set of most tokens per second; often it is none.
+anyway; they cost j steps of the draft and a wider step of the target. Of all sets of drafts up to some depth, the best
+are those of highest chance, so one pass over them for each depth finds the set of most tokens per second. Whether it is
+better than none, time tells (`payoff.py`).
 Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", ICML 2023, section 3,
 for one sample; several side by side and fitted times are ours.
 """
@@ -11,31 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fuse.engines.engine import GeneratedToken
+from fuse.engines.payoff import Payoff, Prediction
 from fuse.engines.rows import Rows
 
 Floats = NDArray[np.float64]
 
 _MOST = 8
 """Tokens drafted at once."""
-_GAIN = 1.03
-"""By which drafts must be faster than none: what is saved must not be noise."""
-_REST_STEPS = 16
-"""Without another thought after drafts did not pay, as long as the batch stays."""
 _PRIOR, _PRIOR_TOKENS = 0.8, 16.0
 """Drafts that are right before any was seen, and how many seen ones that is worth."""
 _SAMPLE_TOKENS = 8.0
 """What the chance of all counts against a sample's own drafts."""
 _DECAY, _DECAY_OF_ALL = 0.9, 0.98
 """How fast a sample's own, and those of all, are forgotten, by draft."""
-_FEW, _SLOWER = 3, 0.1
-"""Times that make a size count, and how far a slower one is followed."""
+_FEW = 3
+"""Times that make a size count."""
+_FOLLOWED, _SLOW = 0.1, 2.0
+"""How far later times are followed, and how many times as long as is known they count as at most."""
 _STALE_STEPS = 256
-"""After which a time is not known any more, so that what was slow once is tried again."""
+"""With drafts, after which a time is not known any more, so that what was slow once is tried again."""
 
 
 class Acceptance:
@@ -72,8 +73,8 @@ class StepTimes:
     """Seconds of a forward over so many tokens: of sizes timed lately, and on lines between and beyond these.
 
     The smallest size counts at once, or steps without drafts would seem to take what those with drafts do. Any other
-    counts from its third time on, by the least that lately came again: of a few times that is the one that nothing else
-    disturbed, and one that was slow once is not given up for it.
+    counts from its third time on, by the least of these, so that one that was slow once is not given up for it; later
+    ones are followed slowly, as if they were at most twice as long.
 
     slope: per token, as a share of the least time known, beyond the sizes that count.
     """
@@ -88,7 +89,7 @@ class StepTimes:
         return bool(self._timed)
 
     def pass_step(self) -> None:
-        """Times grow older."""
+        """Times grow older by a step with drafts."""
         self._step += 1
         for size in [size for size, timed in self._timed.items() if timed.step + _STALE_STEPS < self._step]:
             del self._timed[size]
@@ -96,7 +97,10 @@ class StepTimes:
     def learn(self, num_tokens: int, seconds: float) -> None:
         size = _rounded(num_tokens)
         timed = self._timed.setdefault(size, _Timed(seconds, 0, self._step))
-        timed.seconds = min(seconds, timed.seconds + _SLOWER * (seconds - timed.seconds))
+        if timed.count < _FEW:
+            timed.seconds = min(seconds, timed.seconds)
+        else:
+            timed.seconds += _FOLLOWED * (min(seconds, _SLOW * timed.seconds) - timed.seconds)
         timed.count, timed.step = timed.count + 1, self._step
 
     def of(self, num_tokens: Floats) -> Floats:
@@ -116,7 +120,7 @@ def _rounded(num_tokens: int) -> int:
 
 
 class PayingLengths:
-    """Drafts as many tokens as bring the most tokens per second.
+    """Drafts as many tokens as bring the most tokens per second, and none in batches that gain nothing.
 
     draft_share: what a step of the draft takes of one of the target, before one was timed; 0 if it never does.
     """
@@ -124,32 +128,37 @@ class PayingLengths:
     def __init__(self, draft_share: float) -> None:
         self._draft_share = draft_share
         self._acceptance = Acceptance()
-        self._target, self._draft = StepTimes(0.03), StepTimes(0.1)
-        self._batch = self._rest = 0
+        self._target = StepTimes(0.05)
+        self._payoffs: dict[int, Payoff] = {}  # by size of the batch
+        self._size = 0
+        self._is_drafting = False
 
     def choose(self, rows: Rows) -> Sequence[int]:
-        batch = len(rows)
-        if not self._target.is_known or (self._rest and batch == self._batch):
-            self._rest = max(0, self._rest - 1)
-            return [0] * batch
-        self._batch = batch
-        chances = np.array([self._acceptance.of(row.request.sample_id) for row in rows])
-        most = np.array([min(row.num_left - 1, _MOST) for row in rows])
-        counts = best_lengths(chances, most, self._target.of, self._draft_s)
-        if not counts.any():
-            self._rest = _REST_STEPS
-        return [int(count) for count in counts]
+        size = _rounded(len(rows))
+        payoff = self._payoffs.setdefault(size, Payoff(size))
+        if size != self._size:
+            self._size = size
+            payoff.enter()
+        self._is_drafting = payoff.drafts_next(lambda: self._best(rows).prediction)
+        return self._best(rows).counts.tolist() if self._is_drafting else [0] * len(rows)
 
     def learn(
-        self, generated: Sequence[GeneratedToken], drafts: Sequence[Sequence[int]], draft_s: float, target_s: float
+        self,
+        generated: Sequence[GeneratedToken],
+        drafts: Sequence[Sequence[int]],
+        prepare_s: float,
+        draft_s: float,
+        target_s: float,
     ) -> None:
-        for times in (self._target, self._draft):
-            times.pass_step()
         num_drafted = sum(map(len, drafts))
         self._target.learn(len(drafts) + num_drafted, target_s)
-        if num_drafted and self._draft_share:
-            levels = max(map(len, drafts))
-            self._draft.learn(max(1, round(num_drafted / levels)), draft_s / levels)
+        if num_drafted:
+            self._target.pass_step()
+            if self._draft_share:
+                levels = max(map(len, drafts))
+                share = draft_s / levels / float(self._target.of(np.array([num_drafted / levels]))[0])
+                self._draft_share += _FOLLOWED * (min(share, _SLOW) - self._draft_share)
+        self._payoffs[self._size].learn(len(generated), prepare_s, draft_s + target_s, is_drafting=self._is_drafting)
         counts: dict[int, int] = {}
         for token in generated:
             counts[token.sample_id] = counts.get(token.sample_id, 0) + 1
@@ -159,32 +168,53 @@ class PayingLengths:
             if token.finished:
                 self._acceptance.forget(token.sample_id)
 
+    def _best(self, rows: Rows) -> BestLengths:
+        chances = np.array([self._acceptance.of(row.request.sample_id) for row in rows])
+        most = np.array([min(row.num_left - 1, _MOST) for row in rows])
+        return best_lengths(chances, most, self._target.of, self._draft_s)
+
     def _draft_s(self, num_tokens: Floats) -> Floats:
-        return self._draft.of(num_tokens) if self._draft.is_known else self._draft_share * self._target.of(num_tokens)
+        return self._draft_share * self._target.of(num_tokens)
+
+
+class BestLengths(NamedTuple):
+    """Tokens to draft for each sample, int64 [samples], and what to expect of that."""
+
+    counts: NDArray[np.int64]
+    prediction: Prediction
 
 
 def best_lengths(
     chances: Floats, most: NDArray[np.int64], target_s: Callable[[Floats], Floats], draft_s: Callable[[Floats], Floats]
-) -> NDArray[np.int64]:
-    """Tokens to draft for each sample so that a step brings the most tokens per second; none where that gains little.
+) -> BestLengths:
+    """Tokens to draft for each sample so that a step brings the most tokens per second of all that draft any.
 
     chances: of each sample's next draft to be right, below 1, [samples]. most: drafts that a sample has room for.
     target_s: seconds of a forward over so many tokens. draft_s: of a draft's step over so many samples.
     """
     num_samples, levels = len(chances), int(most.max())
     counts = np.zeros(num_samples, dtype=np.int64)
+    plain_s = float(target_s(np.array([float(num_samples)]))[0])
+    if not levels:
+        return BestLengths(counts, Prediction(1.0, plain_s))
     level = np.arange(levels)
     gains = chances[:, None] ** (level + 1)
     sample, depth = np.nonzero(level < most[:, None])
     order = np.argsort(-gains[sample, depth], kind="stable")  # a sample's own come in order: each gains less
     sample, depth = sample[order], depth[order]
+    gained = gains[sample, depth]
     added_s = np.zeros(len(order))
     for one in level:
         at = depth == one
         added_s[at] = np.diff(draft_s(1.0 + np.arange(at.sum(), dtype=np.float64)), prepend=0.0)
-    tokens = num_samples + np.cumsum(gains[sample, depth])
-    seconds = target_s(num_samples + 1.0 + np.arange(len(order), dtype=np.float64)) + np.cumsum(added_s)
-    rates = tokens / seconds
-    if len(rates) and rates.max() > _GAIN * num_samples / float(target_s(np.array([float(num_samples)]))[0]):
-        np.add.at(counts, sample[: int(rates.argmax()) + 1], 1)
-    return counts
+    forward_s = target_s(num_samples + 1.0 + np.arange(len(order), dtype=np.float64))
+    best_rate = best_s = 0.0
+    for one in level:  # the deepest; its step costs something however few samples it is for
+        allowed = depth <= one
+        seconds = forward_s[: allowed.sum()] + np.cumsum(added_s[allowed])
+        rates = (num_samples + np.cumsum(gained[allowed])) / seconds
+        best = int(rates.argmax())
+        if rates[best] > best_rate:
+            best_rate, best_s = float(rates[best]), float(seconds[best])
+            counts = np.bincount(sample[allowed][: best + 1], minlength=num_samples)
+    return BestLengths(counts, Prediction(best_rate * plain_s / num_samples, best_s))

@@ -122,7 +122,7 @@ class GeneratedToken:
     their keys and values from a sample that begins the same. `drafted_tokens`, on a sample's first token of a step, are
     those that a draft proposed to follow its last one; of the tokens that the step gives the sample, all but the last
     are drafted ones that were right. `draft_s`, on the first token of a step, are the seconds of it that went into
-    drafts, preparing for them included.
+    drafts, preparing for them included, and `drafted_in_window` says whether these read a part of all keys.
     """
 
     sample_id: int
@@ -132,6 +132,7 @@ class GeneratedToken:
     shared_tokens: int = 0
     drafted_tokens: int = 0
     draft_s: float = 0.0
+    drafted_in_window: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ class NgramDraft:
         self._index = suffix_index(_MOST_TOKENS)
         self._read: dict[int, tuple[int, int]] = {}  # by live sample: its number in the index, and its tokens there
 
+    reads_window = False
+
     def prepare(self) -> None:
         """Nothing: texts are read as they come."""
 

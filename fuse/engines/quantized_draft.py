@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fuse.engines.decoder import Decoder
 from fuse.engines.inputs import Inputs
@@ -35,6 +36,7 @@ class QuantizedSelf:
     def __init__(self, target: Decoder, precision: Precision) -> None:
         self._target, self._precision = target, precision
         self._decoder: Decoder | NativeLlama | None = None
+        self.reads_window = False
         self._weights_bytes = sum(one.numel() for one in target.model.parameters())
 
     def prepare(self) -> None:
@@ -45,9 +47,9 @@ class QuantizedSelf:
         drafts: list[list[int]] = [[] for _ in rows]
         if self._target.cache.is_empty:  # the model has not run yet
             return drafts
-        assert self._decoder is not None, "not prepared"
         live = [slot for slot, count in enumerate(counts) if count > 0]
         window = self._window([rows[slot].num_cached for slot in live])
+        self.reads_window = window is not None
         last = rows.inputs
         token_ids = last.token_ids
         for ahead in range(max(counts)):
@@ -59,14 +61,19 @@ class QuantizedSelf:
                 token_ids = torch.tensor([drafts[slot][-1] for slot in live], device=slots.device)
             else:
                 token_ids = token_ids[slots]
-            context = round_up(max(rows[slot].num_cached for slot in live) + ahead + 1)
+            context = max(rows[slot].num_cached for slot in live) + ahead + 1
             inputs = Inputs(token_ids, last.positions[slots] + ahead, slots)
             seen = torch.tensor([drafts[slot] for slot in live], dtype=torch.int64, device=slots.device)
-            logits = self._decoder.logits(inputs, context, len(rows), window)
+            logits = self.logits(inputs, context, len(rows), window)
             drawn, _ = rows.draw(logits, slots, torch.full_like(slots, ahead), seen)
             for slot, token_id in zip(live, drawn.tolist(), strict=True):
                 drafts[slot].append(token_id)
         return drafts
+
+    def logits(self, inputs: Inputs, context: int, num_rows: int, window: Window | None) -> Tensor:
+        """As those of a `Decoder`, from where the target's verification will write, for any context."""
+        assert self._decoder is not None, "not prepared"
+        return self._decoder.logits(inputs, round_up(context), num_rows, window)
 
     def _window(self, contexts: Sequence[int]) -> Window | None:
         """What rows with so much context read; None for all."""

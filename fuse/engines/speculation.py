@@ -28,9 +28,14 @@ class DraftLengths(Protocol):
         ...
 
     def learn(
-        self, generated: Sequence[GeneratedToken], drafts: Sequence[Sequence[int]], draft_s: float, target_s: float
+        self,
+        generated: Sequence[GeneratedToken],
+        drafts: Sequence[Sequence[int]],
+        prepare_s: float,
+        draft_s: float,
+        target_s: float,
     ) -> None:
-        """What a step brought, what was drafted for each row, and what drafting and the target's forward took."""
+        """What a step brought, what was drafted for each row, and what was taken: to prepare, to draft, to verify."""
         ...
 
 
@@ -58,7 +63,7 @@ class Speculation:
         self._lengths = lengths
         self._num_tokens = num_tokens
         self._drafts: list[list[int]] = []
-        self._draft_s = self._began_s = 0.0
+        self._prepare_s = self._draft_s = self._began_s = 0.0
         self.proposing_s = 0.0
         """What the last proposal took, all in all."""
 
@@ -67,6 +72,7 @@ class Speculation:
         asked_s = time.perf_counter()
         counts = [min(count, row.num_left - 1) for count, row in zip(self._lengths.choose(rows), rows, strict=True)]
         self._drafts = [[] for _ in counts]
+        chosen_s = time.perf_counter()
         if any(counts):
             self.draft.prepare()
         began_s = time.perf_counter()
@@ -74,12 +80,14 @@ class Speculation:
             proposed = zip(self.draft.propose(rows, counts), counts, strict=True)
             self._drafts = [_known(draft[:count], self._num_tokens) for draft, count in proposed]
         self._began_s = time.perf_counter()
-        self._draft_s, self.proposing_s = self._began_s - began_s, self._began_s - asked_s
+        self._prepare_s, self._draft_s = began_s - chosen_s, self._began_s - began_s
+        self.proposing_s = self._began_s - asked_s
         return self._drafts
 
     def learn(self, generated: Sequence[GeneratedToken]) -> None:
         """What the step brought that the last proposal was for."""
-        self._lengths.learn(generated, self._drafts, self._draft_s, time.perf_counter() - self._began_s)
+        target_s = time.perf_counter() - self._began_s
+        self._lengths.learn(generated, self._drafts, self._prepare_s, self._draft_s, target_s)
 
 
 def _known(draft: list[int], num_tokens: int) -> list[int]:

@@ -254,7 +254,12 @@ class TransformersEngine:
         drafts = self._speculation.propose(self._rows)
         generated = self._verify(drafts) if any(drafts) else self._rows.sample(self._decode())
         self._speculation.learn(generated)
-        return [replace(generated[0], draft_s=self._speculation.proposing_s), *generated[1:]]
+        first = replace(
+            generated[0],
+            draft_s=self._speculation.proposing_s,
+            drafted_in_window=self._speculation.draft.reads_window,
+        )
+        return [first, *generated[1:]]
 
     def _verify(self, drafts: Sequence[Sequence[int]]) -> list[GeneratedToken]:
         context = round_up(max(row.num_cached + 1 + len(draft) for row, draft in zip(self._rows, drafts, strict=True)))

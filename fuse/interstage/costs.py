@@ -143,7 +143,7 @@ def _choices(costs: CostModel) -> tuple[CostModel, ...]:
     """As `CostModel.choices`, without those that others beat in every part."""
     assert costs.speculation is not None
     kept: list[StepCosts] = []
-    for _, _, one in costs.speculation.choices(costs.plain_step):
+    for one in (drafting.per_token for drafting in costs.speculation.choices(costs.plain_step)):
         if not any(all(ours <= theirs for ours, theirs in zip(other, one, strict=True)) for other in kept):
             kept.append(one)
     return tuple(replace(costs, **one._asdict(), speculation=None) for one in kept)

@@ -8,7 +8,8 @@ A step of B samples with C tokens of context and D drafted tokens, in L steps of
 as `speculation.py` has it with the same number of drafts for each sample. Engines tell the draft's part from the
 model's, so that each is fitted by itself: batches of all sizes say what the model takes, and what drafts take of that
 is the median over steps, for the first after new weights prepares for all. A token's chance a of being drafted right is
-the part of those that were, of those that were tried, with a prior until enough are known.
+the part of those that were, of those that were tried, with a prior until enough are known. Those of drafts that read a
+window of keys, which engines tell, are counted apart: what of a they have is the share that a window leaves.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class DecodeStep:
     prefill_tokens: float
     drafted_tokens: float
     draft_steps: float
+    drafted_in_window: float  # or not: 1 or 0
     seconds: float
     draft_s: float
 
@@ -52,7 +54,7 @@ class DecodeStep:
         draft_s = _number(sizes.get("draft_s", 0))
         return DecodeStep(
             **{name: _number(sizes[name]) for name in ("batch", "context_tokens", "prefill_tokens")},
-            **{name: _number(sizes.get(name, 0)) for name in ("drafted_tokens", "draft_steps")},
+            **{name: _number(sizes.get(name, 0)) for name in ("drafted_tokens", "draft_steps", "drafted_in_window")},
             seconds=seconds - draft_s,
             draft_s=draft_s,
         )
@@ -83,7 +85,7 @@ class DecodeCalibration:
     def __init__(self) -> None:
         self._steps: defaultdict[int, Fading[DecodeStep]] = defaultdict(lambda: Fading(_KEPT))
         self._drafted: deque[DecodeStep] = deque(maxlen=_KEPT)
-        self._tried: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._tried = {in_window: deque[tuple[float, float]](maxlen=_KEPT) for in_window in (False, True)}
 
     def add(self, spans: Sequence[tuple[Mapping[str, object], float]], iteration: int = 0) -> list[DecodeStep]:
         """Learn from sizes and seconds of one worker in an iteration; returns the steps that also computed prompts."""
@@ -95,10 +97,15 @@ class DecodeCalibration:
         for size, own in by_size.items():
             self._steps[size].add(iteration, _some(own))
         self._drafted.extend(_some([step for step in steps if step.drafted_tokens]))
-        tried = [sizes for sizes, _ in spans if sizes.get("tried_tokens")]
-        if tried:
-            right = sum(_number(one["tokens"]) - _number(one["batch"]) for one in tried)
-            self._tried.append((right, sum(_number(one["tried_tokens"]) for one in tried)))
+        for in_window, counts in self._tried.items():
+            tried = [
+                sizes
+                for sizes, _ in spans
+                if sizes.get("tried_tokens") and bool(sizes.get("drafted_in_window")) == in_window
+            ]
+            if tried:
+                right = sum(_number(one["tokens"]) - _number(one["batch"]) for one in tried)
+                counts.append((right, sum(_number(one["tried_tokens"]) for one in tried)))
         return [step for step in steps if step.prefill_tokens]
 
     def costs(self, iteration: int = 0) -> DecodeCosts | None:
@@ -119,13 +126,14 @@ class DecodeCalibration:
         )
 
     def _speculation(self, step_s: float, sample_s: float, context_s: float) -> Speculation | None:
-        if not self._drafted or not self._tried:
+        if not self._drafted or not any(self._tried.values()):
             return None
         base_s = np.array([one.draft_steps * step_s + one.drafted_tokens * sample_s for one in self._drafted])
         drafted = np.array([one.drafted_tokens for one in self._drafted])
         context = np.array([one.context_tokens / one.batch for one in self._drafted])
         draft_s = np.array([one.draft_s for one in self._drafted])
-        right, tried = np.sum(self._tried, axis=0)
+        in_window = np.array([bool(one.drafted_in_window) for one in self._drafted])
+        acceptance, window_share = self._chances()
 
         def share(reading_s: NDArray[np.float64]) -> float:
             return float(np.clip(np.median((draft_s - reading_s) / np.maximum(base_s, 1e-12)), 0.0, 1.0))
@@ -133,14 +141,35 @@ class DecodeCalibration:
         def error(reading_s: NDArray[np.float64]) -> float:
             return float(np.median(np.abs(draft_s - share(reading_s) * base_s - reading_s)))
 
-        reads = 0 * context, np.minimum(context, DRAFTS["int8"].window_tokens), context
-        readings_s = [context_s * drafted * read for read in reads]
-        reading_s = min(readings_s, key=error)
+        read = np.where(in_window, np.minimum(context, DRAFTS["int8"].window_tokens), context)
+        nothing_s, reading_s = 0 * context, context_s * drafted * read
+        known = DRAFTS["ngram" if not in_window.any() and error(nothing_s) <= error(reading_s) else "int8"]
         return replace(
-            DRAFTS["ngram" if reading_s is readings_s[0] else "int8"],
-            acceptance=float((_PRIOR * _PRIOR_TOKENS + right) / (_PRIOR_TOKENS + tried)),
-            draft_share=share(reading_s),
+            known,
+            acceptance=acceptance,
+            window_share=window_share if known.window_tokens else 1.0,
+            draft_share=share(reading_s if known.reads_context else nothing_s),
         )
+
+    def _chances(self) -> tuple[float, float]:
+        """Of a token to be drafted right, and what share of that is left with a window.
+
+        Where only the one was tried, it tells of the other by the share that is known of such drafts.
+        """
+        share = DRAFTS["int8"].window_share
+        right, tried = self._counted(in_window=False)
+        right_in_window, tried_in_window = self._counted(in_window=True)
+        if not tried:
+            right, tried = right_in_window / share, tried_in_window
+        acceptance = min(1.0, (_PRIOR * _PRIOR_TOKENS + right) / (_PRIOR_TOKENS + tried))
+        expected = acceptance * share
+        in_window = (expected * _PRIOR_TOKENS + right_in_window) / (_PRIOR_TOKENS + tried_in_window)
+        return acceptance, min(1.0, in_window / acceptance)
+
+    def _counted(self, *, in_window: bool) -> tuple[float, float]:
+        """Tokens that were drafted right, and that were tried."""
+        counts = self._tried[in_window]
+        return sum(right for right, _ in counts), sum(tried for _, tried in counts)
 
 
 def _some(steps: Sequence[DecodeStep]) -> Sequence[DecodeStep]:

@@ -50,11 +50,12 @@ def expected_tokens(acceptance: float, num_drafts: int) -> float:
 
 
 class Drafting(NamedTuple):
-    """How a batch may be drafted for; per_token: what a token of each sample takes then."""
+    """How a batch may be drafted for, in a window of keys or not; per_token: what a token of each sample takes then."""
 
     num_drafts: int
     acceptance: float
     per_token: StepCosts
+    in_window: bool = False
 
     @property
     def tokens(self) -> float:
@@ -110,7 +111,7 @@ class Speculation:
         sample_s = plain.sample_s * (1 + count + drafting) + plain.context_s * count * reads_tokens
         context_s = plain.context_s * (1 + count * reads_context)
         each = StepCosts(plain.step_s * (1 + drafting) / tokens, sample_s / tokens, context_s / tokens)
-        return Drafting(count, acceptance, each)
+        return Drafting(count, acceptance, each, reads_tokens > 0)
 
     def best(self, plain: StepCosts, batch: float, context_tokens: float) -> Drafting:
         """What takes the least seconds for such a batch."""

@@ -89,18 +89,23 @@ def drafts(tracks: Tracks) -> dict[str, float]:
 
     Steps without drafts count in the second. Nothing where nothing was drafted.
     """
-    steps = [
-        span.arguments
-        for workers in tracks.values()
-        for span in workers.get("generation", ())
-        if span.name == "decode" and "drafted_tokens" in span.arguments
-    ]
+    steps = decode_steps(tracks)
     batch, tokens, drafted = (
         sum(int(str(one[name])) for one in steps) for name in ("batch", "tokens", "drafted_tokens")
     )
     if not drafted:
         return {}
     return {"speculation/accepted": (tokens - batch) / drafted, "speculation/tokens_per_step": tokens / batch}
+
+
+def decode_steps(tracks: Tracks) -> list[Mapping[str, object]]:
+    """What spans tell of engines' steps, of those that tell of drafts."""
+    return [
+        span.arguments
+        for workers in tracks.values()
+        for span in workers.get("generation", ())
+        if span.name == "decode" and "drafted_tokens" in span.arguments
+    ]
 
 
 def device_bytes(tracks: Tracks) -> dict[str, float]:

@@ -15,7 +15,8 @@ def step_sizes(tokens: Sequence[GeneratedToken], samples: Mapping[int, Unreporte
     batch: samples. tokens: that they got. context_tokens: they had. prefill_tokens: that were computed anew for those
     that entered, beside `shared_tokens`, which the engine had from others of the same prompt. drafted_tokens: that
     drafts proposed, in `draft_steps` one after the other and `draft_s` seconds. tried_tokens: of these, those that are
-    known to be right or wrong, for a draft ends with its first wrong token.
+    known to be right or wrong, for a draft ends with its first wrong token. drafted_in_window: whether drafts read a
+    part of the keys only.
     """
     batch = context = prefill = shared = drafted = draft_steps = tried = 0
     for sample_id, own in groupby(tokens, key=lambda token: token.sample_id):
@@ -35,6 +36,7 @@ def step_sizes(tokens: Sequence[GeneratedToken], samples: Mapping[int, Unreporte
         "draft_steps": draft_steps,
         "tried_tokens": tried,
         "draft_s": sum(token.draft_s for token in tokens[:1]),
+        "drafted_in_window": any(token.drafted_in_window for token in tokens[:1]),
         "context_tokens": context,
         "prefill_tokens": prefill,
         "shared_tokens": shared,

@@ -1,10 +1,13 @@
-"""What benchmarks print: rows as tables, by formats."""
+"""What benchmarks print: rows as tables, by formats, and how far they are."""
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 from rich.console import Console
 
-from fuse.benchmarks.options import rows_table
+from fuse.benchmarks.options import rows_table, telling
 
 
 def test_a_cell_formats_the_fields_of_its_row() -> None:
@@ -17,3 +20,16 @@ def test_a_cell_formats_the_fields_of_its_row() -> None:
         ["[a]", "1.3", "50%"],
         ["b", "10.0", "25%"],
     ]
+
+
+def test_progress_is_told_until_the_body_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    told = threading.Event()
+
+    def progress() -> str:
+        told.set()
+        return "some of it"
+
+    with telling(progress, every_s=1e-3):
+        assert told.wait(30)
+    assert set(capsys.readouterr().err.splitlines()) == {"some of it"}
+    assert "progress" not in {thread.name for thread in threading.enumerate()}

@@ -70,6 +70,8 @@ class Scripted:
         self.released: list[int] = []
         self.num_proposed = 0
 
+    reads_window = False
+
     def prepare(self) -> None:
         pass
 

@@ -181,6 +181,34 @@ def test_what_drafts_take_and_bring_is_learnt_beside_plain_steps(draft: Speculat
     assert learnt.decode_step(2, 500) == pytest.approx(costs.decode_step(2, 500), rel=0.05)
 
 
+@pytest.mark.parametrize("in_windows", [(False, True), (True,), (False,)])
+def test_drafts_with_a_window_and_without_are_counted_apart(in_windows: tuple[bool, ...]) -> None:
+    """What was not seen follows from what was, by the share that is known of such drafts."""
+    draft = replace(DRAFTS["int8"], acceptance=0.9, window_share=0.7 if len(in_windows) == 2 else 0.91)
+    costs = replace(SMALL_CPU, context_s=1e-6, speculation=draft)
+    random = np.random.default_rng(0)
+    calibration = Calibration(costs.kv_bytes_per_token, costs.inference_batch_tokens, 3)
+    calibration.add([span for call in range(3) for span in inference(costs, call, 200 * (1 + call))])
+    spans = [decode(replace(costs, speculation=None), batch, 40 * batch) for batch in (9, 20, 33)]
+    for step in range(300):
+        for in_window in in_windows:
+            chance = draft.acceptance * (draft.window_share if in_window else 1)
+            right = int(np.cumprod(random.random(4) < chance).sum())
+            own = replace(draft, reads_context=not in_window)
+            read_s = 4 * costs.context_s * draft.window_tokens if in_window else 0.0
+            span = drafting(replace(costs, speculation=own), 1, 1000 + step, 4, right)
+            sizes = {**span.arguments, "drafted_in_window": in_window}
+            sizes["draft_s"] += read_s
+            spans.append(replace(span, end_s=span.end_s + read_s, arguments=sizes))
+    calibration.add(spans)
+    learnt = calibration.costs()
+    assert learnt is not None
+    assert learnt.speculation is not None
+    assert learnt.speculation.acceptance == pytest.approx(draft.acceptance, abs=0.03)
+    assert learnt.speculation.window_share == pytest.approx(draft.window_share, abs=0.04)
+    assert learnt.speculation.draft_share == pytest.approx(draft.draft_share, abs=0.01)
+
+
 def test_few_drafts_say_little_of_how_many_are_right() -> None:
     costs = replace(SMALL_CPU, speculation=DRAFTS["int8"])
     calibration = Calibration(costs.kv_bytes_per_token, costs.inference_batch_tokens, 3)

@@ -75,7 +75,7 @@ class DraftingEngine(ReplayEngine):
     """Two tokens of each sample in a step, the first of which was drafted, with one that was wrong."""
 
     def step(self) -> list[GeneratedToken]:
-        first = [replace(token, drafted_tokens=2, draft_s=0.25) for token in super().step()]
+        first = [replace(token, drafted_tokens=2, draft_s=0.25, drafted_in_window=True) for token in super().step()]
         return sorted([*first, *super().step()], key=lambda token: token.sample_id)
 
 
@@ -289,6 +289,7 @@ def test_spans_tell_samples_from_tokens_and_drafted_ones(make: Make) -> None:
     assert [one["draft_steps"] for one in sizes] == [2, 2, 2]
     assert [one["tried_tokens"] for one in sizes] == [4, 4, 2], "the second one was wrong"
     assert [one["draft_s"] for one in sizes] == [0.25] * 3, "of the step, and not of each sample"
+    assert [one["drafted_in_window"] for one in sizes] == [True] * 3
     assert [one["context_tokens"] for one in sizes] == [4, 8, 6]
 
 

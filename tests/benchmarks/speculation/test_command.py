@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from fuse.benchmarks.speculation import command, rollouts
 from fuse.benchmarks.speculation.command import _Decoded
+from fuse.engines.quantized_draft import QuantizedSelf
 
 
 def run(*options: str) -> int:
@@ -41,6 +43,34 @@ def test_more_samples_than_are_decoded_side_by_side(tmp_path: Path) -> None:
     assert (row["batch"], row["num_tokens"]) == (2, 30)
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_agreement_is_of_all_tokens_in_every_place(
+    is_exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A draft that is the model is always right if it reads all keys, and as often in a window until that is full."""
+    if is_exact:
+        monkeypatch.setattr(QuantizedSelf, "prepare", lambda draft: setattr(draft, "_decoder", draft._target))
+    path = tmp_path / "out.json"
+    options = ["--agreement", "0", "600", "--drafts", "int8", "--prompts", "2", "--new-tokens", "38"]
+    assert run(*options, "--prompt-tokens", "9", "--json", str(path)) == 0
+    rows = {(row["keys"], row["to_tokens"]): row for row in json.loads(path.read_text())["rows"]}
+    assert {most for _, most in rows} == {16, 32, 64, 1024}
+    for keys in ("all", "window"):
+        drafted = {most: row["num_drafted"] for (own, most), row in rows.items() if own == keys}
+        assert sum(drafted.values()) == 2 * 2 * (8 + 8 + 8 + 8 + 1), "of nine tokens eight, and one of the last two"
+        assert drafted[1024] == sum(drafted.values()) / 2
+    assert all(rows["all", most]["right"] == rows["window", most]["right"] for most in (16, 32, 64))
+    assert not is_exact or all(rows["all", most]["right"] == 1 for most in (16, 32, 64, 1024))
+    assert not is_exact or rows["window", 1024]["right"] < 1
+    assert all(row["right"] > 0.5 for row in rows.values())
+    assert "int8, window of 513 to 1024 keys: " in capsys.readouterr().out
+
+
+def test_agreement_of_what_reads_no_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="--agreement is of drafts that are the model itself: name one with --drafts"):
+        run("--agreement", "0", "--drafts", "ngram")
+
+
 def test_whole_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooled_workers: None
 ) -> None:
@@ -53,7 +83,16 @@ def test_whole_rollouts(
     assert 0 < row["generation_seconds"] <= row["seconds"]
     assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
     assert 1 <= row["tokens_per_step"] <= 9
-    assert "int8, 6 samples on 2 devices: " in capsys.readouterr().out
+    steps = [count for count, _ in row["steps_by_batch"].values()]
+    assert row["drafted_steps"] == sum(drafted for _, drafted in row["steps_by_batch"].values()) / sum(steps)
+    said = capsys.readouterr()
+    assert "int8, 6 samples on 2 devices: " in said.out
+    assert [line.partition(":")[0] for line in said.err.splitlines() if line.endswith(" s")] == ["off", "int8"] * 2
+
+
+def test_steps_with_drafts_are_told_by_batch() -> None:
+    steps, drafted = Counter({1: 40, 2: 10, 3: 5, 4: 5, 7: 20}), Counter({1: 30, 3: 5, 4: 2})
+    assert rollouts._by_batch(steps, drafted) == "75% of 1, 0% of 2, 70% of 3 to 4, 0% of 7 samples"
 
 
 def test_a_token_that_differs_is_seen() -> None:
