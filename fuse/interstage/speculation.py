@@ -130,9 +130,9 @@ DRAFTS: Mapping[str, Speculation] = MappingProxyType(
 Acceptance as measured with SmolLM2-135M on word problems, untruncated sampling at temperature 1: 0.97 of int8's tokens,
 with the same noise, and 0.91 of these where it reads the first 64 and the last 256 of 1,700 to 3,600 tokens, which is
 assumed of int4, too; n-grams brought 1.2 tokens a step. 0.7 of int4's tokens is with weights moved off the 4-bit grid
-that SmolLM2's come on; larger models are said to lose less of 4 bits. That half of the bytes, or 5 bits of 16 and a head
-of 8, take as much of the time is derived, not measured: where much of a step is messages between GPUs, as with tensor
-parallelism, it is more.
+that SmolLM2's come on; larger models are said to lose less of 4 bits. That half of the bytes, or 5 bits of 16 and a
+head of 8, take as much of the time is derived, not measured: where much of a step is messages between GPUs, as with
+tensor parallelism, it is more.
 """
 
 
