@@ -50,7 +50,7 @@ _OPTIONS = (
     "epochs", "max_new_tokens", "warmup", "repeats", "variants", "peer", "bf16", "one_at_a_time", "smoke",
     "emulate", "costs", "time_scale", "tail_training", "speculation", "acceptance", "draft_share",
 )  # fmt: skip
-_DEFAULTS = {
+_DEFAULTS: Mapping[str, Any] = {
     "devices": 2, "batch": 128, "micro_batch": 8, "mini_batches": None, "max_new_tokens": 256, "repeats": 3,
 }  # fmt: skip
 """Of options that have others where devices are emulated."""
