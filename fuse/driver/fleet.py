@@ -263,13 +263,13 @@ class Fleet:
         num_steps: that the run has taken; None where what follows the policy is to stay. part: of what engines get.
         """
         self._tell("weights: to engines and inference")
-        settings, workers = self.settings, self._model_workers
+        settings, workers, streams = self.settings, self._model_workers, self._streams
         is_sharded = settings.scoring.is_sharded  # then what trains is scored through its stages, without a copy
         copied = [role for role in self._trained if role in self._scoring and not is_sharded]
         self._offload_training(kept=(GENERATING, *copied))
-        streams = self._streams
         to_engines = streams.to_engines(workers, GENERATING, part or settings.exported, self._engines.takers)
-        lost = streams.run(*beside, to_engines, *(streams.to_copies(workers, role, role) for role in copied))
+        to_copies = [streams.to_copies(workers, role, role) for role in copied]
+        lost = streams.run(to_engines, *to_copies, beside=beside)
         if num_steps is not None and settings.mixing is not None and settings.mixing.is_due(num_steps):
             self._mix()
         self._engines.replace_lost(lost)

@@ -48,6 +48,13 @@ def after_a_turn(call: Callable[[], object]) -> Stream:
     return {}
 
 
+def _one_after_another(streams: Iterable[Stream]) -> Stream:
+    lost: dict[int, WorkerError] = {}
+    for stream in streams:
+        lost |= yield from stream
+    return lost
+
+
 class Receiver(Protocol):
     """A handle of a process that takes weights in."""
 
@@ -98,20 +105,24 @@ class WeightStreams:
         self._numbers = itertools.count()
         self._told: set[str] = set()
 
-    def run(self, *streams: Stream) -> dict[int, WorkerError]:
-        """Have all of them go on until they have ended, in turn on one host. Returns why devices were dropped."""
+    def run(self, *streams: Stream, beside: Sequence[Stream] = ()) -> dict[int, WorkerError]:
+        """Have all of them go on in turn until they have ended. Returns why devices were dropped.
+
+        beside: send nothing; on several hosts, all others go one after the other.
+        """
+        # Broadcasts of several streams could be in another order for one of their members than for the others.
+        sending = streams if self._is_one_host else [_one_after_another(streams)]
         lost: dict[int, WorkerError] = {}
         with ExitStack() as ends:
-            waiting = deque([ends.enter_context(closing(stream)) for stream in streams])
+            waiting = deque([ends.enter_context(closing(stream)) for stream in (*beside, *sending)])
             while waiting:
                 stream = waiting.popleft()
                 try:
                     next(stream)
                 except StopIteration as ended:
                     lost |= ended.value
-                    continue
-                # Broadcasts of several streams could be in another order for one of their members than for the others.
-                (waiting.append if self._is_one_host else waiting.appendleft)(stream)
+                else:
+                    waiting.append(stream)
         return lost
 
     def to_engines(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fuse.driver import weight_streams
-from fuse.driver.weight_streams import WeightStreams, _Group, _Receivers
+from fuse.driver.weight_streams import Stream, WeightStreams, _Group, _Receivers, after_a_turn
 from fuse.workers.carriers.parcel import Entry, Parcel
 from fuse.workers.carriers.shared_memory import SharedPages
 from fuse.workers.errors import WorkerError
@@ -145,16 +145,58 @@ class Value:
         return self.value
 
 
+def streams_of_two(*, is_far: bool) -> WeightStreams:
+    """Of two devices, the second of which is on another host or not."""
+    training = SimpleNamespace(tensor_parallel_size=1)
+    cluster: Any = SimpleNamespace(host=lambda device: "far" if is_far and device else "near")
+    settings = SimpleNamespace(training=training, accelerator="cpu", generation_dtype=torch.float32, num_devices=2)
+    return WeightStreams(cluster, cast("Any", settings))
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+def test_streams_go_on_in_turn_unless_they_may_broadcast(is_far: bool) -> None:
+    said: list[str] = []
+
+    def stream(name: str) -> Stream:
+        for number in range(2):
+            said.append(f"{name}{number}")
+            yield
+        return {1: DEATH} if name == "a" else {}
+
+    lost = streams_of_two(is_far=is_far).run(
+        stream("a"), stream("b"), beside=[after_a_turn(lambda: said.append("report"))]
+    )
+    assert lost == {1: DEATH}
+    assert said == (["a0", "report", "a1", "b0", "b1"] if is_far else ["a0", "b0", "report", "a1", "b1"])
+
+
+def test_streams_are_closed_where_one_raises() -> None:
+    ends: list[str] = []
+
+    def failing() -> Stream:
+        yield
+        raise DEATH
+
+    def other() -> Stream:
+        try:
+            yield
+            yield
+        finally:
+            ends.append("closed")
+        return {}
+
+    with pytest.raises(WorkerError):
+        streams_of_two(is_far=False).run(failing(), other())
+    assert ends == ["closed"]
+
+
 @pytest.mark.parametrize("is_far", [False, True])
 def test_devices_of_one_host_send_side_by_side_and_others_in_turn(
     is_far: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_streams, "gather", lambda futures: [future.result() for future in futures])
     said: list[str] = []
-    training = SimpleNamespace(tensor_parallel_size=1)
-    cluster: Any = SimpleNamespace(host=lambda device: "far" if is_far and device else "near")
-    settings = SimpleNamespace(training=training, accelerator="cpu", generation_dtype=torch.float32, num_devices=2)
-    streams = WeightStreams(cluster, cast("Any", settings))
+    streams = streams_of_two(is_far=is_far)
     monkeypatch.setattr(WeightStreams, "_group", lambda *arguments: None)
     senders: Any = [Sender(device, said) for device in range(2)]
     engines: Any = {0: Engine(said)}
