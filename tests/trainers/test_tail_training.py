@@ -16,11 +16,17 @@ from fuse.workers.model_handle import ModelHandle
 from ..tiny_models import DECODED_BY_MODULES
 from . import tiny, tiny_group
 
-pytestmark = pytest.mark.usefixtures("pooled_workers")
+pytestmark = pytest.mark.usefixtures("pooled_workers", "_policy_that_knows_no_costs")
 
 LONG = 300
 """Tokens of the last sample of every update, which decode while the others are trained on; those have few."""
 MODELS: dict[str, Any] = {"max_position_embeddings": 512, **DECODED_BY_MODULES}
+
+
+@pytest.fixture
+def _policy_that_knows_no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By costs as measured on busy cores, so few tokens may not be worth scoring or training before all are there."""
+    monkeypatch.setattr(RolloutPlanner, "policy", lambda self, samples: self.fixed_policy(len(samples)))
 
 
 def group_run(output_dir: Path, resume: bool = False, **options: Any) -> Any:
@@ -98,14 +104,13 @@ def test_a_model_worker_that_dies_in_the_tail_costs_the_update_alone(
     ids=["replicas", "pipeline"],
 )
 def test_the_critic_is_trained_early(
-    early_options: dict[str, Any], plain_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    early_options: dict[str, Any], plain_options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Once costs are known by which actor and critic train at once: in the third update.
 
-    So few tokens are not worth scoring before all are there, by a policy that knows costs. A pipeline over both devices
-    trains while one of them decodes, if that is said to cost nothing; of two cores it is known what it costs.
+    A pipeline over both devices trains while one of them decodes, if that is said to cost nothing; of two cores it is
+    known what it costs.
     """
-    monkeypatch.setattr(RolloutPlanner, "policy", lambda self, samples: self.fixed_policy(len(samples)))
     early = ppo_run(tmp_path / "early", **early_options)
     plain = ppo_run(tmp_path / "plain", **plain_options)
     assert last(early)["tail/share"] > 0

@@ -36,7 +36,7 @@ def test_keys_are_those_of_options_and_values_have_their_types() -> None:
         ("batch=8,8", "values that differ"),
         ("lengths=", "values that differ"),
         ("time-scale=slow", "time-scale takes numbers with commas between"),
-        ("speculation=off,int4", "speculation is one of off, int8, ngram, not int4"),
+        ("speculation=off,int2", "speculation is one of off, int8, int4, ngram, not int2"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(text: str, message: str) -> None:
