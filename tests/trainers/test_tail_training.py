@@ -61,10 +61,16 @@ def last(trainer: Any) -> dict[str, float]:
     return logs
 
 
+def most_early(trainer: Any) -> float:
+    """The largest share of an update that was trained early: on busy cores the long sample may be done before others
+    are scored."""
+    return max((entry.get("tail/share", 0.0) for entry in trainer.state.log_history), default=0.0)
+
+
 def test_complete_groups_are_trained_early(tmp_path: Path) -> None:
     early = group_run(tmp_path / "early")
     plain = group_run(tmp_path / "plain", tail_training="off")
-    assert last(early)["tail/share"] > 0
+    assert most_early(early) > 0
     assert "tail/share" not in last(plain)
     assert tiny.difference(early.model, plain.model) < tiny.ROUNDING
     for name in ("loss", "reward", "grad_norm", "entropy"):
@@ -106,14 +112,14 @@ def test_a_model_worker_that_dies_in_the_tail_costs_the_update_alone(
 def test_the_critic_is_trained_early(
     early_options: dict[str, Any], plain_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Once costs are known by which actor and critic train at once: in the third update.
+    """Once costs are known by which actor and critic train at once: in the third update, if not before.
 
     A pipeline over both devices trains while one of them decodes, if that is said to cost nothing; of two cores it is
     known what it costs.
     """
     early = ppo_run(tmp_path / "early", **early_options)
     plain = ppo_run(tmp_path / "plain", **plain_options)
-    assert last(early)["tail/share"] > 0
-    assert last(plain).get("tail/share", 0) == 0
+    assert most_early(early) > 0
+    assert most_early(plain) == 0
     assert tiny.difference(early.model, plain.model) < tiny.ROUNDING
     assert tiny.difference(early.value_model, plain.value_model) < tiny.ROUNDING
