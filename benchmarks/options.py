@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fuse.activity import SILENCE_S, repeated
 from fuse.commands.options import add_numbers
 from fuse.commands.output import output_file, write_json
 from fuse.commands.tables import figures_table
@@ -60,21 +60,10 @@ def tell(progress: str) -> None:
 
 
 @contextmanager
-def telling(progress: Callable[[], str], every_s: float = 5.0) -> Iterator[None]:
+def telling(progress: Callable[[], str], every_s: float = SILENCE_S) -> Iterator[None]:
     """Say how far the body is, again and again until it ends."""
-    ended = threading.Event()
-
-    def go_on() -> None:
-        while not ended.wait(every_s):
-            tell(progress())
-
-    thread = threading.Thread(target=go_on, name="progress", daemon=True)
-    thread.start()
-    try:
+    with repeated(lambda: tell(progress()), every_s, name="progress"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def rows_table(

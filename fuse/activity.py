@@ -62,20 +62,16 @@ class Activity:
         if self._lasts:
             yield
             return
-        self._lasts, ended = True, threading.Event()
-        thread = threading.Thread(target=self._repeat, args=(ended,), name="activity", daemon=True)
-        thread.start()
+        self._lasts = True
         try:
-            yield
+            with repeated(self._pass_on, _TICK_S, name="activity"):
+                yield
         finally:
-            ended.set()
-            thread.join()
             self._lasts, self._work, self._told_work = False, "", ""
 
-    def _repeat(self, ended: threading.Event) -> None:
-        while not ended.wait(_TICK_S):
-            with self._lock:
-                self._pass_on_what_is_due()
+    def _pass_on(self) -> None:
+        with self._lock:
+            self._pass_on_what_is_due()
 
     def _pass_on_what_is_due(self) -> None:
         now_s = time.monotonic()
@@ -87,6 +83,24 @@ class Activity:
         self._told_work, self._told_s = self._work, now_s
         for listener in self._listeners:
             listener(text)
+
+
+@contextmanager
+def repeated(call: Callable[[], object], every_s: float, *, name: str) -> Iterator[None]:
+    """Call again and again, in a thread of this name, until the body ends."""
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=go_on, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def silent(text: str) -> None:
