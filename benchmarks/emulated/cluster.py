@@ -9,10 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +24,6 @@ from fuse.benchmarks.emulated.training import EmulatedRound
 from fuse.benchmarks.emulated.update import EmulatedUpdate
 from fuse.intrastage.placement import Replica
 from fuse.roles import role_of
-from fuse.trace import Span
 from fuse.training.rank import TAIL, TrainingSettings
 from fuse.training.reading import TokenSequence
 from fuse.training.rounds import RankRound, StepPart
@@ -132,7 +128,6 @@ class EmulatedModels:
         self._sizes: Any = None
         self.apart_s = 0.0
         self._answers: dict[str, ray.ObjectRef[Any]] = {}
-        self._planned: futures.Future[None] | None = None
 
     def sizes(self, experience: Any, rounds: Any, plans: Any) -> Any:
         """A call's arguments, references all, as emulated ranks take them: one reference for all ranks' calls."""
@@ -150,14 +145,6 @@ class EmulatedModels:
         (own,) = [one for one in self.placement if (one.model, one.index) == (model, replica)]
         return EmulatedUpdate.early(own, self._settings, experience, part)
 
-    def was_told(self, rank: int) -> None:
-        """A rank has been called to train; the last one is the last. Real ranks know by themselves what is planned."""
-        assert self._update is not None
-        if rank + 1 == self._update.num_ranks:
-            beside = ThreadPoolExecutor(1, thread_name_prefix="plans")
-            self._planned = beside.submit(self._update.prepare)
-            beside.shutdown(wait=False)  # its thread ends with that
-
     def answer(self, name: str) -> ray.ObjectRef[Any]:
         """What a call of this name gives every rank, put into the object store once."""
         if name not in self._answers:
@@ -168,13 +155,6 @@ class EmulatedModels:
         """What a rank tells of the rounds that were sized last."""
         assert self._update is not None
         return self._update.results(rank)
-
-    def with_plans(self, rank: int, spans: Sequence[Span]) -> list[Span]:
-        """A rank's spans of these rounds, with what its operations were planned to take."""
-        if self._update is None or self._planned is None:
-            return list(spans)
-        self._planned.result()
-        return self._update.with_plans(rank, spans)
 
     def inferences(self, sequences: Sequence[TokenSequence]) -> list[Inference]:
         """Zeros from every model."""
@@ -214,7 +194,6 @@ class _ModelProcess(Worker[EmulatedModelWorker]):
         if name == "train":
             experience, rounds, _, plans = args
             told = self._actor.call.remote(name, self._models.sizes(experience, rounds, plans))
-            self._models.was_told(self._rank)
             return _Translated(self, told, lambda _: self._models.results(self._rank))
         if name == "accumulate":
             piece = self._models.early(*args)
@@ -225,8 +204,7 @@ class _ModelProcess(Worker[EmulatedModelWorker]):
             told = self._actor.call.remote(name, len(sequences), sum(map(len, sequences)))
             return _Translated(self, told, lambda _: self._models.inferences(sequences))
         if name == "drain_spans":
-            drained = super().call(method)
-            return _Translated(self, drained._reference, partial(self._models.with_plans, self._rank))
+            return super().call(method)
         if name == "place":
             (self._models.placement,) = args
         if name not in _ANSWERS:

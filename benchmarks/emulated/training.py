@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ from fuse.benchmarks.emulated.messages import EmulatedCommunicator, Post, latest
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import MESSAGE, TRAIN, shape_arguments
+from fuse.intrastage.packed_schedule import packed, unpacked
 from fuse.trace import Span, SpanRecorder, now_s
 from schedules import Kind, Op, Schedule, evaluate
 
@@ -38,9 +38,8 @@ class EmulatedRound:
     is_checked: bool = False
 
     def __reduce__(self) -> tuple[Callable[..., EmulatedRound], tuple[object, ...]]:
-        """Schedules travel packed, and a rank unpacks one once: here one machine does so for all ranks."""
         others = [field.name for field in fields(self) if field.name != "schedule"]
-        return _unpacked_round, (_packed(self.schedule), {name: getattr(self, name) for name in others})
+        return _unpacked_round, (packed(self.schedule), {name: getattr(self, name) for name in others})
 
     def operation_s(self, costs: EmulatedCosts, op: Op) -> float:
         """Seconds of an operation of its schedule."""
@@ -70,19 +69,8 @@ class EmulatedRound:
         return timing.makespan * _TICK_S + sum(self.optimizer_s(costs, role) for role in self.stepping)
 
 
-@lru_cache(maxsize=8)
-def _packed(schedule: Schedule) -> bytes:
-    return pickle.dumps(schedule)
-
-
-@lru_cache(maxsize=8)
-def _unpacked(schedule: bytes) -> Schedule:
-    unpacked: Schedule = pickle.loads(schedule)  # noqa: S301  (of this run)
-    return unpacked
-
-
 def _unpacked_round(schedule: bytes, others: Mapping[str, Any]) -> EmulatedRound:
-    return EmulatedRound(schedule=_unpacked(schedule), **others)
+    return EmulatedRound(schedule=unpacked(schedule), **others)
 
 
 class EmulatedStage:

@@ -10,12 +10,9 @@ import torch
 
 from fuse.algorithms.batch import Experience
 from fuse.benchmarks.emulated.training import EmulatedRound
-from fuse.intrastage.observed import TRAIN
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches, replicas_of
-from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.roles import GENERATING
-from fuse.trace import Span
 from fuse.training.rank import TrainingSettings
 from fuse.training.rounds import RankRound, Round, StepPart
 
@@ -35,10 +32,6 @@ class EmulatedUpdate:
         self._rounds, self._plans = rounds, [plans[one.counts] for one in rounds]
         self.sizes = [self._sizes(one, plan) for one, plan in zip(rounds, self._plans, strict=True)]
 
-    @property
-    def num_ranks(self) -> int:
-        return len(self.sizes[0].schedule.ranks)
-
     def _sizes(self, one: Round, plan: Plan) -> EmulatedRound:
         replicas = replicas_of(self._placement, one.counts)
         models = [replica.model for replica in replicas]
@@ -55,7 +48,7 @@ class EmulatedUpdate:
             is_checked=plan.is_checked,
             roles=tuple(models),
             shapes=shapes,
-            is_observed=plan.profile is None and self._settings.split_backward,
+            is_observed=plan.is_watched and self._settings.split_backward,
             stepping=tuple(role for role, part in one.parts.items() if part.is_last),
         )
 
@@ -68,10 +61,6 @@ class EmulatedUpdate:
         update = cls((alone,), settings, experience, [one], {one.counts: Plan(serial_schedule((alone,), one.counts))})
         update.sizes = [replace(sizes, is_observed=False) for sizes in update.sizes]
         return update
-
-    def prepare(self) -> None:
-        """Make what will be asked for, beside ranks and driver: a real driver would not have to."""
-        _ = self._planned, self._num_positions
 
     def results(self, rank: int) -> list[RankRound]:
         """What a rank tells: heads say nothing but zeros, of which losses make metrics, and gradients are 1."""
@@ -106,25 +95,3 @@ class EmulatedUpdate:
         """By role, of every sample."""
         segments, targets = self._experience.segments, self._experience.targets
         return {role: segments.offsets(of.positions).diff().tolist() for role, of in targets.items()}
-
-    def with_plans(self, rank: int, spans: Sequence[Span]) -> list[Span]:
-        """A rank's spans, those of its operations with when they were planned."""
-        planned = iter(self._planned[rank])
-        return [
-            Span(span.name, TRAIN, span.start_s, span.end_s, {**span.arguments, **next(planned, {})})
-            if span.category == TRAIN
-            else span
-            for span in spans
-        ]
-
-    @cached_property
-    def _planned(self) -> list[list[dict[str, float]]]:
-        """By rank, of its operations in their order; none where nothing was planned."""
-        by_rank: list[list[dict[str, float]]] = [[] for _ in self.sizes[0].schedule.ranks]
-        for one, sizes, plan in zip(self._rounds, self.sizes, self._plans, strict=True):
-            if plan.profile is not None:
-                names = [replica.name for replica in replicas_of(self._placement, one.counts)]
-                times = planned_times(plan.schedule, plan.profile, names, sizes.shapes)
-                for planned, ops in zip(by_rank, plan.schedule.ranks, strict=True):
-                    planned += [{"planned_start_s": times.start_s[op], "planned_end_s": times.end_s[op]} for op in ops]
-        return by_rank

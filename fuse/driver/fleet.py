@@ -245,7 +245,7 @@ class Fleet:
         self._spans.ask_engines()
         training, mixing = self.settings.training, self.settings.mixing
         tail, self._tail = self._tail, None
-        reports = train(
+        reports, planned = train(
             *(self._model_workers, self._planner, training, experience, rounds, learning_rates),
             late_columns=self.late_columns,
             tail=tail,
@@ -255,7 +255,7 @@ class Fleet:
             tell=self._tell,
         )
         self._has_trained, self.tail_report = True, {} if tail is None else tail.report
-        return self._spans.read_after(reports)
+        return self._spans.read_after(reports, planned)
 
     def synchronise(self, *beside: Stream, num_steps: int | None = None, part: Exported | None = None) -> None:
         """Give the trained weights to engines and to copies that score.

@@ -47,7 +47,7 @@ def dealt(
 
     @cache
     def works(times: float) -> list[Work]:
-        return [_work(one, experience, settings.layout) for one in with_times(times)]
+        return [work_of(one, experience, settings.layout) for one in with_times(times)]
 
     times = planner.times([one.counts for one in rounds], works, free_bytes)
     if times is not None:
@@ -63,12 +63,17 @@ def shapes_of(rounds: Sequence[Round], experience: Experience, layout: Layout) -
     return [*(layout.shape(experience, samples) for samples in trained), *texts]
 
 
-def _work(one: Round, experience: Experience, layout: Layout) -> Work:
-    shapes = {
+def work_of(one: Round, experience: Experience, layout: Layout) -> Work:
+    """The micro-batches of a round, those of what is scored in it as well."""
+    trained = {
         role: (
             *(layout.shape(experience, samples) for samples in part.micro_batches),
             *(text.shape(packs=layout.packs) for text in part.auxiliary),
         )
         for role, part in one.parts.items()
     }
-    return Work(shapes)
+    scored = {
+        column: tuple(layout.shape(experience, samples) for samples in micro_batches)
+        for column, micro_batches in one.scored.items()
+    }
+    return Work(trained | scored)

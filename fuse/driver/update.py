@@ -12,9 +12,9 @@ import ray
 from fuse.algorithms.batch import Experience
 from fuse.driver.memory import free_for_micro_batches
 from fuse.driver.memory_setup import MemorySetup
-from fuse.driver.micro_batch_number import dealt, shapes_of
+from fuse.driver.micro_batch_number import dealt, shapes_of, work_of
+from fuse.driver.planned_spans import PlannedSpans
 from fuse.driver.tail import Tail
-from fuse.intrastage.executor import check_once
 from fuse.intrastage.forward_only import without_scorers
 from fuse.intrastage.placement import Counts, Replica
 from fuse.intrastage.training_planner import TrainingPlanner
@@ -44,8 +44,10 @@ def train(
     between: Callable[[], None],
     memory: MemorySetup | None,
     tell: Callable[[str], None],
-) -> Callable[[], dict[str, list[StepReport]]]:
-    """Have an update's rounds trained as they are planned. Returns what makes reports of each role's.
+) -> tuple[Callable[[], dict[str, list[StepReport]]], PlannedSpans]:
+    """Have an update's rounds trained as they are planned.
+
+    Returns what makes reports of each role's, and what tells when their operations were to run.
 
     late_columns: what the rounds score. tail: has trained some of the first one. pieces, between: as of `take_rounds`.
     memory: of the run, where it is planned.
@@ -61,12 +63,15 @@ def train(
         tell("solving: the fused schedule")
     plans = planner.plans(counts, shapes, free_bytes, unfused_counts(rounds))
     tell("training")
-    results = take_rounds(workers, experience, rounds, learning_rates, plans, pieces=pieces, between=between)
+    works, lanes = [work_of(one, experience, settings.layout) for one in rounds], settings.tensor_parallel_size
+    planned = cache(partial(PlannedSpans.of, works, plans, planner.placement, lanes))
+    args = workers, experience, rounds, learning_rates, plans
+    results = take_rounds(*args, pieces=pieces, between=between, meanwhile=planned)
     if tail is not None:
         rounds, results = tail.whole(experience, rounds, results)
     laid_out = cache(partial(settings.layout.micro_batches, experience))  # roles draw the same samples
     metrics = partial(drawn_metrics, settings.losses, laid_out, experience)
-    return partial(step_reports, rounds, results[:: settings.tensor_parallel_size], planner.placement, metrics)
+    return partial(step_reports, rounds, results[::lanes], planner.placement, metrics), planned()
 
 
 def take_rounds(
@@ -78,31 +83,27 @@ def take_rounds(
     *,
     pieces: Iterable[slice],
     between: Callable[[], None],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> list[list[RankRound]]:
     """What every device tells of every round. What is scored within them is written into the experience.
 
     pieces: of the rounds, between which `between` is called. Only the first scores old log-probabilities: those of a
-    later one that are known are in the experience by then.
+    later one that are known are in the experience by then. meanwhile: called while devices train each.
     """
-    checked: Mapping[Counts, Plan] = {counts: _checked(plan) for counts, plan in plans.items()}
-    planned = ray.put(checked)
+    planned = ray.put(plans)
     results: list[list[RankRound]] = [[] for _ in workers]
     for index, piece in enumerate(pieces):
         if index:
             between()
         told = ray.put(experience), ray.put(rounds[piece]), learning_rates[piece], planned
-        for taken, more in zip(results, gather([worker.train(*told) for worker in workers]), strict=True):
+        calls = [worker.train(*told) for worker in workers]
+        meanwhile()
+        for taken, more in zip(results, gather(calls), strict=True):
             taken += more
             for one in more:
                 for column, found in one.scored.items():
                     fill(experience, column, found)
     return results
-
-
-def _checked(plan: Plan) -> Plan:
-    """The same, known to be legal: checked here once, and not by every rank."""
-    check_once(plan.schedule)
-    return replace(plan, is_checked=True)
 
 
 def fullest_free_bytes(

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from fuse.driver.engines import Engines
 from fuse.driver.model_start import Models
+from fuse.driver.planned_spans import PlannedSpans
 from fuse.interstage.rollout_planner import RolloutPlanner
 from fuse.trace import Span
 from fuse.workers.calls import Future, gather
@@ -29,18 +30,23 @@ class UpdateSpans:
     def __init__(self, engines: Engines, models: Callable[[], Models], rollouts: RolloutPlanner) -> None:
         self._engines, self._models, self._rollouts = engines, models, rollouts
         self._asked: list[Future[list[Span]]] = []
+        self._planned: PlannedSpans | None = None
         self._read: list[tuple[Spans, Spans]] = []
 
     def ask_engines(self) -> None:
         """A rollout is over; returns at once."""
         self._asked = [engine.drain_spans() for engine in self._engines.workers]
 
-    def read_after(self, make: Callable[[], _T]) -> Callable[[], _T]:
-        """Training is over: has something made of it, then reads what was recorded until now."""
+    def read_after(self, make: Callable[[], _T], planned: PlannedSpans | None = None) -> Callable[[], _T]:
+        """Training is over: has something made of it, then reads what was recorded until now.
+
+        planned: when its operations were to run.
+        """
+        self._planned = planned
 
         def made() -> _T:
             result = make()
-            models = gather([worker.drain_spans() for worker in self._models().workers])
+            models = self._of_models()
             engines = [_told(asked) for asked in self._asked]
             self._learn(models, engines)
             self._read.append((models, engines))
@@ -72,9 +78,13 @@ class UpdateSpans:
             self._rollouts.observe_spans(spans)
         self._rollouts.weigh()
 
+    def _of_models(self) -> Spans:
+        spans = gather([worker.drain_spans() for worker in self._models().workers])
+        planned, self._planned = self._planned, None
+        return spans if planned is None else planned.beside(spans)
+
     def _rest(self) -> tuple[Spans, Spans]:
-        models = gather([worker.drain_spans() for worker in self._models().workers])
-        return models, self._engines.call(GenerationHandle.drain_spans)
+        return self._of_models(), self._engines.call(GenerationHandle.drain_spans)
 
 
 def _joined(parts: Sequence[Spans]) -> Spans:

@@ -15,7 +15,7 @@ import schedules
 from fuse.intrastage.cost_profile import shape_of
 from fuse.intrastage.message_order import Action, rank_steps
 from fuse.intrastage.observed import TRAIN, shape_arguments
-from fuse.intrastage.planned_times import PlannedTimes, operation_name
+from fuse.intrastage.planned_times import operation_name
 from fuse.trace import SpanRecorder
 from schedules import Kind, Op, Schedule
 
@@ -38,7 +38,6 @@ def execute(
     communicators: Sequence[PipelineCommunicators],
     trace: SpanRecorder,
     *,
-    planned: PlannedTimes | None = None,
     category: str = TRAIN,
     is_checked: bool = False,
 ) -> None:
@@ -47,8 +46,7 @@ def execute(
     stages: this rank's stages by (pipeline, stage).
     micro_batches, communicators: by pipeline; a data-parallel replica is a pipeline with micro-batches of its own.
     trace: gets one span per operation, which starts when its input is there; `wait_s` says how long it had to wait.
-    planned: of this schedule; spans then say when they were to run (`planned_start_s`, `planned_end_s`, from the
-        step's first operation). category: of the spans.
+    category: of the spans.
     is_checked: whoever made the schedule has called `check_once` with it, for all ranks.
 
     Raises:
@@ -67,7 +65,7 @@ def execute(
         elif step.action is Action.RECEIVE:
             run.receive(step.op)
         else:
-            run.compute(step.op, planned, trace, category)
+            run.compute(step.op, trace, category)
     run.finish()
 
 
@@ -108,7 +106,7 @@ class _Run:
         self._results: dict[_Message, Tensor] = {}
         self._in_flight: dict[_Message, Transfer] = {}
 
-    def compute(self, op: Op, planned: PlannedTimes | None, trace: SpanRecorder, category: str) -> None:
+    def compute(self, op: Op, trace: SpanRecorder, category: str) -> None:
         """Run the operation on its input, which it waits for, and keep its result."""
         ready = trace.mark()
         received = self._take_input(op)
@@ -118,8 +116,6 @@ class _Run:
         if result is not None:
             self._results[_message_from(op)] = result
         arguments = shape_arguments(shape_of(self._micro_batches[op.pipeline][op.micro_batch]))
-        if planned is not None:
-            arguments |= {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
         name = operation_name(self._problem, op)
         trace.record(name, category, ready=ready, start=start, end=end, arguments=arguments)
 

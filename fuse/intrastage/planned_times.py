@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
+from fuse.intrastage.observed import TRAIN
+from fuse.trace import Span
 from schedules import Kind, Op, Problem, Schedule, Timing, evaluate
 
 _TICK_S = 1e-6
 _APART = 1.25
 """How many times as large a shape is that tells a slope."""
-
-_REMEMBERED = 64
-"""Steps whose plans a rank keeps; an update often takes the same ones again in its next epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,39 +66,24 @@ def planned_times(
     return times_of(schedule, seconds, transfer_s)
 
 
-def connected_part(schedule: Schedule, rank: int) -> Schedule:
-    """The schedule without the orders of ranks that have to do with `rank` neither directly nor through others.
+def with_planned(spans: Sequence[Span], orders: Iterable[tuple[Sequence[Op], PlannedTimes | None]]) -> list[Span]:
+    """A rank's spans, those of its operations with when they were to run: `planned_start_s`, `planned_end_s`.
 
-    Times of what is left are the same.
+    Both count from the first operation of the step.
+
+    orders: of each step, in turn, the rank's operations, and the step's plan, if there is one.
     """
-    ranks = {rank}
-    pipelines = [set(pipeline.ranks) for pipeline in schedule.problem.pipelines]
-    while more := set().union(*(own for own in pipelines if own & ranks)) - ranks:
-        ranks |= more
-    return Schedule(schedule.problem, tuple(order if at in ranks else () for at, order in enumerate(schedule.ranks)))
+    planned = iter([(op, times) for ops, times in orders for op in ops])
+    told = [_beside(span, *next(planned)) if span.category == TRAIN else span for span in spans]
+    assert next(planned, None) is None, "some operations have left no span"
+    return told
 
 
-class PlannedSteps:
-    """The plans of a rank's steps, each computed once for the same schedule of the same shapes."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._known: OrderedDict[tuple[object, ...], tuple[Profile, PlannedTimes]] = OrderedDict()
-
-    def times(
-        self, schedule: Schedule, profile: Profile, names: Sequence[str], shapes: Sequence[Sequence[Shape]]
-    ) -> PlannedTimes:
-        """As `planned_times`, of the operations that this rank's depend on."""
-        part = connected_part(schedule, self._rank)
-        key = part.ranks, tuple(names), tuple(map(tuple, shapes))
-        found = self._known.get(key)
-        if found is None or found[0] != profile:
-            found = profile, planned_times(part, profile, names, shapes)
-            self._known[key] = found
-        self._known.move_to_end(key)
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
-        return found[1]
+def _beside(span: Span, op: Op, planned: PlannedTimes | None) -> Span:
+    if planned is None:
+        return span
+    times = {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
+    return Span(span.name, span.category, span.start_s, span.end_s, {**span.arguments, **times})
 
 
 def times_of(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: tuple[float, ...]) -> PlannedTimes:

@@ -139,7 +139,7 @@ class TrainingPlanner:
         counts = list(counts)
         if not self.is_fused:
             return {
-                one: Plan(
+                one: Plan.checked(
                     serial_schedule(replicas_of(self.placement, one), one),
                     is_watched=self._watches and not self._knows(one),
                 )
@@ -204,7 +204,7 @@ class TrainingPlanner:
 
     def _watched(self, counts: Counts) -> Plan:
         """One that shows what is not known yet."""
-        return Plan(halved_serial_schedule(replicas_of(self.placement, counts), counts), is_watched=True)
+        return Plan.checked(halved_serial_schedule(replicas_of(self.placement, counts), counts), is_watched=True)
 
     @property
     def opposite_gain(self) -> float | None:
@@ -302,7 +302,7 @@ class TrainingPlanner:
             num_steps=num_steps,
             num_workers=settings.num_workers,
         )
-        return Plan(schedule, profile)
+        return Plan.checked(schedule, profile)
 
     def _gain(self, counts: Counts) -> float:
         """The same operations take as much longer by plain 1F1B as it is busy less; updates are counted where known."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
+from fuse.intrastage.executor import check_once
 from fuse.intrastage.opposite import has_opposites, plain_profile, without_opposites
+from fuse.intrastage.packed_schedule import packed, unpacked
 from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replica_micro_batches
 from schedules import Kind, Op, Pipeline, Problem, Schedule, Timing, evaluate
 from schedules.baselines.interleaved import interleaved
@@ -41,6 +43,23 @@ class Plan:
     profile: Profile | None = None
     is_watched: bool = False
     is_checked: bool = False
+
+    @classmethod
+    def checked(cls, schedule: Schedule, profile: Profile | None = None, *, is_watched: bool = False) -> Plan:
+        """Of a schedule that is checked here, for all ranks.
+
+        Raises: ValueError for an illegal one.
+        """
+        check_once(schedule)
+        return cls(schedule, profile, is_watched=is_watched, is_checked=True)
+
+    def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
+        """Ranks get the same ones in every update, and need no profile."""
+        return _unpacked_plan, (packed(self.schedule), self.is_watched, self.is_checked)
+
+
+def _unpacked_plan(schedule: bytes, is_watched: bool, is_checked: bool) -> Plan:
+    return Plan(unpacked(schedule), is_watched=is_watched, is_checked=is_checked)
 
 
 @lru_cache(maxsize=64)

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from fuse.algorithms.algorithm import LossNormalization
 from fuse.algorithms.batch import Experience, Targets
 from fuse.intrastage import communication
-from fuse.intrastage.cost_profile import Profile, shape_of
+from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY
 from fuse.intrastage.optimizer import AVERAGE, AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica
-from fuse.intrastage.planned_times import PlannedSteps
 from fuse.intrastage.stage import Exported, TrainedStage
 from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.intrastage.transformers_stage import TransformersStage
@@ -134,7 +133,6 @@ class TrainingRank:
         self._placement, self._settings = placement, settings
         self._specs, self._frozen = specs, frozen or FrozenTensors()
         self._observed_models: set[str] = set()
-        self._planned = PlannedSteps(self._rank)
         self._stages: dict[tuple[int, int], TrainedStage] = {
             (pipeline, stage): settings.build_stage(
                 replica.model,
@@ -225,13 +223,8 @@ class TrainingRank:
         running, scoring, per_pipeline = late.beside(one, trained, of_trained)
         for model in one.parts.keys() & self._optimizers.keys():
             self._optimizers[model].gradients.open()
-        planned = None
         probes: dict[tuple[int, int], MemoryProbe] = {}
-        if plan.profile is not None:
-            shapes = [[shape_of(micro_batch) for micro_batch in own] for own in per_pipeline]
-            names = [name for name, _ in running.pipelines]
-            planned = self._planned.times(plan.schedule, plan.profile, names, shapes)
-        elif plan.is_watched and not self._observed_models >= one.parts.keys():
+        if plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             record_messages(self._recorder, self._rank, plan.schedule, trained, of_trained)
             largest = [index_of_largest(own) for own in per_pipeline]
@@ -243,7 +236,6 @@ class TrainingRank:
             per_pipeline,
             running.communicators,
             self._recorder,
-            planned=planned,
             is_checked=plan.is_checked,
         )
         scored = late.finish(one)

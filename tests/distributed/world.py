@@ -27,7 +27,7 @@ from fuse.intrastage.cost_profile import profile_to_json
 from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import ModelOptimizer
-from fuse.intrastage.planned_times import PlannedTimes, times_of
+from fuse.intrastage.planned_times import PlannedTimes, times_of, with_planned
 from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
 from schedules import Kind, Pipeline, Problem, Schedule, random_problems
@@ -96,8 +96,9 @@ def check_splits(rank: int, world: int, directory: Path) -> dict[str, float]:
         problem, models = random_fusion(world, random.Random(seed))
         schedule = random_problems.random_schedule(problem, random.Random(seed))
         recorder = SpanRecorder()
-        found[f"random {seed}"] = Run(rank, problem, models).gradient_difference(schedule, recorder, plan_of(schedule))
-        record = {"schedule": schedule_to_text(schedule), "spans": [asdict(span) for span in recorder.drain()]}
+        found[f"random {seed}"] = Run(rank, problem, models).gradient_difference(schedule, recorder)
+        spans = with_planned(recorder.drain(), [(schedule.ranks[rank], plan_of(schedule))])
+        record = {"schedule": schedule_to_text(schedule), "spans": [asdict(span) for span in spans]}
         (directory / f"spans-{world}-{seed}-{rank}.json").write_text(json.dumps(record))
         found["num_halves"] = found.get("num_halves", 0) + sum(op.kind in (Kind.I, Kind.W) for _, op in schedule.ops())
     return found

@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
 from fuse.driver import update
+from fuse.driver.planned_spans import PlannedSpans
+from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
+from fuse.intrastage.micro_batch_number import Work
 from fuse.intrastage.placement import place
+from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_schedule import Plan, serial_schedule
+from fuse.trace import Span
 from schedules import Schedule
 
+PLACEMENT = place("actor", 2, 2)
+SHAPES = (Shape(2, 10), Shape(2, 30))
+COUNTS = (("actor", 2),)
+PROFILE = Profile(
+    tick_s=1e-3,
+    stages=tuple(
+        StageCosts(
+            pipeline="actor.0",
+            stage=stage,
+            shape=SHAPES[0],
+            forward_ticks=10 + stage,
+            backward_ticks=20,
+            input_grad_ticks=None,
+            weight_grad_ticks=None,
+            activation_bytes=0,
+            weight_grad_bytes=0,
+        )
+        for stage in range(2)
+    ),
+    transfers=(),
+)
+PLAN = Plan.checked(serial_schedule(PLACEMENT, COUNTS), PROFILE)
 
-def test_plans_are_checked_for_all_ranks_before_any_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(update.ray, "put", lambda value: told.append(value) or value)
-    counts = (("actor", 2),)
-    legal = serial_schedule((*place("actor", 2, 2),), counts)
-    nothing: Any = None
 
-    def take(schedule: Schedule) -> None:
-        args: list[Any] = [[], nothing, [], [], {counts: Plan(schedule)}]
-        update.take_rounds(*args, pieces=[slice(0)], between=nothing)
-
+def test_a_plan_is_checked_where_it_is_made_and_unpacked_once_by_a_rank() -> None:
+    first, second = (pickle.loads(pickle.dumps({COUNTS: PLAN}))[COUNTS] for _ in range(2))  # noqa: S301
+    assert first == Plan(PLAN.schedule, is_checked=True)
+    assert first.schedule is second.schedule
     with pytest.raises(ValueError, match="illegal schedule"):
-        take(Schedule(legal.problem, legal.ranks[::-1]))
-    assert not told
-    take(legal)
-    assert told[0] == {counts: Plan(legal, is_checked=True)}
+        Plan.checked(Schedule(PLAN.schedule.problem, PLAN.schedule.ranks[::-1]))
+    watched = Plan(PLAN.schedule, is_watched=True)
+    assert pickle.loads(pickle.dumps(watched)) == watched  # noqa: S301
+
+
+def test_plans_are_timed_while_devices_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Device:
+        def train(self, *args: Any) -> str:
+            events.append("told")
+            return "call"
+
+    monkeypatch.setattr(update.ray, "put", lambda value: value)
+    monkeypatch.setattr(update, "gather", lambda calls: events.append("waited") or [[] for _ in calls])
+    args: list[Any] = [[Device(), Device()], None, [], [], {COUNTS: PLAN}]
+    between: Any = None
+    update.take_rounds(*args, pieces=[slice(0)], between=between, meanwhile=lambda: events.append("timed"))
+    assert events == ["told", "told", "timed", "waited"]
+
+
+def test_spans_of_all_devices_of_a_rank_say_when_their_operations_were_to_run() -> None:
+    works = [Work({"actor": SHAPES}), Work({"actor": SHAPES[:1]})]
+    unplanned = Plan.checked(serial_schedule(PLACEMENT, (("actor", 1),)))
+    planned = PlannedSpans.of(works, {COUNTS: PLAN, works[1].counts: unplanned}, PLACEMENT, tensor_parallel_size=2)
+    num_spans = [len(PLAN.schedule.ranks[rank]) + len(unplanned.schedule.ranks[rank]) for rank in range(2)]
+    told = planned.beside([[Span("", "train", 0.0, 1.0)] * num_spans[device // 2] for device in range(4)])
+    times = planned_times(PLAN.schedule, PROFILE, ["actor.0"], [SHAPES])
+    for device, spans in enumerate(told):
+        ops = PLAN.schedule.ranks[device // 2]
+        assert [span.arguments for span in spans] == [
+            *({"planned_start_s": times.start_s[op], "planned_end_s": times.end_s[op]} for op in ops),
+            *({} for _ in spans[len(ops) :]),
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,7 +83,8 @@ def take_update(run: Any) -> dict[str, dict[str, list[Span]]]:
     run.spans.ask_engines()
     for model in run.models:
         model.record("train")
-    assert run.spans.read_after(lambda: "reports")() == "reports"
+    planned: Any = SimpleNamespace(beside=lambda spans: [[replace(one, end_s=2.0) for one in own] for own in spans])
+    assert run.spans.read_after(lambda: "reports", planned)() == "reports"
     for engine in run.engines:
         engine.record("weights")
     for model in run.models:
@@ -99,6 +101,7 @@ def test_parts_of_an_update_are_put_together_and_taught_once(run: Any) -> None:
             for device, of_device in drained.items()
         } == {device: {"generation": ["generate", "weights"], "model": ["train", "copies"]} for device in drained}
         assert list(drained) == ["device0", "device1"]
+        assert [[span.end_s for span in of_device["model"]] for of_device in drained.values()] == [[2.0, 1.0]] * 2
         assert run.training.heard == [["model 0: train", "model 1: train"]] * update
         assert len(run.rollouts.heard) == 4 * update
         assert run.rollouts.num_weighed == update

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fuse.intrastage import executor
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import drift_of
-from fuse.intrastage.planned_times import PlannedTimes, times_of
+from fuse.intrastage.planned_times import PlannedTimes, times_of, with_planned
 from fuse.micro_batch import MicroBatch
-from fuse.trace import SpanRecorder
+from fuse.trace import Span, SpanRecorder
 from schedules import Kind, Op, Pipeline, Problem, Schedule
 from schedules.baselines import one_f_one_b
 
@@ -59,13 +59,11 @@ class RecordingStage:
         return iter(())
 
 
-def run(
-    schedule: Schedule, can_split: bool = True, planned: PlannedTimes | None = None
-) -> tuple[list[str], SpanRecorder]:
+def run(schedule: Schedule, can_split: bool = True) -> tuple[list[str], SpanRecorder]:
     calls: list[str] = []
     stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls, can_split)}
     recorder = SpanRecorder()
-    execute(schedule, 0, stages, [BATCHES], [], recorder, planned=planned)
+    execute(schedule, 0, stages, [BATCHES], [], recorder)
     return calls, recorder
 
 
@@ -108,12 +106,18 @@ def test_spans_say_when_the_operation_was_planned() -> None:
         transfer_s=(0.0,),
         bubble_ratio=0.0,
     )
-    _, recorder = run(schedule, planned=planned)
-    spans = recorder.drain()
+    _, recorder = run(schedule)
+    optimizer = Span("step actor", "optimizer", 0.0, 1.0)
+    of_step = [*recorder.drain(), optimizer]
+    told = with_planned(of_step + of_step, [(ops, None), (ops, planned)])
+    assert told[:9] == of_step, "nothing was planned of the first step"
+    assert told[-1] is optimizer
+    spans = told[9:-1]
     assert [span.arguments["planned_start_s"] for span in spans] == [float(index) for index in range(8)]
     assert [span.arguments["planned_end_s"] for span in spans] == [index + 0.5 for index in range(8)]
-    _, unplanned = run(schedule)
-    assert "planned_start_s" not in unplanned.drain()[0].arguments
+    assert [(span.name, span.start_s, span.arguments["tokens"]) for span in spans] == [
+        (span.name, span.start_s, span.arguments["tokens"]) for span in of_step[:-1]
+    ]
 
 
 class FakeDevice:
@@ -158,9 +162,9 @@ def test_a_plan_carried_out_exactly_on_a_device_does_not_drift(slower: float) ->
     recorder = SpanRecorder(device)
     seconds_of_stage_1 = {op: slower * second if op.stage == 1 else second for op, second in seconds.items()}
     device.planned = times_of(schedule, seconds_of_stage_1, (0.0,))
-    execute(schedule, 0, stages, [BATCHES], [], recorder, planned=planned)
+    execute(schedule, 0, stages, [BATCHES], [], recorder)
     assert device.num_waits == 0, "a step does not wait for the device"
-    spans = recorder.drain()
+    spans = with_planned(recorder.drain(), [(schedule.ranks[0], planned)])
     assert device.num_waits == 1
     drift = drift_of(spans)
     assert drift is not None

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from random import Random
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuse.intrastage import planned_times as planned_module
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts, TransferCosts
-from fuse.intrastage.placement import place
-from fuse.intrastage.planned_times import CostLine, PlannedSteps, planned_times
-from fuse.intrastage.training_schedule import serial_schedule
-from schedules import Kind, Op, Pipeline, Problem, Schedule, Timing, evaluate
+from fuse.intrastage.planned_times import CostLine, planned_times
+from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.random_problems import random_problem, random_schedule
 
 SMALL, LARGE = Shape(1, 100), Shape(2, 150)
@@ -134,62 +129,3 @@ def test_a_profile_of_the_problem_itself_plans_as_the_evaluator_times(random: Ra
         assert [plan.start_s[op] for op in order] == pytest.approx([1e-3 * time for time in timing.start[rank]])
         assert [plan.end_s[op] for op in order] == pytest.approx([1e-3 * time for time in timing.end[rank]])
     assert plan.bubble_ratio == pytest.approx(timing.bubble_ratio)
-
-
-def steps(num_groups: int) -> tuple[Schedule, Profile, list[str], list[list[Shape]]]:
-    """1F1B of groups of two ranks, each with a replica, and three micro-batches in each."""
-    placement = place("actor", 2 * num_groups, 2)
-    schedule = serial_schedule(placement, 3 * num_groups)
-    profile = Profile(
-        tick_s=1e-3,
-        stages=tuple(costs(one.name, stage, SMALL, (10, 20, 12, 8)) for one in placement for stage in range(2)),
-        transfers=(),
-    )
-    return schedule, profile, [one.name for one in placement], [[SMALL, LARGE, SMALL]] * num_groups
-
-
-def test_a_rank_plans_what_its_operations_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule, profile, names, shapes = steps(num_groups=3)
-    whole = planned_times(schedule, profile, names, shapes)
-    num_timed = []
-
-    def counted(of: Schedule, *rest: Any) -> Timing:
-        num_timed.append(sum(map(len, of.ranks)))
-        return evaluate(of, *rest)
-
-    monkeypatch.setattr(planned_module, "evaluate", counted)
-    planned = PlannedSteps(3).times(schedule, profile, names, shapes)
-    assert num_timed == [sum(map(len, schedule.ranks)) // 3]
-    own = [op for rank in (2, 3) for op in schedule.ranks[rank]]
-    assert {op: (planned.start_s[op], planned.end_s[op]) for op in own} == {
-        op: (whole.start_s[op], whole.end_s[op]) for op in own
-    }
-
-
-def test_a_step_is_planned_again_only_where_something_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule, profile, names, shapes = steps(num_groups=1)
-    num_timed = []
-
-    def counted(*arguments: Any) -> Timing:
-        num_timed.append(1)
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(planned_module, "evaluate", counted)
-    planned = PlannedSteps(0)
-    first = planned.times(schedule, profile, names, shapes)
-    for _ in range(3):  # another update's plan is another object
-        assert planned.times(copy.deepcopy(schedule), copy.deepcopy(profile), names, shapes) is first
-    assert len(num_timed) == 1
-    slower = replace(profile, tick_s=2e-3)
-    as_first = tuple(replace(op, stage=1) for op in schedule.ranks[0])
-    elsewhere = Schedule(schedule.problem, (schedule.ranks[0], as_first))
-    changed = [
-        planned.times(schedule, slower, names, shapes),
-        planned.times(schedule, profile, names, [[SMALL] * 3]),
-        planned.times(elsewhere, profile, names, shapes),
-    ]
-    assert len(num_timed) == 4
-    assert len({one.makespan_s for one in (first, *changed)}) == 4
-    for index in range(200):
-        planned.times(schedule, profile, names, [[SMALL, SMALL, Shape(1, 1 + index)]])
-    assert len(planned._known) <= 64

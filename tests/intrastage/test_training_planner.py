@@ -79,6 +79,7 @@ def test_the_first_update_trains_serially_and_the_next_by_what_it_showed(tmp_pat
     assert not planner.will_solve({2, 4})
     for count, plan in planner.plans({2, 4}, SHAPES).items():
         assert plan.profile is None
+        assert plan.is_checked
         assert planner.serial_bubble_ratio is None
         assert violations(plan.schedule) == []
         kinds = [[op.kind for op in ops] for ops in plan.schedule.ranks]
@@ -90,6 +91,7 @@ def test_the_first_update_trains_serially_and_the_next_by_what_it_showed(tmp_pat
     plans = planner.plans({2, 4}, SHAPES)
     for count, plan in plans.items():
         assert violations(plan.schedule) == []
+        assert plan.is_checked
         assert [pipeline.num_micro_batches for pipeline in plan.schedule.problem.pipelines] == [count, count]
         assert planner.serial_bubble_ratio is not None
         assert evaluate(plan.schedule).bubble_ratio < planner.serial_bubble_ratio
