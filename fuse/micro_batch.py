@@ -51,8 +51,11 @@ class MicroBatch:
         return hidden.flatten(0, 1).index_select(0, self.head_index)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on a device, with the targets' tensors if those are one, or a dataclass of some."""
-        moved: MicroBatch = _moved(self, device)
+        """The same micro-batch on a device, with the targets' tensors if those are one, or a dataclass of some.
+
+        All of them are on one device.
+        """
+        moved: MicroBatch = self if self.input_ids.device == device else _moved(self, device)
         return moved
 
 

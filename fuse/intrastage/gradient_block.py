@@ -16,24 +16,31 @@ _ALIGNED = 16
 
 
 class GradientBlock:
-    """A block for these parameters' gradients; on other devices than CPUs there is none."""
+    """A block for the gradients of parameters that are on one device; where that is no CPU there is none."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [one for one in parameters if one.device.type == "cpu"]
+        self._parameters = list(parameters)
         self._block: Tensor | None = None
 
     def open(self) -> None:
         """Where no parameter has a gradient, give each one of zeros."""
-        if not self._parameters or any(one.grad is not None for one in self._parameters):
+        if any(one.device.type != "cpu" or one.grad is not None for one in self._parameters):
             return
         sizes = [-(-one.numel() // _ALIGNED) * _ALIGNED for one in self._parameters]
-        if self._block is None:
-            self._block = torch.zeros(sum(sizes))
-        else:
-            self._block.zero_()
+        self._block = torch.zeros(sum(sizes))
         for parameter, place in zip(self._parameters, self._block.split(sizes), strict=True):
             parameter.grad = place[: parameter.numel()].view_as(parameter)
 
+    def clear(self) -> None:
+        """Have no gradients any more: zeros while they are in the block, else none."""
+        if self._block is not None:
+            self._block.zero_()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def close(self) -> None:
-        """Let go of the block, which lives on while parameters have gradients."""
-        self._block = None
+        """Let go of the block, and of what gradients are in it."""
+        if self._block is not None:
+            self._block = None
+            self.clear()

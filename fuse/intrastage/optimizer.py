@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class ModelOptimizer:
 
     Weight decay spares biases and normalisations, as transformers.Trainer's groups do. Gradients of replicas, and of
     the two copies of a tied embedding, are added up: the losses are expected to be weighted for a sum. Ranks that hold
-    stages of several models step them in the same order, and come to sums in the same order within each: of replicas
+    stages of several models come to sums in the same order, and then to what they share. Sums of each are of replicas
     stage by stage, then of tied copies replica by replica, then of the norm. Opposite replicas, of which a rank holds
     different stages, meet in that order too, so that none waits for a rank that waits for it.
     """
@@ -127,10 +128,10 @@ class ModelOptimizer:
         self.share()
         return norm
 
-    def reduce(self) -> float:
+    def reduce(self, computing: Callable[[], AbstractContextManager[None]] = nullcontext) -> float:
         """Add gradients up over replicas and tied copies; returns the norm of the whole model's. Waits for peers.
 
-        A parameter that got no gradient has a gradient of zero.
+        A parameter that got no gradient has a gradient of zero. computing: is entered where nobody is waited for.
 
         Raises: CommunicationError when a peer died or did not answer in time.
         """
@@ -140,7 +141,7 @@ class ModelOptimizer:
                     parameter.grad = torch.zeros_like(parameter)
         self._add_replicas()
         self._tied.add_gradients()
-        return self._gradient_norm()
+        return self._gradient_norm(computing)
 
     def apply(self, norm: float, learning_rate: float) -> None:
         """Clip the reduced gradients, of this norm, step what is this rank's, and clear them. Waits for nobody."""
@@ -154,9 +155,7 @@ class ModelOptimizer:
             if self._average_decay is not None:
                 averages, weights = self._averages_and_weights()
                 torch._foreach_lerp_(averages, weights, 1 - self._average_decay)
-        for parameters in self._parameters.values():
-            for parameter in parameters.values():
-                parameter.grad = None
+        self.gradients.clear()
         self._num_steps += 1
 
     def share(self) -> None:
@@ -279,7 +278,7 @@ class ModelOptimizer:
                 all_reduce_gradients(copies[0], group, f"gradients of {self._name} stage {stage}")
             give_first_to_others(copies)
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self, computing: Callable[[], AbstractContextManager[None]]) -> float:
         norm = 0.0
         for replica in range(self._groups.num_replicas):
             own = [self._parameters[key] for key in self._parameters if key[0] == replica]
@@ -293,8 +292,9 @@ class ModelOptimizer:
             if self._groups.lane > 0:  # the first lane's device counts what all lanes have whole
                 shards = frozenset[str]().union(*(stage.sharded_names for stage in self._stages.values()))
                 once = {name: parameter for name, parameter in once.items() if name in shards}
-            norms = torch._foreach_norm([gradient_of(parameter) for parameter in once.values()]) if once else ()
-            squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
+            with computing():
+                norms = torch._foreach_norm([gradient_of(parameter) for parameter in once.values()]) if once else ()
+                squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
             group = self._groups.members.get(replica)
             if group is not None:
                 device = next(parameter.device for held in self._all_parameters.values() for parameter in held.values())

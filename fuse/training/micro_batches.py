@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,21 +24,18 @@ def ragged(
         (*experience.prompts[index], *experience.responses[index][: experience.lengths[index]]) for index in indices
     ]
     num_tokens = max(len(sequence) for sequence in sequences)
-    input_ids = torch.zeros(len(indices), num_tokens, dtype=torch.int64)
+    input_ids = np.zeros((len(indices), num_tokens), dtype=np.int64)  # of which numpy reads a row five times as fast
     for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        input_ids[row, : len(sequence)] = sequence
 
     # The hidden state at token prompt + t - 1 predicts response token t and its value.
     first = [row * num_tokens + len(experience.prompts[index]) - 1 for row, index in enumerate(indices)]
     made = {}
     for role, targets in experience.targets.items():
-        offsets = experience.segments.offsets(targets.positions)
-        rows, counts = (
-            rows_of_samples(offsets, indices),
-            [int(offsets[index + 1] - offsets[index]) for index in indices],
-        )
+        starts, counts = _segments(experience.segments.offsets(targets.positions), indices)
+        rows = _ranges(starts, counts)
         made[role] = MicroBatch(
-            input_ids=input_ids,
+            input_ids=torch.from_numpy(input_ids),
             head_index=_ranges(first, counts),
             targets=_map_columns(targets, partial(_take, rows=rows)),
             weight=weight,
@@ -66,10 +64,9 @@ def padded(experience: Experience, indices: Sequence[int], weight: float, pad_to
 
     made = {}
     for role, targets in experience.targets.items():
-        offsets = experience.segments.offsets(targets.positions)
-        rows = rows_of_samples(offsets, indices)
-        counts = torch.tensor([int(offsets[index + 1] - offsets[index]) for index in indices])
-        mask = (torch.arange(width) < counts[:, None]).flatten()
+        starts, counts = _segments(experience.segments.offsets(targets.positions), indices)
+        rows = _ranges(starts, counts)
+        mask = (torch.arange(width) < torch.tensor(counts)[:, None]).flatten()
 
         laid_out: Any = _map_columns(targets, partial(_scatter, rows=rows, mask=mask, fill=targets.fill))
         if hasattr(laid_out, TOKEN_IDS):
@@ -106,11 +103,20 @@ def _scatter(name: str, values: Tensor, *, rows: Tensor, mask: Tensor, fill: Map
 
 def rows_of_samples(offsets: Tensor, indices: Sequence[int]) -> Tensor:
     """Rows of the flat tensors that samples `indices` own, in their order."""
-    return _ranges([int(offsets[index]) for index in indices], [int(offsets[i + 1] - offsets[i]) for i in indices])
+    return _ranges(*_segments(offsets, indices))
+
+
+def _segments(offsets: Tensor, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Where those of the samples start, and how many rows they have."""
+    bounds = offsets.tolist()
+    return [bounds[index] for index in indices], [bounds[index + 1] - bounds[index] for index in indices]
 
 
 def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    """All numbers of all ranges, which begin there and have so many."""
+    begins = np.cumsum(counts) - counts
+    shifts = np.repeat(np.asarray(starts, dtype=np.int64) - begins, counts)
+    return torch.from_numpy(np.arange(len(shifts)) + shifts)
 
 
 def index_of_largest(micro_batches: Sequence[MicroBatch]) -> int:

@@ -243,14 +243,27 @@ class TrainingRank:
             shown = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
             record_observed(self._recorder, MEMORY, plan.schedule, pipeline, stage, shown, 0.0, sizes)
-        norms = {}
-        for model, optimizer in self._optimizers.items():
-            if model in one.parts and one.parts[model].is_last:
-                norm = norms[model] = optimizer.reduce()  # not in the span: a rank that is done earlier waits in here
-                with self._recorder.span(f"step {model}", "optimizer"):
-                    optimizer.apply(norm, learning_rates[model])
-                optimizer.share()
+        norms = self._step(one, learning_rates)
         return replace(trained.told([len(own) for own in of_trained], norms), scored=scored)
+
+    def _step(self, one: Round, learning_rates: Mapping[str, float]) -> dict[str, float]:
+        """Step the models whose steps the round ends. Returns the norms of their gradients."""
+        stepping = {
+            model: optimizer
+            for model, optimizer in self._optimizers.items()
+            if model in one.parts and one.parts[model].is_last
+        }
+        # A rank waits for others within sums and shares, and for the slowest once if all models come to them together.
+        norms = {
+            model: optimizer.reduce(partial(self._recorder.span, f"norm {model}", "optimizer"))
+            for model, optimizer in stepping.items()
+        }
+        for model, optimizer in stepping.items():
+            with self._recorder.span(f"step {model}", "optimizer"):
+                optimizer.apply(norms[model], learning_rates[model])
+        for optimizer in stepping.values():
+            optimizer.share()
+        return norms
 
     def accumulate(self, model: str, replica: int, experience: Experience, part: StepPart) -> RankRound:
         """Add to a replica's gradients those of micro-batches of its coming optimizer step, by 1F1B.

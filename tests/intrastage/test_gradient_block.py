@@ -22,15 +22,15 @@ def test_gradients_lie_in_one_block_and_are_what_they_are_without() -> None:
     expected = [one.grad for one in model.parameters()]
     block = GradientBlock(model.parameters())
     with LiveMemory() as live:
+        model.zero_grad(set_to_none=True)
         for _ in range(2):  # the second time it is the same block, of zeros again
-            model.zero_grad(set_to_none=True)
             block.open()
             backward(model)
             torch.testing.assert_close([one.grad for one in model.parameters()], expected)
             assert (
                 len({one.grad.untyped_storage().data_ptr() for one in model.parameters() if one.grad is not None}) == 1
             )
-        model.zero_grad(set_to_none=True)
+            block.clear()
         assert live.bytes > 0
         block.close()
         gc.collect()
