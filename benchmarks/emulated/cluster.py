@@ -123,18 +123,19 @@ class EmulatedModels:
         self._settings, self._scoring = settings, scoring
         self.placement: tuple[Replica, ...] = ()
         self.trained: list[EmulatedRound] = []
-        self._told: tuple[Any, ...] = ()
+        self._told: Any = None
         self._update: EmulatedUpdate | None = None
         self._sizes: Any = None
         self.apart_s = 0.0
         self._answers: dict[str, ray.ObjectRef[Any]] = {}
 
-    def sizes(self, experience: Any, rounds: Any, plans: Any) -> Any:
-        """A call's arguments, references all, as emulated ranks take them: one reference for all ranks' calls."""
-        if self._told != (experience, rounds, plans):
+    def sizes(self, piece: Any) -> Any:
+        """A call's argument, a reference, as emulated ranks take it: one reference for all ranks' calls."""
+        if self._told != piece:
             start_s = time.perf_counter()
-            self._told = experience, rounds, plans
-            self._update = EmulatedUpdate(self.placement, self._settings, *ray.get(list(self._told)))
+            self._told, told = piece, ray.get(piece)
+            args = told.experience, told.rounds, told.plans
+            self._update = EmulatedUpdate(self.placement, self._settings, *args)
             self._sizes = ray.put(self._update.sizes)
             self.trained = self._update.sizes
             self.apart_s = time.perf_counter() - start_s
@@ -192,8 +193,7 @@ class _ModelProcess(Worker[EmulatedModelWorker]):
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         name = method.__name__
         if name == "train":
-            experience, rounds, _, plans = args
-            told = self._actor.call.remote(name, self._models.sizes(experience, rounds, plans))
+            told = self._actor.call.remote(name, self._models.sizes(*args))
             return _Translated(self, told, lambda _: self._models.results(self._rank))
         if name == "accumulate":
             piece = self._models.early(*args)

@@ -8,12 +8,14 @@ tensors; `Segments` says where. All masks of the padded formulation become plain
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from fuse.tensor_pickle import Sent, arrived, sent
 
 Positions = Literal["tokens", "values"]
 
@@ -45,6 +47,13 @@ class Segments:
 
     def num_values(self, sample: int) -> int:
         return int(self.value_offsets[sample + 1] - self.value_offsets[sample])
+
+    def __reduce__(self) -> tuple[Callable[..., Segments], tuple[Sent, ...]]:
+        return _arrived_segments, tuple(map(sent, (self.token_offsets, self.value_offsets, self.token_rows)))
+
+
+def _arrived_segments(*tensors: Sent) -> Segments:
+    return Segments(*map(arrived, tensors))
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -98,6 +107,25 @@ class Experience:
     width: int
     segments: Segments
     targets: Mapping[str, Targets]
+
+    def __reduce__(self) -> tuple[Callable[..., Experience], tuple[object, ...]]:
+        columns = {role: (type(targets), _columns(targets)) for role, targets in self.targets.items()}
+        return _arrived_experience, (self.prompts, self.responses, self.lengths, self.width, self.segments, columns)
+
+
+def _columns(targets: Any) -> dict[str, Sent]:
+    return {field.name: sent(getattr(targets, field.name)) for field in fields(targets)}
+
+
+def _arrived_experience(
+    prompts: Any, responses: Any, lengths: Any, width: int, segments: Segments, columns: Mapping[str, tuple[Any, Any]]
+) -> Experience:
+    targets = {
+        role: kind(**{name: arrived(column) for name, column in own.items()}) for role, (kind, own) in columns.items()
+    }
+    return Experience(
+        prompts=prompts, responses=responses, lengths=lengths, width=width, segments=segments, targets=targets
+    )
 
 
 def counted_tokens(responses: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:

@@ -242,7 +242,6 @@ class Fleet:
         """
         if self.settings.engines_sleep:
             self._engines.call(GenerationHandle.sleep)
-        self._spans.ask_engines()
         training, mixing = self.settings.training, self.settings.mixing
         tail, self._tail = self._tail, None
         reports, planned = train(
@@ -251,6 +250,7 @@ class Fleet:
             tail=tail,
             pieces=[slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds)),
             between=self._mix,
+            meanwhile=self._spans.ask_engines,
             memory=self.settings.memory,
             tell=self._tell,
         )

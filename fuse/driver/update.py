@@ -25,6 +25,7 @@ from fuse.training.regrouping import drawn_metrics
 from fuse.training.rounds import RankRound, Round, step_reports, unfused_counts
 from fuse.training.state import check_saved
 from fuse.training.steps import StepReport
+from fuse.training.update_piece import UpdatePiece
 from fuse.workers.calls import gather
 from fuse.workers.errors import WorkerError
 from fuse.workers.model_handle import ModelHandle
@@ -42,6 +43,7 @@ def train(
     tail: Tail | None,
     pieces: Iterable[slice],
     between: Callable[[], None],
+    meanwhile: Callable[[], None],
     memory: MemorySetup | None,
     tell: Callable[[str], None],
 ) -> tuple[Callable[[], dict[str, list[StepReport]]], PlannedSpans]:
@@ -50,6 +52,7 @@ def train(
     Returns what makes reports of each role's, and what tells when their operations were to run.
 
     late_columns: what the rounds score. tail: has trained some of the first one. pieces, between: as of `take_rounds`.
+    meanwhile: called once devices train.
     memory: of the run, where it is planned.
     """
     free_bytes = partial(fullest_free_bytes, workers, memory, without_scorers(planner.placement))
@@ -66,7 +69,12 @@ def train(
     works, lanes = [work_of(one, experience, settings.layout) for one in rounds], settings.tensor_parallel_size
     planned = cache(partial(PlannedSpans.of, works, plans, planner.placement, lanes))
     args = workers, experience, rounds, learning_rates, plans
-    results = take_rounds(*args, pieces=pieces, between=between, meanwhile=planned)
+
+    def once_training() -> None:
+        meanwhile()
+        planned()
+
+    results = take_rounds(*args, pieces=pieces, between=between, meanwhile=once_training)
     if tail is not None:
         rounds, results = tail.whole(experience, rounds, results)
     laid_out = cache(partial(settings.layout.micro_batches, experience))  # roles draw the same samples
@@ -88,16 +96,16 @@ def take_rounds(
     """What every device tells of every round. What is scored within them is written into the experience.
 
     pieces: of the rounds, between which `between` is called. Only the first scores old log-probabilities: those of a
-    later one that are known are in the experience by then. meanwhile: called while devices train each.
+    later one that are known are in the experience by then. meanwhile: called once devices train.
     """
-    planned = ray.put(plans)
     results: list[list[RankRound]] = [[] for _ in workers]
     for index, piece in enumerate(pieces):
         if index:
             between()
-        told = ray.put(experience), ray.put(rounds[piece]), learning_rates[piece], planned
-        calls = [worker.train(*told) for worker in workers]
-        meanwhile()
+        told = ray.put(UpdatePiece(experience, rounds[piece], learning_rates[piece], plans))
+        calls = [worker.train(told) for worker in workers]
+        if not index:
+            meanwhile()
         for taken, more in zip(results, gather(calls), strict=True):
             taken += more
             for one in more:

@@ -11,17 +11,17 @@ import torch
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
-from fuse.intrastage.placement import Counts, Replica
+from fuse.intrastage.placement import Replica
 from fuse.intrastage.stage import Exported
-from fuse.intrastage.training_schedule import Plan
 from fuse.trace import Span
 from fuse.training.layer_costs import TypicalBatch
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingSettings
 from fuse.training.reading import TokenSequence
-from fuse.training.rounds import RankRound, Round, StepPart
+from fuse.training.rounds import RankRound, StepPart
 from fuse.training.score_pipelines import Piece, Scored
 from fuse.training.scoring import Inference, ScoringSettings
+from fuse.training.update_piece import UpdatePiece
 from fuse.workers.calls import Future, Remote, Worker, as_received
 from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.cluster import Accelerator, Cluster
@@ -75,17 +75,9 @@ class ModelHandle:
         """Build the stages and the scoring models that belong there; all ranks are called at once."""
         return self.worker.call(ModelWorker.place, placement)
 
-    def train(
-        self,
-        experience: Remote[Experience],
-        rounds: Remote[Sequence[Round]],
-        learning_rates: Sequence[Mapping[str, float]],
-        plans: Remote[Mapping[Counts, Plan]],
-    ) -> Future[list[RankRound]]:
-        """Take all optimizer steps of an update; all ranks are called at once."""
-        return self.worker.call(
-            ModelWorker.train, as_received(experience), as_received(rounds), learning_rates, as_received(plans)
-        )
+    def train(self, piece: Remote[UpdatePiece]) -> Future[list[RankRound]]:
+        """Take all optimizer steps of a piece of an update; all ranks are called at once."""
+        return self.worker.call(ModelWorker.train, as_received(piece))
 
     def accumulate(self, model: str, replica: int, experience: Remote[Experience], part: StepPart) -> Future[RankRound]:
         """Train micro-batches of the coming optimizer step now; all ranks of the replica are called at once."""

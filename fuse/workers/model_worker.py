@@ -15,9 +15,8 @@ from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.opposite import UpdateCosts
 from fuse.intrastage.packing import use_packing
-from fuse.intrastage.placement import Counts, Replica
+from fuse.intrastage.placement import Replica
 from fuse.intrastage.stage import Exported
-from fuse.intrastage.training_schedule import Plan
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.memory_use import usage_spans
 from fuse.state_dict import WeightLayout, WeightStream, adopt_tensors, mix_tensors
@@ -29,9 +28,10 @@ from fuse.training.lent_stages import LentStages
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
 from fuse.training.reading import TokenSequence
-from fuse.training.rounds import RankRound, Round, StepPart
+from fuse.training.rounds import RankRound, StepPart
 from fuse.training.score_pipelines import Piece, Scored, ScorePipelines, kind_of
 from fuse.training.update_costs import measure_update_costs
+from fuse.training.update_piece import UpdatePiece
 from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.host_memory import give_back_if_scarce
 from fuse.workers.weight_port import Membership, WeightPort, WeightSender
@@ -147,18 +147,12 @@ class ModelWorker:
 
     # Training
 
-    def train(
-        self,
-        experience: Experience,
-        rounds: Sequence[Round],
-        learning_rates: Sequence[Mapping[str, float]],
-        plans: Mapping[Counts, Plan],
-    ) -> list[RankRound]:
-        """Take all optimizer steps of an update; all ranks call this at once. See `TrainingRank.train`."""
-        columns = {column for one in rounds for column in one.scored}
+    def train(self, piece: UpdatePiece) -> list[RankRound]:
+        """Take all optimizer steps of a piece of an update; all ranks call this at once. See `TrainingRank.train`."""
+        columns = {column for one in piece.rounds for column in one.scored}
         scorers = {column: own for column, own in self._pipelines.scorers.items() if column in columns}
         self._give_back()  # what scoring has freed lies between what stays
-        trained = self._training.train(experience, rounds, learning_rates, plans, scorers)
+        trained = self._training.train(piece.experience, piece.rounds, piece.learning_rates, piece.plans, scorers)
         self._give_back()  # gradients and activations: engines and scoring come next
         return trained
 

@@ -15,6 +15,7 @@ from fuse.intrastage.placement import place
 from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.trace import Span
+from fuse.training.update_piece import UpdatePiece
 from schedules import Schedule
 
 PLACEMENT = place("actor", 2, 2)
@@ -55,16 +56,20 @@ def test_plans_are_timed_while_devices_train(monkeypatch: pytest.MonkeyPatch) ->
     events: list[str] = []
 
     class Device:
-        def train(self, *args: Any) -> str:
-            events.append("told")
+        def train(self, piece: UpdatePiece) -> str:
+            events.append(f"told {piece.rounds}")
             return "call"
 
     monkeypatch.setattr(update.ray, "put", lambda value: value)
     monkeypatch.setattr(update, "gather", lambda calls: events.append("waited") or [[] for _ in calls])
-    args: list[Any] = [[Device(), Device()], None, [], [], {COUNTS: PLAN}]
-    between: Any = None
-    update.take_rounds(*args, pieces=[slice(0)], between=between, meanwhile=lambda: events.append("timed"))
-    assert events == ["told", "told", "timed", "waited"]
+    args: list[Any] = [[Device(), Device()], None, [1, 2], [{}, {}], {COUNTS: PLAN}]
+    update.take_rounds(
+        *args,
+        pieces=[slice(0, 1), slice(1, 2)],
+        between=lambda: events.append("between"),
+        meanwhile=lambda: events.append("timed"),
+    )
+    assert events == ["told [1]", "told [1]", "timed", "waited", "between", "told [2]", "told [2]", "waited"]
 
 
 def test_spans_of_all_devices_of_a_rank_say_when_their_operations_were_to_run() -> None:
