@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from schedules.ir import Op, Schedule
 from schedules.walk import describe_cycle, needs, wait_cycle, walk
@@ -52,6 +53,45 @@ def evaluate(
     """
     problem = schedule.problem
     ticks, transfer_ticks = ticks or problem.ticks, transfer_ticks or problem.transfer_ticks
+    ends: list[int] = []
+    start: list[list[int]] = [[] for _ in schedule.ranks]
+    end: list[list[int]] = [[] for _ in schedule.ranks]
+    busy = [0] * len(schedule.ranks)
+    for rank, op, needed in _steps_of(schedule):
+        earliest = end[rank][-1] if end[rank] else 0
+        for position, source in needed:
+            ready = ends[position] + transfer_ticks(source, op)
+            if ready > earliest:
+                earliest = ready
+        duration = ticks(op)
+        start[rank].append(earliest)
+        end[rank].append(earliest + duration)
+        ends.append(earliest + duration)
+        busy[rank] += duration
+    return Timing(
+        start=tuple(map(tuple, start)),
+        end=tuple(map(tuple, end)),
+        makespan=max((times[-1] for times in end if times), default=0),
+        busy_ticks=tuple(busy),
+        peak_bytes=tuple(max(levels) for levels in memory_levels(schedule)),
+    )
+
+
+_Step = tuple[int, Op, tuple[tuple[int, Op], ...]]
+"""A rank, its next operation, and what that needs: each with where it stands among the steps."""
+
+_MOST_KEPT_OPS = 1 << 15
+"""Of a schedule whose steps are kept: an update times one or two again and again, with other durations."""
+
+
+def _steps_of(schedule: Schedule) -> Sequence[_Step]:
+    """All operations, each after what it needs. Raises: ValueError, as of `evaluate`."""
+    is_small = sum(map(len, schedule.ranks)) <= _MOST_KEPT_OPS
+    return _kept_steps(schedule) if is_small else _steps(schedule)
+
+
+def _steps(schedule: Schedule) -> list[_Step]:
+    problem = schedule.problem
     for rank, op in schedule.ops():
         if not problem.contains(op):
             raise ValueError(f"rank {rank}: {op} is not an operation of this problem; run schedules.violations for all")
@@ -63,25 +103,17 @@ def evaluate(
         absent = result.blocked[0]
         raise ValueError(f"rank {absent.rank}: {absent.op} needs {absent.needed}, which is absent; add it")
 
-    end_of: dict[Op, int] = {}
-    start: list[list[int]] = [[] for _ in schedule.ranks]
-    end: list[list[int]] = [[] for _ in schedule.ranks]
+    positions: dict[Op, int] = {}
     known = {op for _, op in schedule.ops()}
-    for rank, index in result.steps:
+    steps: list[_Step] = []
+    for position, (rank, index) in enumerate(result.steps):
         op = schedule.ranks[rank][index]
-        earliest = end[rank][-1] if index else 0
-        for needed in needs(known, op, problem):
-            earliest = max(earliest, end_of[needed] + transfer_ticks(needed, op))
-        start[rank].append(earliest)
-        end[rank].append(earliest + ticks(op))
-        end_of.setdefault(op, end[rank][-1])
-    return Timing(
-        start=tuple(map(tuple, start)),
-        end=tuple(map(tuple, end)),
-        makespan=max((times[-1] for times in end if times), default=0),
-        busy_ticks=tuple(sum(map(ticks, order)) for order in schedule.ranks),
-        peak_bytes=tuple(max(levels) for levels in memory_levels(schedule)),
-    )
+        steps.append((rank, op, tuple((positions[needed], needed) for needed in needs(known, op, problem))))
+        positions.setdefault(op, position)
+    return steps
+
+
+_kept_steps = lru_cache(maxsize=4)(_steps)
 
 
 def memory_levels(schedule: Schedule) -> tuple[tuple[int, ...], ...]:

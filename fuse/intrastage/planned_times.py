@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.observed import TRAIN
@@ -167,9 +167,10 @@ def operation_name(problem: Problem, op: Op) -> str:
 
 def evaluate_seconds(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: Sequence[float]) -> Timing:
     """The timing of a schedule's order, in microseconds; transfer_s: of a message, by pipeline."""
-    pipelines = tuple(
-        replace(pipeline, transfer_ticks=round(one / _TICK_S))
-        for pipeline, one in zip(schedule.problem.pipelines, transfer_s, strict=True)
-    )
-    retimed = Schedule(replace(schedule.problem, pipelines=pipelines), schedule.ranks)
-    return evaluate(retimed, lambda op: max(1, round(seconds[op] / _TICK_S)))
+    of_messages = [round(one / _TICK_S) for one in transfer_s]
+    rank_of = schedule.problem.rank_of
+
+    def transfer_ticks(source: Op, target: Op) -> int:
+        return 0 if rank_of(source) == rank_of(target) else of_messages[source.pipeline]
+
+    return evaluate(schedule, lambda op: max(1, round(seconds[op] / _TICK_S)), transfer_ticks)

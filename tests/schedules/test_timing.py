@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
+from schedules import timing as timing_module
 from schedules.formats import schedule_from_text
 from schedules.random_problems import random_problem, random_schedule
 
@@ -137,6 +138,21 @@ def test_times_are_the_earliest_that_the_order_allows(random: Random) -> None:
             assert timing.start[rank][index] == max(earliest)
             assert timing.end[rank][index] == max(earliest) + problem.ticks(op)
     assert timing.makespan == max(end.values())
+
+
+def test_an_order_is_walked_once_for_all_durations(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_walks = []
+    walk = timing_module.walk
+    monkeypatch.setattr(timing_module, "walk", lambda of: num_walks.append(1) or walk(of))
+    problem = replace(TWO_STAGES, initial_bytes=(3, 4))  # that no other test has timed
+    schedule = Schedule(problem, (_ops("F0.0.0 F0.0.1 B0.0.0 B0.0.1"), _ops("F0.1.0 B0.1.0 F0.1.1 B0.1.1")))
+    once = evaluate(schedule)
+    twice = evaluate(schedule, lambda op: 2 * problem.ticks(op), lambda *ops: 2 * problem.transfer_ticks(*ops))
+    assert len(num_walks) == 1
+    assert twice.start == tuple(tuple(2 * start for start in starts) for starts in once.start)
+    reordered = Schedule(problem, (schedule.ranks[0], _ops("F0.1.0 F0.1.1 B0.1.0 B0.1.1")))
+    assert evaluate(reordered).start != once.start
+    assert len(num_walks) == 2
 
 
 def test_renaming_ranks_renames_results() -> None:
