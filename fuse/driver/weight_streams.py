@@ -140,7 +140,7 @@ class WeightStreams:
         to = f"engines, {role}"
         with self._sending(models, role, to, self._settings.generation_dtype, part, receivers) as sent:
             receivers.ask(lambda engine: engine.begin_weights(sent.shapes))
-            yield from self._send(models, sent, to, receivers, lambda engine, parcel: engine.load(parcel))
+            yield from self._send(models, sent, to, receivers, lambda engine, some: engine.load(some))
             receivers.ask(lambda engine: engine.end_weights())
             yield
         return receivers.lost
@@ -159,7 +159,7 @@ class WeightStreams:
         to = f"copies of {copied}"
         with self._sending(models, role, to, torch.float32, "trained", receivers) as sent:
             receivers.ask(lambda model: model.begin_copy(copied, sent.shapes))
-            yield from self._send(models, sent, to, receivers, lambda model, parcel: model.copy(copied, parcel, alpha))
+            yield from self._send(models, sent, to, receivers, lambda model, some: model.copy(copied, some, alpha))
             yield
         return {}
 
@@ -196,7 +196,7 @@ class WeightStreams:
         sent: _Outgoing,
         to: str,
         receivers: _Receivers[_R],
-        give: Callable[[_R, Parcel], Future[None]],
+        give: Callable[[_R, Sequence[Parcel]], Future[None]],
     ) -> Iterator[None]:
         """Have receivers take in every bucket. Devices that share a stage go in step."""
         size, num_buckets = self._settings.training.tensor_parallel_size, sent.num_buckets
@@ -310,15 +310,18 @@ class _Receivers(Generic[_R]):
         self._asked |= {call(one): frozenset({device}) for device, one in self.live.items()}
 
     def hand_over(
-        self, parcels: Iterable[tuple[Parcel, _Group | None]], give: Callable[[_R, Parcel], Future[None]]
+        self, parcels: Sequence[tuple[Parcel, _Group | None]], give: Callable[[_R, Sequence[Parcel]], Future[None]]
     ) -> None:
-        """Have all take buckets in: those of a bucket's group by its broadcast, all others at its address."""
-        for parcel, group in parcels:
-            far = frozenset[int]() if group is None else group.devices
-            by_group = replace(parcel, address=None, group=_name(group))
-            for device, one in self.live.items():
-                call = give(one, by_group if device in far else parcel)
-                self._asked[call] = far if device in far else frozenset({device})
+        """Have all take buckets in, one call each: of a bucket's group by its broadcast, all others at its address."""
+        for device, one in self.live.items():
+            taken, together = list[Parcel](), frozenset({device})
+            for parcel, group in parcels:
+                if group is not None and device in group.devices:
+                    together |= group.devices
+                    parcel = replace(parcel, address=None, group=group.name)
+                taken.append(parcel)
+            if taken:
+                self._asked[give(one, taken)] = together
 
     def wait(self) -> None:
         """Until all have done what they were asked, but for devices that fail together with one that has failed."""

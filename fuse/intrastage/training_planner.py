@@ -54,6 +54,7 @@ class TrainingPlanner:
         self.is_fused = settings.fused and share_ranks(placement)
         self._watches = self.is_fused or settings.chooses_number
         self._plans: dict[Counts, Plan] = {}
+        self._num_planned = 0  # updates that were trained by them
         self._profile: Profile | None = None
         self._times: dict[str, float] = {}  # as many micro-batches as were drawn, by what was drawn
         self._gap_s = 0.0
@@ -154,7 +155,8 @@ class TrainingPlanner:
         memory_limit = self._settings.memory_limit_bytes or (free_bytes() if missing else None)
         for one in missing:
             limit_s = min(self._settings.time_limit_s, self._training_s(one, shapes)) / len(missing)
-            num_steps = self._updates_left * self._settings.steps_per_update * counts.count(one) // len(counts)
+            in_this_update = self._settings.steps_per_update * counts.count(one) / len(counts)
+            num_steps = int(in_this_update * self._updates_left / (1 + self._num_planned))  # as rare as it was so far
             self._plans[one] = self._plan(one, one_of_each(shapes), memory_limit, limit_s, num_steps)
         self._update_unfused = counts if unfused is None else list(unfused)
         for one in self._update_unfused:
@@ -253,6 +255,7 @@ class TrainingPlanner:
         trained = [span for span in spans if span.category == TRAIN]
         if trained:
             self._updates_left -= 1
+            self._num_planned += bool(self._plans)
             self._update_s = max(one.end_s for one in trained) - min(one.start_s for one in trained)
         drift = drift_of(trained)
         has_drifted = drift is not None and drift > self._settings.replan_drift
@@ -264,7 +267,7 @@ class TrainingPlanner:
         if self._num_drifted == self._lasting:
             _logger.info("stage times are %.0f%% off the plan's: planning again", 100 * (drift or 0.0))
             self._num_drifted, self._lasting = 0, DRIFT_UPDATES
-            self._plans, self._profile = {}, None
+            self._plans, self._num_planned, self._profile = {}, 0, None
 
     def _training_s(self, counts: Counts, shapes: Sequence[Shape]) -> float:
         """Seconds that the last update trained; before there is one, of a step if one rank worked at a time."""

@@ -145,9 +145,9 @@ class ModelHandle:
         """Whether weights of these shapes fit the copy."""
         return self.worker.call(ModelWorker.begin_copy, role, shapes)
 
-    def copy(self, role: str, parcel: Parcel, alpha: float | None) -> Future[None]:
+    def copy(self, role: str, parcels: Sequence[Parcel], alpha: float | None) -> Future[None]:
         """Have a copy compute with these of its weights, or move towards them."""
-        return self.worker.call(ModelWorker.copy, role, parcel, alpha)
+        return self.worker.call(ModelWorker.copy, role, parcels, alpha)
 
     def serve_group(self, host: str) -> Future[int]:
         """Open a store at which the members of a broadcast group meet; its port."""

@@ -283,9 +283,9 @@ class ModelWorker:
         """Raises: ValueError when weights of these shapes do not fit the copy, which keeps what is frozen."""
         WeightLayout.of(self._scoring[role]).check(WeightStream(shapes, ()), kept=self._scoring_specs[role].frozen)
 
-    def copy(self, role: str, parcel: Parcel, alpha: float | None) -> None:
+    def copy(self, role: str, parcels: Sequence[Parcel], alpha: float | None) -> None:
         """Have a copy compute with these of its weights; or let it move towards them, as of `mix_tensors`."""
-        tensors = self._port.receive(parcel)
+        tensors = self._port.receive(parcels)
         if alpha is None:
             with self._recorder.span(f"load {role}", "weights"):
                 adopt_tensors(self._scoring[role], tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,20 +57,21 @@ class WeightPort:
         """One that this process is in."""
         return None if name is None else self._groups.get(name)
 
-    def receive(self, parcel: Parcel) -> Iterator[tuple[str, Tensor]]:
-        """A parcel's tensors by name. Those of a device are gone when the last one has been used.
+    def receive(self, parcels: Iterable[Parcel]) -> Iterator[tuple[str, Tensor]]:
+        """Their tensors by name. Those of a device are gone when the last one of their parcel has been used.
 
         Raises: CommunicationError when they come by broadcast and do not arrive.
         """
-        if parcel.address is not None:
-            memory = parcel.address.open()
-        else:
-            group = self.group(parcel.group)
-            assert group is not None, f"this process is not in {parcel.group}"
-            memory = group.receive(bucket_bytes(parcel.bucket))
-        yield from parcel.tensors(memory)
-        if memory.is_cuda:
-            torch.cuda.current_stream(memory.device).synchronize()  # the sender may write there again
+        for parcel in parcels:
+            if parcel.address is not None:
+                memory = parcel.address.open()
+            else:
+                group = self.group(parcel.group)
+                assert group is not None, f"this process is not in {parcel.group}"
+                memory = group.receive(bucket_bytes(parcel.bucket))
+            yield from parcel.tensors(memory)
+            if memory.is_cuda:
+                torch.cuda.current_stream(memory.device).synchronize()  # the sender may write there again
 
 
 class WeightSender:

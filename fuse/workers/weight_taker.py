@@ -1,8 +1,8 @@
-"""What the processes of an engine have in common: they are given weights, a parcel at a time."""
+"""What the processes of an engine have in common: they are given weights, some parcels at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class WeightTaker:
-    """A worker that takes weights in: call `begin_weights`, `load` for every parcel, and `end_weights`."""
+    """A worker that takes weights in: call `begin_weights`, `load` until all have come, and `end_weights`."""
 
     def __init__(self) -> None:
         self._inbox = WeightInbox()
@@ -34,9 +34,9 @@ class WeightTaker:
         self._inbox = WeightInbox()
         self._take(shapes, self._inbox)
 
-    def load(self, parcel: Parcel) -> None:
-        """Give the engine some of its weights; returns when it needs the parcel no more."""
-        self._inbox.put(self._port.receive(parcel))
+    def load(self, parcels: Sequence[Parcel]) -> None:
+        """Give the engine some of its weights; returns when it needs the parcels no more."""
+        self._inbox.put(self._port.receive(parcels))
 
     def end_weights(self) -> None:
         """The engine has got all of its weights."""
@@ -64,8 +64,8 @@ class WeightTakerHandle:
     def begin_weights(self, shapes: Mapping[str, torch.Size]) -> Future[None]:
         return self.worker.call(WeightTaker.begin_weights, shapes)
 
-    def load(self, parcel: Parcel) -> Future[None]:
-        return self.worker.call(WeightTaker.load, parcel)
+    def load(self, parcels: Sequence[Parcel]) -> Future[None]:
+        return self.worker.call(WeightTaker.load, parcels)
 
     def end_weights(self) -> Future[None]:
         return self.worker.call(WeightTaker.end_weights)

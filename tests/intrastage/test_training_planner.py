@@ -178,6 +178,8 @@ def test_a_search_counts_the_steps_that_are_left(tmp_path: Path, monkeypatch: py
         planner.plans({2, 4}, SHAPES)
         planner.observe(watched(SHAPES))
     assert asked == [9 // 2] * 2, "of ten updates of a step, one is over, and two schedules share the others"
+    planner.plans({3}, SHAPES)
+    assert asked[2:] == [7 // 3], "seen for the first time in three updates, it comes in a third of the others"
 
 
 def test_serial_bubbles_are_those_of_stages_cut_for_serial_training(tmp_path: Path) -> None:

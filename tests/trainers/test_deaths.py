@@ -96,18 +96,18 @@ def test_an_engine_that_dies_between_rollouts_is_replaced(
     load = WeightTakerHandle.load
     num_loaded: Counter[int] = Counter()
 
-    def load_and_kill(engine: WeightTakerHandle, parcel: Parcel) -> Any:
+    def load_and_kill(engine: WeightTakerHandle, parcels: Sequence[Parcel]) -> Any:
         num_loaded[disturbed.state.global_step] += 1
-        if disturbed.state.global_step == 0 and num_loaded[0] == 6:
+        if disturbed.state.global_step == 0 and num_loaded[0] == 3:
             os.kill(engine_of_device_1(disturbed), signal.SIGKILL)
             killed.append("load")
-        return load(engine, parcel)
+        return load(engine, parcels)
 
     monkeypatch.setattr(WeightTakerHandle, "load", load_and_kill)
     with caplog.at_level(logging.WARNING):
         disturbed.train()
     assert killed == ["load", "completions", "estimate"]
-    assert num_loaded[0] > 8, "the others get the rest"
+    assert num_loaded[0] > 4, "the others get the rest"
     assert caplog.text.count(DEATH) == 3
     assert_same_models(disturbed, undisturbed)
 

@@ -23,7 +23,7 @@ def give(engine: GenerationHandle, weights: Mapping[str, Tensor], most_bytes: in
     try:
         gather([taker.begin_weights(shapes) for taker in engine.takers])
         while (parcel := sender.next(None)) is not None:
-            gather([taker.load(parcel) for taker in engine.takers])
+            gather([taker.load([parcel]) for taker in engine.takers])
         gather([taker.end_weights() for taker in engine.takers])
     finally:
         sender.close()

@@ -404,9 +404,9 @@ def test_a_bucket_is_done_with_when_the_engine_has_all_of_it(make: Make) -> None
     engine = LoadingEngine()
     worker = make(engine)
     worker.begin_weights({})
-    worker.load(parcel_of(a=1.0, b=2.0))
+    worker.load([parcel_of(a=1.0), parcel_of(b=2.0)])
     assert engine.loaded == [1.0, 2.0]
-    worker.load(parcel_of(c=3.0))
+    worker.load([parcel_of(c=3.0)])
     assert engine.loaded == [1.0, 2.0, 3.0]
     worker.end_weights()
     worker.submit([request(0)])
@@ -417,8 +417,8 @@ def test_an_engine_that_objects_in_the_middle_ends_the_stream(make: Make) -> Non
     worker = make(LoadingEngine())
     worker.begin_weights({})
     with pytest.raises(ValueError, match="this one is bad"):
-        worker.load(parcel_of(a=1.0, bad=2.0))
-    for call in (lambda: worker.load(parcel_of(a=1.0)), worker.end_weights, lambda: worker.poll(PATIENCE_S)):
+        worker.load([parcel_of(a=1.0, bad=2.0)])
+    for call in (lambda: worker.load([parcel_of(a=1.0)]), worker.end_weights, lambda: worker.poll(PATIENCE_S)):
         with pytest.raises(ValueError, match="this one is bad"):
             call()
 
@@ -426,9 +426,9 @@ def test_an_engine_that_objects_in_the_middle_ends_the_stream(make: Make) -> Non
 def test_a_worker_can_be_closed_in_the_middle_of_a_stream() -> None:
     worker = GenerationWorker(LoadingEngine, ObjectStoreTransfer)
     worker.begin_weights({})
-    worker.load(parcel_of(a=1.0))
+    worker.load([parcel_of(a=1.0)])
     for _ in range(2):
         worker.close()
     assert not worker._loop.is_alive()
     with pytest.raises(RuntimeError, match="closed before its engine has got all weights"):
-        worker.load(parcel_of(b=2.0))
+        worker.load([parcel_of(b=2.0)])

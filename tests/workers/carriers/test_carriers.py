@@ -88,7 +88,7 @@ def test_shared_memory_carries_the_bits_one_bucket_at_a_time(dtype: torch.dtype)
     while (parcel := sending.sender.next(None)) is not None:
         num_parcels += 1
         assert open_buckets() == 1
-        received |= port.receive(parcel)
+        received |= port.receive([parcel])
         assert sending.num_read == len(received), "no tensor waits for a later bucket"
     assert num_parcels > 2
     assert open_buckets() == 0
@@ -173,11 +173,11 @@ def test_a_broadcast_carries_the_bits_that_shared_memory_does(members: list[Weig
     near, far = dict[str, Tensor](), [dict[str, Tensor](), dict[str, Tensor]()]
     sending = Sending(weights(), torch.bfloat16)
     while (parcel := sending.sender.next(sender.group("g"))) is not None:
-        near |= sender.receive(parcel)
+        near |= sender.receive([parcel])
         by_group = replace(parcel, address=None, group="g")
 
         def take(index: int, by_group: Parcel = by_group) -> None:
-            far[index] |= receivers[index].receive(by_group)
+            far[index] |= receivers[index].receive([by_group])
 
         at_once([lambda index=index: take(index) for index in range(2)])
     for one in far:
