@@ -24,7 +24,7 @@ class GradientBlock:
 
     def open(self) -> None:
         """Where no parameter has a gradient, give each one of zeros."""
-        if any(one.device.type != "cpu" or one.grad is not None for one in self._parameters):
+        if not self._parameters or any(one.device.type != "cpu" or one.grad is not None for one in self._parameters):
             return
         sizes = [-(-one.numel() // _ALIGNED) * _ALIGNED for one in self._parameters]
         self._block = torch.zeros(sum(sizes))
