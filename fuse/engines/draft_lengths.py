@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fuse.engines.engine import GeneratedToken
-from fuse.engines.payoff import Payoff, Prediction
+from fuse.engines.payoff import Payoff
 from fuse.engines.rows import Rows
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 _MOST = 8
 """Tokens drafted at once."""
@@ -128,19 +128,13 @@ class PayingLengths:
     def __init__(self, draft_share: float) -> None:
         self._draft_share = draft_share
         self._acceptance = Acceptance()
-        self._target = StepTimes(0.05)
-        self._payoffs: dict[int, Payoff] = {}  # by size of the batch
-        self._size = 0
+        self._target = StepTimes(0.1)
+        self._payoff = Payoff()
         self._is_drafting = False
 
     def choose(self, rows: Rows) -> Sequence[int]:
-        size = _rounded(len(rows))
-        payoff = self._payoffs.setdefault(size, Payoff(size))
-        if size != self._size:
-            self._size = size
-            payoff.enter()
-        self._is_drafting = payoff.drafts_next(lambda: self._best(rows).prediction)
-        return self._best(rows).counts.tolist() if self._is_drafting else [0] * len(rows)
+        self._is_drafting = self._payoff.drafts_next(_rounded(len(rows)))
+        return self._best(rows).tolist() if self._is_drafting else [0] * len(rows)
 
     def learn(
         self,
@@ -158,7 +152,7 @@ class PayingLengths:
                 levels = max(map(len, drafts))
                 share = draft_s / levels / float(self._target.of(np.array([num_drafted / levels]))[0])
                 self._draft_share += _FOLLOWED * (min(share, _SLOW) - self._draft_share)
-        self._payoffs[self._size].learn(len(generated), prepare_s, draft_s + target_s, is_drafting=self._is_drafting)
+        self._payoff.learn(len(generated), prepare_s, draft_s + target_s, is_drafting=self._is_drafting)
         counts: dict[int, int] = {}
         for token in generated:
             counts[token.sample_id] = counts.get(token.sample_id, 0) + 1
@@ -168,7 +162,7 @@ class PayingLengths:
             if token.finished:
                 self._acceptance.forget(token.sample_id)
 
-    def _best(self, rows: Rows) -> BestLengths:
+    def _best(self, rows: Rows) -> Counts:
         chances = np.array([self._acceptance.of(row.request.sample_id) for row in rows])
         most = np.array([min(row.num_left - 1, _MOST) for row in rows])
         return best_lengths(chances, most, self._target.of, self._draft_s)
@@ -177,26 +171,18 @@ class PayingLengths:
         return self._draft_share * self._target.of(num_tokens)
 
 
-class BestLengths(NamedTuple):
-    """Tokens to draft for each sample, int64 [samples], and what to expect of that."""
-
-    counts: NDArray[np.int64]
-    prediction: Prediction
-
-
 def best_lengths(
-    chances: Floats, most: NDArray[np.int64], target_s: Callable[[Floats], Floats], draft_s: Callable[[Floats], Floats]
-) -> BestLengths:
-    """Tokens to draft for each sample so that a step brings the most tokens per second of all that draft any.
+    chances: Floats, most: Counts, target_s: Callable[[Floats], Floats], draft_s: Callable[[Floats], Floats]
+) -> Counts:
+    """Tokens to draft for each sample, so that a step brings the most tokens per second of all that draft any.
 
     chances: of each sample's next draft to be right, below 1, [samples]. most: drafts that a sample has room for.
     target_s: seconds of a forward over so many tokens. draft_s: of a draft's step over so many samples.
     """
     num_samples, levels = len(chances), int(most.max())
     counts = np.zeros(num_samples, dtype=np.int64)
-    plain_s = float(target_s(np.array([float(num_samples)]))[0])
     if not levels:
-        return BestLengths(counts, Prediction(1.0, plain_s))
+        return counts
     level = np.arange(levels)
     gains = chances[:, None] ** (level + 1)
     sample, depth = np.nonzero(level < most[:, None])
@@ -208,13 +194,13 @@ def best_lengths(
         at = depth == one
         added_s[at] = np.diff(draft_s(1.0 + np.arange(at.sum(), dtype=np.float64)), prepend=0.0)
     forward_s = target_s(num_samples + 1.0 + np.arange(len(order), dtype=np.float64))
-    best_rate = best_s = 0.0
+    best_rate = 0.0
     for one in level:  # the deepest; its step costs something however few samples it is for
         allowed = depth <= one
         seconds = forward_s[: allowed.sum()] + np.cumsum(added_s[allowed])
         rates = (num_samples + np.cumsum(gained[allowed])) / seconds
         best = int(rates.argmax())
         if rates[best] > best_rate:
-            best_rate, best_s = float(rates[best]), float(seconds[best])
+            best_rate = float(rates[best])
             counts = np.bincount(sample[allowed][: best + 1], minlength=num_samples)
-    return BestLengths(counts, Prediction(best_rate * plain_s / num_samples, best_s))
+    return counts
