@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fuse.engines.draft import Expected
 from fuse.engines.engine import GeneratedToken
 from fuse.engines.payoff import Payoff
 from fuse.engines.rows import Rows
@@ -25,8 +26,8 @@ Counts = NDArray[np.int64]
 
 _MOST = 8
 """Tokens drafted at once."""
-_PRIOR, _PRIOR_TOKENS = 0.8, 16.0
-"""Drafts that are right before any was seen, and how many seen ones that is worth."""
+_PRIOR_TOKENS = 16.0
+"""Seen ones that the chance is worth which is expected before any was seen."""
 _SAMPLE_TOKENS = 8.0
 """What the chance of all counts against a sample's own drafts."""
 _DECAY, _DECAY_OF_ALL = 0.9, 0.98
@@ -40,10 +41,13 @@ _STALE_STEPS = 256
 
 
 class Acceptance:
-    """Chances of a draft's next token to be right: of all samples, and of each, with that of all as its prior."""
+    """Chances of a draft's next token to be right: of all samples, and of each, with that of all as its prior.
 
-    def __init__(self) -> None:
-        self._all = (_PRIOR * _PRIOR_TOKENS, _PRIOR_TOKENS)
+    chance: expected before any was seen.
+    """
+
+    def __init__(self, chance: float) -> None:
+        self._all = (chance * _PRIOR_TOKENS, _PRIOR_TOKENS)
         self._own: dict[int, tuple[float, float]] = {}
 
     def of(self, sample_id: int) -> float:
@@ -119,15 +123,23 @@ def _rounded(num_tokens: int) -> int:
     return -(-num_tokens // unit) * unit
 
 
+@dataclass(frozen=True, slots=True)
+class DraftedStep:
+    """What was generated, what had been drafted for each row, and seconds: to prepare, to draft and to verify that."""
+
+    generated: Sequence[GeneratedToken]
+    drafts: Sequence[Sequence[int]]
+    prepare_s: float
+    draft_s: float
+    target_s: float
+
+
 class PayingLengths:
-    """Drafts as many tokens as bring the most tokens per second, and none in batches that gain nothing.
+    """Drafts as many tokens as bring the most tokens per second, and none in batches that gain nothing."""
 
-    draft_share: what a step of the draft takes of one of the target, before one was timed; 0 if it never does.
-    """
-
-    def __init__(self, draft_share: float) -> None:
-        self._draft_share = draft_share
-        self._acceptance = Acceptance()
+    def __init__(self, expected: Expected) -> None:
+        self._draft_share = expected.step_share
+        self._acceptance = Acceptance(expected.chance)
         self._target = StepTimes(0.1)
         self._payoff = Payoff()
         self._is_drafting = False
@@ -136,27 +148,21 @@ class PayingLengths:
         self._is_drafting = self._payoff.drafts_next(_rounded(len(rows)))
         return self._best(rows).tolist() if self._is_drafting else [0] * len(rows)
 
-    def learn(
-        self,
-        generated: Sequence[GeneratedToken],
-        drafts: Sequence[Sequence[int]],
-        prepare_s: float,
-        draft_s: float,
-        target_s: float,
-    ) -> None:
-        num_drafted = sum(map(len, drafts))
-        self._target.learn(len(drafts) + num_drafted, target_s)
+    def learn(self, step: DraftedStep) -> None:
+        num_drafted = sum(map(len, step.drafts))
+        self._target.learn(len(step.drafts) + num_drafted, step.target_s)
         if num_drafted:
             self._target.pass_step()
             if self._draft_share:
-                levels = max(map(len, drafts))
-                share = draft_s / levels / float(self._target.of(np.array([num_drafted / levels]))[0])
+                levels = max(map(len, step.drafts))
+                share = step.draft_s / levels / float(self._target.of(np.array([num_drafted / levels]))[0])
                 self._draft_share += _FOLLOWED * (min(share, _SLOW) - self._draft_share)
-        self._payoff.learn(len(generated), prepare_s, draft_s + target_s, is_drafting=self._is_drafting)
+        seconds = step.draft_s + step.target_s
+        self._payoff.learn(len(step.generated), step.prepare_s, seconds, is_drafting=self._is_drafting)
         counts: dict[int, int] = {}
-        for token in generated:
+        for token in step.generated:
             counts[token.sample_id] = counts.get(token.sample_id, 0) + 1
-        for token in generated:
+        for token in step.generated:
             if token.drafted_tokens:
                 self._acceptance.learn(token.sample_id, token.drafted_tokens, counts[token.sample_id] - 1)
             if token.finished:

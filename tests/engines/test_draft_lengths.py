@@ -76,7 +76,7 @@ def test_drafts_end_where_they_cost_more_than_they_bring() -> None:
 
 
 def test_chances_follow_a_sample_and_begin_with_those_of_all() -> None:
-    acceptance = Acceptance()
+    acceptance = Acceptance(0.8)
     first = acceptance.of(0)
     for _ in range(30):
         acceptance.learn(0, 4, 0)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fuse.engines.draft_lengths import PayingLengths
+from fuse.engines.draft import Expected
+from fuse.engines.draft_lengths import DraftedStep, PayingLengths
 from fuse.engines.engine import GeneratedToken
 from fuse.engines.payoff import Gains
 
 PROMPT = 100
+EXPECTED = Expected(step_share=0.3, chance=0.8)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Decoding:
             for id, count, num_right in zip(left, counts, right, strict=True)
             for place in range(1 + num_right)
         ]
-        self._lengths.learn(generated, [[0] * count for count in counts], prepare_s, draft_s, target_s)
+        drafts = [[0] * count for count in counts]
+        self._lengths.learn(DraftedStep(generated, drafts, prepare_s, draft_s, target_s))
         tokens = len(generated)
         decoded = Decoded(
             seconds=prepare_s + (draft_s + target_s) / noise,
@@ -161,7 +164,7 @@ def test_next_to_nothing_is_lost_where_drafts_do_not_pay(
     machine: Machine, batch: int, context: float, noise: tuple[float, int]
 ) -> None:
     """What it takes to quantize new weights included."""
-    lengths = PayingLengths(draft_share=0.3)
+    lengths = PayingLengths(EXPECTED)
     for seed in range(2):
         decoded = decode(lengths, on(machine, noise), batch, 1200, context, seed)
         assert decoded.plain_s > 0.98 * decoded.seconds
@@ -170,7 +173,7 @@ def test_next_to_nothing_is_lost_where_drafts_do_not_pay(
 @pytest.mark.parametrize(("noise", "had"), [(STEADY, 0.94), (NOISY, 0.9)])
 @pytest.mark.parametrize(("batch", "machine"), [(1, CHEAP), (1, COSTLY), (8, replace(CHEAP, key_s=0.0))])
 def test_what_drafts_gain_is_had(batch: int, machine: Machine, noise: tuple[float, int], had: float) -> None:
-    lengths = PayingLengths(draft_share=0.3)
+    lengths = PayingLengths(EXPECTED)
     first, later = (decode(lengths, on(machine, noise), batch, 1000, seed=seed) for seed in range(2))
     assert later.best_s > had * later.seconds
     assert first.plain_s > 1.02 * first.seconds
@@ -178,7 +181,7 @@ def test_what_drafts_gain_is_had(batch: int, machine: Machine, noise: tuple[floa
 
 @pytest.mark.parametrize("noise", [STEADY, NOISY])
 def test_batches_for_which_drafts_pay_or_do_not_in_turn(noise: tuple[float, int]) -> None:
-    lengths, machine = PayingLengths(draft_share=0.3), on(COSTLY, noise)
+    lengths, machine = PayingLengths(EXPECTED), on(COSTLY, noise)
     turns = [[decode(lengths, machine, batch, 500, seed=seed) for batch in (8, 1)] for seed in range(4)]
     many, few = ([turn[place] for turn in turns] for place in (0, 1))
     assert sum(one.plain_s for one in many) > 0.98 * sum(one.seconds for one in many)
@@ -187,7 +190,7 @@ def test_batches_for_which_drafts_pay_or_do_not_in_turn(noise: tuple[float, int]
 
 def test_the_way_follows_the_context() -> None:
     """Of drafts that read all keys, which pay while these are few."""
-    lengths, machine = PayingLengths(draft_share=0.3), replace(CHEAP, key_s=3e-5, prepare_s=0.0)
+    lengths, machine = PayingLengths(EXPECTED), replace(CHEAP, key_s=3e-5, prepare_s=0.0)
     short, _, long = (decode(lengths, machine, 2, 1000, context) for context in (100, 2000, 6000))
     assert short.plain_s > 1.1 * short.seconds
     assert long.plain_s > 0.985 * long.seconds
@@ -201,7 +204,7 @@ def test_in_rollouts_few_samples_are_drafted_for_and_many_are_not(noise: tuple[f
     machine = replace(on(CORE, noise), prepare_s=0.0)
     by_size = {size: Decoded() for size in range(1, 17)}
     for engine in range(4):
-        lengths = PayingLengths(draft_share=0.3)
+        lengths = PayingLengths(EXPECTED)
         for rollout in range(3):
             for size, decoded in roll_out(lengths, machine, seed=100 * engine + rollout).items():
                 by_size[size].add(decoded)
@@ -214,7 +217,7 @@ def test_in_rollouts_few_samples_are_drafted_for_and_many_are_not(noise: tuple[f
 
 def test_what_few_samples_gain_pays_for_preparing() -> None:
     """New weights come before each rollout; of many samples a trial alone is too little to prepare drafts for."""
-    lengths = PayingLengths(draft_share=0.3)
+    lengths = PayingLengths(EXPECTED)
     rollouts = [total(roll_out(lengths, on(CORE, NOISY), seed).values()) for seed in range(8)]
     assert total(rollouts).plain_s > 1.06 * total(rollouts).seconds
 
