@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--agreement is of engines by themselves: leave out --devices")
     if any(num_tokens < 0 for num_tokens in arguments.agreement or []):
         raise ValueError(f"--agreement is {min(arguments.agreement)}: it is a number of tokens, 0 or more")
+    if arguments.agreement and not _selves(arguments.drafts):
+        raise ValueError("--agreement is of drafts that are the model itself: name one with --drafts, as int8")
     torch.set_num_threads(1)
     path = None if arguments.model is None else resolve(arguments.model)
     context = arguments.new_tokens + max(arguments.agreement or [0])
@@ -102,12 +104,15 @@ def _agreement(model: PreTrainedModel, path: str | None, arguments: argparse.Nam
     from fuse.benchmarks.speculation.agreement import AGREEMENT_LINE, agreement_rows
 
     prompts = [prompt for num_tokens in arguments.agreement for prompt in _prompts(model, path, arguments, num_tokens)]
-    kinds = [kind for kind in arguments.drafts if kind not in ("auto", "ngram")]
-    if not kinds:
-        raise ValueError("--agreement is of drafts that are the model itself: name one with --drafts, as int8")
-    for row in agreement_rows(_engines(model, kinds, 1, prompts, arguments.new_tokens), prompts, arguments.new_tokens):
+    engines = _engines(model, _selves(arguments.drafts), 1, prompts, arguments.new_tokens)
+    for row in agreement_rows(engines, prompts, arguments.new_tokens):
         print(AGREEMENT_LINE.format(**row), flush=True)
         yield row
+
+
+def _selves(drafts: Sequence[SpeculationKind]) -> list[SpeculationKind]:
+    """Those that are the model itself."""
+    return [kind for kind in drafts if kind not in ("auto", "ngram")]
 
 
 def _prompts(

@@ -14,9 +14,9 @@ from fuse.engines.window import Window
 from fuse.ops.decode_attention import is_native
 from fuse.ops.native import log_choice
 
-MOST_NATIVE_TOKENS, NARROW_HIDDEN = 16, 512
-"""Side by side, up to which native code is faster than torch's products and what lies between them; four times as many
-of models up to that hidden size."""
+MOST_NATIVE_TOKENS, NARROW_HIDDEN = 32, 1024
+"""Side by side, up to which native code is faster than torch's products and what lies between them; twice as many of
+models up to that hidden size."""
 
 
 class Decoder:
@@ -58,7 +58,7 @@ class Decoder:
     def _runs_natively(self, num_tokens: int) -> bool:
         if not self._is_served:
             return False
-        most = MOST_NATIVE_TOKENS * (4 if self.model.config.hidden_size <= NARROW_HIDDEN else 1)
+        most = MOST_NATIVE_TOKENS * (2 if self.model.config.hidden_size <= NARROW_HIDDEN else 1)
         return num_tokens <= most and torch.get_num_threads() == 1
 
     @torch.inference_mode()

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from fuse.engines.rows import Row, Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """Of a draft, before it has drafted.
+
+    step_share: what a step of it takes of one of the target; 0 if it never takes any time. chance: that a token is
+    right if all before it are.
+    """
+
+    step_share: float
+    chance: float
 
 
 class Draft(Protocol):

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fuse.engines.draft import Expected
 from fuse.engines.engine import GeneratedToken
-from fuse.engines.payoff import Payoff, Prediction
+from fuse.engines.payoff import Payoff
 from fuse.engines.rows import Rows
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 _MOST = 8
 """Tokens drafted at once."""
-_PRIOR, _PRIOR_TOKENS = 0.8, 16.0
-"""Drafts that are right before any was seen, and how many seen ones that is worth."""
+_PRIOR_TOKENS = 16.0
+"""Seen ones that the chance is worth which is expected before any was seen."""
 _SAMPLE_TOKENS = 8.0
 """What the chance of all counts against a sample's own drafts."""
 _DECAY, _DECAY_OF_ALL = 0.9, 0.98
@@ -40,10 +41,13 @@ _STALE_STEPS = 256
 
 
 class Acceptance:
-    """Chances of a draft's next token to be right: of all samples, and of each, with that of all as its prior."""
+    """Chances of a draft's next token to be right: of all samples, and of each, with that of all as its prior.
 
-    def __init__(self) -> None:
-        self._all = (_PRIOR * _PRIOR_TOKENS, _PRIOR_TOKENS)
+    chance: expected before any was seen.
+    """
+
+    def __init__(self, chance: float) -> None:
+        self._all = (chance * _PRIOR_TOKENS, _PRIOR_TOKENS)
         self._own: dict[int, tuple[float, float]] = {}
 
     def of(self, sample_id: int) -> float:
@@ -119,56 +123,52 @@ def _rounded(num_tokens: int) -> int:
     return -(-num_tokens // unit) * unit
 
 
+@dataclass(frozen=True, slots=True)
+class DraftedStep:
+    """What was generated, what had been drafted for each row, and seconds: to prepare, to draft and to verify that."""
+
+    generated: Sequence[GeneratedToken]
+    drafts: Sequence[Sequence[int]]
+    prepare_s: float
+    draft_s: float
+    target_s: float
+
+
 class PayingLengths:
-    """Drafts as many tokens as bring the most tokens per second, and none in batches that gain nothing.
+    """Drafts as many tokens as bring the most tokens per second, and none in batches that gain nothing."""
 
-    draft_share: what a step of the draft takes of one of the target, before one was timed; 0 if it never does.
-    """
-
-    def __init__(self, draft_share: float) -> None:
-        self._draft_share = draft_share
-        self._acceptance = Acceptance()
-        self._target = StepTimes(0.05)
-        self._payoffs: dict[int, Payoff] = {}  # by size of the batch
-        self._size = 0
+    def __init__(self, expected: Expected) -> None:
+        self._draft_share = expected.step_share
+        self._acceptance = Acceptance(expected.chance)
+        self._target = StepTimes(0.1)
+        self._payoff = Payoff()
         self._is_drafting = False
 
     def choose(self, rows: Rows) -> Sequence[int]:
-        size = _rounded(len(rows))
-        payoff = self._payoffs.setdefault(size, Payoff(size))
-        if size != self._size:
-            self._size = size
-            payoff.enter()
-        self._is_drafting = payoff.drafts_next(lambda: self._best(rows).prediction)
-        return self._best(rows).counts.tolist() if self._is_drafting else [0] * len(rows)
+        self._is_drafting = self._payoff.drafts_next(_rounded(len(rows)))
+        return self._best(rows).tolist() if self._is_drafting else [0] * len(rows)
 
-    def learn(
-        self,
-        generated: Sequence[GeneratedToken],
-        drafts: Sequence[Sequence[int]],
-        prepare_s: float,
-        draft_s: float,
-        target_s: float,
-    ) -> None:
-        num_drafted = sum(map(len, drafts))
-        self._target.learn(len(drafts) + num_drafted, target_s)
+    def learn(self, step: DraftedStep) -> None:
+        num_drafted = sum(map(len, step.drafts))
+        self._target.learn(len(step.drafts) + num_drafted, step.target_s)
         if num_drafted:
             self._target.pass_step()
             if self._draft_share:
-                levels = max(map(len, drafts))
-                share = draft_s / levels / float(self._target.of(np.array([num_drafted / levels]))[0])
+                levels = max(map(len, step.drafts))
+                share = step.draft_s / levels / float(self._target.of(np.array([num_drafted / levels]))[0])
                 self._draft_share += _FOLLOWED * (min(share, _SLOW) - self._draft_share)
-        self._payoffs[self._size].learn(len(generated), prepare_s, draft_s + target_s, is_drafting=self._is_drafting)
+        seconds = step.draft_s + step.target_s
+        self._payoff.learn(len(step.generated), step.prepare_s, seconds, is_drafting=self._is_drafting)
         counts: dict[int, int] = {}
-        for token in generated:
+        for token in step.generated:
             counts[token.sample_id] = counts.get(token.sample_id, 0) + 1
-        for token in generated:
+        for token in step.generated:
             if token.drafted_tokens:
                 self._acceptance.learn(token.sample_id, token.drafted_tokens, counts[token.sample_id] - 1)
             if token.finished:
                 self._acceptance.forget(token.sample_id)
 
-    def _best(self, rows: Rows) -> BestLengths:
+    def _best(self, rows: Rows) -> Counts:
         chances = np.array([self._acceptance.of(row.request.sample_id) for row in rows])
         most = np.array([min(row.num_left - 1, _MOST) for row in rows])
         return best_lengths(chances, most, self._target.of, self._draft_s)
@@ -177,26 +177,18 @@ class PayingLengths:
         return self._draft_share * self._target.of(num_tokens)
 
 
-class BestLengths(NamedTuple):
-    """Tokens to draft for each sample, int64 [samples], and what to expect of that."""
-
-    counts: NDArray[np.int64]
-    prediction: Prediction
-
-
 def best_lengths(
-    chances: Floats, most: NDArray[np.int64], target_s: Callable[[Floats], Floats], draft_s: Callable[[Floats], Floats]
-) -> BestLengths:
-    """Tokens to draft for each sample so that a step brings the most tokens per second of all that draft any.
+    chances: Floats, most: Counts, target_s: Callable[[Floats], Floats], draft_s: Callable[[Floats], Floats]
+) -> Counts:
+    """Tokens to draft for each sample, so that a step brings the most tokens per second of all that draft any.
 
     chances: of each sample's next draft to be right, below 1, [samples]. most: drafts that a sample has room for.
     target_s: seconds of a forward over so many tokens. draft_s: of a draft's step over so many samples.
     """
     num_samples, levels = len(chances), int(most.max())
     counts = np.zeros(num_samples, dtype=np.int64)
-    plain_s = float(target_s(np.array([float(num_samples)]))[0])
     if not levels:
-        return BestLengths(counts, Prediction(1.0, plain_s))
+        return counts
     level = np.arange(levels)
     gains = chances[:, None] ** (level + 1)
     sample, depth = np.nonzero(level < most[:, None])
@@ -208,13 +200,13 @@ def best_lengths(
         at = depth == one
         added_s[at] = np.diff(draft_s(1.0 + np.arange(at.sum(), dtype=np.float64)), prepend=0.0)
     forward_s = target_s(num_samples + 1.0 + np.arange(len(order), dtype=np.float64))
-    best_rate = best_s = 0.0
+    best_rate = 0.0
     for one in level:  # the deepest; its step costs something however few samples it is for
         allowed = depth <= one
         seconds = forward_s[: allowed.sum()] + np.cumsum(added_s[allowed])
         rates = (num_samples + np.cumsum(gained[allowed])) / seconds
         best = int(rates.argmax())
         if rates[best] > best_rate:
-            best_rate, best_s = float(rates[best]), float(seconds[best])
+            best_rate = float(rates[best])
             counts = np.bincount(sample[allowed][: best + 1], minlength=num_samples)
-    return BestLengths(counts, Prediction(best_rate * plain_s / num_samples, best_s))
+    return counts

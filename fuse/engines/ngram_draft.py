@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fuse.engines.draft import Expected
 from fuse.engines.rows import Row, Rows
 from fuse.ops.suffix_index import suffix_index
 
 _MOST_TOKENS = 1 << 21
 """Of all prompts and responses that are remembered: about 130 MiB."""
+
+
+EXPECTED = Expected(step_share=0.0, chance=0.4)
 
 
 class NgramDraft:

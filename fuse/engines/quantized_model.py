@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fuse.engines.decoder import Decoder
+from fuse.engines.draft import Expected
 from fuse.engines.native_llama import Matrices, NativeLlama, is_served
 from fuse.merged_weight import merged_weight
 from fuse.ops.quantized_linear import INT4, INT8, Quantization
@@ -25,18 +26,23 @@ from fuse.ops.quantized_linear import INT4, INT8, Quantization
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """Of a model's matrices; function: of the native extension, which decodes with these."""
+    """Of a model's matrices; function: of the native extension, which decodes with these; expected: of such drafts."""
 
     layers: Quantization
     head: Quantization
     function: str
+    expected: Expected
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
-        "int8": Precision(layers=INT8, head=INT8, function="int8_decode"),
+        "int8": Precision(
+            layers=INT8, head=INT8, function="int8_decode", expected=Expected(step_share=0.3, chance=0.95)
+        ),
         # Logits feel a head of 4 bits as much as they feel all layers, and in large models it is little of the weights.
-        "int4": Precision(layers=INT4, head=INT8, function="int4_decode"),
+        "int4": Precision(
+            layers=INT4, head=INT8, function="int4_decode", expected=Expected(step_share=0.2, chance=0.75)
+        ),
     }
 )
 """By name of the engine's `speculation`."""

@@ -8,10 +8,10 @@ from typing import Literal, Protocol
 
 from fuse.engines.decoder import Decoder
 from fuse.engines.draft import Draft
-from fuse.engines.draft_lengths import PayingLengths
+from fuse.engines.draft_lengths import DraftedStep, PayingLengths
 from fuse.engines.engine import GeneratedToken
 from fuse.engines.native_llama import is_served
-from fuse.engines.ngram_draft import NgramDraft
+from fuse.engines.ngram_draft import EXPECTED, NgramDraft
 from fuse.engines.quantized_draft import QuantizedSelf
 from fuse.engines.quantized_model import PRECISIONS
 from fuse.engines.rows import Rows
@@ -27,15 +27,8 @@ class DraftLengths(Protocol):
         """Tokens to draft for each row, if its response has room for them."""
         ...
 
-    def learn(
-        self,
-        generated: Sequence[GeneratedToken],
-        drafts: Sequence[Sequence[int]],
-        prepare_s: float,
-        draft_s: float,
-        target_s: float,
-    ) -> None:
-        """What a step brought, what was drafted for each row, and what was taken: to prepare, to draft, to verify."""
+    def learn(self, step: DraftedStep) -> None:
+        """What a step took and brought for which lengths were chosen."""
         ...
 
 
@@ -48,7 +41,7 @@ class FixedLength:
     def choose(self, rows: Rows) -> Sequence[int]:
         return [self._num_tokens] * len(rows)
 
-    def learn(self, *_: object) -> None:
+    def learn(self, step: DraftedStep) -> None:
         """Nothing."""
 
 
@@ -87,7 +80,7 @@ class Speculation:
     def learn(self, generated: Sequence[GeneratedToken]) -> None:
         """What the step brought that the last proposal was for."""
         target_s = time.perf_counter() - self._began_s
-        self._lengths.learn(generated, self._drafts, self._prepare_s, self._draft_s, target_s)
+        self._lengths.learn(DraftedStep(generated, self._drafts, self._prepare_s, self._draft_s, target_s))
 
 
 def _known(draft: list[int], num_tokens: int) -> list[int]:
@@ -105,7 +98,7 @@ def choose_speculation(kind: SpeculationKind, target: Decoder) -> Speculation | 
     if kind == "off":
         return None
     if kind == "ngram":
-        return Speculation(NgramDraft(), PayingLengths(draft_share=0.0), num_tokens)
+        return Speculation(NgramDraft(), PayingLengths(EXPECTED), num_tokens)
     if kind not in PRECISIONS:
         raise ValueError(f"speculation={kind!r} is unknown: use 'auto', 'off', 'int8', 'int4' or 'ngram'")
     device, dtype = target.model.device, target.model.dtype
@@ -115,4 +108,5 @@ def choose_speculation(kind: SpeculationKind, target: Decoder) -> Speculation | 
             f"speculation={kind!r} with a model in {dtype} on {device}: its products are native code for float32, on "
             f"GPUs for bfloat16, too ({reason}); use 'ngram' or 'off'"
         )
-    return Speculation(QuantizedSelf(target, PRECISIONS[kind]), PayingLengths(draft_share=0.3), num_tokens)
+    precision = PRECISIONS[kind]
+    return Speculation(QuantizedSelf(target, precision), PayingLengths(precision.expected), num_tokens)

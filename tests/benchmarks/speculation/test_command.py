@@ -66,7 +66,9 @@ def test_agreement_is_of_all_tokens_in_every_place(
     assert "int8, window of 513 to 1024 keys: " in capsys.readouterr().out
 
 
-def test_agreement_of_what_reads_no_keys_is_refused() -> None:
+def test_agreement_of_what_reads_no_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is loaded."""
+    monkeypatch.delattr(command, "causal_model")
     with pytest.raises(ValueError, match="--agreement is of drafts that are the model itself: name one with --drafts"):
         run("--agreement", "0", "--drafts", "ngram")
 
