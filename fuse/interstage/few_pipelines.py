@@ -1,57 +1,55 @@
 """Samples on engines of as few pipelines as hold them, so that the others come free as wholes, to train.
 
-A pipeline trains early while none of its devices has samples. Where the last samples are is a choice between engines
-that are alike, which a policy for samples makes without regard to pipelines: of 32 engines the last 8 samples are on
-nearly all of 4 pipelines, though one would hold them. So what another policy decides is changed in two ways.
+A pipeline trains early while none of its devices has samples. Engines are alike to a policy for samples, whatever
+pipelines they are of: of 32 engines the last 8 samples may be on all of 4 pipelines of 8, though one would hold them.
+So all samples of a pipeline move, engine by engine, to free engines of others, where that pays.
 
-Devices that come into use, to decode or to score, are those of the pipelines that are in use most: free devices are
-interchangeable, and the rollout is the same.
-
-And all samples of a pipeline move, engine by engine, to free engines of others, where that pays. Each sample that moves
-is the last one with the same probability as any other that is live, and its delay then delays the rollout. The devices
-gained are a part of all: they train so much earlier as the pipeline's own samples would have kept them from it.
+What it brings is devices that train until the pipeline's own samples would have ended, as far as there is work for
+more of them than train anyway. What it costs is the delay of each sample that moves, which is as likely as any other
+that is live to be the last, and so to delay the rollout.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fuse.interstage.costs import CostModel, cheaper_migration
-from fuse.interstage.migration import (
-    Action,
-    Infer,
-    Migrate,
-    Policy,
-    Release,
-    RolloutState,
-    Room,
-    evens_out,
-    free_devices,
-)
+from fuse.interstage.migration import Action, Migrate, Policy, RolloutState, Room, evens_out, free_devices
 from fuse.interstage.tail import spare_s
 
-Ints = NDArray[np.int64]
-
 _CAUTION = 4
-"""A pipeline that comes free must save so many times what the moves cost: not all of its time is used to train."""
+"""Devices that come free must save so many times what the moves cost: not all of their time is used to train."""
+_WAITS = 6
+"""Device-seconds to keep for training, over those of its operations: it fills no pipeline, and samples may end soon."""
+
+
+def on_few_pipelines(
+    policy: Policy, pipelines: Sequence[Sequence[int]], costs: CostModel | None, *, can_transfer: bool = True
+) -> Policy:
+    """The policy as it is to be where the devices of each of these pipelines train together; itself where all the same.
+
+    costs: of moves; None before they are known.
+    """
+    if costs is None or len(pipelines) == 1 or all(len(one) == 1 for one in pipelines):
+        return policy
+    return OnFewPipelines(policy, tuple(map(tuple, pipelines)), costs, can_transfer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnFewPipelines:
-    """A policy whose samples are on few pipelines.
+    """A policy, and before each of its decisions moves that empty pipelines.
 
-    policy: for all else. pipelines: devices of each, of which each device is in one at most. costs: of moves; None
-    before they are known, when no sample moves for this.
+    pipelines: devices of each, of which each device is in one at most.
     """
 
     policy: Policy
     pipelines: tuple[tuple[int, ...], ...]
-    costs: CostModel | None
-    can_transfer: bool = True
+    costs: CostModel
+    can_transfer: bool
 
     @property
     def evens_out(self) -> bool:
@@ -63,22 +61,21 @@ class OnFewPipelines:
         return spare_s(self.policy, state)
 
     def __call__(self, state: RolloutState) -> list[Action]:
-        if not len(state.live):
-            return self.policy(state)
-        moves = self._gather(state)
-        after = _moved(state, moves)
-        return [*moves, *self._in_order_of_use(after, self.policy(after))]
+        moves = self._gather(state) if len(state.live) and state.live.movable.all() else []
+        return [*moves, *self.policy(_moved(state, moves))]
 
     def _gather(self, state: RolloutState) -> list[Migrate]:
         """Moves that empty pipelines, those with the fewest engines in use first."""
-        if self.costs is None or len(self.pipelines) == 1 or not state.live.movable.all():
+        left_s = spare_s(self.policy, state)
+        if not 0 < left_s < math.inf:  # there is no time to train, or the policy knows of none
             return []
-        counts, idle, moves = state.num_live(), set(free_devices(state)), list[Migrate]()
+        counts, idle, room = state.num_live(), set(free_devices(state)), Room(state)
         used = sorted(
             (one for one in self.pipelines if counts[list(one)].any()),
             key=lambda one: (np.count_nonzero(counts[list(one)]), counts[list(one)].sum()),
         )
-        room, left_s = Room(state), None
+        num_free = sum(len(one) for one in self.pipelines if one not in used)
+        moves: list[Migrate] = []
         while len(used) > 1:
             emptied = used.pop(0)
             targets = [device for one in reversed(used) for device in one if device in idle and not state.lost[device]]
@@ -90,20 +87,30 @@ class OnFewPipelines:
                 for source, target in zip(sources, targets, strict=False)
                 for sample in state.live.ids[state.live.devices == source].tolist()
             ]
-            left_s = spare_s(self.policy, state) if left_s is None else left_s
-            if not self._pays(state, len(emptied), own, left_s):
+            missing_s = _WAITS * self._work_s(state) - num_free * left_s
+            if not self._pays(state, own, len(emptied), left_s, missing_s) or not _fit(state, room, own):
                 break
             moves += own
             idle -= set(targets[: len(sources)])
+            num_free += len(emptied)
         return moves
 
-    def _pays(self, state: RolloutState, num_devices: int, moves: Sequence[Migrate], left_s: float) -> bool:
-        """Whether devices that come free for the time until their samples would have ended are worth the moves.
+    def _work_s(self, state: RolloutState) -> float:
+        """About the device-seconds to train on what is finished: a token takes three forwards, as of models that score.
+
+        What of it has been trained is not seen here, so that this is too much rather than too little.
+        """
+        ended = state.ended.response_tokens
+        return self.costs.inference_token_s * float(ended.sum() + len(ended) * state.live.prompt_tokens.mean())
+
+    def _pays(
+        self, state: RolloutState, moves: Sequence[Migrate], num_devices: int, left_s: float, missing_s: float
+    ) -> bool:
+        """Whether devices that come free until their samples would have ended are worth the moves.
 
         left_s: until all samples are expected to have ended. Of n alike, the last of m ends after a part H(m) / H(n) of
-        that, if they end at a constant rate.
+        that, if they end at a constant rate. missing_s: device-seconds that there is work for.
         """
-        assert self.costs is not None
         num_live = len(state.live)
         context = dict(zip(state.live.ids.tolist(), state.live.context_tokens.tolist(), strict=True))
         move_s = sum(
@@ -111,36 +118,12 @@ class OnFewPipelines:
             + cheaper_migration(self.costs, context[move.sample], can_transfer=self.can_transfer).seconds
             for move in moves
         )
-        freed_s = left_s * _harmonic(len(moves)) / _harmonic(num_live)
-        return num_devices / state.num_devices * freed_s > _CAUTION * move_s / num_live
-
-    def _in_order_of_use(self, state: RolloutState, actions: Sequence[Action]) -> list[Action]:
-        """The actions with free devices exchanged, so that those of pipelines in use come into use first."""
-        is_used = (_counts_after(state, actions) > 0) | (state.inferring_tokens > 0)
-        free = [device for device in free_devices(state) if not state.lost[device]]
-        decoding = list(dict.fromkeys(one.target for one in actions if isinstance(one, Migrate) and one.target in free))
-        scoring = [one.device for one in actions if isinstance(one, Infer) and one.device in free]
-        if not decoding and len(scoring) == len(free):
-            return list(actions)
-        in_use = {device: int(np.count_nonzero(is_used[list(own)])) for own in self.pipelines for device in own}
-        by_use = sorted(free, key=lambda device: (-in_use.get(device, 0), device))
-        places = dict(zip([*decoding, *(one for one in scoring if one not in decoding)], by_use, strict=False))
-        return [exchanged for one in actions for exchanged in _exchanged(one, places, state)]
-
-
-def _exchanged(action: Action, places: dict[int, int], state: RolloutState) -> list[Action]:
-    """With other devices in place of some; only what is released scores."""
-    if isinstance(action, Migrate):
-        return [replace(action, target=places.get(action.target, action.target))]
-    if isinstance(action, Release):
-        return [] if action.device in places else [action]
-    device = places.get(action.device, action.device)
-    infer = replace(action, device=device)
-    return [infer] if action.device not in places or state.released[device] else [Release(device), infer]
+        freed_s = min(missing_s, num_devices * left_s * _harmonic(len(moves)) / _harmonic(num_live))
+        return freed_s / state.num_devices > _CAUTION * move_s / num_live
 
 
 def _moved(state: RolloutState, moves: Sequence[Migrate]) -> RolloutState:
-    """Where samples are when they have moved."""
+    """As it is once samples are on their way."""
     if not moves:
         return state
     live, targets = state.live, {move.sample: move.target for move in moves}
@@ -149,12 +132,14 @@ def _moved(state: RolloutState, moves: Sequence[Migrate]) -> RolloutState:
     return replace(state, live=replace(live, devices=np.array(devices), movable=movable))
 
 
-def _counts_after(state: RolloutState, actions: Sequence[Action]) -> Ints:
-    counts = state.num_live()
-    for action in actions:
-        if isinstance(action, Migrate):
-            counts[action.source] -= 1
-    return counts
+def _fit(state: RolloutState, room: Room, moves: Sequence[Migrate]) -> bool:
+    """Whether the targets hold what is moved, which is accounted for as far as they do."""
+    prompt_tokens = dict(zip(state.live.ids.tolist(), state.live.prompt_tokens.tolist(), strict=True))
+    for move in moves:
+        if not room.fits(move.target, prompt_tokens[move.sample]):
+            return False
+        room.move(move.source, move.target, prompt_tokens[move.sample])
+    return True
 
 
 def _harmonic(number: int) -> float:

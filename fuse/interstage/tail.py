@@ -30,10 +30,10 @@ from fuse.interstage.migration import Policy, RolloutState
 _CAUTION = 0.5
 """A piece may take this part of the time to spare: when samples end is not certain. A pipeline's piece half of that."""
 
-_MOST_LOST = 0.5
+_MOST_LOST = 0.7
 """Of what a piece beside samples takes off the training to come, its delay of these may be this part."""
-_FILLS = 4
-"""Micro-batches of a piece beside samples, over the stages: a pipeline that waits for its own stages delays them, too."""
+_PASSES = 2
+"""A pipeline's piece is cut into so many micro-batches for each stage, as far as its longest sample allows."""
 
 MOST_BESIDE = 4
 """Samples of a device beside which it may train: with more, decoding needs more of the device than was measured."""
@@ -142,26 +142,29 @@ def train_early(
     if not takers or not within_s > 0:
         return []
     size, num_stages = settings.micro_batch_size, settings.num_stages
-    is_beside = max(takers.values()) > 1
-    micro_batches_each = 1 if token_s is None else _FILLS * num_stages if is_beside else num_stages
-    count = 1 if num_stages == 1 else micro_batches_each if is_beside else 2 * num_stages
+    factor = max(takers.values())
+    count = 1 if num_stages == 1 else _PASSES * num_stages
+    num_samples = size  # of a piece
+    if token_s is not None:  # beside samples, small pieces that fill no pipeline do not pay
+        num_samples *= num_stages if factor == 1 else count
     room = math.inf  # for the `time_tokens` of a piece
     if token_s:
-        factor = max(takers.values())
-        holds_many = num_stages > 1 and factor == 1  # beside samples, small pieces that fill no pipeline do not pay
+        holds_many = num_stages > 1 and factor == 1
         room = _CAUTION * within_s / (2 if holds_many else 1) / token_s / factor
 
     def fits(piece: Sequence[int]) -> bool:
         if tokens[list(piece)].sum() > room:
             return False
-        return time_tokens([int(tokens[list(own)].sum()) for own in _cut(piece, tokens, size, count)], num_stages) <= room
+        return (
+            time_tokens([int(tokens[list(own)].sum()) for own in _cut(piece, tokens, size, count)], num_stages) <= room
+        )
 
     longest_first = sorted(ready, key=lambda one: (-int(tokens[one]), one))
     pieces: list[list[int]] = [[] for _ in takers]
     held = [0] * len(takers)
     for sample in longest_first[: max(0, len(longest_first) - settings.num_kept)]:
         place = min(range(len(takers)), key=lambda index: (held[index], index))
-        if len(pieces[place]) < micro_batches_each * size and fits([*pieces[place], sample]):
+        if len(pieces[place]) < num_samples and fits([*pieces[place], sample]):
             pieces[place].append(sample)
             held[place] += int(tokens[sample])
     chosen = [
