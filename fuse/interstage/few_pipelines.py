@@ -80,18 +80,17 @@ class OnFewPipelines:
             emptied = used.pop(0)
             targets = [device for one in reversed(used) for device in one if device in idle and not state.lost[device]]
             sources = [device for device in emptied if counts[device]]
-            if len(targets) < len(sources):
-                break
             own = [
                 Migrate(sample, source, target)
                 for source, target in zip(sources, targets, strict=False)
                 for sample in state.live.ids[state.live.devices == source].tolist()
             ]
             missing_s = _WAITS * self._work_s(state) - num_free * left_s
-            if not self._pays(state, own, len(emptied), left_s, missing_s) or not _fit(state, room, own):
+            is_worth_it = self._pays(state, own, len(emptied), left_s, missing_s)
+            if len(targets) < len(sources) or not is_worth_it or not _fit(state, room, own):
                 break
             moves += own
-            idle -= set(targets[: len(sources)])
+            idle.difference_update(targets[: len(sources)])
             num_free += len(emptied)
         return moves
 

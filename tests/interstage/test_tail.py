@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import CostModel
+from fuse.interstage.few_pipelines import on_few_pipelines
 from fuse.interstage.lengths import Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
 from fuse.interstage.rollout import Rollout, SpanKind
@@ -151,13 +152,17 @@ def policies(lengths: list[int]) -> list[Policy]:
     num_stages=st.sampled_from([1, 2, 4]),
     group=st.integers(1, 3),
     sharing=st.sampled_from([None, Sharing(decoding=1.2, training=1.1, num_samples=2)]),
+    on_few=st.booleans(),
 )
 def test_a_rollout_with_training_is_one(
-    lengths: list[int], which: int, num_stages: int, group: int, sharing: Sharing | None
+    lengths: list[int], which: int, num_stages: int, group: int, sharing: Sharing | None, on_few: bool
 ) -> None:
     """The simulation asserts that no sample is lost, trained twice or trained before its group is scored."""
-    one = rollout(lengths, 4)
-    result = simulate_tail(one, policies(lengths)[which], work(len(lengths), group, num_stages, sharing=sharing))
+    one, policy = rollout(lengths, 4), policies(lengths)[which]
+    if on_few:
+        pipelines = [range(first, first + num_stages) for first in range(0, 4, num_stages)]
+        policy = on_few_pipelines(policy, pipelines, COSTS)
+    result = simulate_tail(one, policy, work(len(lengths), group, num_stages, sharing=sharing))
     assert result.num_trained <= max(0, len(lengths) - 2)
     busy_s = sum(
         span.end_s - span.start_s for spans in result.rollout.timeline for span in spans if span.kind is SpanKind.TRAIN
