@@ -66,19 +66,20 @@ class OnFewPipelines:
 
     def _gather(self, state: RolloutState) -> list[Migrate]:
         """Moves that empty pipelines, those with the fewest engines in use first."""
-        left_s = spare_s(self.policy, state)
+        counts, idle, room = state.num_live(), set(free_devices(state)) - {*np.flatnonzero(state.lost)}, Room(state)
+        left_s = spare_s(self.policy, state) if idle else 0.0
         if not 0 < left_s < math.inf:  # there is no time to train, or the policy knows of none
             return []
-        counts, idle, room = state.num_live(), set(free_devices(state)), Room(state)
         used = sorted(
             (one for one in self.pipelines if counts[list(one)].any()),
             key=lambda one: (np.count_nonzero(counts[list(one)]), counts[list(one)].sum()),
         )
         num_free = sum(len(one) for one in self.pipelines if one not in used)
         moves: list[Migrate] = []
+        kept: set[int] = set()  # devices to which samples move
         while len(used) > 1:
             emptied = used.pop(0)
-            targets = [device for one in reversed(used) for device in one if device in idle and not state.lost[device]]
+            targets = [device for one in reversed(used) for device in one if device in idle]
             sources = [device for device in emptied if counts[device]]
             own = [
                 Migrate(sample, source, target)
@@ -87,10 +88,12 @@ class OnFewPipelines:
             ]
             missing_s = _WAITS * self._work_s(state) - num_free * left_s
             is_worth_it = self._pays(state, own, len(emptied), left_s, missing_s)
-            if len(targets) < len(sources) or not is_worth_it or not _fit(state, room, own):
+            can_move = len(targets) >= len(sources) and kept.isdisjoint(emptied)
+            if not can_move or not is_worth_it or not _fit(state, room, own):
                 break
             moves += own
-            idle.difference_update(targets[: len(sources)])
+            kept.update(targets[: len(sources)])
+            idle -= kept
             num_free += len(emptied)
         return moves
 

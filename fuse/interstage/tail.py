@@ -3,7 +3,7 @@
 A replica of the model that trains, be it one device or a pipeline over several, is free when all its devices are: no
 sample is generated or scored there, and none is about to be. It then gets a few micro-batches of samples that may be
 trained already, and is asked again when they are done: what comes up meanwhile, a sample to be scored or to move there,
-waits for no more than these.
+waits for no more than these. `few_pipelines.py` has pipelines come free as wholes.
 
 A pipeline over all devices is never free. Where none is, a replica may train while some of its devices decode a few
 samples, if that pays by what is known of how the two slow each other down: see `Sharing`.
