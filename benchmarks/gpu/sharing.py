@@ -43,7 +43,7 @@ def check(setup: Setup) -> Iterator[Row]:
     detail = f"decoding, training; alone their steps take {decoding_alone_s:.4f} s and {training_alone_s:.4f} s"
     if setup.device == "cuda":  # a tiny model on a core that others use tells nothing
         sharing = Sharing(decoding=factors[0], training=factors[1])
-        verdict = "pays" if sharing.pays(num_stages=1, num_replicas=1) else "does not pay"
+        verdict = "pays" if sharing.pays(num_replicas=1) else "does not pay"
         detail += f"; tail_sharing={factors[0]:.2f} {factors[1]:.2f}, which {verdict} for one replica"
     yield Row(
         name=f"training beside {num_samples} samples",

@@ -56,7 +56,8 @@ _SIBLING_TITLES = (
 )
 _CAPTION = (
     "update: seconds stage by stage, and how many times as fast; hidden: the part of what may train early that did; "
-    "idle/work: how long devices idle in a rollout, over what that takes"
+    "idle/work: how long whole replicas could idle in a rollout, over what that takes, were busy devices those of as "
+    "few replicas as hold them"
 )
 _DRAFT_CAPTION = (
     "rollout: gain of drafts under adaptive, and of bounds, if no policy could do better without and with them that "

@@ -13,6 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from fuse.interstage.few_pipelines import on_few_pipelines
 from fuse.interstage.migration import Policy
 from fuse.interstage.policies import NONE
 from fuse.interstage.rollout import Rollout, SimulationResult
@@ -59,7 +60,8 @@ class TailRow:
     """An update under a policy, without and with tail training; seconds.
 
     training_s: of all epochs, spread over the devices. first_step_s: of what may be trained early, in device-seconds,
-    and hidden_share the part of it that was. spare_share: the idle device-seconds of the plain rollout, in its parts.
+    and hidden_share the part of it that was. spare_share: the device-seconds of the plain rollout in
+    which whole replicas could be idle, in its parts.
     """
 
     policy: str
@@ -92,6 +94,8 @@ def simulate_row(
         sharing=None if factors is None else Sharing(decoding=factors[0], training=factors[1]),
     )
     work = TailWork(groups=groups, token_s=token_s, micro_batch_s=costs.inference_s, settings=settings)
+    pipelines = [range(first, first + stages) for first in range(0, devices, stages)]
+    policy = on_few_pipelines(policy, pipelines, costs, can_transfer=rollout.can_transfer)
     result = simulate_tail(rollout, policy, work)
     tokens = int((rollout.prompt_tokens + rollout.response_tokens).sum())
     first_step_s = tokens * token_s
@@ -107,7 +111,7 @@ def simulate_row(
             training_s=training_s,
             first_step_s=first_step_s,
             hidden_share=hidden_share,
-            spare_share=plain.idle_share * plain.makespan_s * devices / first_step_s,
+            spare_share=plain.idle_s(stages) / first_step_s,
             gain=(plain.makespan_s + training_s) / (rollout_s + left_s),
         ),
         result,
@@ -126,12 +130,12 @@ def mean_row(rows: Sequence[TailRow]) -> TailRow:
 
 
 def hidden_where_long_enough(rows: Sequence[TailRow]) -> str:
-    """What is hidden of what may train early where devices idle long enough for it; nothing where none do."""
+    """What is hidden of what may train early where replicas could idle long enough for it; nothing where none could."""
     shares = [row.hidden_share for row in rows if row.spare_share >= 1]
     if not shares:
         return ""
     return (
-        f"where devices idle for as long as what may train early takes ({len(shares)} of {len(rows)}): "
+        f"where replicas could idle for as long as what may train early takes ({len(shares)} of {len(rows)}): "
         f"{min(shares):.0%} to {max(shares):.0%} of it is hidden, {median(shares):.0%} in the median"
     )
 

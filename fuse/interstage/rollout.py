@@ -114,3 +114,15 @@ class SimulationResult:
     """Per device, in order."""
     samples: tuple[SampleSpan, ...]
     """In the order of their ends; a migrated sample has several."""
+
+    def idle_s(self, num_together: int = 1) -> float:
+        """Device-seconds of which so many devices could be idle together, were the busy ones always the first ones."""
+        num_groups, num_busy, since_s, idle_s = len(self.timeline) // num_together, 0, 0.0, 0.0
+        spans = [span for own in self.timeline for span in own]
+        changes = sorted(
+            [*((one.start_s, 1) for one in spans), *((one.end_s, -1) for one in spans), (self.makespan_s, 0)]
+        )
+        for time_s, change in changes:
+            idle_s += (num_groups - -(-num_busy // num_together)) * num_together * (time_s - since_s)
+            num_busy, since_s = num_busy + change, time_s
+        return idle_s

@@ -3,7 +3,7 @@
 A replica of the model that trains, be it one device or a pipeline over several, is free when all its devices are: no
 sample is generated or scored there, and none is about to be. It then gets a few micro-batches of samples that may be
 trained already, and is asked again when they are done: what comes up meanwhile, a sample to be scored or to move there,
-waits for no more than these.
+waits for no more than these. `few_pipelines.py` has pipelines come free as wholes.
 
 A pipeline over all devices is never free. Where none is, a replica may train while some of its devices decode a few
 samples, if that pays by what is known of how the two slow each other down: see `Sharing`.
@@ -28,8 +28,12 @@ from numpy.typing import NDArray
 from fuse.interstage.migration import Policy, RolloutState
 
 _CAUTION = 0.5
-"""A piece may take this part of the time to spare, over the devices that it holds: when samples end is not certain."""
+"""A piece may take this part of the time to spare: when samples end is not certain. A pipeline's piece half of that."""
 
+_MOST_LOST = 0.7
+"""Of what a piece beside samples takes off the training to come, its delay of these may be this part."""
+_PASSES = 2
+"""A pipeline's piece is cut into so many micro-batches for each stage, as far as its longest sample allows."""
 
 MOST_BESIDE = 4
 """Samples of a device beside which it may train: with more, decoding needs more of the device than was measured."""
@@ -54,15 +58,14 @@ class Sharing:
             if not 1 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} beside the other takes {getattr(self, name)} times as long: it must be >= 1")
 
-    def pays(self, num_stages: int, num_replicas: int) -> bool:
+    def pays(self, num_replicas: int, fill: float = 1.0) -> bool:
         """Whether a piece takes more off the training to come than it delays the samples, which may be the last ones.
 
-        A second of it alone would later take all replicas 1 / num_replicas of a second, and less where it has as many
-        micro-batches as stages: the whole step fills a pipeline. Beside decoding it takes `training` seconds, of which
-        decoding loses what it does not get done.
+        A second of it alone would later take all replicas `fill` / num_replicas of a second: the whole step fills a
+        pipeline, of which this piece fills a part. Beside decoding it takes `training` seconds, of which decoding loses
+        what it does not get done; and the devices may soon be free.
         """
-        saved_s = num_stages / (2 * num_stages - 1) / num_replicas
-        return self.training * (1 - 1 / self.decoding) < saved_s
+        return self.training * (1 - 1 / self.decoding) < _MOST_LOST * fill / num_replicas
 
 
 ONE_CORE = Sharing(decoding=2.0, training=2.0)
@@ -92,7 +95,7 @@ class TailSettings:
         if free := [replica for replica, count in decoding.items() if not count]:
             return dict.fromkeys(free, 1.0)
         sharing = self.sharing
-        if sharing is None or not sharing.pays(self.num_stages, self.num_replicas):
+        if sharing is None or not sharing.pays(self.num_replicas):
             return {}
         return {replica: sharing.training for replica, count in decoding.items() if count <= sharing.num_samples}
 
@@ -139,34 +142,57 @@ def train_early(
     if not takers or not within_s > 0:
         return []
     size, num_stages = settings.micro_batch_size, settings.num_stages
-    micro_batches_each = num_stages if token_s is not None else 1
+    factor = max(takers.values())
+    count = 1 if num_stages == 1 else _PASSES * num_stages
+    num_samples = size  # of a piece
+    if token_s is not None:  # beside samples, small pieces that fill no pipeline do not pay
+        num_samples *= num_stages if factor == 1 else count
     room = math.inf  # for the `time_tokens` of a piece
     if token_s:
-        factor = max(takers.values())
-        num_held = num_stages if factor == 1 else 1  # beside samples, small pieces that fill no pipeline do not pay
-        room = _CAUTION * within_s / num_held / token_s / factor
+        holds_many = num_stages > 1 and factor == 1
+        room = _CAUTION * within_s / (2 if holds_many else 1) / token_s / factor
 
     def fits(piece: Sequence[int]) -> bool:
         if tokens[list(piece)].sum() > room:
             return False
-        return time_tokens([int(tokens[list(own)].sum()) for own in _cut(piece, num_stages, size)], num_stages) <= room
+        return (
+            time_tokens([int(tokens[list(own)].sum()) for own in _cut(piece, tokens, size, count)], num_stages) <= room
+        )
 
     longest_first = sorted(ready, key=lambda one: (-int(tokens[one]), one))
     pieces: list[list[int]] = [[] for _ in takers]
     held = [0] * len(takers)
     for sample in longest_first[: max(0, len(longest_first) - settings.num_kept)]:
         place = min(range(len(takers)), key=lambda index: (held[index], index))
-        if len(pieces[place]) < micro_batches_each * size and fits([*pieces[place], sample]):
+        if len(pieces[place]) < num_samples and fits([*pieces[place], sample]):
             pieces[place].append(sample)
             held[place] += int(tokens[sample])
-    return [
-        Train(replica, _cut(piece, num_stages, size), slower)
+    chosen = [
+        Train(replica, _cut(piece, tokens, size, count), slower)
         for (replica, slower), piece in zip(takers.items(), pieces, strict=True)
         if piece
     ]
+    return [one for one in chosen if token_s is None or _pays(one, tokens, settings)]
 
 
-def _cut(piece: Sequence[int], num_stages: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """In as many micro-batches as there are stages, or as hold it, of neighbours in length."""
-    count = max(min(len(piece), num_stages), -(-len(piece) // size))
-    return tuple(tuple(own.tolist()) for own in np.array_split(np.array(piece), count))
+def _pays(action: Train, tokens: NDArray[np.int64], settings: TailSettings) -> bool:
+    """Whether a piece fills its pipeline well enough, where its devices decode beside it."""
+    if action.factor == 1:
+        return True
+    sizes = [int(tokens[list(own)].sum()) for own in action.micro_batches]
+    assert settings.sharing is not None
+    return settings.sharing.pays(settings.num_replicas, sum(sizes) / time_tokens(sizes, settings.num_stages))
+
+
+def _cut(piece: Sequence[int], tokens: NDArray[np.int64], size: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """In micro-batches of neighbours in length: about `count`, even in tokens as far as the longest sample allows."""
+    most = max(int(tokens[piece[0]]), -(-int(tokens[list(piece)].sum()) // count))
+    cut: list[list[int]] = []
+    held = 0
+    for sample in piece:
+        if not cut or len(cut[-1]) == size or held + tokens[sample] > most:
+            cut.append([])
+            held = 0
+        cut[-1].append(sample)
+        held += int(tokens[sample])
+    return tuple(map(tuple, cut))

@@ -10,6 +10,7 @@ import pytest
 from fuse.benchmarks.emulated.costs import EmulatedCosts
 from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.interstage.adaptive import Adaptive
+from fuse.interstage.few_pipelines import OnFewPipelines, on_few_pipelines
 from fuse.interstage.lengths import Observation, learn
 from fuse.interstage.migration import (
     Action,
@@ -70,16 +71,23 @@ def adaptive(costs: EmulatedCosts = COSTS) -> Policy:
     return Adaptive(costs.rollout, learn(map(Observation, lengths(0)), LONGEST).for_samples(), can_transfer=False)
 
 
+def adaptive_on_pairs() -> Policy:
+    return on_few_pipelines(adaptive(), ((0, 1), (2, 3)), COSTS.rollout, can_transfer=False)
+
+
 POLICIES = [StageByStage(), Threshold(remaining=20, num_kept=1), adaptive()]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["none", "threshold", "adaptive"])
+@pytest.mark.parametrize(
+    "policy", [*POLICIES, adaptive_on_pairs()], ids=["none", "threshold", "adaptive", "on few pipelines"]
+)
 def test_decisions_are_the_simulators(policy: Policy) -> None:
     """Where the controller hears of tokens as soon as there are any."""
     simulated, real = Heard(policy), Heard(policy)
     expected = simulate(rollout(), simulated)
     report, _ = roll_out(rollout(), COSTS, real, poll_s=1e-3)
     assert real.actions == simulated.actions
+    assert real.count(Migrate) or not isinstance(policy, OnFewPipelines)
     assert report.makespan_s == pytest.approx(expected.makespan_s, rel=1e-4)
     assert report.generation_s == pytest.approx(expected.generation_s, rel=1e-4)
 
@@ -116,7 +124,7 @@ def test_rollouts_whose_engines_draft_take_about_as_long_as_simulated() -> None:
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_pipelines_train_as_simulated(num_stages: int) -> None:
     """Of two pipelines one is free at last; one over all devices trains beside the last samples, where that pays."""
-    case, policy = rollout(), adaptive()
+    case, policy = rollout(), adaptive() if num_stages == 4 else adaptive_on_pairs()
     plain = simulate(case, policy)
     for sharing in (None, Sharing(decoding=1.3, training=1.2)):
         num_replicas = 4 // num_stages

@@ -21,6 +21,7 @@ from fuse.driver.live_tail import TailRollout
 from fuse.driver.tail import Tail, TailPlan
 from fuse.engines.engine import SamplingParams
 from fuse.interstage.costs import SMALL_CPU
+from fuse.interstage.few_pipelines import on_few_pipelines
 from fuse.interstage.tail import Sharing
 from fuse.intrastage.placement import Replica
 from fuse.sample import Sample, SampleState
@@ -105,7 +106,7 @@ def roll_out(
         lambda: [worker.handle for worker in workers],
         samples,
         SamplingParams(seed=0, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS),
-        policy=policies(seed)[which],
+        policy=on_few_pipelines(policies(seed)[which], ranks, SMALL_CPU),
         limits=LIMITS,
         pad_token_id=0,
         costs=SMALL_CPU,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fuse.interstage.adaptive import Adaptive
 from fuse.interstage.costs import CostModel
+from fuse.interstage.few_pipelines import on_few_pipelines
 from fuse.interstage.lengths import Observation, learn
 from fuse.interstage.migration import EngineLimits, Policy, StageByStage, Threshold
 from fuse.interstage.rollout import Rollout, SpanKind
@@ -56,20 +58,33 @@ def test_a_replica_trains_beside_samples_only_where_that_pays() -> None:
         settings = TailSettings(micro_batch_size=2, num_replicas=2, sharing=sharing)
         assert settings.takers({0: 3, 1: 4}) == ({0: training} if lost < 0.5 else {}), "of 4 samples nothing is known"
         assert settings.takers({0: 3, 1: 0}) == {1: 1.0}, "one that is free is slowed down by nothing"
-    assert ONE_CORE.pays(1, 1) is False, "a core does either in the time of the other"
+    assert ONE_CORE.pays(1) is False, "a core does either in the time of the other"
     assert TailSettings(micro_batch_size=2).takers({0: 1}) == {}, "nothing is known"
-    assert Sharing(decoding=1.5, training=2.0).pays(1, 1)
-    assert not Sharing(decoding=1.5, training=2.0).pays(2, 1), "a piece by itself fills a pipeline to two thirds"
-    assert train_early([0, 1, 2, 3], TOKENS, {0: 2.0}, SETTINGS, token_s=1.0, within_s=160.0) == [
+    sharing = Sharing(decoding=1.25, training=2.0)
+    beside = replace(SETTINGS, sharing=sharing)
+    assert train_early([0, 1, 2, 3], TOKENS, {0: 2.0}, beside, token_s=1.0, within_s=160.0) == [
         Train(0, ((2,),), 2.0)
     ], "it takes twice as long"
+    assert sharing.pays(1, fill=0.6)
+    assert not sharing.pays(1, fill=0.5), "decoding loses 0.4 of what is as much as 0.5 of a full pipeline"
+    alone, one_stage = TailSettings(micro_batch_size=2, num_stages=2, num_kept=0), TOKENS[:2]
+    for tokens, number in ((TOKENS, 1), (one_stage, 0)):
+        pieces = train_early(
+            range(len(tokens)), tokens, {0: 2.0}, replace(alone, sharing=sharing), token_s=1.0, within_s=1e4
+        )
+        assert len(pieces) == number, "the shorter of two samples fills little of a pipeline that waits for the longer"
     with pytest.raises(ValueError, match=r"decoding beside the other takes 0\.5 times as long: it must be >= 1"):
         Sharing(decoding=0.5, training=1.0)
 
 
-def test_a_pipeline_gets_a_micro_batch_for_every_stage() -> None:
+def test_a_pipeline_gets_even_micro_batches() -> None:
     stages = TailSettings(micro_batch_size=2, num_stages=2, num_kept=0)
-    assert train_early(range(6), TOKENS, {0: 1.0}, stages, token_s=1.0) == [Train(0, ((5, 0), (2, 3)))]
+    chosen = [Train(0, ((5,), (0,), (2,), (3,)))]
+    assert train_early(range(6), TOKENS, {0: 1.0}, stages, token_s=1.0) == chosen, "two samples for each of two stages"
+    short = np.array([50, 10, 10, 10, 10])
+    assert train_early(range(5), short, {0: 1.0}, stages, token_s=1.0) == [Train(0, ((0,), (1, 2), (3,)))], (
+        "as even as the longest sample allows, at most two at a time"
+    )
     assert train_early(range(6), TOKENS, {0: 1.0}, stages) == [Train(0, ((5,), (0,)))], "to learn what it takes"
 
 
@@ -137,13 +152,17 @@ def policies(lengths: list[int]) -> list[Policy]:
     num_stages=st.sampled_from([1, 2, 4]),
     group=st.integers(1, 3),
     sharing=st.sampled_from([None, Sharing(decoding=1.2, training=1.1, num_samples=2)]),
+    on_few=st.booleans(),
 )
 def test_a_rollout_with_training_is_one(
-    lengths: list[int], which: int, num_stages: int, group: int, sharing: Sharing | None
+    lengths: list[int], which: int, num_stages: int, group: int, sharing: Sharing | None, on_few: bool
 ) -> None:
     """The simulation asserts that no sample is lost, trained twice or trained before its group is scored."""
-    one = rollout(lengths, 4)
-    result = simulate_tail(one, policies(lengths)[which], work(len(lengths), group, num_stages, sharing=sharing))
+    one, policy = rollout(lengths, 4), policies(lengths)[which]
+    if on_few:
+        pipelines = [range(first, first + num_stages) for first in range(0, 4, num_stages)]
+        policy = on_few_pipelines(policy, pipelines, COSTS)
+    result = simulate_tail(one, policy, work(len(lengths), group, num_stages, sharing=sharing))
     assert result.num_trained <= max(0, len(lengths) - 2)
     busy_s = sum(
         span.end_s - span.start_s for spans in result.rollout.timeline for span in spans if span.kind is SpanKind.TRAIN

@@ -50,7 +50,7 @@ def test_a_row_per_setting(trace: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert row["gains"]["pooled"] == 1
     printed = capsys.readouterr().out
     assert "| some | 4 x 32 | critic | 1 | 1 | " in printed
-    assert "where devices idle for as long as what may train early takes (2 of 4): " in printed
+    assert "where replicas could idle for as long as what may train early takes (2 of 4): " in printed
     assert "| median | 2 x 32 |" in printed
 
 
