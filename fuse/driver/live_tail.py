@@ -19,6 +19,9 @@ from fuse.driver.live import LiveRollout
 from fuse.driver.rollout_state import RolloutDevice
 from fuse.driver.tail import Job, Tail
 from fuse.engines.engine import SamplingParams
+from fuse.interstage.costs import CostModel
+from fuse.interstage.few_pipelines import on_few_pipelines
+from fuse.interstage.migration import Policy
 from fuse.interstage.tail import spare_s
 from fuse.sample import Sample
 from fuse.training.rounds import RankRound
@@ -34,6 +37,8 @@ _AS_SCORED = 3
 class TailRollout(LiveRollout):
     """As `LiveRollout`; devices with nothing to score, and next to nothing to generate, train what `tail` has for them.
 
+    Pipelines come free as wholes where that pays: see `few_pipelines`.
+
     Raises: WorkerError as well where one that trains does not answer within `timeout_s`.
     """
 
@@ -45,13 +50,16 @@ class TailRollout(LiveRollout):
         params: SamplingParams,
         *,
         tail: Tail,
+        policy: Policy,
+        costs: CostModel | None = None,
         tell: Callable[[str], None] = silent,
         **options: Any,
     ) -> None:
         def tell_both(text: str) -> None:
             tell(f"{text}, {tail.num_trained} trained" if tail.num_trained else text)
 
-        super().__init__(engines, scorers, samples, params, tell=tell_both, **options)
+        policy = on_few_pipelines(policy, tail.pipelines, costs)
+        super().__init__(engines, scorers, samples, params, policy=policy, costs=costs, tell=tell_both, **options)
         self._tail = tail
         self._jobs: list[Job] = []
 

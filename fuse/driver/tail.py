@@ -98,6 +98,11 @@ class Tail:
         return self._settings.num_stages
 
     @property
+    def pipelines(self) -> tuple[tuple[int, ...], ...]:
+        """Devices of the rollout that train together, of each replica."""
+        return tuple(map(self._devices, self._ranks))
+
+    @property
     def num_trained(self) -> int:
         """Samples that have been given to replicas."""
         return self._step.num_samples - self._step.num_left

@@ -125,7 +125,7 @@ def test_rollouts_whose_engines_draft_take_about_as_long_as_simulated() -> None:
 def test_pipelines_train_as_simulated(num_stages: int) -> None:
     """Of two pipelines one is free at last; one over all devices trains beside the last samples, where that pays."""
     case, policy = rollout(), adaptive() if num_stages == 4 else adaptive_on_pairs()
-    plain = simulate(case, policy)
+    plain = simulate(case, adaptive())
     for sharing in (None, Sharing(decoding=1.3, training=1.2)):
         num_replicas = 4 // num_stages
         settings = TailSettings(
@@ -133,7 +133,7 @@ def test_pipelines_train_as_simulated(num_stages: int) -> None:
         )
         work = TailWork(groups=np.arange(NUM_SAMPLES), token_s=5e-5, micro_batch_s=1e-3, settings=settings)
         expected = simulate_tail(case, policy, work)
-        report, num_trained = roll_out_with_training(case, COSTS, policy, work)
+        report, num_trained = roll_out_with_training(case, COSTS, adaptive(), work)
         assert (num_trained > 0) == (expected.num_trained > 0) == (num_stages == 2 or sharing is not None)
         assert report.makespan_s == pytest.approx(expected.rollout.makespan_s, rel=0.03)
         assert report.makespan_s < 1.15 * plain.makespan_s
