@@ -61,6 +61,8 @@ def test_what_heads_said_arrives_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_a_tensor_of_any_type_arrives(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[1.5, 0.0], [2.0, 3.0]]).to(dtype)
-    found = arrived(over_there(sent(tensor)))
+    travelled = over_there(sent(tensor))
+    found = arrived(travelled)
     assert found.dtype is dtype
+    assert isinstance(travelled, torch.Tensor) or found.data_ptr() != travelled.ctypes.data, "memory is of others"
     torch.testing.assert_close(found, tensor, rtol=0, atol=0)
