@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 GAIN = 1.03
 """By which drafts must be faster than none: what is saved must not be noise."""
-_TRIED = 3
-"""Steps of a trial, at least."""
+_TRIED, _TRIED_PLAINLY = 3, 5
+"""Steps of a trial of drafts, at least, and of one without, whose steps take less and tell less."""
 _DRAFTED_FOR = 24
 """Samples, counted in each step, of a trial of drafts: how many of them are right is chance."""
-_COMPARED = 16
-"""Steps before it that it is compared with, at most."""
+_COMPARED = _DRAFTED_FOR
+"""Steps either way that are compared, at most: all of a trial for one sample."""
 _SHARE = 0.0075
 """Of the time, for trials."""
 _LEAST_LOST = 0.05
@@ -106,7 +106,7 @@ class Payoff:
         """What a step has brought, and what it took, beside what drafts took beforehand."""
         if is_drafting != self._is_drafting:
             self._is_drafting = is_drafting
-            self._before, self._latest = self._latest, deque(maxlen=max(_COMPARED, self._enough(drafts=True)))
+            self._before, self._latest = self._latest, deque(maxlen=_COMPARED)
         self._latest.append(_Step(tokens, seconds))
         self._step_s[is_drafting] = statistics.median(step.seconds for step in self._latest)
         self._waited_s += seconds
@@ -120,7 +120,7 @@ class Payoff:
 
     def _enough(self, *, drafts: bool) -> int:
         """Steps that tell how fast either way is."""
-        return max(_TRIED, math.ceil(_DRAFTED_FOR / self._batch)) if drafts else _TRIED
+        return max(_TRIED, math.ceil(_DRAFTED_FOR / self._batch)) if drafts else _TRIED_PLAINLY
 
     @property
     def _pays(self) -> bool:
@@ -128,7 +128,7 @@ class Payoff:
 
     @property
     def _is_due(self) -> bool:
-        """Whether the other way is to be tried: it loses little, or nothing is known of such batches."""
+        """Whether the other way is to be tried: it loses little, or next to nothing is known of such batches."""
         if self._gains.known(self._batch) < 1:
             return True
         gain, other = self._gains.of(self._batch), not self._is_drafting

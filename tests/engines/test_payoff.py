@@ -188,6 +188,15 @@ def test_batches_for_which_drafts_pay_or_do_not_in_turn(noise: tuple[float, int]
     assert sum(one.plain_s for one in few) > 1.06 * sum(one.seconds for one in few)
 
 
+@pytest.mark.parametrize("noise", [STEADY, NOISY])
+def test_what_other_sizes_promise_is_tried(noise: tuple[float, int]) -> None:
+    """Drafts pay for two samples, and then are never right for one."""
+    lengths, machine = PayingLengths(EXPECTED), on(CHEAP, noise)
+    assert decode(lengths, machine, 2, 500).drafted_for > 0
+    alone = decode(lengths, replace(machine, acceptance=0.0), 1, 1500)
+    assert alone.plain_s > 0.97 * alone.seconds
+
+
 def test_the_way_follows_the_context() -> None:
     """Of drafts that read all keys, which pay while these are few."""
     lengths, machine = PayingLengths(EXPECTED), replace(CHEAP, key_s=3e-5, prepare_s=0.0)
