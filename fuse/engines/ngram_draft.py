@@ -11,8 +11,8 @@ from fuse.ops.suffix_index import suffix_index
 _MOST_TOKENS = 1 << 21
 """Of all prompts and responses that are remembered: about 130 MiB."""
 
-
 EXPECTED = Expected(step_share=0.0, chance=0.4)
+"""Looking a token up takes a microsecond; of text that repeats little, fewer are right."""
 
 
 class NgramDraft:
