@@ -13,7 +13,7 @@ from fuse.driver.fleet_settings import FleetSettings
 from fuse.intrastage.measurement_store import machine
 from fuse.training.model_spec import ModelSpec
 
-_FORMAT = 7
+_FORMAT = 6
 _NO_MATTER = ("architectures", "transformers_version", "_name_or_path", "torch_dtype")
 
 

@@ -19,7 +19,7 @@ class MemoryProbe:
     """
 
     def __init__(self, stage: Stage, index: int) -> None:
-        self._stage, self.index = stage, index
+        self._stage, self._index = stage, index
         self._live = LiveMemory()
         self.activation_bytes = self.weight_grad_bytes = 0
 
@@ -27,7 +27,7 @@ class MemoryProbe:
         return self._stage.boundary(micro_batch)
 
     def forward(self, index: int, micro_batch: MicroBatch, stage_input: Tensor | None) -> Tensor | None:
-        if index != self.index:
+        if index != self._index:
             return self._stage.forward(index, micro_batch, stage_input)
         with self._live:
             output = self._stage.forward(index, micro_batch, stage_input)
@@ -42,7 +42,7 @@ class MemoryProbe:
         return self._stage.can_split_backward
 
     def backward_input(self, index: int, output_grad: Tensor | None) -> Tensor | None:
-        if index != self.index:
+        if index != self._index:
             return self._stage.backward_input(index, output_grad)
         with self._live:
             input_grad = self._stage.backward_input(index, output_grad)

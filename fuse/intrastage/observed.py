@@ -37,7 +37,7 @@ class ObservedCosts:
         )
         self._messages: defaultdict[_Stage, dict[Shape, float]] = defaultdict(dict)
         self._memory: dict[_Stage, tuple[int, int, int]] = {}  # tokens, bytes from F to I, bytes from I to W
-        self._halves: dict[_Stage, tuple[float, float]] = {}  # I's and W's times over B's, as they were seen before
+        self._input_shares: dict[_Stage, float] = {}  # I's of a backward, where both halves were seen
 
     def add(self, spans: Iterable[Span]) -> None:
         """Learn from spans; those of other categories are passed over."""
@@ -55,18 +55,18 @@ class ObservedCosts:
                 self._memory[stage] = (shape.size, _bytes(span, "activation"), _bytes(span, "weight_grad"))
 
     def forget(self) -> None:
-        """Forget the operations, but remember halves' times over a backward's: the next schedule may lack either."""
+        """Forget the operations, but remember I's share of a backward: the next schedule may run none in halves."""
         for stage in self._stages:
             if {(stage, Kind.I), (stage, Kind.W)} <= self._operations.keys():
                 seconds = self._seconds(stage, Shape(1, 1024))
-                self._halves[stage] = seconds[Kind.I] / seconds[Kind.B], seconds[Kind.W] / seconds[Kind.B]
+                self._input_shares[stage] = seconds[Kind.I] / (seconds[Kind.I] + seconds[Kind.W])
         self._operations.clear()
 
     def profile(self, shapes: Iterable[Shape]) -> Profile | None:
         """Costs on micro-batches of these shapes; None before `is_complete`.
 
-        A backward costs no more than both halves, and as much where it only ran in these. Memory is in proportion to
-        tokens, and 0 where no span told of it.
+        A backward that only ran in halves costs as much as both. Memory is in proportion to tokens, and 0 where no span
+        told of it.
         """
         if not self.is_complete:
             return None
@@ -120,12 +120,11 @@ class ObservedCosts:
         }
         if stage[0] in self._forward_only:
             return seconds
-        if {Kind.I, Kind.W} <= seconds.keys():
-            both_s = seconds[Kind.I] + seconds[Kind.W]
-            seconds[Kind.B] = min(both_s, seconds.get(Kind.B, both_s / sum(self._halves.get(stage, (1.0,)))))
-        elif stage in self._halves:
-            for kind, part in zip((Kind.I, Kind.W), self._halves[stage], strict=True):
-                seconds[kind] = part * seconds[Kind.B]
+        if Kind.B not in seconds:
+            seconds[Kind.B] = seconds[Kind.I] + seconds[Kind.W]
+        elif stage in self._input_shares and not {Kind.I, Kind.W} <= seconds.keys():
+            seconds[Kind.I] = self._input_shares[stage] * seconds[Kind.B]
+            seconds[Kind.W] = seconds[Kind.B] - seconds[Kind.I]
         return seconds
 
     def _costs(self, stage: _Stage, shape: Shape) -> StageCosts:

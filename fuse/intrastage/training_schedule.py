@@ -53,10 +53,6 @@ class Plan:
         check_once(schedule)
         return cls(schedule, profile, is_watched=is_watched, is_checked=True)
 
-    def split_of(self, pipeline: int) -> set[int]:
-        """Micro-batches whose backwards come in halves."""
-        return {op.micro_batch for _, op in self.schedule.ops() if op.pipeline == pipeline and op.kind is Kind.I}
-
     def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
         """Ranks get the same ones in every update, and need no profile."""
         return _unpacked_plan, (packed(self.schedule), self.is_watched, self.is_checked)
@@ -80,7 +76,7 @@ def serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
 
 @lru_cache(maxsize=64)
 def halved_serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Schedule:
-    """`serial_schedule` with I, then W, in place of every second B: a run of it shows what halves and wholes cost.
+    """`serial_schedule` with I, then W, in place of every B, so that a run of it shows what each half costs.
 
     Raises:
         ValueError: a replica would have no micro-batch.
@@ -93,8 +89,7 @@ def halved_serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Sch
         for one in schedule.problem.pipelines
     )
     ranks = tuple(
-        tuple(half for op in ops for half in (_halves(op) if op.kind is Kind.B and op.micro_batch % 2 == 0 else (op,)))
-        for ops in schedule.ranks
+        tuple(half for op in ops for half in (_halves(op) if op.kind is Kind.B else (op,))) for ops in schedule.ranks
     )
     return Schedule(replace(schedule.problem, pipelines=pipelines), ranks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -119,9 +119,6 @@ def _ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.arange(len(shifts)) + shifts)
 
 
-def index_of_largest(micro_batches: Sequence[MicroBatch], among: Collection[int] = ()) -> int:
-    """Index of the one with most tokens that are computed; of several the last, which finds memory warm.
-
-    among: of these; none of all.
-    """
-    return max(among or range(len(micro_batches)), key=lambda index: (shape_of(micro_batches[index]).size, index))
+def index_of_largest(micro_batches: Sequence[MicroBatch]) -> int:
+    """Index of the one with most tokens that are computed; of several the last, which finds memory warm."""
+    return max(range(len(micro_batches)), key=lambda index: (shape_of(micro_batches[index]).size, index))

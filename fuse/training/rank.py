@@ -227,7 +227,7 @@ class TrainingRank:
         if plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
             record_messages(self._recorder, self._rank, plan.schedule, trained, of_trained)
-            largest = [index_of_largest(own, plan.split_of(pipeline)) for pipeline, own in enumerate(per_pipeline)]
+            largest = [index_of_largest(own) for own in per_pipeline]
             probes = {key: MemoryProbe(stage, largest[key[0]]) for key, stage in running.stages.items()}
         execute(
             plan.schedule,
@@ -240,7 +240,7 @@ class TrainingRank:
         )
         scored = late.finish(one)
         for (pipeline, stage), probe in probes.items():
-            shown = per_pipeline[pipeline][probe.index]
+            shown = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
             record_observed(self._recorder, MEMORY, plan.schedule, pipeline, stage, shown, 0.0, sizes)
         norms = self._step(one, learning_rates)

@@ -66,27 +66,6 @@ def test_what_is_forgotten_leaves_how_a_backward_splits() -> None:
     assert (profile.stages[0].input_grad_ticks, profile.stages[0].weight_grad_ticks) == (30_000, 60_000)
 
 
-def test_a_whole_backward_takes_what_it_took_and_no_more_than_its_halves() -> None:
-    observed = ObservedCosts({"actor": "actor.0"})
-    observed.add([*halves("actor.0", SMALL), span("B actor.0.1", SMALL, 0.08)])
-    assert whole_and_halves(observed) == (8_000, 3_200, 6_400)
-    observed.forget()
-    observed.add(halves("actor.0", SMALL, 2e-3))
-    assert whole_and_halves(observed) == (16_000, 6_400, 12_800), "as much less than halves as it was before"
-    observed.forget()
-    observed.add([span("F actor.0.0", SMALL, 0.3), span("B actor.0.0", SMALL, 0.04)])
-    assert whole_and_halves(observed) == (4_000, 1_600, 3_200), "as much more in halves"
-    observed.add([span("I actor.0.1", SMALL, 0.01), span("W actor.0.1", SMALL, 0.02)])
-    assert whole_and_halves(observed) == (3_000, 1_000, 2_000), "which could be run one after the other"
-
-
-def whole_and_halves(observed: ObservedCosts) -> tuple[int, int | None, int | None]:
-    profile = observed.profile([SMALL])
-    assert profile is not None
-    (stage,) = profile.stages
-    return stage.backward_ticks, stage.input_grad_ticks, stage.weight_grad_ticks
-
-
 def test_a_fit_leaves_out_the_first_and_has_no_negative_part() -> None:
     line = [(tokens, 0.5 + 0.01 * tokens) for tokens in (10, 20, 30, 40, 50, 60)]
     assert fit([(10, 99.0), *line]) == pytest.approx((0.5, 0.01))
