@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerState
 
 from fuse import GRPOTrainer, RLOOTrainer
+from fuse.driver.live import LiveRollout
 from fuse.metric_table import entry_of
 from fuse.trainers import reward_calls
 
@@ -84,8 +85,11 @@ def test_a_reference_that_follows_is_resumed_to_the_bit(tmp_path: Path) -> None:
         staying.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
-def test_a_dead_engine_costs_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Killed when the first group is finished; without a reference nobody is asked for scores."""
+def test_a_dead_engine_costs_no_sample(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the first group is finished, which the other engine has; without a reference nobody is asked for
+    scores. It is stopped before that, so as not to finish its own group first."""
     options: dict[str, Any] = {"num_devices": 2, "max_steps": 1, "max_completion_length": 400, "stop_token": "none"}
 
     def model() -> Any:
@@ -101,6 +105,13 @@ def test_a_dead_engine_costs_no_sample(tmp_path: Path, caplog: pytest.LogCapture
             os.kill(engines.pop(), signal.SIGKILL)
         return tiny_group.count_target(completions, target)
 
+    submit_all = LiveRollout._submit_all
+
+    def submit_and_stop(rollout: LiveRollout) -> None:
+        submit_all(rollout)
+        os.kill(engines[0], signal.SIGSTOP)
+
+    monkeypatch.setattr(LiveRollout, "_submit_all", submit_and_stop)
     disturbed = tiny_group.trainer(tmp_path / "disturbed", model=model(), rewards=kill_an_engine, **options)
     disturbed.max_new_tokens = dict.fromkeys(range(4), 4)
     with caplog.at_level(logging.WARNING), disturbed.updates() as updates:
