@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fuse.algorithms.algorithm import LEAST_TOKENS
 from fuse.algorithms.batch import Experience
 from fuse.driver.fleet_settings import FleetSettings
-from fuse.interstage.tail import Sharing, TailSettings, Train, time_tokens, train_early
+from fuse.interstage.tail import Sharing, TailSettings, Train, micro_batch_tokens, time_tokens, train_early
 from fuse.intrastage.placement import Replica
 from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.roles import GENERATING
@@ -159,7 +159,7 @@ class Tail:
                 worker = self._workers[rank * self._tensor_parallel_size + lane]
                 call = worker.accumulate(self._step.early.role, piece.replica, piece.experience, piece.part)
                 calls[call] = rank, worker
-        stage_tokens = time_tokens([int(tokens[list(own)].sum()) for own in piece.micro_batches], self.num_stages)
+        stage_tokens = time_tokens(micro_batch_tokens(piece.micro_batches, tokens), self.num_stages)
         job = Job(piece, self._devices(action.replica), stage_tokens, action.factor, calls)
         self._told.append(job.told)
         return job

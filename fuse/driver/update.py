@@ -66,7 +66,7 @@ def train(
         tell("solving: the fused schedule")
     plans = planner.plans(counts, shapes, free_bytes, unfused_counts(rounds))
     tell("training")
-    works, lanes = [work_of(one, experience, settings.layout) for one in rounds], settings.tensor_parallel_size
+    works, lanes = (work_of(one, experience, settings.layout) for one in rounds), settings.tensor_parallel_size
     planned = cache(partial(PlannedSpans.of, works, plans, planner.placement, lanes))
     args = workers, experience, rounds, learning_rates, plans
 

@@ -43,9 +43,11 @@ class Gains:
 
     def __init__(self) -> None:
         self._compared: dict[int, deque[float]] = {}  # logarithms, by size of the batch
+        self._fitted: dict[int, float] = {}  # since the last comparison: steps ask several times each
 
     def learn(self, batch: int, gain: float) -> None:
         self._compared.setdefault(batch, deque(maxlen=_KEPT)).append(math.log(gain))
+        self._fitted.clear()
 
     def known(self, batch: int) -> float:
         """Comparisons of this size, and of others by nearness."""
@@ -55,6 +57,11 @@ class Gains:
         """1 as long as nothing was compared."""
         if not self._compared:
             return 1.0
+        if batch not in self._fitted:
+            self._fitted[batch] = self._fit(batch)
+        return self._fitted[batch]
+
+    def _fit(self, batch: int) -> float:
         points = [
             (math.log(size / batch), statistics.median(logs), len(logs) * _nearness(batch, size))
             for size, logs in self._compared.items()

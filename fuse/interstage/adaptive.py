@@ -10,12 +10,12 @@ that all devices end together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fuse.interstage.costs import CostModel, fastest
+from fuse.interstage.costs import CostModel, fastest, migration_s
 from fuse.interstage.fluid import Outlook, best_num_engines
 from fuse.interstage.lengths import RemainingLengths
 from fuse.interstage.migration import (
@@ -154,13 +154,6 @@ class Adaptive:
         levels_s = (costs.inference_token_s * tokens + np.cumsum(in_order)) / np.arange(1, len(in_order) + 1)
         return ends_s, float(levels_s[np.flatnonzero(levels_s >= in_order)[-1]])
 
-    def _move_s(self, context_tokens: NDArray[Any]) -> Floats:
-        """Seconds of `cheaper_migration` for many samples, [n]."""
-        costs = self.costs
-        recompute_s = costs.prefill_s + costs.prefill_token_s * context_tokens
-        transfer_s = costs.transfer_s + costs.transfer_byte_s * costs.kv_bytes_per_token * context_tokens
-        return np.minimum(recompute_s, transfer_s) if self.can_transfer else recompute_s
-
     def _typical_costs(self, live: LiveSamples, num_engines: int) -> CostModel:
         """Of a batch of the mean size."""
         return self.costs.at(len(live) / num_engines, float(live.context_tokens.sum()) / num_engines)
@@ -205,7 +198,7 @@ class Adaptive:
         weight /= weight.sum()
         at_stake = np.bincount(live.devices, weights=weight, minlength=state.num_devices)
         recompute_s = costs.prefill_s + costs.prefill_token_s * live.context_tokens
-        move_s = np.where(live.started, self._move_s(live.context_tokens), 0.0)
+        move_s = np.where(live.started, migration_s(costs, live.context_tokens, can_transfer=self.can_transfer), 0.0)
         stall_s = np.where(live.started & (move_s < recompute_s), 0.0, move_s)
         least_s = _LEAST_MOVE_GAIN * float(end_s.max())
         typical_s, typical_weight = float(sample_s.mean()), 1 / len(live)

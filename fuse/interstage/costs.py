@@ -21,6 +21,7 @@ from enum import StrEnum
 from functools import lru_cache, reduce
 from itertools import combinations
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,6 +185,13 @@ def cheaper_migration(costs: CostModel, context_tokens: int, *, can_transfer: bo
     recompute = MigrationCost(MigrationKind.RECOMPUTE, costs.prefill(context_tokens), carried)
     transfer = MigrationCost(MigrationKind.TRANSFER, costs.transfer(kv_bytes), carried + kv_bytes)
     return transfer if can_transfer and transfer.seconds < recompute.seconds else recompute
+
+
+def migration_s(costs: CostModel, context_tokens: NDArray[Any], *, can_transfer: bool) -> NDArray[np.float64]:
+    """Seconds of `cheaper_migration` for many samples, [n]."""
+    recompute_s = costs.prefill_s + costs.prefill_token_s * context_tokens
+    transfer_s = costs.transfer_s + costs.transfer_byte_s * costs.kv_bytes_per_token * context_tokens
+    return np.minimum(recompute_s, transfer_s) if can_transfer else recompute_s
 
 
 def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:

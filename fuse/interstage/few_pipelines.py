@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuse.interstage.costs import CostModel, cheaper_migration
+from fuse.interstage.costs import CostModel, migration_s
 from fuse.interstage.migration import Action, Migrate, Policy, RolloutState, Room, evens_out, free_devices
 from fuse.interstage.tail import spare_s
 
@@ -75,6 +75,7 @@ class OnFewPipelines:
             key=lambda one: (np.count_nonzero(counts[list(one)]), counts[list(one)].sum()),
         )
         num_free = sum(len(one) for one in self.pipelines if one not in used)
+        wanted_s = _WAITS * self._work_s(state)
         moves: list[Migrate] = []
         kept: set[int] = set()  # devices to which samples move
         while len(used) > 1:
@@ -86,8 +87,7 @@ class OnFewPipelines:
                 for source, target in zip(sources, targets, strict=False)
                 for sample in state.live.ids[state.live.devices == source].tolist()
             ]
-            missing_s = _WAITS * self._work_s(state) - num_free * left_s
-            is_worth_it = self._pays(state, own, len(emptied), left_s, missing_s)
+            is_worth_it = self._pays(state, own, len(emptied), left_s, wanted_s - num_free * left_s)
             can_move = len(targets) >= len(sources) and kept.isdisjoint(emptied)
             if not can_move or not is_worth_it or not _fit(state, room, own):
                 break
@@ -114,12 +114,9 @@ class OnFewPipelines:
         that, if they end at a constant rate. missing_s: device-seconds that there is work for.
         """
         num_live = len(state.live)
-        context = dict(zip(state.live.ids.tolist(), state.live.context_tokens.tolist(), strict=True))
-        move_s = sum(
-            self.costs.hand_out_s
-            + cheaper_migration(self.costs, context[move.sample], can_transfer=self.can_transfer).seconds
-            for move in moves
-        )
+        context = state.live.context_tokens[np.isin(state.live.ids, [move.sample for move in moves])]
+        moves_s = self.costs.hand_out_s + migration_s(self.costs, context, can_transfer=self.can_transfer)
+        move_s = float(moves_s.sum())
         freed_s = min(missing_s, num_devices * left_s * _harmonic(len(moves)) / _harmonic(num_live))
         return freed_s / state.num_devices > _CAUTION * move_s / num_live
 

@@ -12,7 +12,7 @@ from fuse.interstage.columns import Phase
 from fuse.interstage.migration import Action, Policy
 from fuse.interstage.rollout import Rollout, SimulationResult, SpanKind
 from fuse.interstage.simulate import Simulation
-from fuse.interstage.tail import TailSettings, Train, spare_s, time_tokens, train_early
+from fuse.interstage.tail import TailSettings, Train, micro_batch_tokens, spare_s, time_tokens, train_early
 
 Ints = NDArray[np.int64]
 
@@ -38,11 +38,11 @@ class TailWork:
         if self.token_s < 0 or self.micro_batch_s < 0:
             raise ValueError(f"token_s={self.token_s}, micro_batch_s={self.micro_batch_s}: a cost is not negative")
 
-    def seconds(self, micro_batch_tokens: Sequence[int]) -> float:
+    def seconds(self, sizes: Sequence[int]) -> float:
         """That a replica takes for micro-batches of so many tokens: through its stages, one behind the other."""
         stages = self.settings.num_stages
-        waits = len(micro_batch_tokens) + stages - 1
-        return (self.micro_batch_s * waits + self.token_s * time_tokens(micro_batch_tokens, stages)) / stages
+        waits = len(sizes) + stages - 1
+        return (self.micro_batch_s * waits + self.token_s * time_tokens(sizes, stages)) / stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ class _TailSimulation(Simulation):
         for own in action.micro_batches:
             assert self._left[list(own)].all(), "a sample was trained twice"
             self._left[list(own)] = False
-        alone_s = self._work.seconds([int(self._context[list(own)].sum()) for own in action.micro_batches])
+        alone_s = self._work.seconds(micro_batch_tokens(action.micro_batches, self._context))
         seconds = alone_s * action.factor
         for device in self._replicas[action.replica]:
             self._training_ends_s[device] = self._now_s + seconds

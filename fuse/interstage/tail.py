@@ -19,7 +19,7 @@ needs some. Where there is not enough for all free replicas, micro-batches are s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,9 +109,14 @@ class Train:
     factor: float = 1.0
 
 
-def time_tokens(micro_batch_tokens: Sequence[int], num_stages: int) -> int:
+def time_tokens(sizes: Sequence[int], num_stages: int) -> int:
     """Tokens that a stage could compute for while a pipeline takes micro-batches of so many, waits included."""
-    return sum(micro_batch_tokens) + (num_stages - 1) * max(micro_batch_tokens)
+    return sum(sizes) + (num_stages - 1) * max(sizes)
+
+
+def micro_batch_tokens(micro_batches: Iterable[Sequence[int]], tokens: NDArray[np.int64]) -> list[int]:
+    """Of each. tokens: of every sample, by which these are numbered."""
+    return [int(tokens[list(own)].sum()) for own in micro_batches]
 
 
 def spare_s(policy: Policy, state: RolloutState) -> float:
@@ -155,9 +160,7 @@ def train_early(
     def fits(piece: Sequence[int]) -> bool:
         if tokens[list(piece)].sum() > room:
             return False
-        return (
-            time_tokens([int(tokens[list(own)].sum()) for own in _cut(piece, tokens, size, count)], num_stages) <= room
-        )
+        return time_tokens(micro_batch_tokens(_cut(piece, tokens, size, count), tokens), num_stages) <= room
 
     longest_first = sorted(ready, key=lambda one: (-int(tokens[one]), one))
     pieces: list[list[int]] = [[] for _ in takers]
@@ -179,7 +182,7 @@ def _pays(action: Train, tokens: NDArray[np.int64], settings: TailSettings) -> b
     """Whether a piece fills its pipeline well enough, where its devices decode beside it."""
     if action.factor == 1:
         return True
-    sizes = [int(tokens[list(own)].sum()) for own in action.micro_batches]
+    sizes = micro_batch_tokens(action.micro_batches, tokens)
     assert settings.sharing is not None
     return settings.sharing.pays(settings.num_replicas, sum(sizes) / time_tokens(sizes, settings.num_stages))
 
