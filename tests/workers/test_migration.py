@@ -20,16 +20,18 @@ from fuse.engines.engine import GenerationRequest, SamplingParams
 from fuse.training.model_spec import ModelSpec
 from fuse.workers.calls import Worker, gather
 from fuse.workers.cluster import Cluster
-from fuse.workers.generation_worker import Departure, GenerationWorker, Progress
+from fuse.workers.generation_worker import Departure, Progress
 from fuse.workers.kv.transfer import KVTransfer, ObjectStoreTransfer
 from fuse.workers.weights import put_state_dict
 
-from ..tiny_models import DECODED_BY_MODULES, build, language_model
+from ..tiny_models import build, language_model
+from .holding import HoldingWorker
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
 PATIENCE_S = 300.0
-NEW_TOKENS = 600  # more than an engine makes while the driver is held up between two calls
+NEW_TOKENS = 150
+HELD_AFTER = 20  # steps: all that run have tokens by then, and more to come
 MAX_BATCH = 2
 # of one block of vLLM's 128 tokens, of two and of three; the last ones wait, for the engines run two at a time
 CONTEXTS = (3, 140, 257, 260)
@@ -54,7 +56,7 @@ def request(sample_id: int, context_tokens: int = 20) -> GenerationRequest:
     )
 
 
-class CarryingWorker(GenerationWorker):
+class CarryingWorker(HoldingWorker):
     """Takes another carrier while it has no sample."""
 
     def carry_by(self, make_kv_transfer: Callable[[], KVTransfer]) -> None:
@@ -86,17 +88,17 @@ class Workers:
                 num_key_value_heads=2,
                 max_position_embeddings=2048,
                 initializer_range=0.1,
-                **DECODED_BY_MODULES,
             )
         )
         self.weights = put_state_dict(self._model.state_dict())
 
     def take(self, engine: EngineKind, carrier: KVCarrier) -> tuple[Worker, Worker]:
-        """Source and target, whose engines are empty."""
+        """Source and target, whose engines are empty, and wait in the middle of their samples."""
         pair = self._take(engine, 0), self._take(engine, 1)
         transfer = choose_kv_transfer(carrier, "cpu", is_local=True)
         gather([worker.call(CarryingWorker.carry_by, transfer) for worker in pair])
         gather([worker.call(CarryingWorker.drain_spans) for worker in pair])
+        gather([worker.call(CarryingWorker.hold, HELD_AFTER) for worker in pair])
         return pair
 
     def _take(self, engine: EngineKind, device: int) -> Worker:
@@ -146,6 +148,15 @@ def take(responses: dict[int, Response], reports: Sequence[Progress]) -> int:
     return sum(one.finished for one in reports)
 
 
+def begin(worker: Worker, responses: dict[int, Response], requests: Sequence[GenerationRequest]) -> None:
+    """Have samples run until all have told of tokens; the engine waits before they end."""
+    ask(worker, CarryingWorker.hold, HELD_AFTER)
+    ask(worker, CarryingWorker.submit, requests)
+    for one in requests:
+        while not responses.get(one.sample_id, ([], []))[0]:
+            take(responses, ask(worker, CarryingWorker.poll, 0.001))
+
+
 def evict(worker: Worker, responses: dict[int, Response], sample_ids: Sequence[int]) -> list[Departure]:
     departures: list[Departure] = ask(worker, CarryingWorker.evict, sample_ids, True)
     for one in departures:
@@ -154,12 +165,8 @@ def evict(worker: Worker, responses: dict[int, Response], sample_ids: Sequence[i
     return departures
 
 
-def wait_for_tokens(worker: Worker, responses: dict[int, Response], sample_id: int) -> None:
-    while not responses.get(sample_id, ([], []))[0]:
-        take(responses, ask(worker, CarryingWorker.poll, 0.001))
-
-
 def finish(worker: Worker, responses: dict[int, Response], num_samples: int) -> None:
+    ask(worker, CarryingWorker.let_go)
     while num_samples:
         num_samples -= take(responses, ask(worker, CarryingWorker.poll, PATIENCE_S))
 
@@ -175,9 +182,7 @@ def test_samples_whose_kv_dies_with_its_worker_are_computed_again(workers: Worke
     source, target = workers.take("transformers", carrier)
     requests = [request(index, context) for index, context in enumerate(CONTEXTS[:2])]
     moved: dict[int, Response] = {}
-    ask(source, CarryingWorker.submit, requests)
-    for one in requests:
-        wait_for_tokens(source, moved, one.sample_id)
+    begin(source, moved, requests)
     departures = evict(source, moved, [0, 1])
     process = psutil.Process(source.process_id)
     process.kill()
@@ -206,8 +211,7 @@ def test_what_was_never_fetched_is_taken_back_with_the_next_weights(workers: Wor
     for sample_id in (0, 1, 2):
         responses: dict[int, Response] = {}
         # However many tokens an engine has made: between two powers of two, which pieces of memory have.
-        ask(source, CarryingWorker.submit, [request(sample_id, 1025)])
-        wait_for_tokens(source, responses, sample_id)
+        begin(source, responses, [request(sample_id, 1025)])
         (departure,) = evict(source, responses, [sample_id])
         assert departure.kv is not None
         addresses.append(departure.kv.address)
@@ -232,8 +236,7 @@ def test_samples_that_move_with_their_kv_go_on_as_if_they_had_stayed(
     moved: dict[int, Response] = {}
     departures = []
     for one in requests:
-        ask(source, CarryingWorker.submit, [one])
-        wait_for_tokens(source, moved, one.sample_id)
+        begin(source, moved, [one])
         departures += evict(source, moved, [one.sample_id])
     assert all(one.kv is not None for one in departures)
     admits = [target.call(CarryingWorker.admit, some) for some in (departures[:2], departures[2:3], departures[3:])]
