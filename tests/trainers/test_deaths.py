@@ -20,27 +20,28 @@ from transformers import TrainerCallback
 from fuse import PPOTrainer
 from fuse.driver import weight_streams
 from fuse.driver.fleet import Fleet
+from fuse.workers import generation_handle
 from fuse.workers.carriers.parcel import Parcel
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
 from fuse.workers.weight_taker import WeightTakerHandle
 
-from ..tiny_models import DECODED_BY_MODULES
+from ..workers.holding import HeldUntilOthersCome
 from . import tiny
 
 DEATH = "generation worker on device 1 failed: its process died"
 
 
 def test_an_engine_killed_while_it_generates_costs_no_sample(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, pooled_workers: None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, pooled_workers: None
 ) -> None:
-    """Killed when the first sample is finished; all others last for a while."""
+    """Killed when the first sample is finished; all others are held up until then."""
     options: dict[str, Any] = {
-        "models": {"max_position_embeddings": 1024, **DECODED_BY_MODULES},
+        "models": {"max_position_embeddings": 128},
         "num_devices": 2,
         "total_episodes": 8,
-        "response_length": 400,
+        "response_length": 100,
         "stop_token": None,
         "num_sample_generations": 0,
     }
@@ -62,6 +63,7 @@ def test_an_engine_killed_while_it_generates_costs_no_sample(
             engines.append(engine_of_device_1(disturbed))
 
     disturbed.add_callback(ChooseAnEngine())
+    monkeypatch.setattr(generation_handle, "GenerationWorker", HeldUntilOthersCome)
     with caplog.at_level(logging.WARNING):
         disturbed.train()
     assert DEATH in caplog.text
