@@ -13,11 +13,12 @@ import torch
 from transformers import TrainerState
 
 from fuse import GRPOTrainer, RLOOTrainer
-from fuse.driver.live import LiveRollout
 from fuse.metric_table import entry_of
 from fuse.trainers import reward_calls
+from fuse.workers import generation_handle
 
 from ..tiny_models import word_tokenizer
+from ..workers.holding import HeldUntilOthersCome
 from . import tiny, tiny_group
 from .test_deaths import engine_of_device_1
 
@@ -89,11 +90,11 @@ def test_a_dead_engine_costs_no_sample(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when the first group is finished, which the other engine has; without a reference nobody is asked for
-    scores. It is stopped before that, so as not to finish its own group first."""
-    options: dict[str, Any] = {"num_devices": 2, "max_steps": 1, "max_completion_length": 400, "stop_token": "none"}
+    scores. It is held up until then."""
+    options: dict[str, Any] = {"num_devices": 2, "max_steps": 1, "max_completion_length": 100, "stop_token": "none"}
 
     def model() -> Any:
-        return tiny.policy(max_position_embeddings=1024)
+        return tiny.policy(max_position_embeddings=128)
 
     undisturbed = tiny_group.trainer(tmp_path / "undisturbed", model=model(), **options)
     undisturbed.max_new_tokens = dict.fromkeys(range(4), 4)
@@ -105,13 +106,7 @@ def test_a_dead_engine_costs_no_sample(
             os.kill(engines.pop(), signal.SIGKILL)
         return tiny_group.count_target(completions, target)
 
-    submit_all = LiveRollout._submit_all
-
-    def submit_and_stop(rollout: LiveRollout) -> None:
-        submit_all(rollout)
-        os.kill(engines[0], signal.SIGSTOP)
-
-    monkeypatch.setattr(LiveRollout, "_submit_all", submit_and_stop)
+    monkeypatch.setattr(generation_handle, "GenerationWorker", HeldUntilOthersCome)
     disturbed = tiny_group.trainer(tmp_path / "disturbed", model=model(), rewards=kill_an_engine, **options)
     disturbed.max_new_tokens = dict.fromkeys(range(4), 4)
     with caplog.at_level(logging.WARNING), disturbed.updates() as updates:
