@@ -14,8 +14,9 @@ import torch
 from fuse.interstage.costs import SMALL_CPU
 from fuse.interstage.migration import Action, Migrate, RolloutState, feed
 from fuse.interstage.rollout_planner import RolloutPlanner
+from fuse.workers import generation_handle
 
-from ..tiny_models import DECODED_BY_MODULES
+from ..workers.holding import HeldUntilOthersCome
 from . import tiny
 
 
@@ -41,16 +42,17 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
     trainer = tiny.trainer(
         output_dir,
         reward=reward,
-        models={"max_position_embeddings": 1024, **DECODED_BY_MODULES},
+        models={"max_position_embeddings": 128},
         stop_token=None,
         num_devices=2,
         total_episodes=8,
-        response_length=500,
+        response_length=100,
         num_sample_generations=0,
         **options,
     )
-    # Of each engine's samples, however they are dealt, one ends at once, which is when the others move.
-    trainer.max_new_tokens = {sample: 500 if sample % 3 else 5 for sample in range(8)}
+    # Of each engine's samples, however they are dealt, one ends at once, which is when the others move; they are held up
+    # until then.
+    trainer.max_new_tokens = {sample: 100 if sample % 3 else 5 for sample in range(8)}
     trainer.train()
     return trainer.policy_model.state_dict(), sorted(one for completions in responses for one in completions)
 
@@ -61,6 +63,7 @@ def test_a_run_whose_samples_move_ends_where_the_run_does_in_which_they_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooled_workers: None
 ) -> None:
     weights, responses = _train(tmp_path / "stay", inter_stage_fusion=False)
+    monkeypatch.setattr(generation_handle, "GenerationWorker", HeldUntilOthersCome)
     computing_is_dear = replace(SMALL_CPU, prefill_s=1e3)
     monkeypatch.setattr(RolloutPlanner, "policy", lambda planner, samples: _gather_on_the_first)
     monkeypatch.setattr(RolloutPlanner, "costs", lambda planner: computing_is_dear)
