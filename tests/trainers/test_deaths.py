@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, pooled_
     whole = tiny.train(tmp_path / "whole", total_episodes=32, num_sample_generations=0, num_devices=2)
 
     output_dir = tmp_path / "killed"
-    process = program(output_dir)
+    process = program(output_dir, "--held", "4")  # it does not end
     children: list[psutil.Process] = []
     assert process.stdout is not None
     try:
