@@ -50,8 +50,8 @@ def _train(output_dir: Path, **options: Any) -> tuple[dict[str, torch.Tensor], l
         num_sample_generations=0,
         **options,
     )
-    # Of each engine's samples, however they are dealt, one ends at once, which is when the others move; they are held up
-    # until then.
+    # Of each engine's samples, however they are dealt, one ends at once, which is when the others move; these are held
+    # up until then.
     trainer.max_new_tokens = {sample: 100 if sample % 3 else 5 for sample in range(8)}
     trainer.train()
     return trainer.policy_model.state_dict(), sorted(one for completions in responses for one in completions)
