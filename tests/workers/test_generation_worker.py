@@ -29,6 +29,7 @@ from fuse.workers.kv.transfer import ObjectStoreTransfer
 from fuse.workers.weight_port import WeightSender
 
 from .giving import give
+from .holding import HoldingWorker
 
 PATIENCE_S = 300.0
 PARAMS = SamplingParams(seed=0, temperature=1.0, max_new_tokens=1_000_000)
@@ -242,7 +243,8 @@ def test_an_evicted_sample_carries_its_tokens_and_continues_elsewhere(make: Make
 
 
 def test_a_sample_whose_kv_finds_no_memory_leaves_without_it(caplog: pytest.LogCaptureFixture) -> None:
-    worker = GenerationWorker(lambda: KvEngine(recordings(1_000_000)), NoMemory)
+    worker = HoldingWorker(lambda: KvEngine(recordings(9)), NoMemory)
+    worker.hold(1)
     worker.submit([request(0)])
     (departure,) = worker.evict([0], with_kv=True)
     assert departure.kv is None
@@ -347,13 +349,15 @@ WEIGHTS = {f"weight {index}": torch.full((3,), float(index)) for index in range(
 
 
 def test_weights_are_loaded_into_an_empty_engine_only(cluster: Cluster) -> None:
-    engine = GenerationHandle.spawn(cluster, 0, partial(ReplayEngine, recordings(1, 1_000_000)), ObjectStoreTransfer)
+    made_of = partial(ReplayEngine, recordings(1, 9)), ObjectStoreTransfer
+    engine = GenerationHandle(cluster.spawn("generation worker", 0, HoldingWorker, *made_of))
     give(engine, WEIGHTS)
     engine.submit([request(0)]).result()
     assert [one.finished for one in engine.poll(1000.0).result()] == [True]
     give(engine, WEIGHTS)
     spans = engine.drain_spans().result()
     assert [span.category for span in spans] == ["weights", "sample", "generate", "weights", "usage"]
+    engine.worker.call(HoldingWorker.hold, 1).result()
     engine.submit([request(1)])
     with pytest.raises(WorkerError, match="ValueError: cannot load weights while 1 samples are in the engine"):
         give(engine, WEIGHTS)
