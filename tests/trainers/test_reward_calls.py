@@ -147,11 +147,12 @@ def test_a_wrong_answer_is_no_error_that_is_scored() -> None:
 
 
 def test_however_many_calls_do_not_return_others_are_made() -> None:
-    clock, release = Clock(), threading.Event()
+    clock, release, stuck = Clock(), threading.Event(), threading.Semaphore(0)
 
     def sometimes_stuck(prompts: list[str], responses: list[str]) -> list[float]:
         if prompts != ["0"]:
             clock.now_s += 99.0
+            stuck.release()
             release.wait()
         return [1.0]
 
@@ -161,6 +162,8 @@ def test_however_many_calls_do_not_return_others_are_made() -> None:
             calls.submit([one])
         assert calls.finish() == {"rewards/errors": 19.0}
         assert {one.score for one in samples} == {0.5}
+        for _ in samples:
+            stuck.acquire()  # the clock stands still from now on
         last = sample(0)
         calls.submit([last])
         assert calls.finish() == {"rewards/errors": 0.0}
