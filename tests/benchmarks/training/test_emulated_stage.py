@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ NOTHING = MicroBatch(
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(emulated_stage.time, "sleep", slept.append)
+    monkeypatch.setattr(emulated_stage, "time", SimpleNamespace(sleep=slept.append))  # others sleep by the real one
     return slept
 
 
