@@ -62,7 +62,7 @@ def test_a_schedule_in_both_forms(problem: Problem, tmp_path: Path, capsys: pyte
 
 def test_a_solution(problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "solution.json"
-    path.write_text(json.dumps(solution_to_json(solve(problem, time_limit_s=5, num_workers=1))))
+    path.write_text(json.dumps(solution_to_json(solve(problem, time_limit_s=120, num_workers=1))))
     printed = show(path, capsys)
     assert "solution: optimal, found by" in printed
     assert "│ makespan    │ 18 ticks │ 18    │" in printed

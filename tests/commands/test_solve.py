@@ -12,7 +12,7 @@ from schedules import Problem, check, evaluate
 from schedules.formats import problem_to_json, schedule_from_json
 from schedules.instances import actor_and_critic
 
-SHAPE = ["--actor-stages", "2", "--critic-stages", "2", "--actor-microbatches", "3", "--time-limit", "60"]
+SHAPE = ["--actor-stages", "2", "--critic-stages", "2", "--actor-microbatches", "3", "--time-limit", "120"]
 
 
 def test_solves_what_options_describe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,7 @@ def test_solves_a_problem_file_under_a_limit(tmp_path: Path) -> None:
     ).problem
     source, out = tmp_path / "problem.json", tmp_path / "solution.json"
     source.write_text(json.dumps(problem_to_json(problem)))
-    assert main(["solve", str(source), "--memory-limit", "3", "--time-limit", "10", "--out", str(out)]) == 0
+    assert main(["solve", str(source), "--memory-limit", "3", "--time-limit", "120", "--out", str(out)]) == 0
     schedule = schedule_from_json(json.loads(out.read_text())["schedule"])
     check(schedule)
     assert schedule.problem == Problem(num_ranks=2, pipelines=problem.pipelines, memory_limit_bytes=(3, 3))

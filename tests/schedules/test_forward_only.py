@@ -91,7 +91,7 @@ def test_it_fills_the_bubbles_of_training() -> None:
     # Samples of later steps may be scored at any time: in the bubbles of this step, too.
     later = Problem(num_ranks=4, pipelines=(ACTOR, replace(REFERENCE, num_micro_batches=16)))
     assert evaluate(serial(later, one_f_one_b)).makespan == 49
-    found = solve(later, time_limit_s=20.0, num_workers=1, objective=Objective.MAKESPAN).schedule
+    found = solve(later, time_limit_s=120.0, num_workers=1, objective=Objective.MAKESPAN).schedule
     assert evaluate(found).makespan == makespan_lower_bound(later) == 3 + 8 * 4 + 8
 
 
@@ -115,7 +115,7 @@ def test_bound_program_and_enumeration_agree_on_tiny_problems() -> None:
             continue
         num_tried += 1
         best = evaluate(optimum(problem)).makespan
-        found = shortest(problem, split=False, makespan=evaluate(greedy(problem)).makespan, time_limit_s=20.0)
+        found = shortest(problem, split=False, makespan=evaluate(greedy(problem)).makespan, time_limit_s=120.0)
         assert (found.outcome, found.value) == (Outcome.OPTIMAL, best)
         assert found.schedule is not None
         assert not violations(found.schedule)

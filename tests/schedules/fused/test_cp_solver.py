@@ -27,12 +27,12 @@ def handler(*_):
 start = serial(OPPOSITE, one_f_one_b)
 makespan = evaluate(start).makespan
 for name, search in {
-    "shortest": lambda: cpsat.shortest(OPPOSITE, split=False, makespan=makespan, hint=start, time_limit_s=20),
-    "lowest peak": lambda: cpsat.lowest_peak(OPPOSITE, split=False, makespan=makespan, below_bytes=9, time_limit_s=20),
-    "shorter window": lambda: windows.shorten(start, windows.Window(0, makespan), time_limit_s=20),
-    "leaner window": lambda: windows.lower_peak(start, windows.Window(0, makespan), time_limit_s=20),
-    "pattern": lambda: pattern.find_pattern(OPPOSITE, time_limit_s=20),
-    "portfolio": lambda: solve(OPPOSITE, time_limit_s=20),
+    "shortest": lambda: cpsat.shortest(OPPOSITE, split=False, makespan=makespan, hint=start, time_limit_s=120),
+    "lowest peak": lambda: cpsat.lowest_peak(OPPOSITE, split=False, makespan=makespan, below_bytes=9, time_limit_s=120),
+    "shorter window": lambda: windows.shorten(start, windows.Window(0, makespan), time_limit_s=120),
+    "leaner window": lambda: windows.lower_peak(start, windows.Window(0, makespan), time_limit_s=120),
+    "pattern": lambda: pattern.find_pattern(OPPOSITE, time_limit_s=120),
+    "portfolio": lambda: solve(OPPOSITE, time_limit_s=120),
 }.items():
     signal.signal(signal.SIGINT, handler)
     found = search()
@@ -49,7 +49,7 @@ for name, search in {
 
 @pytest.mark.processes
 def test_an_interrupt_after_any_search_reaches_the_program() -> None:
-    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], cwd=_ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], cwd=_ROOT, capture_output=True, text=True, timeout=600)
     searches = ("shortest", "lowest peak", "shorter window", "leaner window", "pattern", "portfolio")
     assert done.stdout.splitlines() == [f"{name} heard" for name in searches], done.stderr
     assert done.returncode == 0, done.stderr

@@ -49,16 +49,16 @@ def test_equals_enumeration() -> None:
         )
         best = evaluate(optimum(unsplit))
         start = greedy(unsplit)
-        result = shortest(unsplit, split=False, makespan=evaluate(start).makespan, hint=start, time_limit_s=20)
+        result = shortest(unsplit, split=False, makespan=evaluate(start).makespan, hint=start, time_limit_s=120)
         assert (result.outcome, result.value, result.bound) == (Outcome.OPTIMAL, best.makespan, best.makespan)
         assert result.schedule is not None
         assert violations(result.schedule) == []
         assert evaluate(result.schedule).makespan == best.makespan
 
         peak = max(best.peak_bytes)
-        least = lowest_peak(unsplit, split=False, makespan=best.makespan, below_bytes=peak + 1, time_limit_s=20)
+        least = lowest_peak(unsplit, split=False, makespan=best.makespan, below_bytes=peak + 1, time_limit_s=120)
         assert (least.outcome, least.value) == (Outcome.OPTIMAL, peak)
-        below = lowest_peak(unsplit, split=False, makespan=best.makespan, below_bytes=peak, time_limit_s=20)
+        below = lowest_peak(unsplit, split=False, makespan=best.makespan, below_bytes=peak, time_limit_s=120)
         assert below.outcome is Outcome.INFEASIBLE
 
 
@@ -70,13 +70,13 @@ def test_split_backwards_equal_enumeration_where_halves_lose_nothing() -> None:
     problem = replace(OPPOSITE, pipelines=pipelines)
     assert halves_lose_nothing(problem)
     best = evaluate(optimum(problem))
-    result = shortest(problem, split=True, makespan=best.makespan + 3, time_limit_s=20)
+    result = shortest(problem, split=True, makespan=best.makespan + 3, time_limit_s=120)
     assert (result.outcome, result.value) == (Outcome.OPTIMAL, best.makespan)
 
 
 def test_limits_of_the_problem_hold() -> None:
     limited = replace(OPPOSITE, memory_limit_bytes=(1, 1))
-    result = shortest(limited, split=False, makespan=30, time_limit_s=20)
+    result = shortest(limited, split=False, makespan=30, time_limit_s=120)
     assert result.schedule is not None
     assert violations(result.schedule) == []
     # One activation per rank: four micro-batches, each F F B B through both ranks, follow one another; where a rank is
@@ -93,7 +93,7 @@ def test_a_channel_that_virtual_stages_share_keeps_its_order() -> None:
         backward_ticks=(2, 1, 2, 1),
         transfer_ticks=1,
     )
-    result = shortest(Problem(num_ranks=2, pipelines=(pipeline,)), split=False, makespan=60, time_limit_s=20)
+    result = shortest(Problem(num_ranks=2, pipelines=(pipeline,)), split=False, makespan=60, time_limit_s=120)
     assert result.outcome is Outcome.OPTIMAL
     assert result.schedule is not None
     assert violations(result.schedule) == []
@@ -101,8 +101,8 @@ def test_a_channel_that_virtual_stages_share_keeps_its_order() -> None:
 
 def test_a_makespan_below_the_optimum_is_infeasible() -> None:
     best = evaluate(optimum(OPPOSITE)).makespan
-    assert shortest(OPPOSITE, split=False, makespan=best, time_limit_s=20).outcome is Outcome.OPTIMAL
-    assert shortest(OPPOSITE, split=False, makespan=best - 1, time_limit_s=20).outcome is Outcome.INFEASIBLE
+    assert shortest(OPPOSITE, split=False, makespan=best, time_limit_s=120).outcome is Outcome.OPTIMAL
+    assert shortest(OPPOSITE, split=False, makespan=best - 1, time_limit_s=120).outcome is Outcome.INFEASIBLE
 
 
 def test_stops_when_asked() -> None:
@@ -124,4 +124,4 @@ def test_stops_when_asked() -> None:
 
 @pytest.mark.parametrize("below", [0, 1])
 def test_a_cap_below_one_micro_batch_is_infeasible(below: int) -> None:
-    assert lowest_peak(OPPOSITE, split=False, makespan=99, below_bytes=below, time_limit_s=5).outcome == "infeasible"
+    assert lowest_peak(OPPOSITE, split=False, makespan=99, below_bytes=below, time_limit_s=120).outcome == "infeasible"

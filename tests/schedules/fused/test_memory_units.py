@@ -67,7 +67,7 @@ def test_a_pattern_is_found_however_many_bytes() -> None:
     """Its objective adds up bytes times ticks of all ranks, which 64 bits did not hold."""
     small = problem(micro_batches=16)
     huge = (problem(bytes_per_unit=1 << 48, odd=odd, micro_batches=16) for odd in (0, 1))
-    found = [pattern.find_pattern(one, time_limit_s=60, work_limit=0.2) for one in (small, *huge)]
+    found = [pattern.find_pattern(one, time_limit_s=120, work_limit=0.2) for one in (small, *huge)]
     assert len({one and one.period_ticks for one in found}) == 1
     assert None not in found
 
@@ -80,17 +80,17 @@ def test_programs_keep_to_limits_of_any_size(odd: int) -> None:
     limited = replace(free, memory_limit_bytes=(limit, limit))
     start = serial(free, one_f_one_b)
     makespan = evaluate(start).makespan
-    result = cpsat.shortest(limited, split=False, makespan=makespan, time_limit_s=60)
+    result = cpsat.shortest(limited, split=False, makespan=makespan, time_limit_s=120)
     assert result.schedule is not None
     check(Schedule(limited, result.schedule.ranks))
     if odd == 0:
-        in_small = cpsat.shortest(problem(limit=8, micro_batches=2), split=False, makespan=makespan, time_limit_s=60)
+        in_small = cpsat.shortest(problem(limit=8, micro_batches=2), split=False, makespan=makespan, time_limit_s=120)
         assert (result.outcome, result.value, result.bound) == (Outcome.OPTIMAL, in_small.value, in_small.bound)
     else:
         assert (result.outcome, result.bound) == (Outcome.FOUND, 0), "rounded memory proves nothing"
 
     below = max(evaluate(start).peak_bytes) + 1
-    least = cpsat.lowest_peak(free, split=False, makespan=makespan, below_bytes=below, time_limit_s=60)
+    least = cpsat.lowest_peak(free, split=False, makespan=makespan, below_bytes=below, time_limit_s=120)
     assert least.schedule is not None
     assert least.value == max(evaluate(Schedule(free, least.schedule.ranks)).peak_bytes)
     assert least.bound <= least.value < below
@@ -98,9 +98,9 @@ def test_programs_keep_to_limits_of_any_size(odd: int) -> None:
     window = windows.Window(0, makespan)
     for better in (
         windows.shorten(
-            Schedule(replace(free, memory_limit_bytes=(below, below)), start.ranks), window, time_limit_s=60
+            Schedule(replace(free, memory_limit_bytes=(below, below)), start.ranks), window, time_limit_s=120
         ),
-        windows.lower_peak(start, windows.Window(0, makespan // 2), time_limit_s=60),
+        windows.lower_peak(start, windows.Window(0, makespan // 2), time_limit_s=120),
     ):
         check(better)
         assert evaluate(better).makespan <= makespan
@@ -111,7 +111,7 @@ def test_nothing_that_fits_in_units_is_no_proof_that_nothing_fits() -> None:
     unit = 1 << 52
     tight = problem(bytes_per_unit=unit, odd=1)
     tight = replace(tight, memory_limit_bytes=smallest_limits(tight))
-    result = cpsat.shortest(tight, split=False, makespan=24_000, time_limit_s=60)
+    result = cpsat.shortest(tight, split=False, makespan=24_000, time_limit_s=120)
     assert result.outcome in (Outcome.UNKNOWN, Outcome.FOUND)
     assert result.bound == 0
 

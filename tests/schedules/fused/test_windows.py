@@ -50,10 +50,10 @@ SHORT_FIRST = Schedule(
 )
 def test_shortens_as_far_as_the_rest_allows(window: Window, makespan: int) -> None:
     assert evaluate(SHORT_FIRST).makespan == 9
-    found = shorten(SHORT_FIRST, window, time_limit_s=10)
+    found = shorten(SHORT_FIRST, window, time_limit_s=120)
     assert violations(found) == []
     assert evaluate(found).makespan == makespan
-    assert shorten(SHORT_FIRST, window, time_limit_s=10) == found
+    assert shorten(SHORT_FIRST, window, time_limit_s=120) == found
 
 
 def test_lowers_the_peak_at_the_same_makespan() -> None:
@@ -63,12 +63,12 @@ def test_lowers_the_peak_at_the_same_makespan() -> None:
     order = tuple(Op(0, 0, micro_batch, kind) for kind in (Kind.F, Kind.B) for micro_batch in range(3))
     schedule = Schedule(problem, (order,))
     for begin in (0, 1):
-        found = lower_peak(schedule, Window(begin, 9), time_limit_s=10)
+        found = lower_peak(schedule, Window(begin, 9), time_limit_s=120)
         assert violations(found) == []
         timing = evaluate(found)
         assert (timing.makespan, timing.peak_bytes) == (9, (1,))
     # With F0 and F1 fixed, two are held whatever follows.
-    assert evaluate(lower_peak(schedule, Window(2, 9), time_limit_s=10)).peak_bytes == (2,)
+    assert evaluate(lower_peak(schedule, Window(2, 9), time_limit_s=120)).peak_bytes == (2,)
 
 
 def test_windows_lie_around_the_peak() -> None:
