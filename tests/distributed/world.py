@@ -228,7 +228,8 @@ IS_WAITING = {dies: CONTEXT.Event() for dies in (True, False)}
 def check_lost_peer(rank: int, world: int, directory: Path, *, dies: bool) -> dict[str, str]:
     """Rank 1 dies while rank 0 waits for it, or stops answering. The world is useless afterwards."""
     run = Run.of(rank, world, [("llama", range(world), 4)])
-    stages, communicators = run.build(), open_pipelines([("actor", range(world))], 20.0)
+    timeout_s = TIMEOUT_S if dies else 20.0  # silence is told by nothing else
+    stages, communicators = run.build(), open_pipelines([("actor", range(world))], timeout_s)
     if rank == 1:
         batches = iter(range(2))
         forward = stages[0, 1].forward

@@ -78,12 +78,12 @@ def test_groups_that_cannot_be_are_refused() -> None:
     program = """
 import torch
 from fuse.intrastage.communication import connect, disconnect, open_model, open_tensor_group, serve_store
-store = serve_store("127.0.0.1", 10.0)
-connect(0, 1, "127.0.0.1", store.port, torch.device("cpu"), 10.0)
+store = serve_store("127.0.0.1", 300.0)
+connect(0, 1, "127.0.0.1", store.port, torch.device("cpu"), 300.0)
 for open_groups in (
-    lambda: open_model([(0, 0), (0,)], 10.0),
-    lambda: open_model([(0,), (0,)], 10.0),
-    lambda: open_tensor_group(2, 10.0),
+    lambda: open_model([(0, 0), (0,)], 300.0),
+    lambda: open_model([(0,), (0,)], 300.0),
+    lambda: open_tensor_group(2, 300.0),
 ):
     try:
         open_groups()
