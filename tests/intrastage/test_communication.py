@@ -91,7 +91,7 @@ for open_groups in (
         print(error)
 disconnect()
 """
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
     stages, replicas, tensor = finished.stdout.splitlines()
     assert "differ in their number of stages" in stages
     assert "two of the replicas [(0,), (0,)] have the same ranks: put each on ranks of its own" in replicas

@@ -92,7 +92,7 @@ def program(tmp_path_factory, header):
 def differences(program: Path, mistake: int = -1) -> list[str]:
     """What the CUDA code computes otherwise than the C++ code, where it makes a mistake of `MISTAKES`, or none."""
     environment = {**ENVIRONMENT, "MISTAKE": str(mistake)}
-    process = subprocess.run([program], env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+    process = subprocess.run([program], env=environment, stdout=subprocess.PIPE, text=True, timeout=600)
     if process.returncode < 0:
         return [f"ended by signal {-process.returncode}"]
     lines = process.stdout.splitlines()
