@@ -3,6 +3,7 @@
 import fcntl
 import json
 import multiprocessing
+import os
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
@@ -14,6 +15,7 @@ from fuse.cli import main
 from fuse.commands.models import load_classifier
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import small_llama
+from fuse.recipe import steps
 from fuse.recipe.training import check_options
 from fuse.training.advantage_model import LABELS
 
@@ -45,8 +47,8 @@ def command(toy, *options):
 OPTIONS = """
 data-split: "3,3,4"
 held_out: 0.2
-sft: {per_device_train_batch_size: 4, max_steps: 200, save_steps: 20, learning_rate: 1.0e-2, use_cpu: true}
-reward: {per_device_train_batch_size: 4, max_steps: 40, learning_rate: 1.0e-2, use_cpu: true, loss: advantage}
+sft: {per_device_train_batch_size: 4, max_steps: 30, save_steps: 20, learning_rate: 1.0e-2, use_cpu: true}
+reward: {per_device_train_batch_size: 4, max_steps: 10, learning_rate: 1.0e-2, use_cpu: true, loss: advantage}
 rl:
   num_devices: 1
   use-cpu: true
@@ -67,13 +69,37 @@ def options(toy):
     return f"--config={file}"
 
 
+HELD = """
+import os, runpy, signal, sys
+
+class Held:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.stream.write(text)
+        if os.environ["HELD_AT"] in text:
+            self.stream.flush()
+            signal.pause()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+sys.stdout, sys.stderr = Held(sys.stdout), Held(sys.stderr)
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""Runs a module, which waits for a signal when it writes HELD_AT."""
+
+
 def kill_at(line, argv, log):
     """Run the command, and kill it, with nothing that it could do about it, when a step logs this.
 
-    It is forked: what it would import first is here.
+    The step goes no further, but for what it does when it is asked to end. The command is forked: what it would import
+    first is here.
     """
     printed = log.parent / "printed.txt"
-    process = FORK.Process(target=run_apart, args=(argv, printed))
+    process = FORK.Process(target=run_apart, args=(argv, printed, line))
     process.start()
     while not (log.exists() and line in log.read_text()):
         assert process.is_alive(), printed.read_text()
@@ -84,7 +110,16 @@ def kill_at(line, argv, log):
         fcntl.flock(lock, fcntl.LOCK_EX)  # the step has ended too
 
 
-def run_apart(argv, printed):
+def run_apart(argv, printed, line):
+    run = steps._run
+
+    def run_held(command, *rest):
+        python, option, *module = command
+        assert option == "-m"
+        run([python, "-c", HELD, *module], *rest)
+
+    steps._run = run_held
+    os.environ["HELD_AT"] = line
     with open(printed, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         main(argv)
 
@@ -103,7 +138,7 @@ def test_a_recipe_goes_on_after_a_kill(toy, options, capsys):
     out.mkdir()
     for name in ("sft", "reward"):
         check_options(name, ())  # imports what it needs, for those that are forked
-    kill_at("step 21 of 200", argv, out / "sft.log")
+    kill_at("step 21 of 30", argv, out / "sft.log")
     assert not (out / "sft.json").exists()
     kill_at("PPO 1/4", argv, out / "rl.log")
     result = toy / "result.json"
@@ -111,8 +146,8 @@ def test_a_recipe_goes_on_after_a_kill(toy, options, capsys):
     logged = steps_logged(out / "sft.log")
     [again] = [index for index, (one, following) in enumerate(pairwise(logged)) if following <= one]
     assert logged[again + 1] % 20 == 1 < logged[again + 1]  # behind the last checkpoint
-    assert logged[-1] == 200
-    assert steps_logged(out / "reward.log") == [*range(1, 41)]
+    assert logged[-1] == 30
+    assert steps_logged(out / "reward.log") == [*range(1, 11)]
     assert "--resume-from-checkpoint=true" in (out / "rl.log").read_text()
     written = json.loads(result.read_text())
     assert set(written) == {"sft_score", "policy_score", "p_value", "seconds", "steps"}
