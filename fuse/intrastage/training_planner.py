@@ -103,7 +103,7 @@ class TrainingPlanner:
         return self._times.get(key, 1.0)
 
     def _soonest(self, works: Callable[[float], Sequence[Work]], free_bytes: Callable[[], int | None]) -> float:
-        """Searching for the fused schedules that are compared takes half as long as for one, all together."""
+        """Rounds that are alike in numbers share a schedule, as in plans; all searches take half as long as for one."""
         profile, settings, least_tokens = self._profile, self._settings, self._observed.least_tokens
         assert profile is not None
         if least_tokens is None:
@@ -111,18 +111,19 @@ class TrainingPlanner:
             return 1.0
         drawn = works(1.0)
         memory_limit = (settings.memory_limit_bytes or free_bytes()) if self.is_fused else None
-        limit_s = min(settings.time_limit_s, self._training_s(drawn[0].counts, shapes_of(drawn))) / 2 / len(TIMES)
-        known: dict[tuple[Counts, Shape], Schedule] = {}
+        num_searches = len(TIMES) * len({one.counts for one in drawn})
+        limit_s = min(settings.time_limit_s, self._training_s(drawn[0].counts, shapes_of(drawn))) / 2 / num_searches
+        known: dict[Counts, Schedule] = {}
 
         def schedule(work: Work) -> Schedule:
-            replicas, key = replicas_of(self.placement, work.counts), (work.counts, work.typical)
+            replicas, counts = replicas_of(self.placement, work.counts), work.counts
             if not self.is_fused:
-                return serial_schedule(replicas, work.counts)
-            if key not in known:
+                return serial_schedule(replicas, counts)
+            if counts not in known:
                 largest = settings.longest or one_of_each(shapes_of([work]))[2]
-                problem = fused_problem(profile, replicas, *key, memory_limit, largest)
-                known[key] = solved(problem, limit_s / len(drawn), settings.num_workers).schedule
-            return known[key]
+                problem = fused_problem(profile, replicas, counts, work.typical, memory_limit, largest)
+                known[counts] = solved(problem, limit_s, settings.num_workers).schedule
+            return known[counts]
 
         return soonest(works, profile, self.placement, schedule, least_tokens=least_tokens, gap_s=self._gap_s)
 

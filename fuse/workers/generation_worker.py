@@ -114,12 +114,13 @@ class GenerationWorker(WeightTaker):
     def poll(self, timeout_s: float, gather_s: float = 0.0) -> list[Progress]:
         """The tokens since the last poll, by sample: `gather_s` after a sample has finished, else after `timeout_s`.
 
-        At once when the engine is empty, so that no poll outlives the samples it was meant for.
+        At once when one sample is left, for there is no more to gather that could be done without it; and when the
+        engine is empty, so that no poll outlives the samples it was meant for.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._has_finished or self._has_ended, timeout_s)
             if self._has_finished:
-                self._changed.wait_for(lambda: self._has_ended, gather_s)
+                self._changed.wait_for(lambda: self._has_ended or self._num_live + self._num_entering == 1, gather_s)
             self._raise_failure()
             self._has_finished = False
             return self._take_progress()

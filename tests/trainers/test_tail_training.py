@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fuse.driver.live_tail import TailRollout
+from fuse.engines.engine import GenerationRequest
 from fuse.interstage.rollout_planner import RolloutPlanner
+from fuse.sample import SampleState
 from fuse.workers.errors import WorkerError
+from fuse.workers.generation_handle import GenerationHandle
 from fuse.workers.model_handle import ModelHandle
 
 from ..tiny_models import DECODED_BY_MODULES
 from . import tiny, tiny_group
 
-pytestmark = pytest.mark.usefixtures("pooled_workers", "_policy_that_knows_no_costs")
+pytestmark = pytest.mark.usefixtures("pooled_workers", "_policy_that_knows_no_costs", "_long_samples_that_wait")
 
 LONG = 300
 """Tokens of the last sample of every update, which decode while the others are trained on; those have few."""
@@ -27,6 +32,39 @@ MODELS: dict[str, Any] = {"max_position_embeddings": 512, **DECODED_BY_MODULES}
 def _policy_that_knows_no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """By costs as measured on busy cores, so few tokens may not be worth scoring or training before all are there."""
     monkeypatch.setattr(RolloutPlanner, "policy", lambda self, samples: self.fixed_policy(len(samples)))
+
+
+@pytest.fixture
+def _long_samples_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something may train early, engines get the long samples once it does, or once all else is known and nothing
+    can: no clock decides what is seen."""
+    submit, submit_all, train = GenerationHandle.submit, TailRollout._submit_all, TailRollout._train
+    waiting: list[tuple[GenerationHandle, GenerationRequest]] = []
+
+    def submit_short_ones(engine: GenerationHandle, requests: Sequence[GenerationRequest]) -> Any:
+        waiting.extend((engine, one) for one in requests if one.params.max_new_tokens == LONG)
+        return submit(engine, [one for one in requests if one.params.max_new_tokens < LONG])
+
+    def submit_all_but_long_ones(rollout: TailRollout) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerationHandle, "submit", submit_short_ones)
+            submit_all(rollout)
+
+    def train_and_go_on(rollout: TailRollout) -> None:
+        scored = [sample for sample in rollout._table.samples if sample.state is SampleState.SCORED]
+        is_all_known = len(rollout._tail._known(scored)) + len(waiting) == len(rollout._table.samples)
+        train(rollout)
+        while waiting and (rollout._tail.num_trained or is_all_known):
+            engine, request = waiting.pop()
+            submit(engine, [request])
+
+    monkeypatch.setattr(TailRollout, "_submit_all", submit_all_but_long_ones)
+    monkeypatch.setattr(TailRollout, "_train", train_and_go_on)
+
+
+def forced_lengths(num_samples: int) -> dict[int, int]:
+    """By sample: of an update one is long, and another of its group the longest but for it."""
+    return {one: {5: LONG, 6: 7}.get(one % num_samples, 3 + one % 4) for one in range(32)}
 
 
 def group_run(output_dir: Path, resume: bool = False, **options: Any) -> Any:
@@ -40,7 +78,7 @@ def group_run(output_dir: Path, resume: bool = False, **options: Any) -> Any:
         **options,
     }
     made = tiny_group.trainer(output_dir, **options)
-    made.max_new_tokens = {sample: LONG if sample % 16 == 5 else 3 + sample % 4 for sample in range(32)}
+    made.max_new_tokens = forced_lengths(16)
     made.train(resume_from_checkpoint=resume)
     return made
 
@@ -50,7 +88,7 @@ def ppo_run(output_dir: Path, **options: Any) -> Any:
     options = {"num_devices": 2, "total_episodes": 24, "num_ppo_epochs": 1, **options}
     options |= {"adaptive_kl": True, "kl_horizon": 40, "stop_token": "none", "response_length": LONG, "models": MODELS}
     made = tiny.trainer(output_dir, **options)
-    made.max_new_tokens = {sample: LONG if sample % 8 == 5 else 3 + sample % 4 for sample in range(32)}
+    made.max_new_tokens = forced_lengths(8)
     made.train()
     return made
 
@@ -62,8 +100,7 @@ def last(trainer: Any) -> dict[str, float]:
 
 
 def most_early(trainer: Any) -> float:
-    """The largest share of an update that was trained early: on busy cores the long sample may be done before others
-    are scored."""
+    """The largest share of an update that was trained early: of one with few tokens before its last none may be."""
     return max((entry.get("tail/share", 0.0) for entry in trainer.state.log_history), default=0.0)
 
 

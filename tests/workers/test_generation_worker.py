@@ -172,15 +172,16 @@ def test_a_finished_sample_is_reported_at_once_with_the_tokens_of_the_others(mak
 
 
 def test_those_that_finish_soon_after_another_are_reported_with_it(make: Make) -> None:
-    engine = SteppedEngine(2, 6)
+    """Until one is left, which may take for long."""
+    engine = SteppedEngine(2, 4, 9)
     worker = make(engine)
-    worker.submit([request(0), request(1)])
+    worker.submit([request(0), request(1), request(2)])
     with ThreadPoolExecutor() as threads:
         polled = threads.submit(worker.poll, PATIENCE_S, PATIENCE_S)
         engine.allow(2)
         assert not wait([polled], timeout=0.05).done
-        engine.allow(4)
-        assert [one.finished for one in polled.result(PATIENCE_S)] == [True, True]
+        engine.allow(2)
+        assert [one.finished for one in polled.result(PATIENCE_S)] == [True, True, False]
 
 
 def test_unfinished_samples_are_reported_when_the_time_is_up(make: Make) -> None:
