@@ -141,7 +141,7 @@ def test_a_run_leaves_nothing_when_terminated_or_failed(directory: Path, start: 
     assert not [mark for mark in RAY_MARKS if mark in error], "Ray is not heard"
     terminated.communicate(timeout=PATIENCE_S)
     assert_all_gone(processes)
-    assert not [process for process in psutil.process_iter() if mentions(process, directory)]
+    assert_all_gone([process for process in psutil.process_iter() if mentions(process, directory)])
     assert list(directory.iterdir()) == []
 
 
