@@ -16,7 +16,7 @@ def plan_gain(
     plan: Plan,
     counts: Counts,
     unfused_ticks: tuple[int, int],
-    updates_s: tuple[float, float] | None,
+    updates_s: tuple[float | None, float | None],
     *,
     is_opposite: bool,
     scorers: Sequence[str],
@@ -32,16 +32,17 @@ def plan_gain(
     planned, (total, busy) = evaluate(plan.schedule), unfused_ticks
     step_s = planned.makespan * plan.profile.tick_s
     plain_s = step_s * (1 - planned.bubble_ratio) * total / busy
-    if updates_s is not None:
-        planned_update_s, plain_update_s = updates_s
+    planned_update_s, plain_update_s = updates_s
+    counted = "not counted"
+    if planned_update_s is not None and plain_update_s is not None:
         step_s, plain_s = step_s + planned_update_s, plain_s + plain_update_s
+        counted = "included"
     used = ["two opposite replicas"] if is_opposite else []
     used += [f"{', '.join(scorers)} within training"] if scorers else []
     if used:
         _logger.info(
             "%s: a step of %s is planned to take %.3f s, by %splain 1F1B %.3f s, %.2f times as fast (%s)",
             *(" and ".join(used), describe(counts), step_s, "scoring first and " if scorers else ""),
-            *(plain_s, plain_s / step_s),
-            f"gradients' sums and optimizer {'not counted' if updates_s is None else 'included'}",
+            *(plain_s, plain_s / step_s, f"gradients' sums and optimizer {counted}"),
         )
     return plain_s / step_s - 1

@@ -36,6 +36,8 @@ from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
 
+_MEANWHILE = 1 / 3  # of the last update's training, which may have been of a whole step: what is left takes less
+
 
 class TrainingPlanner:
     """Decides the schedule of every optimizer step.
@@ -168,7 +170,7 @@ class TrainingPlanner:
             plan = partial(self._plan, one, one_of_each(shapes), memory_limit, num_steps)
             self._plans[one] = plan(limit_s if waits else None)
             if not waits:
-                self._unsearched[one] = partial(plan, limit_s)
+                self._unsearched[one] = partial(plan, _MEANWHILE * limit_s)
         self._update_unfused = counts if unfused is None else list(unfused)
         for one in self._update_unfused:
             if one not in self._unfused_ticks and self._knows(one):
@@ -321,11 +323,9 @@ class TrainingPlanner:
         return Plan.checked(schedule, profile)
 
     def _gain(self, counts: Counts) -> float:
-        plain_s = None if self._unfused is None else self._unfused.update_s
-        planned_s = self._planned_update_s
         return plan_gain(
             *(self._plans[counts], counts, self._unfused_ticks[counts]),
-            None if planned_s is None or plain_s is None else (planned_s, plain_s),
+            (self._planned_update_s, None if self._unfused is None else self._unfused.update_s),
             is_opposite=has_opposites(self.placement),
             scorers=self._scorers_in(counts),
         )
