@@ -62,9 +62,10 @@ def train(
     rounds = with_scores(rounds, late_columns)
     counts = [one.counts for one in rounds]
     shapes = shapes_of(rounds, experience, settings.layout)
-    if planner.will_solve(counts):
+    waits = tail is None or not tail.num_trained  # what is left of a step differs from update to update
+    if waits and planner.will_solve(counts):
         tell("solving: the fused schedule")
-    plans = planner.plans(counts, shapes, free_bytes, unfused_counts(rounds))
+    plans = planner.plans(counts, shapes, free_bytes, unfused_counts(rounds), waits=waits)
     tell("training")
     works, lanes = (work_of(one, experience, settings.layout) for one in rounds), settings.tensor_parallel_size
     planned = cache(partial(PlannedSpans.of, works, plans, planner.placement, lanes))
@@ -73,6 +74,7 @@ def train(
     def once_training() -> None:
         meanwhile()
         planned()
+        planner.search()
 
     results = take_rounds(*args, pieces=pieces, between=between, meanwhile=once_training)
     if tail is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from fuse.intrastage.cost_profile import Profile, Shape
 from fuse.intrastage.forward_only import without_scorers
@@ -17,6 +18,7 @@ from fuse.intrastage.micro_batch_number import TIMES, Work, median_gap_s, shapes
 from fuse.intrastage.observed import TRAIN, ObservedCosts, drift_of, one_of_each
 from fuse.intrastage.opposite import has_opposites
 from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replicas_of, share_ranks
+from fuse.intrastage.plan_gain import plan_gain
 from fuse.intrastage.plan_settings import DRIFT_UPDATES, PlanSettings
 from fuse.intrastage.training_schedule import (
     Plan,
@@ -24,14 +26,17 @@ from fuse.intrastage.training_schedule import (
     fused_schedule,
     halved_serial_schedule,
     serial_schedule,
+    serial_step_s,
     solved,
     unfused_timing,
 )
 from fuse.trace import Span
-from schedules import Schedule, evaluate
+from schedules import Schedule
 from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
+
+_MEANWHILE = 1 / 3  # of the last update's training, which may have been of a whole step: what is left takes less
 
 
 class TrainingPlanner:
@@ -54,6 +59,7 @@ class TrainingPlanner:
         self.is_fused = settings.fused and share_ranks(placement)
         self._watches = self.is_fused or settings.chooses_number
         self._plans: dict[Counts, Plan] = {}
+        self._unsearched: dict[Counts, Callable[[], Plan]] = {}  # what finds better ones
         self._num_planned = 0  # updates that were trained by them
         self._profile: Profile | None = None
         self._times: dict[str, float] = {}  # as many micro-batches as were drawn, by what was drawn
@@ -129,11 +135,14 @@ class TrainingPlanner:
         shapes: Sequence[Shape],
         free_bytes: Callable[[], int | None] = lambda: None,
         unfused: Iterable[Counts] | None = None,
+        *,
+        waits: bool = True,
     ) -> dict[Counts, Plan]:
         """The plan for each of `counts`, those of an update's rounds; solving takes no longer than its training did.
 
         shapes: of the micro-batches to train on. free_bytes: on a device, if known; asked where there is no limit.
-        unfused: what the update's rounds would have without fusion; None for the same.
+        unfused: what the update's rounds would have without fusion; None for the same. waits: for searches; else what
+        is new trains by greedy schedules, until `search` is called.
 
         Raises:
             ValueError: a device's memory limit is too low for one micro-batch.
@@ -158,7 +167,10 @@ class TrainingPlanner:
             limit_s = min(self._settings.time_limit_s, self._training_s(one, shapes)) / len(missing)
             in_this_update = self._settings.steps_per_update * counts.count(one) / len(counts)
             num_steps = int(in_this_update * self._updates_left / (1 + self._num_planned))  # as rare as it was so far
-            self._plans[one] = self._plan(one, one_of_each(shapes), memory_limit, limit_s, num_steps)
+            plan = partial(self._plan, one, one_of_each(shapes), memory_limit, num_steps)
+            self._plans[one] = plan(limit_s if waits else None)
+            if not waits:
+                self._unsearched[one] = partial(plan, _MEANWHILE * limit_s)
         self._update_unfused = counts if unfused is None else list(unfused)
         for one in self._update_unfused:
             if one not in self._unfused_ticks and self._knows(one):
@@ -166,6 +178,14 @@ class TrainingPlanner:
         if has_opposites(self.placement) or self._scorers:
             self._gains |= {one: self._gain(one) for one in missing}
         return {one: self._plans[one] if one in self._plans else self._watched(one) for one in counts}
+
+    def search(self) -> None:
+        """Search for the schedules that `plans` has not waited for; later updates train by them."""
+        while self._unsearched:
+            counts, plan = self._unsearched.popitem()
+            self._plans[counts] = plan()
+            if counts in self._gains:
+                self._gains[counts] = self._gain(counts)
 
     def will_solve(self, counts: Iterable[Counts]) -> bool:
         """Whether `plans` will search for schedules, asked for these counts."""
@@ -275,21 +295,15 @@ class TrainingPlanner:
         if self._update_s is not None:
             return self._update_s
         assert self._profile is not None
-        _, typical, _ = one_of_each(shapes)
-        ticks = 0
-        for replica in replicas_of(self.placement, counts):
-            of_stages = [self._profile.stage_costs(replica.name, stage, typical) for stage in range(len(replica.ranks))]
-            of_micro_batch = sum(one.forward_ticks + one.backward_ticks for one in of_stages)
-            ticks += num_micro_batches(counts, replica.model) * of_micro_batch
-        return ticks * self._profile.tick_s
+        return serial_step_s(self._profile, replicas_of(self.placement, counts), counts, one_of_each(shapes)[1])
 
     def _plan(
         self,
         counts: Counts,
         shapes: tuple[Shape, Shape, Shape],
         memory_limit_bytes: int | None,
-        time_limit_s: float,
         num_steps: int,
+        time_limit_s: float | None,
     ) -> Plan:
         settings, profile = self._settings, self._profile
         assert profile is not None
@@ -309,26 +323,12 @@ class TrainingPlanner:
         return Plan.checked(schedule, profile)
 
     def _gain(self, counts: Counts) -> float:
-        """The same operations take as much longer by plain 1F1B as it is busy less; updates are counted where known."""
-        assert self._profile is not None
-        planned, (total, busy) = evaluate(self._plans[counts].schedule), self._unfused_ticks[counts]
-        step_s = planned.makespan * self._profile.tick_s
-        plain_s = step_s * (1 - planned.bubble_ratio) * total / busy
-        plain_update_s = None if self._unfused is None else self._unfused.update_s
-        counted = "gradients' sums and optimizer not counted"
-        if self._planned_update_s is not None and plain_update_s is not None:
-            step_s, plain_s = step_s + self._planned_update_s, plain_s + plain_update_s
-            counted = "gradients' sums and optimizer included"
-        scorers = self._scorers_in(counts)
-        used = ["two opposite replicas"] if has_opposites(self.placement) else []
-        used += [f"{', '.join(scorers)} within training"] if scorers else []
-        if used:
-            _logger.info(
-                "%s: a step of %s is planned to take %.3f s, by %splain 1F1B %.3f s, %.2f times as fast (%s)",
-                *(" and ".join(used), describe(counts), step_s, "scoring first and " if scorers else ""),
-                *(plain_s, plain_s / step_s, counted),
-            )
-        return plain_s / step_s - 1
+        return plan_gain(
+            *(self._plans[counts], counts, self._unfused_ticks[counts]),
+            (self._planned_update_s, None if self._unfused is None else self._unfused.update_s),
+            is_opposite=has_opposites(self.placement),
+            scorers=self._scorers_in(counts),
+        )
 
     def _ticks_unfused(self, counts: Counts, typical: Shape) -> tuple[int, int]:
         """All ranks' together while the models train one after the other, and those of operations."""

@@ -121,7 +121,7 @@ def fused_schedule(
     largest: Shape | None = None,
     memory_limit_bytes: int | None = None,
     cache: ScheduleCache | None = None,
-    time_limit_s: float = 30.0,
+    time_limit_s: float | None = 30.0,
     num_steps: int | None = None,
     num_workers: int = 2,
 ) -> Schedule:
@@ -133,6 +133,7 @@ def fused_schedule(
     shape: of a typical micro-batch; stage times are those on it. largest: shape of the micro-batch that takes most
         memory; by default as `shape`.
     memory_limit_bytes: what activations and outstanding weight gradients of micro-batches may take on any rank.
+    time_limit_s: of a search; None for none, and the greedy schedule if no better one is kept.
     num_steps: optimizer steps that the schedule will serve; the search takes no longer than it could save over them.
 
     Raises:
@@ -141,21 +142,11 @@ def fused_schedule(
     problem = fused_problem(profile, replicas, counts, shape, memory_limit_bytes, largest)
     schedule = cache.load(problem) if cache is not None else None
     found = "kept from an earlier search"
-    if schedule is None:
-        solutions: list[Solution] = []
-
-        def search(part: Problem, share: float) -> Schedule:
-            limit_s = time_limit_s
-            if num_steps is not None:
-                saved_ticks = evaluate(greedy(part)).makespan - makespan_lower_bound(part)
-                limit_s = min(limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * profile.tick_s))
-            solutions.append(solved(part, share * limit_s, num_workers, memory_time_s=_MEMORY_SEARCH_S))
-            return solutions[-1].schedule
-
-        schedule = schedule_in_parts(problem, search)
-        longest = max(solutions, key=lambda one: one.makespan)
-        seconds = sum(one.seconds for one in solutions)
-        found = f"{longest.makespan_gap:.1%} above the lower bound at most, found in {seconds:.1f} s"
+    if schedule is None and time_limit_s is None:
+        schedule, found = schedule_in_parts(problem, lambda part, _: greedy(part)), "greedy"
+    elif schedule is None:
+        assert time_limit_s is not None
+        schedule, found = _searched(problem, profile.tick_s, time_limit_s, num_steps, num_workers)
         if cache is not None:
             cache.store(schedule)
     fused = evaluate(schedule)
@@ -167,6 +158,26 @@ def fused_schedule(
         found,
     )
     return schedule
+
+
+def _searched(
+    problem: Problem, tick_s: float, time_limit_s: float, num_steps: int | None, num_workers: int
+) -> tuple[Schedule, str]:
+    """The shortest schedule found, and how good it is, for people."""
+    solutions: list[Solution] = []
+
+    def search(part: Problem, share: float) -> Schedule:
+        limit_s = time_limit_s
+        if num_steps is not None:
+            saved_ticks = evaluate(greedy(part)).makespan - makespan_lower_bound(part)
+            limit_s = min(limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * tick_s))
+        solutions.append(solved(part, share * limit_s, num_workers, memory_time_s=_MEMORY_SEARCH_S))
+        return solutions[-1].schedule
+
+    schedule = schedule_in_parts(problem, search)
+    longest = max(solutions, key=lambda one: one.makespan)
+    seconds = sum(one.seconds for one in solutions)
+    return schedule, f"{longest.makespan_gap:.1%} above the lower bound at most, found in {seconds:.1f} s"
 
 
 def solved(problem: Problem, time_limit_s: float, num_workers: int, memory_time_s: float = 0.0) -> Solution:
@@ -185,6 +196,16 @@ def solved(problem: Problem, time_limit_s: float, num_workers: int, memory_time_
         objective=objective,
         memory_time_s=memory_time_s,
     )
+
+
+def serial_step_s(profile: Profile, replicas: Sequence[Replica], counts: Counts, shape: Shape) -> float:
+    """Seconds of a step on micro-batches of this shape if one rank worked at a time."""
+    ticks = 0
+    for replica in replicas:
+        of_stages = [profile.stage_costs(replica.name, stage, shape) for stage in range(len(replica.ranks))]
+        of_micro_batch = sum(one.forward_ticks + one.backward_ticks for one in of_stages)
+        ticks += num_micro_batches(counts, replica.model) * of_micro_batch
+    return ticks * profile.tick_s
 
 
 def unfused_timing(

@@ -238,16 +238,22 @@ class FirstStep:
 
 
 def _number(drawn: int, left: int, samples: int, least: int, *, halves: bool) -> int:
-    """Micro-batches that the rest is dealt into: no larger than they would have been.
+    """Micro-batches that the rest is dealt into: no larger than they would have been, and as many for every replica.
 
-    halves: one of `drawn`, half of that, and so on, so that schedules are made for few numbers.
+    The last is where samples suffice. least: one for each replica in every round. halves: one of `drawn`, about half of
+    that, and so on, so that schedules are made for few numbers.
     """
     assert left >= least, "every replica needs a sample in every round"
-    wanted = max(least, min(left, -(-drawn * left // samples)))
+    wanted = min(left, _evened(-(-drawn * left // samples), least))
     if not halves:
         return wanted
     numbers = [drawn]
     while numbers[-1] // 2 >= least:
-        numbers.append(numbers[-1] // 2)
+        numbers.append(_evened(numbers[-1] // 2, least))
     fitting = [number for number in numbers if number <= left]
     return min([number for number in fitting if number >= wanted], default=fitting[0] if fitting else least)
+
+
+def _evened(number: int, least: int) -> int:
+    """The next one that all replicas have as many of."""
+    return -(-number // least) * least

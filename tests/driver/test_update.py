@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from fuse.driver import update
 from fuse.driver.planned_spans import PlannedSpans
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.micro_batch_number import Work
-from fuse.intrastage.placement import place
+from fuse.intrastage.placement import Counts, place
 from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_schedule import Plan, serial_schedule
 from fuse.trace import Span
+from fuse.training.layout import RaggedLayout
+from fuse.training.rounds import Round, StepPart
 from fuse.training.update_piece import UpdatePiece
 from schedules import Schedule
 
@@ -70,6 +74,49 @@ def test_plans_are_timed_while_devices_train(monkeypatch: pytest.MonkeyPatch) ->
         meanwhile=lambda: events.append("timed"),
     )
     assert events == ["told [1]", "told [1]", "timed", "waited", "between", "told [2]", "told [2]", "waited"]
+
+
+@pytest.mark.parametrize("num_trained", [0, 1])
+def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
+    num_trained: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much that is differs; a search for it goes on while devices train."""
+    events: list[object] = []
+
+    def plans(*_: object, waits: bool) -> dict[Counts, Plan]:
+        events.append(f"planned, {waits=}")
+        return {COUNTS: PLAN}
+
+    def trained(*_: object, meanwhile: Callable[[], None], **options: Any) -> list[Any]:
+        meanwhile()
+        return [[]]
+
+    part = StepPart(micro_batches=((0,), (1,)), weights=(1.0, 1.0), is_last=True)
+    rounds = [Round({"actor": part})]
+    planner: Any = SimpleNamespace(
+        placement=PLACEMENT, will_solve=lambda _: True, plans=plans, search=lambda: events.append("searched")
+    )
+    tail: Any = SimpleNamespace(
+        num_trained=num_trained, rest=lambda *_: rounds, whole=lambda _, of_rest, results: (of_rest, results)
+    )
+    settings: Any = SimpleNamespace(layout=RaggedLayout(), tensor_parallel_size=1, losses={})
+    monkeypatch.setattr(update, "dealt", lambda drawn, *_: drawn)
+    monkeypatch.setattr(update, "take_rounds", trained)
+    experience: Any = SimpleNamespace(prompts=((1, 2), (1,)), lengths=(3, 4))
+    args: list[Any] = [[None], planner, settings, experience, rounds, [{}]]
+    update.train(
+        *args,
+        late_columns=(),
+        tail=tail,
+        pieces=[slice(1)],
+        between=lambda: None,
+        meanwhile=lambda: events.append("training"),
+        memory=None,
+        tell=events.append,
+    )
+    waits = not num_trained
+    solving = ["solving: the fused schedule"] if waits else []
+    assert events == [*solving, f"planned, {waits=}", "training", "training", "searched"]
 
 
 def test_spans_of_all_devices_of_a_rank_say_when_their_operations_were_to_run() -> None:

@@ -22,6 +22,8 @@ from fuse.intrastage.training_planner import TrainingPlanner
 from fuse.intrastage.training_schedule import fused_schedule
 from fuse.trace import Span
 from schedules import Kind, Schedule, evaluate, violations
+from schedules.fused.cache import ScheduleCache
+from schedules.fused.greedy import greedy
 
 PLACEMENT = (Replica("actor", 0, (0, 1)), Replica("critic", 0, (1, 0)))
 SHAPES = [Shape(2, 64), Shape(2, 16), Shape(2, 64), Shape(2, 32)]
@@ -275,6 +277,30 @@ def test_solving_takes_no_longer_than_an_update(tmp_path: Path, monkeypatch: pyt
     assert limits == [pytest.approx(0.0064)] * 2
     planner_in(tmp_path, time_limit_s=100.0).plans({2, 4}, SHAPES)
     assert limits[2] == pytest.approx(2 * 12 * 0.0128 / 2), "before an update: a step of two, on one rank"
+
+
+def test_an_update_need_not_wait_for_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains by the greedy schedule, the next by what was found meanwhile, and so does the next run at once."""
+    limits = []
+
+    def search(*args: Any, time_limit_s: float | None, **options: Any) -> Schedule:
+        limits.append(time_limit_s)
+        return fused_schedule(*args, time_limit_s=time_limit_s, **options)
+
+    monkeypatch.setattr(training_planner, "fused_schedule", search)
+    planner = planner_in(tmp_path)
+    planner.observe(watched(SHAPES))
+    first = planner.plans({4}, SHAPES, waits=False)[4]
+    assert first.is_checked
+    assert first.schedule == greedy(first.schedule.problem)
+    assert not list(tmp_path.glob("*.schedule")), "what was not searched for is not kept"
+    planner.search()
+    assert limits == [None, pytest.approx(0.0128 / 3)], "it is over before devices are"
+    found = planner.plans({4}, SHAPES, waits=False)[4]
+    assert [ScheduleCache(tmp_path).load(found.schedule.problem)] == [found.schedule]
+    assert planner_in(tmp_path).plans({4}, SHAPES, waits=False) == {4: found}
+    planner.search()
+    assert len(limits) == 3, "that schedule was searched for once"
 
 
 def spans(slowdown: float, *, of_one_stage: float = 1.0) -> list[Span]:

@@ -214,3 +214,19 @@ def test_what_was_trained_on_something_else_is_noticed() -> None:
     assert any(LENGTHS[sample] == 6 for sample in ready)
     with pytest.raises(AssertionError, match="other positions"):
         case.run([(0, ready, 6)])
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_replicas_are_dealt_as_many_micro_batches_of_the_rest(halves: bool) -> None:
+    """No fewer than were drawn of as many samples; an odd number would have one replica wait for the other."""
+    case = Case(ALGORITHMS["critic, by tokens"], num_ranks=4, num_stages=2)
+    whole, _ = case.algorithm.estimate(samples())
+    of_update = prepared(case.drawn, whole, loss_normalization="token", units=case.algorithm.units)
+    for num_trained in range(1, 11):
+        step = case.first_step()
+        step.take(0, [(sample,) for sample in range(num_trained)], samples(), max(LENGTHS))
+        (rest,) = step.rest(whole, case.drawn, of_update, num_replicas=2, halves=halves)
+        micro_batches = rest.parts[case.role].micro_batches
+        num_left = len(LENGTHS) - num_trained
+        assert num_left / 2 <= len(micro_batches) <= num_left
+        assert len(micro_batches) in (num_left, 2, 4, 6)
