@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fuse.benchmarks.emulated.cluster import EmulatedCluster
 from fuse.benchmarks.emulated.costs import SCORING_BATCH_TOKENS, EmulatedCosts
@@ -48,17 +47,9 @@ _PASSES = 3
 
 @contextmanager
 def devices() -> Iterator[EmulatedCluster]:
-    """Emulated devices, for any number of measurements.
-
-    Meanwhile this process computes with one thread: several would wait for cores that the emulated devices keep busy.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with local_cluster(1), EmulatedCluster() as cluster:
-            yield cluster
-    finally:
-        torch.set_num_threads(num_threads)
+    """Emulated devices, for any number of measurements."""
+    with local_cluster(1), EmulatedCluster() as cluster:
+        yield cluster
 
 
 def measure(arguments: argparse.Namespace, costs: EmulatedCosts, cluster: EmulatedCluster) -> Measured:

@@ -27,6 +27,7 @@ from fuse.benchmarks.iteration.workload import Workload
 from fuse.benchmarks.measure import product_flops_per_s
 from fuse.benchmarks.options import tell
 from fuse.driver.early_start import IMPORTED
+from fuse.threads import torch_threads
 from fuse.workers.ray_session import local_cluster
 
 
@@ -142,12 +143,8 @@ def as_json(config: Any) -> dict[str, Any]:
 
 def _product_flops_per_s() -> float:
     """Of one device, in the type that is trained in: a GPU, or a thread of its own core."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         return product_flops_per_s(torch.float32)
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _check_machine(arguments: argparse.Namespace, num_present: int, on_gpus: bool) -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +32,7 @@ from fuse.demo.task import SumTask, exact_completion, exact_match, prompt_text
 from fuse.demo.tokenizer import arithmetic_tokenizer
 from fuse.demo.warmup import WarmupProgress, small_llama, warm_up
 from fuse.printable import printable
+from fuse.threads import torch_threads
 from fuse.trainers.grpo import GRPOTrainer
 from fuse.trainers.ppo import PPOTrainer
 from fuse.trainers.trainer import Trainer
@@ -99,7 +98,7 @@ def supervised_warm_up(
 ) -> float:
     """Imitate the two teachers; returns seconds."""
     start_s, last = time.monotonic(), ""
-    with console.status("supervised warm-up") as status, _one_thread():
+    with console.status("supervised warm-up") as status, torch_threads(1):
 
         def report(teacher: str, progress: WarmupProgress) -> None:
             nonlocal last
@@ -229,14 +228,3 @@ def show(
     console.print()
     for name, path in written.items():
         console.print(printable(f"{name:16}{path}"), soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread in the body: so small a model gains nothing by more, which collapse on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -21,12 +22,13 @@ from fuse.config.memory import within_memory
 from fuse.config.run_length import RunLength
 from fuse.config.settings import fleet_settings
 from fuse.driver.fleet import Fleet
-from fuse.driver.fleet_settings import Variant
+from fuse.driver.fleet_settings import FleetSettings, Variant
 from fuse.driver.one_base import origins_of
 from fuse.engines.engine import SamplingParams
 from fuse.roles import GENERATING
 from fuse.sample import Sample, SpecialTokens
 from fuse.termination import Termination, graceful_termination
+from fuse.threads import quick_turns, torch_threads
 from fuse.trace import PhaseClock
 from fuse.trainers import checks, loop, prompts
 from fuse.trainers.auxiliary_text import auxiliary_text
@@ -40,7 +42,6 @@ from fuse.trainers.tail import tail_plan
 from fuse.training.layout import Layout
 from fuse.training.rounds import Round, rounds
 from fuse.training.steps import OptimizerStep
-from fuse.turns import quick_turns
 from fuse.workers.cluster import Cluster
 
 # Sample ids of evaluation prompts: apart from training's, so that training draws the same noise with or without them.
@@ -260,7 +261,7 @@ class Trainer(TrainerFace):
                 fleet.load(resumed / checkpoint.WORKER_STATE_NAME)
             self._fleet = fleet
             try:
-                with garbage.set_apart(), quick_turns():
+                with garbage.set_apart(), quick_turns(), torch_threads(_num_idle_cores(settings)):
                     yield fleet
             finally:
                 self._fleet = None
@@ -320,3 +321,9 @@ class Trainer(TrainerFace):
     def get_eval_dataloader(self) -> DataLoader[Any]:
         size = self.args.per_device_eval_batch_size
         return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator or list)
+
+
+def _num_idle_cores(settings: FleetSettings) -> int:
+    """Those that devices leave to this process; one at least."""
+    num_devices = settings.num_devices if settings.accelerator == "cpu" else 0
+    return max(1, len(os.sched_getaffinity(0)) - num_devices)
