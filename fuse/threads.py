@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
+
+_Number = TypeVar("_Number", int, float)
 
 _SWITCH_S = 0.5e-3
 
 
-@contextmanager
-def quick_turns() -> Iterator[None]:
+def quick_turns() -> AbstractContextManager[None]:
     """Threads wait a tenth as long as usual for the one that computes, while the body runs.
 
     A driver makes reports and writes traces beside what devices do. Whenever it then has to tell devices something, and
     each call lets go of Python's lock, it would be 5 ms until it has that again.
     """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _SWITCH_S))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    return _at_most(_SWITCH_S, sys.getswitchinterval, sys.setswitchinterval)
 
 
-@contextmanager
-def torch_threads(most: int) -> Iterator[None]:
+def torch_threads(most: int) -> AbstractContextManager[None]:
     """The body's own operations on tensors take no more threads than this.
 
     More than there are idle cores wait for one another: an operation of 0.1 ms then takes up to a third of a second.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, most))
+    return _at_most(most, torch.get_num_threads, torch.set_num_threads)
+
+
+@contextmanager
+def _at_most(most: _Number, get: Callable[[], _Number], change: Callable[[_Number], None]) -> Iterator[None]:
+    before = get()
+    change(min(before, most))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        change(before)

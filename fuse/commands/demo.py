@@ -98,6 +98,7 @@ def supervised_warm_up(
 ) -> float:
     """Imitate the two teachers; returns seconds."""
     start_s, last = time.monotonic(), ""
+    # So small a model gains nothing by more threads, which collapse on busy cores.
     with console.status("supervised warm-up") as status, torch_threads(1):
 
         def report(teacher: str, progress: WarmupProgress) -> None:

@@ -12,15 +12,13 @@ from fuse.engines.few_rows import FewRowsLinear, use_few_rows
 from fuse.ops import describe
 from fuse.ops.native import extension
 from fuse.ops.skinny_linear import ROWS, skinny_linear, skinny_linear_reference
+from fuse.threads import torch_threads
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
+    with torch_threads(1), torch.no_grad():
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [0, 1, *ROWS, 12])
