@@ -17,6 +17,7 @@ from fuse.driver.engines import Engines
 from fuse.engines.engine import GenerationRequest
 from fuse.engines.transformers import TransformersEngine
 from fuse.training.model_spec import ModelSpec
+from fuse.workers import generation_handle
 from fuse.workers.cluster import Cluster
 from fuse.workers.errors import WorkerError
 from fuse.workers.generation_handle import GenerationHandle
@@ -27,6 +28,7 @@ from ..engines.conftest import build
 from ..engines.driving import assert_same, run
 from ..engines.test_vllm import REQUESTS
 from .giving import give
+from .holding import HeldUntilOthersCome
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,7 +42,8 @@ def model(seed: int = 0) -> Any:
 
 
 @pytest.fixture
-def engines(cluster: Cluster) -> Iterator[Engines]:
+def engines(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
+    """The first one is held up in the middle of its samples until one leaves."""
     limits = {"max_batch": 16, "max_context": 96, "num_tokens": 90, "kv_cache_bytes": None}
     settings: Any = SimpleNamespace(
         num_devices=2,
@@ -50,7 +53,9 @@ def engines(cluster: Cluster) -> Iterator[Engines]:
         kv_transfer=ObjectStoreTransfer,
     )
     weights = [put_state_dict(model().state_dict())]
-    started = Engines(cluster, settings, ModelSpec.of(model()), weights, lambda: weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation_handle, "GenerationWorker", HeldUntilOthersCome)
+        started = Engines(cluster, settings, ModelSpec.of(model()), weights, lambda: weights)
     yield started
     (engine,) = started.workers
     engine.close().result()
@@ -82,7 +87,8 @@ def test_two_devices_generate_the_tokens_of_one(engines: Engines) -> None:
     assert len(set(engines.process_ids)) == 2
     unending = replace(REQUESTS[0].params, stop_token_ids=(), max_new_tokens=96 - len(REQUESTS[0].prompt_ids))
     requests = [replace(REQUESTS[0], params=unending), *REQUESTS[1:]]
-    engine.submit(requests)
+    _, second = engines.process_ids
+    engine.submit(requests).result()
     (departure,) = engine.evict([requests[0].sample_id], with_kv=True).result()
     assert departure.kv is None
     engine.admit([departure]).result()
@@ -94,8 +100,9 @@ def test_two_devices_generate_the_tokens_of_one(engines: Engines) -> None:
     engine.submit(few).result()
     assert_same(generated(engine, few), expected(1, few))
 
+    os.kill(second, signal.SIGSTOP)  # so that the sample has not ended before
     engine.submit([replace(REQUESTS[0], sample_id=99)]).result()
-    os.kill(engines.process_ids[1], signal.SIGKILL)
+    os.kill(second, signal.SIGKILL)
     with pytest.raises(WorkerError, match="generation worker on device 0 failed: its process died") as error:
         while True:
             engine.poll(1.0).result()
