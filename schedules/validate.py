@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 
 from schedules.ir import Kind, Op, Schedule
 from schedules.timing import memory_levels
@@ -70,10 +71,16 @@ def violations(schedule: Schedule) -> list[Violation]:
 
     With unknown operations in it nothing else can be judged, so then they are all that is reported.
     """
-    unknown = list(_unknown(schedule))
+    return list(_violations(schedule))
+
+
+@lru_cache(maxsize=4)
+def _violations(schedule: Schedule) -> tuple[Violation, ...]:
+    """Of the last ones asked for: what finds a schedule, what keeps it and what runs it all ask."""
+    unknown = tuple(_unknown(schedule))
     if unknown:
         return unknown
-    return [
+    return (
         *_missing(schedule),
         *_duplicates(schedule),
         *_misplaced(schedule),
@@ -81,7 +88,7 @@ def violations(schedule: Schedule) -> list[Violation]:
         *_deadlocks(schedule),
         *_memory(schedule),
         *_message_order(schedule),
-    ]
+    )
 
 
 def _unknown(schedule: Schedule) -> Iterator[Violation]:

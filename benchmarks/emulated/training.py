@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,9 @@ from fuse.benchmarks.emulated.messages import EmulatedCommunicator, Post, latest
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import MESSAGE, TRAIN, shape_arguments
-from fuse.intrastage.packed_schedule import packed, unpacked
+from fuse.intrastage.program import Program
 from fuse.trace import Span, SpanRecorder, now_s
-from schedules import Kind, Op, Schedule, evaluate
+from schedules import Kind, Op, Pipeline, evaluate
 
 _TICK_S = 1e-7
 """Of predictions."""
@@ -27,50 +27,43 @@ class EmulatedRound:
     """What trains at once, by sizes. roles, shapes: by pipeline, and by micro-batch.
 
     is_observed: nothing is known yet of what its operations take. stepping: roles whose optimizers step after it.
-    is_checked: as of `fuse.intrastage.training_schedule.Plan`.
     """
 
-    schedule: Schedule
+    program: Program
     roles: tuple[str, ...]
     shapes: tuple[tuple[Shape, ...], ...]
     is_observed: bool
     stepping: tuple[str, ...]
-    is_checked: bool = False
 
-    def __reduce__(self) -> tuple[Callable[..., EmulatedRound], tuple[object, ...]]:
-        others = [field.name for field in fields(self) if field.name != "schedule"]
-        return _unpacked_round, (packed(self.schedule), {name: getattr(self, name) for name in others})
+    @property
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """Of its program."""
+        return self.program.problem.pipelines
 
     def operation_s(self, costs: EmulatedCosts, op: Op) -> float:
         """Seconds of an operation of its schedule."""
-        num_stages = self.schedule.problem.pipelines[op.pipeline].num_stages
+        num_stages = self.pipelines[op.pipeline].num_stages
         shape = self.shapes[op.pipeline][op.micro_batch]
         return costs.training[self.roles[op.pipeline]].operation_s(op.kind, shape.size, num_stages)
 
     def optimizer_s(self, costs: EmulatedCosts, role: str) -> float:
         """Seconds of an optimizer step on each device: of its stage."""
         num_stages = max(
-            pipeline.num_stages
-            for pipeline, of in zip(self.schedule.problem.pipelines, self.roles, strict=True)
-            if of == role
+            pipeline.num_stages for pipeline, of in zip(self.pipelines, self.roles, strict=True) if of == role
         )
         return costs.training[role].optimizer_s / num_stages
 
     def predicted_s(self, costs: EmulatedCosts) -> float:
         """Seconds that it should take: the schedule's, timed by the costs, and the optimizer steps after it."""
-        rank_of = self.schedule.problem.rank_of
+        schedule, rank_of = self.program.schedule(), self.program.problem.rank_of
 
         def transfer_ticks(source: Op, target: Op) -> int:
             if rank_of(source) == rank_of(target):
                 return 0
             return round(costs.message(self.shapes[source.pipeline][source.micro_batch].size) / _TICK_S)
 
-        timing = evaluate(self.schedule, lambda op: round(self.operation_s(costs, op) / _TICK_S), transfer_ticks)
+        timing = evaluate(schedule, lambda op: round(self.operation_s(costs, op) / _TICK_S), transfer_ticks)
         return timing.makespan * _TICK_S + sum(self.optimizer_s(costs, role) for role in self.stepping)
-
-
-def _unpacked_round(schedule: bytes, others: Mapping[str, Any]) -> EmulatedRound:
-    return EmulatedRound(schedule=unpacked(schedule), **others)
 
 
 class EmulatedStage:
@@ -114,7 +107,7 @@ def train(
 ) -> None:
     """Take a rank's part of a round; all ranks do at once. recorder: gets the spans of a real rank."""
     walk(one, rank, costs, device, post, recorder, TRAIN)
-    device.reach(latest(device.free_s, rank, one.schedule.problem.num_ranks, post))  # the gradients' norm
+    device.reach(latest(device.free_s, rank, one.program.problem.num_ranks, post))  # the gradients' norm
     for role in one.stepping:
         with recorder.span(f"step {role}", "optimizer"):
             device.work(one.optimizer_s(costs, role))
@@ -130,7 +123,7 @@ def walk(
     category: str,
 ) -> None:
     """The operations of it; all ranks that have some take theirs at once. category: of their spans."""
-    pipelines = one.schedule.problem.pipelines
+    pipelines = one.pipelines
     stages: dict[tuple[int, int], Any] = {
         (number, stage): EmulatedStage(
             device,
@@ -159,8 +152,7 @@ def walk(
     ]
     if one.is_observed:
         _record_messages(one, stages, costs, recorder)
-    args = one.schedule, rank, stages, micro_batches, communicators, recorder
-    execute(*args, category=category, is_checked=one.is_checked)
+    execute(one.program, rank, stages, micro_batches, communicators, recorder, category=category)
     device.finish()
 
 
@@ -171,7 +163,7 @@ def _operation_s(one: EmulatedRound, costs: EmulatedCosts, pipeline: int, stage:
 def _communicator(
     one: EmulatedRound, pipeline: int, step: int, costs: EmulatedCosts, device: EmulatedDevice, post: Post
 ) -> EmulatedCommunicator:
-    ranks = one.schedule.problem.pipelines[pipeline].ranks
+    ranks = one.pipelines[pipeline].ranks
     return EmulatedCommunicator(
         pipeline, ranks, step, post=post, device=device,
         seconds=lambda micro_batch: costs.message(one.shapes[pipeline][micro_batch].size),
@@ -183,7 +175,7 @@ def _record_messages(
 ) -> None:
     """As a real rank does that has not trained before, for the smallest micro-batch and the largest."""
     for number, stage in stages:
-        pipeline, order = one.schedule.problem.pipelines[number], sorted(one.shapes[number], key=lambda one: one.size)
+        pipeline, order = one.pipelines[number], sorted(one.shapes[number], key=lambda one: one.size)
         if stage == pipeline.num_stages - 1:
             continue
         for shape in {order[0], order[-1]}:

@@ -11,7 +11,8 @@ import torch
 from fuse.algorithms.batch import Experience
 from fuse.benchmarks.emulated.training import EmulatedRound
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches, replicas_of
-from fuse.intrastage.training_schedule import Plan, serial_schedule
+from fuse.intrastage.program import program_of
+from fuse.intrastage.training_schedule import RankPlan, serial_schedule
 from fuse.roles import GENERATING
 from fuse.training.rank import TrainingSettings
 from fuse.training.rounds import RankRound, Round, StepPart
@@ -26,13 +27,13 @@ class EmulatedUpdate:
         settings: TrainingSettings,
         experience: Experience,
         rounds: Sequence[Round],
-        plans: Mapping[Counts, Plan],
+        plans: Mapping[Counts, RankPlan],
     ) -> None:
         self._placement, self._settings, self._experience = placement, settings, experience
         self._rounds, self._plans = rounds, [plans[one.counts] for one in rounds]
         self.sizes = [self._sizes(one, plan) for one, plan in zip(rounds, self._plans, strict=True)]
 
-    def _sizes(self, one: Round, plan: Plan) -> EmulatedRound:
+    def _sizes(self, one: Round, plan: RankPlan) -> EmulatedRound:
         replicas = replicas_of(self._placement, one.counts)
         models = [replica.model for replica in replicas]
         shapes = tuple(
@@ -44,8 +45,7 @@ class EmulatedUpdate:
             for part in (one.parts[replica.model],)
         )
         return EmulatedRound(
-            schedule=plan.schedule,
-            is_checked=plan.is_checked,
+            program=plan.program,
             roles=tuple(models),
             shapes=shapes,
             is_observed=plan.is_watched and self._settings.split_backward,
@@ -58,7 +58,8 @@ class EmulatedUpdate:
     ) -> EmulatedUpdate:
         """What a replica trains before the update, by 1F1B; see `TrainingRank.accumulate`."""
         alone, one = replace(replica, index=0), Round({replica.model: part})
-        update = cls((alone,), settings, experience, [one], {one.counts: Plan(serial_schedule((alone,), one.counts))})
+        plan = RankPlan(program_of(serial_schedule((alone,), one.counts)))
+        update = cls((alone,), settings, experience, [one], {one.counts: plan})
         update.sizes = [replace(sizes, is_observed=False) for sizes in update.sizes]
         return update
 

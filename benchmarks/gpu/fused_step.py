@@ -137,7 +137,7 @@ def _serve_rank(connection: Connection, setup: Setup, rank: int, devices: tuple[
     serial = halved_serial_schedule(placement, of_step[0].counts)
     for schedule in (serial, greedy(serial.problem)):
         rates = [dict.fromkeys(_MODELS, 1e-2)]
-        training.train(_experience(setup), of_step, rates, {of_step[0].counts: Plan(schedule)})
+        training.train(_experience(setup), of_step, rates, {of_step[0].counts: Plan(schedule).for_ranks})
     connection.send(
         {
             f"{model}: {name}": one.cpu().numpy()

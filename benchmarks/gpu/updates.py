@@ -174,7 +174,7 @@ class _Run:
             self._scorers.score(samples)
         experience, _ = _ALGORITHM.estimate(samples)
         serial = halved_serial_schedule(_PLACEMENT, self.counts)
-        plan = Plan(serial if index == 0 else greedy(serial.problem))
+        plan = Plan(serial if index == 0 else greedy(serial.problem)).for_ranks
         with _Peak(self, Phase.TRAINING):
             rates = [_LEARNING_RATES] * len(self._rounds)
             told = self._training.train(experience, self._rounds, rates, {self.counts: plan})

@@ -21,7 +21,7 @@ from fuse.benchmarks.training.world import World, started
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.opposite import with_opposites
 from fuse.intrastage.placement import Replica, place, replica_micro_batches
-from fuse.intrastage.training_schedule import Plan, fused_schedule, serial_schedule
+from fuse.intrastage.training_schedule import Plan, RankPlan, fused_schedule, serial_schedule
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank
 from fuse.training.rounds import Round, rounds
@@ -58,11 +58,11 @@ class BothWaysWorker(TrainingWorker):
         return profiles
 
     def take_turns(
-        self, experience: Experience, step: Round, plans: Mapping[str, Plan], repeats: int
+        self, experience: Experience, step: Round, plans: Mapping[str, RankPlan], repeats: int
     ) -> dict[str, list[list[TimedRound]]]:
         """Take the step in each placement in turn, as `_in_turn` has it."""
 
-        def train(name: str, plan: Plan) -> None:
+        def train(name: str, plan: RankPlan) -> None:
             self._trainings[name].train(experience, [step], [{"actor": LEARNING_RATE}], {step.counts: plan})
 
         return self._in_turn({name: [partial(train, name, plan)] for name, plan in plans.items()}, repeats)
@@ -137,7 +137,7 @@ class BothWays:
             PLAIN: serial_schedule(self._placements[PLAIN], count),
             BOTH: fused_schedule(profiles[BOTH], self._placements[BOTH], count, middle, time_limit_s=solve_s),
         }
-        plans = {name: Plan(schedule, profiles[name]) for name, schedule in schedules.items()}
+        plans = {name: Plan(schedule).for_ranks for name, schedule in schedules.items()}
         whole = OptimizerStep(micro_batches=task.micro_batches, weight=1 / count)
         (step,) = load.prepared(rounds({"actor": [whole]}, {"actor": 1}, is_fused=True))
         by_rank = self._world.call(BothWaysWorker.take_turns, load.experience, step, plans, repeats)

@@ -24,6 +24,7 @@ from fuse.benchmarks.training.emulated_stage import EmulatedStage, measure_overs
 from fuse.intrastage.communication import PipelineCommunicators, connect, open_pipelines, serve_store
 from fuse.intrastage.executor import execute
 from fuse.intrastage.planned_times import times_of
+from fuse.intrastage.program import program_of
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
@@ -125,14 +126,15 @@ class EmulatedWorld:
         """
         seconds = {op: tick_s * schedule.problem.ticks(op) for _, op in schedule.ops()}
         transfer_s = tuple(tick_s * pipeline.transfer_ticks for pipeline in schedule.problem.pipelines)
+        program = program_of(schedule)
         for rank in self._ranks:
-            rank.send((schedule, tick_s))
+            rank.send((program, tick_s))
         spans = [rank.answer() for rank in self._ranks]
         return compare(schedule, times_of(schedule, seconds, transfer_s), spans)
 
 
 def _serve(connection: Connection, rank: int, num_ranks: int, port: int) -> None:
-    """A rank's process: answers schedules with spans until it is killed."""
+    """A rank's process: answers programs with spans until it is killed."""
     torch.set_num_threads(1)
     connect(rank, num_ranks, _HOST, port, torch.device("cpu"), _TIMEOUT_S)
     oversleep_s = measure_oversleep()
@@ -141,8 +143,8 @@ def _serve(connection: Connection, rank: int, num_ranks: int, port: int) -> None
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     micro_batch = MicroBatch(input_ids=nothing, head_index=nothing[0], targets=None)
     while True:
-        schedule, tick_s = connection.recv()
-        pipelines = schedule.problem.pipelines
+        program, tick_s = connection.recv()
+        pipelines = program.problem.pipelines
         for pipeline in pipelines:
             key = pipeline.name, pipeline.ranks
             if key not in opened:
@@ -161,7 +163,7 @@ def _serve(connection: Connection, rank: int, num_ranks: int, port: int) -> None
         micro_batches = [[micro_batch] * pipeline.num_micro_batches for pipeline in pipelines]
         communicators = [opened[pipeline.name, pipeline.ranks] for pipeline in pipelines]
         dist.barrier()
-        execute(schedule, rank, stages, micro_batches, communicators, recorder)
+        execute(program, rank, stages, micro_batches, communicators, recorder)
         connection.send(recorder.drain())
 
 

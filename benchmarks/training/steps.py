@@ -13,7 +13,7 @@ from fuse.benchmarks.training.batches import Task, Workload
 from fuse.benchmarks.training.contention import contended_times
 from fuse.benchmarks.training.rows import Side, medians, side_of, together
 from fuse.benchmarks.training.settings import SETTINGS
-from fuse.benchmarks.training.worker import TrainingWorker, Way
+from fuse.benchmarks.training.worker import TrainingWorker
 from fuse.benchmarks.training.world import World, started
 from fuse.intrastage.cost_profile import Profile, merge
 from fuse.intrastage.micro_batch_number import Work, median_gap_s, soonest
@@ -88,7 +88,7 @@ class Trainers:
 
         drawn = {name: rounds(steps, dict.fromkeys(steps, 1), is_fused=name == "fused") for name in ("serial", "fused")}
         gap_s = self._gap_s(load, drawn["serial"], serial) if load.chooses_number else 0.0
-        ways: dict[str, Way] = {}
+        ways: dict[str, list[tuple[Round, Plan]]] = {}
         times: dict[str, float] = {}
         for side, schedule in {"serial": serial, "fused": fused}.items():
             times[side] = self._times(load, drawn[side], profile, schedule, gap_s) if load.chooses_number else 1.0
@@ -97,7 +97,8 @@ class Trainers:
                 one.counts: Plan(schedule(work), profile) for one, work in zip(of_side, load.work(of_side), strict=True)
             }
             ways[side] = [(one, plans[one.counts]) for one in of_side]
-        by_rank = self._world.call(TrainingWorker.alternate, load.experience, ways, repeats, _WARMUP)
+        for_ranks = {side: [(one, plan.for_ranks) for one, plan in way] for side, way in ways.items()}
+        by_rank = self._world.call(TrainingWorker.alternate, load.experience, for_ranks, repeats, _WARMUP)
         sides = {}
         for side, way in ways.items():
             planned = [self._planned(load, profile, alone, one, plan) for one, plan in way]
@@ -119,7 +120,7 @@ class Trainers:
     def _gap_s(self, load: Workload, drawn: Sequence[Round], schedule: Callable[[Work], Schedule]) -> float:
         """What lies between two operations, from a step of which nothing else is kept."""
         of_step = load.prepared(drawn)
-        way = [(one, Plan(schedule(work))) for one, work in zip(of_step, load.work(of_step), strict=True)]
+        way = [(one, Plan(schedule(work)).for_ranks) for one, work in zip(of_step, load.work(of_step), strict=True)]
         by_rank = self._world.call(TrainingWorker.alternate, load.experience, {"serial": way}, 1, 0)
         return median_gap_s([span for of_rank in by_rank for one in of_rank["serial"][0] for span in one.spans])
 

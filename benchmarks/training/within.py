@@ -38,7 +38,7 @@ from fuse.intrastage.placement import Replica, place
 from fuse.intrastage.plan_settings import PlanSettings
 from fuse.intrastage.planned_times import planned_times
 from fuse.intrastage.training_planner import TrainingPlanner
-from fuse.intrastage.training_schedule import Plan, serial_schedule, unfused
+from fuse.intrastage.training_schedule import Plan, RankPlan, serial_schedule, unfused
 from fuse.trace import Span
 from fuse.training.late_scores import OLD_LOGPROBS, REFERENCE_LOGPROBS, SCORED_BY, with_scores
 from fuse.training.model_spec import ModelSpec
@@ -67,7 +67,7 @@ _LOSS = GRPOLossSettings(
 )
 _SETTINGS = replace(SETTINGS, losses={"actor": partial(grpo_loss, settings=_LOSS)}, targets={"actor": GroupTargets})
 
-Way = tuple[Round, Plan]
+Way = tuple[Round, RankPlan]
 """A step, with what it scores, and its schedule."""
 
 
@@ -90,7 +90,7 @@ class ScoringWorker(TrainingWorker):
     ) -> dict[str, list[list[TimedRound]]]:
         """Take the step each way in turn, as `_in_turn` has it."""
 
-        def take(step: Round, plan: Plan) -> None:
+        def take(step: Round, plan: RankPlan) -> None:
             if not step.scored:
                 self._score_first(experience, step)
             scorers = {column: self._pipelines.scorers[column] for column in step.scored}
@@ -153,7 +153,8 @@ class Within:
         profile, problem = within.profile, within.schedule.problem
         assert profile is not None
         ways = {FIRST: (plain, Plan(serial_schedule(self._plain, plain.counts), profile)), WITHIN: (scored, within)}
-        by_rank = self._world.call(ScoringWorker.take_turns, experience, ways, repeats, _WARMUP)
+        for_ranks = {name: (step, plan.for_ranks) for name, (step, plan) in ways.items()}
+        by_rank = self._world.call(ScoringWorker.take_turns, experience, for_ranks, repeats, _WARMUP)
         names = [replica.name for replica in self._placement]
         sides: dict[str, Side] = {}
         for name, (step, plan) in ways.items():
@@ -174,7 +175,7 @@ class Within:
             directory = Path(name)
             store = MeasurementStore(directory, {"benchmark": WITHIN})
             planner = TrainingPlanner(self._placement, _plan_settings(directory, solve_s), store)
-            ways = {WITHIN: (step, planner.plans([step.counts], shapes)[step.counts])}
+            ways = {WITHIN: (step, planner.plans([step.counts], shapes)[step.counts].for_ranks)}
             told = self._world.call(ScoringWorker.take_turns, experience, ways, _WATCHED, 0)
             spans = [span for of_rank in told for (one,) in of_rank[WITHIN] for span in one.spans]
             self._messages += [span for span in spans if span.category == MESSAGE]  # told once for a placement

@@ -14,7 +14,7 @@ from fuse.algorithms.batch import Experience
 from fuse.intrastage import communication
 from fuse.intrastage.cost_profile import Profile
 from fuse.intrastage.placement import Replica
-from fuse.intrastage.training_schedule import Plan
+from fuse.intrastage.training_schedule import RankPlan
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training.model_spec import ModelSpec
 from fuse.training.rank import TrainingRank, TrainingSettings
@@ -32,7 +32,7 @@ class TimedRound:
     spans: list[Span]
 
 
-Way = Sequence[tuple[Round, Plan]]
+Way = Sequence[tuple[Round, RankPlan]]
 """To train: rounds of optimizer steps, and how each is scheduled."""
 
 
@@ -72,7 +72,7 @@ class TrainingWorker:
     ) -> dict[str, list[list[TimedRound]]]:
         """Train each way in turn, as `_in_turn` has it: [repeats][rounds]."""
 
-        def train(one: Round, plan: Plan) -> None:
+        def train(one: Round, plan: RankPlan) -> None:
             self._training.train(experience, [one], [dict.fromkeys(one.parts, LEARNING_RATE)], {one.counts: plan})
 
         steps = {name: [partial(train, *one) for one in way] for name, way in ways.items()}

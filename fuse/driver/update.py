@@ -101,10 +101,11 @@ def take_rounds(
     later one that are known are in the experience by then. meanwhile: called once devices train.
     """
     results: list[list[RankRound]] = [[] for _ in workers]
+    for_ranks = {counts: plan.for_ranks for counts, plan in plans.items()}
     for index, piece in enumerate(pieces):
         if index:
             between()
-        told = ray.put(UpdatePiece(experience, rounds[piece], learning_rates[piece], plans))
+        told = ray.put(UpdatePiece(experience, rounds[piece], learning_rates[piece], for_ranks))
         calls = [worker.train(told) for worker in workers]
         if not index:
             meanwhile()

@@ -21,15 +21,36 @@ NCCL wants no more: communicators on one device may be used at once if operation
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import dataclass
 from enum import Enum, auto
-from functools import lru_cache
+from heapq import heappop, heappush
+from typing import NamedTuple
 
 from schedules import Kind, Op, Schedule, evaluate
-from schedules.walk import channel_into, needs
 
 MOST_UNUSED = 2
 """Messages that a channel holds for its receiver: one arrives while the one before it is used."""
+
+
+class Message(NamedTuple):
+    """What a stage is sent of a micro-batch, forward or backward; B and I take and make the same ones.
+
+    stage: that receives. An operation at the end of a pipeline has one that nobody sends or receives, too.
+    """
+
+    pipeline: int
+    stage: int
+    micro_batch: int
+    is_forward: bool
+
+
+def message_into(op: Op) -> Message:
+    """What the operation takes; not of W, which takes what its I has left."""
+    return Message(op.pipeline, op.stage, op.micro_batch, op.kind is Kind.F)
+
+
+def message_from(op: Op) -> Message:
+    """What the operation makes; not of W, which makes none."""
+    return Message(op.pipeline, op.stage + (1 if op.kind is Kind.F else -1), op.micro_batch, op.kind is Kind.F)
 
 
 class Action(Enum):
@@ -40,46 +61,64 @@ class Action(Enum):
     RECEIVE = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a rank does next; `op` computes, makes what is sent, or uses what is received."""
+class Step(NamedTuple):
+    """What a rank does next; `op` computes, makes what is sent, or uses what is received.
+
+    used: of an operation that computes, what this rank has sent to where its input comes from and what was used there
+    before that was made. So it has long arrived once the input is here.
+    """
 
     action: Action
     op: Op
+    used: tuple[Message, ...] = ()
 
 
-@lru_cache(maxsize=16)
-def rank_steps(schedule: Schedule, rank: int) -> tuple[Step, ...]:
-    """A rank's steps through a legal schedule. O(n log n) in all ranks' operations."""
+def steps_of(schedule: Schedule) -> tuple[tuple[Step, ...], ...]:
+    """Every rank's steps through a legal schedule. O(n log n) in all ranks' operations."""
     ends = evaluate(schedule).end
     order = sorted(
         (end, owner, op)
         for owner, (ops, of_owner) in enumerate(zip(schedule.ranks, ends, strict=True))
         for op, end in zip(ops, of_owner, strict=True)
     )
-    messages = _messages_after(schedule, {op: position for position, (_, _, op) in enumerate(order)})
-    steps: list[Step] = []
-    for position, (_, owner, op) in enumerate(order):
-        if owner == rank:
-            steps.append(Step(Action.COMPUTE, op))
-        for _, maker, user in sorted(messages.get(position, ())):
-            if schedule.problem.rank_of(maker) == rank:
-                steps.append(Step(Action.SEND, maker))
-            if schedule.problem.rank_of(user) == rank:
-                steps.append(Step(Action.RECEIVE, user))
-    return tuple(steps)
+    made = {message_from(op): place for place, (_, _, op) in enumerate(order) if op.kind is not Kind.W}
+    after = _messages_after(schedule, order, made)
+    steps: list[list[Step]] = [[] for _ in schedule.ranks]
+    unused: defaultdict[tuple[int, int], list[tuple[int, Message]]] = defaultdict(list)  # by sender and receiver
+    for place, (_, owner, op) in enumerate(order):
+        used: list[Message] = []
+        if op.kind is not Kind.W and (source := _source(schedule, op)) is not None:
+            sent = unused[owner, source]
+            while sent and sent[0][0] <= made[message_into(op)]:
+                used.append(heappop(sent)[1])
+        steps[owner].append(Step(Action.COMPUTE, op, tuple(used)))
+        for made_at, used_at in sorted(after.get(place, ())):
+            (_, sender, maker), (_, receiver, user) = order[made_at], order[used_at]
+            steps[sender].append(Step(Action.SEND, maker))
+            steps[receiver].append(Step(Action.RECEIVE, user))
+            heappush(unused[sender, receiver], (used_at, message_into(user)))
+    return tuple(map(tuple, steps))
 
 
-def _messages_after(schedule: Schedule, positions: dict[Op, int]) -> dict[int, list[tuple[int, Op, Op]]]:
-    """Messages by the position of the operation that they come after: the maker's position, maker and user of each."""
-    used: defaultdict[tuple[int, int, bool], deque[int]] = defaultdict(lambda: deque(maxlen=MOST_UNUSED))
-    messages: defaultdict[int, list[tuple[int, Op, Op]]] = defaultdict(list)
-    for user in sorted(positions, key=positions.__getitem__):
-        if channel_into(schedule.problem, user) is None:
+def _messages_after(
+    schedule: Schedule, order: list[tuple[int, int, Op]], made: dict[Message, int]
+) -> dict[int, list[tuple[int, int]]]:
+    """Messages by where in the order what they come after stands: where their maker and their user do."""
+    recent: defaultdict[tuple[int, int, bool], deque[int]] = defaultdict(lambda: deque(maxlen=MOST_UNUSED))
+    messages: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for place, (_, _, op) in enumerate(order):
+        if op.kind is Kind.W or _source(schedule, op) is None:
             continue
-        maker = needs(positions, user, schedule.problem)[-1]
-        last_used = used[user.pipeline, user.stage, user.kind is Kind.F]
-        after = max(positions[maker], last_used[0] if len(last_used) == MOST_UNUSED else 0)
-        messages[after].append((positions[maker], maker, user))
-        last_used.append(positions[user])
+        maker = made[message_into(op)]
+        used = recent[op.pipeline, op.stage, op.kind is Kind.F]
+        after = max(maker, used[0] if len(used) == MOST_UNUSED else 0)
+        messages[after].append((maker, place))
+        used.append(place)
     return messages
+
+
+def _source(schedule: Schedule, op: Op) -> int | None:
+    """The other rank that makes what the operation takes; None where its own does, or none."""
+    ranks = schedule.problem.pipelines[op.pipeline].ranks
+    stage = op.stage - 1 if op.kind is Kind.F else op.stage + 1
+    return ranks[stage] if 0 <= stage < len(ranks) and ranks[stage] != ranks[op.stage] else None

@@ -150,7 +150,7 @@ class TrainingPlanner:
         counts = list(counts)
         if not self.is_fused:
             return {
-                one: Plan.checked(
+                one: Plan(
                     serial_schedule(replicas_of(self.placement, one), one),
                     is_watched=self._watches and not self._knows(one),
                 )
@@ -227,7 +227,7 @@ class TrainingPlanner:
 
     def _watched(self, counts: Counts) -> Plan:
         """One that shows what is not known yet."""
-        return Plan.checked(halved_serial_schedule(replicas_of(self.placement, counts), counts), is_watched=True)
+        return Plan(halved_serial_schedule(replicas_of(self.placement, counts), counts), is_watched=True)
 
     @property
     def opposite_gain(self) -> float | None:
@@ -320,7 +320,7 @@ class TrainingPlanner:
             num_steps=num_steps,
             num_workers=settings.num_workers,
         )
-        return Plan.checked(schedule, profile)
+        return Plan(schedule, profile)
 
     def _gain(self, counts: Counts) -> float:
         return plan_gain(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
-from fuse.intrastage.executor import check_once
 from fuse.intrastage.opposite import has_opposites, plain_profile, without_opposites
-from fuse.intrastage.packed_schedule import packed, unpacked
 from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replica_micro_batches
+from fuse.intrastage.program import Program, program_of
 from schedules import Kind, Op, Pipeline, Problem, Schedule, Timing, evaluate
 from schedules.baselines.interleaved import interleaved
 from schedules.baselines.one_f_one_b import one_f_one_b
@@ -32,34 +31,28 @@ _MEMORY_SEARCH_S = 1.0  # the lowest peaks of small problems are found and prove
 
 
 @dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What ranks are told of a `Plan`. is_watched: as there."""
+
+    program: Program
+    is_watched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A schedule of one optimizer step, and the profile that its times come from; None where nothing was measured.
 
     is_watched: ranks are to show what a later plan has to know: messages, and the memory of micro-batches.
-    is_checked: the schedule is known to be legal, so that ranks need not check it, each for itself.
     """
 
     schedule: Schedule
     profile: Profile | None = None
     is_watched: bool = False
-    is_checked: bool = False
 
-    @classmethod
-    def checked(cls, schedule: Schedule, profile: Profile | None = None, *, is_watched: bool = False) -> Plan:
-        """Of a schedule that is checked here, for all ranks.
-
-        Raises: ValueError for an illegal one.
-        """
-        check_once(schedule)
-        return cls(schedule, profile, is_watched=is_watched, is_checked=True)
-
-    def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
-        """Ranks get the same ones in every update, and need no profile."""
-        return _unpacked_plan, (packed(self.schedule), self.is_watched, self.is_checked)
-
-
-def _unpacked_plan(schedule: bytes, is_watched: bool, is_checked: bool) -> Plan:
-    return Plan(unpacked(schedule), is_watched=is_watched, is_checked=is_checked)
+    @property
+    def for_ranks(self) -> RankPlan:
+        """What they run. Raises: ValueError for an illegal schedule."""
+        return RankPlan(program_of(self.schedule), self.is_watched)
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from fuse.intrastage.observed import MESSAGE, shape_arguments
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder, now_s
 from fuse.training.running import Running
-from schedules import Schedule
+from schedules import Problem
 
 _MESSAGES = 3
 
@@ -18,7 +18,7 @@ _MESSAGES = 3
 def record_messages(
     recorder: SpanRecorder,
     rank: int,
-    schedule: Schedule,
+    problem: Problem,
     running: Running,
     micro_batches: Sequence[Sequence[MicroBatch]],
 ) -> None:
@@ -32,13 +32,13 @@ def record_messages(
     for name, stage, shape, seconds in messages:
         number = numbers[name]
         micro_batch = next(one for one in by_shape[number] if shape_of(one) == shape)
-        record_observed(recorder, MESSAGE, schedule, number, stage, micro_batch, seconds, {})
+        record_observed(recorder, MESSAGE, problem, number, stage, micro_batch, seconds, {})
 
 
 def record_observed(
     recorder: SpanRecorder,
     category: str,
-    schedule: Schedule,
+    problem: Problem,
     pipeline: int,
     stage: int,
     micro_batch: MicroBatch,
@@ -46,6 +46,6 @@ def record_observed(
     sizes: Mapping[str, object],
 ) -> None:
     """Record a span that tells what a micro-batch costs; see `fuse.intrastage.observed`."""
-    name, end_s = f"{category} {schedule.problem.pipelines[pipeline].name}.{stage}.0", now_s()
+    name, end_s = f"{category} {problem.pipelines[pipeline].name}.{stage}.0", now_s()
     arguments = shape_arguments(shape_of(micro_batch)) | dict(sizes)
     recorder.add(Span(name, category, end_s - seconds, end_s, arguments))

@@ -23,8 +23,9 @@ from fuse.intrastage.memory_probe import MemoryProbe
 from fuse.intrastage.observed import MEMORY
 from fuse.intrastage.optimizer import AVERAGE, AdamWConfig, ModelOptimizer
 from fuse.intrastage.placement import Counts, Replica
+from fuse.intrastage.program import program_of
 from fuse.intrastage.stage import Exported, TrainedStage
-from fuse.intrastage.training_schedule import Plan, serial_schedule
+from fuse.intrastage.training_schedule import RankPlan, serial_schedule
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Loss
 from fuse.trace import SpanRecorder
@@ -201,7 +202,7 @@ class TrainingRank:
         experience: Experience,
         rounds: Sequence[Round],
         learning_rates: Sequence[Mapping[str, float]],
-        plans: Mapping[Counts, Plan],
+        plans: Mapping[Counts, RankPlan],
         scorers: Scorers = MappingProxyType({}),
     ) -> list[RankRound]:
         """Take all optimizer steps of an update, a round of them by the plan for its micro-batches.
@@ -217,32 +218,31 @@ class TrainingRank:
             optimizer.gradients.close()
         return told
 
-    def _round(self, late: LateScores, one: Round, learning_rates: Mapping[str, float], plan: Plan) -> RankRound:
+    def _round(self, late: LateScores, one: Round, learning_rates: Mapping[str, float], plan: RankPlan) -> RankRound:
         trained = Running.of(one, self._placement, self._stages, self._communicators)
         of_trained = self._made_of(late.experience).per_pipeline(one, trained.replicas)
         running, scoring, per_pipeline = late.beside(one, trained, of_trained)
         for model in one.parts.keys() & self._optimizers.keys():
             self._optimizers[model].gradients.open()
-        probes: dict[tuple[int, int], MemoryProbe] = {}
+        problem, probes = plan.program.problem, dict[tuple[int, int], MemoryProbe]()
         if plan.is_watched and not self._observed_models >= one.parts.keys():
             self._observed_models |= one.parts.keys()
-            record_messages(self._recorder, self._rank, plan.schedule, trained, of_trained)
+            record_messages(self._recorder, self._rank, problem, trained, of_trained)
             largest = [index_of_largest(own) for own in per_pipeline]
             probes = {key: MemoryProbe(stage, largest[key[0]]) for key, stage in running.stages.items()}
         execute(
-            plan.schedule,
+            plan.program,
             self._rank,
             {**running.stages, **probes, **scoring},
             per_pipeline,
             running.communicators,
             self._recorder,
-            is_checked=plan.is_checked,
         )
         scored = late.finish(one)
         for (pipeline, stage), probe in probes.items():
             shown = per_pipeline[pipeline][index_of_largest(per_pipeline[pipeline])]
             sizes = {"activation_bytes": probe.activation_bytes, "weight_grad_bytes": probe.weight_grad_bytes}
-            record_observed(self._recorder, MEMORY, plan.schedule, pipeline, stage, shown, 0.0, sizes)
+            record_observed(self._recorder, MEMORY, problem, pipeline, stage, shown, 0.0, sizes)
         norms = self._step(one, learning_rates)
         return replace(trained.told([len(own) for own in of_trained], norms), scored=scored)
 
@@ -276,9 +276,9 @@ class TrainingRank:
         alone = replace(self._placement[number], index=0)
         held = {(0, stage): one for (pipeline, stage), one in self._stages.items() if pipeline == number}
         running = Running((alone,), held, [self._communicators[number]])
-        schedule = serial_schedule((alone,), ((model, len(part.micro_batches)),))
+        program = program_of(serial_schedule((alone,), ((model, len(part.micro_batches)),)))
         per_pipeline = self._made_of(experience).per_pipeline(Round({model: part}), (alone,))
-        args = schedule, self._rank, held, per_pipeline, running.communicators, self._recorder
+        args = program, self._rank, held, per_pipeline, running.communicators, self._recorder
         execute(*args, category=TAIL)
         return running.told([len(part.micro_batches)], {})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fuse.algorithms.batch import Experience
 from fuse.intrastage.placement import Counts
-from fuse.intrastage.training_schedule import Plan
+from fuse.intrastage.training_schedule import RankPlan
 from fuse.training.rounds import Round
 
 
@@ -21,4 +21,4 @@ class UpdatePiece:
     experience: Experience
     rounds: Sequence[Round]
     learning_rates: Sequence[Mapping[str, float]]
-    plans: Mapping[Counts, Plan]
+    plans: Mapping[Counts, RankPlan]

@@ -164,7 +164,7 @@ class LateTraining:
         plans = {}
         for one in of_update:
             problem = halved_serial_schedule(replicas_of(placement, one.counts), one.counts).problem
-            plans[one.counts] = Plan(make(problem))
+            plans[one.counts] = Plan(make(problem)).for_ranks
         scorers = {column: pipelines.scorers[column] for column in columns}
         rates: list[Mapping[str, float]] = [{"actor": 1e-2}] * len(of_update)
         found = training.train(known, of_update, rates, plans, scorers)

@@ -18,6 +18,7 @@ from fuse.intrastage.forward_only import ScorerStage
 from fuse.intrastage.in_flight import InFlight
 from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.program import program_of
 from fuse.intrastage.split_backward import SplitBackward
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.trace import SpanRecorder
@@ -149,7 +150,7 @@ class Training:
         measure(rank, trained, stages, [own[:1] for own in batches[: len(trained)]], communicators, repeats=1)
         scorers, found = self._scorers(rank, tensor_group)
         for _ in range(_NUM_STEPS):
-            execute(self.schedule, rank, stages | scorers, batches, communicators, SpanRecorder())
+            execute(program_of(self.schedule), rank, stages | scorers, batches, communicators, SpanRecorder())
             for optimizer in optimizers.values():
                 optimizer.step(0.01)
         for (number, index), values in found.items():

@@ -22,6 +22,7 @@ from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.megatron_stage import MegatronStage
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.program import program_of
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
@@ -140,7 +141,7 @@ class Training:
         """A random schedule with halved backwards, then an optimizer step of each model; returns the norms."""
         schedule = random_problems.random_schedule(self.run.problem, random.Random(step))
         rank = self.run.rank
-        execute(schedule, rank, self.stages, self.micro_batches(step), self.communicators, SpanRecorder())
+        execute(program_of(schedule), rank, self.stages, self.micro_batches(step), self.communicators, SpanRecorder())
         return {name: one.step(LEARNING_RATE / (step + 1)) for name, one in self.optimizers.items()}
 
     def exported(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from fuse.intrastage.communication import CommunicationError
 from fuse.intrastage.executor import execute
 from fuse.intrastage.live_memory import LiveMemory
 from fuse.intrastage.megatron_stage import MegatronStage
+from fuse.intrastage.program import program_of
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.ops.logprob import token_logprobs
@@ -66,7 +67,7 @@ def check_pipelines(rank: int) -> dict[str, float]:
     for step in range(3):
         schedule = serial(run.problem) if step == 0 else drawn(run.problem, step)
         for stages in (megatron, transformers):
-            execute(schedule, rank, stages, run.batches(), communicators, SpanRecorder())
+            execute(program_of(schedule), rank, stages, run.batches(), communicators, SpanRecorder())
         for key, stage in megatron.items():
             gradients = stage.to_hugging_face({name: one.grad for name, one in stage.named_parameters()})
             expected = {name: one.grad for name, one in transformers[key].named_parameters()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fuse.intrastage.executor import execute
 from fuse.intrastage.optimizer import ModelOptimizer
+from fuse.intrastage.program import program_of
 from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
 from schedules import Schedule
@@ -41,7 +42,7 @@ class Training:
     def step(self) -> float:
         """The gradient's norm."""
         batches, recorder = self._batches, SpanRecorder()
-        execute(self._schedule, self._run.rank, self.stages, batches, self._communicators, recorder)
+        execute(program_of(self._schedule), self._run.rank, self.stages, batches, self._communicators, recorder)
         return self.optimizer.step(1e-3)
 
     def state(self, key: tuple[int, int]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fuse.intrastage.communication import PipelineCommunicators, open_model, open_pipelines
 from fuse.intrastage.executor import execute
 from fuse.intrastage.optimizer import AdamWConfig, ModelOptimizer
+from fuse.intrastage.program import program_of
 from fuse.intrastage.transformers_stage import TransformersStage
 from fuse.micro_batch import Metrics, MicroBatch
 from fuse.trace import SpanRecorder
@@ -147,7 +148,7 @@ class Run:
     def gradient_difference(self, schedule: Schedule, recorder: SpanRecorder | None = None) -> float:
         """Largest difference between the stages' gradients after the schedule and one process's; ties left apart."""
         stages, recorder = self.build(), recorder or SpanRecorder()
-        execute(schedule, self.rank, stages, self.batches(), self.communicators(), recorder)
+        execute(program_of(schedule), self.rank, stages, self.batches(), self.communicators(), recorder)
         worst = 0.0
         for number, name in enumerate(self.models):
             expected = full_gradients(name, self.problem.pipelines[number].num_micro_batches, number)

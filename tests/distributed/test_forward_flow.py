@@ -14,6 +14,7 @@ from fuse.intrastage import forward_flow
 from fuse.intrastage.communication import Communicator, open_pipelines
 from fuse.intrastage.executor import MOST_IN_FLIGHT, execute
 from fuse.intrastage.forward_flow import ForwardFlow, ForwardPipeline, Passage
+from fuse.intrastage.program import program_of
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
 from schedules.fused.greedy import greedy
@@ -158,7 +159,9 @@ def test_training_and_scoring_take_turns_on_the_same_connections(slots: int) -> 
         for turn in range(2):
             ticks = [[(number, 20 * turn + 2 * tick + number) for number in range(2)] for tick in range(5)]
             found |= run_ticks(flow, ticks)
-            execute(training.schedule, rank, stages, training.micro_batches(), communicators, SpanRecorder())
+            execute(
+                program_of(training.schedule), rank, stages, training.micro_batches(), communicators, SpanRecorder()
+            )
             gradients += [str(parameter.grad) for stage in stages.values() for _, parameter in stage.named_parameters()]
         return gradients, found
 

@@ -28,6 +28,7 @@ from fuse.intrastage.executor import execute
 from fuse.intrastage.measure import measure
 from fuse.intrastage.optimizer import ModelOptimizer
 from fuse.intrastage.planned_times import PlannedTimes, times_of, with_planned
+from fuse.intrastage.program import program_of
 from fuse.trace import SpanRecorder
 from fuse.training.state import load_state, save_state
 from schedules import Kind, Pipeline, Problem, Schedule, random_problems
@@ -144,7 +145,7 @@ def check_steps(rank: int, world: int, directory: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for step in range(3):
         schedule = drawn(run.problem, step)
-        execute(schedule, rank, stages, run.batches(), communicators, SpanRecorder())
+        execute(program_of(schedule), rank, stages, run.batches(), communicators, SpanRecorder())
         for name, optimizer in optimizers.items():
             norm = optimizer.step(1e-3 / (step + 1))
             if optimizer.model_shapes:
@@ -204,7 +205,7 @@ def check_state(rank: int, world: int, directory: Path) -> dict[str, float]:
         save_file(dump(optimizers), directory / f"loaded-{saved.name}-{world}-{rank}.safetensors")
         found[saved.name] = float(min(optimizer.num_steps for optimizer in optimizers.values()))
     for step in range(2):
-        execute(drawn(run.problem, step), rank, stages, run.batches(), communicators, SpanRecorder())
+        execute(program_of(drawn(run.problem, step)), rank, stages, run.batches(), communicators, SpanRecorder())
         for optimizer in optimizers.values():
             optimizer.step(1e-2)
     target = directory / f"state-{world}{'-again' if found and world == 1 else ''}"
@@ -252,7 +253,7 @@ def check_lost_peer(rank: int, world: int, directory: Path, *, dies: bool) -> di
 
     Transfer.wait = tell_and_wait
     try:
-        execute(one_f_one_b(run.problem), rank, stages, run.batches(), communicators, SpanRecorder())
+        execute(program_of(one_f_one_b(run.problem)), rank, stages, run.batches(), communicators, SpanRecorder())
     except CommunicationError as error:
         return {"error": str(error)}
     return {"error": ""}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,8 @@ from fuse.intrastage.cost_profile import Profile, Shape, StageCosts
 from fuse.intrastage.micro_batch_number import Work
 from fuse.intrastage.placement import Counts, place
 from fuse.intrastage.planned_times import planned_times
-from fuse.intrastage.training_schedule import Plan, serial_schedule
+from fuse.intrastage.program import program_of
+from fuse.intrastage.training_schedule import Plan, RankPlan, serial_schedule
 from fuse.trace import Span
 from fuse.training.layout import RaggedLayout
 from fuse.training.rounds import Round, StepPart
@@ -43,17 +44,22 @@ PROFILE = Profile(
     ),
     transfers=(),
 )
-PLAN = Plan.checked(serial_schedule(PLACEMENT, COUNTS), PROFILE)
+PLAN = Plan(serial_schedule(PLACEMENT, COUNTS), PROFILE)
 
 
-def test_a_plan_is_checked_where_it_is_made_and_unpacked_once_by_a_rank() -> None:
-    first, second = (pickle.loads(pickle.dumps({COUNTS: PLAN}))[COUNTS] for _ in range(2))  # noqa: S301
-    assert first == Plan(PLAN.schedule, is_checked=True)
-    assert first.schedule is second.schedule
+def test_ranks_are_told_programs_of_legal_schedules_and_no_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[UpdatePiece] = []
+    monkeypatch.setattr(update.ray, "put", told.append)
+    monkeypatch.setattr(update, "gather", lambda calls: [])
+
+    def take(plan: Plan) -> None:
+        update.take_rounds([], None, [1], [{}], {COUNTS: plan}, pieces=[slice(1)], between=lambda: None)  # type: ignore[arg-type]
+
+    take(replace(PLAN, is_watched=True))
+    assert told[0].plans == {COUNTS: RankPlan(program_of(PLAN.schedule), is_watched=True)}
     with pytest.raises(ValueError, match="illegal schedule"):
-        Plan.checked(Schedule(PLAN.schedule.problem, PLAN.schedule.ranks[::-1]))
-    watched = Plan(PLAN.schedule, is_watched=True)
-    assert pickle.loads(pickle.dumps(watched)) == watched  # noqa: S301
+        take(Plan(Schedule(PLAN.schedule.problem, PLAN.schedule.ranks[::-1])))
+    assert len(told) == 1
 
 
 def test_plans_are_timed_while_devices_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +127,7 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
 
 def test_spans_of_all_devices_of_a_rank_say_when_their_operations_were_to_run() -> None:
     works = [Work({"actor": SHAPES}), Work({"actor": SHAPES[:1]})]
-    unplanned = Plan.checked(serial_schedule(PLACEMENT, (("actor", 1),)))
+    unplanned = Plan(serial_schedule(PLACEMENT, (("actor", 1),)))
     planned = PlannedSpans.of(works, {COUNTS: PLAN, works[1].counts: unplanned}, PLACEMENT, tensor_parallel_size=2)
     num_spans = [len(PLAN.schedule.ranks[rank]) + len(unplanned.schedule.ranks[rank]) for rank in range(2)]
     told = planned.beside([[Span("", "train", 0.0, 1.0)] * num_spans[device // 2] for device in range(4)])

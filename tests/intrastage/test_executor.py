@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fuse.intrastage import executor
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import drift_of
 from fuse.intrastage.planned_times import PlannedTimes, times_of, with_planned
+from fuse.intrastage.program import program_of
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder
 from schedules import Kind, Op, Pipeline, Problem, Schedule
@@ -63,7 +63,7 @@ def run(schedule: Schedule, can_split: bool = True) -> tuple[list[str], SpanReco
     calls: list[str] = []
     stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls, can_split)}
     recorder = SpanRecorder()
-    execute(schedule, 0, stages, [BATCHES], [], recorder)
+    execute(program_of(schedule), 0, stages, [BATCHES], [], recorder)
     return calls, recorder
 
 
@@ -162,7 +162,7 @@ def test_a_plan_carried_out_exactly_on_a_device_does_not_drift(slower: float) ->
     recorder = SpanRecorder(device)
     seconds_of_stage_1 = {op: slower * second if op.stage == 1 else second for op, second in seconds.items()}
     device.planned = times_of(schedule, seconds_of_stage_1, (0.0,))
-    execute(schedule, 0, stages, [BATCHES], [], recorder)
+    execute(program_of(schedule), 0, stages, [BATCHES], [], recorder)
     assert device.num_waits == 0, "a step does not wait for the device"
     spans = with_planned(recorder.drain(), [(schedule.ranks[0], planned)])
     assert device.num_waits == 1
@@ -174,24 +174,6 @@ def test_a_plan_carried_out_exactly_on_a_device_does_not_drift(slower: float) ->
         assert starts == pytest.approx([planned.start_s[op] for op in schedule.ranks[0]])
     else:
         assert drift > 0.3
-
-
-def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
-    calls: list[str] = []
-    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls)}
-    swapped = schedule_of(*LEGAL[:4], "B0.1.1", "F0.1.1", *LEGAL[5:6], LEGAL[7])
-    for schedule in (swapped, schedule_of(*LEGAL[:-1])):
-        with pytest.raises(ValueError, match="illegal schedule"):
-            execute(schedule, 0, stages, [BATCHES], [], SpanRecorder())
-    assert calls == []
-
-
-def test_what_was_checked_before_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    stages = {(0, 0): RecordingStage(0, False, calls), (0, 1): RecordingStage(1, True, calls)}
-    monkeypatch.setattr(executor, "check_once", None)
-    execute(schedule_of(*LEGAL), 0, stages, [BATCHES], [], SpanRecorder(), is_checked=True)
-    assert len(calls) == len(LEGAL)
 
 
 def split_schedule(*texts: str) -> Schedule:
@@ -263,7 +245,7 @@ def test_what_was_sent_is_let_go_once_the_neighbour_has_used_it(rank: int) -> No
     stages = {(0, rank): Receiving(rank, rank == 3, [])}
     forward, backward = Mailbox(), Mailbox()
     pair: Any = SimpleNamespace(forward=forward, backward=backward)
-    execute(schedule, rank, stages, [[BATCHES[0]] * 24], [pair], SpanRecorder())
+    execute(program_of(schedule), rank, stages, [[BATCHES[0]] * 24], [pair], SpanRecorder())
     for mailbox, sends in ((forward, rank < 3), (backward, rank > 0)):
         assert mailbox.num_sent == 24 * sends
         assert mailbox.held == 0

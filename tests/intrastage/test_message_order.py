@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from fuse.intrastage.message_order import MOST_UNUSED, Action, Step, rank_steps
+from fuse.intrastage.message_order import MOST_UNUSED, Action, Message, Step, message_into, steps_of
 from schedules import Kind, Op, Pipeline, Problem, Schedule, evaluate
 from schedules.baselines import gpipe, one_f_one_b
 from schedules.random_problems import random_problem, random_schedule
@@ -24,22 +24,18 @@ def drawn(seed: int) -> Schedule:
     return random_schedule(random_problem(random, max_ranks=8, max_stages=6, max_micro_batches=8), random)
 
 
-def all_steps(schedule: Schedule) -> list[tuple[Step, ...]]:
-    return [rank_steps(schedule, rank) for rank in range(schedule.problem.num_ranks)]
-
-
-def message_of(step: Step) -> tuple[int, int, int, bool]:
-    """Pipeline, receiving stage, micro-batch, whether forward: the same for a send and its receive."""
+def message_of(step: Step) -> Message:
+    """The same for a send and its receive."""
     op, is_forward = step.op, step.op.kind is Kind.F
     further = 0 if step.action is Action.RECEIVE else 1 if is_forward else -1
-    return op.pipeline, op.stage + further, op.micro_batch, is_forward
+    return Message(op.pipeline, op.stage + further, op.micro_batch, is_forward)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ranks_come_through_where_every_message_blocks_both_ends(seed: int) -> None:
     schedule = drawn(seed)
-    left = [list(steps) for steps in all_steps(schedule)]
-    received: set[tuple[int, int, int, bool]] = set()
+    left = [list(steps) for steps in steps_of(schedule)]
+    received: set[Message] = set()
     progress = True
     while progress:
         progress = False
@@ -63,7 +59,7 @@ def test_ranks_come_through_where_every_message_blocks_both_ends(seed: int) -> N
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_operation_is_a_step_and_each_message_one_of_both_its_ends(seed: int) -> None:
     schedule = drawn(seed)
-    for rank, steps in enumerate(all_steps(schedule)):
+    for rank, steps in enumerate(steps_of(schedule)):
         ops = schedule.ranks[rank]
         assert tuple(step.op for step in steps if step.action is Action.COMPUTE) == ops
         sent = Counter(step.op for step in steps if step.action is Action.SEND)
@@ -74,7 +70,7 @@ def test_each_operation_is_a_step_and_each_message_one_of_both_its_ends(seed: in
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_few_messages_wait_unused_at_a_receiver(seed: int) -> None:
-    for steps in all_steps(drawn(seed)):
+    for steps in steps_of(drawn(seed)):
         unused = Counter[tuple[int, int, bool]]()
         for step in steps:
             channel = step.op.pipeline, step.op.stage, step.op.kind is Kind.F
@@ -96,7 +92,7 @@ def test_a_receive_is_posted_before_what_is_computed_while_its_message_is_sent(s
         for op, end in zip(ops, of_rank, strict=True)
     }
     makers = {message_of(Step(Action.SEND, op)): op for op in ends if channel_from(schedule.problem, op) is not None}
-    for steps in all_steps(schedule):
+    for steps in steps_of(schedule):
         computed: list[Op] = []
         for step in steps:
             if step.action is Action.COMPUTE:
@@ -106,6 +102,31 @@ def test_a_receive_is_posted_before_what_is_computed_while_its_message_is_sent(s
                 late = [op for op in computed if ends[op] > sent_at]
                 channel = [op for op in computed if message_of(Step(Action.RECEIVE, op))[:2] == message_of(step)[:2]]
                 assert not late or late[-1] in channel
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_was_sent_is_used_for_certain_once_a_later_input_comes_from_there(seed: int) -> None:
+    """By the order of the rank that the input comes from: all it has used before it made that, and nothing else."""
+    schedule = drawn(seed)
+    problem = schedule.problem
+    makers = {
+        message_of(Step(Action.SEND, op)): op for _, op in schedule.ops() if channel_from(problem, op) is not None
+    }
+    for rank, steps in enumerate(steps_of(schedule)):
+        sent: set[Message] = set()
+        for action, op, used in steps:
+            if action is Action.SEND:
+                sent.add(message_of(Step(action, op)))
+            channel = channel_into(problem, op)
+            if action is not Action.COMPUTE or channel is None:
+                assert not used
+                continue
+            peer = schedule.ranks[channel[2]]
+            before = peer[: 1 + peer.index(makers[message_into(op)])]
+            known = {message_into(one) for one in before if (into := channel_into(problem, one)) and into[2] == rank}
+            assert set(used) == sent & known
+            assert len(used) == len(set(used))
+            sent -= known
 
 
 def pipeline_of(num_ranks: int, num_micro_batches: int) -> Problem:
@@ -124,7 +145,7 @@ def written(schedule: Schedule) -> list[str]:
     marks = {Action.COMPUTE: "", Action.SEND: "!", Action.RECEIVE: "?"}
     return [
         " ".join(f"{marks[step.action]}{step.op.kind}{step.op.micro_batch}" for step in steps)
-        for steps in all_steps(schedule)
+        for steps in steps_of(schedule)
     ]
 
 

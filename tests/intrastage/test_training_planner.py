@@ -81,7 +81,6 @@ def test_the_first_update_trains_serially_and_the_next_by_what_it_showed(tmp_pat
     assert not planner.will_solve({2, 4})
     for count, plan in planner.plans({2, 4}, SHAPES).items():
         assert plan.profile is None
-        assert plan.is_checked
         assert planner.serial_bubble_ratio is None
         assert violations(plan.schedule) == []
         kinds = [[op.kind for op in ops] for ops in plan.schedule.ranks]
@@ -93,7 +92,6 @@ def test_the_first_update_trains_serially_and_the_next_by_what_it_showed(tmp_pat
     plans = planner.plans({2, 4}, SHAPES)
     for count, plan in plans.items():
         assert violations(plan.schedule) == []
-        assert plan.is_checked
         assert [pipeline.num_micro_batches for pipeline in plan.schedule.problem.pipelines] == [count, count]
         assert planner.serial_bubble_ratio is not None
         assert evaluate(plan.schedule).bubble_ratio < planner.serial_bubble_ratio
@@ -291,7 +289,6 @@ def test_an_update_need_not_wait_for_a_search(tmp_path: Path, monkeypatch: pytes
     planner = planner_in(tmp_path)
     planner.observe(watched(SHAPES))
     first = planner.plans({4}, SHAPES, waits=False)[4]
-    assert first.is_checked
     assert first.schedule == greedy(first.schedule.problem)
     assert not list(tmp_path.glob("*.schedule")), "what was not searched for is not kept"
     planner.search()

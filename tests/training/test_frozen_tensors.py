@@ -112,7 +112,7 @@ def held(device: int, num_devices: int, placement: tuple[Replica, ...], scoring:
     steps = optimizer_steps([np.arange(6)], num_mini_batches=1, micro_batch_size=2)
     counts = {role: sum(one.model == role for one in placement) for role in trained}
     (one,) = rounds(dict.fromkeys(trained, steps), counts, is_fused=True)
-    plan = Plan(halved_serial_schedule(placement, one.counts))
+    plan = Plan(halved_serial_schedule(placement, one.counts)).for_ranks
     worker._training.train(EXPERIENCE, [one], [dict.fromkeys(trained, 1e-2)], {one.counts: plan})
 
     stages = [(role, stage) for role in trained for stage in worker._training.stages_of(role).values()]

@@ -70,7 +70,7 @@ def trained(
     serial = halved_serial_schedule(placement, 4)
     steps = optimizer_steps([np.arange(8)], num_mini_batches=1, micro_batch_size=2)
     of_update = rounds({"actor": steps, "critic": steps}, {"actor": 1, "critic": 2}, is_fused=True)
-    plans = [{of_update[0].counts: Plan(schedule)} for schedule in (serial, greedy(serial.problem))]
+    plans = [{of_update[0].counts: Plan(schedule).for_ranks} for schedule in (serial, greedy(serial.problem))]
 
     def run(rank: int) -> dict[str, Tensor]:
         specs = {name: ModelSpec.of(model) for name, model in MODELS.items()}
@@ -127,7 +127,7 @@ def actor_steps(num_ranks: int, placement: tuple[Replica, ...], slots: int) -> l
     of_step = rounds({"actor": [FIVE]}, {"actor": len(placement)}, is_fused=True)
     counts = of_step[0].counts
     serial = halved_serial_schedule(placement, counts)
-    plans = [Plan(serial), Plan(greedy(serial.problem))]
+    plans = [Plan(serial).for_ranks, Plan(greedy(serial.problem)).for_ranks]
     spec = ModelSpec.of(MODELS["actor"])
 
     def run(rank: int) -> Any:
@@ -198,7 +198,7 @@ def taken(
     plans = {}
     for counts in {one.counts for one in of_update}:
         serial = halved_serial_schedule(replicas_of(placement, counts), counts)
-        plans[counts] = Plan(greedy(serial.problem) if is_fused else serial)
+        plans[counts] = Plan(greedy(serial.problem) if is_fused else serial).for_ranks
 
     def run(rank: int) -> tuple[dict[str, Tensor], list[RankRound]]:
         specs = {name: ModelSpec.of(model) for name, model in models.items()}

@@ -299,7 +299,7 @@ def trained(
     assert [one.counts for one in dealt] == [one.counts for one in of_update]
     plans = {}
     for counts in {one.counts for one in dealt}:
-        plans[counts] = Plan(greedy(halved_serial_schedule(replicas_of(placement, counts), counts).problem))
+        plans[counts] = Plan(greedy(halved_serial_schedule(replicas_of(placement, counts), counts).problem)).for_ranks
     settings = TrainingSettings(
         backend="transformers",
         split_backward=True,

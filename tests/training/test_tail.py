@@ -159,7 +159,7 @@ class Case:
         if pieces:
             scale = step.scale(whole, self.drawn)
             of_update = step.rest(whole, self.drawn, of_update, num_replicas=self.num_replicas, halves=False)
-        plans = {one.counts: Plan(serial_schedule(placement, one.counts)) for one in of_update}
+        plans = {one.counts: Plan(serial_schedule(placement, one.counts)).for_ranks for one in of_update}
 
         def run(rank: int) -> tuple[list[RankRound], dict[str, Tensor], int]:
             recorder = SpanRecorder()

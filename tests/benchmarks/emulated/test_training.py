@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import queue
 import threading
 from collections import defaultdict
@@ -17,10 +16,10 @@ from fuse.benchmarks.emulated.h100 import costs_named
 from fuse.benchmarks.emulated.messages import Key, Mailbox, latest
 from fuse.benchmarks.emulated.training import EmulatedRound, train
 from fuse.benchmarks.emulated.training import walk as piece_of
-from fuse.intrastage import executor
 from fuse.intrastage.cost_profile import Shape
 from fuse.intrastage.observed import ObservedCosts
 from fuse.intrastage.placement import place
+from fuse.intrastage.program import program_of
 from fuse.intrastage.training_schedule import halved_serial_schedule, serial_schedule
 from fuse.trace import Span, SpanRecorder
 from schedules import Schedule
@@ -62,7 +61,11 @@ def made_round(
     """more_tokens: of each micro-batch than of the one before."""
     shapes = tuple(Shape(4, 600 + more_tokens * number) for number in range(NUM_MICRO_BATCHES))
     return EmulatedRound(
-        schedule=schedule, roles=("actor", "critic"), shapes=(shapes, shapes), is_observed=True, stepping=stepping
+        program=program_of(schedule),
+        roles=("actor", "critic"),
+        shapes=(shapes, shapes),
+        is_observed=True,
+        stepping=stepping,
     )
 
 
@@ -101,7 +104,7 @@ def test_a_pipeline_trains_a_piece_alone() -> None:
     (_, replica) = place("critic", NUM_RANKS, 2)
     alone = replace(replica, index=0)
     one = EmulatedRound(
-        schedule=serial_schedule((alone,), (("critic", 3),)),
+        program=program_of(serial_schedule((alone,), (("critic", 3),))),
         roles=("critic",),
         shapes=((Shape(4, 600),) * 3,),
         is_observed=False,
@@ -185,18 +188,3 @@ def test_what_is_queued_ends_when_it_should_and_wakes_the_host_seldom() -> None:
     device.finish()
     assert now_s == pytest.approx(1.0)
     assert len(slept) < 25
-
-
-def test_a_rank_checks_no_schedule_that_the_driver_has_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = made_round(SCHEDULES["fused"])
-    monkeypatch.setattr(executor, "check_once", None)
-    walk(replace(one, is_checked=True))
-    with pytest.raises(TypeError):
-        walk(one)
-
-
-def test_a_rank_unpacks_a_schedule_once() -> None:
-    one = made_round(serial_schedule(REPLICAS, (("actor", NUM_MICRO_BATCHES), ("critic", NUM_MICRO_BATCHES))))
-    first, again = (pickle.loads(pickle.dumps(one)) for _ in range(2))  # noqa: S301
-    assert first == one
-    assert first.schedule is again.schedule

@@ -10,6 +10,7 @@ import torch
 from fuse.benchmarks.training import emulated_stage
 from fuse.benchmarks.training.emulated_stage import EmulatedStage, measure_oversleep
 from fuse.intrastage.executor import execute
+from fuse.intrastage.program import program_of
 from fuse.intrastage.stage import Stage
 from fuse.micro_batch import MicroBatch
 from fuse.trace import SpanRecorder
@@ -44,7 +45,7 @@ def test_a_schedule_of_emulated_stages_waits_for_each_operation(slept: list[floa
         for stage in range(2)
     }
     schedule = Schedule(Problem(num_ranks=1, pipelines=(pipeline,)), (ops,))
-    execute(schedule, 0, stages, [[NOTHING]], [], SpanRecorder())
+    execute(program_of(schedule), 0, stages, [[NOTHING]], [], SpanRecorder())
     assert slept == [0.75, 0.75, 1.0, 1.75, 0.5]
 
 
