@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -71,17 +74,32 @@ def train(
     planned = cache(partial(PlannedSpans.of, works, plans, planner.placement, lanes))
     args = workers, experience, rounds, learning_rates, plans
 
-    def once_training() -> None:
-        meanwhile()
-        planned()
-        planner.search()
+    with _beside(planner.search) as search:
 
-    results = take_rounds(*args, pieces=pieces, between=between, meanwhile=once_training)
+        def once_training() -> None:
+            meanwhile()
+            planned()
+            search()
+
+        results = take_rounds(*args, pieces=pieces, between=between, meanwhile=once_training)
     if tail is not None:
         rounds, results = tail.whole(experience, rounds, results)
     laid_out = cache(partial(settings.layout.micro_batches, experience))  # roles draw the same samples
     metrics = partial(drawn_metrics, settings.losses, laid_out, experience)
     return partial(step_reports, rounds, results[::lanes], planner.placement, metrics), planned()
+
+
+@contextmanager
+def _beside(search: Callable[[threading.Event], None]) -> Iterator[Callable[[], object]]:
+    """What has another thread begin the search; it is stopped when the context ends, which raises what it raised."""
+    stop, begun = threading.Event(), list[Future[None]]()
+    with ThreadPoolExecutor(1, thread_name_prefix="search") as thread:
+        try:
+            yield lambda: begun.append(thread.submit(search, stop))
+        finally:
+            stop.set()
+    for one in begun:
+        one.result()
 
 
 def take_rounds(

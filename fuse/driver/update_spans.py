@@ -73,7 +73,7 @@ class UpdateSpans:
         self._rest()
 
     def _learn(self, models: Spans, engines: Spans) -> None:
-        self._models().planner.observe(span for spans in models for span in spans)
+        self._models().planner.observe([span for spans in models for span in spans])
         for spans in (*models, *engines):
             self._rollouts.observe_spans(spans)
         self._rollouts.weigh()

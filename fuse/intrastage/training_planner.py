@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -36,8 +37,6 @@ from schedules.fused.cache import ScheduleCache
 
 _logger = logging.getLogger(__name__)
 
-_MEANWHILE = 1 / 3  # of the last update's training, which may have been of a whole step: what is left takes less
-
 
 class TrainingPlanner:
     """Decides the schedule of every optimizer step.
@@ -59,7 +58,7 @@ class TrainingPlanner:
         self.is_fused = settings.fused and share_ranks(placement)
         self._watches = self.is_fused or settings.chooses_number
         self._plans: dict[Counts, Plan] = {}
-        self._unsearched: dict[Counts, Callable[[], Plan]] = {}  # what finds better ones
+        self._unsearched: dict[Counts, Callable[..., Plan]] = {}  # what finds better ones
         self._num_planned = 0  # updates that were trained by them
         self._profile: Profile | None = None
         self._times: dict[str, float] = {}  # as many micro-batches as were drawn, by what was drawn
@@ -170,7 +169,7 @@ class TrainingPlanner:
             plan = partial(self._plan, one, one_of_each(shapes), memory_limit, num_steps)
             self._plans[one] = plan(limit_s if waits else None)
             if not waits:
-                self._unsearched[one] = partial(plan, _MEANWHILE * limit_s)
+                self._unsearched[one] = partial(plan, limit_s)
         self._update_unfused = counts if unfused is None else list(unfused)
         for one in self._update_unfused:
             if one not in self._unfused_ticks and self._knows(one):
@@ -179,11 +178,11 @@ class TrainingPlanner:
             self._gains |= {one: self._gain(one) for one in missing}
         return {one: self._plans[one] if one in self._plans else self._watched(one) for one in counts}
 
-    def search(self) -> None:
-        """Search for the schedules that `plans` has not waited for; later updates train by them."""
-        while self._unsearched:
+    def search(self, stop: threading.Event) -> None:
+        """Search for the schedules that `plans` has not waited for, until `stop`; later updates train by them."""
+        while self._unsearched and not stop.is_set():
             counts, plan = self._unsearched.popitem()
-            self._plans[counts] = plan()
+            self._plans[counts] = plan(stop=stop)
             if counts in self._gains:
                 self._gains[counts] = self._gain(counts)
 
@@ -267,11 +266,10 @@ class TrainingPlanner:
     def _scorers_in(self, counts: Counts) -> list[str]:
         return [one for one in sorted(self._scorers) if num_micro_batches(counts, one)]
 
-    def observe(self, spans: Iterable[Span]) -> None:
+    def observe(self, spans: Sequence[Span]) -> None:
         """Learn from an update's spans of all ranks; forget plans that no longer hold."""
         if not self._watches:
             return
-        spans = list(spans)
         self._gap_s = median_gap_s(spans)
         trained = [span for span in spans if span.category == TRAIN]
         if trained:
@@ -304,6 +302,7 @@ class TrainingPlanner:
         memory_limit_bytes: int | None,
         num_steps: int,
         time_limit_s: float | None,
+        stop: threading.Event | None = None,
     ) -> Plan:
         settings, profile = self._settings, self._profile
         assert profile is not None
@@ -319,6 +318,7 @@ class TrainingPlanner:
             time_limit_s=time_limit_s,
             num_steps=num_steps,
             num_workers=settings.num_workers,
+            stop=stop,
         )
         return Plan(schedule, profile)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -117,6 +118,7 @@ def fused_schedule(
     time_limit_s: float | None = 30.0,
     num_steps: int | None = None,
     num_workers: int = 2,
+    stop: threading.Event | None = None,
 ) -> Schedule:
     """All replicas' training at once in the shortest schedule found, or kept in `cache` from an earlier search.
 
@@ -128,6 +130,7 @@ def fused_schedule(
     memory_limit_bytes: what activations and outstanding weight gradients of micro-batches may take on any rank.
     time_limit_s: of a search; None for none, and the greedy schedule if no better one is kept.
     num_steps: optimizer steps that the schedule will serve; the search takes no longer than it could save over them.
+    stop: ends the search once it is set.
 
     Raises:
         ValueError: the profile lacks a stage, a replica would have no micro-batch, or the limit is too low for one.
@@ -139,7 +142,7 @@ def fused_schedule(
         schedule, found = schedule_in_parts(problem, lambda part, _: greedy(part)), "greedy"
     elif schedule is None:
         assert time_limit_s is not None
-        schedule, found = _searched(problem, profile.tick_s, time_limit_s, num_steps, num_workers)
+        schedule, found = _searched(problem, profile.tick_s, time_limit_s, num_steps, num_workers, stop)
         if cache is not None:
             cache.store(schedule)
     fused = evaluate(schedule)
@@ -154,7 +157,12 @@ def fused_schedule(
 
 
 def _searched(
-    problem: Problem, tick_s: float, time_limit_s: float, num_steps: int | None, num_workers: int
+    problem: Problem,
+    tick_s: float,
+    time_limit_s: float,
+    num_steps: int | None,
+    num_workers: int,
+    stop: threading.Event | None,
 ) -> tuple[Schedule, str]:
     """The shortest schedule found, and how good it is, for people."""
     solutions: list[Solution] = []
@@ -164,7 +172,7 @@ def _searched(
         if num_steps is not None:
             saved_ticks = evaluate(greedy(part)).makespan - makespan_lower_bound(part)
             limit_s = min(limit_s, max(_LEAST_SEARCH_S, num_steps * saved_ticks * tick_s))
-        solutions.append(solved(part, share * limit_s, num_workers, memory_time_s=_MEMORY_SEARCH_S))
+        solutions.append(solved(part, share * limit_s, num_workers, memory_time_s=_MEMORY_SEARCH_S, stop=stop))
         return solutions[-1].schedule
 
     schedule = schedule_in_parts(problem, search)
@@ -173,8 +181,14 @@ def _searched(
     return schedule, f"{longest.makespan_gap:.1%} above the lower bound at most, found in {seconds:.1f} s"
 
 
-def solved(problem: Problem, time_limit_s: float, num_workers: int, memory_time_s: float = 0.0) -> Solution:
-    """The shortest schedule found in so long; `memory_time_s` of it may go into lower peaks at the same makespan.
+def solved(
+    problem: Problem,
+    time_limit_s: float,
+    num_workers: int,
+    memory_time_s: float = 0.0,
+    stop: threading.Event | None = None,
+) -> Solution:
+    """The shortest schedule found in so long, or until `stop`; `memory_time_s` of it may go into lower peaks.
 
     Raises:
         ValueError: a memory limit is too low for one micro-batch.
@@ -188,6 +202,7 @@ def solved(problem: Problem, time_limit_s: float, num_workers: int, memory_time_
         num_workers=num_workers,
         objective=objective,
         memory_time_s=memory_time_s,
+        stop=stop,
     )
 
 

@@ -57,7 +57,7 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
     under_way: defaultdict[Channel, deque[Op]] = defaultdict(deque)
     per_micro_batch = [_bytes_per_micro_batch(problem, p) for p in range(len(problem.pipelines))]
     num_left = sum(len(chain.tails) for of_rank in chains for chain in of_rank)
-    events = [0]
+    events = [(0, rank) for rank in range(problem.num_ranks)]  # when a rank may begin something
 
     def fits(op: Op, rank: int) -> bool:
         if limits is None or op.kind is not Kind.F:
@@ -84,7 +84,7 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
         sign = 1 if (op.kind, op.stage) == (Kind.F, 0) else -1 if (op.kind, op.stage) == (Kind.B, 0) else 0
         for r, num_bytes in per_micro_batch[op.pipeline].items():
             reserved[r] += sign * num_bytes
-        heapq.heappush(events, end)
+        heapq.heappush(events, (end, rank))
         if op.kind is Kind.F and op.stage == 0 and op.micro_batch + 1 < pipeline.num_micro_batches:
             arrival[replace(op, micro_batch=op.micro_batch + 1)] = end
         incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
@@ -95,15 +95,16 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
             if outgoing is not None:
                 under_way[outgoing].append(fed)
             arrival[fed] = end + problem.transfer_ticks(op, fed)
-            heapq.heappush(events, arrival[fed])
+            heapq.heappush(events, (arrival[fed], problem.rank_of(fed)))
 
     while num_left:
         if not events:
             return None
-        now = heapq.heappop(events)
-        while events and events[0] == now:
-            heapq.heappop(events)
-        for rank in range(problem.num_ranks):
+        now, first = heapq.heappop(events)
+        awake = {first}
+        while events and events[0][0] == now:
+            awake.add(heapq.heappop(events)[1])
+        for rank in range(problem.num_ranks) if admission else sorted(awake):  # what one gives back, others may take
             if free_at[rank] > now:
                 continue
             ready = []

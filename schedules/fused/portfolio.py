@@ -91,11 +91,15 @@ class Portfolio:
         self.moderate_bytes = UNLIMITED_BYTES
 
     def offer_constructions(self) -> None:
-        """Schedules that need no search: greedy, which always exists, and every baseline that takes the problem."""
+        """Schedules that need no search: greedy, which always exists, and, in time, the baselines for such problems."""
         self.incumbent.offer(greedy(self.problem), "greedy")
-        for baseline in (one_f_one_b, interleaved, zero_bubble_h1, zero_bubble_v):
-            self._offer_baseline(f"serial {baseline.__name__}", partial(serial, self.problem, baseline))
-        self._offer_baseline("chimera", partial(chimera, self.problem))
+        constructions = {
+            f"serial {baseline.__name__}": partial(serial, self.problem, baseline)
+            for baseline in (one_f_one_b, interleaved, zero_bubble_h1, zero_bubble_v)
+        }
+        for name, construct in {**constructions, "chimera": partial(chimera, self.problem)}.items():
+            if not self.deadline.is_over:
+                self._offer_baseline(name, construct)
 
     def _offer_baseline(self, name: str, construct: Callable[[], Schedule]) -> None:
         try:

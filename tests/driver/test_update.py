@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,8 +88,12 @@ def test_plans_are_timed_while_devices_train(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
     num_trained: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How much that is differs; a search for it goes on while devices train."""
+    """How much that is differs; a search for it goes on while devices train, and no longer."""
     events: list[object] = []
+
+    def search(stop: threading.Event) -> None:
+        assert stop.wait(60)
+        events.append("searched")
 
     def plans(*_: object, waits: bool) -> dict[Counts, Plan]:
         events.append(f"planned, {waits=}")
@@ -99,9 +105,7 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
 
     part = StepPart(micro_batches=((0,), (1,)), weights=(1.0, 1.0), is_last=True)
     rounds = [Round({"actor": part})]
-    planner: Any = SimpleNamespace(
-        placement=PLACEMENT, will_solve=lambda _: True, plans=plans, search=lambda: events.append("searched")
-    )
+    planner: Any = SimpleNamespace(placement=PLACEMENT, will_solve=lambda _: True, plans=plans, search=search)
     tail: Any = SimpleNamespace(
         num_trained=num_trained, rest=lambda *_: rounds, whole=lambda _, of_rest, results: (of_rest, results)
     )
@@ -109,9 +113,9 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
     monkeypatch.setattr(update, "dealt", lambda drawn, *_: drawn)
     monkeypatch.setattr(update, "take_rounds", trained)
     experience: Any = SimpleNamespace(prompts=((1, 2), (1,)), lengths=(3, 4))
-    args: list[Any] = [[None], planner, settings, experience, rounds, [{}]]
-    update.train(
-        *args,
+    train: Callable[[], Any] = partial(
+        update.train,
+        *([None], planner, settings, experience, rounds, [{}]),
         late_columns=(),
         tail=tail,
         pieces=[slice(1)],
@@ -120,9 +124,17 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
         memory=None,
         tell=events.append,
     )
+    train()
     waits = not num_trained
     solving = ["solving: the fused schedule"] if waits else []
     assert events == [*solving, f"planned, {waits=}", "training", "training", "searched"]
+
+    def fail(stop: threading.Event) -> None:
+        raise ZeroDivisionError
+
+    planner.search = fail
+    with pytest.raises(ZeroDivisionError):
+        train()
 
 
 def test_spans_of_all_devices_of_a_rank_say_when_their_operations_were_to_run() -> None:

@@ -73,6 +73,10 @@ def test_weights_go_in_and_come_out_bit_for_bit_and_once(kind: str, name: str) -
         assert_equal(exported(chain_of(kind, model, layer_ranges)), dict(model.named_parameters()), atol=0)
 
 
+STEP_ROUNDING = 3e-5
+"""Of weights after steps of 1e-3: AdamW divides gradients near nothing, whose rounding is the CPU's, by their size."""
+
+
 @every_kind
 @pytest.mark.parametrize("name", ["llama tied", "llama classifier", "qwen2", "qwen3"])
 def test_weights_after_some_steps_are_those_of_one_transformers_stage(name: str, kind: str) -> None:
@@ -87,7 +91,7 @@ def test_weights_after_some_steps_are_those_of_one_transformers_stage(name: str,
             norms.append(optimizer.step(1e-3 / (step + 1)))
         weights.append(exported(stages))
     torch.testing.assert_close(norms[:3], norms[3:], rtol=1e-5, atol=0)
-    assert_equal(*weights)
+    assert_equal(*weights, atol=STEP_ROUNDING)
     start = dict(model.named_parameters())
     assert min((weight - start[name]).abs().max() for name, weight in weights[0].items()) > 1e-3
 
@@ -130,7 +134,7 @@ def test_frozen_parameters_stay_and_the_others_train_as_they_do_in_torch(
 
     weights = exported(chains[-1])
     assert_equal({key: weights[key] for key in frozen}, {key: start[key] for key in frozen}, atol=0)
-    assert_equal(weights, dict(model.named_parameters()))
+    assert_equal(weights, dict(model.named_parameters()), atol=STEP_ROUNDING)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
     assert min(float((weights[key] - start[key]).abs().max()) for key in weights.keys() - frozen) > 1e-3
 

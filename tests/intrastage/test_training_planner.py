@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -121,7 +122,7 @@ def test_what_did_not_train_yet_is_watched_when_it_does(tmp_path: Path) -> None:
     """The critic alone first: what it showed plans its own steps, and no others."""
     planner = planner_in(tmp_path)
     planner.plans([CRITIC], SHAPES)
-    planner.observe(span for span in watched(SHAPES) if "critic" in span.name)
+    planner.observe([span for span in watched(SHAPES) if "critic" in span.name])
     assert planner.will_solve([CRITIC])
     assert not planner.will_solve([BOTH])
     alone = planner.plans([CRITIC], SHAPES)[CRITIC]
@@ -291,12 +292,17 @@ def test_an_update_need_not_wait_for_a_search(tmp_path: Path, monkeypatch: pytes
     first = planner.plans({4}, SHAPES, waits=False)[4]
     assert first.schedule == greedy(first.schedule.problem)
     assert not list(tmp_path.glob("*.schedule")), "what was not searched for is not kept"
-    planner.search()
-    assert limits == [None, pytest.approx(0.0128 / 3)], "it is over before devices are"
+    stop = threading.Event()
+    stop.set()
+    planner.search(stop)
+    assert limits == [None], "not once devices have trained"
+    stop.clear()
+    planner.search(stop)
+    assert limits == [None, pytest.approx(0.0128)], "not longer than devices may train"
     found = planner.plans({4}, SHAPES, waits=False)[4]
     assert [ScheduleCache(tmp_path).load(found.schedule.problem)] == [found.schedule]
     assert planner_in(tmp_path).plans({4}, SHAPES, waits=False) == {4: found}
-    planner.search()
+    planner.search(stop)
     assert len(limits) == 3, "that schedule was searched for once"
 
 
@@ -426,7 +432,8 @@ def test_the_number_of_micro_batches_is_decided_once_and_kept(
 
 def test_operations_that_cost_the_same_whatever_their_size_keep_the_number(tmp_path: Path) -> None:
     planner = planner_in(tmp_path, chooses_number=True)
-    planner.observe(replace(span, end_s=span.start_s + 0.01) for span in watched(VARIED) if span.category == "train")
+    trained = [span for span in watched(VARIED) if span.category == "train"]
+    planner.observe([replace(span, end_s=span.start_s + 0.01) for span in trained])
     assert planner.times([CRITIC_DRAWN], critic_divided) == 1.0
 
 
@@ -444,7 +451,7 @@ def test_sizes_that_were_not_observed_keep_the_number(tmp_path: Path, caplog: py
 def test_what_trains_later_is_decided_later(tmp_path: Path) -> None:
     """The critic alone at first, then both; drift leaves the numbers what they are."""
     planner = planner_in(tmp_path, chooses_number=True)
-    planner.observe(span for span in watched(VARIED) if "critic" in span.name)
+    planner.observe([span for span in watched(VARIED) if "critic" in span.name])
     assert planner.times([CRITIC_DRAWN], critic_divided) == 4.0
     assert planner.times([DRAWN], divided) is None
     planner.observe(watched(VARIED))

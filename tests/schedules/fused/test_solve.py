@@ -138,6 +138,7 @@ def test_stop_returns_the_best_so_far() -> None:
     solution = solve(problem, time_limit_s=120, progress=progress, stop=stop)
     assert solution.seconds < 60
     assert tuple(seen) == solution.history
+    assert [one.found_by for one in seen] == ["greedy"], "and no baseline is made any more"
     assert violations(solution.schedule) == []
 
 
