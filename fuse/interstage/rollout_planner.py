@@ -106,8 +106,7 @@ class RolloutPlanner:
         costs = self.costs()
         if costs is None or not self._updates:
             return self.fixed_policy(len(samples))
-        if self._is_to_be_tuned():
-            self._tune(costs, len(samples))
+        self._keep_tuned(costs, len(samples))
         if not pays(self._gain):
             return StageByStage()
         if self._gain < 1 + _SURE_GAIN:
@@ -152,11 +151,19 @@ class RolloutPlanner:
         self._fitted = None
 
     def weigh(self) -> None:
-        """All that an update's operations took has been observed: note how its rollout went, if that is timed."""
+        """All that an update's operations took has been observed: note how its rollout went, if that is timed.
+
+        What has to be simulated for the policy of a next rollout of so many samples is, so that it need not wait.
+        """
         costs = self.costs()
-        if self._timed is None or costs is None:
+        if costs is None or not self._updates or self._settings.policy == "none":
             return
-        (is_fused, seconds), self._timed = self._timed, None
+        if self._timed is not None:
+            self._note(costs, *self._timed)
+            self._timed = None
+        self._keep_tuned(costs, len(self._updates[-1]))
+
+    def _note(self, costs: CostModel, is_fused: bool, seconds: float) -> None:
         rollout = Rollout(
             prompt_tokens=np.array(self._prompt_tokens[-1]),
             response_tokens=np.array([max(1, one.tokens) for one in self._updates[-1]]),
@@ -169,11 +176,11 @@ class RolloutPlanner:
     def _observations(self) -> list[Observation]:
         return [one for update in self._updates for one in update]
 
-    def _is_to_be_tuned(self) -> bool:
+    def _keep_tuned(self, costs: CostModel, num_samples: int) -> None:
         """At first, when lengths have drifted, and now and then, for costs become known better."""
-        if self._tuned_to is None or self._num_since_tuned >= _REMEMBERED_UPDATES:
-            return True
-        return drift(self._tuned_to, self._updates[-1]) > 1
+        tuned_to, age = self._tuned_to, self._num_since_tuned
+        if tuned_to is None or age >= _REMEMBERED_UPDATES or (age and drift(tuned_to, self._updates[-1]) > 1):
+            self._tune(costs, num_samples)
 
     def _tune(self, costs: CostModel, num_samples: int) -> None:
         settings = self._settings

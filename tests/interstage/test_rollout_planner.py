@@ -308,6 +308,25 @@ def test_policies_follow_what_is_known(name: PolicyName) -> None:
         assert 1 <= expected < 20, "responses of 10 tokens are known, of at most 64"
 
 
+def test_no_rollout_waits_for_what_an_earlier_one_lets_simulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, tuned = of_tokens(LONG_TAILED), []
+    monkeypatch.setattr("fuse.interstage.rollout_planner.expected_gain", lambda *args, **given: tuned.append(1) or 1.3)
+    planner = RolloutPlanner(settings("adaptive"), num_scoring=3)
+    planner.weigh()
+    planner.observe(samples)
+    planner.weigh()
+    assert not tuned, "costs are not known"
+    planner.observe_spans(spans_of(SMALL_CPU))
+    planner.weigh()
+    assert len(tuned) == 1
+    assert isinstance(planner.policy(samples), Adaptive)
+    planner.observe(of_tokens([LIMIT - one for one in LONG_TAILED]))
+    planner.weigh()
+    assert len(tuned) == 2, "lengths have drifted"
+    planner.policy(samples)
+    assert len(tuned) == 2
+
+
 @pytest.mark.parametrize("name", ["none", "adaptive", "threshold"])
 def test_where_fusion_gains_nothing_rollouts_go_stage_by_stage(
     name: PolicyName, caplog: pytest.LogCaptureFixture
