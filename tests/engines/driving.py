@@ -32,10 +32,10 @@ def run(
     return outputs
 
 
-def assert_same(actual: Outputs, expected: Outputs) -> None:
-    """The same tokens, and log-probabilities within 1e-5."""
+def assert_same(actual: Outputs, expected: Outputs, within: float = 1e-5) -> None:
+    """The same tokens, and log-probabilities within so much."""
     assert {sample_id: tokens for sample_id, (tokens, _) in actual.items()} == {
         sample_id: tokens for sample_id, (tokens, _) in expected.items()
     }
     for sample_id, (_, logprobs) in actual.items():
-        assert logprobs == pytest.approx(expected[sample_id][1], abs=1e-5)
+        assert logprobs == pytest.approx(expected[sample_id][1], abs=within)

@@ -188,7 +188,7 @@ def test_merged_adapters_serve_as_adapters_do(vllm_pool: VllmPool, build_model: 
             nn.init.normal_(parameter, std=0.1 * update)
         engine.load_weights({name: weight() for name, _, weight in Adapters.of(adapted).merged(adapted)})
         outputs.append(run(engine, prompts))
-        assert_same(outputs[-1], run(TransformersEngine(adapted), prompts))
+        assert_same(outputs[-1], run(TransformersEngine(adapted), prompts), within=3e-5)  # its weights are large
     assert outputs[0] != outputs[1] != outputs[2]
 
 
