@@ -103,7 +103,7 @@ def train(output_dir: Path, **options: Any) -> PPOTrainer:
 
 
 ROUNDING = 3e-4
-"""Of weights after steps of 1e-2, where micro-batches of inference or CPUs differ: another token makes 30 times more."""
+"""Of weights after steps of 1e-2, where micro-batches of inference or CPUs differ; another token makes far more."""
 
 
 def difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
