@@ -41,7 +41,7 @@ def test_two_devices_fused_or_not_are_the_run_on_one(plain: GRPOTrainer, tmp_pat
     for trainer in (fused, apart):
         assert tiny.difference(trainer.model, plain.model) < tiny.ROUNDING
         assert [one["reward"] for one in logs(trainer)] == pytest.approx([one["reward"] for one in logs(plain)])
-    assert tiny.difference(plain.model, tiny.policy()) > 100 * tiny.ROUNDING
+    assert tiny.difference(plain.model, tiny.policy()) > tiny.STEP
 
 
 def test_the_sampler_is_what_is_trained(plain: GRPOTrainer) -> None:

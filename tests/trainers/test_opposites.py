@@ -43,7 +43,7 @@ def test_a_run_in_opposite_replicas_is_the_run_of_one_pipeline(
         both = tiny_group.train(tmp_path / "both", bidirectional=True, save_strategy="steps", save_steps=2, **PIPELINE)
     assert num_sent == {both.model.num_parameters()}, "weights go to engines once"
     assert tiny.difference(both.model, plain.model) < tiny.ROUNDING
-    assert tiny.difference(plain.model, tiny.policy()) > 100 * tiny.ROUNDING
+    assert tiny.difference(plain.model, tiny.policy()) > tiny.STEP
     assert [one["grad_norm"] for one in logs(both)] == pytest.approx(
         [one["grad_norm"] for one in logs(plain)], rel=1e-3
     )

@@ -63,7 +63,7 @@ def config(output_dir: Path, **overrides: Any) -> PPOConfig:
         "num_ppo_epochs": 2,
         "response_length": 8,
         "stop_token": "eos",
-        "learning_rate": 1e-2,
+        "learning_rate": STEP,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -102,8 +102,10 @@ def train(output_dir: Path, **options: Any) -> PPOTrainer:
     return made
 
 
+STEP = 1e-2
+"""Of weights: AdamW's learning rate."""
 ROUNDING = 3e-4
-"""Of weights after steps of 1e-2, where micro-batches of inference or CPUs differ; another token makes far more."""
+"""Of weights after some steps, where micro-batches of inference or CPUs differ; another token makes far more."""
 
 
 def difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
