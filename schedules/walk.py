@@ -53,7 +53,7 @@ def needs(schedule_ops: Container[Op], op: Op, problem: Problem) -> tuple[Op, ..
 
 
 def _of_same(op: Op, stage: int, kind: Kind) -> Op:
-    """Of the same micro-batch. Every rank walks all ranks' operations, and `replace` would take a third of that."""
+    """Of the same micro-batch. Walks make one for every operation, and `replace` would take a third of them."""
     return Op(op.pipeline, stage, op.micro_batch, kind)
 
 

@@ -11,8 +11,7 @@ import torch
 from fuse.algorithms.batch import Experience
 from fuse.benchmarks.emulated.training import EmulatedRound
 from fuse.intrastage.placement import Counts, Replica, replica_micro_batches, replicas_of
-from fuse.intrastage.program import program_of
-from fuse.intrastage.training_schedule import RankPlan, serial_schedule
+from fuse.intrastage.training_schedule import Plan, RankPlan, serial_schedule
 from fuse.roles import GENERATING
 from fuse.training.rank import TrainingSettings
 from fuse.training.rounds import RankRound, Round, StepPart
@@ -58,7 +57,7 @@ class EmulatedUpdate:
     ) -> EmulatedUpdate:
         """What a replica trains before the update, by 1F1B; see `TrainingRank.accumulate`."""
         alone, one = replace(replica, index=0), Round({replica.model: part})
-        plan = RankPlan(program_of(serial_schedule((alone,), one.counts)))
+        plan = Plan(serial_schedule((alone,), one.counts)).for_ranks
         update = cls((alone,), settings, experience, [one], {one.counts: plan})
         update.sizes = [replace(sizes, is_observed=False) for sizes in update.sizes]
         return update

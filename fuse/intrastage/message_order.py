@@ -26,6 +26,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from schedules import Kind, Op, Schedule, evaluate
+from schedules.walk import channel_into
 
 MOST_UNUSED = 2
 """Messages that a channel holds for its receiver: one arrives while the one before it is used."""
@@ -87,7 +88,8 @@ def steps_of(schedule: Schedule) -> tuple[tuple[Step, ...], ...]:
     unused: defaultdict[tuple[int, int], list[tuple[int, Message]]] = defaultdict(list)  # by sender and receiver
     for place, (_, owner, op) in enumerate(order):
         used: list[Message] = []
-        if op.kind is not Kind.W and (source := _source(schedule, op)) is not None:
+        if (channel := channel_into(schedule.problem, op)) is not None:
+            _, _, source, _ = channel
             sent = unused[owner, source]
             while sent and sent[0][0] <= made[message_into(op)]:
                 used.append(heappop(sent)[1])
@@ -107,7 +109,7 @@ def _messages_after(
     recent: defaultdict[tuple[int, int, bool], deque[int]] = defaultdict(lambda: deque(maxlen=MOST_UNUSED))
     messages: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for place, (_, _, op) in enumerate(order):
-        if op.kind is Kind.W or _source(schedule, op) is None:
+        if channel_into(schedule.problem, op) is None:
             continue
         maker = made[message_into(op)]
         used = recent[op.pipeline, op.stage, op.kind is Kind.F]
@@ -115,10 +117,3 @@ def _messages_after(
         messages[after].append((maker, place))
         used.append(place)
     return messages
-
-
-def _source(schedule: Schedule, op: Op) -> int | None:
-    """The other rank that makes what the operation takes; None where its own does, or none."""
-    ranks = schedule.problem.pipelines[op.pipeline].ranks
-    stage = op.stage - 1 if op.kind is Kind.F else op.stage + 1
-    return ranks[stage] if 0 <= stage < len(ranks) and ranks[stage] != ranks[op.stage] else None

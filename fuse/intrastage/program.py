@@ -30,8 +30,8 @@ class Program:
 
     def schedule(self) -> Schedule:
         """What this is the program of. O(n) in all ranks' operations."""
-        ranks = map(_unpacked.__wrapped__, self.packed)
-        computed = (tuple(step.op for step in own if step.action is Action.COMPUTE) for own in ranks)
+        of_ranks = map(self.steps, range(self.problem.num_ranks))
+        computed = (tuple(step.op for step in own if step.action is Action.COMPUTE) for own in of_ranks)
         return Schedule(self.problem, tuple(computed))
 
 
