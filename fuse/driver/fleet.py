@@ -250,7 +250,7 @@ class Fleet:
             tail=tail,
             pieces=[slice(len(rounds))] if mixing is None else mixing.pieces(num_before, len(rounds)),
             between=self._mix,
-            meanwhile=self._spans.ask_engines,
+            meanwhile=(self._spans.ask_engines, self._rollouts.look_ahead),
             memory=self.settings.memory,
             tell=self._tell,
         )

@@ -46,7 +46,7 @@ def train(
     tail: Tail | None,
     pieces: Iterable[slice],
     between: Callable[[], None],
-    meanwhile: Callable[[], None],
+    meanwhile: Sequence[Callable[[], None]],
     memory: MemorySetup | None,
     tell: Callable[[str], None],
 ) -> tuple[Callable[[], dict[str, list[StepReport]]], PlannedSpans]:
@@ -55,7 +55,7 @@ def train(
     Returns what makes reports of each role's, and what tells when their operations were to run.
 
     late_columns: what the rounds score. tail: has trained some of the first one. pieces, between: as of `take_rounds`.
-    meanwhile: called once devices train.
+    meanwhile: called in turn once devices train.
     memory: of the run, where it is planned.
     """
     free_bytes = partial(fullest_free_bytes, workers, memory, without_scorers(planner.placement))
@@ -77,7 +77,8 @@ def train(
     with _beside(planner.search) as search:
 
         def once_training() -> None:
-            meanwhile()
+            for call in meanwhile:
+                call()
             planned()
             search()
 

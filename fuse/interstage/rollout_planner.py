@@ -151,17 +151,19 @@ class RolloutPlanner:
         self._fitted = None
 
     def weigh(self) -> None:
-        """All that an update's operations took has been observed: note how its rollout went, if that is timed.
-
-        What has to be simulated for the policy of a next rollout of so many samples is, so that it need not wait.
-        """
-        costs = self.costs()
-        if costs is None or not self._updates or self._settings.policy == "none":
-            return
-        if self._timed is not None:
+        """All that an update's operations took has been observed: note how its rollout went, if that is timed."""
+        if self._timed is not None and (costs := self.costs()) is not None:
             self._note(costs, *self._timed)
             self._timed = None
-        self._keep_tuned(costs, len(self._updates[-1]))
+
+    def look_ahead(self) -> None:
+        """Simulate what the policy of a next rollout of as many samples has to be tuned by, so that it need not wait.
+
+        By costs known so far, which may lack what the rollout observed last took.
+        """
+        costs = self.costs()
+        if costs is not None and self._updates and self._settings.policy != "none":
+            self._keep_tuned(costs, len(self._updates[-1]))
 
     def _note(self, costs: CostModel, is_fused: bool, seconds: float) -> None:
         rollout = Rollout(

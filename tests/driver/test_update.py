@@ -120,7 +120,7 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
         tail=tail,
         pieces=[slice(1)],
         between=lambda: None,
-        meanwhile=lambda: events.append("training"),
+        meanwhile=[lambda: events.append("training")],
         memory=None,
         tell=events.append,
     )

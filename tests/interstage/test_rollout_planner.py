@@ -312,16 +312,16 @@ def test_no_rollout_waits_for_what_an_earlier_one_lets_simulate(monkeypatch: pyt
     samples, tuned = of_tokens(LONG_TAILED), []
     monkeypatch.setattr("fuse.interstage.rollout_planner.expected_gain", lambda *args, **given: tuned.append(1) or 1.3)
     planner = RolloutPlanner(settings("adaptive"), num_scoring=3)
-    planner.weigh()
+    planner.look_ahead()
     planner.observe(samples)
-    planner.weigh()
+    planner.look_ahead()
     assert not tuned, "costs are not known"
     planner.observe_spans(spans_of(SMALL_CPU))
-    planner.weigh()
+    planner.look_ahead()
     assert len(tuned) == 1
     assert isinstance(planner.policy(samples), Adaptive)
     planner.observe(of_tokens([LIMIT - one for one in LONG_TAILED]))
-    planner.weigh()
+    planner.look_ahead()
     assert len(tuned) == 2, "lengths have drifted"
     planner.policy(samples)
     assert len(tuned) == 2
