@@ -21,12 +21,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.options import Row, add_json_option, add_selection, rows_table, tell, write_rows
 from fuse.commands.options import add_numbers, check_counts
+from fuse.commands.tables import print_table
 from fuse.recipe import reward
 from fuse.recipe.comparison import sampled_responses
 from fuse.recipe.data import data_file
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
                 rows.append({"stabiliser": stabiliser, "seed": seed} | _trained(stabiliser, seed, arguments))
                 write_rows(arguments, describe_machine(), _OPTIONS, rows=rows, before=before)
     shown = [{"stabiliser": "fine-tuned", "seconds": "", **_written(before)}, *_means(rows)]
-    Console(width=120).print(rows_table(shown, _COLUMNS))
+    print_table(rows_table(shown, _COLUMNS))
     return 0
 
 

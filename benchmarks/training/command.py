@@ -22,12 +22,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from fuse.benchmarks.measure import describe_machine
 from fuse.benchmarks.options import Row, add_json_option, write_rows
 from fuse.benchmarks.training import tables
 from fuse.commands.options import check_counts
+from fuse.commands.tables import print_table
 
 if TYPE_CHECKING:
     from fuse.benchmarks.training.batches import Workload
@@ -174,7 +173,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     load = _load(arguments)
     total = len(arguments.sizes) * len(load.tasks)
     rows: list[Row] = []
-    profiles, console = {}, Console()
+    profiles = {}
     with Trainers.start(arguments.devices) as trainers:
         for sizes in arguments.sizes:
             actor, critic = (arguments.devices * layers for layers in LAYERS_PER_DEVICE[sizes])
@@ -184,7 +183,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
             profile = trainers.profile(load)
             profiles[sizes] = profile_to_json(profile)
             if arguments.profile_only:
-                console.print(tables.profile_table(sizes, profile))
+                print_table(tables.profile_table(sizes, profile))
                 continue
             alone = trainers.profile(load, in_turn=True)
             for task in load.tasks:
@@ -214,7 +213,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
                 )
                 print(f"[{len(rows)}/{total}] {tables.line(rows[-1])}", flush=True)
     if rows:
-        console.print(tables.steps_table(rows))
+        print_table(tables.steps_table(rows))
         print(tables.summary(rows))
     return {"rows": rows, "profiles": profiles}
 
@@ -226,7 +225,6 @@ def _train_both_ways(arguments: argparse.Namespace) -> dict[str, object]:
     load = _load(arguments)
     layers = 2 * arguments.devices
     rows: list[Row] = []
-    console = Console()
     with BothWays.start(arguments.devices) as trainers:
         print("measuring operations ...", file=sys.stderr, flush=True)
         trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
@@ -238,11 +236,11 @@ def _train_both_ways(arguments: argparse.Namespace) -> dict[str, object]:
             print(f"[{len(rows)}/{len(load.tasks)}] {tables.line(rows[-1])}", flush=True)
     if arguments.profile_only:
         for name, profile in profiles.items():
-            console.print(tables.profile_table(name, profile))
+            print_table(tables.profile_table(name, profile))
     else:
         table = tables.steps_table(rows)
         table.title = "Steps of the actor, ms: plain 1F1B (serial) and two opposite replicas (fused)"
-        console.print(table)
+        print_table(table)
         print(tables.summary(rows))
     return {"rows": rows, "profiles": {name: profile_to_json(profile) for name, profile in profiles.items()}}
 
@@ -253,7 +251,6 @@ def _train_within(arguments: argparse.Namespace) -> dict[str, object]:
     load = _load(arguments)
     layers = 2 * arguments.devices
     rows: list[Row] = []
-    console = Console()
     with Within.start(arguments.devices) as trainers:
         trainers.build(layers, hidden_size=arguments.hidden, vocab_size=_VOCAB_SIZE)
         for task in load.tasks:
@@ -261,7 +258,7 @@ def _train_within(arguments: argparse.Namespace) -> dict[str, object]:
             print(f"[{len(rows)}/{len(load.tasks)}] {tables.line(rows[-1])}", flush=True)
     table = tables.steps_table(rows)
     table.title = "Steps of the actor, ms: scoring first (serial) and scoring within (fused)"
-    console.print(table)
+    print_table(table)
     print(tables.summary(rows))
     return {"rows": rows}
 
@@ -279,5 +276,5 @@ def _emulate(arguments: argparse.Namespace) -> dict[str, object]:
     ):
         print(f"{row['setting']}: executed in {row['executed_ms']:.0f} ms, planned {row['planned_ms']:.0f}", flush=True)
         rows.append(row)
-    Console().print(tables.emulated_table(rows))
+    print_table(tables.emulated_table(rows))
     return {"emulated": True, "rows": rows}

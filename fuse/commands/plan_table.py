@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fuse.commands.tables import figures_table
+from fuse.commands.tables import figures_table, print_table
 from fuse.driver.ledger_entry import Phase
 from fuse.driver.memory import Ledger
 
@@ -30,7 +30,7 @@ def show(console: Console, planned: Ledger, figures: dict[str, Any]) -> None:
         layers = "; ".join(f"{role} {' '.join(map(str, counts))}" for role, counts in figures["layers"].items())
         console.print(f"stages are cut by size, for even ones do not fit; layers of each: {layers}", markup=False)
     title = f"GB on device {device} of {setup.num_devices}, the fullest; {setup.scoring} scoring"
-    console.print(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True))
+    print_table(figures_table(("", *map(str, Phase)), lines, title=title, no_wrap=True), console)
     memory, spare = setup.device_memory_bytes / GB, planned.spare_bytes / GB
     answer = f"fits: {spare:.1f} GB of {memory:g} to spare" if planned.fits else f"does not fit: {-spare:.1f} GB over"
     console.print(f"host memory of all devices together: {_gb(planned.host_bytes)} GB", markup=False)
