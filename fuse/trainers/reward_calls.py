@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol
 from fuse.sample import Sample
 from fuse.trace import Span, now_s
 from fuse.trainers.reward_process import RewardProcess, pickled
-from fuse.trainers.rewards import LOOP, RewardError, RewardFunction, call_reward_function, function_name, listed
+from fuse.trainers.reward_thread import RewardThread
+from fuse.trainers.rewards import RewardError, RewardFunction, function_name, listed
 
 _logger = logging.getLogger(__name__)
 
@@ -63,38 +64,6 @@ class _Caller(Protocol):
 
     def end(self) -> None:
         """There will be no more calls."""
-
-
-class _InThread:
-    """Calls in the calling thread, which nobody can end, but for what it awaits."""
-
-    def __init__(self, function: RewardFunction) -> None:
-        self._function = function
-        self._awaited: Future[Any] | None = None
-
-    def call(
-        self,
-        prompts: list[str],
-        responses: list[str],
-        columns: Sequence[Mapping[str, Any]],
-        numbers: Sequence[int],
-    ) -> list[float]:
-        try:
-            return call_reward_function(self._function, prompts, responses, columns, numbers, result_of=self._result_of)
-        finally:
-            self._awaited = None
-
-    def _result_of(self, awaitable: Awaitable[Any]) -> Any:
-        self._awaited = LOOP.begin(awaitable)
-        return self._awaited.result()
-
-    def kill(self) -> None:
-        if (awaited := self._awaited) is not None:
-            awaited.cancel()
-
-    def close(self) -> None: ...
-
-    def end(self) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -293,7 +262,7 @@ class RewardCalls:
         if self._in_processes:
             caller = RewardProcess(function_name(self._function), self._pickled)
         else:
-            caller = _InThread(self._function)
+            caller = RewardThread(self._function)
         # A daemon, unlike threads of `concurrent.futures`: the interpreter does not wait for it.
         thread = threading.Thread(target=self._serve, args=(caller,), name="reward", daemon=True)
         self._callers.append(caller)

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 
 import pytest
 
 from fuse.sample import Sample
 from fuse.trainers import reward_calls
 from fuse.trainers.reward_calls import RewardCalls, RewardSettings
+from fuse.trainers.reward_thread import RewardThread
 from fuse.trainers.rewards import RewardError
 
 
@@ -186,6 +187,20 @@ def test_what_is_awaited_too_long_is_cancelled() -> None:
         calls.submit([sample(1)])
         assert calls.finish() == {"rewards/errors": 1.0}
         cancelled.wait()
+
+
+def test_what_is_awaited_only_once_the_time_is_over_is_cancelled() -> None:
+    async def stuck() -> list[float]:
+        await asyncio.Event().wait()
+        return [0.0]
+
+    def slow(prompts: list[str], responses: list[str]) -> Coroutine[None, None, list[float]]:
+        thread.kill()
+        return stuck()
+
+    thread = RewardThread(slow)
+    with pytest.raises(RewardError, match=r"^reward function .*slow raised for .*: CancelledError$"):
+        thread.call(["prompt"], ["response"], [{}], [1])
 
 
 def test_functions_that_use_signals_are_told_of_processes() -> None:
