@@ -32,6 +32,7 @@ def figures_table(
     table = Table(*titles, title=title, caption=caption, box=SIMPLE, padding=(0, 0, 0, 1))
     for index, column in enumerate(table.columns):
         column.justify, column.no_wrap = "right" if index else "left", no_wrap
+        column.overflow = "fold"
     for row in rows:
         table.add_row(*map(cell, row))
     return table
