@@ -80,6 +80,7 @@ def train(
             for call in meanwhile:
                 call()
             planned()
+            planner.compare()
             search()
 
         results = take_rounds(*args, pieces=pieces, between=between, meanwhile=once_training)

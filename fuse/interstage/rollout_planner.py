@@ -181,7 +181,7 @@ class RolloutPlanner:
     def _keep_tuned(self, costs: CostModel, num_samples: int) -> None:
         """At first, when lengths have drifted, and now and then, for costs become known better."""
         tuned_to, age = self._tuned_to, self._num_since_tuned
-        if tuned_to is None or age >= _REMEMBERED_UPDATES or (age and drift(tuned_to, self._updates[-1]) > 1):
+        if tuned_to is None or age >= _REMEMBERED_UPDATES or (age and drift(tuned_to, self._observations()) > 1):
             self._tune(costs, num_samples)
 
     def _tune(self, costs: CostModel, num_samples: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from fuse.intrastage.placement import Counts, describe
-from fuse.intrastage.training_schedule import Plan
+from fuse.intrastage.cost_profile import Profile, Shape
+from fuse.intrastage.measurement_store import Measured
+from fuse.intrastage.placement import Counts, Replica, describe, replicas_of
+from fuse.intrastage.training_schedule import Plan, unfused_timing
 from schedules import evaluate
 
 _logger = logging.getLogger(__name__)
@@ -46,3 +48,19 @@ def plan_gain(
             *(plain_s, plain_s / step_s, f"gradients' sums and optimizer {counted}"),
         )
     return plain_s / step_s - 1
+
+
+def ticks_unfused(
+    profile: Profile, placement: Sequence[Replica], counts: Counts, typical: Shape, unfused: Measured | None
+) -> tuple[int, int]:
+    """All ranks' together while the models train one after the other, and those of operations.
+
+    typical: micro-batch. unfused: the stages of such training; None where they are those of the placement.
+    """
+    args = profile, replicas_of(placement, counts), counts, typical
+    if unfused is None:
+        timing = unfused_timing(*args)
+    else:
+        replicas = replicas_of(unfused.placement, counts)
+        timing = unfused_timing(*args, unfused_replicas=replicas, unfused_profile=unfused.profile)
+    return timing.makespan * len(timing.busy_ticks), sum(timing.busy_ticks)

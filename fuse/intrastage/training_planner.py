@@ -19,7 +19,7 @@ from fuse.intrastage.micro_batch_number import TIMES, Work, median_gap_s, shapes
 from fuse.intrastage.observed import TRAIN, ObservedCosts, drift_of, one_of_each
 from fuse.intrastage.opposite import has_opposites
 from fuse.intrastage.placement import Counts, Replica, describe, num_micro_batches, replicas_of, share_ranks
-from fuse.intrastage.plan_gain import plan_gain
+from fuse.intrastage.plan_gain import plan_gain, ticks_unfused
 from fuse.intrastage.plan_settings import DRIFT_UPDATES, PlanSettings
 from fuse.intrastage.training_schedule import (
     Plan,
@@ -29,7 +29,6 @@ from fuse.intrastage.training_schedule import (
     serial_schedule,
     serial_step_s,
     solved,
-    unfused_timing,
 )
 from fuse.trace import Span
 from schedules import Schedule
@@ -75,6 +74,7 @@ class TrainingPlanner:
         self._lasting = 1 if self._profile is None else DRIFT_UPDATES
         self._unfused_ticks: dict[Counts, tuple[int, int]] = {}  # of all ranks, and of those busy
         self._update_unfused: list[Counts] = []
+        self._uncompared: tuple[Sequence[Counts], Shape] | None = None  # counts with new plans, and a typical shape
         self._gains: dict[Counts, float] = {}
         self._update_s: float | None = None  # of the last update's training
         self._updates_left = settings.num_updates
@@ -146,6 +146,7 @@ class TrainingPlanner:
         Raises:
             ValueError: a device's memory limit is too low for one micro-batch.
         """
+        self.compare()
         counts = list(counts)
         if not self.is_fused:
             return {
@@ -171,12 +172,21 @@ class TrainingPlanner:
             if not waits:
                 self._unsearched[one] = partial(plan, limit_s)
         self._update_unfused = counts if unfused is None else list(unfused)
+        self._uncompared = missing, one_of_each(shapes)[1]
+        return {one: self._plans[one] if one in self._plans else self._watched(one) for one in counts}
+
+    def compare(self) -> None:
+        """Find what the update would take without fusion, and what new plans gain: once devices train, for reports."""
+        if self._uncompared is None:
+            return
+        (new, typical), self._uncompared = self._uncompared, None
         for one in self._update_unfused:
             if one not in self._unfused_ticks and self._knows(one):
-                self._unfused_ticks[one] = self._ticks_unfused(one, one_of_each(shapes)[1])
+                assert self._profile is not None
+                unfused = None if self._scorers_in(one) else self._unfused  # whose stages scorers do not have
+                self._unfused_ticks[one] = ticks_unfused(self._profile, self.placement, one, typical, unfused)
         if has_opposites(self.placement) or self._scorers:
-            self._gains |= {one: self._gain(one) for one in missing}
-        return {one: self._plans[one] if one in self._plans else self._watched(one) for one in counts}
+            self._gains |= {one: self._gain(one) for one in new}
 
     def search(self, stop: threading.Event) -> None:
         """Search for the schedules that `plans` has not waited for, until `stop`; later updates train by them."""
@@ -198,6 +208,7 @@ class TrainingPlanner:
         """Idle share that the update's training would have without fusion, in stages cut for that; None where it is
         not known.
         """
+        self.compare()
         if not self._update_unfused or not self._unfused_ticks.keys() >= set(self._update_unfused):
             return None
         ticks = [self._unfused_ticks[one] for one in self._update_unfused]
@@ -234,12 +245,14 @@ class TrainingPlanner:
 
         Of several plans in use, the mean. Where there are scorers, plain 1F1B comes after their forwards.
         """
+        self.compare()
         known = list(self._gains.values())
         return statistics.fmean(known) if known and has_opposites(self.placement) else None
 
     @property
     def forward_only_gain(self) -> float | None:
         """As `opposite_gain`, of the plans with scorers: over those of scoring, then plain 1F1B."""
+        self.compare()
         known = [gain for counts, gain in self._gains.items() if self._scorers_in(counts)]
         return statistics.fmean(known) if known else None
 
@@ -268,6 +281,7 @@ class TrainingPlanner:
 
     def observe(self, spans: Sequence[Span]) -> None:
         """Learn from an update's spans of all ranks; forget plans that no longer hold."""
+        self.compare()
         if not self._watches:
             return
         self._gap_s = median_gap_s(spans)
@@ -329,20 +343,6 @@ class TrainingPlanner:
             is_opposite=has_opposites(self.placement),
             scorers=self._scorers_in(counts),
         )
-
-    def _ticks_unfused(self, counts: Counts, typical: Shape) -> tuple[int, int]:
-        """All ranks' together while the models train one after the other, and those of operations."""
-        unfused = None if self._scorers_in(counts) else self._unfused  # whose stages scorers do not have
-        assert self._profile is not None
-        timing = unfused_timing(
-            self._profile,
-            replicas_of(self.placement, counts),
-            counts,
-            typical,
-            unfused_replicas=None if unfused is None else replicas_of(unfused.placement, counts),
-            unfused_profile=None if unfused is None else unfused.profile,
-        )
-        return timing.makespan * len(timing.busy_ticks), sum(timing.busy_ticks)
 
 
 def _names(placement: Sequence[Replica], counts: Counts) -> frozenset[str]:

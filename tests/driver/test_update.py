@@ -105,7 +105,13 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
 
     part = StepPart(micro_batches=((0,), (1,)), weights=(1.0, 1.0), is_last=True)
     rounds = [Round({"actor": part})]
-    planner: Any = SimpleNamespace(placement=PLACEMENT, will_solve=lambda _: True, plans=plans, search=search)
+    planner: Any = SimpleNamespace(
+        placement=PLACEMENT,
+        will_solve=lambda _: True,
+        plans=plans,
+        compare=lambda: events.append("compared"),
+        search=search,
+    )
     tail: Any = SimpleNamespace(
         num_trained=num_trained, rest=lambda *_: rounds, whole=lambda _, of_rest, results: (of_rest, results)
     )
@@ -127,7 +133,7 @@ def test_no_update_waits_for_a_schedule_of_what_was_not_trained_early(
     train()
     waits = not num_trained
     solving = ["solving: the fused schedule"] if waits else []
-    assert events == [*solving, f"planned, {waits=}", "training", "training", "searched"]
+    assert events == [*solving, f"planned, {waits=}", "training", "training", "compared", "searched"]
 
     def fail(stop: threading.Event) -> None:
         raise ZeroDivisionError

@@ -88,6 +88,7 @@ def test_the_plan_is_compared_with_scoring_first(tmp_path: Path, caplog: pytest.
     planner.observe(told())
     with caplog.at_level(logging.INFO):
         plans = planner.plans([FIRST, LATER], [SHAPE])
+        planner.compare()
     forward, seconds = 6.4e-3, {counts: 1e-5 * evaluate(plan.schedule).makespan for counts, plan in plans.items()}
     # Apart: twelve forwards drain, or four; then 1F1B of four micro-batches, forward 1 and backward 2 on two ranks.
     apart = {FIRST: (12 + 1 + 3 * 5) * forward, LATER: (4 + 1 + 3 * 5) * forward}

@@ -366,6 +366,7 @@ def test_opposite_replicas_are_compared_with_one_pipeline_of_all_micro_batches(
         planner.observe(spans)
         with caplog.at_level(logging.INFO):
             (plan,) = planner.plans({4}, [Shape(1, 64)]).values()
+            planner.compare()
         assert [one.num_micro_batches for one in plan.schedule.problem.pipelines] == [2, 2]
         # Operations take 6.4 ms. Of one pipeline, 3 of 15 are bubbles: forward 1, backward 2, four micro-batches.
         assert planner.serial_bubble_ratio == pytest.approx(1 / 5)
