@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -73,6 +74,7 @@ class RolloutPlanner:
         self._threshold: Threshold | None = None
         self._tuned_to: LengthModel | None = None
         self._num_since_tuned = 0
+        self._tuning: Future[None] | None = None  # under way, in a thread of its own
         self._gain = 1 + _SURE_GAIN  # that fusion is expected to bring
         self._evidence = Evidence()
         self._is_fused: bool | None = None  # the rollout that was planned last, if it is timed
@@ -106,6 +108,7 @@ class RolloutPlanner:
         costs = self.costs()
         if costs is None or not self._updates:
             return self.fixed_policy(len(samples))
+        self._wait_tuned()
         self._keep_tuned(costs, len(samples))
         if not pays(self._gain):
             return StageByStage()
@@ -135,6 +138,7 @@ class RolloutPlanner:
 
         seconds: of all of it, where nothing else went on and it went by the policy that was made last.
         """
+        self._wait_tuned()  # it reads what changes here
         self._timed = None if seconds is None or self._is_fused is None else (self._is_fused, seconds)
         size = self._settings.engine_devices
         self._calibration.begin_iteration()
@@ -157,13 +161,21 @@ class RolloutPlanner:
             self._timed = None
 
     def look_ahead(self) -> None:
-        """Simulate what the policy of a next rollout of as many samples has to be tuned by, so that it need not wait.
+        """Have another thread simulate what the policy of a next rollout of as many samples has to be tuned by.
 
-        By costs known so far, which may lack what the rollout observed last took.
+        By costs known so far, which may lack what the rollout observed last took. Returns at once; the next policy
+        waits for it.
         """
         costs = self.costs()
         if costs is not None and self._updates and self._settings.policy != "none":
-            self._keep_tuned(costs, len(self._updates[-1]))
+            thread = ThreadPoolExecutor(1, thread_name_prefix="tuning")
+            self._tuning = thread.submit(self._keep_tuned, costs, len(self._updates[-1]))
+            thread.shutdown(wait=False)  # it ends with this
+
+    def _wait_tuned(self) -> None:
+        if self._tuning is not None:
+            tuning, self._tuning = self._tuning, None
+            tuning.result()
 
     def _note(self, costs: CostModel, is_fused: bool, seconds: float) -> None:
         rollout = Rollout(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -309,8 +310,13 @@ def test_policies_follow_what_is_known(name: PolicyName) -> None:
 
 
 def test_no_rollout_waits_for_what_an_earlier_one_lets_simulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, tuned = of_tokens(LONG_TAILED), []
-    monkeypatch.setattr("fuse.interstage.rollout_planner.expected_gain", lambda *args, **given: tuned.append(1) or 1.3)
+    samples, tuned = of_tokens(LONG_TAILED), list[bool]()
+
+    def gain(*_: object, **__: object) -> float:
+        tuned.append(threading.current_thread() is threading.main_thread())
+        return 1.3
+
+    monkeypatch.setattr("fuse.interstage.rollout_planner.expected_gain", gain)
     planner = RolloutPlanner(settings("adaptive"), num_scoring=3)
     planner.look_ahead()
     planner.observe(samples)
@@ -318,13 +324,12 @@ def test_no_rollout_waits_for_what_an_earlier_one_lets_simulate(monkeypatch: pyt
     assert not tuned, "costs are not known"
     planner.observe_spans(spans_of(SMALL_CPU))
     planner.look_ahead()
-    assert len(tuned) == 1
     assert isinstance(planner.policy(samples), Adaptive)
+    assert tuned == [False], "in a thread of its own, for which the policy waited"
     planner.observe(of_tokens([LIMIT - one for one in LONG_TAILED]))
     planner.look_ahead()
-    assert len(tuned) == 2, "lengths have drifted"
     planner.policy(samples)
-    assert len(tuned) == 2
+    assert tuned == [False, False], "lengths have drifted"
 
 
 @pytest.mark.parametrize("name", ["none", "adaptive", "threshold"])
