@@ -74,7 +74,7 @@ class RolloutPlanner:
         self._threshold: Threshold | None = None
         self._tuned_to: LengthModel | None = None
         self._num_since_tuned = 0
-        self._tuning: Future[None] | None = None  # under way, in a thread of its own
+        self._tuning: Future[None] | None = None  # for the next policy, in a thread of its own
         self._gain = 1 + _SURE_GAIN  # that fusion is expected to bring
         self._evidence = Evidence()
         self._is_fused: bool | None = None  # the rollout that was planned last, if it is timed
@@ -108,8 +108,10 @@ class RolloutPlanner:
         costs = self.costs()
         if costs is None or not self._updates:
             return self.fixed_policy(len(samples))
-        self._wait_tuned()
-        self._keep_tuned(costs, len(samples))
+        if self._tuning is None:
+            self._keep_tuned(costs, len(samples))
+        else:
+            self._tuning.result()
         if not pays(self._gain):
             return StageByStage()
         if self._gain < 1 + _SURE_GAIN:
@@ -138,7 +140,9 @@ class RolloutPlanner:
 
         seconds: of all of it, where nothing else went on and it went by the policy that was made last.
         """
-        self._wait_tuned()  # it reads what changes here
+        if self._tuning is not None:
+            self._tuning.result()  # it reads what changes here
+            self._tuning = None
         self._timed = None if seconds is None or self._is_fused is None else (self._is_fused, seconds)
         size = self._settings.engine_devices
         self._calibration.begin_iteration()
@@ -167,15 +171,10 @@ class RolloutPlanner:
         waits for it.
         """
         costs = self.costs()
-        if costs is not None and self._updates and self._settings.policy != "none":
+        if self._tuning is None and costs is not None and self._updates and self._settings.policy != "none":
             thread = ThreadPoolExecutor(1, thread_name_prefix="tuning")
             self._tuning = thread.submit(self._keep_tuned, costs, len(self._updates[-1]))
             thread.shutdown(wait=False)  # it ends with this
-
-    def _wait_tuned(self) -> None:
-        if self._tuning is not None:
-            tuning, self._tuning = self._tuning, None
-            tuning.result()
 
     def _note(self, costs: CostModel, is_fused: bool, seconds: float) -> None:
         rollout = Rollout(

@@ -25,10 +25,7 @@ class RewardThread:
         numbers: Sequence[int],
     ) -> list[float]:
         """As `call_reward_function`."""
-        try:
-            return call_reward_function(self._function, prompts, responses, columns, numbers, result_of=self._result_of)
-        finally:
-            self._awaited = None
+        return call_reward_function(self._function, prompts, responses, columns, numbers, result_of=self._result_of)
 
     def _result_of(self, awaitable: Awaitable[Any]) -> Any:
         awaited = self._awaited = LOOP.begin(awaitable)
