@@ -181,6 +181,9 @@ def _draw_png(axes: _Axes, lines: Sequence[_Line], path: Path) -> None:
             linestyle="-" if axes.has_numbers else "",
         )
     plot.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    if not axes.has_numbers:
+        for name in plot.get_xticklabels():  # of files, which lie over one another if level
+            name.set(rotation=20, rotation_mode="anchor", horizontalalignment="right")
     plot.set_xlabel(axes.option)
     plot.set_ylabel(axes.ratio)
     plot.legend()
