@@ -168,7 +168,7 @@ def _compared(rows: Sequence[Row]) -> list[Row]:
 def _draw_png(axes: _Axes, lines: Sequence[_Line], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4 if axes.has_numbers else 5), layout="constrained")
     plot = figure.add_subplot()
     for line in lines:
         plot.errorbar(
