@@ -5,17 +5,18 @@
 #include <cstring>
 #include <vector>
 
+#include "tensor/vector_math.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define FUSE_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
 namespace fuse {
 namespace {
 
-constexpr std::int64_t kBlock = 2048;  // products that 32 bits add up: 127 * 32767 * 2048 / 8 lanes < 2^31
-constexpr std::int64_t kOuts = 4;      // weight rows side by side, for one load of an input
-constexpr std::int64_t kAhead = 4096;  // bytes of weights to fetch beforehand, across the rows that end meanwhile
+constexpr std::int64_t kBlock = 2048;   // products that 32 bits add up: 127 * 32767 * 2048 / 8 lanes < 2^31
+constexpr std::int64_t kOuts = 3;       // weight rows side by side, for one load of an input; sums stay in registers
+constexpr std::int64_t kAhead = 16384;  // bytes of weights to fetch beforehand, across the rows that end meanwhile
 constexpr std::int64_t kHalf = kInt4Group / 2;
 
 // Of one row and those behind it, `width` apart.
@@ -130,8 +131,9 @@ FUSE_AVX2 inline __m256i load(const void* values) { return _mm256_loadu_si256(st
 
 FUSE_AVX2 inline __m128i load_half(const void* values) { return _mm_loadu_si128(static_cast<const __m128i*>(values)); }
 
+// Into the second level's cache: the first has no room for them beside inputs.
 FUSE_AVX2 inline void fetch(const void* weights) {
-  _mm_prefetch(static_cast<const char*>(weights) + kAhead, _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(weights) + kAhead, _MM_HINT_T1);
 }
 
 FUSE_AVX2 inline float sum_of(__m256 lanes) {
@@ -217,7 +219,7 @@ template <class Weights>
 Dots<Weights> choose(std::int64_t rows, std::int64_t outs) {
 #if defined(__x86_64__)
   constexpr Dots<Weights> avx2[2][2] = {{dots_avx2<1, 1>, dots_avx2<1, kOuts>}, {dots_avx2<2, 1>, dots_avx2<2, kOuts>}};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2[rows - 1][outs == kOuts];
+  if (has_avx2()) return avx2[rows - 1][outs == kOuts];
 #endif
   constexpr Dots<Weights> portable[2][2] = {{dots<1, 1>, dots<1, kOuts>}, {dots<2, 1>, dots<2, kOuts>}};
   return portable[rows - 1][outs == kOuts];
