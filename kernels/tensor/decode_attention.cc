@@ -76,8 +76,9 @@ void decode_attention(const float* query, std::int64_t query_row_stride, std::in
       return std::max<std::int64_t>(0, length - window.first - window.last);
     };
     std::int64_t width = 0;
-    for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t row = 0; row < rows; ++row) {
       width = std::max(width, padded<Floats>(lengths[row] - left_out(lengths[row])));
+    }
     std::vector<float> scores(static_cast<std::size_t>(group * width));
     for (std::int64_t row = 0; row < rows; ++row) {
       const std::int64_t gap = left_out(lengths[row]);
