@@ -9,7 +9,7 @@ from fuse.ops.native import choose, described, log_choice
 
 NATIVE_DTYPES = (torch.float32,)
 ROWS = range(1, 10)
-"""Of which native code is faster on every processor that was tried; of more, torch is where there is AVX-512."""
+"""Of which native code is at least as fast wherever it was tried; of more, torch is faster where there is AVX-512."""
 
 
 def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

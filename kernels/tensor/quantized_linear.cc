@@ -136,12 +136,6 @@ FUSE_AVX2 inline void fetch(const void* weights) {
   _mm_prefetch(static_cast<const char*>(weights) + kAhead, _MM_HINT_T1);
 }
 
-FUSE_AVX2 inline float sum_of(__m256 lanes) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 template <int rows, int outs>
 FUSE_AVX2 void dots_avx2(const Inputs& inputs, const Int8Weights& weights, std::int64_t width, float* sums) {
   for (int i = 0; i < rows * outs; ++i) sums[i] = 0.0f;
