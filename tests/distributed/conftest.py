@@ -9,15 +9,15 @@ import pytest
 
 from .programs import NAMES, run_programs
 
-Measured = Callable[[str], tuple[Path, str]]
+Measured = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def measured_by(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """Where a program has measured, and what was printed meanwhile."""
+    """Where a program has measured."""
     asked = {
         getattr(item.module, "PROGRAM", None) for item in request.session.items if isinstance(item, pytest.Function)
     }
     directory = tmp_path_factory.mktemp("programs")
-    printed = run_programs([name for name in NAMES if name in asked], directory)
-    return lambda name: (directory / name, printed)
+    run_programs([name for name in NAMES if name in asked], directory)
+    return lambda name: directory / name

@@ -26,6 +26,7 @@ Measure = Callable[[int], Mapping[str, object]]
 class World:
     """The processes of a world. num_survivors: the first ranks, whose ends alone are waited for."""
 
+    name: str
     ranks: list[ForkProcess]
     num_survivors: int | None
 
@@ -46,15 +47,22 @@ class World:
         ]
         for process in ranks:
             process.start()
-        return cls(ranks, num_survivors)
+        return cls(name, ranks, num_survivors)
 
     def end(self) -> None:
-        """Wait for those that measure, and leave none behind."""
-        for process in self.ranks[: self.num_survivors]:
+        """Wait for those that measure, and leave none behind.
+
+        Raises: RuntimeError where one of them failed, which has printed why, or was killed.
+        """
+        survivors = self.ranks[: self.num_survivors]
+        for process in survivors:
             process.join(_PATIENCE_S)
+        codes = [process.exitcode for process in survivors]
         for process in self.ranks:
             process.kill()
             process.join()
+        if any(code != 0 for code in codes):
+            raise RuntimeError(f"ranks of {self.name} ended with {codes}")
 
 
 def run_world(name: str, num_ranks: int, measure: Measure, directory: Path) -> None:
@@ -67,6 +75,8 @@ def run_alone(function: Callable[[], None]) -> None:
     process = CONTEXT.Process(target=function)
     process.start()
     process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{function} ended with {process.exitcode}")
 
 
 def _run_rank(

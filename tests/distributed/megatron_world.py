@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from fuse.intrastage.communication import CommunicationError
@@ -225,10 +226,28 @@ def compare(
 def check_export_memory(stage: MegatronStage) -> None:
     """An export holds two whole matrices at most, of those that tensor-parallel ranks share."""
     largest = max(one.numel() * stage._group.size() * 4 for _, one in stage.named_parameters())
-    with LiveMemory() as memory:
+    with gathering_copies(), LiveMemory() as memory:
         for _, tensor in stage.export_weights():
             del tensor
     assert 0 < memory.peak_bytes <= 2 * largest, (memory.peak_bytes, largest)
+
+
+@contextmanager
+def gathering_copies() -> Iterator[None]:
+    """Has gathers made of copies that no mode sees: gloo's threads may hold tensors after the call has returned."""
+    gather = dist.all_gather_into_tensor
+
+    def gather_copies(whole: Tensor, shard: Tensor, **options: Any) -> None:
+        with _disable_current_modes():
+            copy = torch.empty_like(whole)
+            gather(copy, shard.clone(), **options)
+            whole.copy_(copy)
+
+    dist.all_gather_into_tensor = gather_copies
+    try:
+        yield
+    finally:
+        dist.all_gather_into_tensor = gather
 
 
 def compare_halves(shared: list[MegatronStage], halved: list[MegatronStage]) -> float:

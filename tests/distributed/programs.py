@@ -17,8 +17,11 @@ from pathlib import Path
 NAMES = ("world", "megatron_world", "megatron_training_world")
 
 
-def run_programs(names: Sequence[str], directory: Path) -> str:
-    """Have programs measure; what they printed says why something is missing."""
+def run_programs(names: Sequence[str], directory: Path) -> None:
+    """Have programs measure.
+
+    Raises: RuntimeError with what they printed where one failed; those after it have not measured.
+    """
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, str(directory), *names],
         cwd=Path(__file__).parents[2],
@@ -28,7 +31,8 @@ def run_programs(names: Sequence[str], directory: Path) -> str:
         timeout=800,
         check=False,
     )
-    return finished.stdout + finished.stderr
+    if finished.returncode:
+        raise RuntimeError(finished.stdout + finished.stderr)
 
 
 def main(directory: Path, *names: str) -> None:
