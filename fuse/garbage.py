@@ -22,12 +22,17 @@ def collect_rarely() -> None:
 
 @contextmanager
 def set_apart() -> Iterator[None]:
-    """What there is now is not looked through while the body runs, nor later what others have set apart before."""
-    by_others = _has_frozen_objects()
+    """While the body runs, what there is now is not looked through, and the rest rarely.
+
+    Nor is later what others have set apart before.
+    """
+    by_others, thresholds = _has_frozen_objects(), gc.get_threshold()
+    collect_rarely()
     gc.freeze()
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         if not by_others:
             gc.unfreeze()
 

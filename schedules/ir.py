@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 MOST_RANKS = 1 << 14
 MOST_FORWARDS = 200_000
@@ -30,9 +31,10 @@ class Kind(StrEnum):
     I = "I"  # noqa: E741  (the field's name for the input gradient)
     W = "W"
 
+    __hash__ = str.__hash__  # that of enumerations is a call of Python, in every hash of an operation
 
-@dataclass(frozen=True, slots=True, order=True)
-class Op:
+
+class Op(NamedTuple):
     """One operation: `kind` of one micro-batch at one stage of `problem.pipelines[pipeline]`."""
 
     pipeline: int

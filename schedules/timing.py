@@ -53,14 +53,15 @@ def evaluate(
     """
     problem = schedule.problem
     ticks, transfer_ticks = ticks or problem.ticks, transfer_ticks or problem.transfer_ticks
+    steps = _steps_of(schedule)
     ends: list[int] = []
     start: list[list[int]] = [[] for _ in schedule.ranks]
     end: list[list[int]] = [[] for _ in schedule.ranks]
     busy = [0] * len(schedule.ranks)
-    for rank, op, needed in _steps_of(schedule):
+    for rank, op, needed in steps:
         earliest = end[rank][-1] if end[rank] else 0
-        for position, source in needed:
-            ready = ends[position] + transfer_ticks(source, op)
+        for position in needed:
+            ready = ends[position] + transfer_ticks(steps[position][1], op)
             if ready > earliest:
                 earliest = ready
         duration = ticks(op)
@@ -77,10 +78,10 @@ def evaluate(
     )
 
 
-_Step = tuple[int, Op, tuple[tuple[int, Op], ...]]
-"""A rank, its next operation, and what that needs: each with where it stands among the steps."""
+_Step = tuple[int, Op, tuple[int, ...]]
+"""A rank, its next operation, and where among the steps what that needs stands."""
 
-_MOST_KEPT_OPS = 1 << 15
+_MOST_KEPT_OPS = 1 << 17
 """Of a schedule whose steps are kept: an update times one or two again and again, with other durations."""
 
 
@@ -108,7 +109,7 @@ def _steps(schedule: Schedule) -> list[_Step]:
     steps: list[_Step] = []
     for position, (rank, index) in enumerate(result.steps):
         op = schedule.ranks[rank][index]
-        steps.append((rank, op, tuple((positions[needed], needed) for needed in needs(known, op, problem))))
+        steps.append((rank, op, tuple(map(positions.__getitem__, needs(known, op, problem)))))
         positions.setdefault(op, position)
     return steps
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
@@ -116,7 +116,7 @@ def _duplicates(schedule: Schedule) -> Iterator[Violation]:
             yield Violation(rank, op, Rule.DUPLICATE, f"it already stands on rank {first_rank[op]}")
         first_rank.setdefault(op, rank)
     for op, rank in first_rank.items():
-        if op.kind is Kind.B and (replace(op, kind=Kind.I) in first_rank or replace(op, kind=Kind.W) in first_rank):
+        if op.kind is Kind.B and (op._replace(kind=Kind.I) in first_rank or op._replace(kind=Kind.W) in first_rank):
             yield Violation(rank, op, Rule.DUPLICATE, "this micro-batch has both a full and a split backward")
 
 

@@ -43,7 +43,21 @@ def what_others_have_set_apart_stays_so() -> None:
     assert gc.get_freeze_count() > 0
 
 
-CHECKS = {check.__name__: check for check in (garbage_of_before_waits_for_the_end, what_others_have_set_apart_stays_so)}
+def garbage_is_looked_for_rarely_until_the_end() -> None:
+    gc.set_threshold(500, 5, 5)
+    with set_apart():
+        assert gc.get_threshold()[0] > 500
+    assert gc.get_threshold() == (500, 5, 5)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        garbage_of_before_waits_for_the_end,
+        what_others_have_set_apart_stays_so,
+        garbage_is_looked_for_rarely_until_the_end,
+    )
+}
 
 
 @pytest.mark.processes

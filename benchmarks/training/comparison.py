@@ -58,7 +58,8 @@ def compare(schedule: Schedule, planned: PlannedTimes, spans: Sequence[Sequence[
     begin_s = min(of_rank[0][1].start_s for of_rank in recorded if of_rank)
     executed_s = max(of_rank[-1][1].end_s for of_rank in recorded if of_rank) - begin_s
     total_s = executed_s * schedule.problem.num_ranks
-    slowdown = sum(taken_s.values()) / sum(planned.end_s[op] - planned.start_s[op] for op in taken_s)
+    planned_s = sum(sum(ends) - sum(starts) for starts, ends in zip(planned.start_s, planned.end_s, strict=True))
+    slowdown = sum(taken_s.values()) / planned_s
 
     def makespan_s(with_gaps: bool) -> float:
         seconds = {op: one + gaps_s[op] if with_gaps else one for op, one in taken_s.items()}

@@ -26,8 +26,8 @@ def contended_times(
     """As `planned_times`. together, alone: costs while all ranks compute, and while all others idle."""
     times = planned_times(schedule, together, names, shapes)
     unhindered = planned_times(schedule, alone, names, shapes)
-    slow_s = {op: times.end_s[op] - times.start_s[op] for op in times.start_s}
-    fast_s = {op: min(slow_s[op], unhindered.end_s[op] - unhindered.start_s[op]) for op in slow_s}
+    slow_s, alone_s = _seconds(schedule, times), _seconds(schedule, unhindered)
+    fast_s = {op: min(slow_s[op], alone_s[op]) for op in slow_s}
     for _ in range(_ROUNDS):
         overlap_s = _overlaps(schedule, times)
         # What was done in the overlap took slow_s / fast_s times as long: s = fast + overlap (1 - fast / slow).
@@ -36,12 +36,18 @@ def contended_times(
     return times
 
 
+def _seconds(schedule: Schedule, times: PlannedTimes) -> dict[Op, float]:
+    """What each operation takes."""
+    return {
+        op: end_s - start_s
+        for rank, order in enumerate(schedule.ranks)
+        for op, (start_s, end_s) in zip(order, times.of_rank(rank), strict=True)
+    }
+
+
 def _overlaps(schedule: Schedule, times: PlannedTimes) -> Mapping[Op, float]:
     """Seconds of each operation while others compute; of several other ranks, the mean."""
-    by_rank = [
-        (np.array([times.start_s[op] for op in order]), np.array([times.end_s[op] for op in order]))
-        for order in schedule.ranks
-    ]
+    by_rank = [(np.array(starts), np.array(ends)) for starts, ends in zip(times.start_s, times.end_s, strict=True)]
     overlaps: dict[Op, float] = {}
     for rank, order in enumerate(schedule.ranks):
         start_s, end_s = by_rank[rank]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fuse.intrastage.micro_batch_number import Work
@@ -38,11 +38,12 @@ class PlannedSpans:
     def beside(self, spans: Sequence[Sequence[Span]]) -> list[list[Span]]:
         """Each worker's spans of the update, those of operations with when they were to run."""
         return [
-            with_planned(
-                own, [(schedule.ranks[worker // self.tensor_parallel_size], one) for schedule, one in self.rounds]
-            )
-            for worker, own in enumerate(spans)
+            with_planned(own, self._of_rank(worker // self.tensor_parallel_size)) for worker, own in enumerate(spans)
         ]
+
+    def _of_rank(self, rank: int) -> Iterator[tuple[float, float] | None]:
+        for schedule, planned in self.rounds:
+            yield from [None] * len(schedule.ranks[rank]) if planned is None else planned.of_rank(rank)
 
 
 def _times(work: Work, plan: Plan, placement: Sequence[Replica]) -> PlannedTimes | None:

@@ -41,18 +41,29 @@ class ObservedCosts:
 
     def add(self, spans: Iterable[Span]) -> None:
         """Learn from spans; those of other categories are passed over."""
+        operations: defaultdict[str, deque[Span]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
         for span in spans:
-            if span.category not in (TRAIN, MEMORY, MESSAGE):
-                continue
-            what, _, operation = span.name.partition(" ")
-            pipeline, number, _ = operation.rsplit(".", 2)
-            stage, shape = (self._names[pipeline], int(number)), _shape(span)
             if span.category == TRAIN:
-                self._operations[stage, Kind(what)].append((shape.size, span.duration_s))
+                operations[span.name.rpartition(".")[0]].append(span)
             elif span.category == MESSAGE:
-                self._messages[stage][shape] = span.duration_s
-            else:
-                self._memory[stage] = (shape.size, _bytes(span, "activation"), _bytes(span, "weight_grad"))
+                _, stage = self._stage(span)
+                self._messages[stage][_shape(span)] = span.duration_s
+            elif span.category == MEMORY:
+                _, stage = self._stage(span)
+                self._memory[stage] = (
+                    _integer(span, "tokens"),
+                    _bytes(span, "activation"),
+                    _bytes(span, "weight_grad"),
+                )
+        for last in operations.values():
+            what, stage = self._stage(last[0])
+            self._operations[stage, Kind(what)].extend((_integer(span, "tokens"), span.duration_s) for span in last)
+
+    def _stage(self, span: Span) -> tuple[str, _Stage]:
+        """What the span is of, and the stage."""
+        what, _, operation = span.name.partition(" ")
+        pipeline, number, _ = operation.rsplit(".", 2)
+        return what, (self._names[pipeline], int(number))
 
     def forget(self) -> None:
         """Forget the operations, but remember I's share of a backward: the next schedule may run none in halves."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +20,22 @@ _APART = 1.25
 class PlannedTimes:
     """The plan of one step, in seconds from its first operation.
 
-    start_s, end_s: by operation. transfer_s: by pipeline, what a message takes. bubble_ratio: idle share of all ranks.
+    start_s, end_s: of the shape of `schedule.ranks`. transfer_s: by pipeline, what a message takes. bubble_ratio: idle
+    share of all ranks.
     """
 
-    start_s: Mapping[Op, float]
-    end_s: Mapping[Op, float]
+    start_s: tuple[tuple[float, ...], ...]
+    end_s: tuple[tuple[float, ...], ...]
     transfer_s: tuple[float, ...]
     bubble_ratio: float
 
     @property
     def makespan_s(self) -> float:
-        return max(self.end_s.values(), default=0.0)
+        return max(map(max, filter(None, self.end_s)), default=0.0)
+
+    def of_rank(self, rank: int) -> list[tuple[float, float]]:
+        """Start and end of its operations, in order."""
+        return list(zip(self.start_s[rank], self.end_s[rank], strict=True))
 
 
 def planned_times(
@@ -66,32 +70,33 @@ def planned_times(
     return times_of(schedule, seconds, transfer_s)
 
 
-def with_planned(spans: Sequence[Span], orders: Iterable[tuple[Sequence[Op], PlannedTimes | None]]) -> list[Span]:
+def with_planned(spans: Sequence[Span], planned: Iterable[tuple[float, float] | None]) -> list[Span]:
     """A rank's spans, those of its operations with when they were to run: `planned_start_s`, `planned_end_s`.
 
     Both count from the first operation of the step.
 
-    orders: of each step, in turn, the rank's operations, and the step's plan, if there is one.
+    planned: of each operation, in turn; None of a step of which there is no plan.
     """
-    planned = iter([(op, times) for ops, times in orders for op in ops])
-    told = [_beside(span, *next(planned)) if span.category == TRAIN else span for span in spans]
-    assert next(planned, None) is None, "some operations have left no span"
+    left = iter(planned)
+    told = [_beside(span, next(left)) if span.category == TRAIN else span for span in spans]
+    assert not list(left), "some operations have left no span"
     return told
 
 
-def _beside(span: Span, op: Op, planned: PlannedTimes | None) -> Span:
+def _beside(span: Span, planned: tuple[float, float] | None) -> Span:
     if planned is None:
         return span
-    times = {"planned_start_s": planned.start_s[op], "planned_end_s": planned.end_s[op]}
-    return Span(span.name, span.category, span.start_s, span.end_s, {**span.arguments, **times})
+    start_s, end_s = planned
+    arguments = {**span.arguments, "planned_start_s": start_s, "planned_end_s": end_s}
+    return Span(span.name, span.category, span.start_s, span.end_s, arguments)
 
 
 def times_of(schedule: Schedule, seconds: Mapping[Op, float], transfer_s: tuple[float, ...]) -> PlannedTimes:
     """The plan of a schedule's order from the seconds of each operation and, by pipeline, of a message."""
     timing = evaluate_seconds(schedule, seconds, transfer_s)
-    times = [list(itertools.chain.from_iterable(per_rank)) for per_rank in (timing.start, timing.end)]
-    ops = [op for _, op in schedule.ops()]
-    start_s, end_s = ({op: _TICK_S * time for op, time in zip(ops, each, strict=True)} for each in times)
+    start_s, end_s = (
+        tuple(tuple(_TICK_S * time for time in of_rank) for of_rank in times) for times in (timing.start, timing.end)
+    )
     return PlannedTimes(start_s, end_s, transfer_s, timing.bubble_ratio)
 
 

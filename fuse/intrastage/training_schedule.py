@@ -89,7 +89,7 @@ def halved_serial_schedule(replicas: tuple[Replica, ...], counts: Counts) -> Sch
 
 
 def _halves(op: Op) -> tuple[Op, Op]:
-    return replace(op, kind=Kind.I), replace(op, kind=Kind.W)
+    return op._replace(kind=Kind.I), op._replace(kind=Kind.W)
 
 
 def unfused(problem: Problem) -> Schedule:

@@ -47,7 +47,7 @@ def chimera(problem: Problem) -> Schedule:
         problem,
         tuple(
             tuple(
-                replace(op, micro_batch=op.micro_batch + repeat * (num_stages // 2))
+                op._replace(micro_batch=op.micro_batch + repeat * (num_stages // 2))
                 for repeat in range(num_units)
                 for _, op in sorted(slots)
             )

@@ -25,7 +25,7 @@ def serial(problem: Problem, baseline: Callable[[Problem], Schedule] = one_f_one
         one = replace(problem, pipelines=(replace(pipeline, before=None),))
         alone = _forwards(one) if pipeline.is_forward_only else baseline(one)
         for rank, order in enumerate(alone.ranks):
-            orders[rank] += tuple(replace(op, pipeline=number) for op in order)
+            orders[rank] += tuple(op._replace(pipeline=number) for op in order)
     return Schedule(problem, tuple(orders))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import replace
 
 from schedules.baselines.single import one_stage_per_rank, only_pipeline
 from schedules.ir import Kind, Op, Pipeline, Problem, Schedule
@@ -108,6 +107,6 @@ def _candidates(pipeline: Pipeline, rank: int, order: list[Op], max_held: int) -
 
 def _arrival(problem: Problem, end: dict[Op, int], op: Op) -> float:
     """When all that the operation needs has ended and been transferred; never, while some of it has not run."""
-    gradient = replace(op, stage=op.stage + 1, kind=Kind.I)  # every backward is split
+    gradient = op._replace(stage=op.stage + 1, kind=Kind.I)  # every backward is split
     sources = needs({gradient}, op, problem)
     return max((end.get(source, float("inf")) + problem.transfer_ticks(source, op) for source in sources), default=0)

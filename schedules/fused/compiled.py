@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -120,10 +120,10 @@ def compile_operations(problem: Problem, ops: set[Op]) -> Compiled:
 def _source(op: Op, known: dict[Op, int], num_stages: int) -> Op | None:
     """What an operation waits for last: in a backward it is the gradient, which comes after its own forward."""
     if op.kind is Kind.W:
-        return replace(op, kind=Kind.I)
+        return op._replace(kind=Kind.I)
     if op.kind is Kind.F:
-        return replace(op, stage=op.stage - 1) if op.stage else None
+        return op._replace(stage=op.stage - 1) if op.stage else None
     if op.stage == num_stages - 1:
-        return replace(op, kind=Kind.F)
-    split = replace(op, stage=op.stage + 1, kind=Kind.I)
-    return split if split in known else replace(split, kind=Kind.B)
+        return op._replace(kind=Kind.F)
+    split = op._replace(stage=op.stage + 1, kind=Kind.I)
+    return split if split in known else split._replace(kind=Kind.B)

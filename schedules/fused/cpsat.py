@@ -214,7 +214,7 @@ def _hold_memory(model: _Model, rank: int, cap: int | cp_model.IntVar) -> None:
             continue
         held = pipeline.activation_bytes if op.kind is Kind.F else pipeline.weight_grad_bytes
         backward = _backward(model, pipeline)
-        given_back = model.start[replace(op, kind=backward if op.kind is Kind.F else Kind.W)]
+        given_back = model.start[op._replace(kind=backward if op.kind is Kind.F else Kind.W)]
         if held[op.stage]:
             duration = model.cp.new_int_var(0, model.makespan, f"hold {op}")
             intervals.append(model.cp.new_interval_var(start, duration, given_back, f"held {op}"))
@@ -242,7 +242,7 @@ def _message_order(model: _Model) -> None:
         channel = channel_from(model.problem, op)
         if channel is not None:
             step = 1 if op.kind is Kind.F else -1
-            target = replace(op, stage=op.stage + step)
+            target = op._replace(stage=op.stage + step)
             assert channel_into(model.problem, target) == channel
             senders.setdefault(channel, []).append((op, target))
     for messages in senders.values():
@@ -296,8 +296,8 @@ def _chains(model: _Model) -> Iterable[list[Op]]:
 def _sources(model: _Model, op: Op) -> list[Op]:
     pipeline = model.problem.pipelines[op.pipeline]
     if op.kind is Kind.W:
-        return [replace(op, kind=Kind.I)]
+        return [op._replace(kind=Kind.I)]
     if op.kind is Kind.F:
-        return [*model.problem.first(op), *([replace(op, stage=op.stage - 1)] if op.stage else [])]
-    own = replace(op, kind=Kind.F)
-    return [own] if op.stage == pipeline.num_stages - 1 else [own, replace(op, stage=op.stage + 1)]
+        return [*model.problem.first(op), *([op._replace(stage=op.stage - 1)] if op.stage else [])]
+    own = op._replace(kind=Kind.F)
+    return [own] if op.stage == pipeline.num_stages - 1 else [own, op._replace(stage=op.stage + 1)]

@@ -86,7 +86,7 @@ def _construct(problem: Problem, *, admission: bool) -> Schedule | None:
             reserved[r] += sign * num_bytes
         heapq.heappush(events, (end, rank))
         if op.kind is Kind.F and op.stage == 0 and op.micro_batch + 1 < pipeline.num_micro_batches:
-            arrival[replace(op, micro_batch=op.micro_batch + 1)] = end
+            arrival[op._replace(micro_batch=op.micro_batch + 1)] = end
         incoming, outgoing = channel_into(problem, op), channel_from(problem, op)
         if incoming is not None:
             under_way[incoming].popleft()

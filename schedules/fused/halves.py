@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from schedules.fused.compiled import Compiled
 from schedules.ir import Kind, Op, Problem, Schedule
 from schedules.timing import evaluate
@@ -39,9 +37,9 @@ def in_form_of(compiled: Compiled, schedule: Schedule) -> Schedule:
         if op in compiled.node_of:
             return (op,)
         if op.kind is Kind.B:
-            return replace(op, kind=Kind.I), replace(op, kind=Kind.W)
+            return op._replace(kind=Kind.I), op._replace(kind=Kind.W)
         assert op.kind is Kind.I, f"{op} is not of the compiled problem"
-        return (replace(op, kind=Kind.B),)
+        return (op._replace(kind=Kind.B),)
 
     whole = {op for op in compiled.ops if op.kind is Kind.B}
     return Schedule(
@@ -50,7 +48,7 @@ def in_form_of(compiled: Compiled, schedule: Schedule) -> Schedule:
             tuple(
                 part
                 for op in order
-                if not (op.kind is Kind.W and replace(op, kind=Kind.B) in whole)
+                if not (op.kind is Kind.W and op._replace(kind=Kind.B) in whole)
                 for part in parts(op)
             )
             for order in schedule.ranks
@@ -64,8 +62,8 @@ def join_halves(schedule: Schedule) -> Schedule:
     for order in schedule.ranks:
         joined: list[Op] = []
         for op in order:
-            if op.kind is Kind.W and joined and joined[-1] == replace(op, kind=Kind.I):
-                joined[-1] = replace(op, kind=Kind.B)
+            if op.kind is Kind.W and joined and joined[-1] == op._replace(kind=Kind.I):
+                joined[-1] = op._replace(kind=Kind.B)
             else:
                 joined.append(op)
         orders.append(tuple(joined))

@@ -92,4 +92,4 @@ def schedule_in_parts(problem: Problem, schedule: Callable[[Problem, float], Sch
 
 def _insert(orders: list[tuple[Op, ...]], part: Part, found: Schedule) -> None:
     for rank, order in zip(part.ranks, found.ranks, strict=True):
-        orders[rank] = tuple(replace(op, pipeline=part.pipelines[op.pipeline]) for op in order)
+        orders[rank] = tuple(op._replace(pipeline=part.pipelines[op.pipeline]) for op in order)

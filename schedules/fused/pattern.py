@@ -168,7 +168,7 @@ def _held(problem: Problem, start: dict[Op, cp_model.IntVar]) -> list[cp_model.L
     terms: list[list[cp_model.LinearExprT]] = [[] for _ in range(problem.num_ranks)]
     for op, variable in start.items():
         if op.kind is Kind.F:
-            lasts = start[replace(op, kind=Kind.B)] - variable
+            lasts = start[op._replace(kind=Kind.B)] - variable
             terms[problem.rank_of(op)].append(problem.bytes_taken(op) * lasts)
     return [cp_model.LinearExpr.sum(rank_terms) for rank_terms in terms]
 

@@ -13,7 +13,6 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,8 @@ def check_splits(rank: int, world: int, directory: Path) -> dict[str, float]:
         schedule = random_problems.random_schedule(problem, random.Random(seed))
         recorder = SpanRecorder()
         found[f"random {seed}"] = Run(rank, problem, models).gradient_difference(schedule, recorder)
-        spans = with_planned(recorder.drain(), [(schedule.ranks[rank], plan_of(schedule))])
-        record = {"schedule": schedule_to_text(schedule), "spans": [asdict(span) for span in spans]}
+        spans = with_planned(recorder.drain(), plan_of(schedule).of_rank(rank))
+        record = {"schedule": schedule_to_text(schedule), "spans": [span._asdict() for span in spans]}
         (directory / f"spans-{world}-{seed}-{rank}.json").write_text(json.dumps(record))
         found["num_halves"] = found.get("num_halves", 0) + sum(op.kind in (Kind.I, Kind.W) for _, op in schedule.ops())
     return found

@@ -151,8 +151,8 @@ def test_spans_of_all_devices_of_a_rank_say_when_their_operations_were_to_run() 
     told = planned.beside([[Span("", "train", 0.0, 1.0)] * num_spans[device // 2] for device in range(4)])
     times = planned_times(PLAN.schedule, PROFILE, ["actor.0"], [SHAPES])
     for device, spans in enumerate(told):
-        ops = PLAN.schedule.ranks[device // 2]
+        of_rank = times.of_rank(device // 2)
         assert [span.arguments for span in spans] == [
-            *({"planned_start_s": times.start_s[op], "planned_end_s": times.end_s[op]} for op in ops),
-            *({} for _ in spans[len(ops) :]),
+            *({"planned_start_s": start_s, "planned_end_s": end_s} for start_s, end_s in of_rank),
+            *({} for _ in spans[len(of_rank) :]),
         ]

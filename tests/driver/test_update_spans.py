@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,7 +82,7 @@ def take_update(run: Any) -> dict[str, dict[str, list[Span]]]:
     run.spans.ask_engines()
     for model in run.models:
         model.record("train")
-    planned: Any = SimpleNamespace(beside=lambda spans: [[replace(one, end_s=2.0) for one in own] for own in spans])
+    planned: Any = SimpleNamespace(beside=lambda spans: [[one._replace(end_s=2.0) for one in own] for own in spans])
     assert run.spans.read_after(lambda: "reports", planned)() == "reports"
     for engine in run.engines:
         engine.record("weights")

@@ -68,8 +68,8 @@ def test_costs_are_those_behind_the_spans() -> None:
     assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3)
 
     in_vain = moved("admit", 2000, 10.0)
-    calibration.add([replace(in_vain, arguments={**in_vain.arguments, "lost": 1})])
-    calibration.add([replace(moved("admit", 1500, 1e-3), arguments={"samples": 1, "bytes": 1500, "lost": 0})])
+    calibration.add([in_vain._replace(arguments={**in_vain.arguments, "lost": 1})])
+    calibration.add([moved("admit", 1500, 1e-3)._replace(arguments={"samples": 1, "bytes": 1500, "lost": 0})])
     measured = calibration.costs()
     assert measured is not None
     assert measured.transfer(2000) == pytest.approx(3e-3 + 1e-3), "the other one waited for a process that had died"
@@ -86,7 +86,7 @@ def test_steps_of_all_batches_count_and_not_those_of_the_last_tail_alone() -> No
         for step in range(1200):
             batch = max(1, 64 - step // 8)
             exact = decode(costs, batch, batch * (100 + step))
-            spans.append(replace(exact, end_s=exact.start_s + exact.duration_s * random.uniform(0.9, 1.1)))
+            spans.append(exact._replace(end_s=exact.start_s + exact.duration_s * random.uniform(0.9, 1.1)))
         calibration.add(spans)
     learnt = calibration.costs()
     assert learnt is not None
@@ -169,7 +169,7 @@ def test_what_drafts_take_and_bring_is_learnt_beside_plain_steps(draft: Speculat
         prepare_s = 0.7 if step == 0 else 0.0
         span = drafting(costs, batch, batch * (100 + step), count, int(drawn.sum()), prepare_s)
         tried = int(np.minimum(drawn + 1, count).sum())
-        spans.append(replace(span, arguments={**span.arguments, "tried_tokens": tried}))
+        spans.append(span._replace(arguments={**span.arguments, "tried_tokens": tried}))
     calibration.add(spans)
     learnt = calibration.costs()
     assert learnt is not None
@@ -200,7 +200,7 @@ def test_drafts_with_a_window_and_without_are_counted_apart(in_windows: tuple[bo
             span = drafting(replace(costs, speculation=own), 1, 1000 + step, 4, right)
             sizes = {**span.arguments, "drafted_in_window": in_window}
             sizes["draft_s"] += read_s
-            spans.append(replace(span, end_s=span.end_s + read_s, arguments=sizes))
+            spans.append(span._replace(end_s=span.end_s + read_s, arguments=sizes))
     calibration.add(spans)
     learnt = calibration.costs()
     assert learnt is not None
@@ -226,7 +226,7 @@ def test_the_time_of_one_stage_tells_that_of_all() -> None:
     calibrations = [Calibration(SMALL_CPU.kv_bytes_per_token, SMALL_CPU.inference_batch_tokens, 3) for _ in range(2)]
     whole = spans_of(SMALL_CPU)
     staged = [
-        replace(one, end_s=one.start_s + one.duration_s / 4, arguments={**one.arguments, "stage": 1, "stages": 4})
+        one._replace(end_s=one.start_s + one.duration_s / 4, arguments={**one.arguments, "stage": 1, "stages": 4})
         if one.category == "infer"
         else one
         for one in whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fuse.intrastage.executor import execute
 from fuse.intrastage.observed import drift_of
-from fuse.intrastage.planned_times import PlannedTimes, times_of, with_planned
+from fuse.intrastage.planned_times import times_of, with_planned
 from fuse.intrastage.program import program_of
 from fuse.micro_batch import MicroBatch
 from fuse.trace import Span, SpanRecorder
@@ -99,17 +99,11 @@ def test_spans_name_the_operation_and_its_tokens() -> None:
 
 def test_spans_say_when_the_operation_was_planned() -> None:
     schedule = schedule_of(*LEGAL)
-    ops = schedule.ranks[0]
-    planned = PlannedTimes(
-        start_s={op: float(index) for index, op in enumerate(ops)},
-        end_s={op: index + 0.5 for index, op in enumerate(ops)},
-        transfer_s=(0.0,),
-        bubble_ratio=0.0,
-    )
+    planned = [(float(index), index + 0.5) for index in range(8)]
     _, recorder = run(schedule)
     optimizer = Span("step actor", "optimizer", 0.0, 1.0)
     of_step = [*recorder.drain(), optimizer]
-    told = with_planned(of_step + of_step, [(ops, None), (ops, planned)])
+    told = with_planned(of_step + of_step, [*[None] * 8, *planned])
     assert told[:9] == of_step, "nothing was planned of the first step"
     assert told[-1] is optimizer
     spans = told[9:-1]
@@ -121,13 +115,13 @@ def test_spans_say_when_the_operation_was_planned() -> None:
 
 
 class FakeDevice:
-    """Works later than it is asked to, as a GPU does: operations take their planned seconds, one after the other."""
+    """Works later than it is asked to, as a GPU does, one operation after the other."""
 
-    def __init__(self, planned: PlannedTimes) -> None:
-        self.planned, self.done_s, self.num_waits = planned, 100.0, 0
+    def __init__(self, takes_s: Mapping[Op, float]) -> None:
+        self.takes_s, self.done_s, self.num_waits = takes_s, 100.0, 0
 
     def run(self, op: Op) -> None:
-        self.done_s += self.planned.end_s[op] - self.planned.start_s[op]
+        self.done_s += self.takes_s[op]
 
     def mark(self) -> float:
         return self.done_s
@@ -157,21 +151,19 @@ def test_a_plan_carried_out_exactly_on_a_device_does_not_drift(slower: float) ->
     schedule = schedule_of(*LEGAL)
     seconds = {op: 0.25 if op.kind is Kind.F else 0.5 + 0.1 * op.stage for op in schedule.ranks[0]}
     planned = times_of(schedule, seconds, (0.0,))
-    device = FakeDevice(planned)
+    device = FakeDevice({op: slower * second if op.stage == 1 else second for op, second in seconds.items()})
     stages = {(0, number): FakeDeviceStage(number, number == 1, device) for number in range(2)}
     recorder = SpanRecorder(device)
-    seconds_of_stage_1 = {op: slower * second if op.stage == 1 else second for op, second in seconds.items()}
-    device.planned = times_of(schedule, seconds_of_stage_1, (0.0,))
     execute(program_of(schedule), 0, stages, [BATCHES], [], recorder)
     assert device.num_waits == 0, "a step does not wait for the device"
-    spans = with_planned(recorder.drain(), [(schedule.ranks[0], planned)])
+    spans = with_planned(recorder.drain(), planned.of_rank(0))
     assert device.num_waits == 1
     drift = drift_of(spans)
     assert drift is not None
     if slower == 1:
         assert drift == pytest.approx(0, abs=1e-9)
         starts = [span.start_s - 100 for span in spans]
-        assert starts == pytest.approx([planned.start_s[op] for op in schedule.ranks[0]])
+        assert starts == pytest.approx(planned.start_s[0])
     else:
         assert drift > 0.3
 

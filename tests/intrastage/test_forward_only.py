@@ -68,7 +68,7 @@ def told() -> list[Span]:
     spans = [span for span in watched([SHAPE] * 4) if "actor" in span.name]
     forwards = [span for span in spans if span.name.startswith("F ")]
     return spans + [
-        replace(span, name=span.name.replace("actor", name)) for name in ("old", "reference") for span in forwards
+        span._replace(name=span.name.replace("actor", name)) for name in ("old", "reference") for span in forwards
     ]
 
 

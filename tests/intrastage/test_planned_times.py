@@ -86,7 +86,9 @@ def test_a_plan_by_hand() -> None:
     ranks = tuple(tuple(map(Op.parse, order.split())) for order in orders)
     schedule = Schedule(Problem(num_ranks=2, pipelines=(pipeline,)), ranks)
     plan = planned_times(schedule, PROFILE, ["actor.0"], [[SMALL, LARGE]])
-    milliseconds = [[(round(1e3 * plan.start_s[op]), round(1e3 * plan.end_s[op])) for op in order] for order in ranks]
+    milliseconds = [
+        [(round(1e3 * start_s), round(1e3 * end_s)) for start_s, end_s in plan.of_rank(rank)] for rank in (0, 1)
+    ]
     assert milliseconds == [
         [(0, 10), (10, 50), (50, 70), (114, 194)],
         [(12, 17), (17, 32), (52, 67), (67, 112)],
@@ -125,7 +127,7 @@ def test_a_profile_of_the_problem_itself_plans_as_the_evaluator_times(random: Ra
     names = [pipeline.name for pipeline in problem.pipelines]
     plan = planned_times(schedule, profile, names, [[SMALL] * one.num_micro_batches for one in problem.pipelines])
     timing = evaluate(schedule)
-    for rank, order in enumerate(schedule.ranks):
-        assert [plan.start_s[op] for op in order] == pytest.approx([1e-3 * time for time in timing.start[rank]])
-        assert [plan.end_s[op] for op in order] == pytest.approx([1e-3 * time for time in timing.end[rank]])
+    for planned, timed in ((plan.start_s, timing.start), (plan.end_s, timing.end)):
+        for of_rank, ticks in zip(planned, timed, strict=True):
+            assert of_rank == pytest.approx([1e-3 * time for time in ticks])
     assert plan.bubble_ratio == pytest.approx(timing.bubble_ratio)

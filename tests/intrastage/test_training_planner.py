@@ -188,7 +188,7 @@ def test_serial_bubbles_are_those_of_stages_cut_for_serial_training(tmp_path: Pa
     own = (replace(PLACEMENT[0], layer_ranges=((0, 2), (2, 4))), replace(PLACEMENT[1], layer_ranges=((0, 2), (2, 4))))
     uneven = watched(SHAPES)
     uneven = [
-        replace(span, end_s=2 * span.end_s) if span.name[2:].startswith(("actor.0", "critic.0")) else span
+        span._replace(end_s=2 * span.end_s) if span.name[2:].startswith(("actor.0", "critic.0")) else span
         for span in uneven
     ]
     even_costs = tuple(
@@ -350,7 +350,7 @@ def test_opposite_replicas_are_compared_with_one_pipeline_of_all_micro_batches(
 ) -> None:
     placement = with_opposites((Replica("actor", 0, (0, 1)),))
     spans = [
-        replace(span, name=span.name.replace("actor", "actor.0").replace("critic", "actor.1"))
+        span._replace(name=span.name.replace("actor", "actor.0").replace("critic", "actor.1"))
         for span in watched([Shape(1, 64)] * 4)
     ]
     gains = []
@@ -434,7 +434,7 @@ def test_the_number_of_micro_batches_is_decided_once_and_kept(
 def test_operations_that_cost_the_same_whatever_their_size_keep_the_number(tmp_path: Path) -> None:
     planner = planner_in(tmp_path, chooses_number=True)
     trained = [span for span in watched(VARIED) if span.category == "train"]
-    planner.observe([replace(span, end_s=span.start_s + 0.01) for span in trained])
+    planner.observe([span._replace(end_s=span.start_s + 0.01) for span in trained])
     assert planner.times([CRITIC_DRAWN], critic_divided) == 1.0
 
 

@@ -127,10 +127,10 @@ def test_times_are_the_earliest_that_the_order_allows(random: Random) -> None:
             earliest = [timing.end[rank][index - 1] if index else 0]
             last = op.stage == problem.pipelines[op.pipeline].num_stages - 1
             sources = {
-                Kind.F: [replace(op, stage=op.stage - 1)],
-                Kind.B: [replace(op, kind=Kind.F)],
-                Kind.I: [replace(op, kind=Kind.F)],
-                Kind.W: [replace(op, kind=Kind.I)],
+                Kind.F: [op._replace(stage=op.stage - 1)],
+                Kind.B: [op._replace(kind=Kind.F)],
+                Kind.I: [op._replace(kind=Kind.F)],
+                Kind.W: [op._replace(kind=Kind.I)],
             }[op.kind]
             if op.kind in (Kind.B, Kind.I) and not last:
                 sources += [Op(op.pipeline, op.stage + 1, op.micro_batch, kind) for kind in (Kind.B, Kind.I)]

@@ -86,7 +86,7 @@ def _use_before_making(schedule: Schedule, random: Random) -> tuple[Schedule, Ru
     if op.kind not in (Kind.B, Kind.I):
         return None
     order = schedule.ranks[rank]
-    at = order.index(replace(op, kind=Kind.F))
+    at = order.index(op._replace(kind=Kind.F))
     return (
         _with_order(schedule, rank, (*order[:at], op, *order[at:index], *order[index + 1 :])),
         Rule.DEPENDENCY,
@@ -118,9 +118,9 @@ def _invent(schedule: Schedule, random: Random) -> tuple[Schedule, Rule, int, Op
     pipeline = schedule.problem.pipelines[op.pipeline]
     strange = random.choice(
         [
-            replace(op, pipeline=len(schedule.problem.pipelines)),
-            replace(op, stage=pipeline.num_stages),
-            replace(op, micro_batch=pipeline.num_micro_batches),
+            op._replace(pipeline=len(schedule.problem.pipelines)),
+            op._replace(stage=pipeline.num_stages),
+            op._replace(micro_batch=pipeline.num_micro_batches),
         ]
     )
     return _with_order(schedule, rank, (*schedule.ranks[rank], strange)), Rule.UNKNOWN, rank, strange
@@ -191,7 +191,7 @@ def test_every_corruption_is_found(corrupt: Corruption, random: Random) -> None:
     changed, rule, rank, op = corrupted
     kinds = {Kind.B: (Kind.B, Kind.I), Kind.I: (Kind.B, Kind.I)} if rule is Rule.MISSING else {}
     found = {(v.rule, v.rank, v.op) for v in violations(changed)}
-    expected = {(rule, rank, replace(op, kind=kind)) for kind in kinds.get(op.kind, (op.kind,))}
+    expected = {(rule, rank, op._replace(kind=kind)) for kind in kinds.get(op.kind, (op.kind,))}
     assert found & expected
     with pytest.raises(ValueError, match="illegal schedule") as error:
         check(changed)

@@ -84,7 +84,7 @@ def random_start(problem: Problem, split: bool) -> Schedule:
     return replace(
         schedule,
         ranks=tuple(
-            tuple(replace(op, kind=type(op.kind)(kind)) for op in order for kind in halves[op.kind])
+            tuple(op._replace(kind=type(op.kind)(kind)) for op in order for kind in halves[op.kind])
             for order in schedule.ranks
         ),
     )
