@@ -51,11 +51,14 @@ _Window = tuple[float, float, str]
 def training_steps(track: Sequence[Span]) -> list[list[Span]]:
     """A device's training operations, step by step: the optimizers end each."""
     steps: list[list[Span]] = [[]]
-    for before, span in zip([None, *track], track, strict=False):
-        if span.category == "optimizer" and (before is None or before.category != "optimizer"):
-            steps.append([])
-        elif span.category == "train":
+    before = ""
+    for span in track:
+        category = span.category
+        if category == "train":
             steps[-1].append(span)
+        elif category == "optimizer" != before:
+            steps.append([])
+        before = category
     return steps
 
 
@@ -197,7 +200,7 @@ def _training_windows(
     for number, (step, reach) in enumerate(zip(zip(*steps.values(), strict=False), reaches, strict=True)):
         if reach is None:
             continue
-        made = _made_at(step)
+        made = {span.name: span.end_s for spans in step for span in spans}
         for device, of_rank in zip(tracks, step, strict=True):
             windows[device] += _step_windows(of_rank, *reach, made)
         next_s = next((later[0] for later in reaches[number + 1 :] if later), float("inf"))
@@ -207,44 +210,24 @@ def _training_windows(
     return windows
 
 
-def _made_at(step: Sequence[Sequence[Span]]) -> dict[tuple[bool, str, int, int], tuple[int, float]]:
-    """When each forward and each backward ended, and on which rank: by (is forward, pipeline, stage, micro-batch)."""
-    made = {}
-    for rank, spans in enumerate(step):
-        for span in spans:
-            operation = _operation(span.name)
-            if operation is not None and operation[0] != "W":
-                kind, pipeline, stage, micro_batch = operation
-                made[kind == "F", pipeline, stage, micro_batch] = rank, span.end_s
-    return made
-
-
-def _step_windows(
-    spans: Sequence[Span], begin: float, end: float, made: Mapping[tuple[bool, str, int, int], tuple[int, float]]
-) -> list[_Window]:
+def _step_windows(spans: Sequence[Span], begin: float, end: float, made: Mapping[str, float]) -> list[_Window]:
+    """made: when each operation of the step ended."""
     if not spans:
         return [(begin, end, "warm_up")]
     windows = [(begin, spans[0].start_s, "warm_up")]
     for before, span in pairwise(spans):
-        windows += _wait_windows(before, span, made)
+        if before.end_s < span.start_s:
+            windows += _wait_windows(before, span, made)
     return [*windows, (max(span.end_s for span in spans), end, "cool_down")]
 
 
-def _wait_windows(
-    before: Span, span: Span, made: Mapping[tuple[bool, str, int, int], tuple[int, float]]
-) -> list[_Window]:
+def _wait_windows(before: Span, span: Span, made: Mapping[str, float]) -> list[_Window]:
     """Why an operation began no earlier than it did, after the one before it on its rank."""
     free, start = before.end_s, span.start_s
-    if start <= free:
-        return []
-    operation = _operation(span.name)
-    producer = None
-    if operation is not None and operation[0] != "W":
-        kind, pipeline, stage, micro_batch = operation
-        producer = made.get((kind == "F", pipeline, stage - 1 if kind == "F" else stage + 1, micro_batch))
-    if producer is None:
+    made_s = next((made[name] for name in _makers(span.name) if name in made), None)
+    if made_s is None:
         return [(free, start, "host")]
-    ready = min(start, max(free, producer[1]))
+    ready = min(start, max(free, made_s))
     planned_s = _planned_gap_s(before, span)
     planned_end = ready if planned_s is None else min(ready, free + planned_s)
     windows = (free, planned_end, "dependency"), (planned_end, ready, "drift"), (ready, start, "message")
@@ -252,10 +235,15 @@ def _wait_windows(
 
 
 @lru_cache(maxsize=1 << 16)
-def _operation(name: str) -> tuple[str, str, int, int] | None:
-    """Kind, pipeline, stage and micro-batch. Every optimizer step has operations of the same names."""
+def _makers(name: str) -> tuple[str, ...]:
+    """Of which operations one makes what this one needs of the next stage. Every step has operations of these names."""
     match = _NAME.fullmatch(name)
-    return match and (match[1], match[2], int(match[3]), int(match[4]))
+    if match is None or match[1] == "W":
+        return ()
+    kind, pipeline, stage, micro_batch = match.groups()
+    if kind == "F":
+        return (f"F {pipeline}.{int(stage) - 1}.{micro_batch}",)
+    return tuple(f"{one} {pipeline}.{int(stage) + 1}.{micro_batch}" for one in "BI")
 
 
 def _planned_gap_s(before: Span, span: Span) -> float | None:

@@ -45,13 +45,12 @@ def _bubbles(tracks: Sequence[Sequence[Span]]) -> dict[str, float]:
     """`bubble/planned` and `bubble/executed` over all planned steps; none where there is no plan."""
     planned_s = planned_busy_s = executed_s = executed_busy_s = 0.0
     for step in zip(*(training_steps(track) for track in tracks), strict=True):
-        plans = [_planned(span) for spans in step for span in spans]
-        spans = [span for spans in step for span in spans]
-        if not spans or None in plans:
+        spans = [span for of_rank in step for span in of_rank]
+        starts, ends = (_planned(spans, name) for name in ("planned_start_s", "planned_end_s"))
+        if not spans or len(starts) < len(spans):
             continue
-        known = [plan for plan in plans if plan is not None]
-        planned_s += max(end_s for _, end_s in known) * len(tracks)
-        planned_busy_s += sum(end_s - start_s for start_s, end_s in known)
+        planned_s += max(ends) * len(tracks)
+        planned_busy_s += sum(ends) - sum(starts)
         executed_s += (max(span.end_s for span in spans) - min(span.start_s for span in spans)) * len(tracks)
         executed_busy_s += sum(span.duration_s for span in spans)
     if not planned_s or not executed_s:
@@ -59,9 +58,9 @@ def _bubbles(tracks: Sequence[Sequence[Span]]) -> dict[str, float]:
     return {"bubble/planned": 1 - planned_busy_s / planned_s, "bubble/executed": 1 - executed_busy_s / executed_s}
 
 
-def _planned(span: Span) -> tuple[float, float] | None:
-    start_s, end_s = span.arguments.get("planned_start_s"), span.arguments.get("planned_end_s")
-    return (start_s, end_s) if isinstance(start_s, float) and isinstance(end_s, float) else None
+def _planned(spans: Sequence[Span], name: str) -> list[float]:
+    """This argument of those that have it."""
+    return [moment for span in spans if isinstance(moment := span.arguments.get(name), float)]
 
 
 def summary_line(report: Mapping[str, float]) -> str:
