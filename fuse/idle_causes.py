@@ -236,7 +236,7 @@ def _wait_windows(before: Span, span: Span, made: Mapping[str, float]) -> list[_
 
 @lru_cache(maxsize=1 << 16)
 def _makers(name: str) -> tuple[str, ...]:
-    """Of which operations one makes what this one needs of the next stage. Every step has operations of these names."""
+    """Of a neighbouring stage, those of which one makes what this needs. Every step has operations of these names."""
     match = _NAME.fullmatch(name)
     if match is None or match[1] == "W":
         return ()

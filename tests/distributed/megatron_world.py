@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -243,11 +244,8 @@ def gathering_copies() -> Iterator[None]:
             gather(copy, shard.clone(), **options)
             whole.copy_(copy)
 
-    dist.all_gather_into_tensor = gather_copies
-    try:
+    with patch.object(dist, "all_gather_into_tensor", gather_copies):
         yield
-    finally:
-        dist.all_gather_into_tensor = gather
 
 
 def compare_halves(shared: list[MegatronStage], halved: list[MegatronStage]) -> float:
@@ -283,13 +281,8 @@ def compare_halves(shared: list[MegatronStage], halved: list[MegatronStage]) -> 
 
 @contextmanager
 def counting_reductions() -> Iterator[Callable[[], int]]:
-    calls = []
-    all_reduce = dist.all_reduce
-    dist.all_reduce = lambda *arguments, **options: (calls.append(1), all_reduce(*arguments, **options))[1]
-    try:
-        yield lambda: len(calls)
-    finally:
-        dist.all_reduce = all_reduce
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reductions:
+        yield lambda: int(reductions.call_count)
 
 
 def tie_gradients(stages: list[MegatronStage]) -> None:
